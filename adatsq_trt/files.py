@@ -1,0 +1,151 @@
+"""Files that appear whole or not at all, and readers that say what is wrong with a file.
+
+JSON carries a schema version; tensors are safetensors. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from adatsq_trt.errors import DamagedFileError, MissingFileError, OutputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+_CHUNK_BYTES = 1 << 20
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give a temporary name beside `path`; on success sync it and rename it to `path`, on failure remove it.
+
+    Raises:
+        OutputError: the folder cannot be written or is full.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write '{path}': {error.strerror or error}; choose a folder that is writable and has room"
+        ) from error
+    finally:
+        _remove_quietly(temporary)
+
+
+def _remove_quietly(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        return  # the folder is not writable, so nothing was left in it
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_json_model(path: Path, model: BaseModel) -> None:
+    """Write a pydantic model as indented JSON; the same model gives the same bytes."""
+    write_bytes(path, (model.model_dump_json(indent=2) + "\n").encode())
+
+
+def read_json_model(path: Path, kind: type[ModelT]) -> ModelT:
+    """Read a pydantic model.
+
+    Raises:
+        MissingFileError: no such file.
+        DamagedFileError: not JSON, truncated, of another schema version, or with wrong fields.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise MissingFileError(f"'{path}' does not exist; run the stage that writes it, or check the path") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DamagedFileError(f"'{path}' cannot be read as text: {error}; write it again") from error
+    _require_schema(path, text, kind)
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise DamagedFileError(
+            f"'{path}' is not a valid {kind.__name__}: {where}: {first['msg']}; delete it and run the stage again"
+        ) from error
+
+
+def _require_schema(path: Path, text: str, kind: type[BaseModel]) -> None:
+    """Say "schema version" when that is what is wrong, before anything else is looked at."""
+    try:
+        content = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DamagedFileError(
+            f"'{path}' is not complete JSON ({error}); delete it and run the stage that writes it again"
+        ) from error
+    field = kind.model_fields.get("schema_version")
+    if field is None:
+        return
+    got = content.get("schema_version") if isinstance(content, dict) else None
+    if got != field.default:
+        raise DamagedFileError(
+            f"'{path}' has schema version {got}, this version of adatsq-trt reads {field.default}; "
+            "use the version that wrote it or a new run directory"
+        )
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write safetensors whole or not at all."""
+    from safetensors.torch import save_file
+
+    with atomic_path(path) as temporary:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read safetensors.
+
+    Raises:
+        MissingFileError: no such file.
+        DamagedFileError: truncated or not safetensors.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise MissingFileError(f"'{path}' does not exist; run the stage that writes it, or check the path")
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise DamagedFileError(
+            f"'{path}' is not a complete safetensors file ({error}); delete it and run the stage that writes it again"
+        ) from error
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's content, hexadecimal.
+
+    Raises:
+        MissingFileError: no such file.
+    """
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+    except FileNotFoundError as error:
+        raise MissingFileError(f"'{path}' does not exist; run the stage that writes it again") from error
+    return digest.hexdigest()

@@ -1,0 +1,274 @@
+"""Number formats: the unit that a policy assigns to a (step, layer).
+
+A format says how weights and activations are represented, what that costs in bits, and which targets accelerate it
+through which path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+from adatsq_trt.errors import UnknownNameError, UnsupportedFormatError
+
+
+class Element(Enum):
+    """The number grid of a tensor's elements."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+    E4M3 = "e4m3"
+    E2M1 = "e2m1"
+    INT = "int"
+
+
+class Granularity(Enum):
+    """How many elements share a scale."""
+
+    NONE = "none"
+    CHANNEL = "channel"  # weights: one scale per output channel
+    GROUP = "group"  # weights: one per output channel and `group_size` inputs; activations: the same along channels
+    TENSOR = "tensor"  # activations: one static scale per (step, layer)
+    TOKEN = "token"  # activations: one dynamic scale per token  # noqa: S105
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How one tensor of a linear layer is represented.
+
+    Attributes:
+        element: the number type.
+        bits: bits of one element; integers are signed and symmetric: -qmax to qmax, qmax = 2^(bits-1) - 1.
+        granularity: how scales are shared.
+        group_size: elements along the input axis that share a scale, when granularity is GROUP.
+        scale_bits: bits of one stored scale.
+    """
+
+    element: Element
+    bits: int
+    granularity: Granularity = Granularity.NONE
+    group_size: int = 0
+    scale_bits: int = 0
+
+    @property
+    def maximum(self) -> float:
+        """Largest magnitude on the grid."""
+        if self.element is Element.INT:
+            return float(2 ** (self.bits - 1) - 1)
+        return {Element.E4M3: 448.0, Element.E2M1: 6.0}[self.element]
+
+    @property
+    def is_float(self) -> bool:
+        """Whether elements are plain floating-point numbers without a scale."""
+        return self.element in (Element.FP32, Element.BF16, Element.FP16)
+
+
+@dataclass(frozen=True)
+class Format:
+    """One row of the table of formats.
+
+    Attributes:
+        name: what policies and the command line call it.
+        weight: grid of the weights.
+        activation: grid of the layer's input.
+        weight_bits: nominal bits, without scales: what `mean_bits` counts.
+        activation_bits: nominal bits of the activation.
+    """
+
+    name: str
+    weight: Grid
+    activation: Grid
+
+    @property
+    def weight_bits(self) -> int:
+        """Nominal weight bits, without scales."""
+        return self.weight.bits
+
+    @property
+    def activation_bits(self) -> int:
+        """Nominal activation bits, without scales."""
+        return self.activation.bits
+
+    @property
+    def bits(self) -> float:
+        """(nominal weight bits + nominal activation bits) / 2: the unit of `mean_bits` and `--budget-bits`."""
+        return (self.weight_bits + self.activation_bits) / 2
+
+    @property
+    def static_activation(self) -> bool:
+        """Whether the activation scale is measured at calibration, per (step, layer)."""
+        return self.activation.granularity is Granularity.TENSOR or self.activation.element is Element.E2M1
+
+    def stored_weight_bits(self, in_features: int) -> float:
+        """Bits of one stored weight, its share of the scales included."""
+        return self.weight.bits + _scale_share(self.weight, in_features)
+
+    def moved_activation_bits(self, in_features: int) -> float:
+        """Bits of one activation, its share of dynamic scales included."""
+        return self.activation.bits + _scale_share(self.activation, in_features)
+
+
+def _scale_share(grid: Grid, in_features: int) -> float:
+    """Scale bits per element."""
+    if grid.granularity is Granularity.GROUP:
+        return grid.scale_bits / grid.group_size
+    if grid.granularity in (Granularity.CHANNEL, Granularity.TOKEN):
+        return grid.scale_bits / in_features
+    return 0.0
+
+
+GROUP = 64
+NVFP4_BLOCK = 16
+
+
+def _simulated(bits: int) -> Format:
+    """The paper's grids: integer weights in groups, integer activations per token."""
+    return Format(
+        f"w{bits}a{bits}",
+        Grid(Element.INT, bits, Granularity.GROUP, GROUP, 16),
+        Grid(Element.INT, bits, Granularity.TOKEN, scale_bits=32),
+    )
+
+
+_INT8_CHANNEL = Grid(Element.INT, 8, Granularity.CHANNEL, scale_bits=16)
+_FP4_BLOCK = Grid(Element.E2M1, 4, Granularity.GROUP, NVFP4_BLOCK, 8)
+_PLAIN = {e: Grid(e, bits) for e, bits in ((Element.FP32, 32), (Element.BF16, 16), (Element.FP16, 16))}
+
+FORMATS: dict[str, Format] = {
+    f.name: f
+    for f in (
+        Format("fp32", _PLAIN[Element.FP32], _PLAIN[Element.FP32]),
+        Format("bf16", _PLAIN[Element.BF16], _PLAIN[Element.BF16]),
+        Format("fp16", _PLAIN[Element.FP16], _PLAIN[Element.FP16]),
+        Format(
+            "fp8",
+            Grid(Element.E4M3, 8, Granularity.CHANNEL, scale_bits=16),
+            Grid(Element.E4M3, 8, Granularity.TENSOR, scale_bits=16),
+        ),
+        Format("nvfp4", _FP4_BLOCK, _FP4_BLOCK),
+        Format("int4wo", Grid(Element.INT, 4, Granularity.GROUP, GROUP, 16), Grid(Element.BF16, 16)),
+        Format("w8a8s", _INT8_CHANNEL, Grid(Element.INT, 8, Granularity.TENSOR, scale_bits=16)),
+        Format("w8a8", _INT8_CHANNEL, Grid(Element.INT, 8, Granularity.TOKEN, scale_bits=32)),
+        Format(
+            "w4a8",
+            Grid(Element.INT, 4, Granularity.GROUP, GROUP, 16),
+            Grid(Element.INT, 8, Granularity.TOKEN, scale_bits=32),
+        ),
+        *(_simulated(bits) for bits in (3, 4, 5, 6)),
+    )
+}
+
+FORMAT_SETS: dict[str, tuple[str, ...]] = {
+    "paper": ("w3a3", "w4a4", "w8a8"),
+    "paper-fine": ("w3a3", "w4a4", "w5a5", "w6a6", "w8a8"),
+    "blackwell": ("nvfp4", "fp8", "bf16"),
+    "ada": ("int4wo", "fp8", "bf16"),
+    "hopper": ("w4a8", "w8a8", "fp8", "bf16"),
+    "ampere": ("int4wo", "fp16"),
+    "cpu": ("w8a8s", "fp32"),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A kind of machine and the formats that its Q/DQ path accelerates.
+
+    Attributes:
+        name: what the command line calls it.
+        formats: accelerated formats (TensorRT-RTX 1.7 for GPUs, ONNX Runtime for `cpu`).
+        default_set: name of the set that `build engine` uses when none is asked for.
+        compute_capability: SM number for GPUs, None for the CPU.
+    """
+
+    name: str
+    formats: frozenset[str]
+    default_set: str
+    compute_capability: int | None
+
+
+TARGETS: dict[str, Target] = {
+    t.name: t
+    for t in (
+        Target("sm80", frozenset({"bf16", "fp16", "int4wo"}), "ampere", 80),
+        Target("sm86", frozenset({"bf16", "fp16", "int4wo"}), "ampere", 86),
+        Target("sm89", frozenset({"bf16", "fp16", "int4wo", "fp8"}), "ada", 89),
+        Target("sm120", frozenset({"bf16", "fp16", "int4wo", "fp8", "nvfp4"}), "blackwell", 120),
+        Target("cpu", frozenset({"fp32", "w8a8s"}), "cpu", None),
+    )
+}
+
+
+def format_named(name: str) -> Format:
+    """Look a format up.
+
+    Raises:
+        UnknownNameError: no such format.
+    """
+    if name not in FORMATS:
+        raise UnknownNameError("format", name, FORMATS)
+    return FORMATS[name]
+
+
+def target_named(name: str) -> Target:
+    """Look a target up.
+
+    Raises:
+        UnknownNameError: no such target.
+    """
+    if name not in TARGETS:
+        raise UnknownNameError("target", name, TARGETS)
+    return TARGETS[name]
+
+
+def resolve_formats(names: str) -> tuple[Format, ...]:
+    """A set's name or a comma-separated list of formats → formats, cheapest first.
+
+    Raises:
+        UnknownNameError: neither a set nor formats.
+    """
+    if names in FORMAT_SETS:
+        members: Iterable[str] = FORMAT_SETS[names]
+    elif "," in names or names in FORMATS:
+        members = dict.fromkeys(part.strip() for part in names.split(","))
+    else:
+        raise UnknownNameError("format or format set", names, [*FORMAT_SETS, *FORMATS])
+    return tuple(sorted((format_named(name) for name in members), key=lambda f: (f.bits, f.name)))
+
+
+def require_accelerated(formats: Iterable[Format], targets: Iterable[Target]) -> None:
+    """Refuse formats that one of the targets cannot accelerate.
+
+    Raises:
+        UnsupportedFormatError: names the formats and those that would do.
+    """
+    wanted = list(formats)
+    for target in targets:
+        refused = [f.name for f in wanted if f.name not in target.formats]
+        if refused:
+            raise UnsupportedFormatError(
+                f"target '{target.name}' does not accelerate {', '.join(refused)}; it accelerates "
+                f"{', '.join(sorted(target.formats))}; choose among these with --formats, or pass --simulate to study "
+                "the policy without engines"
+            )
+
+
+def require_shapes(formats: Iterable[Format], layers: Iterable[tuple[str, int]]) -> None:
+    """Refuse grouped formats where a layer's input width is not a multiple of the group.
+
+    Args:
+        formats: the candidate formats.
+        layers: (module path, in_features).
+
+    Raises:
+        UnsupportedFormatError: names the layer, the width and the group.
+    """
+    groups = {g.group_size: f.name for f in formats for g in (f.weight, f.activation) if g.group_size}
+    for name, width in layers:
+        for size, format_name in groups.items():
+            if width % size:
+                raise UnsupportedFormatError(
+                    f"layer '{name}': in_features {width} is not a multiple of {size}, the group size of format "
+                    f"'{format_name}'; choose other formats with --formats"
+                )

@@ -1,0 +1,81 @@
+"""What an export folder holds: written by `export`, read by `engines`, so that neither imports the other."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+INDEX_NAME = "index.json"
+WEIGHTS_NAME = "weights.data"
+
+
+class TensorSignature(BaseModel):
+    """Name, element type and shape of a graph's input or output.
+
+    Attributes:
+        name: as in the graph.
+        dtype: ONNX name in lower case: "float", "bfloat16", "float16".
+        shape: a string stands for a dynamic dimension.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class GraphFile(BaseModel):
+    """One ONNX file.
+
+    Attributes:
+        path: file name, relative to the index.
+        variant: "target" is what TensorRT gets; "cpu" is the same assignment in portable operators and float32;
+            "reference" is the unquantized model in portable operators and float32.
+        assignment: index into the policy's assignments; None for the reference.
+        inputs: inputs without the activation scales.
+        outputs: the one output.
+        scale_inputs: for each layer with a static activation scale: module path → its scalar input.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str
+    variant: Literal["target", "cpu", "reference"]
+    assignment: int | None
+    inputs: tuple[TensorSignature, ...]
+    outputs: tuple[TensorSignature, ...]
+    scale_inputs: dict[str, TensorSignature]
+
+
+class GraphIndex(BaseModel):
+    """The export folder's table of contents.
+
+    Attributes:
+        base_type: 16-bit type of everything that is not quantized in the target graphs.
+        graphs: every ONNX file.
+        weights: the one external weight file, relative to the index.
+        weight_bytes: its size.
+        blocks: module paths of the transformer's blocks, in order: units that `check` cuts out.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = 1
+    base_type: Literal["bfloat16", "float16", "float32"]
+    graphs: tuple[GraphFile, ...]
+    weights: str = WEIGHTS_NAME
+    weight_bytes: int
+    blocks: tuple[str, ...]
+
+    def find(self, variant: str, assignment: int | None) -> GraphFile:
+        """The graph of an assignment in a variant.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for graph in self.graphs:
+            if graph.variant == variant and graph.assignment == assignment:
+                return graph
+        raise KeyError(f"no {variant} graph for assignment {assignment}")

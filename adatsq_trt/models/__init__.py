@@ -1,0 +1,1 @@
+"""Adapters: what the method needs to know of an architecture."""

@@ -1,0 +1,98 @@
+"""What the method needs to know of an architecture: one small interface, filled by one adapter per architecture."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from adatsq_trt.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What steers a batch of samples, as the graph's input tensors.
+
+    Attributes:
+        conditional: graph input name → [batch, ...] float32.
+        unconditional: the same names for the unguided branch, or None when the model needs no guidance.
+    """
+
+    conditional: Mapping[str, Tensor]
+    unconditional: Mapping[str, Tensor] | None
+
+    def __getitem__(self, samples: slice) -> Conditioning:
+        """The conditioning of some of the samples."""
+        empty = self.unconditional is None
+        return Conditioning(
+            {name: value[samples] for name, value in self.conditional.items()},
+            None if empty else {name: value[samples] for name, value in (self.unconditional or {}).items()},
+        )
+
+
+class ModelAdapter(ABC):
+    """A diffusion transformer with its layers, inputs, guidance and trace.
+
+    Attributes:
+        transformer: the diffusers module, in evaluation mode, float32 arithmetic.
+        architecture: the diffusers class name.
+        latent_shape: shape of one sample's latent, without the batch: (tokens, channels).
+    """
+
+    architecture: str
+    transformer: nn.Module
+    latent_shape: tuple[int, ...]
+
+    @abstractmethod
+    def quantizable_layers(self) -> dict[str, nn.Linear]:
+        """Linear layers that a policy may quantize, by module path, in the order of execution."""
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[int]) -> Conditioning:
+        """Conditioning of a batch of prompts (class ids for class-conditional models)."""
+
+    @abstractmethod
+    def model_inputs(self, latent: Tensor, model_time: float, condition: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The graph's inputs, by name, in the order of the trace module's arguments."""
+
+    @abstractmethod
+    def schedule(self, steps: int) -> Schedule:
+        """The denoising schedule for a number of steps."""
+
+    @abstractmethod
+    def trace_module(self) -> nn.Module:
+        """A module of real arithmetic and plain tensors for the exporter: positional inputs, one output."""
+
+    @abstractmethod
+    def decode(self, latent: Tensor) -> Tensor:
+        """Latents [batch, *latent_shape] → images [batch, height, width, channels] in [0, 1]."""
+
+    def guided_inputs(self, latent: Tensor, model_time: float, conditioning: Conditioning) -> dict[str, Tensor]:
+        """Both branches of classifier-free guidance in one batch: conditional first, then unconditional.
+
+        One call serves both, so they share one assignment and one set of activation scales.
+        """
+        inputs = self.model_inputs(latent, model_time, conditioning.conditional)
+        if conditioning.unconditional is None:
+            return inputs
+        other = self.model_inputs(latent, model_time, conditioning.unconditional)
+        return {name: torch.cat([inputs[name], other[name]]) for name in inputs}
+
+    def predict(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The transformer's output for `model_inputs`."""
+        return self.trace_module()(*inputs.values())  # type: ignore[no-any-return]
+
+    def velocity(self, latent: Tensor, model_time: float, conditioning: Conditioning, guidance: float) -> Tensor:
+        """Guided prediction v0 + guidance (v - v0), shape of the latent (Ho and Salimans 2022, eq. 6)."""
+        return guide(self.predict(self.guided_inputs(latent, model_time, conditioning)), conditioning, guidance)
+
+
+def guide(prediction: Tensor, conditioning: Conditioning, guidance: float) -> Tensor:
+    """Combine the two halves of a guided batch."""
+    if conditioning.unconditional is None:
+        return prediction
+    conditional, unconditional = prediction.chunk(2)
+    return unconditional + guidance * (conditional - unconditional)

@@ -1,0 +1,189 @@
+"""Assignments, buckets and policies: what the search decides and what export, build and runtime obey."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from adatsq_trt.errors import MismatchError
+from adatsq_trt.files import read_json_model, write_json_model
+from adatsq_trt.formats import FORMATS, Format
+
+SCHEMA_VERSION: Literal[1] = 1
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What averages and sizes need to know of a layer.
+
+    Attributes:
+        name: module path.
+        in_features: K.
+        out_features: N.
+        tokens: rows that one sample sends through the layer, both guidance branches counted.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Consecutive steps with one assignment.
+
+    Attributes:
+        first: index of the first step.
+        last: index of the last step, inclusive.
+        assignment: index into the policy's assignments.
+    """
+
+    first: int
+    last: int
+    assignment: int
+
+
+class Policy(BaseModel):
+    """A format for every (step, layer), as a short list of assignments and an index per step.
+
+    Attributes:
+        schema_version: of this file.
+        model: what the policy was searched for.
+        weights_sha256: hash of the transformer's weights.
+        steps: length of the denoising loop.
+        layers: module paths, in the order of the assignments' entries.
+        assignments: distinct assignments: for each layer the name of its format.
+        step_assignments: for each step the index of its assignment.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    model: str
+    weights_sha256: str
+    steps: int
+    layers: tuple[str, ...]
+    assignments: tuple[tuple[str, ...], ...]
+    step_assignments: tuple[int, ...]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Policy:
+        if len(self.step_assignments) != self.steps:
+            raise ValueError(f"step_assignments has {len(self.step_assignments)} entries, steps is {self.steps}")
+        for row in self.assignments:
+            if len(row) != len(self.layers):
+                raise ValueError(f"an assignment has {len(row)} entries for {len(self.layers)} layers")
+            unknown = sorted(set(row) - set(FORMATS))
+            if unknown:
+                raise ValueError(f"unknown format {unknown[0]!r}")
+        if sorted(set(self.step_assignments)) != list(range(len(self.assignments))):
+            raise ValueError("step_assignments must use every assignment")
+        return self
+
+    @classmethod
+    def from_steps(cls, model: str, weights_sha256: str, layers: Sequence[str], rows: Sequence[Sequence[str]]) -> Policy:
+        """Make a policy from one row of format names per step; equal rows become one assignment."""
+        distinct = list(dict.fromkeys(tuple(row) for row in rows))
+        return cls(
+            model=model,
+            weights_sha256=weights_sha256,
+            steps=len(rows),
+            layers=tuple(layers),
+            assignments=tuple(distinct),
+            step_assignments=tuple(distinct.index(tuple(row)) for row in rows),
+        )
+
+    @cached_property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """Runs of steps with one assignment."""
+        buckets: list[Bucket] = []
+        for step, index in enumerate(self.step_assignments):
+            if buckets and buckets[-1].assignment == index:
+                buckets[-1] = Bucket(buckets[-1].first, step, index)
+            else:
+                buckets.append(Bucket(step, step, index))
+        return tuple(buckets)
+
+    def formats_at(self, step: int) -> dict[str, Format]:
+        """Layer → format at a step."""
+        row = self.assignments[self.step_assignments[step]]
+        return {layer: FORMATS[name] for layer, name in zip(self.layers, row, strict=True)}
+
+    @property
+    def mean_bits(self) -> float:
+        """Unweighted mean over (step, layer) of (nominal weight bits + nominal activation bits) / 2."""
+        return mean_bits([[FORMATS[name] for name in self.assignments[i]] for i in self.step_assignments])
+
+    def mean_weight_bits(self, shapes: Sequence[LayerShape]) -> float:
+        """Mean over steps of stored bits per weight, scales included, weighted by parameters."""
+        return self._weighted(
+            shapes,
+            {s.name: s.in_features * s.out_features for s in shapes},
+            lambda f, k: f.stored_weight_bits(k),
+        )
+
+    def mean_activation_bits(self, shapes: Sequence[LayerShape]) -> float:
+        """Mean over steps of bits per activation, dynamic scales included, weighted by multiply-accumulates."""
+        return self._weighted(
+            shapes,
+            {s.name: s.in_features * s.out_features * s.tokens for s in shapes},
+            lambda f, k: f.moved_activation_bits(k),
+        )
+
+    def _weighted(self, shapes, weights, bits) -> float:  # type: ignore[no-untyped-def]
+        total = 0.0
+        for step in range(self.steps):
+            formats = self.formats_at(step)
+            total += sum(weights[s.name] * bits(formats[s.name], s.in_features) for s in shapes)
+        return total / (self.steps * sum(weights[s.name] for s in shapes))
+
+    def require(self, weights_sha256: str, steps: int, layers: Sequence[str]) -> None:
+        """Refuse to be used for another model or step count.
+
+        Raises:
+            MismatchError: says what differs.
+        """
+        if self.weights_sha256 != weights_sha256 or tuple(layers) != self.layers:
+            raise MismatchError(
+                f"the policy was searched for model '{self.model}' with weights {self.weights_sha256[:12]}, this model "
+                f"has weights {weights_sha256[:12]}; run 'adatsq-trt search' on this model"
+            )
+        if self.steps != steps:
+            raise MismatchError(
+                f"the policy has {self.steps} steps, the run has {steps}; pass --steps {self.steps} or search again"
+            )
+
+    def save(self, path: Path) -> None:
+        """Write the policy as JSON, whole or not at all."""
+        write_json_model(path, self)
+
+    @classmethod
+    def load(cls, path: Path) -> Policy:
+        """Read a policy.
+
+        Raises:
+            MissingFileError: no such file.
+            DamagedFileError: not a policy of this schema version.
+        """
+        return read_json_model(path, cls)
+
+
+def mean_bits(rows: Sequence[Sequence[Format]]) -> float:
+    """Mean over all entries of the formats' nominal bits."""
+    return sum(f.bits for row in rows for f in row) / sum(len(row) for row in rows)
+
+
+def resident_weight_bytes(policy: Policy, shapes: Mapping[str, LayerShape]) -> int:
+    """Bytes in memory: for every layer the sum over the distinct weight grids that it uses at any step."""
+    total = 0.0
+    for index, layer in enumerate(policy.layers):
+        shape = shapes[layer]
+        grids = {FORMATS[row[index]].weight: FORMATS[row[index]] for row in policy.assignments}
+        total += sum(f.stored_weight_bits(shape.in_features) / 8 for f in grids.values()) * shape.in_features * shape.out_features
+    return round(total)

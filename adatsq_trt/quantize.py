@@ -1,0 +1,243 @@
+"""Scales, quantize, dequantize and fake-quantize: pure tensor functions.
+
+Linear weights are [N, K] (out_features, in_features), activations [..., K]. Scales of weights and static scales of
+activations are rounded to eight significant bits, so that bfloat16, float16 and float32 graphs hold the same number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adatsq_trt.formats import Element, Format, Granularity, Grid
+
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = 448.0
+E2M1_MAX = 6.0
+# Smallest scale: normal in float16, so that every 16-bit graph holds it exactly.
+MIN_SCALE = 2.0**-14
+_PLAIN_TYPES = {Element.FP32: torch.float32, Element.BF16: torch.bfloat16, Element.FP16: torch.float16}
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A linear layer's weight on a format's grid.
+
+    Attributes:
+        codes: [N, K]. Plain floating formats: the values in that type. Integers: int8. E4M3: float8_e4m3fn.
+            E2M1: uint8, sign in bit 3, magnitude code in bits 0 to 2 (not packed).
+        scales: None for plain formats; float32 [N, K / group] (per channel: [N, 1]); for E2M1 the block scales,
+            float8_e4m3fn [N, K / 16].
+        global_scale: E2M1 only: float32 [], multiplies the block scales.
+    """
+
+    codes: Tensor
+    scales: Tensor | None = None
+    global_scale: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The parts that exist, by attribute name: what a file stores."""
+        parts = {"codes": self.codes, "scales": self.scales, "global_scale": self.global_scale}
+        return {name: value for name, value in parts.items() if value is not None}
+
+
+def plain_type(grid: Grid) -> torch.dtype:
+    """The torch type of a plain floating grid."""
+    return _PLAIN_TYPES[grid.element]
+
+
+def round_scale(scale: Tensor) -> Tensor:
+    """Round positive scales to eight significant bits, at least 2^-14; float32 in, float32 out."""
+    return scale.bfloat16().float().clamp(min=MIN_SCALE)
+
+
+def round_e4m3(values: Tensor) -> Tensor:
+    """Nearest e4m3 number (ties to even, saturating at 448); float32 in, float32 out, any shape."""
+    return values.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3).float()
+
+
+def round_e2m1(values: Tensor) -> Tensor:
+    """Nearest e2m1 number in {0, .5, 1, 1.5, 2, 3, 4, 6} (ties to even, saturating at 6); float32 in and out.
+
+    The grid's spacing is 0.5 below 2, 1 below 4 and 2 above, so rounding to even multiples of the spacing is rounding
+    to the even mantissa.
+    """
+    magnitude = values.abs().clamp(max=E2M1_MAX)
+    spacing = 0.5 + 0.5 * (magnitude >= 2) + (magnitude >= 4)
+    return torch.copysign((magnitude / spacing).round() * spacing, values)
+
+
+_E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def encode_e2m1(values: Tensor) -> Tensor:
+    """Numbers on the e2m1 grid → uint8 codes."""
+    table = torch.tensor(_E2M1_VALUES)
+    return (torch.searchsorted(table, values.abs().contiguous()) + 8 * values.signbit()).to(torch.uint8)
+
+
+def decode_e2m1(codes: Tensor) -> Tensor:
+    """uint8 codes → float32 numbers."""
+    table = torch.tensor([*_E2M1_VALUES, *(-v for v in _E2M1_VALUES)])
+    return table[codes.long()]
+
+
+def round_to_grid(scaled: Tensor, grid: Grid) -> Tensor:
+    """Nearest point of a scaled grid (integers, e4m3, e2m1), saturating; float32 in, float32 out, any shape."""
+    if grid.element is Element.INT:
+        return scaled.round().clamp(-grid.maximum, grid.maximum)
+    return round_e4m3(scaled) if grid.element is Element.E4M3 else round_e2m1(scaled)
+
+
+# ---------------------------------------------------------------------------------------------------- weights
+
+
+def group_width(grid: Grid, in_features: int) -> int:
+    """How many inputs share a weight scale."""
+    return grid.group_size if grid.granularity is Granularity.GROUP else in_features
+
+
+def weight_global_scale(weight: Tensor, grid: Grid) -> Tensor | None:
+    """E2M1's second-level scale amax / (6 * 448), float32 []; None for other grids."""
+    if grid.element is not Element.E2M1:
+        return None
+    return (weight.abs().amax() / (E2M1_MAX * E4M3_MAX)).clamp(min=2.0**-126)
+
+
+def finish_scale(scale: Tensor, grid: Grid, global_scale: Tensor | None) -> Tensor:
+    """Round a real-valued scale to what the format stores; returns the effective float32 scale.
+
+    E2M1 stores e4m3 multiples of the global scale, everything else eight significant bits.
+    """
+    if global_scale is None:
+        return round_scale(scale)
+    return round_e4m3(scale / global_scale).clamp(min=2.0**-9) * global_scale
+
+
+def search_scale(values: Tensor, grid: Grid, global_scale: Tensor | None, importance: Tensor | None = None) -> Tensor:
+    """Scale of each row that minimizes sum(importance * (x - Q(x))²) over clipping ratios 1.0, 0.95 … 0.5.
+
+    Args:
+        values: [N, G] float32: the weights that share a scale, one group per row.
+        grid: integers, e4m3 or e2m1.
+        global_scale: for e2m1.
+        importance: [G] float32, typically the Hessian's diagonal; None for ones.
+
+    Returns:
+        [N, 1] float32 effective scales.
+    """
+    largest = values.abs().amax(dim=1, keepdim=True)
+    best_scale = finish_scale(largest / grid.maximum, grid, global_scale)
+    best_error = torch.full_like(largest, torch.inf)
+    # e4m3 is a floating grid: clipping buys no resolution there.
+    ratios = [1.0] if grid.element is Element.E4M3 else [1 - 0.05 * i for i in range(11)]
+    for ratio in ratios:
+        scale = finish_scale(largest * ratio / grid.maximum, grid, global_scale)
+        error = (values - round_to_grid(values / scale, grid) * scale).square()
+        error = (error if importance is None else error * importance).sum(dim=1, keepdim=True)
+        better = error < best_error
+        best_scale, best_error = torch.where(better, scale, best_scale), torch.where(better, error, best_error)
+    return best_scale
+
+
+def encode_weight(values: Tensor, scales: Tensor, grid: Grid, global_scale: Tensor | None) -> QuantizedWeight:
+    """Pack grid points and scales in the format's storage types.
+
+    Args:
+        values: [N, K] float32, already dequantized grid points (scale * grid point).
+        scales: [N, K / group] float32 effective scales.
+        grid: integers, e4m3 or e2m1.
+        global_scale: for e2m1.
+    """
+    wide = scales.repeat_interleave(values.shape[1] // scales.shape[1], dim=1)
+    points = round_to_grid(values / wide, grid)
+    if grid.element is Element.INT:
+        return QuantizedWeight(points.to(torch.int8), scales)
+    if grid.element is Element.E4M3:
+        return QuantizedWeight(points.to(E4M3), scales)
+    assert global_scale is not None
+    return QuantizedWeight(encode_e2m1(points), (scales / global_scale).to(E4M3), global_scale)
+
+
+def quantize_nearest(weight: Tensor, fmt: Format, search: bool = False) -> QuantizedWeight:
+    """Round to nearest, [N, K] float32 → grid; the baseline that GPTQ is measured against.
+
+    Args:
+        weight: [N, K] float32.
+        fmt: any format.
+        search: choose clipping by squared error instead of the largest magnitude.
+    """
+    grid = fmt.weight
+    if grid.is_float:
+        return QuantizedWeight(weight.to(plain_type(grid)))
+    global_scale, width = weight_global_scale(weight, grid), group_width(grid, weight.shape[1])
+    groups = weight.reshape(-1, width)
+    if search:
+        scales = search_scale(groups, grid, global_scale)
+    else:
+        scales = finish_scale(groups.abs().amax(dim=1, keepdim=True) / grid.maximum, grid, global_scale)
+    values = (round_to_grid(groups / scales, grid) * scales).reshape(weight.shape)
+    return encode_weight(values, scales.reshape(len(weight), -1), grid, global_scale)
+
+
+def dequantize_weight(weight: QuantizedWeight, fmt: Format) -> Tensor:
+    """Codes and scales → float32 [N, K]."""
+    grid = fmt.weight
+    if grid.is_float or weight.scales is None:
+        return weight.codes.float()
+    points = decode_e2m1(weight.codes) if grid.element is Element.E2M1 else weight.codes.float()
+    scales = weight.scales.float() if weight.global_scale is None else weight.scales.float() * weight.global_scale
+    return points * scales.repeat_interleave(points.shape[1] // scales.shape[1], dim=1)
+
+
+# ------------------------------------------------------------------------------------------------ activations
+
+
+def static_activation_scale(largest: Tensor, grid: Grid) -> Tensor:
+    """Static scale from the largest magnitude; float32, shape of `largest`.
+
+    Per-tensor grids: amax / grid maximum, eight significant bits. E2M1: the second-level scale amax / (6 * 448).
+    """
+    if grid.element is Element.E2M1:
+        return round_scale_unbounded(largest / (E2M1_MAX * E4M3_MAX))
+    return round_scale(largest / grid.maximum)
+
+
+def round_scale_unbounded(scale: Tensor) -> Tensor:
+    """Eight significant bits without the float16 floor: for scales that every graph keeps in float32."""
+    return scale.bfloat16().float().clamp(min=2.0**-126)
+
+
+def fake_quantize_activation(x: Tensor, grid: Grid, scale: Tensor | None = None) -> Tensor:
+    """Round a layer's input to the format's activation grid and back.
+
+    Args:
+        x: [..., K] float32.
+        grid: the format's activation grid.
+        scale: float32 [], for static grids and e2m1's global scale.
+
+    Returns:
+        Same shape, float32.
+    """
+    if grid.element is Element.FP32:
+        return x
+    if grid.is_float:
+        return x.to(plain_type(grid)).float()
+    if grid.granularity is Granularity.TOKEN:
+        # The floor keeps an all-zero token finite; it is far below any real activation.
+        step = (x.abs().amax(dim=-1, keepdim=True) / grid.maximum).clamp(min=1e-12)
+        return (x / step).round().clamp(-grid.maximum, grid.maximum) * step
+    assert scale is not None, "static grids need a scale"
+    if grid.element is Element.E2M1:
+        return _fake_quantize_blocks(x, grid, scale)
+    return round_to_grid(x / scale, grid) * scale
+
+
+def _fake_quantize_blocks(x: Tensor, grid: Grid, global_scale: Tensor) -> Tensor:
+    """NVFP4: e2m1 elements, e4m3 scale per block of 16, float32 global scale; zero blocks stay zero."""
+    blocks = x.reshape(*x.shape[:-1], -1, grid.group_size)
+    scale = round_e4m3(blocks.abs().amax(dim=-1, keepdim=True) / (E2M1_MAX * global_scale)) * global_scale
+    points = round_e2m1(blocks / torch.where(scale > 0, scale, torch.ones_like(scale)))
+    return (points * scale).reshape(x.shape)
