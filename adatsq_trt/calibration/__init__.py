@@ -1,1 +1,1 @@
-
+"""Full-precision trajectories, Fisher information, weighted Hessians and the GPTQ solver."""

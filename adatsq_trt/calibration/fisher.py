@@ -1,0 +1,131 @@
+"""Fisher information of every (step, layer) with respect to the final picture, and temporal weights.
+
+The loss. A full-precision model scored against its own output has no gradient, so the Gauss-Newton form is used: the
+final latent x_T is projected on a unit Gaussian u,
+
+    L = uᵀ x_T,      I[t,l] = E_{sample, u} [ Σ (∂L/∂W[t,l])² ],                    (paper, section 3.3)
+
+where W[t,l] is layer l's weight as used at step t alone. E_u of the squared gradient is the squared Frobenius norm of
+the Jacobian of the *final* picture, so an early step's influence through all later steps is counted. One backward
+sweep over the trajectory gives all steps: with the adjoint a_t = ∂L/∂x_t and the Euler step
+x_{t+1} = x_t + (σ_{t+1} - σ_t) v(x_t, t),
+
+    a_T = u,      a_t = a_{t+1} + (σ_{t+1} - σ_t) (∂v/∂x_t)ᵀ a_{t+1}.
+
+The adjoints are kept: aᵀ δ predicts, to first order, what an error δ at step t does to the final picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adatsq_trt.calibration.trajectory import Samples
+from adatsq_trt.models.adapter import guide
+from adatsq_trt.models.capture import Capture, captured
+
+
+@dataclass(frozen=True)
+class BackwardStep:
+    """One step of the backward sweep.
+
+    Attributes:
+        step: index in the loop.
+        adjoint: a_t, float32 [projections, samples, *latent_shape].
+        inputs: module path → layer input, float32 [projections * samples, rows, K]: rows are the tokens of both
+            guidance branches; identical for every projection.
+        gradients: module path → ∂L/∂(layer output), float32 [projections * samples, rows, N].
+    """
+
+    step: int
+    adjoint: Tensor
+    inputs: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+
+
+def projections(samples: int, latent_shape: tuple[int, ...], count: int, seed: int) -> Tensor:
+    """Unit Gaussians u, float32 [count, samples, *latent_shape]."""
+    return torch.randn(count, samples, *latent_shape, generator=torch.Generator().manual_seed(seed))
+
+
+def backward_sweep(samples: Samples, latents: Tensor, adjoint: Tensor, first: int, last: int) -> Iterator[BackwardStep]:
+    """Steps `last` down to `first` of the adjoint recursion.
+
+    Args:
+        samples: the batch.
+        latents: its full-precision trajectory, float32 [steps + 1, samples, *latent_shape].
+        adjoint: a_{last + 1}, float32 [projections, samples, *latent_shape].
+        first: last step to visit.
+        last: first step to visit.
+    """
+    count = len(adjoint)
+    repeated = samples_repeated(samples, count)
+    for step in range(last, first - 1, -1):
+        latent = latents[step].repeat(count, *[1] * (latents.dim() - 2)).requires_grad_(True)
+        with captured(samples.adapter.quantizable_layers()) as capture, torch.enable_grad():
+            gradient = _vector_jacobian(repeated, latent, step, adjoint.flatten(0, 1))
+        adjoint = gradient.reshape(adjoint.shape)
+        yield BackwardStep(
+            step, adjoint, *(_by_sample(capture, kind, len(latent)) for kind in ("inputs", "output_gradients"))
+        )
+
+
+def samples_repeated(samples: Samples, times: int) -> Samples:
+    """The batch several times over, one copy per projection."""
+    return Samples(
+        samples.adapter, samples.schedule, samples.guidance, samples.prompts * times, samples.seeds * times
+    )
+
+
+def _vector_jacobian(samples: Samples, latent: Tensor, step: int, adjoint: Tensor) -> Tensor:
+    """(∂x_{t+1}/∂x_t)ᵀ a_{t+1}; gradients of all inputs are asked for, so layers that never see the latent are reached."""
+    adapter, schedule = samples.adapter, samples.schedule
+    conditioning = samples.conditioning
+    inputs = adapter.guided_inputs(latent, schedule.model_time(step), conditioning)
+    inputs = {name: value if value.requires_grad else value.detach().requires_grad_() for name, value in inputs.items()}
+    velocity = guide(adapter.predict(inputs), conditioning, samples.guidance)
+    loss = (schedule.advance(latent, velocity, step) * adjoint).sum()
+    return torch.autograd.grad(loss, [latent, *inputs.values()])[0]
+
+
+def _by_sample(capture: Capture, kind: str, samples: int) -> dict[str, Tensor]:
+    """[branches * samples, (tokens,) width] → [samples, branches * tokens, width]."""
+    result = {}
+    for name, value in getattr(capture, kind).items():
+        rows = value if value.dim() == 3 else value[:, None]
+        branches = len(rows) // samples
+        split = rows.reshape(branches, samples, *rows.shape[1:]).transpose(0, 1)
+        result[name] = split.reshape(samples, -1, rows.shape[-1])
+    return result
+
+
+def squared_weight_gradient(inputs: Tensor, gradients: Tensor) -> Tensor:
+    """||Gᵀ X||² per sample without forming the weight gradient: the sum of (X Xᵀ) * (G Gᵀ).
+
+    Args:
+        inputs: X, float32 [samples, rows, K].
+        gradients: G, float32 [samples, rows, N].
+
+    Returns:
+        float32 [samples].
+    """
+    return ((inputs @ inputs.mT) * (gradients @ gradients.mT)).sum(dim=(1, 2))
+
+
+def temporal_weights(information: Tensor, temperature: float) -> Tensor:
+    """alpha[t,l] = softmax over t of I[t,l] / (tau * mean over t of I[t,l])            (paper, section 3.3).
+
+    Dividing by the layer's mean makes tau a pure number: at tau → ∞ all steps weigh the same.
+
+    Args:
+        information: I, float32 [steps, layers].
+        temperature: tau > 0.
+
+    Returns:
+        float32 [steps, layers]; columns sum to 1.
+    """
+    relative = information / information.mean(dim=0, keepdim=True).clamp(min=torch.finfo(information.dtype).tiny)
+    return torch.softmax(relative / temperature, dim=0)

@@ -1,0 +1,99 @@
+"""GPTQ: round a weight column by column and let the columns to come repair the error (Frantar et al. 2022).
+
+Minimizes tr((W - Ŵ) H (W - Ŵ)ᵀ) with H damped by `damping` times its mean diagonal. H is the *mean* second moment of
+the layer's input, weighted over steps; GPTQ is invariant to H's scale.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from adatsq_trt.formats import Format, Grid
+from adatsq_trt.quantize import (
+    QuantizedWeight,
+    encode_weight,
+    group_width,
+    plain_type,
+    round_to_grid,
+    search_scale,
+    weight_global_scale,
+)
+
+
+def gptq(
+    weight: Tensor,
+    hessian: Tensor,
+    fmt: Format,
+    *,
+    damping: float = 0.01,
+    block: int = 64,
+    activation_order: bool = True,
+) -> QuantizedWeight:
+    """Quantize one layer's weight.
+
+    Args:
+        weight: [N, K] float32.
+        hessian: [K, K] float32, symmetric positive semidefinite.
+        fmt: any format; plain floating formats are rounded to nearest.
+        damping: added to the diagonal, as a part of its mean.
+        block: columns whose updates to the rest are applied together.
+        activation_order: visit the columns with the largest diagonal first.
+
+    Returns:
+        The weight on the format's grid; scales as the format stores them.
+    """
+    grid = fmt.weight
+    if grid.is_float:
+        return QuantizedWeight(weight.to(plain_type(grid)))
+    hessian, order = _prepare(hessian, damping, activation_order)
+    global_scale = weight_global_scale(weight, grid)
+    scales = _group_scales(weight, hessian, grid, global_scale)
+    columns = torch.arange(weight.shape[1]) // group_width(grid, weight.shape[1])
+    permuted = _solve(
+        weight[:, order].clone(), _inverse_factor(hessian[order][:, order]), scales[:, columns[order]], grid, block
+    )
+    return encode_weight(permuted[:, order.argsort()], scales, grid, global_scale)
+
+
+def _prepare(hessian: Tensor, damping: float, activation_order: bool) -> tuple[Tensor, Tensor]:
+    """Damped float64 Hessian and the order of the columns; dead inputs get a unit diagonal."""
+    damped = hessian.double().clone()
+    diagonal = damped.diagonal()
+    diagonal[diagonal == 0] = 1.0
+    diagonal += damping * diagonal.mean()
+    order = diagonal.argsort(descending=True, stable=True) if activation_order else torch.arange(len(damped))
+    return damped, order
+
+
+def _group_scales(weight: Tensor, hessian: Tensor, grid: Grid, global_scale: Tensor | None) -> Tensor:
+    """Effective scales [N, groups], chosen before any column moves, so that any column order can be used."""
+    width = group_width(grid, weight.shape[1])
+    importance = hessian.diagonal().float()
+    scales = [
+        search_scale(weight[:, start : start + width], grid, global_scale, importance[start : start + width])
+        for start in range(0, weight.shape[1], width)
+    ]
+    return torch.cat(scales, dim=1)
+
+
+def _inverse_factor(hessian: Tensor) -> Tensor:
+    """Upper Cholesky factor of the inverse, float32 [K, K]: row j holds what column j's error does to later ones."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    return torch.linalg.cholesky(inverse, upper=True).float()
+
+
+def _solve(weight: Tensor, factor: Tensor, scales: Tensor, grid: Grid, block: int) -> Tensor:
+    """The column loop: returns dequantized grid points, float32 [N, K]; `weight` is used up."""
+    width = weight.shape[1]
+    for start in range(0, width, block):
+        stop = min(start + block, width)
+        errors = torch.empty(len(weight), stop - start)
+        for j in range(start, stop):
+            rounded = round_to_grid(weight[:, j] / scales[:, j], grid) * scales[:, j]
+            error = (weight[:, j] - rounded) / factor[j, j]
+            weight[:, j] = rounded
+            weight[:, j + 1 : stop] -= error[:, None] * factor[j, j + 1 : stop]
+            errors[:, j - start] = error
+        weight[:, stop:] -= errors @ factor[start:stop, stop:]
+    return weight

@@ -1,0 +1,98 @@
+"""Full-precision denoising trajectories of a seeded batch: what every later measurement is relative to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from adatsq_trt.models.adapter import Conditioning, ModelAdapter
+from adatsq_trt.schedule import Schedule, initial_noise
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A batch of denoising runs.
+
+    Attributes:
+        adapter: the model.
+        schedule: its steps.
+        guidance: classifier-free guidance scale.
+        prompts: one per sample (class ids for class-conditional models).
+        seeds: one per sample; decide the first latent.
+    """
+
+    adapter: ModelAdapter
+    schedule: Schedule
+    guidance: float
+    prompts: tuple[int, ...]
+    seeds: tuple[int, ...]
+
+    @cached_property
+    def conditioning(self) -> Conditioning:
+        """Conditioning of all samples."""
+        with torch.no_grad():
+            return self.adapter.encode(self.prompts)
+
+    def noise(self) -> Tensor:
+        """First latents, float32 [samples, *latent_shape]."""
+        return torch.from_numpy(initial_noise(self.seeds, self.adapter.latent_shape))
+
+    @torch.no_grad()
+    def step(self, latent: Tensor, step: int) -> Tensor:
+        """The latent after one denoising step with the model as it stands (full precision or fake-quantized)."""
+        velocity = self.adapter.velocity(latent, self.schedule.model_time(step), self.conditioning, self.guidance)
+        return self.schedule.advance(latent, velocity, step)
+
+    def part(self, samples: slice) -> Samples:
+        """Some of the samples."""
+        return Samples(self.adapter, self.schedule, self.guidance, self.prompts[samples], self.seeds[samples])
+
+
+def seeded_samples(
+    adapter: ModelAdapter, schedule: Schedule, guidance: float, count: int, first_seed: int, classes: int
+) -> Samples:
+    """`count` samples with consecutive seeds and the classes in turn."""
+    return Samples(
+        adapter,
+        schedule,
+        guidance,
+        tuple(i % classes for i in range(count)),
+        tuple(range(first_seed, first_seed + count)),
+    )
+
+
+def trajectory(
+    samples: Samples, before_step: Callable[[int], None] | None = None, on_step: Callable[[], None] | None = None
+) -> Tensor:
+    """Run the denoising loop and keep every latent.
+
+    Args:
+        samples: the batch.
+        before_step: called with the step index before each call of the model, typically to choose its formats.
+        on_step: called after each step, for progress.
+
+    Returns:
+        float32 [steps + 1, samples, *latent_shape]; the last row is the picture.
+    """
+    latents = [samples.noise()]
+    for step in range(samples.schedule.steps):
+        if before_step is not None:
+            before_step(step)
+        latents.append(samples.step(latents[-1], step))
+        if on_step is not None:
+            on_step()
+    return torch.stack(latents)
+
+
+def latent_mse(latents: Tensor, reference: Tensor) -> float:
+    """Mean squared difference, accumulated in float64."""
+    return float((latents.double() - reference.double()).square().mean())
+
+
+def chunks(count: int, size: int) -> Sequence[slice]:
+    """Slices of at most `size` that cover `count`."""
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]

@@ -1,0 +1,43 @@
+"""Hooks that see what flows through the linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+
+@dataclass
+class Capture:
+    """What one call sent through the layers.
+
+    Attributes:
+        inputs: module path → the layer's input [rows, K] as it was, detached.
+        output_gradients: module path → gradient with respect to the layer's output, after a backward pass.
+    """
+
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    output_gradients: dict[str, Tensor] = field(default_factory=dict)
+
+
+@contextmanager
+def captured(layers: Mapping[str, nn.Linear]) -> Iterator[Capture]:
+    """Record inputs, and output gradients when a backward pass follows, of every call inside the block."""
+    capture = Capture()
+
+    def watch(name: str, layer: nn.Linear):  # type: ignore[no-untyped-def]
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            capture.inputs[name] = inputs[0].detach()
+            if output.requires_grad:
+                output.register_hook(lambda gradient: capture.output_gradients.__setitem__(name, gradient))
+
+        return layer.register_forward_hook(hook)
+
+    handles = [watch(name, layer) for name, layer in layers.items()]
+    try:
+        yield capture
+    finally:
+        for handle in handles:
+            handle.remove()

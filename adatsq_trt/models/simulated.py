@@ -1,0 +1,108 @@
+"""The fake-quantized model: the transformer with its linear layers rounded as an assignment says.
+
+This is what the search measures and what exported graphs are checked against. Weights of every format are held
+dequantized, so changing an assignment only changes references.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from adatsq_trt.formats import Format, format_named
+from adatsq_trt.models.adapter import ModelAdapter
+from adatsq_trt.quantize import QuantizedWeight, dequantize_weight, fake_quantize_activation
+
+
+class SimulatedLinear(nn.Module):
+    """A linear layer whose format can be changed between calls.
+
+    Attributes:
+        original: the full-precision layer.
+        weights: format name → dequantized weight, float32 [N, K].
+        active: the format in use, or None for full precision.
+        scale: static activation scale of the active format, float32 [].
+    """
+
+    def __init__(self, original: nn.Linear, weights: Mapping[str, Tensor]) -> None:
+        """Wrap a layer."""
+        super().__init__()
+        self.original = original
+        self.weights = dict(weights)
+        self.active: Format | None = None
+        self.scale: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y = Q(x) Q(W)ᵀ + b; x is [..., K], y is [..., N]."""
+        if self.active is None:
+            return self.original(x)  # type: ignore[no-any-return]
+        rounded = fake_quantize_activation(x, self.active.activation, self.scale)
+        return functional.linear(rounded, self.weights[self.active.name], self.original.bias)
+
+
+@dataclass(frozen=True)
+class FormatStore:
+    """Everything that the formats need: quantized weights and static activation scales.
+
+    Attributes:
+        weights: format name → module path → quantized weight.
+        scales: format name → float32 [steps, layers], for formats with a static activation scale.
+    """
+
+    weights: Mapping[str, Mapping[str, QuantizedWeight]]
+    scales: Mapping[str, Tensor]
+
+
+class SimulatedModel:
+    """An adapter's transformer with switchable formats.
+
+    Attributes:
+        adapter: the model; its transformer is changed in place while `installed` is open.
+        layers: module paths in the order of assignments' entries.
+    """
+
+    def __init__(self, adapter: ModelAdapter, store: FormatStore) -> None:
+        """Dequantize every format of every layer once."""
+        originals = adapter.quantizable_layers()
+        self.adapter = adapter
+        self.layers = tuple(originals)
+        self._scales = store.scales
+        formats = {name: format_named(name) for name in store.weights}
+        self._linears = {
+            layer: SimulatedLinear(
+                linear, {n: dequantize_weight(store.weights[n][layer], f) for n, f in formats.items()}
+            )
+            for layer, linear in originals.items()
+        }
+
+    @contextmanager
+    def installed(self) -> Iterator[SimulatedModel]:
+        """Swap the simulated layers in, and the original ones back at the end."""
+        try:
+            for layer, linear in self._linears.items():
+                _replace(self.adapter.transformer, layer, linear)
+            yield self
+        finally:
+            for layer, linear in self._linears.items():
+                _replace(self.adapter.transformer, layer, linear.original)
+
+    def assign(self, formats: Mapping[str, Format] | None, step: int) -> None:
+        """Choose the formats of the next calls.
+
+        Args:
+            formats: module path → format, or None for full precision.
+            step: index in the loop; decides the static activation scales.
+        """
+        for index, (layer, linear) in enumerate(self._linears.items()):
+            linear.active = formats[layer] if formats is not None else None
+            if linear.active is not None and linear.active.static_activation:
+                linear.scale = self._scales[linear.active.name][step, index]
+
+
+def _replace(root: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(root.get_submodule(parent), name, module)

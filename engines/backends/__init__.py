@@ -1,0 +1,1 @@
+"""What compiles graphs and what runs them."""

@@ -1,0 +1,101 @@
+"""The interface that every backend fills: compile a graph to a plan, load it, run it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import ClassVar, Self
+
+import numpy as np
+
+from adatsq_trt.formats import Target
+
+
+@dataclass(frozen=True)
+class BatchRange:
+    """An optimization profile: what a graph's dynamic axis may be.
+
+    Rows are samples times guidance branches.
+
+    Attributes:
+        minimum: fewest rows.
+        optimum: rows that the compiler tunes for.
+        maximum: most rows.
+    """
+
+    minimum: int
+    optimum: int
+    maximum: int
+
+
+class Runner(ABC):
+    """A loaded graph or plan; a context manager that gives its memory back at the end."""
+
+    def __enter__(self) -> Self:
+        """Take the runner."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give its memory back."""
+        self.close()
+
+    @abstractmethod
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Compute the outputs, by name, from the inputs, by name."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the memory back; the runner is of no use afterwards."""
+
+
+class Backend(ABC):
+    """A library that runs graphs or plans.
+
+    Attributes:
+        name: what manifests and the command line call it.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def require(self) -> None:
+        """Make sure that the library is there.
+
+        Raises:
+            DependencyError: it is not; says what to install.
+        """
+
+    @abstractmethod
+    def version(self) -> str:
+        """The library's version."""
+
+    @abstractmethod
+    def load(self, path: Path) -> Runner:
+        """Load what this backend runs: a plan, or an ONNX graph for a backend without a compiler.
+
+        Raises:
+            DependencyError: this machine cannot run it.
+            DamagedFileError: the library refuses the file.
+        """
+
+
+class Compiler(Backend):
+    """A backend that compiles a graph to a plan before it can be loaded."""
+
+    @abstractmethod
+    def build(self, onnx_path: Path, target: Target, batch: BatchRange) -> bytes:
+        """Compile a graph for a target; needs no machine of that kind.
+
+        Args:
+            onnx_path: external data is found beside it.
+            target: a GPU target.
+            batch: what the graph's dynamic axes may be.
+
+        Raises:
+            AdatsqError: the compiler refuses the graph; with its own words.
+        """

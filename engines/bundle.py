@@ -1,0 +1,329 @@
+"""The bundle: a folder with graphs, plans, scales and prompts, and a manifest that vouches for every file.
+
+The manifest is written last: without it there is no bundle. Nothing is deserialized before its hash is checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, JsonValue
+
+from adatsq_trt.errors import DamagedFileError, MissingFileError, UserError
+from adatsq_trt.files import read_json_model, sha256, write_json_model
+from adatsq_trt.formats import Target
+from adatsq_trt.graph_index import INDEX_NAME, GraphFile, GraphIndex
+from adatsq_trt.policy import Policy
+from adatsq_trt.schedule import Schedule
+
+MANIFEST_NAME = "manifest.json"
+BUNDLE_NAME = "bundle"
+POLICY_NAME = "policy.json"
+GRAPH_FOLDER = "onnx"
+PLAN_FOLDER = "plans"
+SCALES_NAME = "activation_scales.safetensors"
+PROMPTS_NAME = "prompts.safetensors"
+REFERENCE_NAME = "check/reference.safetensors"
+
+_REBUILD = "run 'adatsq-trt build engine' again"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PlanFile(_Record):
+    """One compiled engine.
+
+    Attributes:
+        target: name of the target that it was compiled for.
+        assignment: index into the policy's assignments.
+        path: relative to the bundle, with forward slashes.
+        bytes: its size.
+    """
+
+    target: str
+    assignment: int
+    path: str
+    bytes: int
+
+
+class ScheduleRecord(_Record):
+    """A `Schedule` as text: sigmas (steps + 1), timesteps (steps) and the diffusers scheduler's configuration."""
+
+    sigmas: tuple[float, ...]
+    timesteps: tuple[float, ...]
+    scheduler_config: dict[str, JsonValue]
+
+
+class ImageSpec(_Record):
+    """How a latent becomes an image.
+
+    Attributes:
+        patches: patches along one side; each holds 2x2 pixels.
+        channels: channels of the image.
+    """
+
+    patches: int
+    channels: int
+
+
+class Manifest(_Record):
+    """What a bundle is and what it consists of.
+
+    Attributes:
+        model: name of the model that it was made from.
+        architecture: diffusers class name.
+        backend: what compiled the plans.
+        layout: how plans and weights are arranged; "embedded" is a self-contained plan for each assignment.
+        targets: names of the targets that it was built for.
+        base_type: 16-bit type of what is not quantized in the target graphs.
+        formats: formats that the policy uses.
+        schedule: sigmas and timesteps of the denoising loop.
+        guidance: weight of classifier-free guidance.
+        latent_shape: shape of one sample's latent.
+        image: how a latent becomes an image.
+        prompts: how many prompts are stored.
+        plans: compiled engines; none when the policy is only simulated.
+        versions: library → version.
+        files: path relative to the bundle → sha256 of every other file.
+    """
+
+    schema_version: Literal[1] = 1
+    model: str
+    architecture: str
+    backend: str
+    layout: Literal["embedded"] = "embedded"
+    targets: tuple[str, ...]
+    base_type: Literal["bfloat16", "float16", "float32"]
+    formats: tuple[str, ...]
+    schedule: ScheduleRecord
+    guidance: float
+    latent_shape: tuple[int, ...]
+    image: ImageSpec
+    prompts: int
+    plans: tuple[PlanFile, ...]
+    versions: dict[str, str]
+    files: dict[str, str] = {}
+
+
+def plan_path(target: Target, assignment: int) -> str:
+    """Where a plan lies, relative to the bundle."""
+    return f"{PLAN_FOLDER}/{target.name}/assignment_{assignment:03d}.plan"
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Hash every file of the bundle and write the manifest: the act that makes a folder a bundle.
+
+    Args:
+        folder: holds all other files already.
+        manifest: its `files` are replaced.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    complete = manifest.model_copy(update={"files": {name: sha256(folder / name) for name in _contents(folder)}})
+    write_json_model(folder / MANIFEST_NAME, complete)
+    return complete
+
+
+def _contents(folder: Path) -> list[str]:
+    """All files but the manifest and what an interrupted write left behind (hidden names)."""
+    names = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    return sorted(name for name in names if name != MANIFEST_NAME)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle.
+
+    Attributes:
+        folder: where it lies.
+        manifest: what it is.
+        policy: which assignment each step uses.
+        index: the ONNX graphs.
+    """
+
+    folder: Path
+    manifest: Manifest
+    policy: Policy
+    index: GraphIndex
+
+    @classmethod
+    def open(cls, path: Path, verify: bool = True) -> Bundle:
+        """Open a bundle, or the bundle of a run directory.
+
+        Args:
+            path: a bundle or a folder that holds `bundle/`.
+            verify: compare every file with its hash before anything but the manifest is read.
+
+        Raises:
+            MissingFileError: there is no bundle, or one of its files is gone.
+            DamagedFileError: a file is not what the manifest says, or lies outside the bundle.
+        """
+        folder = _find(path)
+        manifest = read_json_model(folder / MANIFEST_NAME, Manifest)
+        _require_inside(folder, [*manifest.files, *(plan.path for plan in manifest.plans)])
+        _require_listed(manifest, [POLICY_NAME, f"{GRAPH_FOLDER}/{INDEX_NAME}", *(p.path for p in manifest.plans)])
+        if verify:
+            _require_hashes(folder, manifest)
+        index = read_json_model(folder / GRAPH_FOLDER / INDEX_NAME, GraphIndex)
+        graphs = [f"{GRAPH_FOLDER}/{name}" for name in (index.weights, *(graph.path for graph in index.graphs))]
+        _require_listed(manifest, graphs)
+        bundle = cls(folder, manifest, read_json_model(folder / POLICY_NAME, Policy), index)
+        bundle._require_consistent()
+        return bundle
+
+    def _require_consistent(self) -> None:
+        record, steps = self.manifest.schedule, self.policy.steps
+        if len(record.timesteps) != steps or len(record.sigmas) != steps + 1:
+            raise DamagedFileError(
+                f"'{self.folder / MANIFEST_NAME}': the schedule has {len(record.timesteps)} timesteps and "
+                f"{len(record.sigmas)} sigmas, the policy has {steps} steps; {_REBUILD}"
+            )
+
+    def schedule(self) -> Schedule:
+        """The denoising schedule that the bundle was made for."""
+        record = self.manifest.schedule
+        return Schedule(record.sigmas, record.timesteps, dict(record.scheduler_config))
+
+    def graph(self, variant: str, assignment: int | None) -> GraphFile:
+        """A graph's entry in the index.
+
+        Raises:
+            DamagedFileError: the index has no such graph.
+        """
+        try:
+            return self.index.find(variant, assignment)
+        except KeyError as error:
+            raise DamagedFileError(
+                f"'{self.folder / GRAPH_FOLDER / INDEX_NAME}' has no {variant} graph for assignment {assignment}; "
+                f"{_REBUILD}"
+            ) from error
+
+    def graph_path(self, graph: GraphFile) -> Path:
+        """Where a graph's file lies."""
+        return self.folder / GRAPH_FOLDER / graph.path
+
+    def scales(self, step: int) -> dict[str, np.ndarray]:
+        """Activation scales that a step's graph takes as inputs.
+
+        Returns:
+            Input name → float32 [].
+
+        Raises:
+            DamagedFileError: a scale that the graph needs is missing or not a positive number.
+        """
+        formats = self.policy.formats_at(step)
+        graph = self.graph("cpu", self.policy.step_assignments[step])
+        return {
+            signature.name: self._scale(formats[layer].name, step, layer)
+            for layer, signature in graph.scale_inputs.items()
+        }
+
+    def _scale(self, format_name: str, step: int, layer: str) -> np.ndarray:
+        table = self._scale_tables.get(format_name)
+        if table is None or table.shape != (self.policy.steps, len(self.policy.layers)):
+            raise DamagedFileError(
+                f"'{self.folder / SCALES_NAME}', format '{format_name}': got "
+                f"{'nothing' if table is None else list(table.shape)}, expected [{self.policy.steps}, "
+                f"{len(self.policy.layers)}] numbers; {_REBUILD}"
+            )
+        value = table[step, self.policy.layers.index(layer)]
+        if not (np.isfinite(value) and value > 0):
+            raise DamagedFileError(
+                f"'{self.folder / SCALES_NAME}', format '{format_name}', step {step}, layer '{layer}': got {value}, "
+                f"expected a positive number; {_REBUILD}"
+            )
+        return np.asarray(value, dtype=np.float32)
+
+    @cached_property
+    def _scale_tables(self) -> dict[str, np.ndarray]:
+        return read_arrays(self.folder / SCALES_NAME)
+
+    @cached_property
+    def prompts(self) -> dict[str, np.ndarray]:
+        """Stored conditioning: "conditional.<input>" [prompts, ...], "unconditional.<input>" [1, ...]."""
+        return read_arrays(self.folder / PROMPTS_NAME)
+
+    @cached_property
+    def reference(self) -> dict[str, np.ndarray]:
+        """What PyTorch computed: "step_003.input.<graph input>" and "step_003.output" for every step."""
+        return read_arrays(self.folder / REFERENCE_NAME)
+
+
+def _find(path: Path) -> Path:
+    for folder in (path, path / BUNDLE_NAME):
+        if (folder / MANIFEST_NAME).is_file():
+            return folder
+    raise MissingFileError(
+        f"'{path}' is not a bundle and holds none: neither '{MANIFEST_NAME}' nor '{BUNDLE_NAME}/{MANIFEST_NAME}' "
+        "is in it; run 'adatsq-trt build engine' with this folder as --output, or check the path"
+    )
+
+
+def _require_inside(folder: Path, names: Iterable[str]) -> None:
+    """Refuse paths that lead out of the bundle, by `..`, by root or by link."""
+    root = folder.resolve()
+    for name in names:
+        pure = PurePosixPath(name)
+        escapes = pure.is_absolute() or ".." in pure.parts or "\\" in name or not pure.parts
+        if escapes or not (root / pure).resolve().is_relative_to(root):
+            raise DamagedFileError(
+                f"'{folder / MANIFEST_NAME}': got path '{name}', expected a path inside the bundle; "
+                "get the bundle from a source that you trust"
+            )
+
+
+def _require_listed(manifest: Manifest, names: Iterable[str]) -> None:
+    for name in names:
+        if name not in manifest.files:
+            raise DamagedFileError(f"the bundle's manifest has no hash for '{name}', so it is not read; {_REBUILD}")
+
+
+def _require_hashes(folder: Path, manifest: Manifest) -> None:
+    for name, expected in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise MissingFileError(f"the bundle's file '{path}' is gone; {_REBUILD}")
+        got = sha256(path)
+        if got != expected:
+            raise DamagedFileError(
+                f"the bundle's file '{path}' was altered: got sha256 {got}, expected {expected}; {_REBUILD}"
+            )
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Read safetensors without loading PyTorch.
+
+    Raises:
+        MissingFileError: no such file.
+        DamagedFileError: truncated or not safetensors.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    if not path.is_file():
+        raise MissingFileError(f"the bundle's file '{path}' is gone; {_REBUILD}")
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise DamagedFileError(f"'{path}' is not a complete safetensors file ({error}); {_REBUILD}") from error
+
+
+def require_prompts(bundle: Bundle, prompts: Iterable[int]) -> None:
+    """Refuse prompts that the bundle does not hold.
+
+    Raises:
+        UserError: says how many there are.
+    """
+    outside = [p for p in prompts if not 0 <= p < bundle.manifest.prompts]
+    if outside:
+        raise UserError(
+            f"prompt {outside[0]}: the bundle holds prompts 0 to {bundle.manifest.prompts - 1}; choose among these"
+        )

@@ -1,0 +1,34 @@
+"""Settings and fixtures for all tests."""
+
+import os
+
+# Two xdist workers on two cores: one thread each is faster than four in all. Set before torch is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from adatsq_trt.models.flux import FluxAdapter
+
+# The first example of a test may import torch, so a deadline per example would measure the machine.
+settings.register_profile(
+    "adatsq", deadline=None, max_examples=50, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("adatsq")
+
+
+@pytest.fixture(scope="session")
+def untrained_flux() -> "FluxAdapter":
+    """The zoo's architecture with random weights: for tests that need the real class but no trained one."""
+    import torch
+
+    from adatsq_trt.zoo.train_digits_flux import make_adapter
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make_adapter()
