@@ -109,10 +109,14 @@ def _require_schema(path: Path, text: str, kind: type[BaseModel]) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write safetensors whole or not at all."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with atomic_path(path) as temporary:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
+        try:
+            save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
+        except SafetensorError as error:  # how the library reports a full disk
+            raise OSError(str(error)) from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

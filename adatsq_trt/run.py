@@ -118,10 +118,13 @@ class RunDirectory:
 
         Raises:
             MissingFileError: there is no run directory.
+            OutputError: it may not be read.
             DamagedFileError: the directory is of another schema version.
         """
         path = path.absolute()
-        if not (path / "run.json").is_file():
+        with _disk_errors(path):
+            exists = (path / "run.json").is_file()
+        if not exists:
             raise MissingFileError(
                 f"'{path}' is not a run directory; 'adatsq-trt build engine MODEL --output {path}' makes one"
             )
@@ -329,8 +332,8 @@ def _disk_errors(folder: Path) -> Iterator[None]:
         if error.errno not in _DISK_ERRORS:
             raise
         raise OutputError(
-            f"cannot write to '{error.filename or folder}': {error.strerror}; make room and run the same command again "
-            "(what is finished stays), or choose another --output"
+            f"cannot read or write '{error.filename or folder}': {error.strerror}; make room and run the "
+            "same command again (what is finished stays), or choose another --output"
         ) from error
 
 

@@ -16,16 +16,21 @@ def test_measures_time_and_the_memory_that_came_and_went() -> None:
         block = bytearray(b"x") * SIZE
         time.sleep(0.2)
         del block
-    assert 0.2 <= meter.seconds < 5
+    assert 0.2 <= meter.seconds < 60
     # At least most of the block: pages that an earlier test gave back may be used again.
     assert meter.peak_bytes > before + SIZE // 2
 
 
 def test_saves_while_it_runs_and_when_the_block_fails() -> None:
     saved: list[float] = []
-    with pytest.raises(ValueError, match="x"), Meter(lambda seconds, peak: saved.append(seconds), save_seconds=0.1):
-        time.sleep(0.4)
-        raise ValueError("x")
+
+    def fail() -> None:
+        with Meter(lambda seconds, peak: saved.append(seconds), save_seconds=0.1):
+            time.sleep(0.4)
+            raise ValueError("x")
+
+    with pytest.raises(ValueError, match="x"):
+        fail()
     assert len(saved) >= 2
     assert saved == sorted(saved)
     assert saved[-1] >= 0.4

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from adatsq_trt.calibration.trajectory import Samples
 from adatsq_trt.models.adapter import guide
-from adatsq_trt.models.capture import Capture, captured
+from adatsq_trt.models.capture import captured
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,8 @@ class BackwardStep:
     Attributes:
         step: index in the loop.
         adjoint: a_t, float32 [projections, samples, *latent_shape].
-        inputs: module path → layer input, float32 [projections * samples, rows, K]: rows are the tokens of both
-            guidance branches; identical for every projection.
-        gradients: module path → ∂L/∂(layer output), float32 [projections * samples, rows, N].
+        inputs: module path → layer input, float32 [samples, rows, K]: rows are the tokens of both guidance branches.
+        gradients: module path → ∂L/∂(layer output), float32 [projections, samples, rows, N].
     """
 
     step: int
@@ -51,55 +50,47 @@ def projections(samples: int, latent_shape: tuple[int, ...], count: int, seed: i
     return torch.randn(count, samples, *latent_shape, generator=torch.Generator().manual_seed(seed))
 
 
-def backward_sweep(samples: Samples, latents: Tensor, adjoint: Tensor, first: int, last: int) -> Iterator[BackwardStep]:
-    """Steps `last` down to `first` of the adjoint recursion.
+def backward_sweep(samples: Samples, latents: Tensor, adjoint: Tensor) -> Iterator[BackwardStep]:
+    """The adjoint recursion from the last step to the first.
 
     Args:
         samples: the batch.
         latents: its full-precision trajectory, float32 [steps + 1, samples, *latent_shape].
-        adjoint: a_{last + 1}, float32 [projections, samples, *latent_shape].
-        first: last step to visit.
-        last: first step to visit.
+        adjoint: a_T = u, float32 [projections, samples, *latent_shape].
     """
-    count = len(adjoint)
-    repeated = samples_repeated(samples, count)
-    for step in range(last, first - 1, -1):
-        latent = latents[step].repeat(count, *[1] * (latents.dim() - 2)).requires_grad_(True)
+    for step in reversed(range(samples.schedule.steps)):
+        latent = latents[step].clone().requires_grad_(True)
         with captured(samples.adapter.quantizable_layers()) as capture, torch.enable_grad():
-            gradient = _vector_jacobian(repeated, latent, step, adjoint.flatten(0, 1))
-        adjoint = gradient.reshape(adjoint.shape)
+            inputs, following = _differentiable_step(samples, latent, step)
+            adjoints, gradients = [], []
+            for number, row in enumerate(adjoint):
+                last = number == len(adjoint) - 1
+                loss = (following * row).sum()
+                adjoints.append(torch.autograd.grad(loss, [latent, *inputs], retain_graph=not last)[0])
+                gradients.append({n: _by_sample(g, len(latent)) for n, g in capture.output_gradients.items()})
+        adjoint = torch.stack(adjoints)
         yield BackwardStep(
-            step, adjoint, *(_by_sample(capture, kind, len(latent)) for kind in ("inputs", "output_gradients"))
+            step,
+            adjoint,
+            {name: _by_sample(value, len(latent)) for name, value in capture.inputs.items()},
+            {name: torch.stack([row[name] for row in gradients]) for name in capture.inputs},
         )
 
 
-def samples_repeated(samples: Samples, times: int) -> Samples:
-    """The batch several times over, one copy per projection."""
-    return Samples(
-        samples.adapter, samples.schedule, samples.guidance, samples.prompts * times, samples.seeds * times
-    )
-
-
-def _vector_jacobian(samples: Samples, latent: Tensor, step: int, adjoint: Tensor) -> Tensor:
-    """(∂x_{t+1}/∂x_t)ᵀ a_{t+1}; gradients of all inputs are asked for, so layers that never see the latent are reached."""
-    adapter, schedule = samples.adapter, samples.schedule
-    conditioning = samples.conditioning
+def _differentiable_step(samples: Samples, latent: Tensor, step: int) -> tuple[list[Tensor], Tensor]:
+    """The model's inputs and x_{t+1}; all inputs ask for gradients, so layers that never see the latent are reached."""
+    adapter, schedule, conditioning = samples.adapter, samples.schedule, samples.conditioning
     inputs = adapter.guided_inputs(latent, schedule.model_time(step), conditioning)
     inputs = {name: value if value.requires_grad else value.detach().requires_grad_() for name, value in inputs.items()}
     velocity = guide(adapter.predict(inputs), conditioning, samples.guidance)
-    loss = (schedule.advance(latent, velocity, step) * adjoint).sum()
-    return torch.autograd.grad(loss, [latent, *inputs.values()])[0]
+    return list(inputs.values()), schedule.advance(latent, velocity, step)
 
 
-def _by_sample(capture: Capture, kind: str, samples: int) -> dict[str, Tensor]:
+def _by_sample(value: Tensor, samples: int) -> Tensor:
     """[branches * samples, (tokens,) width] → [samples, branches * tokens, width]."""
-    result = {}
-    for name, value in getattr(capture, kind).items():
-        rows = value if value.dim() == 3 else value[:, None]
-        branches = len(rows) // samples
-        split = rows.reshape(branches, samples, *rows.shape[1:]).transpose(0, 1)
-        result[name] = split.reshape(samples, -1, rows.shape[-1])
-    return result
+    rows = value if value.dim() == 3 else value[:, None]
+    split = rows.unflatten(0, (-1, samples)).transpose(0, 1)
+    return split.flatten(1, 2)
 
 
 def squared_weight_gradient(inputs: Tensor, gradients: Tensor) -> Tensor:
@@ -107,12 +98,12 @@ def squared_weight_gradient(inputs: Tensor, gradients: Tensor) -> Tensor:
 
     Args:
         inputs: X, float32 [samples, rows, K].
-        gradients: G, float32 [samples, rows, N].
+        gradients: G, float32 [..., samples, rows, N].
 
     Returns:
-        float32 [samples].
+        float32 [..., samples].
     """
-    return ((inputs @ inputs.mT) * (gradients @ gradients.mT)).sum(dim=(1, 2))
+    return ((inputs @ inputs.mT) * (gradients @ gradients.mT)).sum(dim=(-2, -1))
 
 
 def temporal_weights(information: Tensor, temperature: float) -> Tensor:

@@ -1,1 +1,1 @@
-
+"""Pareto beam search over denoising steps, guided by the error of the final picture."""

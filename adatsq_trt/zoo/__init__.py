@@ -4,9 +4,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pydantic import BaseModel
+
 ZOO_FOLDER = Path(__file__).parent / "weights"
 
 
 def zoo_models() -> dict[str, Path]:
     """Name → folder of every model that ships with the package."""
     return {path.parent.name: path.parent for path in sorted(ZOO_FOLDER.glob("*/model_index.json"))}
+
+
+class ZooIndex(BaseModel):
+    """What is read of a zoo model's `model_index.json`.
+
+    Attributes:
+        transformer: library and class of the transformer.
+        image_size: height and width in pixels.
+        default_steps: denoising steps when none are asked for.
+        default_guidance: classifier-free guidance scale when none is asked for.
+    """
+
+    transformer: tuple[str, str]
+    image_size: int
+    default_steps: int
+    default_guidance: float

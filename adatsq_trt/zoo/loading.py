@@ -7,29 +7,14 @@ from pathlib import Path
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-from pydantic import BaseModel
 from torch import nn
 
 from adatsq_trt.errors import UnknownNameError
 from adatsq_trt.files import read_json_model, read_tensors, sha256
 from adatsq_trt.models.flux import FluxAdapter
-from adatsq_trt.zoo import zoo_models
+from adatsq_trt.zoo import ZooIndex, zoo_models
 
 TRANSFORMER_WEIGHTS = Path("transformer") / "diffusion_pytorch_model.safetensors"
-
-
-class ZooIndex(BaseModel):
-    """The part of `model_index.json` that a zoo model adds to diffusers' own.
-
-    Attributes:
-        image_size: height and width in pixels.
-        default_steps: denoising steps when none are asked for.
-        default_guidance: classifier-free guidance scale when none is asked for.
-    """
-
-    image_size: int
-    default_steps: int
-    default_guidance: float
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,7 @@ class RtxBackend(Compiler):
         try:
             import tensorrt_rtx  # noqa: F401
         except ImportError as error:
-            raise DependencyError(
-                f"TensorRT-RTX cannot be loaded ({error}); run: pip install tensorrt-rtx"
-            ) from error
+            raise DependencyError(f"TensorRT-RTX cannot be loaded ({error}); run: pip install tensorrt-rtx") from error
 
     def version(self) -> str:
         """TensorRT-RTX's version."""
@@ -96,7 +94,7 @@ def _make_logger() -> Any:
     """A TensorRT logger that keeps errors and hands the rest to `logging`."""
     import tensorrt_rtx as trt
 
-    class Logger(trt.ILogger):
+    class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []

@@ -1,0 +1,242 @@
+"""`adatsq-trt doctor`: what this machine can do, and what to install for the rest."""
+
+from __future__ import annotations
+
+import importlib
+import json as json_format
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_GIGABYTE = 10**9
+_ENOUGH_DISK_BYTES = 2 * _GIGABYTE
+
+
+@dataclass(frozen=True)
+class Capability:
+    """One thing that the machine has or lacks.
+
+    Attributes:
+        name: of the library, tool or resource.
+        found: whether it is there and works.
+        detail: version, devices, or why it does not work.
+        needed_for: what it is good for.
+        advice: how to get it; empty when it is there.
+    """
+
+    name: str
+    found: bool
+    detail: str
+    needed_for: str
+    advice: str
+
+
+@dataclass(frozen=True)
+class _Library:
+    """A Python library to look for.
+
+    Attributes:
+        name: for people.
+        module: what is imported.
+        distributions: names under which it may be installed.
+        needed_for: what it is good for.
+        install: the command that installs it.
+        describe: imports it and says more than the version; raises when it does not work.
+    """
+
+    name: str
+    module: str
+    distributions: tuple[str, ...]
+    needed_for: str
+    install: str
+    describe: Callable[[], str] | None = None
+
+
+def _onnxruntime_providers() -> str:
+    import onnxruntime
+
+    return ", ".join(name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers())
+
+
+def _loads(module: str) -> Callable[[], str]:
+    """Import a library with native parts: a version alone does not say that they load."""
+
+    def describe() -> str:
+        importlib.import_module(module)
+        return "loads"
+
+    return describe
+
+
+_REINSTALL = "pip install adatsq-trt"
+_LIBRARIES = (
+    _Library("torch", "torch", ("torch",), "every stage", _REINSTALL, _loads("torch")),
+    _Library("diffusers", "diffusers", ("diffusers",), "models and schedulers", _REINSTALL),
+    _Library(
+        "TensorRT-RTX",
+        "tensorrt_rtx",
+        ("tensorrt-rtx",),
+        "building engines (no GPU needed)",
+        "pip install tensorrt-rtx",
+        _loads("tensorrt_rtx"),
+    ),
+    _Library(
+        "TensorRT (enterprise)",
+        "tensorrt",
+        ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
+        "the backend 'tensorrt' and stock Triton server models",
+        "pip install 'adatsq-trt[tensorrt]'",
+        _loads("tensorrt"),
+    ),
+    _Library(
+        "TensorRT lean runtime",
+        "tensorrt_lean",
+        ("tensorrt-lean", "tensorrt-lean-cu13", "tensorrt-lean-cu12"),
+        "checking the plugin's registration",
+        "pip install tensorrt-lean-cu13",
+        _loads("tensorrt_lean"),
+    ),
+    _Library(
+        "ONNX Runtime",
+        "onnxruntime",
+        ("onnxruntime-gpu", "onnxruntime"),
+        "check and generate",
+        "pip install onnxruntime-gpu",
+        _onnxruntime_providers,
+    ),
+    _Library("polygraphy", "polygraphy", ("polygraphy",), "check", "pip install polygraphy"),
+    _Library(
+        "ModelOpt", "modelopt", ("nvidia-modelopt",), "comparison with other quantizers", "pip install nvidia-modelopt"
+    ),
+    _Library("Triton language", "triton", ("triton",), "compiling the plugin's kernels", "pip install triton"),
+)
+
+_COMPILERS = (
+    ("g++", "--version", "building the plugin library", "install g++ with the system's package manager"),
+    ("cmake", "--version", "building the plugin library", "pip install cmake"),
+    (
+        "nvcc",
+        "--version",
+        "compiling CUDA sources",
+        "install the CUDA toolkit: https://developer.nvidia.com/cuda-downloads",
+    ),
+)
+
+
+def diagnose(folder: Path = Path()) -> list[Capability]:
+    """Look at the machine: interpreter, GPU, libraries, compilers, and the disk of `folder`."""
+    return [
+        Capability("Python", True, platform.python_version(), "everything", ""),
+        *(_library(library) for library in _LIBRARIES),
+        _gpu(),
+        *(_compiler(*row) for row in _COMPILERS),
+        _disk(folder),
+    ]
+
+
+def _library(library: _Library) -> Capability:
+    version = next(_versions(library.distributions), None)
+    if version is None:
+        return Capability(library.name, False, "not installed", library.needed_for, library.install)
+    try:
+        more = library.describe() if library.describe else ""
+    except Exception as error:  # a broken native library can raise anything on import
+        reason = f"{version}, does not load: {_first_line(str(error))}"
+        return Capability(library.name, False, reason, library.needed_for, f"{library.install} --force-reinstall")
+    detail = version if more in ("", "loads") else f"{version}: {more}"
+    return Capability(library.name, True, detail, library.needed_for, "")
+
+
+def _versions(distributions: tuple[str, ...]) -> Iterator[str]:
+    for name in distributions:
+        try:
+            yield metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+
+
+def _gpu() -> Capability:
+    name, needed_for = "GPU", "running engines (everything else works without one)"
+    try:
+        import torch
+
+        if torch.cuda.is_available():
+            return Capability(name, True, ", ".join(_gpu_names()), needed_for, "")
+        build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
+    except Exception as error:
+        return Capability(name, False, f"torch: {_first_line(str(error))}", needed_for, _REINSTALL)
+    advice = (
+        "needs an NVIDIA GPU with a driver"
+        if torch.version.cuda
+        else "install a CUDA build of torch: https://pytorch.org/get-started"
+    )
+    return Capability(name, False, f"none seen by torch (build: {build})", needed_for, advice)
+
+
+def _gpu_names() -> Iterator[str]:
+    import torch
+
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory = properties.total_memory / _GIGABYTE
+        yield f"{properties.name} (sm{properties.major}{properties.minor}, {memory:.0f} GB)"
+
+
+def _compiler(name: str, option: str, needed_for: str, advice: str) -> Capability:
+    path = shutil.which(name)
+    if path is None:
+        return Capability(name, False, "not on PATH", needed_for, advice)
+    try:
+        answer = subprocess.run([path, option], capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        return Capability(name, False, f"{path} does not run: {_first_line(str(error))}", needed_for, advice)
+    # nvcc opens with a copyright notice; the release stands in a line of its own.
+    lines = [line for line in answer.splitlines() if "release" in line] or answer.splitlines()
+    return Capability(name, True, _first_line("\n".join(lines)), needed_for, "")
+
+
+def _disk(folder: Path) -> Capability:
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        return Capability("disk", False, str(error), "run directories", "choose another folder for --output")
+    advice = "" if free >= _ENOUGH_DISK_BYTES else "make room: runs of large models take tens of gigabytes"
+    return Capability("disk", not advice, f"{free / _GIGABYTE:.1f} GB free here", "run directories", advice)
+
+
+def _first_line(text: str) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "no reason given")
+
+
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead of a table.")] = False,
+) -> None:
+    """Say what this machine can do and what to install for the rest."""
+    capabilities = diagnose()
+    if json:
+        typer.echo(json_format.dumps([asdict(capability) for capability in capabilities], indent=2))
+        return
+    _print(Console(markup=False, highlight=False), capabilities)
+
+
+def _print(console: Console, capabilities: list[Capability]) -> None:
+    table = Table("what", "found", "detail", box=None)
+    for item in capabilities:
+        table.add_row(item.name, Text("yes", "green") if item.found else Text("no", "yellow"), Text(item.detail))
+    console.print(table)
+    missing = [item for item in capabilities if not item.found]
+    if missing:
+        console.print("\nTo get the rest, as far as you need it:")
+    for item in missing:
+        # Soft-wrapped, so that a command can be copied whole.
+        console.print(f"  {item.name}, for {item.needed_for}:\n      {item.advice}", soft_wrap=True)

@@ -1,0 +1,138 @@
+"""Beam search over denoising steps (paper, section 3.2).
+
+A column per step, a candidate assignment per node. Every path carries its own state, so what a step is measured on
+contains what the earlier steps did. After each column the paths are pruned to at most `width`:
+
+1. A path that cannot meet the budget even with the cheapest rest is dropped.
+2. A path is dropped when another has no more bits and an error smaller by more than `slack`.
+3. Of the others half of the places go to the least estimated final error, error so far + estimate of the rest; the
+   other half to the largest crowding distance along the front. Among equals a path that keeps the previous step's
+   assignment wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from adatsq_trt.search.candidates import Assignment
+from adatsq_trt.search.pareto import crowding_distance, front
+
+StateT = TypeVar("StateT")
+
+
+class Problem(Protocol[StateT]):
+    """What the beam needs to know.
+
+    Attributes:
+        steps: number of columns.
+    """
+
+    steps: int
+
+    def start(self) -> StateT:
+        """State before the first step."""
+
+    def candidates(self, step: int, previous: Assignment | None) -> Sequence[Assignment]:
+        """Assignments worth trying at a step after another."""
+
+    def bits(self, assignment: Assignment) -> float:
+        """Cost of an assignment at one step."""
+
+    def advance(self, state: StateT, step: int, assignment: Assignment) -> StateT:
+        """State after the step: one denoiser call."""
+
+    def error(self, state: StateT, step: int) -> float:
+        """Final error that the state after `step` steps leads to, were the rest exact."""
+
+    def remaining_error(self, step: int, bits: float) -> float:
+        """Estimated error of steps `step` … for a path that has spent `bits`; infinite when the budget cannot hold."""
+
+
+@dataclass(frozen=True)
+class Path(Generic[StateT]):
+    """A prefix of a policy.
+
+    Attributes:
+        state: what the steps so far left behind.
+        assignments: one per step.
+        bits: their cost.
+        error: final error that they lead to.
+        estimate: error + estimate of the rest.
+    """
+
+    state: StateT
+    assignments: tuple[Assignment, ...]
+    bits: float
+    error: float
+    estimate: float
+
+    @property
+    def switches(self) -> int:
+        """How often the assignment changes: one less than the number of buckets."""
+        return sum(a != b for a, b in zip(self.assignments, self.assignments[1:], strict=False))
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """How columns are thinned.
+
+    Attributes:
+        width: paths kept per column; None keeps all.
+        slack: relative slack of dominance; None switches dominance off.
+    """
+
+    width: int | None
+    slack: float | None
+
+
+def beam_search(
+    problem: Problem[StateT],
+    pruning: Pruning,
+    paths: Sequence[Path[StateT]] | None = None,
+    on_column: Callable[[int, Sequence[Path[StateT]]], None] | None = None,
+) -> list[Path[StateT]]:
+    """Complete paths, the least error first.
+
+    Args:
+        problem: what is searched.
+        pruning: how columns are thinned.
+        paths: where to go on from (all of the same length), or None for the start.
+        on_column: called with the step and the paths that survived it.
+    """
+    survivors = list(paths) if paths else [Path(problem.start(), (), 0.0, 0.0, 0.0)]
+    for step in range(len(survivors[0].assignments), problem.steps):
+        survivors = prune(expand(problem, survivors, step), pruning)
+        if on_column is not None:
+            on_column(step, survivors)
+    return sorted(survivors, key=lambda path: (path.error, path.switches))
+
+
+def expand(problem: Problem[StateT], paths: Sequence[Path[StateT]], step: int) -> list[Path[StateT]]:
+    """All feasible successors: one denoiser call each."""
+    successors = []
+    for path in paths:
+        for assignment in problem.candidates(step, path.assignments[-1] if path.assignments else None):
+            bits = path.bits + problem.bits(assignment)
+            rest = problem.remaining_error(step + 1, bits)
+            if rest == float("inf"):
+                continue
+            state = problem.advance(path.state, step, assignment)
+            error = problem.error(state, step + 1)
+            successors.append(Path(state, (*path.assignments, assignment), bits, error, error + rest))
+    return successors
+
+
+def prune(paths: Sequence[Path[StateT]], pruning: Pruning) -> list[Path[StateT]]:
+    """At most `width` paths: rules 2 and 3."""
+    ranked = sorted(paths, key=lambda path: (path.estimate, path.switches))
+    if pruning.slack is not None:
+        ranked = [ranked[i] for i in front([(p.bits, p.error) for p in ranked], pruning.slack)]
+    if pruning.width is None or len(ranked) <= pruning.width:
+        return ranked
+    leaders = (pruning.width + 1) // 2
+    rest = ranked[leaders:]
+    distance = crowding_distance([(p.bits, p.error) for p in rest])
+    diverse = sorted(range(len(rest)), key=lambda i: (-distance[i], i))[: pruning.width - leaders]
+    return ranked[:leaders] + [rest[i] for i in sorted(diverse)]

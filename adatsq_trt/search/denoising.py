@@ -1,0 +1,119 @@
+"""The search's problem on a real model: calibration latents carried along every path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adatsq_trt.calibration.trajectory import Samples, latent_mse, trajectory
+from adatsq_trt.formats import Format
+from adatsq_trt.models.simulated import SimulatedModel
+from adatsq_trt.search.candidates import Assignment, Plan, step_candidates
+
+
+def final_error(state: Tensor, reference: Tensor, adjoint: Tensor) -> float:
+    """Latent MSE that an error at one step causes in the final picture: E[(aᵀ δ)²] / elements.
+
+    Args:
+        state: the path's latents, float32 [samples, *latent_shape].
+        reference: the full-precision latents at the same step.
+        adjoint: a at that step, float32 [projections, samples, *latent_shape].
+    """
+    projected = (adjoint * (state - reference)).flatten(2).sum(dim=2)
+    return float(projected.double().square().mean()) / state[0].numel()
+
+
+@dataclass
+class DenoisingProblem:
+    """Beam search over a denoising loop; a state is the calibration batch's own latents.
+
+    Attributes:
+        samples: the calibration batch.
+        model: the fake-quantized model, installed.
+        formats: cheapest first; assignments are indices into it.
+        reference: full-precision trajectory, float32 [steps + 1, samples, *latent_shape].
+        adjoints: float32 [steps + 1, projections, samples, *latent_shape].
+        plan: tiers and the estimate of the rest.
+        budget: mean bits per (step, layer).
+        multiples: prices of the candidates, relative to the plan's.
+        calls: denoiser calls so far.
+    """
+
+    samples: Samples
+    model: SimulatedModel
+    formats: tuple[Format, ...]
+    reference: Tensor
+    adjoints: Tensor
+    plan: Plan
+    budget: float
+    multiples: tuple[float, ...]
+    calls: int = field(default=0)
+
+    @property
+    def steps(self) -> int:
+        """Number of columns."""
+        return self.samples.schedule.steps
+
+    def start(self) -> Tensor:
+        """The first latents."""
+        return self.reference[0]
+
+    def candidates(self, step: int, previous: Assignment | None) -> Sequence[Assignment]:
+        """The plan's tiers at several prices, and the previous assignment."""
+        return step_candidates(self.plan, step, self.multiples, previous)
+
+    def bits(self, assignment: Assignment) -> float:
+        """Sum over layers of nominal bits."""
+        return sum(self.formats[i].bits for i in assignment)
+
+    def advance(self, state: Tensor, step: int, assignment: Assignment) -> Tensor:
+        """One denoising step with these formats."""
+        self.calls += 1
+        self.model.assign(as_formats(self.model.layers, assignment, self.formats), step)
+        return self.samples.step(state, step)
+
+    def error(self, state: Tensor, step: int) -> float:
+        """Predicted error of the final picture; after the last step the error itself."""
+        if step == self.steps:
+            return latent_mse(state, self.reference[step])
+        return final_error(state, self.reference[step], self.adjoints[step])
+
+    def remaining_error(self, step: int, bits: float) -> float:
+        """The plan's estimate for what is left of the budget."""
+        return self.plan.remaining_error(step, self.budget * self.steps * len(self.model.layers) - bits)
+
+
+def as_formats(layers: Sequence[str], assignment: Assignment, formats: Sequence[Format]) -> dict[str, Format]:
+    """Format indices → module path → format."""
+    return {layer: formats[index] for layer, index in zip(layers, assignment, strict=True)}
+
+
+def policy_error(
+    samples: Samples,
+    model: SimulatedModel,
+    formats: Sequence[Format],
+    rows: Sequence[Assignment],
+    reference: Tensor,
+) -> float:
+    """Latent MSE of whole generated samples under a policy.
+
+    Args:
+        samples: whose pictures are compared.
+        model: installed.
+        formats: what the rows' indices mean.
+        rows: one assignment per step.
+        reference: full-precision final latents, float32 [samples, *latent_shape].
+    """
+    latents = trajectory(samples, lambda step: model.assign(as_formats(model.layers, rows[step], formats), step))
+    return latent_mse(latents[-1], reference)
+
+
+def format_bits(formats: Sequence[Format]) -> np.ndarray:
+    """Nominal bits of each format, float64."""
+    return np.array([f.bits for f in formats], dtype=np.float64)
+
+

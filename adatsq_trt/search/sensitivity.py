@@ -1,0 +1,114 @@
+"""What each format, at each step and layer, would do to the final picture: a second-order estimate for screening.
+
+Rounding layer l at step t to format f changes its output by ΔY = Q(X) Ŵᵀ - X Wᵀ. With the gradient G = ∂(uᵀ x_T)/∂Y from
+the backward sweep, the change of the projected picture is, to first order, the signed number
+
+    c[f,t,l,r] = Σ G * ΔY                        (row r = one projection u of one sample),
+
+so E_r[c²] is the squared error of the final latent if nothing else is rounded. Errors of several roundings add up
+inside the square: E_r[(Σ c)²], which is how one weight's error accumulates over the steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from adatsq_trt.calibration.fisher import BackwardStep
+from adatsq_trt.formats import Format
+from adatsq_trt.models.adapter import ModelAdapter
+from adatsq_trt.models.simulated import FormatStore
+from adatsq_trt.quantize import dequantize_weight, fake_quantize_activation
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """First-order contributions to the final latent's error.
+
+    Attributes:
+        formats: cheapest first.
+        contributions: c scaled so that squares sum to a latent MSE: float32 [formats, steps, layers, rows].
+    """
+
+    formats: tuple[Format, ...]
+    contributions: Tensor
+
+    @property
+    def errors(self) -> Tensor:
+        """Latent MSE of each rounding alone, float64 [formats, steps, layers]."""
+        return self.contributions.double().square().sum(dim=-1)
+
+    def smoothed_errors(self, width: float = 1.0) -> Tensor:
+        """`errors` with the logarithm averaged over neighbouring steps (Gaussian, `width` steps).
+
+        A few dozen rows estimate a variance to ten or twenty per cent; neighbouring steps see nearly the same inputs,
+        so their average is a better estimate of each.
+        """
+        logarithm = self.errors.clamp(min=1e-30).log()
+        steps = torch.arange(logarithm.shape[1], dtype=torch.float64)
+        kernel = torch.exp(-((steps[:, None] - steps[None]) ** 2) / (2 * width**2))
+        kernel = kernel / kernel.sum(dim=1, keepdim=True)
+        return torch.einsum("st,ftl->fsl", kernel, logarithm).exp()
+
+    def predicted_error(self, rows: Sequence[Sequence[int]]) -> float:
+        """Latent MSE of a whole policy, accumulation included: Σ_r (Σ_{t,l} c)².
+
+        Args:
+            rows: for each step the format index of each layer.
+        """
+        return float(self._chosen(rows).sum(dim=(0, 1)).square().sum())
+
+    def accumulation(self, rows: Sequence[Sequence[int]]) -> float:
+        """How much larger the predicted error is than the sum of the single errors, at least 1."""
+        return max(1.0, self.predicted_error(rows) / float(self._chosen(rows).square().sum()))
+
+    def _chosen(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        index = torch.tensor(rows)[None, :, :, None].expand(1, -1, -1, self.contributions.shape[-1])
+        return self.contributions.double().gather(0, index)[0]
+
+
+def step_contributions(
+    backward: BackwardStep, adapter: ModelAdapter, formats: Sequence[Format], store: FormatStore
+) -> Tensor:
+    """The contributions of one step, unscaled: float32 [formats, layers, projections * samples].
+
+    Args:
+        backward: the step's inputs and output gradients.
+        adapter: the full-precision model.
+        formats: candidate formats.
+        store: their weights and activation scales.
+    """
+    linears = adapter.quantizable_layers()
+    result = []
+    for index, (layer, linear) in enumerate(linears.items()):
+        inputs = backward.inputs[layer]
+        exact = functional.linear(inputs, linear.weight)
+        changes = []
+        for fmt in formats:
+            scale = store.scales[fmt.name][backward.step, index] if fmt.static_activation else None
+            rounded = fake_quantize_activation(inputs, fmt.activation, scale)
+            changes.append(functional.linear(rounded, dequantize_weight(store.weights[fmt.name][layer], fmt)) - exact)
+        products = torch.einsum("psn,fsn->fps", backward.gradients[layer].flatten(2), torch.stack(changes).flatten(2))
+        result.append(products.flatten(1))
+    return torch.stack(result, dim=1)
+
+
+def assemble(formats: Sequence[Format], steps: Mapping[int, Tensor], latent_size: int) -> Sensitivity:
+    """Stack the steps and scale, so that the sum of squares over rows is a mean over the latent's elements.
+
+    E_u[(uᵀ δ)²] = ||δ||², so MSE = mean over rows of c² / latent_size.
+
+    Args:
+        formats: cheapest first.
+        steps: step → `step_contributions`.
+        latent_size: elements of one sample's latent.
+    """
+    stacked = torch.stack([steps[t] for t in range(len(steps))], dim=1)
+    return Sensitivity(tuple(formats), stacked / math.sqrt(stacked.shape[-1] * latent_size))
+
+

@@ -1,0 +1,51 @@
+"""Policies that a timestep-aware search has to beat: uniform, layer-only and time-only.
+
+Layer-only: the same assignment at every step. Time-only: the same format for all layers of a step. Both are found with
+the same measured contributions as the search's own candidates and get the same treatment afterwards: several
+proposals, the best on whole generated samples wins.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from adatsq_trt.search.candidates import Array, Assignment, allocate
+from adatsq_trt.search.sensitivity import Sensitivity
+
+Rows = tuple[Assignment, ...]
+
+
+def uniform(index: int, steps: int, layers: int) -> Rows:
+    """One format everywhere."""
+    return ((index,) * layers,) * steps
+
+
+def layer_only(sensitivity: Sensitivity, bits: Array, budget: float) -> list[Rows]:
+    """Proposals with one assignment for all steps.
+
+    A layer's error is its contributions summed over the steps, squared: in full (accumulation counted), as single
+    errors (not counted), and the geometric mean of both.
+    """
+    steps = sensitivity.contributions.shape[1]
+    return [tuple([row] * steps) for row in _grouped(sensitivity, bits, budget, steps_together=True)]
+
+
+def time_only(sensitivity: Sensitivity, bits: Array, budget: float) -> list[Rows]:
+    """Proposals with one format for all layers of a step."""
+    layers = sensitivity.contributions.shape[2]
+    rows = _grouped(sensitivity, bits, budget, steps_together=False)
+    return [tuple((index,) * layers for index in row) for row in rows]
+
+
+def _grouped(sensitivity: Sensitivity, bits: Array, budget: float, *, steps_together: bool) -> list[Assignment]:
+    """Allocate one format per layer (or per step) within a mean budget; distinct proposals."""
+    contributions, axis = sensitivity.contributions.double(), 1 if steps_together else 2
+    together = contributions.sum(dim=axis).square().sum(dim=-1)
+    alone = contributions.square().sum(dim=(axis, 3))
+    proposals = []
+    for errors in (together, alone, torch.sqrt(together * alone)):
+        items = errors.shape[1]
+        chosen = allocate(errors.numpy(), bits, np.ones(items), budget * items)
+        proposals.append(tuple(int(i) for i in chosen))
+    return list(dict.fromkeys(proposals))

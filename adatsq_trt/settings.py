@@ -1,0 +1,59 @@
+"""Everything that a build depends on, resolved and stored, so that a run says what it did."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+SETTINGS_NAME = "settings.json"
+
+
+class Settings(BaseModel):
+    """The resolved settings of `build engine`.
+
+    Attributes:
+        schema_version: of this file.
+        model: name of the model.
+        weights_sha256: hash of its transformer's weights.
+        format_set: what the user asked for.
+        formats: candidate formats, cheapest first.
+        targets: what the bundle is built for.
+        simulate: no plans; formats need no accelerated path.
+        steps: denoising steps.
+        guidance: classifier-free guidance scale.
+        budget_bits: largest mean of (weight bits + activation bits) / 2 over (step, layer).
+        seed: of calibration prompts, noise and projections.
+        calibration_samples: trajectories that Hessians, sensitivities and the beam are measured on.
+        projections: random projections per calibration sample.
+        selection_samples: fresh trajectories that decide between finished policies.
+        held_out_samples: trajectories that the reported errors are measured on.
+        temperature: tau of the temporal weights.
+        damping: of the Hessian, as a part of its mean diagonal.
+        beam: paths kept per column.
+        candidates: assignments tried per path and step, besides the previous one.
+        slack: relative slack of dominance.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = 1
+    model: str
+    weights_sha256: str
+    format_set: str
+    formats: tuple[str, ...]
+    targets: tuple[str, ...]
+    simulate: bool
+    steps: int
+    guidance: float
+    budget_bits: float
+    seed: int = 0
+    calibration_samples: int = 64
+    projections: int = 8
+    selection_samples: int = 64
+    held_out_samples: int = 128
+    temperature: float = 3.0
+    damping: float = 0.01
+    beam: int = 4
+    candidates: int = 4
+    slack: float = 0.1

@@ -1,0 +1,156 @@
+"""Cut a transformer block out of a `target` graph, and the same block out of its `cpu` twin.
+
+Nodes carry the path of their module as metadata, and values keep their names from one variant to the other, except for
+those that lowering adds. So a cut is a set of boundary values that both graphs have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import onnx
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto
+from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
+from onnx.helper import make_empty_tensor_value_info, make_graph, make_model
+
+from adatsq_trt.errors import AdatsqError
+
+MODULE_KEY = "adatsq.module"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The border of a block.
+
+    Attributes:
+        inputs: names of the values that enter it, graph inputs among them.
+        outputs: names of the values that leave it.
+    """
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+class GraphView:
+    """An ONNX file without its weights, with look-ups by name."""
+
+    def __init__(self, path: Path) -> None:
+        """Read a graph.
+
+        Args:
+            path: its external data stays on disk until a part is extracted.
+        """
+        self.path = path
+        self.model = onnx.load(path, load_external_data=False)
+        self.graph = self.model.graph
+        self.inputs = {value.name for value in self.graph.input}
+        self.initializers = {tensor.name: tensor for tensor in self.graph.initializer}
+        self.producers = {name: node for node in self.graph.node for name in node.output if name}
+
+    @cached_property
+    def varying(self) -> frozenset[str]:
+        """Values that depend on a graph input; everything else is a constant."""
+        varying = set(self.inputs)
+        for node in self.graph.node:
+            if varying.intersection(node.input):
+                varying.update(node.output)
+        return frozenset(varying)
+
+    @cached_property
+    def types(self) -> dict[str, ValueInfoProto]:
+        """What the file says of the types of its values."""
+        return {v.name: v for v in (*self.graph.input, *self.graph.value_info, *self.graph.output)}
+
+    def extract(self, inputs: Iterable[ValueInfoProto], outputs: Collection[str]) -> ModelProto:
+        """The nodes between inputs and outputs as a model of its own, weights inside.
+
+        Args:
+            inputs: with element types; graph inputs that the nodes read besides are added.
+            outputs: names of values.
+        """
+        inputs = list(inputs)
+        given = {value.name for value in inputs}
+        needed = self._needed_nodes(given, outputs)
+        used = {name for node in needed for name in node.input}
+        inputs += [value for value in self.graph.input if value.name in used - given]
+        weights = [self._loaded(tensor) for name, tensor in self.initializers.items() if name in used]
+        results = [self.types.get(name) or make_empty_tensor_value_info(name) for name in outputs]
+        graph = make_graph(needed, "block", inputs, results, weights)
+        return make_model(
+            graph,
+            opset_imports=self.model.opset_import,
+            ir_version=self.model.ir_version,
+            functions=self.model.functions,
+        )
+
+    def _needed_nodes(self, given: Collection[str], outputs: Iterable[str]) -> list[NodeProto]:
+        """Nodes that the outputs need, in the graph's order; the walk upwards ends at given values."""
+        pending, needed = list(outputs), set[str]()
+        while pending:
+            name = pending.pop()
+            node = self.producers.get(name)
+            if node is None or name in given or node.output[0] in needed:
+                continue
+            needed.add(node.output[0])
+            pending.extend(node.input)
+        return [node for node in self.graph.node if node.output[0] in needed]
+
+    def _loaded(self, tensor: TensorProto) -> TensorProto:
+        copy = TensorProto()
+        copy.CopyFrom(tensor)
+        if uses_external_data(copy):
+            load_external_data_for_tensor(copy, str(self.path.parent))
+            copy.ClearField("external_data")
+            copy.data_location = TensorProto.DEFAULT
+        return copy
+
+
+def find_cut(target: GraphView, cpu: GraphView, block: str) -> Cut:
+    """The border of a block: what enters and leaves it in the target graph and has a name in the cpu graph too.
+
+    Where lowering renamed a value, the cut moves up to the next value that both graphs have.
+
+    Raises:
+        AdatsqError: no node belongs to the block, or no value that leaves it is in the cpu graph.
+    """
+    members = {node.output[0] for node in target.graph.node if _belongs(node, block)}
+    outside = [node for node in target.graph.node if node.output[0] not in members]
+    wanted = {name for node in outside for name in node.input} | {value.name for value in target.graph.output}
+    leaving = [
+        name
+        for node in target.graph.node
+        if node.output[0] in members
+        for name in node.output
+        if name in wanted and name in cpu.producers and name in target.varying
+    ]
+    if not leaving:
+        raise AdatsqError(
+            f"'{target.path}': no value leaves block '{block}' under a name that '{cpu.path.name}' has too "
+            f"({len(members)} nodes belong to the block); run 'adatsq-trt export' again"
+        )
+    return Cut(tuple(_entering(target, cpu, members, leaving)), tuple(leaving))
+
+
+def _belongs(node: NodeProto, block: str) -> bool:
+    path = next((entry.value for entry in node.metadata_props if entry.key == MODULE_KEY), "")
+    return path == block or path.startswith(f"{block}.")
+
+
+def _entering(target: GraphView, cpu: GraphView, members: Collection[str], leaving: Iterable[str]) -> list[str]:
+    """Walk upwards from the outputs; stop at graph inputs and at values from outside that both graphs have."""
+    pending, seen, entering = list(leaving), set[str](), []
+    while pending:
+        name = pending.pop()
+        if not name or name in seen or name in target.initializers:
+            continue
+        seen.add(name)
+        node = target.producers.get(name)
+        shared = name in target.varying and name in cpu.producers
+        if node is None or (shared and node.output[0] not in members):
+            entering.append(name)
+        else:
+            pending.extend(node.input)
+    return sorted(entering)

@@ -1,0 +1,190 @@
+"""From one trace to the export folder: a graph per distinct assignment and variant, over one weight file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import onnx_ir as ir
+from onnx_ir import DataType
+from onnx_ir.passes import common
+
+from adatsq_trt.errors import MismatchError, OutputError, UnsupportedFormatError
+from adatsq_trt.export.conditions import check_graph
+from adatsq_trt.export.emitter import BASE_TYPES, TRT_DOMAIN
+from adatsq_trt.export.encode import EncodedWeight, encode_weight
+from adatsq_trt.export.insert_qdq import SCALE_SUFFIX, InsertQdq
+from adatsq_trt.export.lower_quantizers import LowerQuantizers
+from adatsq_trt.export.lower_types import LowerTypes
+from adatsq_trt.export.normalize_linears import NormalizeLinears
+from adatsq_trt.export.restore_attention_scale import RestoreAttentionScale
+from adatsq_trt.export.weight_store import INLINE_BYTES, WeightStore
+from adatsq_trt.files import atomic_path, write_json_model
+from adatsq_trt.formats import FORMATS, TARGETS, Format, format_named
+from adatsq_trt.graph_index import INDEX_NAME, WEIGHTS_NAME, GraphFile, GraphIndex, TensorSignature
+from adatsq_trt.policy import Policy
+from adatsq_trt.quantize import QuantizedWeight
+
+BaseName = Literal["bfloat16", "float16", "float32"]
+Variant = Literal["target", "cpu", "reference"]
+TARGET_FORMATS = frozenset().union(*(target.formats for target in TARGETS.values()))
+REFERENCE_NAME = "reference.cpu.onnx"
+_LOWER_TO_CPU = ir.passes.Sequential(
+    RestoreAttentionScale(), LowerTypes(), LowerQuantizers(), common.RemoveUnusedNodesPass()
+)
+_STANDARD_VERSIONS = {"opset": 21, "ir": 10}
+_FP4_VERSIONS = {"opset": 23, "ir": 11}
+
+
+def export_graphs(
+    traced: ir.Model,
+    policy: Policy,
+    weights: Mapping[str, Mapping[str, QuantizedWeight]],
+    folder: Path,
+    base: BaseName,
+    blocks: Sequence[str],
+    variants: Sequence[str],
+    on_graph: Callable[[int, int], None] | None = None,
+) -> GraphIndex:
+    """Write a policy's graphs, their weights and the index.
+
+    Args:
+        traced: what `trace` returned for the same base type; it is left as it is.
+        policy: assignments of the layers.
+        weights: format → module path → weight.
+        folder: is made, or its earlier export replaced.
+        base: type of everything that is not quantized in the target graphs.
+        blocks: module paths of the transformer's blocks, in order.
+        variants: "target", "cpu" or both; the reference graph is always written.
+        on_graph: told (graphs done, graphs in all) after each.
+
+    Raises:
+        UnsupportedFormatError: variant "target" for a format that no TensorRT path holds.
+        MismatchError: a layer's weight is missing.
+        OutputError: the folder cannot be written.
+    """
+    _require_target_path(policy, variants)
+    _clear(folder)
+    template = traced.clone()
+    NormalizeLinears(policy.layers)(template)
+    with atomic_path(folder / WEIGHTS_NAME) as temporary, temporary.open("wb") as file:
+        store = WeightStore(file, folder)
+        _move_initializers(template, store)
+        encoded = _encode_weights(policy, weights, BASE_TYPES[base], store)
+    total = 1 + len(policy.assignments) * len(variants)
+    files = []
+    for file_entry in _write_all(template, policy, encoded, folder, BASE_TYPES[base], variants):
+        files.append(file_entry)
+        if on_graph is not None:
+            on_graph(len(files), total)
+    size = (folder / WEIGHTS_NAME).stat().st_size
+    index = GraphIndex(base_type=base, graphs=tuple(files), weight_bytes=size, blocks=tuple(blocks))
+    write_json_model(folder / INDEX_NAME, index)
+    return index
+
+
+def _require_target_path(policy: Policy, variants: Sequence[str]) -> None:
+    used = {name for row in policy.assignments for name in row}
+    refused = sorted(used - TARGET_FORMATS)
+    if "target" in variants and refused:
+        raise UnsupportedFormatError(
+            f"no TensorRT path holds {', '.join(refused)}, so there is no target graph for this policy; search among "
+            f"{', '.join(sorted(TARGET_FORMATS))} with --formats, or pass --simulate to export cpu graphs only"
+        )
+
+
+def _clear(folder: Path) -> None:
+    """Remove an earlier export, its index first, so that no index ever speaks of other graphs."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in [folder / INDEX_NAME, *folder.glob("assignment_*.onnx"), folder / REFERENCE_NAME]:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write '{folder}': {error.strerror}; choose a folder that is writable") from error
+
+
+def _move_initializers(model: ir.Model, store: WeightStore) -> None:
+    """Put the trace's large tensors into the store."""
+    for value in model.graph.initializers.values():
+        content = value.const_value
+        assert content is not None
+        if content.nbytes >= INLINE_BYTES:
+            shape = tuple(int(size) for size in content.shape.numpy())
+            value.const_value = store.add(content.tobytes(), content.dtype, shape).tensor()
+
+
+def _encode_weights(
+    policy: Policy, weights: Mapping[str, Mapping[str, QuantizedWeight]], base: DataType, store: WeightStore
+) -> dict[tuple[str, str], EncodedWeight]:
+    """(layer, format) → its place in the store, for every pair that the policy uses."""
+    pairs = dict.fromkeys(pair for row in policy.assignments for pair in zip(policy.layers, row, strict=True))
+    encoded = {}
+    for layer, name in pairs:
+        weight = weights.get(name, {}).get(layer)
+        if weight is None:
+            raise MismatchError(
+                f"layer '{layer}': no weight in format '{name}', which the policy asks for; run 'adatsq-trt quantize' "
+                f"with --formats that include {name}"
+            )
+        encoded[layer, name] = encode_weight(weight, format_named(name), base, store)
+    return encoded
+
+
+def _write_all(
+    template: ir.Model,
+    policy: Policy,
+    encoded: Mapping[tuple[str, str], EncodedWeight],
+    folder: Path,
+    base: DataType,
+    variants: Sequence[str],
+) -> Iterator[GraphFile]:
+    for index, row in enumerate(policy.assignments):
+        formats = {layer: FORMATS[name] for layer, name in zip(policy.layers, row, strict=True)}
+        model = template.clone()
+        InsertQdq(formats, {layer: encoded[layer, fmt.name] for layer, fmt in formats.items()}, base)(model)
+        if "target" in variants:
+            yield _write(model, folder / f"assignment_{index:03d}.target.onnx", "target", index, formats)
+        if "cpu" in variants:
+            _LOWER_TO_CPU(model)
+            yield _write(model, folder / f"assignment_{index:03d}.cpu.onnx", "cpu", index, formats)
+    reference = template.clone()
+    _LOWER_TO_CPU(reference)
+    yield _write(reference, folder / REFERENCE_NAME, "reference", None, {})
+
+
+def _write(
+    model: ir.Model, path: Path, variant: Variant, assignment: int | None, formats: Mapping[str, Format]
+) -> GraphFile:
+    """Write one graph; it gets its name when it has passed the checks."""
+    _set_versions(model)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+        check_graph(temporary, formats)
+    scales = {f"{layer}.{SCALE_SUFFIX}": layer for layer, fmt in formats.items() if fmt.static_activation}
+    signatures = {str(value.name): _signature(value) for value in model.graph.inputs}
+    return GraphFile(
+        path=path.name,
+        variant=variant,
+        assignment=assignment,
+        inputs=tuple(signature for name, signature in signatures.items() if name not in scales),
+        outputs=tuple(_signature(value) for value in model.graph.outputs),
+        scale_inputs={layer: signatures[name] for name, layer in scales.items()},
+    )
+
+
+def _set_versions(model: ir.Model) -> None:
+    """FP4 types exist from opset 23 and IR version 11 on; everything else stays where older readers follow."""
+    operators = {node.domain for node in model.graph}
+    versions = _FP4_VERSIONS if TRT_DOMAIN in operators else _STANDARD_VERSIONS
+    model.opset_imports.clear()
+    model.opset_imports[""] = versions["opset"]
+    if TRT_DOMAIN in operators:
+        model.opset_imports[TRT_DOMAIN] = 1
+    model.ir_version = versions["ir"]
+
+
+def _signature(value: ir.Value) -> TensorSignature:
+    assert value.name is not None and value.dtype is not None and value.shape is not None
+    shape = tuple(size if isinstance(size, int) else str(size.value) for size in value.shape)
+    return TensorSignature(name=value.name, dtype=value.dtype.name.lower(), shape=shape)

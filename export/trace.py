@@ -1,0 +1,85 @@
+"""One trace of a model, in the 16-bit type of its target graphs.
+
+The trace runs in 16 bit, instead of converting a float32 graph afterwards, so that the graph keeps the mixed precision
+that diffusers gives to rotary frequencies, timestep embeddings and normalizations.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common
+from torch import Tensor, nn
+
+from adatsq_trt.export.name_nodes import NameNodes
+
+# FP4 needs opset 23, but with it the exporter writes attention as one `Attention` node, which TensorRT-RTX 1.7 refuses
+# wherever it has no fused kernel. Every operator that opset 21 exports means the same in 23.
+OPSET = 21
+BATCH_AXIS = "batch"
+
+
+def trace(module: nn.Module, inputs: Mapping[str, Tensor], output: str, base: torch.dtype) -> ir.Model:
+    """Export a module once, with a dynamic batch.
+
+    Args:
+        module: positional tensors in, one tensor out (`ModelAdapter.trace_module`); it is left as it is.
+        inputs: an example, name → [batch, ...] float32, in the order of the module's arguments.
+        output: name of the graph's output.
+        base: bfloat16, float16 or float32: type of the parameters, inputs and output.
+
+    Returns:
+        An opset 21 graph. Its nodes are named by module path, which they also carry as metadata (`name_nodes`).
+    """
+    twin = copy.deepcopy(module).eval()
+    # Buffers keep their type: they hold position ids and frequencies, which forward casts where it wants to.
+    for parameter in twin.parameters():
+        parameter.data = parameter.data.to(base)
+    batch = torch.export.Dim(BATCH_AXIS)
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            twin,
+            tuple(_example(value, base) for value in inputs.values()),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(inputs),
+            output_names=[output],
+            dynamic_shapes=tuple({0: batch} for _ in inputs),
+            verbose=False,
+        )
+    assert program is not None, "the exporter was given no file, so it returns the program"
+    model = program.model
+    ir.passes.Sequential(NameNodes(_wrapper_prefix(module)), common.RemoveUnusedNodesPass())(model)
+    return model
+
+
+def _example(value: Tensor, base: torch.dtype) -> Tensor:
+    """An input in the base type; a batch of one is doubled, since the exporter would take it for a constant."""
+    batch = torch.cat([value, value]) if len(value) == 1 else value
+    return batch.to(base) if batch.is_floating_point() else batch
+
+
+def _wrapper_prefix(module: nn.Module) -> str:
+    """The trace wrapper's own name for the model, which users do not know: "transformer." or nothing."""
+    children = [name for name, _ in module.named_children()]
+    return f"{children[0]}." if len(children) == 1 else ""
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back the exporter's remarks on optional packages and on its own internals."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

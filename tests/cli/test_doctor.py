@@ -1,0 +1,74 @@
+"""What `doctor` finds, and that nothing missing or broken stops it."""
+
+import json
+import platform
+import sys
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from adatsq_trt.cli.doctor import Capability, diagnose, doctor
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Capability]:
+    return {capability.name: capability for capability in diagnose()}
+
+
+def test_reports_what_this_machine_has(found: dict[str, Capability]) -> None:
+    assert found["Python"].detail == platform.python_version()
+    assert found["torch"].detail == torch.__version__
+    assert found["GPU"].found == torch.cuda.is_available()
+    for provider in onnxruntime.get_available_providers():
+        assert provider.removesuffix("ExecutionProvider") in found["ONNX Runtime"].detail
+    assert found["TensorRT-RTX"].found
+    assert found["polygraphy"].found
+
+
+def test_everything_missing_comes_with_advice(found: dict[str, Capability]) -> None:
+    for capability in found.values():
+        assert capability.found == (not capability.advice), capability
+        assert capability.needed_for
+
+
+def test_a_library_that_does_not_load_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)  # makes the import fail
+    broken = next(c for c in diagnose() if c.name == "TensorRT-RTX")
+    assert not broken.found
+    assert "does not load" in broken.detail
+    assert "--force-reinstall" in broken.advice
+
+
+def test_compilers_are_looked_for_on_the_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    good, bad = tmp_path / "g++", tmp_path / "cmake"
+    good.write_text("#!/bin/sh\necho 'g++ 99.1'\n")
+    bad.write_text("#!/bin/sh\nexit 1\n")
+    for path in (good, bad):
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = {capability.name: capability for capability in diagnose()}
+    assert found["g++"].detail == "g++ 99.1"
+    assert "does not run" in found["cmake"].detail
+    assert found["nvcc"].detail == "not on PATH"
+    assert not found["cmake"].found
+
+
+def test_a_folder_that_does_not_exist_has_no_disk(tmp_path: Path) -> None:
+    disk = next(c for c in diagnose(tmp_path / "absent") if c.name == "disk")
+    assert not disk.found
+
+
+def test_command_prints_a_table_or_json(found: dict[str, Capability]) -> None:
+    app = typer.Typer()
+    app.command()(doctor)
+    table = CliRunner().invoke(app, [])
+    assert table.exit_code == 0
+    assert "TensorRT-RTX" in table.output
+    for capability in found.values():
+        assert capability.advice in table.output  # whole, whatever the width of the terminal
+    listed = json.loads(CliRunner().invoke(app, ["--json"]).output)
+    assert {row["name"] for row in listed} == set(found)

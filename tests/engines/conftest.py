@@ -1,0 +1,291 @@
+"""A bundle by hand: two residual blocks of one linear layer each, three assignments, four steps."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from safetensors.numpy import save_file
+
+from adatsq_trt.engines.bundle import (
+    GRAPH_FOLDER,
+    POLICY_NAME,
+    PROMPTS_NAME,
+    REFERENCE_NAME,
+    SCALES_NAME,
+    Bundle,
+    ImageSpec,
+    Manifest,
+    ScheduleRecord,
+    write_manifest,
+)
+from adatsq_trt.files import write_json_model
+from adatsq_trt.formats import FORMATS
+from adatsq_trt.graph_index import WEIGHTS_NAME, GraphFile, GraphIndex, TensorSignature
+from adatsq_trt.policy import Policy
+from adatsq_trt.quantize import (
+    dequantize_weight,
+    fake_quantize_activation,
+    quantize_nearest,
+    static_activation_scale,
+)
+
+WIDTH, TOKENS, PROMPTS, ROWS = 16, 4, 3, 12
+LAYERS = ("blocks.0.linear", "blocks.1.linear")
+# The first two have the same scale inputs, so that their graphs can be mistaken for each other.
+ASSIGNMENTS = (("fp8", "w8a8s"), ("w8a8s", "fp8"), ("bf16", "fp8"))
+STEP_ASSIGNMENTS = (0, 1, 2, 0)
+SIGMAS = (1.0, 0.8, 0.6, 0.3, 0.0)
+GUIDANCE = 2.0
+_INPUTS = {"hidden_states": ("batch", TOKENS, WIDTH), "pooled": ("batch", WIDTH), "timestep": ("batch",)}
+
+
+class TinyModel:
+    """The model's weights and its fake-quantized arithmetic in PyTorch."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.weights = [torch.randn(WIDTH, WIDTH, generator=generator) / WIDTH**0.5 for _ in LAYERS]
+        self.biases = [torch.randn(WIDTH, generator=generator).bfloat16().float() / 2 for _ in LAYERS]
+
+    def codes(self, layer: int, name: str):
+        return quantize_nearest(self.weights[layer], FORMATS[name])
+
+    def run(
+        self, inputs: Mapping[str, np.ndarray], row: tuple[str, ...] | None, fixed: list[float] | None = None
+    ) -> tuple[np.ndarray, list[float]]:
+        """Output and static activation scales (0 where a format has none), measured unless they are given."""
+        given = {name: torch.from_numpy(value) for name, value in inputs.items()}
+        x, scales = given["hidden_states"] + (given["pooled"] * given["timestep"][:, None])[:, None], []
+        for i in range(len(LAYERS)):
+            weight, activation = self.weights[i], x
+            scales.append(0.0)
+            if row is not None:
+                fmt = FORMATS[row[i]]
+                scale = None
+                if fmt.static_activation:
+                    measured = static_activation_scale(x.abs().max(), fmt.activation)
+                    scale = measured if fixed is None else torch.tensor(fixed[i])
+                weight = dequantize_weight(self.codes(i, row[i]), fmt)
+                activation = fake_quantize_activation(x, fmt.activation, scale)
+                scales[i] = 0.0 if scale is None else float(scale)
+            x = x + (activation @ weight.T + self.biases[i])
+        return x.numpy(), scales
+
+
+class GraphWriter:
+    """Writes the model as ONNX: `target` in bfloat16 with Q/DQ nodes, `cpu` and `reference` in float32."""
+
+    def __init__(self, model: TinyModel, store: bytearray) -> None:
+        self.model, self.store = model, store
+
+    def write(self, folder: Path, variant: str, assignment: int | None) -> GraphFile:
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[onnx.TensorProto] = []
+        self.target = variant == "target"
+        self.kind = TensorProto.BFLOAT16 if self.target else TensorProto.FLOAT
+        row = None if assignment is None else ASSIGNMENTS[assignment]
+        x = self._embed()
+        for i in range(len(LAYERS)):
+            x = self._block(i, x, row, last=i == len(LAYERS) - 1)
+        scales = {
+            layer: TensorSignature(name=f"{layer}.scale", dtype="bfloat16" if self.target else "float", shape=())
+            for layer, name in zip(LAYERS, row or (), strict=bool(row))
+            if FORMATS[name].static_activation
+        }
+        inputs = {**_INPUTS, **{signature.name: () for signature in scales.values()}}
+        graph = helper.make_graph(
+            self.nodes,
+            "tiny",
+            [helper.make_tensor_value_info(name, self.kind, shape) for name, shape in inputs.items()],
+            [helper.make_tensor_value_info("velocity", self.kind, _INPUTS["hidden_states"])],
+            self.constants,
+        )
+        proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+        path = f"assignment_{assignment:03d}.{variant}.onnx" if row else "reference.cpu.onnx"
+        (folder / path).write_bytes(proto.SerializeToString(deterministic=True))
+        kind = "bfloat16" if self.target else "float"
+        return GraphFile(
+            path=path,
+            variant=variant,
+            assignment=assignment,
+            inputs=tuple(TensorSignature(name=name, dtype=kind, shape=shape) for name, shape in _INPUTS.items()),
+            outputs=(TensorSignature(name="velocity", dtype=kind, shape=_INPUTS["hidden_states"]),),
+            scale_inputs=scales,
+        )
+
+    def _node(self, op: str, inputs: list[str], output: str, module: str, **attributes: int) -> str:
+        node = helper.make_node(op, inputs, [output], name=f"{module}/{output}", **attributes)
+        entry = node.metadata_props.add()
+        entry.key, entry.value = "adatsq.module", module
+        self.nodes.append(node)
+        return output
+
+    def _constant(self, name: str, array: np.ndarray, external: bool = False) -> str:
+        tensor = numpy_helper.from_array(array, name)
+        if external:
+            entries = {"location": WEIGHTS_NAME, "offset": len(self.store), "length": len(tensor.raw_data)}
+            self.store.extend(tensor.raw_data)
+            tensor.ClearField("raw_data")
+            tensor.data_location = TensorProto.EXTERNAL
+            for key, value in entries.items():
+                tensor.external_data.add(key=key, value=str(value))
+        self.constants.append(tensor)
+        return name
+
+    def _real(self, name: str, value: np.ndarray | float) -> str:
+        return self._constant(name, np.asarray(value, ml_dtypes.bfloat16 if self.target else np.float32))
+
+    def _embed(self) -> str:
+        time = self._node("Unsqueeze", ["timestep", self._constant("last", np.array([-1]))], "time", "embed")
+        shift = self._node("Mul", ["pooled", time], "shift", "embed")
+        column = self._node("Unsqueeze", [shift, self._constant("middle", np.array([1]))], "column", "embed")
+        return self._node("Add", ["hidden_states", column], "embedded", "embed")
+
+    def _block(self, i: int, x: str, row: tuple[str, ...] | None, last: bool) -> str:
+        layer = LAYERS[i]
+        quantized = row is not None
+        activation = self._activation(layer, x, row[i]) if quantized else x
+        turned = self._transposed_weight(i, layer, row[i] if quantized else None)
+        product = self._node("MatMul", [activation, turned], f"{layer}.product", layer)
+        bias = self._real(f"{layer}.bias", self.model.biases[i].numpy())
+        output = self._node("Add", [product, bias], f"{layer}.output", layer)
+        return self._node("Add", [x, output], "velocity" if last else f"blocks.{i}.output", f"blocks.{i}")
+
+    def _transposed_weight(self, i: int, layer: str, name: str | None) -> str:
+        if name == "w8a8s" and not self.target:
+            # ONNX Runtime 1.31 fuses DequantizeLinear → Transpose → MatMul to a product with wrong scales.
+            codes, scale = self._int8(i, layer)
+            turned = self._node("Transpose", [codes], f"{layer}.turned_codes", layer, perm=[1, 0])
+            return self._node("DequantizeLinear", [turned, scale], f"{layer}.dequantized", layer, axis=1)
+        weight = self._weight(i, layer, name)
+        return self._node("Transpose", [weight], f"{layer}.turned", layer, perm=[1, 0])
+
+    def _int8(self, i: int, layer: str) -> tuple[str, str]:
+        weight = self.model.codes(i, "w8a8s")
+        codes = self._constant(f"{layer}.weight", weight.codes.numpy(), external=True)
+        return codes, self._real(f"{layer}.weight_scale", weight.scales[:, 0].numpy())
+
+    def _weight(self, i: int, layer: str, name: str | None) -> str:
+        if name is None:
+            return self._constant(f"{layer}.weight", self.model.weights[i].numpy(), external=True)
+        weight = self.model.codes(i, name)
+        if weight.scales is None:
+            values = weight.codes.float().numpy()
+            return self._constant(
+                f"{layer}.weight", values.astype(ml_dtypes.bfloat16 if self.target else np.float32), external=True
+            )
+        if name == "w8a8s":
+            codes, scale = self._int8(i, layer)
+            return self._node("DequantizeLinear", [codes, scale], f"{layer}.dequantized", layer, axis=0)
+        points = weight.codes.float().numpy().astype(ml_dtypes.float8_e4m3fn)
+        codes, scales = self._constant(f"{layer}.weight", points, external=True), weight.scales[:, 0].numpy()
+        if self.target:
+            scale = self._real(f"{layer}.weight_scale", scales)
+            return self._node("DequantizeLinear", [codes, scale], f"{layer}.dequantized", layer, axis=0)
+        wide = self._node("Cast", [codes], f"{layer}.wide", layer, to=TensorProto.FLOAT)
+        scale = self._real(f"{layer}.weight_scale", scales[:, None])
+        return self._node("Mul", [wide, scale], f"{layer}.dequantized", layer)
+
+    def _activation(self, layer: str, x: str, name: str) -> str:
+        if name == "bf16":
+            if self.target:
+                return x
+            narrow = self._node("Cast", [x], f"{layer}.narrow", layer, to=TensorProto.BFLOAT16)
+            return self._node("Cast", [narrow], f"{layer}.activation", layer, to=TensorProto.FLOAT)
+        scale = f"{layer}.scale"
+        if self.target or name == "w8a8s":
+            zero = f"{layer}.zero"
+            kind = TensorProto.FLOAT8E4M3FN if name == "fp8" else TensorProto.INT8
+            self.constants.append(helper.make_tensor(zero, kind, [], [0]))
+            if not self.target:  # the grid is symmetric: -128 is not on it
+                lowest = self._node("Mul", [scale, self._real(f"{layer}.low", -127.0)], f"{layer}.lowest", layer)
+                x = self._node("Max", [x, lowest], f"{layer}.bounded", layer)
+            codes = self._node("QuantizeLinear", [x, scale, zero], f"{layer}.codes", layer)
+            return self._node("DequantizeLinear", [codes, scale], f"{layer}.activation", layer)
+        ratio = self._node("Div", [x, scale], f"{layer}.ratio", layer)
+        limits = [self._real(f"{layer}.low", -448.0), self._real(f"{layer}.high", 448.0)]
+        clipped = self._node("Clip", [ratio, *limits], f"{layer}.clipped", layer)
+        codes = self._node("Cast", [clipped], f"{layer}.codes", layer, to=TensorProto.FLOAT8E4M3FN)
+        wide = self._node("Cast", [codes], f"{layer}.points", layer, to=TensorProto.FLOAT)
+        return self._node("Mul", [wide, scale], f"{layer}.activation", layer)
+
+
+def make_bundle(folder: Path) -> Bundle:
+    """Write the whole bundle and open it."""
+    model, store = TinyModel(), bytearray()
+    graphs = folder / GRAPH_FOLDER
+    graphs.mkdir(parents=True)
+    writer = GraphWriter(model, store)
+    files = [writer.write(graphs, variant, i) for i in range(len(ASSIGNMENTS)) for variant in ("target", "cpu")]
+    files.append(writer.write(graphs, "reference", None))
+    (graphs / WEIGHTS_NAME).write_bytes(bytes(store))
+    index = GraphIndex(
+        base_type="bfloat16", graphs=tuple(files), weight_bytes=len(store), blocks=("blocks.0", "blocks.1")
+    )
+    write_json_model(graphs / "index.json", index)
+    policy = Policy.from_steps("tiny", "0" * 64, LAYERS, [ASSIGNMENTS[i] for i in STEP_ASSIGNMENTS])
+    policy.save(folder / POLICY_NAME)
+    _write_tensors(folder, model)
+    schedule = ScheduleRecord(
+        sigmas=SIGMAS, timesteps=tuple(s * 1000 for s in SIGMAS[:-1]), scheduler_config={"shift": 1.0}
+    )
+    manifest = Manifest(
+        model="tiny",
+        architecture="TinyModel",
+        backend="rtx",
+        targets=("sm120",),
+        base_type="bfloat16",
+        formats=("fp8", "bf16", "w8a8s"),
+        schedule=schedule,
+        guidance=GUIDANCE,
+        latent_shape=(TOKENS, WIDTH),
+        image=ImageSpec(patches=2, channels=4),
+        prompts=PROMPTS,
+        plans=(),
+        versions={},
+    )
+    write_manifest(folder, manifest)
+    return Bundle.open(folder)
+
+
+def _write_tensors(folder: Path, model: TinyModel) -> None:
+    rng = np.random.default_rng(1)
+    reference, steps = {}, len(STEP_ASSIGNMENTS)
+    scales = {name: np.full((steps, len(LAYERS)), np.nan, np.float32) for name in ("fp8", "w8a8s")}
+    for step, assignment in enumerate(STEP_ASSIGNMENTS):
+        inputs = {
+            "hidden_states": rng.standard_normal((ROWS, TOKENS, WIDTH), dtype=np.float32),
+            "pooled": rng.standard_normal((ROWS, WIDTH), dtype=np.float32),
+            "timestep": np.full(ROWS, SIGMAS[step], np.float32),
+        }
+        row = ASSIGNMENTS[assignment]
+        output, used = model.run(inputs, row)
+        for i, name in enumerate(row):
+            if FORMATS[name].static_activation:
+                scales[name][step, i] = used[i]
+        reference.update({f"step_{step:03d}.input.{name}": value for name, value in inputs.items()})
+        reference[f"step_{step:03d}.output"] = output
+    prompts = {
+        "conditional.pooled": rng.standard_normal((PROMPTS, WIDTH), dtype=np.float32),
+        "unconditional.pooled": rng.standard_normal((1, WIDTH), dtype=np.float32),
+    }
+    (folder / REFERENCE_NAME).parent.mkdir()
+    for name, tensors in ((REFERENCE_NAME, reference), (SCALES_NAME, scales), (PROMPTS_NAME, prompts)):
+        save_file(tensors, folder / name)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """For tests that only read."""
+    return make_bundle(tmp_path_factory.mktemp("tiny") / "bundle")
+
+
+@pytest.fixture
+def own_bundle(tmp_path: Path) -> Bundle:
+    """For tests that damage it."""
+    return make_bundle(tmp_path / "run" / "bundle")

@@ -1,0 +1,104 @@
+"""Plans by the real compiler, and what a second build keeps."""
+
+from pathlib import Path
+
+import pytest
+
+from adatsq_trt.engines.backends.base import BatchRange, Compiler, Runner
+from adatsq_trt.engines.backends.rtx import RtxBackend
+from adatsq_trt.engines.build import RECORD_NAME, build_plans
+from adatsq_trt.engines.bundle import Bundle
+from adatsq_trt.errors import AdatsqError
+from adatsq_trt.formats import TARGETS, Target
+
+
+class RecordingCompiler(Compiler):
+    """Stands in for the compiler where only the bookkeeping matters; a plan is a list of what it was made from."""
+
+    name = "recording"
+
+    def __init__(self) -> None:
+        self.built: list[str] = []
+
+    def require(self) -> None:
+        pass
+
+    def version(self) -> str:
+        return "1"
+
+    def load(self, path: Path) -> Runner:
+        raise AssertionError("plans are not loaded while building")
+
+    def build(self, onnx_path: Path, target: Target, batch: BatchRange) -> bytes:
+        self.built.append(f"{target.name}/{onnx_path.name}")
+        return repr((target.name, onnx_path.name, batch)).encode()
+
+
+def build(bundle: Bundle, compiler: Compiler, *targets: str, rows: int = 8) -> list[str]:
+    plans = build_plans(bundle.folder, bundle.index, [TARGETS[t] for t in targets], rows, compiler=compiler)
+    return [plan.path for plan in plans]
+
+
+def test_the_compiler_makes_a_plan_for_each_target_and_assignment(own_bundle: Bundle) -> None:
+    told: list[tuple[int, int]] = []
+    targets = [TARGETS["sm89"], TARGETS["sm120"]]
+    plans = build_plans(own_bundle.folder, own_bundle.index, targets, 8, lambda *done: told.append(done))
+    assert [(plan.target, plan.assignment) for plan in plans] == [(t.name, i) for t in targets for i in range(3)]
+    assert [plan.path for plan in plans][-1] == "plans/sm120/assignment_002.plan"
+    for plan in plans:
+        assert (own_bundle.folder / plan.path).stat().st_size == plan.bytes > 1000
+    assert told == [(i, 6) for i in range(1, 7)]
+
+
+def test_the_same_graph_gives_the_same_plan(tiny_bundle: Bundle) -> None:
+    path = tiny_bundle.graph_path(tiny_bundle.graph("target", 0))
+    first, second = (RtxBackend().build(path, TARGETS["sm120"], BatchRange(1, 8, 8)) for _ in range(2))
+    assert first == second
+
+
+def test_a_second_build_keeps_everything(own_bundle: Bundle) -> None:
+    first, second = RecordingCompiler(), RecordingCompiler()
+    paths = build(own_bundle, first, "sm89", "sm120")
+    assert len(first.built) == 6
+    assert build(own_bundle, second, "sm89", "sm120") == paths
+    assert second.built == []
+
+
+def test_only_what_changed_is_built_again(own_bundle: Bundle) -> None:
+    build(own_bundle, RecordingCompiler(), "sm120")
+    graph = own_bundle.graph_path(own_bundle.graph("target", 1))
+    graph.write_bytes(graph.read_bytes() + b"\x00")
+    (own_bundle.folder / "plans/sm120/assignment_002.plan").write_bytes(b"cut off")
+    again = RecordingCompiler()
+    build(own_bundle, again, "sm120")
+    assert again.built == ["sm120/assignment_001.target.onnx", "sm120/assignment_002.target.onnx"]
+
+
+def test_other_shapes_or_weights_build_everything_again(own_bundle: Bundle) -> None:
+    build(own_bundle, RecordingCompiler(), "sm120")
+    larger, other = RecordingCompiler(), RecordingCompiler()
+    build(own_bundle, larger, "sm120", rows=16)
+    weights = own_bundle.folder / "onnx" / "weights.data"
+    weights.write_bytes(weights.read_bytes()[::-1])
+    build(own_bundle, other, "sm120", rows=16)
+    assert len(larger.built) == len(other.built) == 3
+
+
+def test_a_damaged_record_costs_only_time(own_bundle: Bundle) -> None:
+    build(own_bundle, RecordingCompiler(), "sm120")
+    (own_bundle.folder / "plans/sm120" / RECORD_NAME).write_text("{")
+    again = RecordingCompiler()
+    build(own_bundle, again, "sm120")
+    assert len(again.built) == 3
+
+
+def test_the_cpu_needs_no_plans(own_bundle: Bundle) -> None:
+    assert build(own_bundle, RecordingCompiler(), "cpu") == []
+    assert not (own_bundle.folder / "plans").exists()
+
+
+def test_a_refused_graph_leaves_no_plan(own_bundle: Bundle) -> None:
+    own_bundle.graph_path(own_bundle.graph("target", 1)).write_bytes(b"no graph")
+    with pytest.raises(AdatsqError, match=r"cannot read .*assignment_001\.target\.onnx"):
+        build(own_bundle, RtxBackend(), "sm120")
+    assert [p.name for p in (own_bundle.folder / "plans/sm120").glob("*.plan")] == ["assignment_000.plan"]

@@ -1,0 +1,154 @@
+"""Files that appear whole or not at all, and readers that say what is wrong."""
+
+import hashlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from adatsq_trt.errors import DamagedFileError, MissingFileError, OutputError
+from adatsq_trt.files import (
+    atomic_path,
+    read_json_model,
+    read_tensors,
+    sha256,
+    write_bytes,
+    write_json_model,
+    write_tensors,
+)
+
+FullDisk = Callable[[], AbstractContextManager[None]]
+
+
+class Note(BaseModel):
+    """A small file with a schema version."""
+
+    schema_version: Literal[3] = 3
+    text: str
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def fail_halfway(path: Path, error: BaseException) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(b"half")
+        raise error
+
+
+@pytest.mark.parametrize("error", [ValueError(), KeyboardInterrupt()])
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, error: BaseException) -> None:
+    path = tmp_path / "file"
+    write_bytes(path, b"old")
+    with pytest.raises(type(error)):
+        fail_halfway(path, error)
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["file"]
+
+
+def test_writing_makes_folders_and_replaces(tmp_path: Path) -> None:
+    write_bytes(tmp_path / "a" / "b" / "file", b"1")
+    write_bytes(tmp_path / "a" / "b" / "file", b"2")
+    assert (tmp_path / "a" / "b" / "file").read_bytes() == b"2"
+    assert names(tmp_path / "a" / "b") == ["file"]
+
+
+def test_a_file_where_a_folder_should_be_is_an_output_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot write"):
+        write_bytes(tmp_path / "file" / "below", b"")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "json", "tensors"])
+def test_full_disk_is_an_output_error_and_leaves_the_old_file(tmp_path: Path, full_disk: FullDisk, kind: str) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def write() -> None:
+        with full_disk():
+            if kind == "bytes":
+                write_bytes(path, bytes(8192))
+            elif kind == "json":
+                write_json_model(path, Note(text="x" * 8192))
+            else:
+                write_tensors(path, {"a": torch.zeros(8192)})
+
+    with pytest.raises(OutputError, match="cannot write"):
+        write()
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["file"]
+
+
+@given(text=st.text())
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_json_round_trip(tmp_path: Path, text: str) -> None:
+    write_json_model(tmp_path / "note.json", Note(text=text))
+    assert read_json_model(tmp_path / "note.json", Note) == Note(text=text)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not complete JSON"),
+        (b'{"schema_version": 3, "text": "a', "not complete JSON"),
+        (b"[" * 100_000, "not complete JSON"),
+        (b"\xff\xfe\x00", "cannot be read as text"),
+        (b'{"schema_version": 4, "text": "a"}', "schema version 4, this version of adatsq-trt reads 3"),
+        (b'{"text": "a"}', "schema version None"),
+        (b"[]", "schema version None"),
+        (b'{"schema_version": 3}', "text: Field required"),
+        (b'{"schema_version": 3, "text": 1}', "text: .*string"),
+    ],
+)
+def test_damaged_json_is_described(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "note.json").write_bytes(content)
+    with pytest.raises(DamagedFileError, match=message) as caught:
+        read_json_model(tmp_path / "note.json", Note)
+    assert "note.json" in str(caught.value)
+
+
+def test_a_folder_in_place_of_a_file_is_damaged(tmp_path: Path) -> None:
+    with pytest.raises(DamagedFileError):
+        read_json_model(tmp_path, Note)
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "absent"
+    for read in (lambda: read_json_model(path, Note), lambda: read_tensors(path), lambda: sha256(path)):
+        with pytest.raises(MissingFileError, match="absent"):
+            read()
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8, torch.float8_e4m3fn]
+)
+def test_tensors_keep_type_shape_and_content(tmp_path: Path, dtype: torch.dtype) -> None:
+    value = torch.arange(12).reshape(3, 4).to(dtype).T  # not contiguous
+    write_tensors(tmp_path / "t.safetensors", {"a": value, "scalar": torch.tensor(1.5)})
+    read = read_tensors(tmp_path / "t.safetensors")
+    assert read["a"].dtype is dtype
+    assert torch.equal(read["a"].float(), value.float())
+    assert read["scalar"].shape == ()
+
+
+def test_every_truncation_of_tensors_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    write_tensors(path, {"a": torch.arange(4.0)})
+    content = path.read_bytes()
+    for length in range(len(content)):
+        path.write_bytes(content[:length])
+        with pytest.raises(DamagedFileError, match=r"t\.safetensors"):
+            read_tensors(path)
+
+
+def test_hash_is_that_of_the_content(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 10_000
+    write_bytes(tmp_path / "file", content)
+    assert sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()

@@ -1,0 +1,93 @@
+"""The table of formats, the sets and what targets accept."""
+
+import pytest
+
+from adatsq_trt.errors import UnknownNameError, UnsupportedFormatError
+from adatsq_trt.formats import (
+    FORMAT_SETS,
+    FORMATS,
+    TARGETS,
+    format_named,
+    require_accelerated,
+    require_shapes,
+    resolve_formats,
+    target_named,
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "stored_weight", "moved_activation"),
+    [
+        ("fp32", 32, 32, 32),
+        ("bf16", 16, 16, 16),
+        ("fp8", 8, 8 + 16 / 128, 8),
+        ("nvfp4", 4, 4.5, 4.5),
+        ("int4wo", 10, 4.25, 16),
+        ("w8a8s", 8, 8 + 16 / 128, 8),
+        ("w8a8", 8, 8 + 16 / 128, 8 + 32 / 128),
+        ("w4a8", 6, 4.25, 8 + 32 / 128),
+        ("w3a3", 3, 3.25, 3 + 32 / 128),
+        ("w6a6", 6, 6.25, 6 + 32 / 128),
+    ],
+)
+def test_bits(name: str, bits: float, stored_weight: float, moved_activation: float) -> None:
+    fmt = FORMATS[name]
+    assert fmt.bits == bits
+    assert fmt.stored_weight_bits(128) == stored_weight
+    assert fmt.moved_activation_bits(128) == moved_activation
+
+
+def test_static_activations_are_those_without_a_scale_per_token() -> None:
+    assert {f.name for f in FORMATS.values() if f.static_activation} == {"fp8", "nvfp4", "w8a8s"}
+
+
+@pytest.mark.parametrize(("name", "largest"), [("fp8", 448), ("nvfp4", 6), ("w8a8", 127), ("w4a4", 7), ("w3a3", 3)])
+def test_largest_magnitude_on_the_grid(name: str, largest: float) -> None:
+    assert FORMATS[name].activation.maximum == largest
+
+
+@pytest.mark.parametrize("name", FORMAT_SETS)
+def test_sets_come_cheapest_first(name: str) -> None:
+    formats = resolve_formats(name)
+    assert {f.name for f in formats} == set(FORMAT_SETS[name])
+    assert [f.bits for f in formats] == sorted(f.bits for f in formats)
+
+
+def test_lists_are_read_like_sets_and_duplicates_count_once() -> None:
+    assert [f.name for f in resolve_formats("bf16, nvfp4,fp8,bf16")] == ["nvfp4", "fp8", "bf16"]
+    assert [f.name for f in resolve_formats("w4a4")] == ["w4a4"]
+
+
+@pytest.mark.parametrize("names", ["blackwel", "", "fp8,fp7", "fp8,"])
+def test_unknown_names_are_refused(names: str) -> None:
+    with pytest.raises(UnknownNameError):
+        resolve_formats(names)
+
+
+def test_lookups_refuse_unknown_names() -> None:
+    assert format_named("fp8") is FORMATS["fp8"]
+    assert target_named("sm89") is TARGETS["sm89"]
+    with pytest.raises(UnknownNameError, match="did you mean 'sm120'"):
+        target_named("sm12")
+    with pytest.raises(UnknownNameError, match="format"):
+        format_named("fp9")
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_every_target_accelerates_its_default_set(target) -> None:
+    require_accelerated(resolve_formats(target.default_set), [target])
+    assert target.formats <= set(FORMATS)
+
+
+def test_formats_without_an_accelerated_path_are_refused_with_those_that_have_one() -> None:
+    targets = [TARGETS["sm120"], TARGETS["sm89"]]
+    with pytest.raises(UnsupportedFormatError, match=r"'sm89' does not accelerate nvfp4; .* bf16, fp16, fp8, int4wo;"):
+        require_accelerated(resolve_formats("blackwell"), targets)
+
+
+def test_layers_must_be_made_of_whole_groups() -> None:
+    formats = resolve_formats("w4a4,nvfp4")
+    require_shapes(formats, [("ff", 128)])
+    with pytest.raises(UnsupportedFormatError, match=r"layer 'ff': in_features 80 is not a multiple of 64.*'w4a4'"):
+        require_shapes(formats, [("ok", 64), ("ff", 80)])
+    require_shapes(resolve_formats("fp8,w8a8"), [("ff", 77)])

@@ -1,0 +1,48 @@
+"""Packing against its inverse and against ONNX."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import helper
+
+from adatsq_trt.packing import pack_nibbles, unpack_nibbles
+from adatsq_trt.quantize import decode_e2m1
+
+
+@given(st.lists(st.integers(-8, 7), max_size=33))
+def test_signed_round_trip(values: list[int]) -> None:
+    packed = pack_nibbles(torch.tensor(values, dtype=torch.int8))
+    assert packed.dtype is torch.uint8
+    assert len(packed) == (len(values) + 1) // 2
+    assert unpack_nibbles(packed, len(values), signed=True).tolist() == values
+
+
+@given(st.lists(st.integers(0, 15), max_size=33))
+def test_unsigned_round_trip(values: list[int]) -> None:
+    packed = pack_nibbles(torch.tensor(values, dtype=torch.uint8))
+    assert unpack_nibbles(packed, len(values), signed=False).tolist() == values
+
+
+def test_rows_are_packed_in_memory_order() -> None:
+    assert pack_nibbles(torch.tensor([[1, 2], [3, -1]], dtype=torch.int8)).tolist() == [0x21, 0xF3]
+
+
+@pytest.mark.parametrize("count", [16, 7])
+def test_layout_is_that_of_onnx_int4(count: int) -> None:
+    values = torch.arange(count, dtype=torch.int8) - 8
+    expected = helper.make_tensor("w", onnx.TensorProto.INT4, [count], values.tolist())
+    assert bytes(pack_nibbles(values).tolist()) == onnx_bytes(expected)
+
+
+def test_layout_is_that_of_onnx_float4() -> None:
+    codes = torch.arange(16, dtype=torch.uint8)
+    expected = helper.make_tensor("w", onnx.TensorProto.FLOAT4E2M1, [16], decode_e2m1(codes).tolist())
+    assert bytes(pack_nibbles(codes).tolist()) == onnx_bytes(expected)
+
+
+def onnx_bytes(tensor: onnx.TensorProto) -> bytes:
+    """Packed content of a 4-bit tensor, in whichever field the helper put it."""
+    return tensor.raw_data or np.array(tensor.int32_data, np.uint8).tobytes()
