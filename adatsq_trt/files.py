@@ -77,24 +77,38 @@ def read_json_model(path: Path, kind: type[ModelT]) -> ModelT:
         raise MissingFileError(f"'{path}' does not exist; run the stage that writes it, or check the path") from error
     except (OSError, UnicodeDecodeError) as error:
         raise DamagedFileError(f"'{path}' cannot be read as text: {error}; write it again") from error
-    _require_schema(path, text, kind)
+    return parse_json_model(text, str(path), kind)
+
+
+def parse_json_model(text: str, source: str, kind: type[ModelT]) -> ModelT:
+    """Read a pydantic model from text.
+
+    Args:
+        text: what a file holds.
+        source: what messages call it.
+        kind: the model's class.
+
+    Raises:
+        DamagedFileError: not JSON, truncated, of another schema version, or with wrong fields.
+    """
+    _require_schema(source, text, kind)
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise DamagedFileError(
-            f"'{path}' is not a valid {kind.__name__}: {where}: {first['msg']}; delete it and run the stage again"
+            f"'{source}' is not a valid {kind.__name__}: {where}: {first['msg']}; delete it and run the stage again"
         ) from error
 
 
-def _require_schema(path: Path, text: str, kind: type[BaseModel]) -> None:
+def _require_schema(source: str, text: str, kind: type[BaseModel]) -> None:
     """Say "schema version" when that is what is wrong, before anything else is looked at."""
     try:
         content = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         raise DamagedFileError(
-            f"'{path}' is not complete JSON ({error}); delete it and run the stage that writes it again"
+            f"'{source}' is not complete JSON ({error}); delete it and run the stage that writes it again"
         ) from error
     field = kind.model_fields.get("schema_version")
     if field is None:
@@ -102,7 +116,7 @@ def _require_schema(path: Path, text: str, kind: type[BaseModel]) -> None:
     got = content.get("schema_version") if isinstance(content, dict) else None
     if got != field.default:
         raise DamagedFileError(
-            f"'{path}' has schema version {got}, this version of adatsq-trt reads {field.default}; "
+            f"'{source}' has schema version {got}, this version of adatsq-trt reads {field.default}; "
             "use the version that wrote it or a new run directory"
         )
 

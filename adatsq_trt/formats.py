@@ -170,6 +170,9 @@ FORMAT_SETS: dict[str, tuple[str, ...]] = {
     "cpu": ("w8a8s", "fp32"),
 }
 
+# Budgets that leave room for a choice; for a list of formats halfway between the two cheapest.
+_DEFAULT_BUDGETS = {"paper": 4.0, "paper-fine": 4.0, "blackwell": 6.0, "ada": 9.0, "hopper": 7.0, "ampere": 12.0}
+
 
 @dataclass(frozen=True)
 class Target:
@@ -235,6 +238,18 @@ def resolve_formats(names: str) -> tuple[Format, ...]:
     else:
         raise UnknownNameError("format or format set", names, [*FORMAT_SETS, *FORMATS])
     return tuple(sorted((format_named(name) for name in members), key=lambda f: (f.bits, f.name)))
+
+
+def default_budget(names: str) -> float:
+    """The budget in mean bits that is used when none is asked for.
+
+    Args:
+        names: a format set's name or a comma-separated list of formats.
+    """
+    if names in _DEFAULT_BUDGETS:
+        return _DEFAULT_BUDGETS[names]
+    bits = sorted({fmt.bits for fmt in resolve_formats(names)})
+    return sum(bits[:2]) / len(bits[:2])
 
 
 def require_accelerated(formats: Iterable[Format], targets: Iterable[Target]) -> None:

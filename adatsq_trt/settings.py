@@ -23,6 +23,7 @@ class Settings(BaseModel):
         steps: denoising steps.
         guidance: classifier-free guidance scale.
         budget_bits: largest mean of (weight bits + activation bits) / 2 over (step, layer).
+        policy: text of a given policy file, which replaces the search; None to search.
         seed: of calibration prompts, noise and projections.
         calibration_samples: trajectories that Hessians, sensitivities and the beam are measured on.
         projections: random projections per calibration sample.
@@ -47,6 +48,7 @@ class Settings(BaseModel):
     steps: int
     guidance: float
     budget_bits: float
+    policy: str | None = None
     seed: int = 0
     calibration_samples: int = 64
     projections: int = 8

@@ -50,15 +50,16 @@ def projections(samples: int, latent_shape: tuple[int, ...], count: int, seed: i
     return torch.randn(count, samples, *latent_shape, generator=torch.Generator().manual_seed(seed))
 
 
-def backward_sweep(samples: Samples, latents: Tensor, adjoint: Tensor) -> Iterator[BackwardStep]:
-    """The adjoint recursion from the last step to the first.
+def backward_sweep(samples: Samples, latents: Tensor, adjoint: Tensor, last: int) -> Iterator[BackwardStep]:
+    """The adjoint recursion from step `last` to the first.
 
     Args:
         samples: the batch.
         latents: its full-precision trajectory, float32 [steps + 1, samples, *latent_shape].
-        adjoint: a_T = u, float32 [projections, samples, *latent_shape].
+        adjoint: a_{last + 1}, float32 [projections, samples, *latent_shape]; u itself after the last step of all.
+        last: step to begin with.
     """
-    for step in reversed(range(samples.schedule.steps)):
+    for step in range(last, -1, -1):
         latent = latents[step].clone().requires_grad_(True)
         with captured(samples.adapter.quantizable_layers()) as capture, torch.enable_grad():
             inputs, following = _differentiable_step(samples, latent, step)

@@ -51,6 +51,10 @@ class ModelAdapter(ABC):
         """Linear layers that a policy may quantize, by module path, in the order of execution."""
 
     @abstractmethod
+    def blocks(self) -> tuple[str, ...]:
+        """Module paths of the transformer's blocks, in the order of execution."""
+
+    @abstractmethod
     def encode(self, prompts: Sequence[int]) -> Conditioning:
         """Conditioning of a batch of prompts (class ids for class-conditional models)."""
 

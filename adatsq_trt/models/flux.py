@@ -57,6 +57,11 @@ class FluxAdapter(ModelAdapter):
             and min(module.in_features, module.out_features) >= MIN_FEATURES
         }
 
+    def blocks(self) -> tuple[str, ...]:
+        """Double-stream blocks, then single-stream blocks."""
+        kinds = ("transformer_blocks", "single_transformer_blocks")
+        return tuple(f"{kind}.{i}" for kind in kinds for i in range(len(getattr(self.transformer, kind))))
+
     @property
     def classes(self) -> int:
         """Number of classes that can be asked for."""

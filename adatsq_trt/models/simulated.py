@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 from adatsq_trt.formats import Format, format_named
 from adatsq_trt.models.adapter import ModelAdapter
-from adatsq_trt.quantize import QuantizedWeight, dequantize_weight, fake_quantize_activation
+from adatsq_trt.models.format_store import FormatStore
+from adatsq_trt.quantize import dequantize_weight, fake_quantize_activation
 
 
 class SimulatedLinear(nn.Module):
@@ -29,7 +29,7 @@ class SimulatedLinear(nn.Module):
     """
 
     def __init__(self, original: nn.Linear, weights: Mapping[str, Tensor]) -> None:
-        """Wrap a layer."""
+        """Wrap a layer in full precision."""
         super().__init__()
         self.original = original
         self.weights = dict(weights)
@@ -42,19 +42,6 @@ class SimulatedLinear(nn.Module):
             return self.original(x)  # type: ignore[no-any-return]
         rounded = fake_quantize_activation(x, self.active.activation, self.scale)
         return functional.linear(rounded, self.weights[self.active.name], self.original.bias)
-
-
-@dataclass(frozen=True)
-class FormatStore:
-    """Everything that the formats need: quantized weights and static activation scales.
-
-    Attributes:
-        weights: format name → module path → quantized weight.
-        scales: format name → float32 [steps, layers], for formats with a static activation scale.
-    """
-
-    weights: Mapping[str, Mapping[str, QuantizedWeight]]
-    scales: Mapping[str, Tensor]
 
 
 class SimulatedModel:

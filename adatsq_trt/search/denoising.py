@@ -12,7 +12,8 @@ from torch import Tensor
 from adatsq_trt.calibration.trajectory import Samples, latent_mse, trajectory
 from adatsq_trt.formats import Format
 from adatsq_trt.models.simulated import SimulatedModel
-from adatsq_trt.search.candidates import Assignment, Plan, step_candidates
+from adatsq_trt.search.candidates import Assignment
+from adatsq_trt.search.plan import Plan
 
 
 def final_error(state: Tensor, reference: Tensor, adjoint: Tensor) -> float:
@@ -37,9 +38,8 @@ class DenoisingProblem:
         formats: cheapest first; assignments are indices into it.
         reference: full-precision trajectory, float32 [steps + 1, samples, *latent_shape].
         adjoints: float32 [steps + 1, projections, samples, *latent_shape].
-        plan: tiers and the estimate of the rest.
+        plan: candidates and the estimate of the rest.
         budget: mean bits per (step, layer).
-        multiples: prices of the candidates, relative to the plan's.
         calls: denoiser calls so far.
     """
 
@@ -50,7 +50,6 @@ class DenoisingProblem:
     adjoints: Tensor
     plan: Plan
     budget: float
-    multiples: tuple[float, ...]
     calls: int = field(default=0)
 
     @property
@@ -63,8 +62,8 @@ class DenoisingProblem:
         return self.reference[0]
 
     def candidates(self, step: int, previous: Assignment | None) -> Sequence[Assignment]:
-        """The plan's tiers at several prices, and the previous assignment."""
-        return step_candidates(self.plan, step, self.multiples, previous)
+        """The plan's rows at several prices, and the previous assignment."""
+        return self.plan.candidates(step, previous)
 
     def bits(self, assignment: Assignment) -> float:
         """Sum over layers of nominal bits."""

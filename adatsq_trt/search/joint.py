@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from adatsq_trt.search.candidates import Array, spend_the_rest, tiers
+from adatsq_trt.search.candidates import Array, spend_the_rest, steepest_price, tiers
 
 SWEEPS = 6
 Choice = NDArray[np.int64]
@@ -66,7 +66,7 @@ def allocate_jointly(
         budget: largest sum of weight * bits; at least that of the cheapest format everywhere.
         shrink: see the module.
     """
-    high = float(errors.max() / max(np.diff(bits).min(initial=1.0) * weight.min(), 1e-12)) * 8
+    high = 8 * steepest_price(errors, bits, weight)  # accumulated errors save more per bit than single ones
     low, chosen, price = high * 1e-9, np.zeros(errors.shape[1], dtype=np.int64), high
     for _ in range(18):
         middle = float(np.sqrt(low * high))

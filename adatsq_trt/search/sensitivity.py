@@ -22,7 +22,7 @@ from torch.nn import functional
 from adatsq_trt.calibration.fisher import BackwardStep
 from adatsq_trt.formats import Format
 from adatsq_trt.models.adapter import ModelAdapter
-from adatsq_trt.models.simulated import FormatStore
+from adatsq_trt.models.format_store import FormatStore
 from adatsq_trt.quantize import dequantize_weight, fake_quantize_activation
 
 

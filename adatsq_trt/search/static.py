@@ -11,10 +11,9 @@ import numpy as np
 import torch
 
 from adatsq_trt.search.candidates import Array, Assignment, allocate
+from adatsq_trt.search.joint import allocate_jointly
+from adatsq_trt.search.plan import SHRINKS, Rows
 from adatsq_trt.search.sensitivity import Sensitivity
-
-Rows = tuple[Assignment, ...]
-
 
 def uniform(index: int, steps: int, layers: int) -> Rows:
     """One format everywhere."""
@@ -24,8 +23,8 @@ def uniform(index: int, steps: int, layers: int) -> Rows:
 def layer_only(sensitivity: Sensitivity, bits: Array, budget: float) -> list[Rows]:
     """Proposals with one assignment for all steps.
 
-    A layer's error is its contributions summed over the steps, squared: in full (accumulation counted), as single
-    errors (not counted), and the geometric mean of both.
+    A layer's error is that of its contributions summed over the steps (accumulation counted), of each alone (not
+    counted), or the geometric mean; and layers are allocated jointly, as the search's own plan is.
     """
     steps = sensitivity.contributions.shape[1]
     return [tuple([row] * steps) for row in _grouped(sensitivity, bits, budget, steps_together=True)]
@@ -41,11 +40,12 @@ def time_only(sensitivity: Sensitivity, bits: Array, budget: float) -> list[Rows
 def _grouped(sensitivity: Sensitivity, bits: Array, budget: float, *, steps_together: bool) -> list[Assignment]:
     """Allocate one format per layer (or per step) within a mean budget; distinct proposals."""
     contributions, axis = sensitivity.contributions.double(), 1 if steps_together else 2
-    together = contributions.sum(dim=axis).square().sum(dim=-1)
-    alone = contributions.square().sum(dim=(axis, 3))
-    proposals = []
-    for errors in (together, alone, torch.sqrt(together * alone)):
-        items = errors.shape[1]
-        chosen = allocate(errors.numpy(), bits, np.ones(items), budget * items)
-        proposals.append(tuple(int(i) for i in chosen))
-    return list(dict.fromkeys(proposals))
+    together = contributions.sum(dim=axis)
+    diagonal, alone = together.square().sum(dim=-1), contributions.square().sum(dim=(axis, 3))
+    items = together.shape[1]
+    ones, total = np.ones(items), budget * items
+    choices = [allocate(e.numpy(), bits, ones, total) for e in (diagonal, alone, torch.sqrt(diagonal * alone))]
+    choices += [
+        allocate_jointly(together.numpy(), diagonal.numpy(), bits, ones, total, shrink)[0] for shrink in SHRINKS
+    ]
+    return list(dict.fromkeys(tuple(int(i) for i in choice) for choice in choices))

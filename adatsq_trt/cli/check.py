@@ -1,0 +1,61 @@
+"""`adatsq-trt check`: compare a bundle's graphs with the fake-quantized model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from adatsq_trt.errors import AdatsqError
+
+
+def check(
+    bundle: Annotated[Path, typer.Argument(help="A bundle or a run directory.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where the report goes; default beside the bundle: check/.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Compare a bundle's graphs with the fake-quantized model; exit code 1 when a comparison fails."""
+    from adatsq_trt.cli.progress import progress
+    from adatsq_trt.engines.accuracy import CheckReport, check as run_check
+    from adatsq_trt.engines.bundle import Bundle
+
+    opened = Bundle.open(bundle)
+    folder = output or opened.folder.parent / "check"
+    rows = opened.policy.steps + sum(graph.variant == "target" for graph in opened.index.graphs)
+    with progress("check", rows) as advance:
+        report: CheckReport = run_check(opened, folder, lambda _done, _all: advance())
+    if json:
+        typer.echo(report.model_dump_json(indent=2))
+    else:
+        Console().print(_table(report, folder))
+    if not report.passed:
+        failed = [f"step {r.step} ({r.variant})" for r in report.rows if not r.passed]
+        raise AdatsqError(f"check failed at {', '.join(failed) or 'missing rows'}; see '{folder / 'check.json'}'")
+
+
+def _table(report, folder: Path) -> Table:  # type: ignore[no-untyped-def]
+    table = Table("step", "assignment", "variant", "checked", "against", "median", "≤", "relative", "≤", "", box=None)
+    for row in report.rows:
+        table.add_row(
+            str(row.step),
+            str(row.assignment),
+            row.variant,
+            row.block or row.computed_by,
+            row.reference,
+            _figure(row.median_error),
+            _figure(row.median_tolerance),
+            _figure(row.relative_error),
+            _figure(row.relative_tolerance),
+            "ok" if row.passed else "FAILED",
+        )
+    table.caption = f"every row's arrays and the command that repeats it: {folder / 'check.json'}"
+    return table
+
+
+def _figure(value: float | None) -> str:
+    return "none" if value is None else f"{value:.1e}"

@@ -1,0 +1,30 @@
+"""`adatsq-trt compare`: what the Fisher weighting of the Hessians is worth for a finished policy."""
+
+from __future__ import annotations
+
+import json as json_format
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+
+def compare(
+    run: Annotated[Path, typer.Argument(help="A run directory with a finished search.")],
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Compare the policy's error with weighted Hessians, unweighted Hessians and rounding to nearest."""
+    from adatsq_trt.cli.options import open_run
+    from adatsq_trt.cli.stages.compare import solver_errors
+
+    errors = solver_errors(open_run(run))
+    if json:
+        typer.echo(json_format.dumps(errors, indent=2))
+        return
+    first = next(iter(errors.values()))
+    table = Table("weights", "latent MSE on held-out samples", "of the first", box=None)
+    for name, error in errors.items():
+        table.add_row(name, f"{error:.4e}", f"{error / first:.3f} ×")
+    Console().print(table)

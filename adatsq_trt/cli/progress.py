@@ -1,0 +1,32 @@
+"""Progress of anything that takes longer than two seconds: done, rate and time left, on standard error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+CONSOLE = Console(stderr=True)
+
+
+@contextmanager
+def progress(label: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar with time left on a terminal, one closing line elsewhere; gives the function that advances it.
+
+    Args:
+        label: what is being done.
+        total: units of work.
+    """
+    columns = (
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=CONSOLE, refresh_per_second=4) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda: bar.advance(task)

@@ -1,0 +1,7 @@
+"""`adatsq-trt quantize`: the stages up to `quantize`."""
+
+from __future__ import annotations
+
+from adatsq_trt.cli.options import StageName, until
+
+quantize = until(StageName.QUANTIZE, "Quantize every layer in every candidate format.")

@@ -1,0 +1,7 @@
+"""`adatsq-trt search`: the stages up to `search`."""
+
+from __future__ import annotations
+
+from adatsq_trt.cli.options import StageName, until
+
+search = until(StageName.SEARCH, "Search the policy: a format for every step and layer.")

@@ -1,0 +1,1 @@
+"""The stages of a run: each reads files, calls the rooms of the house, and writes files."""

@@ -1,0 +1,101 @@
+"""Stage `bundle`: plans for every target and assignment, and the manifest that makes the folder a bundle."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from importlib import metadata
+from pathlib import Path
+
+from adatsq_trt import __version__
+from adatsq_trt.cli.progress import progress
+from adatsq_trt.cli.stages import export, search
+from adatsq_trt.cli.stages.context import Context
+from adatsq_trt.engines.build import build_plans
+from adatsq_trt.engines.bundle import POLICY_NAME, ImageSpec, Manifest, PlanFile, ScheduleRecord, write_manifest
+from adatsq_trt.files import atomic_path, read_json_model
+from adatsq_trt.graph_index import INDEX_NAME, GraphIndex
+from adatsq_trt.policy import Policy
+from adatsq_trt.run import Stage
+
+NAME = "bundle"
+MAX_SAMPLES = 32
+_LIBRARIES = ("torch", "diffusers", "onnx", "onnx-ir", "onnxruntime-gpu", "tensorrt-rtx", "polygraphy")
+
+
+def stage(context: Context) -> Stage:
+    """The stage for these settings."""
+    inputs = context.inputs(("model", "targets", "simulate"))
+    versions = dict(library_versions())
+    return context.run.stage(NAME, {**inputs, "versions": versions}, [export.stage(context).folder])
+
+
+def library_versions() -> dict[str, str]:
+    """What a bundle was made with."""
+    return {"adatsq-trt": __version__, **{name: metadata.version(name) for name in _LIBRARIES if _installed(name)}}
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def run(context: Context) -> Stage:
+    """Build, unless that is done."""
+    export.run(context)
+    this = stage(context)
+    if this.done:
+        return this
+    exported = export.stage(context).folder
+    with this.run() as folder:
+        for file in sorted(path for path in exported.rglob("*") if path.is_file()):
+            _link(file, folder / file.relative_to(exported))
+        policy_file = search.stage(context).folder / search.POLICY
+        _link(policy_file, folder / POLICY_NAME)
+        index = read_json_model(folder / export.GRAPHS / INDEX_NAME, GraphIndex)
+        write_manifest(folder, _manifest(context, index, Policy.load(policy_file), _plans(context, folder, index)))
+    return this
+
+
+def _link(source: Path, destination: Path) -> None:
+    """The same bytes under another name: a hard link where the file system allows one, else a copy."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(destination) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+
+def _plans(context: Context, folder: Path, index: GraphIndex) -> tuple[PlanFile, ...]:
+    targets = [target for target in context.targets if target.compute_capability is not None]
+    if context.settings.simulate or not targets:
+        return ()
+    graphs = sum(graph.variant == "target" for graph in index.graphs)
+    branches = 2 if context.calibration.conditioning.unconditional is not None else 1
+    with progress("build: TensorRT-RTX", graphs * len(targets)) as advance:
+        return build_plans(folder, index, targets, MAX_SAMPLES * branches, lambda _done, _all: advance())
+
+
+def _manifest(context: Context, index: GraphIndex, policy: Policy, plans: tuple[PlanFile, ...]) -> Manifest:
+    schedule, adapter = context.schedule, context.model.adapter
+    return Manifest(
+        model=context.model.name,
+        architecture=adapter.architecture,
+        backend="rtx" if plans else "onnxruntime",
+        targets=context.settings.targets,
+        base_type=index.base_type,
+        formats=export.used_formats(policy),
+        schedule=ScheduleRecord(
+            sigmas=schedule.sigmas, timesteps=schedule.timesteps, scheduler_config=schedule.scheduler_config
+        ),
+        guidance=context.settings.guidance,
+        latent_shape=adapter.latent_shape,
+        image=ImageSpec(patches=adapter.patches, channels=adapter.latent_shape[1] // 4),
+        prompts=adapter.classes,
+        plans=plans,
+        versions=library_versions(),
+    )

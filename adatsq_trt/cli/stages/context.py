@@ -1,0 +1,99 @@
+"""What all stages share: the run directory, the settings, the model and the batches of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from adatsq_trt.calibration.trajectory import Samples, seeded_samples
+from adatsq_trt.formats import Format, Target, format_named, target_named
+from adatsq_trt.models.adapter import ModelAdapter
+from adatsq_trt.policy import LayerShape
+from adatsq_trt.run import Json, RunDirectory
+from adatsq_trt.schedule import Schedule
+from adatsq_trt.settings import Settings
+from adatsq_trt.zoo.loading import LoadedModel
+
+# Seeds of the three batches never meet: each has a million of its own per --seed.
+_SEEDS_PER_RUN = 10_000_000
+_SELECTION_SEEDS, _HELD_OUT_SEEDS = 1_000_000, 2_000_000
+
+
+@dataclass(frozen=True)
+class Context:
+    """A run.
+
+    Attributes:
+        run: where files go, opened for writing.
+        settings: resolved.
+        model: loaded in float32.
+    """
+
+    run: RunDirectory
+    settings: Settings
+    model: LoadedModel
+
+    @property
+    def adapter(self) -> ModelAdapter:
+        """The model."""
+        return self.model.adapter
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """The denoising steps."""
+        return self.adapter.schedule(self.settings.steps)
+
+    @cached_property
+    def layers(self) -> tuple[str, ...]:
+        """Quantizable layers."""
+        return tuple(self.adapter.quantizable_layers())
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        """Candidate formats, cheapest first."""
+        return tuple(format_named(name) for name in self.settings.formats)
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """What the bundle is built for."""
+        return tuple(target_named(name) for name in self.settings.targets)
+
+    @cached_property
+    def calibration(self) -> Samples:
+        """The batch that everything is measured on."""
+        return self._samples(self.settings.calibration_samples, 0)
+
+    @cached_property
+    def selection(self) -> Samples:
+        """The batch that decides between finished policies."""
+        return self._samples(self.settings.selection_samples, _SELECTION_SEEDS)
+
+    @cached_property
+    def held_out(self) -> Samples:
+        """The batch that reported errors are measured on; nothing is chosen by it."""
+        return self._samples(self.settings.held_out_samples, _HELD_OUT_SEEDS)
+
+    def _samples(self, count: int, offset: int) -> Samples:
+        first = self.settings.seed * _SEEDS_PER_RUN + offset
+        return seeded_samples(
+            self.adapter, self.schedule, self.settings.guidance, count, first, self.model.adapter.classes
+        )
+
+    def inputs(self, names: Sequence[str]) -> dict[str, Json]:
+        """Some of the settings, for a stage's key."""
+        values = self.settings.model_dump(mode="json")
+        return {name: values[name] for name in names}
+
+
+def layer_shapes(adapter: ModelAdapter, inputs: dict[str, int]) -> tuple[LayerShape, ...]:
+    """Shapes of the quantizable layers.
+
+    Args:
+        adapter: the model.
+        inputs: module path → rows that one sample sends through the layer.
+    """
+    return tuple(
+        LayerShape(name, linear.in_features, linear.out_features, inputs[name])
+        for name, linear in adapter.quantizable_layers().items()
+    )

@@ -1,0 +1,115 @@
+"""Stage `export`: one trace, a graph per distinct assignment and variant, and what a bundle needs beside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from adatsq_trt.calibration.trajectory import Samples
+from adatsq_trt.cli.progress import progress
+from adatsq_trt.cli.stages import calibrate, quantize, search
+from adatsq_trt.cli.stages.context import Context
+from adatsq_trt.export import export_graphs, trace
+from adatsq_trt.files import read_tensors, write_tensors
+from adatsq_trt.models.adapter import Conditioning
+from adatsq_trt.models.format_store import SCALES_NAME
+from adatsq_trt.models.simulated import SimulatedModel
+from adatsq_trt.policy import Policy
+from adatsq_trt.run import Stage
+
+NAME = "export"
+GRAPHS, PROMPTS, REFERENCE = "onnx", "prompts.safetensors", "check/reference.safetensors"
+OUTPUT_NAME = "velocity"
+CHECK_SAMPLES = 2
+_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+BaseName = Literal["bfloat16", "float16", "float32"]
+
+
+def base_type(context: Context) -> BaseName:
+    """The type of everything that is not quantized: float16 where a format asks for it, bfloat16 on other GPUs."""
+    if all(target.compute_capability is None for target in context.targets) and not context.settings.simulate:
+        return "float32"
+    return "float16" if "fp16" in context.settings.formats else "bfloat16"
+
+
+def variants(context: Context) -> tuple[str, ...]:
+    """Graphs for TensorRT only where a plan will be built from them."""
+    gpu = any(target.compute_capability is not None for target in context.targets)
+    return ("target", "cpu") if gpu and not context.settings.simulate else ("cpu",)
+
+
+def stage(context: Context) -> Stage:
+    """The stage for these settings."""
+    files = [
+        search.stage(context).folder / search.POLICY,
+        quantize.stage(context).folder,
+        calibrate.stage(context).folder / calibrate.TRAJECTORY,
+    ]
+    inputs = context.inputs(("weights_sha256", "formats", "steps", "guidance"))
+    return context.run.stage(NAME, {**inputs, "base": base_type(context), "variants": variants(context)}, files)
+
+
+def run(context: Context) -> Stage:
+    """Export, unless that is done."""
+    search.run(context)
+    this = stage(context)
+    if this.done:
+        return this
+    policy = Policy.load(search.stage(context).folder / search.POLICY)
+    policy.require(context.settings.weights_sha256, context.settings.steps, context.layers)
+    with this.run() as folder:
+        _graphs(context, policy, folder)
+        _reference(context, policy, folder)
+        write_tensors(this.unit(PROMPTS), _prompts(context))
+        scales = read_tensors(quantize.stage(context).folder / SCALES_NAME)
+        write_tensors(this.unit(SCALES_NAME), scales)
+    return this
+
+
+def _graphs(context: Context, policy: Policy, folder: Path) -> None:
+    samples, base = context.calibration.part(slice(0, CHECK_SAMPLES)), base_type(context)
+    inputs = context.adapter.guided_inputs(samples.noise(), context.schedule.model_time(0), samples.conditioning)
+    weights = quantize.load(context).weights
+    names = variants(context)
+    with progress("export", 2 + len(policy.assignments) * len(names)) as advance:
+        traced = trace(context.adapter.trace_module(), inputs, OUTPUT_NAME, _TYPES[base])
+        advance()
+        blocks = context.adapter.blocks()
+        export_graphs(traced, policy, weights, folder / GRAPHS, base, blocks, names, lambda _done, _all: advance())
+
+
+@torch.no_grad()
+def _reference(context: Context, policy: Policy, folder: Path) -> None:
+    """Inputs and outputs of the fake-quantized PyTorch model at every step: what `check` compares graphs with."""
+    samples = context.calibration.part(slice(0, CHECK_SAMPLES))
+    latents = read_tensors(calibrate.stage(context).folder / calibrate.TRAJECTORY)["latents"]
+    tensors: dict[str, Tensor] = {}
+    with SimulatedModel(context.adapter, quantize.load(context)).installed() as model:
+        for step in range(policy.steps):
+            model.assign(policy.formats_at(step), step)
+            tensors |= _one_step(context, samples, latents[step, :CHECK_SAMPLES], step)
+    write_tensors(folder / REFERENCE, tensors)
+
+
+def _one_step(context: Context, samples: Samples, latent: Tensor, step: int) -> dict[str, Tensor]:
+    inputs = context.adapter.guided_inputs(latent, context.schedule.model_time(step), samples.conditioning)
+    tensors = {f"step_{step:03d}.input.{name}": value.clone() for name, value in inputs.items()}
+    return {**tensors, f"step_{step:03d}.output": context.adapter.predict(inputs)}
+
+
+@torch.no_grad()
+def _prompts(context: Context) -> dict[str, Tensor]:
+    """Conditioning of every prompt of the model, and of the unguided branch."""
+    everything: Conditioning = context.adapter.encode(range(context.model.adapter.classes))
+    tensors = {f"conditional.{name}": value.clone() for name, value in everything.conditional.items()}
+    for name, value in (everything.unconditional or {}).items():
+        tensors[f"unconditional.{name}"] = value[:1].clone()
+    return tensors
+
+
+def used_formats(policy: Policy) -> tuple[str, ...]:
+    """Names of the formats that a policy uses, sorted."""
+    return tuple(sorted({name for row in policy.assignments for name in row}))

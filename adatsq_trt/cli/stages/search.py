@@ -1,0 +1,171 @@
+"""Stage `search`: sensitivities, beam, selection on whole samples, figures on held-out samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from adatsq_trt.calibration.fisher import projections
+from adatsq_trt.cli.progress import progress
+from adatsq_trt.cli.stages import calibrate, quantize
+from adatsq_trt.cli.stages.context import Context
+from adatsq_trt.errors import BudgetError, MismatchError
+from adatsq_trt.files import parse_json_model, read_tensors, write_json_model
+from adatsq_trt.formats import format_named
+from adatsq_trt.models.format_store import FormatStore
+from adatsq_trt.models.simulated import SimulatedModel
+from adatsq_trt.policy import Policy
+from adatsq_trt.run import Stage
+from adatsq_trt.search.beam import Pruning
+from adatsq_trt.search.denoising import DenoisingProblem, format_bits
+from adatsq_trt.search.plan import make_plan
+from adatsq_trt.search.resume import Scorer, measure_sensitivity, search_columns
+from adatsq_trt.search.select import Kind, Proposal, SearchResult, best_of, judge, measure_held_out
+from adatsq_trt.search.sensitivity import Sensitivity
+from adatsq_trt.search.static import layer_only, time_only, uniform
+from adatsq_trt.settings import Settings
+from adatsq_trt.zoo.loading import LoadedModel
+
+NAME = "search"
+RESULT, POLICY = "result.json", "policy.json"
+STATIC_KINDS: tuple[Kind, Kind] = ("layer_only", "time_only")
+# The beam runs on the first samples of the calibration batch: its calls are what a search costs.
+BEAM_SAMPLES = 32
+_SETTINGS = (
+    *("model", "weights_sha256", "formats", "steps", "guidance", "budget_bits", "seed", "calibration_samples"),
+    *("policy", "projections", "selection_samples", "held_out_samples", "beam", "candidates", "slack"),
+)
+
+
+def stage(context: Context) -> Stage:
+    """The stage for these settings."""
+    files = [calibrate.stage(context).folder / calibrate.TRAJECTORY, quantize.stage(context).folder]
+    return context.run.stage(NAME, context.inputs(_SETTINGS), files)
+
+
+def require_possible(settings: Settings, model: LoadedModel) -> None:
+    """Refuse, before anything runs, a budget that no policy can meet and a policy that is not for this model.
+
+    Raises:
+        BudgetError: names the cheapest policy there is.
+        MismatchError: the given policy is for another model, step count or set of formats.
+        DamagedFileError: the given policy is not a policy.
+    """
+    if settings.policy is not None:
+        _given_policy(settings, tuple(model.adapter.quantizable_layers()))
+        return
+    cheapest = format_named(settings.formats[0])
+    if not settings.budget_bits >= cheapest.bits:
+        raise BudgetError(
+            f"--budget-bits {settings.budget_bits:g}: no policy of these formats is that small; the cheapest is "
+            f"{cheapest.name} everywhere with a mean of {cheapest.bits:g} bits; raise the budget or add a format"
+        )
+
+
+def _given_policy(settings: Settings, layers: Sequence[str]) -> Policy:
+    assert settings.policy is not None
+    policy = parse_json_model(settings.policy, "--policy", Policy)
+    policy.require(settings.weights_sha256, settings.steps, layers)
+    unknown = sorted({name for row in policy.assignments for name in row} - set(settings.formats))
+    if unknown:
+        raise MismatchError(
+            f"--policy uses {', '.join(unknown)}, the formats of this run are {', '.join(settings.formats)}; "
+            "pass --formats with all of the policy's formats"
+        )
+    return policy
+
+
+def run(context: Context) -> Stage:
+    """Search, unless that is done."""
+    quantize.run(context)
+    this = stage(context)
+    if this.done:
+        return this
+    with this.run() as folder:
+        result = _search(context, folder)
+        chosen = result.points[result.chosen]
+        policy = Policy.from_steps(context.model.name, context.settings.weights_sha256, context.layers, chosen.formats)
+        policy.save(this.unit(POLICY))
+        write_json_model(this.unit(RESULT), result)
+    return this
+
+
+def _search(context: Context, folder: Path) -> SearchResult:
+    """The steps of the search, each kept on disk as it goes."""
+    store = quantize.load(context)
+    if context.settings.policy is not None:
+        with SimulatedModel(context.adapter, store).installed() as model:
+            return _judge(context, model, [_given_proposal(context), *_uniforms(context)], 0, folder)
+    sensitivity, adjoints, latents = _sensitivity(context, store, folder)
+    bits, budget = format_bits(context.formats), context.settings.budget_bits
+    plan = make_plan(sensitivity, bits, budget, context.settings.candidates)
+    beam_samples = context.calibration.part(slice(0, BEAM_SAMPLES))
+    latents, adjoints = latents[:, :BEAM_SAMPLES], adjoints[:, :, :BEAM_SAMPLES]
+    with SimulatedModel(context.adapter, store).installed() as model:
+        problem = DenoisingProblem(beam_samples, model, context.formats, latents, adjoints, plan, budget)
+        with progress("search: beam", context.settings.steps) as advance:
+            pruning = Pruning(context.settings.beam, context.settings.slack)
+            paths = search_columns(problem, pruning, folder, advance)
+        proposals = [
+            *(Proposal("beam", path.assignments) for path in paths),
+            *(Proposal("plan", rows) for rows in (*plan.policies, *plan.hedges)),
+            *(Proposal("layer_only", rows) for rows in layer_only(sensitivity, bits, budget)),
+            *(Proposal("time_only", rows) for rows in time_only(sensitivity, bits, budget)),
+            *_uniforms(context),
+        ]
+        return _judge(context, model, proposals, problem.calls, folder)
+
+
+def _sensitivity(context: Context, store: FormatStore, folder: Path) -> tuple[Sensitivity, Tensor, Tensor]:
+    """Sensitivity, adjoints and the full-precision trajectory of the calibration batch."""
+    settings = context.settings
+    latents = read_tensors(calibrate.stage(context).folder / calibrate.TRAJECTORY)["latents"]
+    start = projections(len(latents[0]), context.adapter.latent_shape, settings.projections, settings.seed)
+    with progress("search: sensitivity", settings.steps) as advance:
+        sensitivity, adjoints = measure_sensitivity(
+            context.calibration, latents, start, context.formats, store, folder, advance
+        )
+    return sensitivity, adjoints, latents
+
+
+def _uniforms(context: Context) -> list[Proposal]:
+    steps, layers = context.settings.steps, len(context.layers)
+    return [Proposal("uniform", uniform(index, steps, layers)) for index in range(len(context.formats))]
+
+
+def _given_proposal(context: Context) -> Proposal:
+    """The policy that the user brought."""
+    policy = _given_policy(context.settings, context.layers)
+    index = {fmt.name: i for i, fmt in enumerate(context.formats)}
+    rows = [policy.assignments[i] for i in policy.step_assignments]
+    return Proposal("given", tuple(tuple(index[name] for name in row) for row in rows))
+
+
+def _judge(
+    context: Context, model: SimulatedModel, proposals: list[Proposal], calls: int, folder: Path
+) -> SearchResult:
+    """Choose on the selection samples, report on the held-out samples."""
+    settings, formats = context.settings, context.formats
+    distinct = len({proposal.rows for proposal in proposals})
+    with progress("search: selection", distinct) as advance:
+        points = judge(proposals, formats, Scorer(model, formats, context.selection, folder), advance)
+    budget, given = settings.budget_bits, settings.policy is not None
+    chosen = 0 if given else best_of(points, budget, ("beam", "plan", "layer_only", "time_only", "uniform"))
+    assert chosen is not None, "the plan meets the budget"
+    static = [best_of(points, budget, (kind,)) for kind in STATIC_KINDS]
+    uniforms = [i for i, point in enumerate(points) if point.kind == "uniform"]
+    wanted = [chosen, *(i for i in static if i is not None), *uniforms]
+    with progress("search: held-out samples", len(set(wanted))) as advance:
+        names = {fmt.name: i for i, fmt in enumerate(formats)}
+        scorer = Scorer(model, formats, context.held_out, folder)
+        points = measure_held_out(points, wanted, names, scorer, advance)
+    return SearchResult(
+        points=tuple(points),
+        chosen=chosen,
+        layer_only=static[0],
+        time_only=static[1],
+        denoiser_calls=calls + distinct * settings.steps,
+        sensitivity_sweeps=0 if given else settings.projections,
+    )

@@ -1,0 +1,82 @@
+"""`summary.json` and the policy at the top of the run directory, made from what the stages wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from adatsq_trt.cli.stages import bundle, calibrate, export, quantize, search
+from adatsq_trt.cli.stages.context import Context, layer_shapes
+from adatsq_trt.engines.bundle import Manifest
+from adatsq_trt.files import read_json_model, read_tensors, write_bytes, write_json_model
+from adatsq_trt.graph_index import INDEX_NAME, GraphIndex
+from adatsq_trt.policy import Policy, resident_weight_bytes
+from adatsq_trt.report.summary import StageFigures, StaticErrors, Summary
+from adatsq_trt.search.select import SearchResult
+
+SUMMARY_NAME, POLICY_NAME = "summary.json", "policy.json"
+_STAGES = (calibrate, quantize, search, export, bundle)
+
+
+def write(context: Context) -> Summary:
+    """Copy the policy to the top of the run directory and write the summary."""
+    policy_file = search.stage(context).folder / search.POLICY
+    write_bytes(context.run.path / POLICY_NAME, policy_file.read_bytes())
+    summary = _summary(context, Policy.load(policy_file))
+    write_json_model(context.run.path / SUMMARY_NAME, summary)
+    return summary
+
+
+def _summary(context: Context, policy: Policy) -> Summary:
+    settings, result = context.settings, read_json_model(search.stage(context).folder / search.RESULT, SearchResult)
+    statistics = read_tensors(calibrate.stage(context).folder / calibrate.STATISTICS)
+    tokens = dict(zip(context.layers, (int(n) for n in statistics["tokens"]), strict=True))
+    shapes = layer_shapes(context.adapter, tokens)
+    graphs = export.stage(context).folder / export.GRAPHS
+    index = read_json_model(graphs / INDEX_NAME, GraphIndex)
+    manifest = read_json_model(bundle.stage(context).folder / "manifest.json", Manifest)
+    chosen = result.points[result.chosen]
+    return Summary(
+        model=settings.model,
+        targets=settings.targets,
+        formats=settings.formats,
+        simulate=settings.simulate,
+        steps=settings.steps,
+        guidance=settings.guidance,
+        budget_bits=settings.budget_bits,
+        buckets=len(policy.buckets),
+        assignments=len(policy.assignments),
+        mean_bits=policy.mean_bits,
+        mean_weight_bits=policy.mean_weight_bits(shapes),
+        mean_activation_bits=policy.mean_activation_bits(shapes),
+        final_error=_held_out(result, result.chosen),
+        chosen_kind=chosen.kind,
+        uniform_errors={p.name: _held_out(result, i) for i, p in enumerate(result.points) if p.kind == "uniform"},
+        static_errors=StaticErrors(
+            layer_only=None if result.layer_only is None else _held_out(result, result.layer_only),
+            time_only=None if result.time_only is None else _held_out(result, result.time_only),
+        ),
+        held_out_samples=settings.held_out_samples,
+        held_out_seeds=(context.held_out.seeds[0], context.held_out.seeds[-1]),
+        denoiser_calls=result.denoiser_calls,
+        resident_weight_bytes=resident_weight_bytes(policy, {s.name: s for s in shapes}),
+        onnx_bytes=sum(_size(graphs / graph.path) for graph in index.graphs),
+        weight_bytes=index.weight_bytes,
+        engine_bytes=sum(plan.bytes for plan in manifest.plans),
+        stages={module.NAME: _figures(context, module.NAME) for module in _STAGES},
+        versions=manifest.versions,
+    )
+
+
+def _held_out(result: SearchResult, index: int) -> float:
+    error = result.points[index].held_out_error
+    assert error is not None, "the search measures every point that is reported"
+    return error
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
+
+
+def _figures(context: Context, name: str) -> StageFigures:
+    record = context.run.record(name)
+    return StageFigures(seconds=record.seconds, peak_bytes=record.peak_bytes)

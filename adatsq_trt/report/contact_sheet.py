@@ -1,0 +1,56 @@
+"""Contact sheets: samples in a grid, one panel per model."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from adatsq_trt.files import write_bytes
+
+COLUMNS = 10
+
+
+def grid(images: np.ndarray, columns: int = COLUMNS) -> np.ndarray:
+    """Arrange [B, H, W, C] in rows with a one-pixel white frame; grey images become RGB.
+
+    Returns:
+        float32 [rows * (H + 1) + 1, columns * (W + 1) + 1, 3].
+    """
+    count, height, width, channels = images.shape
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    sheet = np.ones((rows * (height + 1) + 1, columns * (width + 1) + 1, 3), dtype=np.float32)
+    for index, image in enumerate(images):
+        top, left = (index // columns) * (height + 1) + 1, (index % columns) * (width + 1) + 1
+        sheet[top : top + height, left : left + width] = image if channels == 3 else np.repeat(image[..., :1], 3, -1)
+    return sheet
+
+
+def write_contact_sheet(file: Path, panels: Mapping[str, np.ndarray], notes: Sequence[str]) -> None:
+    """Write the panels one below the other as PNG, whole or not at all.
+
+    Args:
+        file: where.
+        panels: title → images, float32 [B, H, W, C] in [0, 1].
+        notes: one per panel, added to its title.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    sheets = {title: grid(images) for title, images in panels.items()}
+    aspect = sum(sheet.shape[0] / sheet.shape[1] for sheet in sheets.values())
+    figure = Figure(figsize=(8, 8 * aspect + 0.5 * len(sheets)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for index, ((title, sheet), note) in enumerate(zip(sheets.items(), notes, strict=True)):
+        axes = figure.add_subplot(len(sheets), 1, index + 1)
+        axes.imshow(sheet, interpolation="nearest", vmin=0, vmax=1)
+        axes.set_title(f"{title} ({note})" if note else title)
+        axes.set_axis_off()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    write_bytes(file, buffer.getvalue())

@@ -1,0 +1,87 @@
+"""`summary.json`: the figures of a run that scripts and people compare."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class StageFigures(BaseModel):
+    """What a stage cost: wall-clock seconds over all attempts, peak resident bytes of the process."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    seconds: float
+    peak_bytes: int
+
+
+class StaticErrors(BaseModel):
+    """Held-out latent MSE of the best policies that do not see the time step, or the layer."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layer_only: float | None
+    time_only: float | None
+
+
+class Summary(BaseModel):
+    """The figures of a run.
+
+    Attributes:
+        schema_version: of this file.
+        model: name of the model.
+        targets: what the bundle was built for.
+        formats: candidate formats.
+        simulate: whether plans were left out.
+        steps: denoising steps.
+        guidance: classifier-free guidance scale.
+        budget_bits: what was asked for.
+        buckets: runs of steps with one assignment.
+        assignments: distinct assignments.
+        mean_bits: unweighted mean over (step, layer) of (nominal weight bits + nominal activation bits) / 2.
+        mean_weight_bits: with scales, weighted by parameters.
+        mean_activation_bits: with dynamic scales, weighted by multiply-accumulates.
+        final_error: latent MSE against full precision on the held-out seeds.
+        chosen_kind: where the chosen policy comes from.
+        uniform_errors: format → the same for that format everywhere.
+        static_errors: the same for the best static policies of the budget.
+        held_out_samples: how many pictures these errors are means over.
+        held_out_seeds: first and last seed.
+        denoiser_calls: of beam search and selection.
+        resident_weight_bytes: quantized weights, each distinct weight format of a layer once, scales included.
+        onnx_bytes: of all graphs without the weight file.
+        weight_bytes: of the weight file.
+        engine_bytes: of all plans.
+        stages: name → cost.
+        versions: library → version.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = 1
+    model: str
+    targets: tuple[str, ...]
+    formats: tuple[str, ...]
+    simulate: bool
+    steps: int
+    guidance: float
+    budget_bits: float
+    buckets: int
+    assignments: int
+    mean_bits: float
+    mean_weight_bits: float
+    mean_activation_bits: float
+    final_error: float
+    chosen_kind: str
+    uniform_errors: dict[str, float]
+    static_errors: StaticErrors
+    held_out_samples: int
+    held_out_seeds: tuple[int, int]
+    denoiser_calls: int
+    resident_weight_bytes: int
+    onnx_bytes: int
+    weight_bytes: int
+    engine_bytes: int
+    stages: dict[str, StageFigures]
+    versions: dict[str, str]

@@ -1,0 +1,165 @@
+"""The search's units of work on disk: each appears whole, and an interrupted search goes on after the last one.
+
+    FOLDER/sensitivity/step_007.safetensors   contributions and adjoint of a step (written from the last step back)
+    FOLDER/columns/column_007.safetensors     the paths that survived a step
+    FOLDER/scores/<hash>.json                 error of one policy on one batch
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from adatsq_trt.calibration.fisher import backward_sweep
+from adatsq_trt.calibration.trajectory import Samples, trajectory
+from adatsq_trt.files import read_json_model, read_tensors, write_json_model, write_tensors
+from adatsq_trt.formats import Format
+from adatsq_trt.models.format_store import FormatStore
+from adatsq_trt.models.simulated import SimulatedModel
+from adatsq_trt.search.beam import Path as BeamPath
+from adatsq_trt.search.beam import Pruning, beam_search
+from adatsq_trt.search.candidates import Assignment
+from adatsq_trt.search.denoising import DenoisingProblem, policy_error
+from adatsq_trt.search.plan import Rows
+from adatsq_trt.search.sensitivity import Sensitivity, assemble, step_contributions
+
+Progress = Callable[[], None]
+
+
+def measure_sensitivity(
+    samples: Samples,
+    latents: Tensor,
+    start: Tensor,
+    formats: Sequence[Format],
+    store: FormatStore,
+    folder: Path,
+    on_step: Progress,
+) -> tuple[Sensitivity, Tensor]:
+    """One backward sweep over the trajectory, a file per step.
+
+    Args:
+        samples: the calibration batch.
+        latents: its full-precision trajectory, float32 [steps + 1, samples, *latent_shape].
+        start: projections u = a_T, float32 [projections, samples, *latent_shape].
+        formats: cheapest first.
+        store: their weights and activation scales.
+        folder: of the search.
+        on_step: called after each step.
+
+    Returns:
+        The sensitivity and the adjoints, float32 [steps + 1, projections, samples, *latent_shape].
+    """
+    steps = samples.schedule.steps
+    files = [folder / "sensitivity" / f"step_{t:03d}.safetensors" for t in range(steps)]
+    missing = [t for t in range(steps) if not files[t].is_file()]
+    for _ in range(steps - len(missing)):
+        on_step()
+    if missing:
+        last = max(missing)
+        adjoint = start if last == steps - 1 else read_tensors(files[last + 1])["adjoint"]
+        for backward in backward_sweep(samples, latents, adjoint, last):
+            contributions = step_contributions(backward, samples.adapter, formats, store)
+            write_tensors(files[backward.step], {"contributions": contributions, "adjoint": backward.adjoint})
+            on_step()
+    parts = [read_tensors(file) for file in files]
+    sensitivity = assemble(formats, {t: part["contributions"] for t, part in enumerate(parts)}, latents[0, 0].numel())
+    return sensitivity, torch.stack([*(part["adjoint"] for part in parts), start])
+
+
+def search_columns(
+    problem: DenoisingProblem, pruning: Pruning, folder: Path, on_column: Progress
+) -> list[BeamPath[Tensor]]:
+    """The beam search, a file per column; counts the denoiser calls of earlier attempts too."""
+    paths, calls = _last_column(folder / "columns", problem.steps)
+    problem.calls = calls
+    for _ in range(len(paths[0].assignments) if paths else 0):
+        on_column()
+
+    def keep(step: int, survivors: Sequence[BeamPath[Tensor]]) -> None:
+        _save_column(folder / "columns" / f"column_{step:03d}.safetensors", survivors, problem.calls)
+        on_column()
+
+    return beam_search(problem, pruning, paths, keep)
+
+
+def _save_column(file: Path, paths: Sequence[BeamPath[Tensor]], calls: int) -> None:
+    figures = [[path.bits, path.error, path.estimate] for path in paths]
+    write_tensors(
+        file,
+        {
+            "latents": torch.stack([path.state for path in paths]),
+            "assignments": torch.tensor([path.assignments for path in paths], dtype=torch.uint8),
+            "figures": torch.tensor(figures, dtype=torch.float64),
+            "calls": torch.tensor(calls),
+        },
+    )
+
+
+def _last_column(folder: Path, steps: int) -> tuple[list[BeamPath[Tensor]], int]:
+    """The surviving paths of the last finished column and the calls so far; nothing when there is none."""
+    finished = [t for t in range(steps) if (folder / f"column_{t:03d}.safetensors").is_file()]
+    if not finished:
+        return [], 0
+    column = read_tensors(folder / f"column_{finished[-1]:03d}.safetensors")
+    paths = [
+        BeamPath(state.clone(), tuple(tuple(row) for row in rows.tolist()), *figures.tolist())
+        for state, rows, figures in zip(column["latents"], column["assignments"], column["figures"], strict=True)
+    ]
+    return paths, int(column["calls"])
+
+
+class Score(BaseModel):
+    """Latent MSE of a policy on a batch."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = 1
+    error: float
+
+
+class Scorer:
+    """Errors of whole policies on one batch of samples, each kept in a file.
+
+    Attributes:
+        samples: the batch.
+        reference: full-precision final latents, float32 [samples, *latent_shape].
+    """
+
+    def __init__(self, model: SimulatedModel, formats: Sequence[Format], samples: Samples, folder: Path) -> None:
+        """Prepare to score.
+
+        Args:
+            model: installed.
+            formats: what the indices in policies' rows mean.
+            samples: whose pictures are compared.
+            folder: of the search.
+        """
+        self.samples = samples
+        self._model, self._formats, self._folder = model, tuple(formats), folder / "scores"
+        self.reference = self._full_precision()
+
+    def _full_precision(self) -> Tensor:
+        file = self._folder / f"full_precision_{self._key([])}.safetensors"
+        if not file.is_file():
+            latents = trajectory(self.samples, lambda step: self._model.assign(None, step))
+            write_tensors(file, {"latents": latents[-1]})
+        return read_tensors(file)["latents"]
+
+    def _key(self, rows: Rows | list[Assignment]) -> str:
+        text = json.dumps([self.samples.seeds, self.samples.prompts, rows])
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def error(self, rows: Rows) -> float:
+        """Latent MSE of whole generated samples; measured once."""
+        file = self._folder / f"{self._key(rows)}.json"
+        if not file.is_file():
+            error = policy_error(self.samples, self._model, self._formats, rows, self.reference)
+            write_json_model(file, Score(error=error))
+        return read_json_model(file, Score).error

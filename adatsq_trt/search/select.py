@@ -1,0 +1,133 @@
+"""From finished proposals to the policy that is deployed, and to the figures that it is judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from adatsq_trt.formats import Format
+from adatsq_trt.search.pareto import front
+from adatsq_trt.search.plan import Rows
+from adatsq_trt.search.resume import Scorer
+
+Kind = Literal["beam", "plan", "layer_only", "time_only", "uniform", "given"]
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A complete policy that is to be judged.
+
+    Attributes:
+        kind: where it comes from.
+        rows: format indices per step and layer.
+    """
+
+    kind: Kind
+    rows: Rows
+
+
+class Point(BaseModel):
+    """A judged policy.
+
+    Attributes:
+        kind: where it comes from.
+        name: for uniform policies the format, else kind and number.
+        mean_bits: mean of nominal bits.
+        selection_error: latent MSE on the selection samples.
+        held_out_error: latent MSE on the held-out samples, for those policies whose figure is reported.
+        on_front: whether no other point has fewer bits and a smaller selection error.
+        buckets: runs of steps with one assignment.
+        formats: step → layer → format name.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Kind
+    name: str
+    mean_bits: float
+    selection_error: float
+    held_out_error: float | None = None
+    on_front: bool = False
+    buckets: int
+    formats: tuple[tuple[str, ...], ...]
+
+
+class SearchResult(BaseModel):
+    """What the search found.
+
+    Attributes:
+        schema_version: of this file.
+        points: every judged policy; the Pareto front is those with `on_front`.
+        chosen: index of the policy that is deployed.
+        layer_only: index of the best static policy with one assignment for all steps, None if there is none.
+        time_only: index of the best static policy with one format for all layers of a step, None likewise.
+        denoiser_calls: calls of the transformer during beam search and selection; both guidance branches are one call.
+        sensitivity_sweeps: backward passes through the transformer for the screening estimate.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = 1
+    points: tuple[Point, ...]
+    chosen: int
+    layer_only: int | None
+    time_only: int | None
+    denoiser_calls: int
+    sensitivity_sweeps: int
+
+
+def judge(
+    proposals: Sequence[Proposal], formats: Sequence[Format], selection: Scorer, on_policy: Callable[[], None]
+) -> list[Point]:
+    """Score whole generated samples of every distinct proposal and mark the Pareto front."""
+    distinct = list({proposal.rows: proposal for proposal in reversed(proposals)}.values())[::-1]
+    points, counts = [], dict.fromkeys((p.kind for p in distinct), 0)
+    for proposal in distinct:
+        name = formats[proposal.rows[0][0]].name if proposal.kind == "uniform" else f"{proposal.kind} {counts[proposal.kind]}"
+        counts[proposal.kind] += 1
+        points.append(_point(proposal, name, formats, selection.error(proposal.rows)))
+        on_policy()
+    best = set(front([(p.mean_bits, p.selection_error) for p in points]))
+    return [p.model_copy(update={"on_front": i in best}) for i, p in enumerate(points)]
+
+
+def _point(proposal: Proposal, name: str, formats: Sequence[Format], error: float) -> Point:
+    rows = proposal.rows
+    entries = [formats[i].bits for row in rows for i in row]
+    return Point(
+        kind=proposal.kind,
+        name=name,
+        mean_bits=sum(entries) / len(entries),
+        selection_error=error,
+        buckets=1 + sum(a != b for a, b in zip(rows, rows[1:], strict=False)),
+        formats=tuple(tuple(formats[i].name for i in row) for row in rows),
+    )
+
+
+def best_of(points: Sequence[Point], budget: float, kinds: Sequence[Kind]) -> int | None:
+    """Index of the least selection error within the budget among some kinds; fewer buckets win a tie."""
+    within = [i for i, p in enumerate(points) if p.kind in kinds and p.mean_bits <= budget + 1e-9]
+    return min(within, key=lambda i: (points[i].selection_error, points[i].buckets, i), default=None)
+
+
+def measure_held_out(
+    points: Sequence[Point], wanted: Sequence[int], names: Mapping[str, int], held_out: Scorer, on_policy: Callable[[], None]
+) -> list[Point]:
+    """Add the held-out error to some points.
+
+    Args:
+        points: judged policies.
+        wanted: indices of those to measure.
+        names: format name → index.
+        held_out: scores samples that nothing was chosen on.
+        on_policy: called after each.
+    """
+    result = list(points)
+    for index in dict.fromkeys(wanted):
+        rows = tuple(tuple(names[name] for name in row) for row in points[index].formats)
+        result[index] = points[index].model_copy(update={"held_out_error": held_out.error(rows)})
+        on_policy()
+    return result
