@@ -106,7 +106,7 @@ def _require_schema(source: str, text: str, kind: type[BaseModel]) -> None:
     """Say "schema version" when that is what is wrong, before anything else is looked at."""
     try:
         content = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedFileError(
             f"'{source}' is not complete JSON ({error}); delete it and run the stage that writes it again"
         ) from error

@@ -31,7 +31,7 @@ class Granularity(Enum):
     CHANNEL = "channel"  # weights: one scale per output channel
     GROUP = "group"  # weights: one per output channel and `group_size` inputs; activations: the same along channels
     TENSOR = "tensor"  # activations: one static scale per (step, layer)
-    TOKEN = "token"  # activations: one dynamic scale per token  # noqa: S105
+    TOKEN = "token"  # activations: one dynamic scale per token
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -87,7 +87,9 @@ class Policy(BaseModel):
         return self
 
     @classmethod
-    def from_steps(cls, model: str, weights_sha256: str, layers: Sequence[str], rows: Sequence[Sequence[str]]) -> Policy:
+    def from_steps(
+        cls, model: str, weights_sha256: str, layers: Sequence[str], rows: Sequence[Sequence[str]]
+    ) -> Policy:
         """Make a policy from one row of format names per step; equal rows become one assignment."""
         distinct = list(dict.fromkeys(tuple(row) for row in rows))
         return cls(
@@ -136,7 +138,10 @@ class Policy(BaseModel):
             lambda f, k: f.moved_activation_bits(k),
         )
 
-    def _weighted(self, shapes, weights, bits) -> float:  # type: ignore[no-untyped-def]
+    def _weighted(
+        self, shapes: Sequence[LayerShape], weights: Mapping[str, int], bits: Callable[[Format, int], float]
+    ) -> float:
+        """Mean over steps of `bits(format, in_features)`, weighted by layer."""
         total = 0.0
         for step in range(self.steps):
             formats = self.formats_at(step)
@@ -185,5 +190,6 @@ def resident_weight_bytes(policy: Policy, shapes: Mapping[str, LayerShape]) -> i
     for index, layer in enumerate(policy.layers):
         shape = shapes[layer]
         grids = {FORMATS[row[index]].weight: FORMATS[row[index]] for row in policy.assignments}
-        total += sum(f.stored_weight_bits(shape.in_features) / 8 for f in grids.values()) * shape.in_features * shape.out_features
+        bits = sum(fmt.stored_weight_bits(shape.in_features) for fmt in grids.values())
+        total += bits / 8 * shape.in_features * shape.out_features
     return round(total)

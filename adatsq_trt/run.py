@@ -17,6 +17,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ from adatsq_trt.errors import DamagedFileError, MissingFileError, OutputError
 from adatsq_trt.files import read_json_model, sha256, write_json_model
 from adatsq_trt.meter import Meter
 
+log = logging.getLogger(__name__)
 Json: TypeAlias = "str | int | float | bool | Sequence[Json] | Mapping[str, Json] | None"
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM}
@@ -255,6 +257,8 @@ class Stage:
     def _prepare(self) -> StageRecord:
         """Keep what an earlier attempt with this key left behind, remove everything else; the account so far."""
         last = self.directory._last_record(self.name)
+        if last is not None and last.key != self.key:
+            log.warning("stage '%s': replacing its earlier result, because its settings or inputs changed", self.name)
         if last is None or last.key != self.key:
             # In this order, so that a record never vouches for a folder that is half removed.
             self.directory._record_path(self.name).unlink(missing_ok=True)
@@ -268,6 +272,7 @@ class Stage:
             return StageRecord(name=self.name, key=self.key, complete=False, seconds=0.0, peak_bytes=0, outputs={})
         for path, expected in last.outputs.items():
             if not self._untouched(path, expected):
+                log.warning("stage '%s': making '%s' again, because it was altered or removed", self.name, path)
                 (self.directory.path / path).unlink(missing_ok=True)
         return last.model_copy(update={"complete": False, "outputs": {}})
 

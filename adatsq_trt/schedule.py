@@ -94,4 +94,5 @@ def initial_noise(seeds: Sequence[int], latent_shape: Sequence[int]) -> np.ndarr
     Returns:
         float32 [len(seeds), *latent_shape], unit normal.
     """
-    return np.stack([np.random.default_rng(seed).standard_normal(tuple(latent_shape), dtype=np.float32) for seed in seeds])
+    shape = tuple(latent_shape)
+    return np.stack([np.random.default_rng(seed).standard_normal(shape, dtype=np.float32) for seed in seeds])

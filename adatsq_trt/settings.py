@@ -52,10 +52,10 @@ class Settings(BaseModel):
     seed: int = 0
     calibration_samples: int = 64
     projections: int = 8
-    selection_samples: int = 64
-    held_out_samples: int = 128
+    selection_samples: int = 256
+    held_out_samples: int = 256
     temperature: float = 3.0
     damping: float = 0.01
     beam: int = 4
-    candidates: int = 4
+    candidates: int = 5
     slack: float = 0.1

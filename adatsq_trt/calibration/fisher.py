@@ -90,7 +90,7 @@ def _differentiable_step(samples: Samples, latent: Tensor, step: int) -> tuple[l
 def _by_sample(value: Tensor, samples: int) -> Tensor:
     """[branches * samples, (tokens,) width] → [samples, branches * tokens, width]."""
     rows = value if value.dim() == 3 else value[:, None]
-    split = rows.unflatten(0, (-1, samples)).transpose(0, 1)
+    split: Tensor = rows.unflatten(0, (-1, samples)).transpose(0, 1)
     return split.flatten(1, 2)
 
 

@@ -80,7 +80,8 @@ def _group_scales(weight: Tensor, hessian: Tensor, grid: Grid, global_scale: Ten
 def _inverse_factor(hessian: Tensor) -> Tensor:
     """Upper Cholesky factor of the inverse, float32 [K, K]: row j holds what column j's error does to later ones."""
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor.float()
 
 
 def _solve(weight: Tensor, factor: Tensor, scales: Tensor, grid: Grid, block: int) -> Tensor:

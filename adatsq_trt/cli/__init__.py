@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Annotated
+import traceback
+from collections.abc import Callable
+from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console
-from rich.logging import RichHandler
 
 from adatsq_trt import __version__
 from adatsq_trt.cli.build import engine
@@ -25,12 +25,17 @@ from adatsq_trt.cli.search import search
 from adatsq_trt.errors import AdatsqError
 
 _DEBUG = "--debug"
+_INTERRUPTED = 130
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 build_app = typer.Typer(no_args_is_help=True)
 app.add_typer(build_app, name="build", help="Build what runs on the target: engines.")
-build_app.command()(engine)
-for _command in (calibrate, quantize, search, export, check, generate, compare, inspect, doctor, models):
-    app.command()(_command)
+build_app.command(no_args_is_help=True)(engine)
+_WITH_ARGUMENTS: tuple[Callable[..., None], ...] = (
+    *(calibrate, quantize, search, export),
+    *(check, generate, inspect, compare),
+)
+for _command in (*_WITH_ARGUMENTS, models, doctor):
+    app.command(no_args_is_help=_command in _WITH_ARGUMENTS)(_command)
 
 
 def _print_version(wanted: bool) -> None:
@@ -39,7 +44,7 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(epilog="Start with: adatsq-trt build engine digits-flux --target sm120")
 def _global_options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
@@ -47,8 +52,12 @@ def _global_options(
     debug: Annotated[bool, typer.Option(_DEBUG, help="Show tracebacks and every log message.")] = False,
 ) -> None:
     """Timestep-aware mixed precision for diffusion transformers, down to TensorRT engines."""
-    handler = RichHandler(console=Console(stderr=True), show_path=debug, show_time=debug)
-    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(message)s", handlers=[handler])
+    from adatsq_trt.cli.progress import LogHandler
+
+    layout = "%(levelname)s %(name)s: %(message)s" if debug else "adatsq-trt: %(message)s"
+    logging.basicConfig(
+        level=logging.DEBUG if debug else logging.WARNING, format=layout, handlers=[LogHandler()], force=True
+    )
     logging.getLogger("adatsq_trt").setLevel(logging.DEBUG if debug else logging.INFO)
 
 
@@ -57,10 +66,21 @@ def main() -> None:
     try:
         app()
     except AdatsqError as error:
-        if _DEBUG in sys.argv:
-            raise
-        typer.echo(f"adatsq-trt: {error}", err=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("adatsq-trt: interrupted; the same command goes on where this one stopped", err=True)
-        sys.exit(130)
+        _fail(str(error), error.exit_code)
+    except OSError as error:
+        where = f"'{error.filename}': " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}; check the path, its permissions and the room on its disk", 2)
+    except Exception as error:
+        advice = f"please report this with the output of 'adatsq-trt {_DEBUG} ...'"
+        _fail(f"unexpected {type(error).__name__}: {error}; {advice}", 1)
+    except SystemExit as end:  # Typer has turned Ctrl-C into its exit code, without a word
+        if end.code == _INTERRUPTED:
+            typer.echo("adatsq-trt: interrupted; the same command goes on where this one stopped", err=True)
+        raise
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
+    if _DEBUG in sys.argv:
+        traceback.print_exc()
+    typer.echo(f"adatsq-trt: {message}", err=True)
+    sys.exit(exit_code)

@@ -1,40 +1,133 @@
-"""`adatsq-trt build engine`: all stages, from a model to a bundle of engines."""
+"""`adatsq-trt build engine`: all stages, from a model to a bundle of engines; its options serve single stages too."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from adatsq_trt.cli.options import Request, StageName, run_stages
 
-Model = Annotated[str, typer.Argument(help="Name of a model: see 'adatsq-trt models'.")]
+class StageName(StrEnum):
+    """The stages of a run, in order."""
+
+    CALIBRATE = "calibrate"
+    QUANTIZE = "quantize"
+    SEARCH = "search"
+    EXPORT = "export"
+    BUNDLE = "bundle"
+
+
+_POLICY, _EFFORT = "The policy", "The effort"
+
+Model = Annotated[str, typer.Argument(help="Name of a model: see 'adatsq-trt models'.", show_default=False)]
 TargetOption = Annotated[
-    list[str] | None, typer.Option("--target", help="sm80, sm86, sm89, sm120 or cpu; may be repeated.")
+    list[str] | None,
+    typer.Option("--target", help="What to build for: sm80, sm86, sm89, sm120 or cpu; may be repeated."),
 ]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="Run directory; default runs/MODEL-TARGET.")]
-Formats = Annotated[
-    str | None, typer.Option("--formats", help="A format set or a comma-separated list; default the target's set.")
-]
-Budget = Annotated[
-    float | None, typer.Option("--budget-bits", help="Largest mean of (weight + activation bits) / 2; default the set's.")
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        help="Run directory: results are kept, reused and resumed there.",
+        show_default="runs/MODEL-TARGET",
+    ),
 ]
 Simulate = Annotated[
-    bool, typer.Option("--simulate", help="Allow formats without an accelerated path; write no plans.")
+    bool,
+    typer.Option("--simulate", help="Study a policy: allow formats without an accelerated path, build no engines."),
 ]
-Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps; default the model's.")]
-Guidance = Annotated[float | None, typer.Option("--guidance", help="Guidance scale; default the model's.")]
-Policy = Annotated[Path | None, typer.Option("--policy", help="Use this policy.json instead of searching.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Of prompts, noise and projections.")]
-Beam = Annotated[int | None, typer.Option("--beam", min=1, help="Paths kept per step.")]
-Candidates = Annotated[int | None, typer.Option("--candidates", min=1, help="Assignments tried per path and step.")]
-Calibration = Annotated[int | None, typer.Option("--calibration-samples", min=1, help="Trajectories measured on.")]
+Formats = Annotated[
+    str | None,
+    typer.Option(
+        "--formats",
+        help="Candidates: a set (paper, paper-fine, blackwell, ada, hopper, ampere, cpu) or a list such as nvfp4,fp8.",
+        show_default="the target's set",
+        rich_help_panel=_POLICY,
+    ),
+]
+Budget = Annotated[
+    float | None,
+    typer.Option(
+        "--budget-bits",
+        help="Largest mean over steps and layers of (weight bits + activation bits) / 2.",
+        show_default="by format set",
+        rich_help_panel=_POLICY,
+    ),
+]
+Policy = Annotated[
+    Path | None,
+    typer.Option(
+        "--policy",
+        help="Use this policy.json instead of searching.",
+        show_default="search",
+        rich_help_panel=_POLICY,
+    ),
+]
+Steps = Annotated[
+    int | None,
+    typer.Option("--steps", min=1, help="Denoising steps.", show_default="the model's", rich_help_panel=_POLICY),
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option(
+        "--guidance",
+        help="Scale of classifier-free guidance.",
+        show_default="the model's",
+        rich_help_panel=_POLICY,
+    ),
+]
+Seed = Annotated[
+    int,
+    typer.Option("--seed", min=0, max=2**32 - 1, help="Of prompts, noise and projections.", rich_help_panel=_EFFORT),
+]
+Beam = Annotated[
+    int | None,
+    typer.Option("--beam", min=1, help="Paths kept after each step.", show_default="4", rich_help_panel=_EFFORT),
+]
+Candidates = Annotated[
+    int | None,
+    typer.Option(
+        "--candidates",
+        min=1,
+        help="Assignments tried per path and step, besides the previous one.",
+        show_default="4",
+        rich_help_panel=_EFFORT,
+    ),
+]
+Calibration = Annotated[
+    int | None,
+    typer.Option(
+        "--calibration-samples",
+        min=1,
+        help="Pictures that Hessians, sensitivities and the beam are measured on.",
+        show_default="64",
+        rich_help_panel=_EFFORT,
+    ),
+]
 Selection = Annotated[
-    int | None, typer.Option("--selection-samples", min=1, help="Fresh trajectories that decide between policies.")
+    int | None,
+    typer.Option(
+        "--selection-samples",
+        min=1,
+        help="Fresh pictures that decide between finished policies.",
+        show_default="64",
+        rich_help_panel=_EFFORT,
+    ),
 ]
 HeldOut = Annotated[
-    int | None, typer.Option("--held-out-samples", min=1, help="Trajectories that reported errors are measured on.")
+    int | None,
+    typer.Option(
+        "--held-out-samples",
+        min=1,
+        help="Fresh pictures that the reported errors are measured on.",
+        show_default="128",
+        rich_help_panel=_EFFORT,
+    ),
 ]
 
 
@@ -56,7 +149,14 @@ def engine(
     held_out_samples: HeldOut = None,
     until: Annotated[StageName, typer.Option(hidden=True)] = StageName.BUNDLE,
 ) -> None:
-    """Calibrate, quantize, search, export and build: from a model to TensorRT engines."""
+    """Run all stages: from a model to TensorRT engines in a bundle.
+
+    Stages whose inputs have not changed are reused; an interrupted run goes on where it stopped.
+
+    Example: adatsq-trt build engine digits-flux --target sm120 -o runs/demo
+    """
+    from adatsq_trt.cli.options import Request, run_stages
+
     counts = {
         "beam": beam,
         "candidates": candidates,
@@ -78,3 +178,18 @@ def engine(
         counts={name: value for name, value in counts.items() if value is not None},
     )
     run_stages(request, until)
+
+
+def until(stage: StageName, summary: str) -> Callable[..., None]:
+    """The command that runs the stages up to one, with the options of `build engine`."""
+
+    @functools.wraps(engine)
+    def command(*args: Any, **kwargs: Any) -> None:
+        engine(*args, **{**kwargs, "until": stage})
+
+    command.__name__ = stage.value
+    command.__doc__ = (
+        f"{summary}\n\nRuns the stages up to '{stage.value}' with the options of 'build engine', which reuses them.\n\n"
+        f"Example: adatsq-trt {stage.value} digits-flux --target sm120 -o runs/demo"
+    )
+    return command

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from adatsq_trt.cli.options import StageName, until
+from adatsq_trt.cli.build import StageName, until
 
-calibrate = until(StageName.CALIBRATE, "Measure trajectories, Fisher information and Hessians of a model.")
+calibrate = until(StageName.CALIBRATE, "Measure a model: trajectories, Fisher information, Hessians.")

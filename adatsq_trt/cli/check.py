@@ -3,32 +3,44 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from adatsq_trt.errors import AdatsqError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from adatsq_trt.engines.accuracy import CheckReport
 
 
 def check(
     bundle: Annotated[Path, typer.Argument(help="A bundle or a run directory.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Where the report goes; default beside the bundle: check/.")
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for the report.", show_default="check/ beside the bundle"),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Compare a bundle's graphs with the fake-quantized model; exit code 1 when a comparison fails."""
+    """Compare a bundle's graphs with the fake-quantized PyTorch model.
+
+    Every step's cpu graph is compared in ONNX Runtime, one block of every target graph in onnx's reference evaluator.
+    Exit code 1 when a comparison fails.
+
+    Example: adatsq-trt check runs/demo
+    """
+    from rich.console import Console
+
     from adatsq_trt.cli.progress import progress
-    from adatsq_trt.engines.accuracy import CheckReport, check as run_check
+    from adatsq_trt.engines.accuracy import check as run_check
     from adatsq_trt.engines.bundle import Bundle
 
     opened = Bundle.open(bundle)
     folder = output or opened.folder.parent / "check"
     rows = opened.policy.steps + sum(graph.variant == "target" for graph in opened.index.graphs)
     with progress("check", rows) as advance:
-        report: CheckReport = run_check(opened, folder, lambda _done, _all: advance())
+        report = run_check(opened, folder, lambda _done, _all: advance())
     if json:
         typer.echo(report.model_dump_json(indent=2))
     else:
@@ -38,7 +50,9 @@ def check(
         raise AdatsqError(f"check failed at {', '.join(failed) or 'missing rows'}; see '{folder / 'check.json'}'")
 
 
-def _table(report, folder: Path) -> Table:  # type: ignore[no-untyped-def]
+def _table(report: CheckReport, folder: Path) -> Table:
+    from rich.table import Table
+
     table = Table("step", "assignment", "variant", "checked", "against", "median", "≤", "relative", "≤", "", box=None)
     for row in report.rows:
         table.add_row(

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from adatsq_trt.cli.options import StageName, until
+from adatsq_trt.cli.build import StageName, until
 
 export = until(StageName.EXPORT, "Write the policy's ONNX graphs.")

@@ -12,14 +12,20 @@ from adatsq_trt.errors import UserError
 
 def generate(
     bundle: Annotated[Path, typer.Argument(help="A bundle or a run directory.")],
-    samples: Annotated[int, typer.Option("--samples", min=1, help="How many pictures; prompts in turn.")] = 40,
-    prompt: Annotated[list[int] | None, typer.Option("--prompt", help="Prompt ids; may be repeated.")] = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="How many pictures.")] = 40,
+    prompt: Annotated[
+        list[int] | None,
+        typer.Option("--prompt", help="Number of a prompt of the model; may be repeated.", show_default="all in turn"),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the first picture; the others follow.")] = 3_000_000,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="PNG file; default samples.png beside the bundle.")
+        Path | None, typer.Option("--output", "-o", help="PNG file.", show_default="samples.png beside the bundle")
     ] = None,
 ) -> None:
-    """Run the denoising loop over a bundle's graphs in ONNX Runtime and write a contact sheet."""
+    """Generate pictures with a bundle's graphs in ONNX Runtime, beside full precision.
+
+    Example: adatsq-trt generate runs/demo --samples 10 --prompt 3 --prompt 7
+    """
     from adatsq_trt.cli.progress import progress
     from adatsq_trt.engines.bundle import Bundle
     from adatsq_trt.engines.denoise import decode_image, denoise
@@ -36,6 +42,7 @@ def generate(
         with progress(f"generate: {name}", opened.policy.steps) as advance:
             latents = denoise(opened, prompts, seeds, quantized, lambda _done, _all: advance())
         sheets[name] = decode_image(latents, opened.manifest.image)
-    write_contact_sheet(file, sheets, [f"{len(opened.policy.buckets)} buckets, {opened.policy.mean_bits:.2f} mean bits", ""])
+    notes = [f"{len(opened.policy.buckets)} buckets, {opened.policy.mean_bits:.2f} mean bits", ""]
+    write_contact_sheet(file, sheets, notes)
     error = float(((sheets["quantized"] - sheets["full precision"]) ** 2).mean())
     typer.echo(f"{file}: {samples} samples; mean squared pixel difference from full precision {error:.2e}")

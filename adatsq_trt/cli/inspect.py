@@ -7,15 +7,19 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 
 def inspect(
     bundle: Annotated[Path, typer.Argument(help="A bundle or a run directory.")],
     json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
-    """Show a bundle: its buckets with their formats, its graphs and plans."""
+    """Show a bundle: its buckets of steps, their formats and the size of their plans.
+
+    Example: adatsq-trt inspect runs/demo
+    """
+    from rich.console import Console
+    from rich.table import Table
+
     from adatsq_trt.engines.bundle import Bundle
 
     opened = Bundle.open(bundle)

@@ -8,11 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
-
-from adatsq_trt.files import read_json_model
-from adatsq_trt.zoo import ZooIndex, zoo_models
 
 
 @dataclass(frozen=True)
@@ -44,10 +39,15 @@ def list_models() -> list[ModelRow]:
     Raises:
         DamagedFileError: a model's index is truncated or altered.
     """
+    from adatsq_trt.zoo import zoo_models
+
     return [_row(name, folder) for name, folder in zoo_models().items()]
 
 
 def _row(name: str, folder: Path) -> ModelRow:
+    from adatsq_trt.files import read_json_model
+    from adatsq_trt.zoo import ZooIndex
+
     index = read_json_model(folder / "model_index.json", ZooIndex)
     return ModelRow(
         name=name,
@@ -64,6 +64,9 @@ def models(
     json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead of a table.")] = False,
 ) -> None:
     """List the models that ship with the package."""
+    from rich.console import Console
+    from rich.table import Table
+
     rows = list_models()
     if json:
         typer.echo(json_format.dumps([asdict(row) for row in rows], indent=2))

@@ -2,41 +2,36 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
+from adatsq_trt.cli.build import StageName
 from adatsq_trt.errors import UserError
 from adatsq_trt.formats import (
     TARGETS,
+    Format,
     default_budget,
     require_accelerated,
     require_shapes,
     resolve_formats,
     target_named,
 )
+from adatsq_trt.policy import Policy
 from adatsq_trt.settings import SETTINGS_NAME, Settings
+from adatsq_trt.zoo import find_model
 
 if TYPE_CHECKING:
     from adatsq_trt.cli.stages.context import Context
     from adatsq_trt.report.summary import Summary
     from adatsq_trt.zoo.loading import LoadedModel
 
-
-class StageName(str, Enum):
-    """The stages of a run, in order."""
-
-    CALIBRATE = "calibrate"
-    QUANTIZE = "quantize"
-    SEARCH = "search"
-    EXPORT = "export"
-    BUNDLE = "bundle"
+SIMULATED_SET = "paper-fine"  # what --simulate without a target studies
 
 
 @dataclass(frozen=True)
@@ -56,51 +51,82 @@ class Request:
     counts: Mapping[str, int]
 
 
-def resolve(request: Request, model: LoadedModel, format_set: str) -> Settings:
-    """Fill in the defaults.
+@dataclass(frozen=True)
+class Choice:
+    """What can be told to be right or wrong before the model is loaded.
+
+    Attributes:
+        format_set: a set's name or a list of formats.
+        formats: its members, cheapest first.
+        budget_bits: largest mean of (weight bits + activation bits) / 2.
+        policy: text of the given policy file.
+    """
+
+    format_set: str
+    formats: tuple[Format, ...]
+    budget_bits: float
+    policy: str | None
+
+
+def choose(request: Request) -> Choice:
+    """Fill in the defaults that do not depend on the model.
 
     Raises:
-        UserError: names, formats or shapes that do not go together.
+        UserError: names, formats, targets, numbers or files that do not go together.
     """
+    find_model(request.model)
+    targets = [target_named(name) for name in request.targets]
+    if not targets and not request.simulate:
+        raise UserError(f"no --target: expected one of {', '.join(TARGETS)}; or pass --simulate to build no plans")
+    format_set = request.formats or (targets[0].default_set if targets else SIMULATED_SET)
     formats = resolve_formats(format_set)
     if not request.simulate:
-        require_accelerated(formats, [target_named(name) for name in request.targets])
-    require_shapes(formats, [(n, layer.in_features) for n, layer in model.adapter.quantizable_layers().items()])
+        require_accelerated(formats, targets)
+    budget_bits = default_budget(format_set) if request.budget_bits is None else request.budget_bits
+    _require_finite("--budget-bits", budget_bits)
+    _require_finite("--guidance", request.guidance)
+    return Choice(format_set, formats, budget_bits, _policy_text(request.policy))
+
+
+def _require_finite(option: str, value: float | None) -> None:
+    if value is not None and not math.isfinite(value):
+        raise UserError(f"{option}: got {value}, expected a finite number; pass such a number or leave the option out")
+
+
+def _policy_text(path: Path | None) -> str | None:
+    """A policy file, read whole; whether it suits the model is the search's question."""
+    if path is None:
+        return None
+    return Policy.load(path).model_dump_json()
+
+
+def resolve(request: Request, choice: Choice, model: LoadedModel) -> Settings:
+    """Fill in the model's defaults.
+
+    Raises:
+        UserError: formats that do not suit the model's layers.
+    """
+    layers = model.adapter.quantizable_layers().items()
+    require_shapes(choice.formats, [(name, layer.in_features) for name, layer in layers])
     return Settings(
         model=request.model,
         weights_sha256=model.weights_sha256,
-        format_set=format_set,
-        formats=tuple(fmt.name for fmt in formats),
+        format_set=choice.format_set,
+        formats=tuple(fmt.name for fmt in choice.formats),
         targets=request.targets,
         simulate=request.simulate,
         steps=request.steps or model.default_steps,
         guidance=model.default_guidance if request.guidance is None else request.guidance,
-        budget_bits=default_budget(format_set) if request.budget_bits is None else request.budget_bits,
-        policy=None if request.policy is None else request.policy.read_text(encoding="utf-8"),
+        budget_bits=choice.budget_bits,
+        policy=choice.policy,
         seed=request.seed,
         **request.counts,
     )
 
 
-def _format_set(request: Request) -> str:
-    """The set that was asked for, or the first target's."""
-    for name in request.targets:
-        target_named(name)
-    if request.formats is not None:
-        return request.formats
-    if request.targets:
-        return target_named(request.targets[0]).default_set
-    if request.simulate:
-        return "paper-fine"
-    raise UserError(f"no --target: got none, expected one of {', '.join(TARGETS)}; or pass --simulate to build no plans")
-
-
 def run_stages(request: Request, until: StageName) -> None:
     """Run the stages up to one, reusing what is done; print the settings first and the figures at the end."""
-    format_set = _format_set(request)
-    resolve_formats(format_set)
-    if request.targets == () and not request.simulate:
-        raise UserError(f"no --target: expected one of {', '.join(TARGETS)}; or pass --simulate to build no plans")
+    choice = choose(request)
     from adatsq_trt.cli.stages import bundle, calibrate, export, quantize, search, summary
     from adatsq_trt.cli.stages.context import Context
     from adatsq_trt.files import write_json_model
@@ -108,10 +134,9 @@ def run_stages(request: Request, until: StageName) -> None:
     from adatsq_trt.zoo.loading import load_model
 
     model = load_model(request.model)
-    settings = resolve(request, model, format_set)
+    settings = resolve(request, choice, model)
     search.require_possible(settings, model)
     console = Console()
-    console.print(_settings_table(settings))
     output = request.output or Path("runs") / "-".join([request.model, *(request.targets or ("simulated",))])
     stages = {
         StageName.CALIBRATE: calibrate.run,
@@ -121,24 +146,13 @@ def run_stages(request: Request, until: StageName) -> None:
         StageName.BUNDLE: bundle.run,
     }
     with RunDirectory.open(output) as run:
+        console.print(_settings_table(settings))
         context = Context(run, settings, model)
         write_json_model(run.path / SETTINGS_NAME, settings)
-        stages[until](context)
+        result = stages[until](context).folder
         if until is StageName.BUNDLE:
             console.print(summary_table(summary.write(context)))
-    console.print(f"[bold]{output}[/bold] holds the result of '{until.value}'", highlight=False)
-
-
-def until(stage: StageName, summary: str) -> Callable[..., None]:
-    """The command that runs the stages up to one, with the options of `build engine`."""
-    from adatsq_trt.cli.build import engine
-
-    @functools.wraps(engine)
-    def command(*args: Any, **kwargs: Any) -> None:
-        engine(*args, **{**kwargs, "until": stage})
-
-    command.__doc__, command.__name__ = summary, stage.value
-    return command
+    console.print(f"{until.value}: {output / result.name}", highlight=False, soft_wrap=True)
 
 
 def open_run(path: Path) -> Context:

@@ -1,7 +1,8 @@
-"""Progress of anything that takes longer than two seconds: done, rate and time left, on standard error."""
+"""Progress of anything that takes longer than two seconds, and log messages beside it, on standard error."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -9,6 +10,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 CONSOLE = Console(stderr=True)
+
+
+class LogHandler(logging.Handler):
+    """Log messages as single lines, whatever the width, that do not tear a progress bar apart."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a message above the bars."""
+        style = "yellow" if record.levelno >= logging.WARNING else None
+        CONSOLE.print(self.format(record), style=style, soft_wrap=True, markup=False, highlight=False)
 
 
 @contextmanager

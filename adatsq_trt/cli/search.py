@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from adatsq_trt.cli.options import StageName, until
+from adatsq_trt.cli.build import StageName, until
 
 search = until(StageName.SEARCH, "Search the policy: a format for every step and layer.")

@@ -24,6 +24,7 @@ class FluxAdapter(ModelAdapter):
     """A class-conditional Flux on square images cut in 2x2 patches, as Flux packs its latents."""
 
     architecture = "FluxTransformer2DModel"
+    transformer: FluxTransformer2DModel
 
     def __init__(
         self,

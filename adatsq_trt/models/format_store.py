@@ -1,7 +1,7 @@
 """The weights of every format and the activation scales of every step, in memory and on disk.
 
-    FOLDER/<format>.safetensors           <module path>.codes, .scales, .global_scale
-    FOLDER/activation_scales.safetensors  <format>: float32 [steps, layers]
+FOLDER/<format>.safetensors           <module path>.codes, .scales, .global_scale
+FOLDER/activation_scales.safetensors  <format>: float32 [steps, layers]
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def load_weights(path: Path, layers: Iterable[str]) -> dict[str, QuantizedWeight
     for layer in layers:
         if f"{layer}.codes" not in tensors:
             raise DamagedFileError(f"'{path}' has no weight for layer '{layer}'; delete it and quantize again")
-        result[layer] = QuantizedWeight(**{part: tensors[f"{layer}.{part}"] for part in _PARTS if f"{layer}.{part}" in tensors})
+        parts = {part: tensors[f"{layer}.{part}"] for part in _PARTS if f"{layer}.{part}" in tensors}
+        result[layer] = QuantizedWeight(**parts)
     return result
 
 

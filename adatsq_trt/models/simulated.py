@@ -37,7 +37,7 @@ class SimulatedLinear(nn.Module):
         self.scale: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """y = Q(x) Q(W)ᵀ + b; x is [..., K], y is [..., N]."""
+        """Y = Q(x) Q(W)ᵀ + b; x is [..., K], y is [..., N]."""
         if self.active is None:
             return self.original(x)  # type: ignore[no-any-return]
         rounded = fake_quantize_activation(x, self.active.activation, self.scale)

@@ -5,8 +5,7 @@ contains what the earlier steps did. After each column the paths are pruned to a
 
 1. A path that cannot meet the budget even with the cheapest rest is dropped.
 2. A path is dropped when another has no more bits and an error smaller by more than `slack`.
-3. Of the others half of the places go to the least estimated final error, error so far + estimate of the rest; the
-   other half to the largest crowding distance along the front. Among equals a path that keeps the previous step's
+3. Of the others half of the places go to the least estimated final error; the other half to the largest crowding distance along the front. Among equals a path that keeps the previous step's
    assignment wins.
 """
 
@@ -44,10 +43,10 @@ class Problem(Protocol[StateT]):
         """State after the step: one denoiser call."""
 
     def error(self, state: StateT, step: int) -> float:
-        """Final error that the state after `step` steps leads to, were the rest exact."""
+        """Final error that the state after `step` steps is expected to lead to."""
 
     def remaining_error(self, step: int, bits: float) -> float:
-        """Estimated error of steps `step` … for a path that has spent `bits`; infinite when the budget cannot hold."""
+        """What the bits spent so far add to or take from that; infinite when the budget cannot hold the rest."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,8 @@ class Path(Generic[StateT]):
         state: what the steps so far left behind.
         assignments: one per step.
         bits: their cost.
-        error: final error that they lead to.
-        estimate: error + estimate of the rest.
+        error: final error that they are expected to lead to.
+        estimate: the same, corrected for the bits that are left for the rest.
     """
 
     state: StateT

@@ -28,7 +28,8 @@ def tiers(errors: Array, bits: Array, weight: Array, price: float) -> NDArray[np
     Returns:
         [items].
     """
-    return np.argmin(errors + price * bits[:, None] * weight, axis=0)
+    cheapest: NDArray[np.int64] = np.argmin(errors + price * bits[:, None] * weight, axis=0)
+    return cheapest
 
 
 def steepest_price(errors: Array, bits: Array, weight: Array) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,16 +17,19 @@ from adatsq_trt.search.candidates import Assignment
 from adatsq_trt.search.plan import Plan
 
 
-def final_error(state: Tensor, reference: Tensor, adjoint: Tensor) -> float:
-    """Latent MSE that an error at one step causes in the final picture: E[(aᵀ δ)²] / elements.
+def projected_error(state: Tensor, reference: Tensor, adjoint: Tensor) -> np.ndarray:
+    """What an error at one step does to the projected final picture: aᵀ δ, scaled so that squares sum to a latent MSE.
 
     Args:
         state: the path's latents, float32 [samples, *latent_shape].
         reference: the full-precision latents at the same step.
         adjoint: a at that step, float32 [projections, samples, *latent_shape].
+
+    Returns:
+        float64 [projections * samples], in the order of the contributions' rows.
     """
-    projected = (adjoint * (state - reference)).flatten(2).sum(dim=2)
-    return float(projected.double().square().mean()) / state[0].numel()
+    projected = (adjoint.double() * (state - reference).double()).flatten(2).sum(dim=2).flatten()
+    return (projected / math.sqrt(len(projected) * state[0].numel())).numpy()
 
 
 @dataclass
@@ -76,14 +80,17 @@ class DenoisingProblem:
         return self.samples.step(state, step)
 
     def error(self, state: Tensor, step: int) -> float:
-        """Predicted error of the final picture; after the last step the error itself."""
+        """Error of the final picture if the rest follows the plan; after the last step the error itself."""
         if step == self.steps:
             return latent_mse(state, self.reference[step])
-        return final_error(state, self.reference[step], self.adjoints[step])
+        projected = projected_error(state, self.reference[step], self.adjoints[step])
+        return self.plan.expected_error(projected, step)
 
     def remaining_error(self, step: int, bits: float) -> float:
-        """The plan's estimate for what is left of the budget."""
-        return self.plan.remaining_error(step, self.budget * self.steps * len(self.model.layers) - bits)
+        """What the path's other spending than planned means for the rest; infinite when the budget cannot hold."""
+        left = self.budget * self.steps * len(self.model.layers) - bits
+        own = sum(self.bits(row) for row in self.plan.policies[0][step:])
+        return self.plan.deviation_error(step, left, own)
 
 
 def as_formats(layers: Sequence[str], assignment: Assignment, formats: Sequence[Format]) -> dict[str, Format]:

@@ -7,34 +7,39 @@ at another, and what that does is measured on real latents.
 
 from __future__ import annotations
 
-
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from adatsq_trt.search.candidates import Array, Assignment, allocate, steepest_price, tiers
+from adatsq_trt.search.candidates import Array, Assignment, allocate
 from adatsq_trt.search.joint import Choice, allocate_jointly, descend
 from adatsq_trt.search.sensitivity import Sensitivity
 
 Rows = tuple[Assignment, ...]
 # Trust in the rows: see `joint`; the second is the hedge that selection on fresh samples may prefer.
 SHRINKS = (0.5, 0.85)
-_CURVE_POINTS = 200
+# Prices, relative to the plan's, at which the rest of a path is estimated.
+_CURVE = (0.125, 0.25, 0.5, 0.75, 1.5, 2.0, 4.0, 8.0)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Whole policies at several prices, and what the rest of a path will cost.
+    """Whole policies at several prices, and what the rest of a path will do and cost.
 
     Attributes:
         policies: the plan at its own price first, then at other prices; each a row of format indices per step.
         hedges: other allocations of the same budget, to be judged as whole policies only.
-        tail_bits: [steps + 1, curve]: bits of steps t … at each of many prices.
-        tail_errors: [steps + 1, curve]: their error, accumulation included.
+        tail_contributions: [steps + 1, rows]: what the plan's own steps t … will add to every projected error.
+        tail_own_errors: [steps + 1]: sum of their single errors.
+        tail_bits: [steps + 1, curve]: bits of steps t … at each of several prices, cheapest first.
+        tail_errors: [steps + 1, curve]: predicted error of the plan's steps before t and those at that price from t.
     """
 
     policies: tuple[Rows, ...]
     hedges: tuple[Rows, ...]
+    tail_contributions: Array
+    tail_own_errors: Array
     tail_bits: Array
     tail_errors: Array
 
@@ -43,10 +48,29 @@ class Plan:
         proposals = [rows[step] for rows in self.policies]
         return list(dict.fromkeys([*([previous] if previous is not None else []), *proposals]))
 
-    def remaining_error(self, step: int, bits_left: float) -> float:
-        """Estimated error of steps `step` … within `bits_left`; infinite when even the cheapest rest is too dear."""
-        affordable = self.tail_bits[step] <= bits_left + 1e-9
-        return float(self.tail_errors[step][affordable].min(initial=np.inf))
+    def expected_error(self, projected: Array, step: int) -> float:
+        """Final error of a path whose error so far is `projected`, if the rest follows the plan.
+
+        Args:
+            projected: [rows]: aᵀ δ of the path, scaled as the contributions are.
+            step: steps behind the path.
+        """
+        together = np.square(projected + self.tail_contributions[step]).sum()
+        alone = np.square(projected).sum() + self.tail_own_errors[step]
+        return float((1 - SHRINKS[0]) * together + SHRINKS[0] * alone)
+
+    def deviation_error(self, step: int, bits_left: float, own_bits: float) -> float:
+        """What it costs, or saves, when the rest has other bits than the plan gives it; infinite when too few.
+
+        Args:
+            step: first step of the rest.
+            bits_left: what the budget leaves for it.
+            own_bits: what the plan would spend on it.
+        """
+        bits, errors = self.tail_bits[step], self.tail_errors[step]
+        if bits_left < bits[0] - 1e-9:
+            return math.inf
+        return float(np.interp(bits_left, bits, errors) - np.interp(own_bits, bits, errors))
 
 
 def make_plan(sensitivity: Sensitivity, bits: Array, budget: float, prices: int) -> Plan:
@@ -64,11 +88,44 @@ def make_plan(sensitivity: Sensitivity, bits: Array, budget: float, prices: int)
     problem = (contributions.reshape(len(bits), steps * layers, -1), errors.reshape(len(bits), -1), bits)
     ones, total = np.ones(steps * layers), budget * steps * layers
     shaped = [allocate_jointly(*problem, ones, total, shrink) for shrink in SHRINKS]
-    own, price = _rows(shaped[0][0], steps), shaped[0][1]
-    others = [_rows(descend(*problem, ones, price * m, SHRINKS[0]), steps) for m in price_multiples(prices) if m != 1]
-    hedges = [_rows(choice, steps) for choice, _ in shaped[1:]]
-    hedges.append(_rows(allocate(problem[1], bits, ones, total), steps))
-    return Plan((own, *others), tuple(hedges), *_tails(errors, bits, sensitivity.accumulation(own)))
+    own, price = shaped[0]
+    others = [descend(*problem, ones, price * m, SHRINKS[0]) for m in price_multiples(prices) if m != 1]
+    hedges = [*(choice for choice, _ in shaped[1:]), allocate(problem[1], bits, ones, total)]
+    policies = tuple(_rows(choice, steps) for choice in (own, *others))
+    curve = [np.zeros_like(own), *(descend(*problem, ones, price * m, SHRINKS[0]) for m in _CURVE), own]
+    chosen = np.stack([choice.reshape(steps, layers) for choice in (own, *curve)])
+    added = np.take_along_axis(contributions[None], chosen[:, None, :, :, None], 1)[:, 0].sum(axis=2)
+    alone = np.take_along_axis(errors[None], chosen[:, None], 1)[:, 0].sum(axis=2)
+    tails = np.stack([_suffix_sums(a) for a in added]), np.stack([_suffix_sums(a) for a in alone])
+    bits_left = np.stack([_suffix_sums(bits[c].sum(axis=1)) for c in chosen[1:]])
+    return Plan(
+        policies,
+        tuple(_rows(choice, steps) for choice in hedges),
+        tails[0][0],
+        tails[1][0],
+        *_increasing(bits_left.T, _spliced_errors(*tails).T),
+    )
+
+
+def _spliced_errors(tails: Array, alone: Array) -> Array:
+    """Predicted error of the first policy's steps before t and another's from t.
+
+    Args:
+        tails: [1 + curve, steps + 1, rows]: summed contributions of steps t …; the first is the plan itself.
+        alone: [1 + curve, steps + 1]: the same for single errors.
+
+    Returns:
+        [curve, steps + 1].
+    """
+    together = np.square(tails[0, :1] - tails[0] + tails[1:]).sum(axis=-1)
+    return (1 - SHRINKS[0]) * together + SHRINKS[0] * (alone[0, 0] - alone[0] + alone[1:])
+
+
+def _increasing(bits: Array, errors: Array) -> tuple[Array, Array]:
+    """Sort each step's curve by bits and make its error never rise with bits: [steps + 1, curve] each."""
+    order = np.argsort(bits, axis=1, kind="stable")
+    bits, errors = np.take_along_axis(bits, order, 1), np.take_along_axis(errors, order, 1)
+    return bits, np.minimum.accumulate(errors, axis=1)
 
 
 def price_multiples(count: int) -> tuple[float, ...]:
@@ -83,22 +140,9 @@ def _rows(choice: Choice, steps: int) -> Rows:
     return tuple(tuple(int(i) for i in row) for row in choice.reshape(steps, -1))
 
 
-def _tails(errors: Array, bits: Array, accumulation: float) -> tuple[Array, Array]:
-    """Bits and error of steps t … over a range of prices, each [steps + 1, curve]."""
-    flat, ones = errors.reshape(len(bits), -1), np.ones(errors[0].size)
-    steepest = steepest_price(flat, bits, ones)
-    policies = [
-        tiers(flat, bits, ones, price).reshape(errors.shape[1:])
-        for price in np.geomspace(steepest * 1e-9, steepest * 2, _CURVE_POINTS)
-    ]
-    step_bits = np.array([bits[policy].sum(axis=1) for policy in policies]).T
-    step_errors = np.array([np.take_along_axis(errors, p[None], 0)[0].sum(axis=1) for p in policies]).T
-    return _suffix_sums(step_bits), accumulation * _suffix_sums(step_errors)
-
-
 def _suffix_sums(rows: Array) -> Array:
-    """[steps, n] → [steps + 1, n]: row t is the sum of rows t …; the last is zero."""
+    """[steps, …] → [steps + 1, …]: row t is the sum of rows t …; the last is zero."""
     sums = np.cumsum(rows[::-1], axis=0)[::-1]
-    return np.concatenate([sums, np.zeros((1, rows.shape[1]))])
+    return np.concatenate([sums, np.zeros((1, *rows.shape[1:]))])
 
 

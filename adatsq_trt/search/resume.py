@@ -1,8 +1,8 @@
 """The search's units of work on disk: each appears whole, and an interrupted search goes on after the last one.
 
-    FOLDER/sensitivity/step_007.safetensors   contributions and adjoint of a step (written from the last step back)
-    FOLDER/columns/column_007.safetensors     the paths that survived a step
-    FOLDER/scores/<hash>.json                 error of one policy on one batch
+FOLDER/sensitivity/step_007.safetensors   contributions and adjoint of a step (written from the last step back)
+FOLDER/columns/column_007.safetensors     the paths that survived a step
+FOLDER/scores/<hash>.json                 error of one policy on one batch
 """
 
 from __future__ import annotations

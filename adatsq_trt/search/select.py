@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -36,9 +37,10 @@ class Point(BaseModel):
         kind: where it comes from.
         name: for uniform policies the format, else kind and number.
         mean_bits: mean of nominal bits.
-        selection_error: latent MSE on the selection samples.
+        selection_error: latent MSE on the screening batch; for finalists on the whole selection batch.
+        finalist: whether it got the second look.
         held_out_error: latent MSE on the held-out samples, for those policies whose figure is reported.
-        on_front: whether no other point has fewer bits and a smaller selection error.
+        on_front: whether no other point had fewer bits and a smaller error on the screening batch.
         buckets: runs of steps with one assignment.
         formats: step → layer → format name.
     """
@@ -49,6 +51,7 @@ class Point(BaseModel):
     name: str
     mean_bits: float
     selection_error: float
+    finalist: bool = False
     held_out_error: float | None = None
     on_front: bool = False
     buckets: int
@@ -80,18 +83,65 @@ class SearchResult(BaseModel):
 
 
 def judge(
-    proposals: Sequence[Proposal], formats: Sequence[Format], selection: Scorer, on_policy: Callable[[], None]
+    proposals: Sequence[Proposal], formats: Sequence[Format], screening: Scorer, on_policy: Callable[[], None]
 ) -> list[Point]:
     """Score whole generated samples of every distinct proposal and mark the Pareto front."""
     distinct = list({proposal.rows: proposal for proposal in reversed(proposals)}.values())[::-1]
     points, counts = [], dict.fromkeys((p.kind for p in distinct), 0)
     for proposal in distinct:
-        name = formats[proposal.rows[0][0]].name if proposal.kind == "uniform" else f"{proposal.kind} {counts[proposal.kind]}"
+        number = f"{proposal.kind} {counts[proposal.kind]}"
+        name = formats[proposal.rows[0][0]].name if proposal.kind == "uniform" else number
         counts[proposal.kind] += 1
-        points.append(_point(proposal, name, formats, selection.error(proposal.rows)))
+        points.append(_point(proposal, name, formats, screening.error(proposal.rows)))
         on_policy()
     best = set(front([(p.mean_bits, p.selection_error) for p in points]))
     return [p.model_copy(update={"on_front": i in best}) for i, p in enumerate(points)]
+
+
+def finalists(points: Sequence[Point], budget: float) -> list[int]:
+    """Indices of the points that deserve a second look: the best few of each kind of search within the budget.
+
+    A handful of samples that flip to another picture decide a mean over a small batch, so near ties on the screening
+    batch are settled on a larger one; the static rivals get the same second look.
+    """
+    groups: tuple[tuple[tuple[Kind, ...], int], ...] = ((("beam", "plan"), 4), (("layer_only",), 2), (("time_only",), 2))
+    chosen: list[int] = []
+    for kinds, count in groups:
+        within = [i for i, p in enumerate(points) if p.kind in kinds and p.mean_bits <= budget + 1e-9]
+        chosen += sorted(within, key=lambda i: (points[i].selection_error, points[i].buckets, i))[:count]
+    return chosen
+
+
+def second_look(
+    points: Sequence[Point],
+    wanted: Sequence[int],
+    formats: Sequence[Format],
+    scorers: tuple[Scorer, Scorer],
+    on_policy: Callable[[], None],
+) -> list[Point]:
+    """Replace the selection error of some points by the mean over both batches.
+
+    Args:
+        points: judged policies.
+        wanted: indices of the finalists.
+        formats: what the points' format names index.
+        scorers: of the screening batch and of the further batch.
+        on_policy: called after each.
+    """
+    result = list(points)
+    sizes = [len(scorer.samples.seeds) for scorer in scorers]
+    for index in wanted:
+        rows = _rows(points[index], formats)
+        errors = [scorer.error(rows) for scorer in scorers]
+        mean = sum(n * e for n, e in zip(sizes, errors, strict=True)) / sum(sizes)
+        result[index] = points[index].model_copy(update={"selection_error": mean, "finalist": True})
+        on_policy()
+    return result
+
+
+def _rows(point: Point, formats: Sequence[Format]) -> Rows:
+    names = {fmt.name: i for i, fmt in enumerate(formats)}
+    return tuple(tuple(names[name] for name in row) for row in point.formats)
 
 
 def _point(proposal: Proposal, name: str, formats: Sequence[Format], error: float) -> Point:
@@ -102,32 +152,36 @@ def _point(proposal: Proposal, name: str, formats: Sequence[Format], error: floa
         name=name,
         mean_bits=sum(entries) / len(entries),
         selection_error=error,
-        buckets=1 + sum(a != b for a, b in zip(rows, rows[1:], strict=False)),
+        buckets=1 + sum(a != b for a, b in pairwise(rows)),
         formats=tuple(tuple(formats[i].name for i in row) for row in rows),
     )
 
 
-def best_of(points: Sequence[Point], budget: float, kinds: Sequence[Kind]) -> int | None:
-    """Index of the least selection error within the budget among some kinds; fewer buckets win a tie."""
-    within = [i for i, p in enumerate(points) if p.kind in kinds and p.mean_bits <= budget + 1e-9]
-    return min(within, key=lambda i: (points[i].selection_error, points[i].buckets, i), default=None)
+def best_of(points: Sequence[Point], wanted: Sequence[int], kinds: Sequence[Kind]) -> int | None:
+    """Index of the least selection error of some kinds among the wanted points; fewer buckets win a tie."""
+    among = [i for i in wanted if points[i].kind in kinds]
+    return min(among, key=lambda i: (points[i].selection_error, points[i].buckets, i), default=None)
 
 
 def measure_held_out(
-    points: Sequence[Point], wanted: Sequence[int], names: Mapping[str, int], held_out: Scorer, on_policy: Callable[[], None]
+    points: Sequence[Point],
+    wanted: Sequence[int],
+    formats: Sequence[Format],
+    held_out: Scorer,
+    on_policy: Callable[[], None],
 ) -> list[Point]:
     """Add the held-out error to some points.
 
     Args:
         points: judged policies.
         wanted: indices of those to measure.
-        names: format name → index.
+        formats: what the points' format names index.
         held_out: scores samples that nothing was chosen on.
         on_policy: called after each.
     """
     result = list(points)
     for index in dict.fromkeys(wanted):
-        rows = tuple(tuple(names[name] for name in row) for row in points[index].formats)
-        result[index] = points[index].model_copy(update={"held_out_error": held_out.error(rows)})
+        error = held_out.error(_rows(points[index], formats))
+        result[index] = points[index].model_copy(update={"held_out_error": error})
         on_policy()
     return result

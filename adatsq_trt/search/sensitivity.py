@@ -1,7 +1,7 @@
 """What each format, at each step and layer, would do to the final picture: a second-order estimate for screening.
 
-Rounding layer l at step t to format f changes its output by ΔY = Q(X) Ŵᵀ - X Wᵀ. With the gradient G = ∂(uᵀ x_T)/∂Y from
-the backward sweep, the change of the projected picture is, to first order, the signed number
+Rounding layer l at step t to format f changes its output by ΔY = Q(X) Ŵᵀ - X Wᵀ. With the gradient G = ∂(uᵀ x_T)/∂Y
+from the backward sweep, the change of the projected picture is, to first order, the signed number
 
     c[f,t,l,r] = Σ G * ΔY                        (row r = one projection u of one sample),
 
@@ -110,5 +110,3 @@ def assemble(formats: Sequence[Format], steps: Mapping[int, Tensor], latent_size
     """
     stacked = torch.stack([steps[t] for t in range(len(steps))], dim=1)
     return Sensitivity(tuple(formats), stacked / math.sqrt(stacked.shape[-1] * latent_size))
-
-

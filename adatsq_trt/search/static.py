@@ -15,6 +15,7 @@ from adatsq_trt.search.joint import allocate_jointly
 from adatsq_trt.search.plan import SHRINKS, Rows
 from adatsq_trt.search.sensitivity import Sensitivity
 
+
 def uniform(index: int, steps: int, layers: int) -> Rows:
     """One format everywhere."""
     return ((index,) * layers,) * steps
@@ -23,8 +24,8 @@ def uniform(index: int, steps: int, layers: int) -> Rows:
 def layer_only(sensitivity: Sensitivity, bits: Array, budget: float) -> list[Rows]:
     """Proposals with one assignment for all steps.
 
-    A layer's error is that of its contributions summed over the steps (accumulation counted), of each alone (not
-    counted), or the geometric mean; and layers are allocated jointly, as the search's own plan is.
+    Layers are allocated jointly, as the search's own plan is, at both of its shrinks; and one by one, a layer's error
+    being the geometric mean of that with and without accumulation over the steps (better than either alone).
     """
     steps = sensitivity.contributions.shape[1]
     return [tuple([row] * steps) for row in _grouped(sensitivity, bits, budget, steps_together=True)]
@@ -44,7 +45,7 @@ def _grouped(sensitivity: Sensitivity, bits: Array, budget: float, *, steps_toge
     diagonal, alone = together.square().sum(dim=-1), contributions.square().sum(dim=(axis, 3))
     items = together.shape[1]
     ones, total = np.ones(items), budget * items
-    choices = [allocate(e.numpy(), bits, ones, total) for e in (diagonal, alone, torch.sqrt(diagonal * alone))]
+    choices = [allocate(torch.sqrt(diagonal * alone).numpy(), bits, ones, total)]
     choices += [
         allocate_jointly(together.numpy(), diagonal.numpy(), bits, ones, total, shrink)[0] for shrink in SHRINKS
     ]

@@ -6,12 +6,26 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from adatsq_trt.errors import UnknownNameError
+
 ZOO_FOLDER = Path(__file__).parent / "weights"
 
 
 def zoo_models() -> dict[str, Path]:
     """Name → folder of every model that ships with the package."""
     return {path.parent.name: path.parent for path in sorted(ZOO_FOLDER.glob("*/model_index.json"))}
+
+
+def find_model(name: str) -> Path:
+    """Folder of a zoo model.
+
+    Raises:
+        UnknownNameError: no such model.
+    """
+    models = zoo_models()
+    if name not in models:
+        raise UnknownNameError("model", name, models)
+    return models[name]
 
 
 class ZooIndex(BaseModel):

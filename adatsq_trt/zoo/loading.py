@@ -9,10 +9,9 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from torch import nn
 
-from adatsq_trt.errors import UnknownNameError
 from adatsq_trt.files import read_json_model, read_tensors, sha256
 from adatsq_trt.models.flux import FluxAdapter
-from adatsq_trt.zoo import ZooIndex, zoo_models
+from adatsq_trt.zoo import ZooIndex, find_model
 
 TRANSFORMER_WEIGHTS = Path("transformer") / "diffusion_pytorch_model.safetensors"
 
@@ -36,18 +35,6 @@ class LoadedModel:
     weights_sha256: str
     default_steps: int
     default_guidance: float
-
-
-def find_model(name: str) -> Path:
-    """Folder of a zoo model.
-
-    Raises:
-        UnknownNameError: no such model.
-    """
-    models = zoo_models()
-    if name not in models:
-        raise UnknownNameError("model", name, models)
-    return models[name]
 
 
 def load_model(name: str) -> LoadedModel:

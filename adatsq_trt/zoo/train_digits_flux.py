@@ -2,8 +2,8 @@
 
     python -m adatsq_trt.zoo.train_digits_flux --output adatsq_trt/zoo/weights/digits-flux
 
-Flow matching on 1,500 images, the other 297 kept for the judge's accuracy. The same seed and thread count give the same weights on the
-same kind of machine.
+Flow matching on 1,500 images, the other 297 kept for the judge's accuracy. The same seed and thread count give the
+same weights on the same kind of machine.
 """
 
 from __future__ import annotations

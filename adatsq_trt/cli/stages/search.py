@@ -22,17 +22,27 @@ from adatsq_trt.search.beam import Pruning
 from adatsq_trt.search.denoising import DenoisingProblem, format_bits
 from adatsq_trt.search.plan import make_plan
 from adatsq_trt.search.resume import Scorer, measure_sensitivity, search_columns
-from adatsq_trt.search.select import Kind, Proposal, SearchResult, best_of, judge, measure_held_out
+from adatsq_trt.search.select import (
+    Kind,
+    Proposal,
+    SearchResult,
+    best_of,
+    finalists,
+    judge,
+    measure_held_out,
+    second_look,
+)
 from adatsq_trt.search.sensitivity import Sensitivity
 from adatsq_trt.search.static import layer_only, time_only, uniform
 from adatsq_trt.settings import Settings
 from adatsq_trt.zoo.loading import LoadedModel
 
 NAME = "search"
+# Every proposal is judged on the first samples of the selection batch, finalists on all.
+SCREENING = 64
 RESULT, POLICY = "result.json", "policy.json"
+KINDS: tuple[Kind, ...] = ("given", "beam", "plan", "layer_only", "time_only")
 STATIC_KINDS: tuple[Kind, Kind] = ("layer_only", "time_only")
-# The beam runs on the first samples of the calibration batch: its calls are what a search costs.
-BEAM_SAMPLES = 32
 _SETTINGS = (
     *("model", "weights_sha256", "formats", "steps", "guidance", "budget_bits", "seed", "calibration_samples"),
     *("policy", "projections", "selection_samples", "held_out_samples", "beam", "candidates", "slack"),
@@ -101,10 +111,8 @@ def _search(context: Context, folder: Path) -> SearchResult:
     sensitivity, adjoints, latents = _sensitivity(context, store, folder)
     bits, budget = format_bits(context.formats), context.settings.budget_bits
     plan = make_plan(sensitivity, bits, budget, context.settings.candidates)
-    beam_samples = context.calibration.part(slice(0, BEAM_SAMPLES))
-    latents, adjoints = latents[:, :BEAM_SAMPLES], adjoints[:, :, :BEAM_SAMPLES]
     with SimulatedModel(context.adapter, store).installed() as model:
-        problem = DenoisingProblem(beam_samples, model, context.formats, latents, adjoints, plan, budget)
+        problem = DenoisingProblem(context.calibration, model, context.formats, latents, adjoints, plan, budget)
         with progress("search: beam", context.settings.steps) as advance:
             pruning = Pruning(context.settings.beam, context.settings.slack)
             paths = search_columns(problem, pruning, folder, advance)
@@ -146,26 +154,30 @@ def _given_proposal(context: Context) -> Proposal:
 def _judge(
     context: Context, model: SimulatedModel, proposals: list[Proposal], calls: int, folder: Path
 ) -> SearchResult:
-    """Choose on the selection samples, report on the held-out samples."""
+    """Screen all, look at the finalists again, choose; report on the held-out samples."""
     settings, formats = context.settings, context.formats
+    batches = [context.selection.part(part) for part in (slice(0, SCREENING), slice(SCREENING, None))]
+    scorers = [Scorer(model, formats, batch, folder) for batch in batches if batch.seeds]
     distinct = len({proposal.rows for proposal in proposals})
-    with progress("search: selection", distinct) as advance:
-        points = judge(proposals, formats, Scorer(model, formats, context.selection, folder), advance)
-    budget, given = settings.budget_bits, settings.policy is not None
-    chosen = 0 if given else best_of(points, budget, ("beam", "plan", "layer_only", "time_only", "uniform"))
+    with progress("search: screening", distinct) as advance:
+        points = judge(proposals, formats, scorers[0], advance)
+    wanted = [0] if settings.policy is not None else finalists(points, settings.budget_bits)
+    if len(scorers) == 2:
+        with progress("search: finalists", len(wanted)) as advance:
+            points = second_look(points, wanted, formats, (scorers[0], scorers[1]), advance)
+        calls += len(wanted) * settings.steps
+    chosen = best_of(points, wanted, KINDS)
     assert chosen is not None, "the plan meets the budget"
-    static = [best_of(points, budget, (kind,)) for kind in STATIC_KINDS]
+    static = [best_of(points, wanted, (kind,)) for kind in STATIC_KINDS]
     uniforms = [i for i, point in enumerate(points) if point.kind == "uniform"]
-    wanted = [chosen, *(i for i in static if i is not None), *uniforms]
-    with progress("search: held-out samples", len(set(wanted))) as advance:
-        names = {fmt.name: i for i, fmt in enumerate(formats)}
-        scorer = Scorer(model, formats, context.held_out, folder)
-        points = measure_held_out(points, wanted, names, scorer, advance)
+    reported = list(dict.fromkeys([chosen, *(i for i in static if i is not None), *uniforms]))
+    with progress("search: held-out samples", len(reported)) as advance:
+        points = measure_held_out(points, reported, formats, Scorer(model, formats, context.held_out, folder), advance)
     return SearchResult(
         points=tuple(points),
         chosen=chosen,
         layer_only=static[0],
         time_only=static[1],
         denoiser_calls=calls + distinct * settings.steps,
-        sensitivity_sweeps=0 if given else settings.projections,
+        sensitivity_sweeps=0 if settings.policy is not None else settings.projections,
     )

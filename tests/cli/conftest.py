@@ -1,0 +1,117 @@
+"""The command line as a user meets it, and one real run for all its tests."""
+
+import fcntl
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(sys.executable).with_name("adatsq-trt")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended.
+
+    Attributes:
+        code: exit code.
+        out: standard output.
+        err: standard error.
+    """
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def refusal(self) -> str:
+        """What a refused request is told: exit code 2 and one sentence, the last and only message."""
+        assert self.code == 2, (self.code, self.err)
+        assert "Traceback" not in self.err
+        lines = [line for line in self.err.splitlines() if line.startswith("adatsq-trt: ")]
+        assert len(lines) == 1, self.err
+        assert self.err.endswith(lines[0] + "\n"), self.err
+        return lines[0].removeprefix("adatsq-trt: ")
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a command that succeeded said beside its result."""
+        assert self.code == 0, self.err
+        return [line.removeprefix("adatsq-trt: ") for line in self.err.splitlines() if line.startswith("adatsq-trt: ")]
+
+
+class CommandLine:
+    """Calls the console script's own function in this process, so that heavy libraries are imported once.
+
+    Attributes:
+        small: options for the least effort.
+        build: arguments of the shared run, without --output.
+        script: path of the console script.
+    """
+
+    samples = ("--calibration-samples", "2", "--selection-samples", "2", "--held-out-samples", "2")
+    small = (*samples, "--steps", "2", "--beam", "2", "--candidates", "2")
+    build = ("build", "engine", "digits-flux", "--target", "sm120", *small)
+    script = SCRIPT
+
+    def __init__(self, capture: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch) -> None:
+        self._capture, self._patch = capture, patch
+
+    def __call__(self, *arguments: str | Path) -> Ended:
+        from adatsq_trt.cli import main
+
+        self._patch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        self._capture.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        out, err = self._capture.readouterr()
+        return Ended(int(end.value.code or 0), out, err)
+
+    @staticmethod
+    def process(*arguments: str | Path) -> Ended:
+        """Run the console script itself."""
+        ended = subprocess.run([SCRIPT, *map(str, arguments)], capture_output=True, text=True, check=False)
+        return Ended(ended.returncode, ended.stdout, ended.stderr)
+
+    @staticmethod
+    def contents(folder: Path) -> dict[str, bytes]:
+        """Every file of a folder but the lock: relative path → content."""
+        files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock")
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> CommandLine:
+    """The command line."""
+    return CommandLine(capsys, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small run for sm120, built by the console script, once for all workers; for reading."""
+    base = tmp_path_factory.getbasetemp()
+    # With xdist every worker has a folder of its own in the session's.
+    shared = base.parent if base.name.startswith("popen-") else base
+    run, ready = shared / "built", shared / "built.ready"
+    with (shared / "built.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not ready.exists():
+            ended = CommandLine.process(*CommandLine.build, "--output", run)
+            assert ended.code == 0, ended.err
+            ready.touch()
+    return run
+
+
+@pytest.fixture
+def copy(built: Path, tmp_path: Path) -> Path:
+    """A copy of that run, for writing."""
+    return Path(shutil.copytree(built, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def read_only_copy(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of that run that requests are refused on: at the end of every test it is as it was."""
+    return Path(shutil.copytree(built, tmp_path_factory.mktemp("refused") / "run"))

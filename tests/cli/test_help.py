@@ -1,0 +1,83 @@
+"""What `--help` says, and how fast."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from adatsq_trt.cli import app, build
+from adatsq_trt.settings import Settings
+
+HEAVY = ("diffusers", "matplotlib", "numpy", "onnx", "onnxruntime", "polygraphy", "pydantic", "tensorrt_rtx", "torch")
+COMMANDS = (
+    *(("build", "engine"), ("calibrate",), ("quantize",), ("search",), ("export",)),
+    *(("check",), ("generate",), ("inspect",), ("compare",), ("models",), ("doctor",)),
+)
+
+
+def test_help_answers_in_half_a_second(cli) -> None:
+    def seconds() -> float:
+        start = time.perf_counter()
+        subprocess.run([cli.script, "--help"], check=True, capture_output=True)
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(3)) < 0.5
+
+
+def test_importing_the_command_line_loads_nothing_heavy() -> None:
+    code = f"import sys, adatsq_trt.cli; print([name for name in {HEAVY} if name in sys.modules])"
+    ended = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert ended.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_explains_itself(cli, command: tuple[str, ...]) -> None:
+    ended = cli(*command, "--help")
+    assert ended.code == 0
+    assert f"Usage: adatsq-trt {' '.join(command)}" in ended.out
+    if command not in (("models",), ("doctor",)):
+        assert f"Example: adatsq-trt {' '.join(command)} " in ended.out
+        assert cli(*command).out == ended.out  # without arguments
+
+
+def test_every_command_is_in_the_list_above() -> None:
+    names = {command.callback.__name__ for command in app.registered_commands if command.callback}
+    assert names | {"build"} == {command[0] for command in COMMANDS}
+
+
+@pytest.mark.parametrize("group", [(), ("build",)], ids=["top", "build"])
+def test_a_group_without_a_command_shows_help(cli, group: tuple[str, ...]) -> None:
+    ended = cli(*group)
+    assert "Usage: adatsq-trt" in ended.out
+    assert "Commands" in ended.out
+
+
+def test_defaults_in_help_are_those_of_the_settings() -> None:
+    shown = {
+        "beam": build.Beam,
+        "candidates": build.Candidates,
+        "calibration_samples": build.Calibration,
+        "selection_samples": build.Selection,
+        "held_out_samples": build.HeldOut,
+        "seed": build.Seed,
+    }
+    for name, option in shown.items():
+        default = Settings.model_fields[name].default
+        if name != "seed":  # a real default
+            assert option.__metadata__[0].show_default == str(default)
+    assert build.engine.__defaults__ is not None
+
+
+def test_version_is_the_package_s(cli) -> None:
+    from adatsq_trt import __version__
+
+    assert cli("--version").out.strip() == __version__
+
+
+def test_unknown_commands_and_options_are_usage_errors(cli) -> None:
+    for arguments in (("bild",), ("build", "engines"), ("models", "--jsn"), ("build", "engine", "x", "--steps", "0")):
+        ended = cli(*arguments)
+        assert ended.code == 2
+        assert "Usage: " in ended.err
+        assert "Traceback" not in ended.err
