@@ -65,7 +65,7 @@ def round_e2m1(values: Tensor) -> Tensor:
     to the even mantissa.
     """
     magnitude = values.abs().clamp(max=E2M1_MAX)
-    spacing = 0.5 + 0.5 * (magnitude >= 2) + (magnitude >= 4)
+    spacing = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
     return torch.copysign((magnitude / spacing).round() * spacing, values)
 
 

@@ -95,7 +95,7 @@ Candidates = Annotated[
         "--candidates",
         min=1,
         help="Assignments tried per path and step, besides the previous one.",
-        show_default="4",
+        show_default="5",
         rich_help_panel=_EFFORT,
     ),
 ]
@@ -115,7 +115,7 @@ Selection = Annotated[
         "--selection-samples",
         min=1,
         help="Fresh pictures that decide between finished policies.",
-        show_default="64",
+        show_default="256",
         rich_help_panel=_EFFORT,
     ),
 ]
@@ -125,7 +125,7 @@ HeldOut = Annotated[
         "--held-out-samples",
         min=1,
         help="Fresh pictures that the reported errors are measured on.",
-        show_default="128",
+        show_default="256",
         rich_help_panel=_EFFORT,
     ),
 ]

@@ -5,8 +5,8 @@ contains what the earlier steps did. After each column the paths are pruned to a
 
 1. A path that cannot meet the budget even with the cheapest rest is dropped.
 2. A path is dropped when another has no more bits and an error smaller by more than `slack`.
-3. Of the others half of the places go to the least estimated final error; the other half to the largest crowding distance along the front. Among equals a path that keeps the previous step's
-   assignment wins.
+3. Of the others three quarters of the places go to the least estimated final error, the rest to the largest crowding
+   distance along the front. Among equals a path that keeps the previous step's assignment wins.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def prune(paths: Sequence[Path[StateT]], pruning: Pruning) -> list[Path[StateT]]
         ranked = [ranked[i] for i in front([(p.bits, p.error) for p in ranked], pruning.slack)]
     if pruning.width is None or len(ranked) <= pruning.width:
         return ranked
-    leaders = (pruning.width + 1) // 2
+    leaders = pruning.width - pruning.width // 4
     rest = ranked[leaders:]
     distance = crowding_distance([(p.bits, p.error) for p in rest])
     diverse = sorted(range(len(rest)), key=lambda i: (-distance[i], i))[: pruning.width - leaders]

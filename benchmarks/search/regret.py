@@ -2,11 +2,17 @@
 
     python benchmarks/search/regret.py
 
-A problem has 3 steps, 2 layers and the formats of the set `paper` (3, 4 and 8 bits). Its state x is a deviation from a
-full-precision path: x[t+1] = A_t tanh(x[t]) + e_t(assignment), and the policy's error is |x_T|². The error vector e_t is
-the sum of both layers' errors and of their product, and a layer errs partly the same way at every step, so that errors
-neither add nor stay apart. Candidates, the estimate of the rest and the guide (the error propagated to the end to first
-order) are made as the real search makes them. Writes regret.json beside this file.
+A problem has 3 steps, 2 layers and the formats of the set `paper` (3, 4 and 8 bits). As in the real search a state is a
+batch: each of its samples is a deviation x from a full-precision path, x[t+1] = A_t tanh(x[t]) + e_t(assignment), and a
+policy's error is the mean of |x_T|². The vector e_t is the sum of both layers' errors and of their product, and a layer
+errs partly the same way at every step, so errors neither add nor stay apart. The guide and the estimate of the rest are
+those of the real search's plan.
+
+Candidates are assignments of the plan's own kind at the prices nearest to its own. Two layers change at few prices, so
+prices are tried until there are as many distinct assignments as asked for.
+
+The fewer numbers a state has, the more the optimum owes to chance cancellation, which no estimate from single errors
+can foresee: the figures for batches of 1 and 4 samples show that. Writes regret.json beside this file.
 """
 
 from __future__ import annotations
@@ -14,8 +20,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -25,15 +32,18 @@ from adatsq_trt.formats import FORMAT_SETS, FORMATS
 from adatsq_trt.search.beam import Pruning, beam_search
 from adatsq_trt.search.candidates import Array, Assignment
 from adatsq_trt.search.denoising import format_bits
-from adatsq_trt.search.plan import Plan, make_plan
+from adatsq_trt.search.joint import allocate_jointly, descend
+from adatsq_trt.search.plan import SHRINKS, Plan, make_plan
 from adatsq_trt.search.sensitivity import Sensitivity
 from adatsq_trt.settings import Settings
 
 STEPS, LAYERS, WIDTH = 3, 2, 6
+BATCH = 16
 SET = tuple(FORMATS[name] for name in FORMAT_SETS["paper"])
 BITS = format_bits(SET)
 BUDGETS = (4.0, 4.5, 5.0, 6.0)  # mean bits; problem n has the n-th of them in turn
 PROBLEMS = 200
+PRICE_STEP, PRICE_STEPS = 1.35, 30  # up to a factor of 8,000 away from the plan's price
 ALL_ASSIGNMENTS: tuple[Assignment, ...] = tuple(itertools.product(range(len(SET)), repeat=LAYERS))
 
 
@@ -43,7 +53,7 @@ class Dynamics:
 
     Attributes:
         matrices: A, [steps, width, width].
-        errors: of each format at each step and layer, [formats, steps, layers, width].
+        errors: of each format at each step and layer, [formats, steps, layers, batch, width].
         cross: weight of the product of both layers' errors, [steps].
         budget: mean bits.
     """
@@ -54,49 +64,75 @@ class Dynamics:
     budget: float
 
     @classmethod
-    def random(cls, seed: int) -> Dynamics:
+    def random(cls, seed: int, batch: int = BATCH) -> Dynamics:
         """Errors of 2^-bits in size, half of their variance common to all steps of a layer."""
         rng = np.random.default_rng(seed)
-        size = (2.0**-BITS)[:, None, None, None] * np.exp(rng.normal(0, 0.5, (1, STEPS, LAYERS, 1)))
-        common = rng.normal(size=(len(BITS), 1, LAYERS, WIDTH))
-        own = rng.normal(size=(len(BITS), STEPS, LAYERS, WIDTH))
+        size = (2.0**-BITS)[:, None, None, None, None] * np.exp(rng.normal(0, 0.5, (1, STEPS, LAYERS, 1, 1)))
+        common = rng.normal(size=(len(BITS), 1, LAYERS, batch, WIDTH))
+        own = rng.normal(size=(len(BITS), STEPS, LAYERS, batch, WIDTH))
         matrices = rng.normal(0, 1.2 / np.sqrt(WIDTH), (STEPS, WIDTH, WIDTH))
         cross = rng.normal(0, 2.0, STEPS)
         return cls(matrices, 4 * size * (common + own) / np.sqrt(2), cross, BUDGETS[seed % len(BUDGETS)])
 
+    @property
+    def start(self) -> Array:
+        """No deviation, [batch, width]."""
+        return np.zeros(self.errors.shape[3:])
+
     def step(self, state: Array, step: int, assignment: Assignment) -> Array:
-        """The deviation after a step, [width]."""
+        """The deviation after a step; any leading axes before [batch, width]."""
         first, second = (self.errors[assignment[layer], step, layer] for layer in range(LAYERS))
-        return self.matrices[step] @ np.tanh(state) + first + second + self.cross[step] * first * second
+        return np.tanh(state) @ self.matrices[step].T + first + second + self.cross[step] * first * second
 
-    def to_the_end(self, step: int) -> Array:
-        """∂x_T / ∂x_step at the full-precision path, [width, width]."""
-        product = np.eye(WIDTH)
-        for matrix in self.matrices[step:]:
-            product = matrix @ product
-        return product
+    @cached_property
+    def to_the_end(self) -> Array:
+        """∂x_T / ∂x_t at the full-precision path, [steps + 1, width, width]."""
+        products = [np.eye(WIDTH)]
+        for matrix in self.matrices[::-1]:
+            products.append(products[-1] @ matrix)
+        return np.stack(products[::-1])
 
-    def plan(self, prices: int) -> Plan:
-        """The real search's plan from single errors propagated to the end to first order."""
-        propagated = [self.errors[:, step] @ self.to_the_end(step + 1).T for step in range(STEPS)]
-        contributions = torch.from_numpy(np.stack(propagated, axis=1))
-        return make_plan(Sensitivity(SET, contributions), BITS, self.budget, prices)
+    @cached_property
+    def contributions(self) -> Array:
+        """Single errors propagated to the end to first order, scaled as the real ones are: [formats, steps, layers, rows]."""
+        propagated = np.einsum("ftlbw,tvw->ftlbv", self.errors, self.to_the_end[1:])
+        return propagated.reshape(*propagated.shape[:3], -1) / np.sqrt(len(self.start))
 
-    def affords(self, rows: Sequence[Assignment]) -> bool:
-        """Whether a policy keeps the budget."""
-        return sum(BITS[i] for row in rows for i in row) <= self.budget * STEPS * LAYERS + 1e-9
+    @cached_property
+    def plan(self) -> Plan:
+        """The real search's plan."""
+        return make_plan(Sensitivity(SET, torch.from_numpy(self.contributions)), BITS, self.budget, 1)
 
-    def policy_error(self, rows: Sequence[Assignment]) -> float:
-        """|x_T|²."""
-        state = np.zeros(WIDTH)
-        for step, row in enumerate(rows):
-            state = self.step(state, step, row)
-        return float(state @ state)
+    @cached_property
+    def ranked_candidates(self) -> list[list[Assignment]]:
+        """Distinct assignments of each step, the plan's own first, then from ever farther prices."""
+        ranked: list[dict[Assignment, None]] = [{} for _ in range(STEPS)]
+        for rows in self._policies():
+            for found, row in zip(ranked, rows.reshape(STEPS, LAYERS), strict=True):
+                found[tuple(int(i) for i in row)] = None
+        return [list(found) for found in ranked]
+
+    def _policies(self) -> Iterator[Array]:
+        contributions = self.contributions.reshape(len(BITS), STEPS * LAYERS, -1)
+        problem = (contributions, np.square(contributions).sum(axis=-1), BITS, np.ones(STEPS * LAYERS))
+        own, price = allocate_jointly(*problem, self.budget * STEPS * LAYERS, SHRINKS[0])
+        yield own
+        for power in range(1, PRICE_STEPS + 1):
+            for multiple in (PRICE_STEP**power, PRICE_STEP**-power):
+                yield descend(*problem, price * multiple, SHRINKS[0])
+
+    def error(self, state: Array) -> float:
+        """Mean over the batch of |x|²."""
+        return float(np.square(state).sum() / len(state))
 
     def best_error(self) -> float:
-        """Brute force over all policies within the budget."""
-        policies = itertools.product(ALL_ASSIGNMENTS, repeat=STEPS)
-        return min(self.policy_error(rows) for rows in policies if self.affords(rows))
+        """Brute force: all policies at once, the best of those within the budget."""
+        states, bits = self.start[None], np.zeros(1)
+        for step in range(STEPS):
+            states = np.concatenate([self.step(states, step, row) for row in ALL_ASSIGNMENTS])
+            bits = np.concatenate([bits + BITS[list(row)].sum() for row in ALL_ASSIGNMENTS])
+        within = bits <= self.budget * STEPS * LAYERS + 1e-9
+        return float((np.square(states).sum(axis=(1, 2)) / len(self.start))[within].min())
 
 
 @dataclass(frozen=True)
@@ -105,20 +141,23 @@ class SmallProblem:
 
     Attributes:
         dynamics: the loop.
-        plan: source of the candidates and of the estimate of the rest; None tries everything and estimates nothing.
+        count: candidates per step besides the previous assignment; None tries everything and estimates nothing.
     """
 
     dynamics: Dynamics
-    plan: Plan | None
+    count: int | None
     steps: int = STEPS
 
     def start(self) -> Array:
         """On the full-precision path."""
-        return np.zeros(WIDTH)
+        return self.dynamics.start
 
     def candidates(self, step: int, previous: Assignment | None) -> Sequence[Assignment]:
-        """The plan's, or all."""
-        return ALL_ASSIGNMENTS if self.plan is None else self.plan.candidates(step, previous)
+        """The previous assignment and those of the plan's kind, or all."""
+        if self.count is None:
+            return ALL_ASSIGNMENTS
+        ranked = self.dynamics.ranked_candidates[step][: self.count]
+        return list(dict.fromkeys([*([previous] if previous is not None else []), *ranked]))
 
     def bits(self, assignment: Assignment) -> float:
         """Sum over layers."""
@@ -129,24 +168,24 @@ class SmallProblem:
         return self.dynamics.step(state, step, assignment)
 
     def error(self, state: Array, step: int) -> float:
-        """Squared deviation at the end: to first order and, where there is a plan, with what the plan adds to it."""
+        """The error at the end; before it, as the plan expects it."""
         if step == STEPS:
-            return float(state @ state)
-        projected = self.dynamics.to_the_end(step) @ state
-        return float(projected @ projected) if self.plan is None else self.plan.expected_error(projected, step)
+            return self.dynamics.error(state)
+        projected = (state @ self.dynamics.to_the_end[step].T).ravel() / np.sqrt(len(state))
+        return float(projected @ projected) if self.count is None else self.dynamics.plan.expected_error(projected, step)
 
     def remaining_error(self, step: int, bits: float) -> float:
         """The plan's, or only whether the budget can hold."""
         left = self.dynamics.budget * STEPS * LAYERS - bits
-        if self.plan is not None:
-            own = sum(self.bits(row) for row in self.plan.policies[0][step:])
-            return self.plan.deviation_error(step, left, own)
+        if self.count is not None:
+            own = sum(self.bits(row) for row in self.dynamics.plan.policies[0][step:])
+            return self.dynamics.plan.deviation_error(step, left, own)
         return 0.0 if BITS[0] * LAYERS * (STEPS - step) <= left + 1e-9 else float("inf")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to prune: what `--beam` and the settings call beam, candidates and slack; None for no limit."""
+    """One way to prune: what the settings call beam, candidates and slack; None for no limit."""
 
     beam: int | None
     candidates: int | None
@@ -154,41 +193,33 @@ class Choice:
 
 
 DEFAULTS = Choice(*(Settings.model_fields[name].default for name in ("beam", "candidates", "slack")))
+EXACT = Choice(None, None, None)
 CHOICES = (
-    Choice(None, None, None),
-    Choice(None, None, 0.0),
-    Choice(None, DEFAULTS.candidates, None),
-    Choice(4, 4, 0.1),
-    Choice(4, 4, 0.5),
-    Choice(4, 4, None),
-    Choice(8, 4, 0.1),
-    Choice(8, 4, None),
-    Choice(8, 8, 0.1),
-    Choice(8, 8, None),
-    Choice(16, 8, None),
     DEFAULTS,
+    EXACT,
+    Choice(None, None, 0.0),
+    Choice(None, None, 0.1),
+    *(Choice(None, count, None) for count in (2, 4, 6)),
+    *(Choice(beam, 4, slack) for beam in (2, 4, 8) for slack in (0.0, 0.1, 0.5, None)),
+    *(Choice(beam, 6, 0.1) for beam in (4, 8)),
 )
 
+Problems = Sequence[tuple[Dynamics, float]]
 
-def regrets(choice: Choice, problems: Sequence[tuple[Dynamics, float]]) -> Array:
-    """error / least possible error - 1 of each problem.
 
-    Args:
-        choice: how to prune.
-        problems: each with its least possible error.
-    """
+def seeded_problems(count: int = PROBLEMS, batch: int = BATCH) -> Problems:
+    """Problems with seeds 0 … and their least possible errors."""
+    dynamics = [Dynamics.random(seed, batch) for seed in range(count)]
+    return [(d, d.best_error()) for d in dynamics]
+
+
+def regrets(choice: Choice, problems: Problems) -> Array:
+    """error / least possible error - 1 of each problem."""
     result = []
     for dynamics, best in problems:
-        plan = None if choice.candidates is None else dynamics.plan(choice.candidates)
-        paths = beam_search(SmallProblem(dynamics, plan), Pruning(choice.beam, choice.slack))
+        paths = beam_search(SmallProblem(dynamics, choice.candidates), Pruning(choice.beam, choice.slack))
         result.append(paths[0].error / best - 1)
     return np.array(result)
-
-
-def seeded_problems(count: int = PROBLEMS) -> list[tuple[Dynamics, float]]:
-    """Problems with seeds 0 … and their least possible errors."""
-    dynamics = [Dynamics.random(seed) for seed in range(count)]
-    return [(d, d.best_error()) for d in dynamics]
 
 
 def figures(regret: Array) -> dict[str, float]:
@@ -201,16 +232,18 @@ def main() -> None:
     """Measure every choice, print a table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
-    output = parser.parse_args().output
-    problems, rows = seeded_problems(), []
-    print(f"{'beam':>6} {'candidates':>10} {'slack':>6} {'mean':>8} {'median':>8} {'p95':>8} {'worst':>8}")
-    for choice in dict.fromkeys(CHOICES):
-        row = figures(regrets(choice, problems))
-        rows.append({**vars(choice), "default": choice == DEFAULTS, **row})
-        names = [str(value if value is not None else "all") for value in vars(choice).values()]
-        percent = " ".join(f"{value:>8.1%}" for value in row.values())
-        print(f"{names[0]:>6} {names[1]:>10} {names[2]:>6} {percent}{'  default' if choice == DEFAULTS else ''}")
-    output.write_text(json.dumps({"problems": PROBLEMS, "choices": rows}, indent=2) + "\n")
+    output, rows = parser.parse_args().output, []
+    print(f"{'batch':>6} {'beam':>6} {'candidates':>10} {'slack':>6} {'mean':>8} {'median':>8} {'p95':>8} {'worst':>8}")
+    for batch in (BATCH, 4, 1):
+        problems = seeded_problems(batch=batch)
+        for choice in dict.fromkeys(CHOICES) if batch == BATCH else (DEFAULTS,):
+            row = figures(regrets(choice, problems))
+            rows.append({"batch": batch, **asdict(choice), **row})
+            beam, candidates, slack = ("all" if value is None else value for value in asdict(choice).values())
+            percent = " ".join(f"{value:>8.1%}" for value in row.values())
+            default = "  default" if choice == DEFAULTS else ""
+            print(f"{batch:>6} {beam:>6} {candidates:>10} {slack:>6} {percent}{default}", flush=True)
+    output.write_text(json.dumps({"problems": PROBLEMS, "results": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

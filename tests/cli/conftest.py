@@ -77,10 +77,11 @@ class CommandLine:
         return Ended(ended.returncode, ended.stdout, ended.stderr)
 
     @staticmethod
-    def contents(folder: Path) -> dict[str, bytes]:
-        """Every file of a folder but the lock: relative path → content."""
-        files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock")
-        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+    def state(path: Path) -> dict[str, tuple[int, int, int]]:
+        """What changes when a file does: path below `path` → size, time and inode of every file but the lock."""
+        files = [file for file in (path, *path.rglob("*")) if file.is_file() and file.name != ".lock"]
+        stats = {file.relative_to(path).as_posix(): file.stat() for file in files}
+        return {name: (stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats.items()}
 
 
 @pytest.fixture
@@ -109,9 +110,3 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copy(built: Path, tmp_path: Path) -> Path:
     """A copy of that run, for writing."""
     return Path(shutil.copytree(built, tmp_path / "run"))
-
-
-@pytest.fixture(scope="module")
-def read_only_copy(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of that run that requests are refused on: at the end of every test it is as it was."""
-    return Path(shutil.copytree(built, tmp_path_factory.mktemp("refused") / "run"))

@@ -1,6 +1,7 @@
-"""`build engine` and the commands of single stages, on a real run."""
+"""`build engine`, the commands of single stages, and what is reused, replaced and mended, on a real run."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -9,5 +10,234 @@ import pytest
 from adatsq_trt.cli.build import StageName
 from adatsq_trt.policy import Policy
 from adatsq_trt.report.summary import Summary
+from adatsq_trt.run import RunDirectory, StageRecord
 from adatsq_trt.settings import Settings
-from tests.cli.conftest import BUILD, SMALL, Cli, digest
+
+STAGES = tuple(stage.value for stage in StageName)
+
+
+def records(run: Path) -> dict[str, StageRecord]:
+    return {
+        name: RunDirectory.existing(run).record(name) for name in STAGES if (run / "stages" / f"{name}.json").exists()
+    }
+
+
+# --------------------------------------------------------------------------------------- what a run holds
+
+
+def test_run_holds_all_that_was_promised(built: Path) -> None:
+    policy = Policy.load(built / "policy.json")
+    settings = Settings.model_validate_json((built / "settings.json").read_text())
+    assert (settings.model, settings.targets, settings.formats) == ("digits-flux", ("sm120",), ("nvfp4", "fp8", "bf16"))
+    assert (settings.steps, settings.beam, settings.guidance, settings.budget_bits) == (2, 2, 2.0, 6.0)
+    assert set(records(built)) == set(STAGES)
+    assert (built / "bundle" / "policy.json").read_bytes() == (built / "policy.json").read_bytes()
+    for index in range(len(policy.assignments)):
+        for variant in ("cpu", "target"):
+            assert (built / "bundle" / "onnx" / f"assignment_{index:03d}.{variant}.onnx").stat().st_size
+        assert (built / "bundle" / "plans" / "sm120" / f"assignment_{index:03d}.plan").stat().st_size
+    assert not list(built.rglob("*.part"))
+
+
+def test_summary_has_the_figures_of_the_run(built: Path) -> None:
+    summary = Summary.model_validate_json((built / "summary.json").read_text())
+    policy = Policy.load(built / "policy.json")
+    assert (summary.schema_version, summary.model, summary.steps) == (1, "digits-flux", 2)
+    assert (summary.buckets, summary.assignments) == (len(policy.buckets), len(policy.assignments))
+    assert summary.mean_bits == policy.mean_bits <= 6.0
+    assert 4.0 < summary.mean_weight_bits < 17
+    assert 4.0 < summary.mean_activation_bits < 17
+    assert set(summary.uniform_errors) == {"nvfp4", "fp8", "bf16"}
+    assert summary.uniform_errors["bf16"] < summary.final_error < 2 * summary.uniform_errors["nvfp4"]
+    assert summary.static_errors.layer_only is not None
+    assert summary.static_errors.time_only is not None
+    assert summary.denoiser_calls > 0
+    assert set(summary.stages) == set(STAGES)
+    assert all(figures.seconds > 0 and figures.peak_bytes > 1 << 20 for figures in summary.stages.values())
+    plans = sum(path.stat().st_size for path in (built / "bundle" / "plans").rglob("*.plan"))
+    assert summary.engine_bytes == plans
+    assert summary.weight_bytes == (built / "bundle" / "onnx" / "weights.data").stat().st_size
+    assert summary.onnx_bytes == sum(path.stat().st_size for path in (built / "bundle" / "onnx").glob("*.onnx"))
+    assert {"adatsq-trt", "torch", "onnx", "tensorrt-rtx"} <= set(summary.versions)
+
+
+def test_held_out_seeds_are_not_those_of_the_calibration(built: Path) -> None:
+    summary = Summary.model_validate_json((built / "summary.json").read_text())
+    assert summary.held_out_seeds[0] > 2  # calibration has 0 and 1
+    assert summary.held_out_seeds[1] - summary.held_out_seeds[0] + 1 == summary.held_out_samples == 2
+
+
+# ------------------------------------------------------------------------------------------- what is reused
+
+
+def test_second_build_runs_no_stage(cli, copy: Path) -> None:
+    before, summary = records(copy), (copy / "summary.json").read_bytes()
+    plans = cli.state(copy / "bundle")
+    ended = cli(*cli.build, "--output", copy)
+    assert ended.warnings == []
+    assert "budget_bits" in ended.out  # the settings, defaults included
+    assert "best layer-only" in ended.out
+    assert str(copy / "bundle") in ended.out
+    assert records(copy) == before
+    assert cli.state(copy / "bundle") == plans
+    assert (copy / "summary.json").read_bytes() == summary
+
+
+@pytest.mark.parametrize("stage", STAGES[:-1])
+def test_command_of_a_stage_finds_what_the_build_did(cli, copy: Path, stage: str) -> None:
+    before = cli.state(copy / stage)
+    ended = cli(stage, *cli.build[2:], "--output", copy)
+    assert ended.warnings == []
+    assert str(copy / stage) in ended.out
+    assert cli.state(copy / stage) == before
+
+
+def test_command_of_a_stage_stops_there_and_the_next_goes_on(cli, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    made = {}
+    for index, stage in enumerate(STAGES[:3]):
+        assert cli(stage, *cli.build[2:], "--output", run).warnings == []
+        assert set(records(run)) == set(STAGES[: index + 1])
+        made[stage] = records(run)[stage]
+    assert records(run) == made
+
+
+def test_changed_settings_replace_what_depends_on_them_and_say_so(cli, copy: Path) -> None:
+    before, bundle = records(copy), cli.state(copy / "bundle")
+    ended = cli("search", *cli.build[2:], "--budget-bits", "8", "--output", copy)
+    assert ended.warnings == [
+        "stage 'search': replacing its earlier result, because its settings or inputs changed",
+    ]
+    after = records(copy)
+    assert after["search"].key != before["search"].key
+    assert {name: after[name] for name in STAGES if name != "search"} == {
+        name: before[name] for name in STAGES if name != "search"
+    }
+    assert cli.state(copy / "bundle") == bundle  # until a build replaces it
+    assert Policy.load(copy / "search" / "policy.json").mean_bits <= 8
+    assert "search" in cli("search", *cli.build[2:], "--output", copy).warnings[0]
+
+
+def test_given_policy_replaces_the_search(cli, copy: Path, tmp_path: Path) -> None:
+    policy = Policy.load(copy / "policy.json")
+    rows = [["fp8"] * len(policy.layers)] * policy.steps
+    own = Policy.from_steps(policy.model, policy.weights_sha256, policy.layers, rows)
+    own.save(tmp_path / "own.json")
+    ended = cli("search", *cli.build[2:], "--policy", tmp_path / "own.json", "--output", copy)
+    assert len(ended.warnings) == 1
+    assert Policy.load(copy / "search" / "policy.json") == own
+    assert not (copy / "search" / "columns").exists()
+
+
+# -------------------------------------------------------------------------------------------- what is mended
+
+
+def halve(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def test_damaged_outputs_up_to_the_search_are_made_again(cli, copy: Path) -> None:
+    damaged = [
+        "calibrate/hessians.safetensors",
+        "calibrate/fisher/step_001.safetensors",
+        "quantize/fp8.safetensors",
+        "search/columns/column_001.safetensors",
+        "search/policy.json",
+    ]
+    contents = {name: (copy / name).read_bytes() for name in damaged}
+    for name in damaged:
+        halve(copy / name)
+    ended = cli("search", *cli.build[2:], "--output", copy)
+    assert ended.warnings == [
+        f"stage '{name.partition('/')[0]}': making '{name}' again, because it was altered or removed"
+        for name in sorted(damaged)
+    ]
+    assert {name: (copy / name).read_bytes() for name in damaged} == contents
+
+
+def test_damaged_and_removed_bundle_files_are_made_again(cli, copy: Path) -> None:
+    plan, manifest = "plans/sm120/assignment_000.plan", "manifest.json"
+    contents = {name: (copy / "bundle" / name).read_bytes() for name in (plan, manifest)}
+    halve(copy / "bundle" / plan)
+    (copy / "bundle" / manifest).unlink()
+    (copy / "summary.json").unlink()
+    (copy / "settings.json").write_text("{")
+    assert len(cli(*cli.build, "--output", copy).warnings) == 2
+    assert {name: (copy / "bundle" / name).read_bytes() for name in contents} == contents
+    assert Settings.model_validate_json((copy / "settings.json").read_text()).steps == 2
+    assert cli("inspect", copy).code == 0
+
+
+@pytest.mark.slow
+def test_damaged_graphs_are_made_again(cli, copy: Path) -> None:
+    graph = copy / "export" / "onnx" / "assignment_000.cpu.onnx"
+    content = graph.read_bytes()
+    halve(graph)
+    assert len(cli(*cli.build, "--output", copy).warnings) == 1
+    assert graph.read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["stages/search.json", "stages/bundle.json", "run.json"])
+def test_truncated_records_are_named_and_nothing_is_changed(cli, copy: Path, name: str) -> None:
+    halve(copy / name)
+    before = cli.state(copy / "bundle") | cli.state(copy / "search")
+    message = cli(*cli.build, "--output", copy).refusal
+    assert f"{copy / name}' is not complete JSON" in message
+    assert cli.state(copy / "bundle") | cli.state(copy / "search") == before
+
+
+def test_lost_hash_cache_costs_only_time(cli, copy: Path) -> None:
+    (copy / "stages" / "hashes.json").write_text("{")
+    before = records(copy)
+    assert cli(*cli.build, "--output", copy).warnings == []
+    assert records(copy) == before
+
+
+# ------------------------------------------------------------------------- commands that read a run or bundle
+
+
+@pytest.fixture(params=["run", "bundle in the run", "bundle moved away"])
+def place(request: pytest.FixtureRequest, copy: Path, tmp_path: Path) -> Path:
+    """The bundle in the ways in which it may be named."""
+    if request.param == "bundle moved away":
+        (tmp_path / "elsewhere").mkdir()
+        return Path(shutil.copytree(copy / "bundle", tmp_path / "elsewhere" / "bundle"))
+    return copy if request.param == "run" else copy / "bundle"
+
+
+def test_inspect_shows_buckets_or_the_manifest(cli, place: Path) -> None:
+    shown = cli("inspect", place)
+    assert shown.code == 0
+    assert "digits-flux" in shown.out
+    assert "sm120" in shown.out
+    manifest = json.loads(cli("inspect", place, "--json").out)
+    assert manifest["model"] == "digits-flux"
+    assert "policy.json" in manifest["files"]
+
+
+def test_generate_writes_a_contact_sheet_beside_the_bundle(cli, place: Path) -> None:
+    ended = cli("generate", place, "--samples", "2", "--prompt", "3")
+    bundle = place if place.name == "bundle" else place / "bundle"
+    assert ended.code == 0
+    sheet = bundle.parent / "samples.png"
+    assert sheet.read_bytes().startswith(b"\x89PNG")
+    assert str(sheet) in ended.out
+
+
+def test_check_passes_and_writes_its_report(cli, copy: Path, tmp_path: Path) -> None:
+    ended = cli("check", copy)
+    assert ended.code == 0, ended.err
+    assert "ok" in ended.out
+    report = json.loads((copy / "check" / "check.json").read_text())
+    assert report["passed"]
+    assert {row["variant"] for row in report["rows"]} == {"cpu", "target"}
+    assert json.loads(cli("check", copy / "bundle", "--json", "--output", tmp_path / "again").out) == report
+
+
+def test_compare_prints_the_solvers(cli, built: Path) -> None:
+    before = cli.state(built)
+    errors = json.loads(cli("compare", built, "--json").out)
+    assert list(errors) == ["GPTQ, Fisher-weighted Hessian", "GPTQ, unweighted Hessian", "round to nearest"]
+    summary = Summary.model_validate_json((built / "summary.json").read_text())
+    assert errors["GPTQ, Fisher-weighted Hessian"] == pytest.approx(summary.final_error, rel=1e-4)
+    assert cli.state(built) == before

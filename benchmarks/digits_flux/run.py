@@ -1,0 +1,162 @@
+"""What the method is worth on `digits-flux`: four builds, and what the solver's Hessians add to each.
+
+    python benchmarks/digits_flux/run.py [--readme README.md]
+
+Builds in runs/bench-* through the console script, reusing what is finished there. Writes results.json beside this file
+and prints a Markdown table; `--readme` puts the table between the markers of that file. Every figure but the seconds is
+the same on every machine, up to the order of floating-point sums.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from adatsq_trt.errors import MismatchError
+from adatsq_trt.files import read_json_model, write_bytes, write_json_model
+from adatsq_trt.report.summary import StaticErrors, Summary
+
+SCRIPT = Path(sys.executable).with_name("adatsq-trt")
+RESULTS = Path(__file__).with_name("results.json")
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+WEIGHTED, UNWEIGHTED = "GPTQ, Fisher-weighted Hessian", "GPTQ, unweighted Hessian"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One build.
+
+    Attributes:
+        name: of its run directory, after "bench-".
+        options: of `build engine`.
+        uniform: the uniform policy that it is compared with.
+    """
+
+    name: str
+    options: tuple[str, ...]
+    uniform: str
+
+
+CASES = (
+    Case("paper-fine-4", ("--formats", "paper-fine", "--budget-bits", "4", "--simulate"), "w4a4"),
+    Case("paper-fine-3.5", ("--formats", "paper-fine", "--budget-bits", "3.5", "--simulate"), "w3a3"),
+    Case("paper-4", ("--formats", "paper", "--budget-bits", "4", "--simulate"), "w4a4"),
+    Case("blackwell-6", ("--formats", "blackwell", "--budget-bits", "6", "--target", "sm120"), "nvfp4"),
+)
+
+
+class Result(BaseModel):
+    """The figures of one build; errors are latent MSE against full precision on the held-out samples.
+
+    Attributes:
+        name: of the case.
+        command: what was run.
+        mean_bits: of the chosen policy.
+        final_error: of the chosen policy.
+        uniform: the uniform policy of the first ratio.
+        uniform_errors: format → error of that format everywhere.
+        static_errors: of the best policies that do not see the step, or the layer.
+        solver_errors: solver of the weights → error of the chosen policy.
+        ratio_to_uniform: final error / that of `uniform`.
+        ratio_to_static: final error / that of the better static policy.
+        ratio_to_unweighted: Fisher-weighted / unweighted Hessians, with the same policy.
+        held_out_samples: how many samples the errors are means over.
+        denoiser_calls: of beam search and selection.
+        search_seconds: wall-clock seconds of the search stage; depends on the machine.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    command: str
+    mean_bits: float
+    final_error: float
+    uniform: str
+    uniform_errors: dict[str, float]
+    static_errors: StaticErrors
+    solver_errors: dict[str, float]
+    ratio_to_uniform: float
+    ratio_to_static: float
+    ratio_to_unweighted: float
+    held_out_samples: int
+    denoiser_calls: int
+    search_seconds: float
+
+
+class Results(BaseModel):
+    """What results.json holds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = 1
+    results: tuple[Result, ...]
+
+
+def measure(case: Case, runs: Path) -> Result:
+    """Build a case, or reuse what is there, and read its figures."""
+    run = runs / f"bench-{case.name}"
+    arguments = ["build", "engine", "digits-flux", *case.options, "--output", str(run)]
+    subprocess.run([SCRIPT, *arguments], check=True)
+    summary = read_json_model(run / "summary.json", Summary)
+    compared = subprocess.run([SCRIPT, "compare", str(run), "--json"], check=True, stdout=subprocess.PIPE, text=True)
+    solvers: dict[str, float] = json.loads(compared.stdout)
+    static = [e for e in (summary.static_errors.layer_only, summary.static_errors.time_only) if e is not None]
+    return Result(
+        name=case.name,
+        command=" ".join(["adatsq-trt", *arguments]),
+        mean_bits=summary.mean_bits,
+        final_error=summary.final_error,
+        uniform=case.uniform,
+        uniform_errors=summary.uniform_errors,
+        static_errors=summary.static_errors,
+        solver_errors=solvers,
+        ratio_to_uniform=summary.final_error / summary.uniform_errors[case.uniform],
+        ratio_to_static=summary.final_error / min(static),
+        ratio_to_unweighted=solvers[WEIGHTED] / solvers[UNWEIGHTED],
+        held_out_samples=summary.held_out_samples,
+        denoiser_calls=summary.denoiser_calls,
+        search_seconds=summary.stages["search"].seconds,
+    )
+
+
+def table(results: Results) -> str:
+    """The results in Markdown."""
+    heads = ("build", "mean bits", "latent MSE", "of uniform", "of the better static", "Fisher / plain H", "calls")
+    lines = [f"| {' | '.join(heads)} |", f"|---{'|---:' * (len(heads) - 1)}|"]
+    for r in results.results:
+        uniform = f"{r.ratio_to_uniform:.2f} × {r.uniform}"
+        figures = (f"{r.mean_bits:.3f}", f"{r.final_error:.2e}", uniform, f"{r.ratio_to_static:.2f} ×")
+        lines.append(f"| {r.name} | {' | '.join(figures)} | {r.ratio_to_unweighted:.2f} × | {r.denoiser_calls} |")
+    return "\n".join(lines) + "\n"
+
+
+def insert(readme: Path, text: str) -> None:
+    """Replace what stands between the markers of a file."""
+    before, begin, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise MismatchError(f"'{readme}': got no markers, expected a line '{BEGIN}' and a later line '{END}'; add them")
+    write_bytes(readme, f"{before}{BEGIN}\n{text}{END}{after}".encode())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure the builds of digits-flux.")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the run directories are")
+    parser.add_argument("--readme", type=Path, help="file whose results table is replaced")
+    arguments = parser.parse_args()
+    results = Results(results=tuple(measure(case, arguments.runs) for case in CASES))
+    write_json_model(RESULTS, results)
+    print(table(results))
+    if arguments.readme is not None:
+        insert(arguments.readme, table(results))
+
+
+if __name__ == "__main__":
+    main()

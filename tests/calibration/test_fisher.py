@@ -1,0 +1,149 @@
+"""Adjoints and Fisher information against finite differences and autograd's own weight gradients."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+from torch import Tensor
+
+from adatsq_trt.calibration.fisher import (
+    BackwardStep,
+    backward_sweep,
+    projections,
+    squared_weight_gradient,
+    temporal_weights,
+)
+from adatsq_trt.calibration.trajectory import Samples
+
+COUNT = 2
+
+
+@pytest.fixture(scope="module")
+def start(samples: Samples) -> Tensor:
+    return projections(2, samples.adapter.latent_shape, COUNT, seed=0)
+
+
+@pytest.fixture(scope="module")
+def sweep(samples: Samples, latents: Tensor, start: Tensor) -> dict[int, BackwardStep]:
+    return {b.step: b for b in backward_sweep(samples, latents, start, samples.schedule.steps - 1)}
+
+
+def finish(samples: Samples, latent: Tensor, step: int) -> Tensor:
+    """The picture that a latent at a step leads to."""
+    for later in range(step, samples.schedule.steps):
+        latent = samples.step(latent, later)
+    return latent
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_the_adjoint_predicts_what_a_nudge_does_to_the_picture(
+    samples: Samples, latents: Tensor, start: Tensor, sweep: dict[int, BackwardStep], step: int
+) -> None:
+    nudge = torch.randn(latents[0].shape, generator=torch.Generator().manual_seed(step))
+    size = 1e-2
+    difference = finish(samples, latents[step] + size * nudge, step) - finish(samples, latents[step] - size * nudge, step)
+    measured = (start * difference.double()).sum(dim=(2, 3)) / (2 * size)
+    predicted = (sweep[step].adjoint.double() * nudge).sum(dim=(2, 3))
+    torch.testing.assert_close(predicted, measured, rtol=2e-3, atol=2e-3)
+    # The adjoint is not merely u: the model has a say.
+    assert (predicted - (start.double() * nudge).sum(dim=(2, 3))).abs().max() > 0.1
+
+
+def test_the_sweep_goes_back_from_the_last_step(samples: Samples, sweep: dict[int, BackwardStep]) -> None:
+    assert list(sweep) == [2, 1, 0]
+    assert sweep[0].adjoint.shape == (COUNT, 2, *samples.adapter.latent_shape)
+    rows = sweep[0].inputs["transformer_blocks.0.attn.to_q"]
+    assert rows.shape == (2, 2 * 4, 32)  # both guidance branches of four tokens
+    assert sweep[0].gradients["transformer_blocks.0.attn.to_q"].shape == (COUNT, 2, 2 * 4, 32)
+    assert set(sweep[0].gradients) == set(samples.adapter.quantizable_layers())
+
+
+def test_a_resumed_sweep_equals_an_undisturbed_one(
+    samples: Samples, latents: Tensor, sweep: dict[int, BackwardStep]
+) -> None:
+    for backward in backward_sweep(samples, latents, sweep[2].adjoint, last=1):
+        whole = sweep[backward.step]
+        assert torch.equal(backward.adjoint, whole.adjoint)
+        for layer in whole.gradients:
+            assert torch.equal(backward.inputs[layer], whole.inputs[layer])
+            assert torch.equal(backward.gradients[layer], whole.gradients[layer])
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_squared_weight_gradients_are_those_of_autograd(
+    samples: Samples, latents: Tensor, start: Tensor, sweep: dict[int, BackwardStep], step: int
+) -> None:
+    adjoint = start if step == 2 else sweep[step + 1].adjoint
+    layers = samples.adapter.quantizable_layers()
+    weights = [layer.weight for layer in layers.values()]
+    for sample in range(2):
+        alone = samples.part(slice(sample, sample + 1))
+        for weight in weights:
+            weight.requires_grad_(True)
+        # `Samples.step` switches gradients off, so the guided step is written out.
+        velocity = alone.adapter.velocity(
+            latents[step, sample : sample + 1], alone.schedule.model_time(step), alone.conditioning, alone.guidance
+        )
+        following = alone.schedule.advance(latents[step, sample : sample + 1], velocity, step)
+        gradients = torch.autograd.grad((following * adjoint[1, sample]).sum(), weights)
+        for weight in weights:
+            weight.requires_grad_(False)
+        for layer, gradient in zip(layers, gradients, strict=True):
+            got = squared_weight_gradient(sweep[step].inputs[layer], sweep[step].gradients[layer])[1, sample]
+            torch.testing.assert_close(got, gradient.square().sum(), rtol=1e-3, atol=1e-9, msg=layer)
+
+
+def test_layers_that_never_see_the_latent_have_information(sweep: dict[int, BackwardStep]) -> None:
+    # In the first double block the text branch's projections see only the prompt.
+    layer = "transformer_blocks.0.attn.add_v_proj"
+    assert squared_weight_gradient(sweep[0].inputs[layer], sweep[0].gradients[layer]).min() > 0
+
+
+def test_the_sweep_leaves_no_hooks_and_no_gradients(samples: Samples, sweep: dict[int, BackwardStep]) -> None:
+    for layer in samples.adapter.quantizable_layers().values():
+        assert not layer._forward_hooks
+        assert layer.weight.grad is None
+        assert not layer.weight.requires_grad
+
+
+def test_projections_are_unit_gaussians_and_seeded() -> None:
+    u = projections(50, (10, 4), 20, seed=3)
+    assert torch.equal(u, projections(50, (10, 4), 20, seed=3))
+    assert not torch.equal(u, projections(50, (10, 4), 20, seed=4))
+    assert abs(float(u.square().mean()) - 1) < 0.03
+
+
+positive = npst.arrays(
+    "float32", npst.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=6), elements=st.floats(2**-7, 128, width=32)
+)
+
+
+@given(positive, st.floats(0.1, 50))
+def test_temporal_weights_sum_to_one_and_favour_the_informative_step(values: object, temperature: float) -> None:
+    information = torch.as_tensor(values)
+    alpha = temporal_weights(information, temperature)
+    torch.testing.assert_close(alpha.sum(dim=0), torch.ones(alpha.shape[1]))
+    chosen = alpha.gather(0, information.argmax(dim=0, keepdim=True))[0]
+    assert (chosen >= alpha.max(dim=0).values - 1e-6).all()
+
+
+@given(positive)
+def test_high_temperature_makes_all_steps_equal(values: object) -> None:
+    alpha = temporal_weights(torch.as_tensor(values), 1e6)
+    torch.testing.assert_close(alpha, torch.full_like(alpha, 1 / len(alpha)), rtol=1e-4, atol=0)
+
+
+@given(positive, st.integers(-20, 20))
+def test_temporal_weights_do_not_depend_on_the_scale_of_the_information(values: object, exponent: int) -> None:
+    information = torch.as_tensor(values)
+    torch.testing.assert_close(temporal_weights(information * 2.0**exponent, 3.0), temporal_weights(information, 3.0))
+
+
+def test_temporal_weights_are_the_equations() -> None:
+    alpha = temporal_weights(torch.tensor([[1.0], [3.0]]), 2.0)  # mean 2: exponents 1/4 and 3/4
+    torch.testing.assert_close(alpha, torch.softmax(torch.tensor([[0.25], [0.75]]), dim=0))
+
+
+def test_a_layer_without_information_weighs_all_steps_alike() -> None:
+    assert torch.equal(temporal_weights(torch.zeros(4, 2), 3.0), torch.full((4, 2), 0.25))
