@@ -34,6 +34,11 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Four builds and their comparison; results.json and the table in README.md. Reuses runs/bench-*.
+.PHONY: bench-digits
+bench-digits: $(INSTALLED)
+	$(BIN)/python benchmarks/digits_flux/run.py --readme README.md
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

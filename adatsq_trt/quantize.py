@@ -55,18 +55,24 @@ def round_scale(scale: Tensor) -> Tensor:
 
 def round_e4m3(values: Tensor) -> Tensor:
     """Nearest e4m3 number (ties to even, saturating at 448); float32 in, float32 out, any shape."""
-    return values.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3).float()
+    return _round_mantissa(values.clamp(-E4M3_MAX, E4M3_MAX), mantissa_bits=3, smallest_exponent=-6)
 
 
 def round_e2m1(values: Tensor) -> Tensor:
-    """Nearest e2m1 number in {0, .5, 1, 1.5, 2, 3, 4, 6} (ties to even, saturating at 6); float32 in and out.
+    """Nearest e2m1 number in {0, .5, 1, 1.5, 2, 3, 4, 6} (ties to even, saturating at 6); float32 in and out."""
+    return _round_mantissa(values.clamp(-E2M1_MAX, E2M1_MAX), mantissa_bits=1, smallest_exponent=0)
 
-    The grid's spacing is 0.5 below 2, 1 below 4 and 2 above, so rounding to even multiples of the spacing is rounding
-    to the even mantissa.
+
+def _round_mantissa(values: Tensor, mantissa_bits: int, smallest_exponent: int) -> Tensor:
+    """Round float32 numbers to fewer mantissa bits, ties to even, subnormals included.
+
+    Adding 1.5 * 2^(23 - mantissa_bits) times the number's own power of two pushes the bits that have to go out of
+    float32's mantissa, so the addition rounds; subtracting it again leaves the rounded number. Twice as fast here as
+    going through the 8-bit type.
     """
-    magnitude = values.abs().clamp(max=E2M1_MAX)
-    spacing = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
-    return torch.copysign((magnitude / spacing).round() * spacing, values)
+    exponent = (values.view(torch.int32) & 0x7F800000).clamp(min=(127 + smallest_exponent) << 23)
+    magic = (exponent + ((23 - mantissa_bits) << 23)).view(torch.float32) * 1.5
+    return torch.copysign((values + magic) - magic, values)
 
 
 _E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

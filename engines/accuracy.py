@@ -18,7 +18,7 @@ lies within float32 noise (about 1e-6 of its size) of a tie may round to the oth
   the value itself (2^-mantissa bits - 1). That step is the limit.
 
 Tolerances of 2. Both blocks get the same inputs, but the target block rounds to 16 bit after every operator. Two
-effects add up, with u the 16-bit unit roundoff (2^-9 for bfloat16, 2^-12 for float16) and s the coarsest grid's step:
+effects add up, with u the root mean square of a 16-bit rounding (2^-9 for bfloat16, 2^-12 for float16) and s the coarsest grid's step:
 
 - some 2^6 roundings that behave like a random walk: 2^3 u;
 - rounding flips: a value that is off by u crosses a tie with probability 2 u / s and then moves by s, which has the
@@ -59,7 +59,7 @@ PYTORCH_NAME = "PyTorch, fake-quantized"
 FLOAT32_MEDIAN = 1e-5
 COARSE_MEDIAN = 2.0**-12
 SIXTEEN_BIT_MEDIAN = 2.0**-10
-_UNIT_ROUNDOFF = {"bfloat16": 2.0**-9, "float16": 2.0**-12}
+_TYPICAL_ROUNDING = {"bfloat16": 2.0**-9, "float16": 2.0**-12}
 _BLOCK_ROUNDINGS = 64
 
 
@@ -240,7 +240,7 @@ def block_tolerance(formats: Sequence[str], base_type: str) -> Tolerance:
     """Limits for a target block against the cpu block; see the head of this file."""
     if base_type == "float32":
         return step_tolerance(formats)
-    unit = _UNIT_ROUNDOFF[base_type]
+    unit = _TYPICAL_ROUNDING[base_type]
     relative = unit * _BLOCK_ROUNDINGS**0.5 + 2 * (2 * unit * coarsest_step(formats)) ** 0.5
     return Tolerance(max(relative / 4, FLOAT32_MEDIAN), max(relative, FLOAT32_MEDIAN))
 

@@ -16,7 +16,7 @@ def compare(
     """Measure what the weights' solver is worth for a run's policy.
 
     The same policy with weights from Fisher-weighted Hessians, from unweighted Hessians and rounded to nearest, each
-    on the run's held-out pictures.
+    on the run's held-out pictures; and uniform integer formats beside rounding to nearest with one scale per channel.
 
     Example: adatsq-trt compare runs/demo
     """
@@ -30,8 +30,9 @@ def compare(
     if json:
         typer.echo(json_format.dumps(errors, indent=2))
         return
-    first = next(iter(errors.values()))
-    table = Table("weights", "latent MSE on held-out samples", "of the first", box=None)
-    for name, error in errors.items():
-        table.add_row(name, f"{error:.4e}", f"{error / first:.3f} ×")
+    table = Table("subject", "weights", "latent MSE on held-out samples", "of the subject's first", box=None)
+    for subject, solvers in errors.items():
+        first = next(iter(solvers.values()))
+        for name, error in solvers.items():
+            table.add_row(subject, name, f"{error:.4e}", f"{error / first:.3f} ×")
     Console().print(table)

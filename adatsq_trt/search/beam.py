@@ -4,8 +4,9 @@ A column per step, a candidate assignment per node. Every path carries its own s
 contains what the earlier steps did. After each column the paths are pruned to at most `width`:
 
 1. A path that cannot meet the budget even with the cheapest rest is dropped.
-2. A path is dropped when another has no more bits and an error smaller by more than `slack`.
-3. Of the others three quarters of the places go to the least estimated final error, the rest to the largest crowding
+2. A path is dropped when another has no more bits and an estimated final error smaller by more than `slack`. The
+   estimate, not the error so far, is compared: a path that spent more has less error but leaves less for the rest.
+3. Of the others half of the places go to the least estimated final error, the other half to the largest crowding
    distance along the front. Among equals a path that keeps the previous step's assignment wins.
 """
 
@@ -22,13 +23,11 @@ StateT = TypeVar("StateT")
 
 
 class Problem(Protocol[StateT]):
-    """What the beam needs to know.
+    """What the beam needs to know."""
 
-    Attributes:
-        steps: number of columns.
-    """
-
-    steps: int
+    @property
+    def steps(self) -> int:
+        """Number of columns."""
 
     def start(self) -> StateT:
         """State before the first step."""
@@ -127,11 +126,11 @@ def prune(paths: Sequence[Path[StateT]], pruning: Pruning) -> list[Path[StateT]]
     """At most `width` paths: rules 2 and 3."""
     ranked = sorted(paths, key=lambda path: (path.estimate, path.switches))
     if pruning.slack is not None:
-        ranked = [ranked[i] for i in front([(p.bits, p.error) for p in ranked], pruning.slack)]
+        ranked = [ranked[i] for i in front([(p.bits, p.estimate) for p in ranked], pruning.slack)]
     if pruning.width is None or len(ranked) <= pruning.width:
         return ranked
-    leaders = pruning.width - pruning.width // 4
+    leaders = (pruning.width + 1) // 2
     rest = ranked[leaders:]
-    distance = crowding_distance([(p.bits, p.error) for p in rest])
+    distance = crowding_distance([(p.bits, p.estimate) for p in rest])
     diverse = sorted(range(len(rest)), key=lambda i: (-distance[i], i))[: pruning.width - leaders]
     return ranked[:leaders] + [rest[i] for i in sorted(diverse)]

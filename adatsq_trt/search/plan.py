@@ -117,8 +117,9 @@ def _spliced_errors(tails: Array, alone: Array) -> Array:
     Returns:
         [curve, steps + 1].
     """
-    together = np.square(tails[0, :1] - tails[0] + tails[1:]).sum(axis=-1)
-    return (1 - SHRINKS[0]) * together + SHRINKS[0] * (alone[0, 0] - alone[0] + alone[1:])
+    together: Array = np.square(tails[0, :1] - tails[0] + tails[1:]).sum(axis=-1)
+    alternatives: Array = alone[0, 0] - alone[0] + alone[1:]
+    return (1 - SHRINKS[0]) * together + SHRINKS[0] * alternatives
 
 
 def _increasing(bits: Array, errors: Array) -> tuple[Array, Array]:

@@ -3,8 +3,7 @@
     python benchmarks/digits_flux/run.py [--readme README.md]
 
 Builds in runs/bench-* through the console script, reusing what is finished there. Writes results.json beside this file
-and prints a Markdown table; `--readme` puts the table between the markers of that file. Every figure but the seconds is
-the same on every machine, up to the order of floating-point sums.
+and prints a Markdown table; `--readme` puts it between the markers of that file. Only seconds depend on the machine.
 """
 
 from __future__ import annotations
@@ -31,13 +30,7 @@ WEIGHTED, UNWEIGHTED = "GPTQ, Fisher-weighted Hessian", "GPTQ, unweighted Hessia
 
 @dataclass(frozen=True)
 class Case:
-    """One build.
-
-    Attributes:
-        name: of its run directory, after "bench-".
-        options: of `build engine`.
-        uniform: the uniform policy that it is compared with.
-    """
+    """One build: the name of its run directory, its options, and the uniform policy that it is compared with."""
 
     name: str
     options: tuple[str, ...]
@@ -56,19 +49,13 @@ class Result(BaseModel):
     """The figures of one build; errors are latent MSE against full precision on the held-out samples.
 
     Attributes:
-        name: of the case.
-        command: what was run.
-        mean_bits: of the chosen policy.
-        final_error: of the chosen policy.
         uniform: the uniform policy of the first ratio.
         uniform_errors: format → error of that format everywhere.
         static_errors: of the best policies that do not see the step, or the layer.
-        solver_errors: solver of the weights → error of the chosen policy.
+        solver_errors: "policy" (the chosen one) or "uniform FORMAT" → solver of the weights → error.
         ratio_to_uniform: final error / that of `uniform`.
         ratio_to_static: final error / that of the better static policy.
         ratio_to_unweighted: Fisher-weighted / unweighted Hessians, with the same policy.
-        held_out_samples: how many samples the errors are means over.
-        denoiser_calls: of beam search and selection.
         search_seconds: wall-clock seconds of the search stage; depends on the machine.
     """
 
@@ -81,7 +68,7 @@ class Result(BaseModel):
     uniform: str
     uniform_errors: dict[str, float]
     static_errors: StaticErrors
-    solver_errors: dict[str, float]
+    solver_errors: dict[str, dict[str, float]]
     ratio_to_uniform: float
     ratio_to_static: float
     ratio_to_unweighted: float
@@ -106,7 +93,7 @@ def measure(case: Case, runs: Path) -> Result:
     subprocess.run([SCRIPT, *arguments], check=True)
     summary = read_json_model(run / "summary.json", Summary)
     compared = subprocess.run([SCRIPT, "compare", str(run), "--json"], check=True, stdout=subprocess.PIPE, text=True)
-    solvers: dict[str, float] = json.loads(compared.stdout)
+    solvers: dict[str, dict[str, float]] = json.loads(compared.stdout)
     static = [e for e in (summary.static_errors.layer_only, summary.static_errors.time_only) if e is not None]
     return Result(
         name=case.name,
@@ -119,7 +106,7 @@ def measure(case: Case, runs: Path) -> Result:
         solver_errors=solvers,
         ratio_to_uniform=summary.final_error / summary.uniform_errors[case.uniform],
         ratio_to_static=summary.final_error / min(static),
-        ratio_to_unweighted=solvers[WEIGHTED] / solvers[UNWEIGHTED],
+        ratio_to_unweighted=solvers["policy"][WEIGHTED] / solvers["policy"][UNWEIGHTED],
         held_out_samples=summary.held_out_samples,
         denoiser_calls=summary.denoiser_calls,
         search_seconds=summary.stages["search"].seconds,

@@ -43,7 +43,7 @@ SET = tuple(FORMATS[name] for name in FORMAT_SETS["paper"])
 BITS = format_bits(SET)
 BUDGETS = (4.0, 4.5, 5.0, 6.0)  # mean bits; problem n has the n-th of them in turn
 PROBLEMS = 200
-PRICE_STEP, PRICE_STEPS = 1.35, 30  # up to a factor of 8,000 away from the plan's price
+PRICE_STEP, PRICE_STEPS = 1.35, 20  # up to a factor of 400 away from the plan's price
 ALL_ASSIGNMENTS: tuple[Assignment, ...] = tuple(itertools.product(range(len(SET)), repeat=LAYERS))
 
 
@@ -94,7 +94,7 @@ class Dynamics:
 
     @cached_property
     def contributions(self) -> Array:
-        """Single errors propagated to the end to first order, scaled as the real ones are: [formats, steps, layers, rows]."""
+        """Single errors at the end, to first order and scaled as the real ones: [formats, steps, layers, rows]."""
         propagated = np.einsum("ftlbw,tvw->ftlbv", self.errors, self.to_the_end[1:])
         return propagated.reshape(*propagated.shape[:3], -1) / np.sqrt(len(self.start))
 
@@ -172,7 +172,9 @@ class SmallProblem:
         if step == STEPS:
             return self.dynamics.error(state)
         projected = (state @ self.dynamics.to_the_end[step].T).ravel() / np.sqrt(len(state))
-        return float(projected @ projected) if self.count is None else self.dynamics.plan.expected_error(projected, step)
+        return (
+            float(projected @ projected) if self.count is None else self.dynamics.plan.expected_error(projected, step)
+        )
 
     def remaining_error(self, step: int, bits: float) -> float:
         """The plan's, or only whether the budget can hold."""

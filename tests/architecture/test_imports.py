@@ -22,12 +22,13 @@ ALLOWED = {
     **dict.fromkeys(("models", "zoo"), MODELS),
     "meter": DATA | {"meter"},
     "run": DATA | {"meter", "run"},
+    "settings": DATA | {"settings"},
     "calibration": CALIBRATION,
     "search": CALIBRATION | {"search"},
     "export": TENSORS | {"export"},
     "engines": DATA | {"engines"},
     "plugins": {"", "errors", "formats", "packing", "plugins"},
-    "report": DATA | {"run", "report"},
+    "report": DATA | {"run", "settings", "report"},
 }
 METHOD = set(ALLOWED) - {"export", "engines", "plugins"}
 DEPLOYMENT_LIBRARIES = {

@@ -42,7 +42,9 @@ def test_the_adjoint_predicts_what_a_nudge_does_to_the_picture(
 ) -> None:
     nudge = torch.randn(latents[0].shape, generator=torch.Generator().manual_seed(step))
     size = 1e-2
-    difference = finish(samples, latents[step] + size * nudge, step) - finish(samples, latents[step] - size * nudge, step)
+    difference = finish(samples, latents[step] + size * nudge, step) - finish(
+        samples, latents[step] - size * nudge, step
+    )
     measured = (start * difference.double()).sum(dim=(2, 3)) / (2 * size)
     predicted = (sweep[step].adjoint.double() * nudge).sum(dim=(2, 3))
     torch.testing.assert_close(predicted, measured, rtol=2e-3, atol=2e-3)
@@ -115,7 +117,9 @@ def test_projections_are_unit_gaussians_and_seeded() -> None:
 
 
 positive = npst.arrays(
-    "float32", npst.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=6), elements=st.floats(2**-7, 128, width=32)
+    "float32",
+    npst.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=6),
+    elements=st.floats(2**-7, 128, width=32),
 )
 
 

@@ -132,7 +132,9 @@ def test_the_solver_is_optimal_brain_quantization(fmt: Format) -> None:
 def test_scales_are_chosen_by_the_hessians_diagonal(fmt: Format) -> None:
     weight, hessian = random_weight(8, 128, 4), correlated_hessian(128, 4)
     width, importance = group_width(fmt.weight, 128), hessian.diagonal() + 0.01 * hessian.diagonal().mean()
-    expected = search_scale(weight[:, -width:], fmt.weight, weight_global_scale(weight, fmt.weight), importance[-width:])
+    expected = search_scale(
+        weight[:, -width:], fmt.weight, weight_global_scale(weight, fmt.weight), importance[-width:]
+    )
     assert torch.equal(effective_scales(gptq(weight, hessian, fmt))[:, -1:], expected)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from adatsq_trt.cli.build import StageName
+from adatsq_trt.engines.accuracy import CheckReport, CheckRow
 from adatsq_trt.policy import Policy
 from adatsq_trt.report.summary import Summary
 from adatsq_trt.run import RunDirectory, StageRecord
@@ -156,25 +157,26 @@ def test_damaged_outputs_up_to_the_search_are_made_again(cli, copy: Path) -> Non
 
 
 def test_damaged_and_removed_bundle_files_are_made_again(cli, copy: Path) -> None:
-    plan, manifest = "plans/sm120/assignment_000.plan", "manifest.json"
-    contents = {name: (copy / "bundle" / name).read_bytes() for name in (plan, manifest)}
-    halve(copy / "bundle" / plan)
-    (copy / "bundle" / manifest).unlink()
+    contents = {name: (copy / "bundle" / name).read_bytes() for name in ("prompts.safetensors", "manifest.json")}
+    halve(copy / "bundle" / "prompts.safetensors")
+    (copy / "bundle" / "manifest.json").unlink()
     (copy / "summary.json").unlink()
     (copy / "settings.json").write_text("{")
+    plans = cli.state(copy / "bundle" / "plans" / "sm120")
     assert len(cli(*cli.build, "--output", copy).warnings) == 2
     assert {name: (copy / "bundle" / name).read_bytes() for name in contents} == contents
+    assert cli.state(copy / "bundle" / "plans" / "sm120") == plans
     assert Settings.model_validate_json((copy / "settings.json").read_text()).steps == 2
     assert cli("inspect", copy).code == 0
 
 
 @pytest.mark.slow
-def test_damaged_graphs_are_made_again(cli, copy: Path) -> None:
-    graph = copy / "export" / "onnx" / "assignment_000.cpu.onnx"
-    content = graph.read_bytes()
-    halve(graph)
+@pytest.mark.parametrize("name", ["export/onnx/assignment_000.cpu.onnx", "bundle/plans/sm120/assignment_000.plan"])
+def test_damaged_graphs_and_plans_are_made_again(cli, copy: Path, name: str) -> None:
+    content = (copy / name).read_bytes()
+    halve(copy / name)
     assert len(cli(*cli.build, "--output", copy).warnings) == 1
-    assert graph.read_bytes() == content
+    assert (copy / name).read_bytes() == content
 
 
 @pytest.mark.parametrize("name", ["stages/search.json", "stages/bundle.json", "run.json"])
@@ -196,48 +198,70 @@ def test_lost_hash_cache_costs_only_time(cli, copy: Path) -> None:
 # ------------------------------------------------------------------------- commands that read a run or bundle
 
 
-@pytest.fixture(params=["run", "bundle in the run", "bundle moved away"])
-def place(request: pytest.FixtureRequest, copy: Path, tmp_path: Path) -> Path:
-    """The bundle in the ways in which it may be named."""
-    if request.param == "bundle moved away":
-        (tmp_path / "elsewhere").mkdir()
-        return Path(shutil.copytree(copy / "bundle", tmp_path / "elsewhere" / "bundle"))
-    return copy if request.param == "run" else copy / "bundle"
+@pytest.fixture
+def moved(built: Path, tmp_path: Path) -> Path:
+    """The bundle alone, away from its run."""
+    return Path(shutil.copytree(built / "bundle", tmp_path / "moved" / "bundle"))
 
 
-def test_inspect_shows_buckets_or_the_manifest(cli, place: Path) -> None:
-    shown = cli("inspect", place)
-    assert shown.code == 0
-    assert "digits-flux" in shown.out
-    assert "sm120" in shown.out
-    manifest = json.loads(cli("inspect", place, "--json").out)
-    assert manifest["model"] == "digits-flux"
-    assert "policy.json" in manifest["files"]
+def test_inspect_shows_buckets_or_the_manifest(cli, built: Path, moved: Path) -> None:
+    for place in (built, built / "bundle", moved):
+        shown = cli("inspect", place)
+        assert shown.code == 0
+        assert "digits-flux" in shown.out
+        assert "sm120" in shown.out
+        manifest = json.loads(cli("inspect", place, "--json").out)
+        assert manifest["model"] == "digits-flux"
+        assert "policy.json" in manifest["files"]
 
 
-def test_generate_writes_a_contact_sheet_beside_the_bundle(cli, place: Path) -> None:
-    ended = cli("generate", place, "--samples", "2", "--prompt", "3")
-    bundle = place if place.name == "bundle" else place / "bundle"
+def test_generate_writes_a_contact_sheet_beside_the_bundle(cli, moved: Path) -> None:
+    ended = cli("generate", moved, "--samples", "2", "--prompt", "3")
     assert ended.code == 0
-    sheet = bundle.parent / "samples.png"
+    sheet = moved.parent / "samples.png"
     assert sheet.read_bytes().startswith(b"\x89PNG")
     assert str(sheet) in ended.out
 
 
-def test_check_passes_and_writes_its_report(cli, copy: Path, tmp_path: Path) -> None:
+def test_check_passes_and_writes_its_report(cli, copy: Path) -> None:
     ended = cli("check", copy)
     assert ended.code == 0, ended.err
     assert "ok" in ended.out
-    report = json.loads((copy / "check" / "check.json").read_text())
-    assert report["passed"]
-    assert {row["variant"] for row in report["rows"]} == {"cpu", "target"}
-    assert json.loads(cli("check", copy / "bundle", "--json", "--output", tmp_path / "again").out) == report
+    report = CheckReport.model_validate_json((copy / "check" / "check.json").read_text())
+    assert report.passed
+    assert {row.variant for row in report.rows} == {"cpu", "target"}
+
+
+def test_failed_check_says_where_and_ends_with_1(cli, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = CheckRow(
+        step=1,
+        assignment=0,
+        variant="cpu",
+        block=None,
+        computed_by="onnxruntime",
+        reference="PyTorch",
+        median_error=None,
+        median_tolerance=1e-5,
+        relative_error=0.5,
+        relative_tolerance=0.1,
+        passed=False,
+        command="polygraphy run",
+    )
+    report = CheckReport(model="digits-flux", passed=False, rows=(row,))
+    monkeypatch.setattr("adatsq_trt.engines.accuracy.check", lambda *_: report)
+    ended = cli("check", built, "--json")
+    assert ended.code == 1
+    assert CheckReport.model_validate_json(ended.out) == report
+    assert ended.err.splitlines()[-1].startswith("adatsq-trt: check failed at step 1 (cpu); see '")
+    assert "FAILED" in cli("check", built).out
 
 
 def test_compare_prints_the_solvers(cli, built: Path) -> None:
     before = cli.state(built)
     errors = json.loads(cli("compare", built, "--json").out)
-    assert list(errors) == ["GPTQ, Fisher-weighted Hessian", "GPTQ, unweighted Hessian", "round to nearest"]
+    assert list(errors) == ["policy"]  # blackwell has no grouped integer format
+    solvers = errors["policy"]
+    assert list(solvers) == ["GPTQ, Fisher-weighted Hessian", "GPTQ, unweighted Hessian", "round to nearest"]
     summary = Summary.model_validate_json((built / "summary.json").read_text())
-    assert errors["GPTQ, Fisher-weighted Hessian"] == pytest.approx(summary.final_error, rel=1e-4)
+    assert solvers["GPTQ, Fisher-weighted Hessian"] == pytest.approx(summary.final_error, rel=1e-4)
     assert cli.state(built) == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -13,7 +14,7 @@ from adatsq_trt.cli.stages import calibrate, quantize, search
 from adatsq_trt.cli.stages.context import Context
 from adatsq_trt.errors import MissingFileError
 from adatsq_trt.files import read_tensors
-from adatsq_trt.formats import Format, format_named
+from adatsq_trt.formats import Element, Format, Granularity, Grid, format_named
 from adatsq_trt.models.format_store import FormatStore
 from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.policy import Policy
@@ -23,8 +24,28 @@ from adatsq_trt.settings import SETTINGS_NAME
 Solver = Callable[[str, nn.Linear, Format], QuantizedWeight]
 
 
-def solver_errors(context: Context) -> dict[str, float]:
-    """Solver → latent MSE of the run's policy on its held-out samples.
+@dataclass(frozen=True)
+class Case:
+    """One row of the comparison.
+
+    Attributes:
+        subject: what is quantized: "policy", or "uniform" and a format.
+        solver_name: how the weights were found.
+        formats_at: step → module path → format.
+        solver: makes a layer's weight in a format.
+    """
+
+    subject: str
+    solver_name: str
+    formats_at: Callable[[int], dict[str, Format]]
+    solver: Solver
+
+
+def solver_errors(context: Context) -> dict[str, dict[str, float]]:
+    """Subject → solver → latent MSE on the run's held-out samples.
+
+    The policy with GPTQ under Fisher-weighted and unweighted Hessians and rounded to nearest; and every uniform policy
+    of a grouped integer format with GPTQ and rounded to nearest with one scale per channel.
 
     Raises:
         MissingFileError: the run has no finished search for its settings.
@@ -34,39 +55,67 @@ def solver_errors(context: Context) -> dict[str, float]:
             f"'{context.run.path}' has no finished search for the settings in its {SETTINGS_NAME}; "
             "run 'adatsq-trt search' with this folder as --output first"
         )
-    policy = Policy.load(search.stage(context).folder / search.POLICY)
-    solvers = _solvers(context)
+    cases = [*_policy_cases(context), *_uniform_cases(context)]
     reference = trajectory(context.held_out)[-1]
-    with progress("compare", len(solvers)) as advance:
-        errors = {}
-        for name, solver in solvers.items():
-            errors[name] = _policy_error(context, policy, solver, reference)
+    errors: dict[str, dict[str, float]] = {}
+    with progress("compare", len(cases)) as advance:
+        for case in cases:
+            errors.setdefault(case.subject, {})[case.solver_name] = _error(context, case, reference)
             advance()
     return errors
 
 
-def _solvers(context: Context) -> dict[str, Solver]:
-    folder = calibrate.stage(context).folder
-    weighted = read_tensors(folder / calibrate.HESSIANS)
-    plain = read_tensors(folder / calibrate.PLAIN_HESSIANS)
-
-    def with_hessian(hessians: dict[str, Tensor]) -> Solver:
-        damping = context.settings.damping
-        return lambda name, linear, fmt: gptq(linear.weight.detach(), hessians[name], fmt, damping=damping)
-
-    return {
-        "GPTQ, Fisher-weighted Hessian": with_hessian(weighted),
-        "GPTQ, unweighted Hessian": with_hessian(plain),
-        "round to nearest": lambda _name, linear, fmt: quantize_nearest(linear.weight.detach(), fmt),
+def _policy_cases(context: Context) -> list[Case]:
+    policy, folder = Policy.load(search.stage(context).folder / search.POLICY), calibrate.stage(context).folder
+    solvers = {
+        "GPTQ, Fisher-weighted Hessian": _with_hessian(context, read_tensors(folder / calibrate.HESSIANS)),
+        "GPTQ, unweighted Hessian": _with_hessian(context, read_tensors(folder / calibrate.PLAIN_HESSIANS)),
+        "round to nearest": _nearest,
     }
+    return [Case("policy", name, policy.formats_at, solver) for name, solver in solvers.items()]
 
 
-def _policy_error(context: Context, policy: Policy, solver: Solver, reference: Tensor) -> float:
-    """Quantize the layers in the formats that the policy uses, and generate."""
+def _uniform_cases(context: Context) -> list[Case]:
+    weighted = _with_hessian(context, read_tensors(calibrate.stage(context).folder / calibrate.HESSIANS))
+    cases = []
+    for fmt in context.formats:
+        if fmt.weight.element is Element.INT and fmt.weight.granularity is Granularity.GROUP:
+            everywhere = _everywhere(dict.fromkeys(context.layers, fmt))
+            for name, solver in (
+                ("GPTQ, Fisher-weighted Hessian", weighted),
+                ("round to nearest per channel", _nearest_per_channel),
+            ):
+                cases.append(Case(f"uniform {fmt.name}", name, everywhere, solver))
+    return cases
+
+
+def _everywhere(formats: dict[str, Format]) -> Callable[[int], dict[str, Format]]:
+    return lambda _step: formats
+
+
+def _with_hessian(context: Context, hessians: dict[str, Tensor]) -> Solver:
+    damping = context.settings.damping
+    return lambda name, linear, fmt: gptq(linear.weight.detach(), hessians[name], fmt, damping=damping)
+
+
+def _nearest(_name: str, linear: nn.Linear, fmt: Format) -> QuantizedWeight:
+    return quantize_nearest(linear.weight.detach(), fmt)
+
+
+def _nearest_per_channel(_name: str, linear: nn.Linear, fmt: Format) -> QuantizedWeight:
+    grid = Grid(Element.INT, fmt.weight.bits, Granularity.CHANNEL, scale_bits=fmt.weight.scale_bits)
+    return quantize_nearest(linear.weight.detach(), replace(fmt, weight=grid))
+
+
+def _error(context: Context, case: Case, reference: Tensor) -> float:
+    """Quantize the layers in the formats that the case uses, and generate."""
     linears = context.adapter.quantizable_layers()
-    used = sorted({name for row in policy.assignments for name in row})
-    weights = {fmt: {name: solver(name, linear, format_named(fmt)) for name, linear in linears.items()} for fmt in used}
+    used = {f.name for step in range(context.settings.steps) for f in case.formats_at(step).values()}
+    weights = {
+        fmt: {name: case.solver(name, linear, format_named(fmt)) for name, linear in linears.items()}
+        for fmt in sorted(used)
+    }
     store = FormatStore(weights, quantize.activation_scales(context))
     with SimulatedModel(context.adapter, store).installed() as model:
-        latents = trajectory(context.held_out, lambda step: model.assign(policy.formats_at(step), step))
+        latents = trajectory(context.held_out, lambda step: model.assign(case.formats_at(step), step))
     return latent_mse(latents[-1], reference)

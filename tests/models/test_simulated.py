@@ -1,0 +1,130 @@
+"""The fake-quantized model against linear layers written out by hand."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from adatsq_trt.formats import FORMATS
+from adatsq_trt.models.flux import FluxAdapter
+from adatsq_trt.models.format_store import FormatStore
+from adatsq_trt.models.simulated import SimulatedLinear, SimulatedModel
+from adatsq_trt.quantize import dequantize_weight, fake_quantize_activation, quantize_nearest
+
+STEPS = 2
+NAMES = ("w4a4", "w8a8", "w8a8s", "fp8", "nvfp4", "bf16", "fp32")
+LAYER = "single_transformer_blocks.1.proj_mlp"
+
+
+@pytest.fixture(scope="module")
+def store(untrained_flux: FluxAdapter) -> FormatStore:
+    layers = untrained_flux.quantizable_layers()
+    weights = {
+        name: {layer: quantize_nearest(linear.weight.detach(), FORMATS[name]) for layer, linear in layers.items()}
+        for name in NAMES
+    }
+    # Different at every step and layer, so that a wrong row or column shows.
+    steps = torch.arange(STEPS * len(layers), dtype=torch.float32).reshape(STEPS, -1)
+    scales = {n: (0.01 + 0.001 * steps).bfloat16().float() for n in NAMES if FORMATS[n].static_activation}
+    return FormatStore(weights, scales)
+
+
+@pytest.fixture
+def model(untrained_flux: FluxAdapter, store: FormatStore) -> SimulatedModel:
+    return SimulatedModel(untrained_flux, store)
+
+
+def inputs(adapter: FluxAdapter) -> dict[str, Tensor]:
+    latent = torch.randn(2, *adapter.latent_shape, generator=torch.Generator().manual_seed(0))
+    return adapter.guided_inputs(latent, 0.6, adapter.encode([2, 7]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("step", range(STEPS))
+def test_a_layer_multiplies_rounded_inputs_with_rounded_weights(
+    model: SimulatedModel, store: FormatStore, name: str, step: int
+) -> None:
+    fmt, index = FORMATS[name], model.layers.index(LAYER)
+    x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(1))
+    with model.installed():
+        model.assign(dict.fromkeys(model.layers, fmt), step)
+        linear = model.adapter.transformer.get_submodule(LAYER)
+        assert isinstance(linear, SimulatedLinear)
+        got = linear(x)
+    scale = store.scales[name][step, index] if fmt.static_activation else None
+    weight = dequantize_weight(store.weights[name][LAYER], fmt)
+    expected = functional.linear(fake_quantize_activation(x, fmt.activation, scale), weight, linear.original.bias)
+    assert torch.equal(got, expected)
+    assert torch.equal(got, linear.original(x)) == (name == "fp32")
+
+
+@torch.no_grad()
+def test_the_whole_model_is_the_one_with_hand_made_hooks(model: SimulatedModel, store: FormatStore) -> None:
+    adapter, step = model.adapter, 1
+    assert isinstance(adapter, FluxAdapter)
+    formats = {layer: FORMATS[NAMES[i % len(NAMES)]] for i, layer in enumerate(model.layers)}
+    with model.installed():
+        model.assign(formats, step)
+        got = adapter.predict(inputs(adapter))
+
+    def hook(index: int, layer: str):  # type: ignore[no-untyped-def]
+        fmt = formats[layer]
+        scale = store.scales[fmt.name][step, index] if fmt.static_activation else None
+
+        def replace(module: nn.Module, arguments: tuple[Tensor], _output: Tensor) -> Tensor:
+            weight = dequantize_weight(store.weights[fmt.name][layer], fmt)
+            return functional.linear(fake_quantize_activation(arguments[0], fmt.activation, scale), weight, module.bias)
+
+        return replace
+
+    linears = adapter.quantizable_layers()
+    handles = [linear.register_forward_hook(hook(i, layer)) for i, (layer, linear) in enumerate(linears.items())]
+    expected = adapter.predict(inputs(adapter))
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(got, expected)
+
+
+@torch.no_grad()
+def test_without_an_assignment_it_is_exactly_the_full_precision_model(model: SimulatedModel) -> None:
+    adapter = model.adapter
+    assert isinstance(adapter, FluxAdapter)
+    exact = adapter.predict(inputs(adapter))
+    with model.installed():
+        assert torch.equal(adapter.predict(inputs(adapter)), exact)
+        model.assign(dict.fromkeys(model.layers, FORMATS["w4a4"]), 0)
+        assert not torch.equal(adapter.predict(inputs(adapter)), exact)
+        model.assign(None, 0)
+        assert torch.equal(adapter.predict(inputs(adapter)), exact)
+
+
+@torch.no_grad()
+def test_static_scales_are_those_of_the_step(model: SimulatedModel) -> None:
+    adapter, predictions = model.adapter, []
+    assert isinstance(adapter, FluxAdapter)
+    with model.installed():
+        for step in (0, 1, 0):
+            model.assign(dict.fromkeys(model.layers, FORMATS["w8a8s"]), step)
+            predictions.append(adapter.predict(inputs(adapter)))
+    assert torch.equal(predictions[0], predictions[2])
+    assert not torch.equal(predictions[0], predictions[1])
+
+
+def test_the_original_layers_come_back(model: SimulatedModel) -> None:
+    before = dict(model.adapter.transformer.named_modules())
+    with model.installed() as installed:
+        assert installed is model
+        assert isinstance(model.adapter.transformer.get_submodule(LAYER), SimulatedLinear)
+    assert dict(model.adapter.transformer.named_modules()) == before
+
+
+def test_the_original_layers_come_back_after_an_exception(model: SimulatedModel) -> None:
+    before = dict(model.adapter.transformer.named_modules())
+    with pytest.raises(KeyboardInterrupt), model.installed():
+        raise KeyboardInterrupt
+    assert dict(model.adapter.transformer.named_modules()) == before
+
+
+def test_layers_are_in_the_adapters_order(model: SimulatedModel, untrained_flux: FluxAdapter) -> None:
+    assert model.layers == tuple(untrained_flux.quantizable_layers())

@@ -1,0 +1,65 @@
+"""The summary file."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from adatsq_trt.errors import DamagedFileError
+from adatsq_trt.files import read_json_model, write_json_model
+from adatsq_trt.report.summary import StageFigures, StaticErrors, Summary
+
+
+def example() -> Summary:
+    return Summary(
+        model="digits-flux",
+        targets=("sm120",),
+        formats=("nvfp4", "fp8", "bf16"),
+        simulate=False,
+        steps=20,
+        guidance=2.0,
+        budget_bits=6.0,
+        buckets=4,
+        assignments=3,
+        mean_bits=5.98,
+        mean_weight_bits=6.4,
+        mean_activation_bits=6.2,
+        final_error=0.1 + 0.2,
+        chosen_kind="beam",
+        uniform_errors={"nvfp4": 0.5, "fp8": 0.01, "bf16": 1e-6},
+        static_errors=StaticErrors(layer_only=0.4, time_only=None),
+        held_out_samples=128,
+        held_out_seeds=(1000, 1127),
+        denoiser_calls=400,
+        resident_weight_bytes=300_000,
+        onnx_bytes=1,
+        weight_bytes=2,
+        engine_bytes=3,
+        stages={"search": StageFigures(seconds=1.5, peak_bytes=1 << 30)},
+        versions={"torch": "2.13.0"},
+    )
+
+
+def test_a_summary_survives_the_disk(tmp_path: Path) -> None:
+    write_json_model(tmp_path / "summary.json", example())
+    assert read_json_model(tmp_path / "summary.json", Summary) == example()
+
+
+def test_scripts_find_the_figures_by_name(tmp_path: Path) -> None:
+    write_json_model(tmp_path / "summary.json", example())
+    content = json.loads((tmp_path / "summary.json").read_text())
+    assert content["schema_version"] == 1
+    assert content["final_error"] == 0.1 + 0.2
+    assert content["static_errors"] == {"layer_only": 0.4, "time_only": None}
+    assert content["stages"]["search"] == {"seconds": 1.5, "peak_bytes": 1 << 30}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "complaint"),
+    [("schema_version", 2, "schema version 2"), ("final_error", "small", "final_error")],
+)
+def test_a_wrong_field_is_named(tmp_path: Path, field: str, value: object, complaint: str) -> None:
+    content = json.loads(example().model_dump_json())
+    (tmp_path / "summary.json").write_text(json.dumps({**content, field: value}))
+    with pytest.raises(DamagedFileError, match=complaint):
+        read_json_model(tmp_path / "summary.json", Summary)

@@ -1,0 +1,170 @@
+"""A search that is interrupted and taken up again finds the same as an undisturbed one."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from adatsq_trt.calibration.trajectory import Samples, latent_mse, trajectory
+from adatsq_trt.formats import FORMATS
+from adatsq_trt.models.format_store import FormatStore
+from adatsq_trt.models.simulated import SimulatedModel
+from adatsq_trt.search.beam import Path as BeamPath
+from adatsq_trt.search.beam import Pruning
+from adatsq_trt.search.denoising import DenoisingProblem, format_bits
+from adatsq_trt.search.plan import make_plan
+from adatsq_trt.search.resume import Scorer, measure_sensitivity, search_columns
+from adatsq_trt.search.sensitivity import Sensitivity
+
+SET = tuple(FORMATS[name] for name in ("w4a4", "fp8", "w8a8", "fp32"))
+BITS, BUDGET = format_bits(SET), 7.0
+
+
+class KilledError(Exception):
+    pass
+
+
+def dies_at(count: int) -> Callable[[], None]:
+    """A progress callback that raises when it is called for the `count`-th time."""
+    calls = 0
+
+    def advance() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == count:
+            raise KilledError
+
+    return advance
+
+
+def ignore() -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def model(samples: Samples, store: FormatStore) -> Iterator[SimulatedModel]:
+    with SimulatedModel(samples.adapter, store).installed() as installed:
+        yield installed
+
+
+@pytest.fixture(scope="module")
+def measured(
+    samples: Samples, latents: Tensor, start: Tensor, store: FormatStore, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Sensitivity, Tensor]:
+    return measure_sensitivity(samples, latents, start, SET, store, tmp_path_factory.mktemp("whole"), ignore)
+
+
+@pytest.fixture
+def make_problem(
+    samples: Samples, latents: Tensor, model: SimulatedModel, measured: tuple[Sensitivity, Tensor]
+) -> Callable[[], DenoisingProblem]:
+    plan = make_plan(measured[0], BITS, BUDGET, 3)
+    return lambda: DenoisingProblem(samples, model, SET, latents, measured[1], plan, BUDGET)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_sensitivity_goes_on_after_the_last_finished_step(
+    samples: Samples,
+    latents: Tensor,
+    start: Tensor,
+    store: FormatStore,
+    measured: tuple[Sensitivity, Tensor],
+    tmp_path: Path,
+    count: int,
+) -> None:
+    with pytest.raises(KilledError):
+        measure_sensitivity(samples, latents, start, SET, store, tmp_path, dies_at(count))
+    written = {file: file.stat().st_mtime_ns for file in (tmp_path / "sensitivity").iterdir()}
+    assert len(written) == count
+    steps: list[None] = []
+    resumed, adjoints = measure_sensitivity(samples, latents, start, SET, store, tmp_path, lambda: steps.append(None))
+    assert torch.equal(resumed.contributions, measured[0].contributions)
+    assert torch.equal(adjoints, measured[1])
+    assert len(steps) == 3  # progress counts what was there already
+    assert all(file.stat().st_mtime_ns == time for file, time in written.items())
+
+
+def test_adjoints_end_with_the_projections(measured: tuple[Sensitivity, Tensor], start: Tensor) -> None:
+    assert torch.equal(measured[1][-1], start)
+    assert measured[1].shape == (4, *start.shape)
+
+
+def figures(paths: list[BeamPath[Tensor]]) -> list[tuple[object, ...]]:
+    return [(p.assignments, p.bits, p.error, p.estimate) for p in paths]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_beam_goes_on_after_the_last_finished_column(
+    make_problem: Callable[[], DenoisingProblem], tmp_path: Path, count: int
+) -> None:
+    pruning, whole, interrupted = Pruning(2, 0.1), make_problem(), make_problem()
+    expected = search_columns(whole, pruning, tmp_path / "whole", ignore)
+    with pytest.raises(KilledError):
+        search_columns(interrupted, pruning, tmp_path / "killed", dies_at(count))
+    resumed, columns = make_problem(), list[None]()
+    found = search_columns(resumed, pruning, tmp_path / "killed", lambda: columns.append(None))
+    assert figures(found) == figures(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.state, other.state)
+    assert resumed.calls == whole.calls > interrupted.calls - 1
+    assert len(columns) == 3
+
+
+def test_a_finished_beam_makes_no_more_calls(make_problem: Callable[[], DenoisingProblem], tmp_path: Path) -> None:
+    first, second = make_problem(), make_problem()
+    paths = search_columns(first, Pruning(2, 0.1), tmp_path, ignore)
+    second.advance = lambda *_: pytest.fail("the column was there")  # type: ignore[method-assign]
+    assert figures(search_columns(second, Pruning(2, 0.1), tmp_path, ignore)) == figures(paths)
+    assert second.calls == first.calls > 0
+
+
+def test_the_beams_errors_are_those_of_its_policies(
+    make_problem: Callable[[], DenoisingProblem], samples: Samples, latents: Tensor, tmp_path: Path
+) -> None:
+    problem = make_problem()
+    for path in search_columns(problem, Pruning(3, 0.1), tmp_path, ignore):
+        rows = [{n: SET[i] for n, i in zip(problem.model.layers, row, strict=True)} for row in path.assignments]
+        final = trajectory(samples, lambda step, rows=rows: problem.model.assign(rows[step], step))[-1]
+        assert path.error == latent_mse(final, latents[-1])
+        assert path.bits == sum(SET[i].bits for row in path.assignments for i in row) <= BUDGET * 3 * 17
+
+
+def test_a_path_on_the_reference_is_expected_to_err_as_the_plan(
+    make_problem: Callable[[], DenoisingProblem], latents: Tensor
+) -> None:
+    problem = make_problem()
+    assert problem.error(latents[0], 0) == problem.plan.expected_error(torch.zeros(6).double().numpy(), 0)
+    assert problem.error(latents[3], 3) == 0.0
+    assert problem.remaining_error(3, BUDGET * 3 * 17 + 1) == float("inf")
+
+
+def test_a_score_is_measured_once(samples: Samples, latents: Tensor, model: SimulatedModel, tmp_path: Path) -> None:
+    rows = (((0,) * 17),) * 3
+    scorer = Scorer(model, SET, samples, tmp_path)
+    torch.testing.assert_close(scorer.reference, latents[-1])
+    error = scorer.error(rows)
+    model.assign(None, 0)
+    fake = trajectory(samples, lambda step: model.assign(dict.fromkeys(model.layers, SET[0]), step))[-1]
+    assert error == latent_mse(fake, scorer.reference) > 0
+
+    class Dead(SimulatedModel):
+        def __init__(self) -> None:
+            self.layers = model.layers
+
+        def assign(self, formats: object, step: int) -> None:
+            raise KilledError
+
+    again = Scorer(Dead(), SET, samples, tmp_path)
+    assert again.error(rows) == error
+    assert torch.equal(again.reference, scorer.reference)
+    with pytest.raises(KilledError):
+        again.error((((1,) * 17),) * 3)
+
+
+def test_batches_have_their_own_scores(samples: Samples, model: SimulatedModel, tmp_path: Path) -> None:
+    rows = (((0,) * 17),) * 3
+    errors = [Scorer(model, SET, samples.part(slice(i, i + 1)), tmp_path).error(rows) for i in (0, 1)]
+    assert errors[0] != errors[1]
+    assert Scorer(model, SET, samples, tmp_path).error(rows) == pytest.approx(sum(errors) / 2, rel=0.05)

@@ -1,0 +1,146 @@
+"""From proposals to the deployed policy; the scorer is a table."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from pydantic import BaseModel
+
+from adatsq_trt.files import read_json_model, write_json_model
+from adatsq_trt.formats import FORMATS
+from adatsq_trt.search.plan import Rows
+from adatsq_trt.search.resume import Scorer
+from adatsq_trt.search.select import (
+    Kind,
+    Point,
+    Proposal,
+    SearchResult,
+    best_of,
+    finalists,
+    judge,
+    measure_held_out,
+    second_look,
+)
+
+SET = tuple(FORMATS[name] for name in ("w3a3", "w4a4", "w8a8"))
+LOW: Rows = ((0, 0), (0, 0))
+MIDDLE: Rows = ((1, 1), (1, 1))
+MIXED: Rows = ((2, 0), (0, 1))
+HIGH: Rows = ((2, 2), (2, 2))
+ERRORS = {LOW: 9.0, MIDDLE: 5.0, MIXED: 6.0, HIGH: 1.0}
+
+
+class Batch(BaseModel):
+    seeds: tuple[int, ...]
+
+
+class Table:
+    """A scorer that looks errors up and counts."""
+
+    def __init__(self, errors: dict[Rows, float], samples: int = 1) -> None:
+        self.errors, self.asked = errors, list[Rows]()
+        self.samples = Batch(seeds=tuple(range(samples)))
+
+    def error(self, rows: Rows) -> float:
+        self.asked.append(rows)
+        return self.errors[rows]
+
+
+def table(errors: dict[Rows, float], samples: int = 1) -> Scorer:
+    return cast(Scorer, Table(errors, samples))
+
+
+def point(kind: Kind, bits: float, error: float, buckets: int = 1) -> Point:
+    return Point(kind=kind, name="", mean_bits=bits, selection_error=error, buckets=buckets, formats=(("w4a4",),))
+
+
+def ignore() -> None:
+    pass
+
+
+def test_every_distinct_policy_is_scored_once_under_its_first_kind() -> None:
+    scorer, done = Table(ERRORS), list[None]()
+    proposals = [
+        Proposal("beam", MIXED),
+        Proposal("plan", MIDDLE),
+        Proposal("beam", MIXED),
+        Proposal("uniform", MIDDLE),
+    ]
+    points = judge(proposals, SET, cast(Scorer, scorer), lambda: done.append(None))
+    assert sorted(scorer.asked) == sorted([MIXED, MIDDLE])
+    assert len(done) == 2
+    assert {(p.kind, p.selection_error) for p in points} == {("beam", 6.0), ("plan", 5.0)}
+
+
+def test_a_point_says_what_the_policy_is() -> None:
+    points = judge([Proposal("uniform", HIGH), Proposal("beam", MIXED)], SET, table(ERRORS), ignore)
+    uniform, beam = (next(p for p in points if p.kind == kind) for kind in ("uniform", "beam"))
+    assert (uniform.name, uniform.mean_bits, uniform.buckets) == ("w8a8", 8.0, 1)
+    assert (beam.name, beam.mean_bits, beam.buckets) == ("beam 0", (8 + 3 + 3 + 4) / 4, 2)
+    assert beam.formats == (("w8a8", "w3a3"), ("w3a3", "w4a4"))
+    assert beam.held_out_error is None
+
+
+def test_the_front_is_marked() -> None:
+    kinds: list[Kind] = ["uniform", "uniform", "beam", "uniform"]
+    rows = [LOW, MIDDLE, MIXED, HIGH]
+    proposals = [Proposal(kind, row) for kind, row in zip(kinds, rows, strict=True)]
+    points = judge(proposals, SET, table(ERRORS), ignore)
+    # MIXED has more bits than MIDDLE and a larger error.
+    assert {p.name for p in points if p.on_front} == {"w3a3", "w4a4", "w8a8"}
+
+
+def test_the_best_is_the_least_error_then_the_fewest_buckets() -> None:
+    points = [point("beam", 4, 2.0), point("beam", 4, 1.0, 5), point("plan", 4, 1.0, 3), point("layer_only", 4, 0.5)]
+    assert best_of(points, [0, 1, 2, 3], ("beam", "plan")) == 2
+    assert best_of(points, [0, 1, 2, 3], ("beam", "plan", "layer_only")) == 3
+    assert best_of(points, [0, 1], ("beam", "plan")) == 1
+    assert best_of(points, [0, 1, 2, 3], ("time_only",)) is None
+
+
+def test_finalists_keep_the_budget_and_leave_room_for_the_rivals() -> None:
+    points = [
+        *(point("beam", 4, 1.0 + i) for i in range(6)),
+        point("plan", 4.1, 0.1),
+        point("plan", 4.0, 0.5),
+        *(point("layer_only", 4, 10.0 + i) for i in range(3)),
+        point("time_only", 3.9, 20.0),
+        point("uniform", 4, 0.2),
+    ]
+    found = finalists(points, 4.0)
+    assert sorted(found) == [0, 1, 2, 7, 8, 9, 11]
+
+
+def test_the_second_look_is_the_mean_over_all_samples() -> None:
+    points = judge([Proposal("beam", MIXED), Proposal("uniform", MIDDLE)], SET, table(ERRORS), ignore)
+    index = next(i for i, p in enumerate(points) if p.kind == "beam")
+    scorers = (table(ERRORS, 1), table({MIXED: 2.0}, 3))
+    looked = second_look(points, [index], SET, scorers, ignore)
+    assert looked[index].selection_error == pytest.approx((6.0 + 3 * 2.0) / 4)
+    assert looked[index].finalist
+    assert looked[1 - index] == points[1 - index]
+
+
+def test_held_out_errors_are_measured_for_the_wanted_alone() -> None:
+    proposals = [Proposal("uniform", rows) for rows in (LOW, MIDDLE, HIGH)]
+    points = judge(proposals, SET, table(ERRORS), ignore)
+    by_name = {p.name: i for i, p in enumerate(points)}
+    scorer = Table({LOW: 90.0, HIGH: 10.0})
+    wanted = [by_name["w8a8"], by_name["w3a3"]]
+    result = measure_held_out(points, wanted, SET, cast(Scorer, scorer), ignore)
+    got = {p.name: p.held_out_error for p in result}
+    assert got == {"w3a3": 90.0, "w4a4": None, "w8a8": 10.0}
+    assert [p.selection_error for p in result] == [p.selection_error for p in points]
+
+
+def test_a_result_survives_the_disk(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {
+        "chosen": 0,
+        "layer_only": None,
+        "time_only": 1,
+        "denoiser_calls": 7,
+        "sensitivity_sweeps": 8,
+    }
+    result = SearchResult(points=(point("beam", 4, 0.1), point("time_only", 4, 0.2)), **fields)
+    write_json_model(tmp_path / "result.json", result)
+    assert read_json_model(tmp_path / "result.json", SearchResult) == result

@@ -1,0 +1,144 @@
+"""Predicted against actual changes of the final picture."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from adatsq_trt.calibration.fisher import backward_sweep
+from adatsq_trt.calibration.trajectory import Samples, trajectory
+from adatsq_trt.formats import FORMATS, Format
+from adatsq_trt.models.format_store import FormatStore
+from adatsq_trt.models.simulated import SimulatedModel
+from adatsq_trt.quantize import QuantizedWeight
+from adatsq_trt.search.sensitivity import Sensitivity, assemble, step_contributions
+
+SET = tuple(FORMATS[name] for name in ("w4a4", "fp8", "w8a8", "fp32"))
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def sensitivity(samples: Samples, latents: Tensor, start: Tensor, store: FormatStore) -> Sensitivity:
+    sweep = backward_sweep(samples, latents, start, STEPS - 1)
+    parts = {b.step: step_contributions(b, samples.adapter, SET, store) for b in sweep}
+    return assemble(SET, parts, latents[0, 0].numel())
+
+
+def actual_change(
+    samples: Samples, latents: Tensor, start: Tensor, store: FormatStore, choose: dict[tuple[int, str], Format]
+) -> Tensor:
+    """uᵀ (x_T' - x_T) for every row, scaled as the contributions are."""
+    model = SimulatedModel(samples.adapter, store)
+    exact = FORMATS["fp32"]
+    with model.installed():
+        changed = trajectory(
+            samples,
+            lambda step: model.assign({layer: choose.get((step, layer), exact) for layer in model.layers}, step),
+        )
+    rows = (start * (changed[-1] - latents[-1])).sum(dim=(2, 3)).flatten()
+    return rows / math.sqrt(len(rows) * latents[0, 0].numel())
+
+
+def relative(predicted: Tensor, actual: Tensor) -> float:
+    return float((predicted - actual).norm() / actual.norm())
+
+
+def test_contributions_of_all_steps_and_layers_add_up_to_the_change_of_the_picture(
+    samples: Samples, latents: Tensor, start: Tensor
+) -> None:
+    """For weights that are a little off and exact activations, whose rounding would depend on what comes before."""
+    generator, exact = torch.Generator().manual_seed(0), FORMATS["fp32"]
+    off = {
+        name: QuantizedWeight(linear.weight + 1e-3 * torch.randn(linear.weight.shape, generator=generator))
+        for name, linear in samples.adapter.quantizable_layers().items()
+    }
+    store = FormatStore({exact.name: off}, {})
+    sweep = backward_sweep(samples, latents, start, STEPS - 1)
+    parts = {b.step: step_contributions(b, samples.adapter, [exact], store) for b in sweep}
+    sensitivity = assemble([exact], parts, latents[0, 0].numel())
+    actual = actual_change(samples, latents, start, store, {})
+    assert relative(sensitivity.contributions.sum(dim=(0, 1, 2)), actual) < 0.03
+    predicted = sensitivity.predicted_error([[0] * len(off)] * STEPS)
+    assert predicted == pytest.approx(float(actual.square().sum()), rel=0.06)
+
+
+@pytest.mark.parametrize("name", ["w8a8", "fp8"])
+def test_predicted_errors_of_whole_policies_have_the_right_size(
+    samples: Samples, latents: Tensor, start: Tensor, store: FormatStore, sensitivity: Sensitivity, name: str
+) -> None:
+    layers = tuple(samples.adapter.quantizable_layers())
+    choose = {(step, layer): FORMATS[name] for step in range(STEPS) for layer in layers}
+    actual = float(actual_change(samples, latents, start, store, choose).square().sum())
+    predicted = sensitivity.predicted_error([[SET.index(FORMATS[name])] * len(layers)] * STEPS)
+    assert actual / 3 < predicted < actual * 3
+
+
+@pytest.mark.parametrize("step", range(STEPS))
+@pytest.mark.parametrize("index", [0, 5, 11, 16])
+def test_a_single_contribution_is_the_change_that_it_makes(
+    samples: Samples,
+    latents: Tensor,
+    start: Tensor,
+    store: FormatStore,
+    sensitivity: Sensitivity,
+    step: int,
+    index: int,
+) -> None:
+    layer = tuple(samples.adapter.quantizable_layers())[index]
+    actual = actual_change(samples, latents, start, store, {(step, layer): FORMATS["w8a8"]})
+    assert relative(sensitivity.contributions[2, step, index], actual) < 0.1
+
+
+def test_exact_formats_contribute_nothing(sensitivity: Sensitivity) -> None:
+    assert sensitivity.contributions[3].abs().max() == 0
+    errors = sensitivity.errors
+    assert errors.shape == (4, STEPS, 17)
+    assert errors[0].sum() > 10 * errors[2].sum()
+
+
+def test_squares_of_rows_add_up_to_the_mean_square_of_the_latent() -> None:
+    """With enough projections: E_u[(uᵀ δ)²] is |δ|²."""
+    generator = torch.Generator().manual_seed(0)
+    change, u = torch.randn(5, 8, generator=generator), torch.randn(4000, 5, 8, generator=generator)
+    rows = (u * change).sum(dim=-1).flatten()
+    sensitivity = assemble((FORMATS["w4a4"],), {0: rows[None, None]}, 8)
+    assert float(sensitivity.errors) == pytest.approx(float(change.square().mean()), rel=0.05)
+
+
+def random_sensitivity(seed: int, steps: int = 5, layers: int = 3) -> Sensitivity:
+    generator = torch.Generator().manual_seed(seed)
+    return Sensitivity(SET[:2], torch.randn(2, steps, layers, 40, generator=generator))
+
+
+def test_smoothing_keeps_what_is_constant_over_steps() -> None:
+    row = torch.rand(2, 1, 3, 6, generator=torch.Generator().manual_seed(0)) + 0.1
+    sensitivity = Sensitivity(SET[:2], row.expand(2, 7, 3, 6))
+    torch.testing.assert_close(sensitivity.smoothed_errors(), sensitivity.errors, rtol=1e-9, atol=0)
+
+
+def test_smoothing_is_a_weighted_geometric_mean_of_neighbours() -> None:
+    sensitivity = random_sensitivity(1)
+    errors, smoothed = sensitivity.errors, sensitivity.smoothed_errors(width=0.8)
+    kernel = [math.exp(-((t - 1) ** 2) / (2 * 0.8**2)) for t in range(5)]
+    expected = math.exp(sum(k * math.log(float(errors[1, t, 2])) for t, k in enumerate(kernel)) / sum(kernel))
+    assert float(smoothed[1, 1, 2]) == pytest.approx(expected, rel=1e-9)
+    assert (smoothed.log().std(dim=1) < errors.log().std(dim=1)).all()
+    torch.testing.assert_close(sensitivity.smoothed_errors(width=1e-3), errors)
+
+
+def test_predicted_error_is_the_square_of_the_sum() -> None:
+    sensitivity, rows = random_sensitivity(2), [[0, 1, 0], [1, 1, 0], [0, 0, 1], [1, 0, 1], [0, 0, 0]]
+    c = sensitivity.contributions.double()
+    total = sum(c[rows[t][layer], t, layer] for t in range(5) for layer in range(3))
+    assert isinstance(total, Tensor)
+    assert sensitivity.predicted_error(rows) == pytest.approx(float((total**2).sum()))
+    alone = sum(float((c[rows[t][layer], t, layer] ** 2).sum()) for t in range(5) for layer in range(3))
+    assert sensitivity.accumulation(rows) == pytest.approx(max(1.0, float((total**2).sum()) / alone))
+
+
+def test_the_same_error_at_every_step_accumulates_with_their_number() -> None:
+    row = torch.randn(1, 1, 1, 9, generator=torch.Generator().manual_seed(3)).expand(1, 6, 1, 9)
+    assert Sensitivity(SET[:1], row).accumulation([[0]] * 6) == pytest.approx(6.0)
+    opposite = row * torch.tensor([1.0, -1, 1, -1, 1, -1])[None, :, None, None]
+    assert Sensitivity(SET[:1], opposite).accumulation([[0]] * 6) == 1.0
