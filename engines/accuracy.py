@@ -18,7 +18,8 @@ lies within float32 noise (about 1e-6 of its size) of a tie may round to the oth
   the value itself (2^-mantissa bits - 1). That step is the limit.
 
 Tolerances of 2. Both blocks get the same inputs, but the target block rounds to 16 bit after every operator. Two
-effects add up, with u the root mean square of a 16-bit rounding (2^-9 for bfloat16, 2^-12 for float16) and s the coarsest grid's step:
+effects add up, with u the root mean square of a 16-bit rounding (2^-9 for bfloat16, 2^-12 for float16) and s the
+coarsest grid's step:
 
 - some 2^6 roundings that behave like a random walk: 2^3 u;
 - rounding flips: a value that is off by u crosses a tie with probability 2 u / s and then moves by s, which has the

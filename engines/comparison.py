@@ -26,6 +26,7 @@ from polygraphy.json import save_json
 from polygraphy.logger import G_LOGGER
 
 from adatsq_trt.errors import AdatsqError
+from adatsq_trt.files import atomic_path
 
 Arrays = Mapping[str, np.ndarray]
 CPU_NAME = "onnxruntime"
@@ -185,11 +186,10 @@ class RowFiles:
         Returns:
             The command that repeats the row, to be run in the report's folder; it exits with 0 if the row passes.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with quiet_polygraphy():
-            save_json([dict(inputs)], str(self.folder / f"{self.name}.inputs.json"))
-            save_json(got, str(self.folder / f"{self.name}.got.json"))
-            save_json(expected, str(self.folder / f"{self.name}.expected.json"))
+        parts = {"inputs": [dict(inputs)], "got": got, "expected": expected}
+        for part, content in parts.items():
+            with atomic_path(self.folder / f"{self.name}.{part}.json") as temporary, quiet_polygraphy():
+                save_json(content, str(temporary))
         scales = _root_mean_squares(expected[0][1][0])
         return shlex.join(
             [

@@ -2,9 +2,8 @@
 
 import os
 
-# Two xdist workers on two cores: one thread each is faster than four in all. Set before torch is imported.
-# Idle threads sleep: where cores are shared, spinning ones made a step 35 times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Two xdist workers on two cores: four spinning threads in all make a denoising step many times slower than one thread
+# each does. Set before torch is imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -64,9 +63,6 @@ def _global_options(
 
 def main() -> None:
     """Run the command line: a user's mistake is one sentence and exit code 2, a failure is exit code 1."""
-    # Before torch is imported. Its idle threads spin unless told to sleep, and where another process wants the cores
-    # that makes a denoising step many times slower (seen: 35 s instead of 1 s).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app(prog_name="adatsq-trt")
     except AdatsqError as error:

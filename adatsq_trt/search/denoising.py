@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from adatsq_trt.calibration.trajectory import Samples, latent_mse, trajectory
@@ -121,5 +120,3 @@ def policy_error(
 def format_bits(formats: Sequence[Format]) -> np.ndarray:
     """Nominal bits of each format, float64."""
     return np.array([f.bits for f in formats], dtype=np.float64)
-
-

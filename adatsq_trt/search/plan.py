@@ -20,7 +20,12 @@ Rows = tuple[Assignment, ...]
 # Trust in the rows: see `joint`; the second is the hedge that selection on fresh samples may prefer.
 SHRINKS = (0.5, 0.85)
 # Prices, relative to the plan's, at which the rest of a path is estimated.
-_CURVE = (0.125, 0.25, 0.5, 0.75, 1.5, 2.0, 4.0, 8.0)
+_CURVE = (0.125, 0.25, 0.5, 0.75, 1.5, 2.0, 4.0, 8.0, 1 / 32, 32.0, 1 / 128, 128.0)
+# The same prices by their distance from 1: the order in which reserves are used.
+_RESERVES = tuple(sorted(range(len(_CURVE)), key=lambda i: abs(np.log(_CURVE[i]))))
+# One hedge weighs the first step's errors by e^1 and the last step's by 1. Early errors decide which picture a sample
+# becomes; the few that stand at such a fork carry much of the mean error, and a calibration batch holds few of them.
+EARLY_TILT = 1.0
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,7 @@ class Plan:
 
     Attributes:
         policies: the plan at its own price first, then at other prices; each a row of format indices per step.
+        reserves: policies at prices farther away, the nearest first: they fill up a column that has too few candidates.
         hedges: other allocations of the same budget, to be judged as whole policies only.
         tail_contributions: [steps + 1, rows]: what the plan's own steps t … will add to every projected error.
         tail_own_errors: [steps + 1]: sum of their single errors.
@@ -37,6 +43,7 @@ class Plan:
     """
 
     policies: tuple[Rows, ...]
+    reserves: tuple[Rows, ...]
     hedges: tuple[Rows, ...]
     tail_contributions: Array
     tail_own_errors: Array
@@ -45,7 +52,10 @@ class Plan:
 
     def candidates(self, step: int, previous: Assignment | None) -> list[Assignment]:
         """Distinct assignments for one step: the previous one first, because it opens no new bucket."""
-        proposals = [rows[step] for rows in self.policies]
+        proposals = dict.fromkeys(rows[step] for rows in self.policies)
+        for rows in self.reserves:
+            if len(proposals) < len(self.policies):
+                proposals[rows[step]] = None
         return list(dict.fromkeys([*([previous] if previous is not None else []), *proposals]))
 
     def expected_error(self, projected: Array, step: int) -> float:
@@ -90,9 +100,11 @@ def make_plan(sensitivity: Sensitivity, bits: Array, budget: float, prices: int)
     shaped = [allocate_jointly(*problem, ones, total, shrink) for shrink in SHRINKS]
     own, price = shaped[0]
     others = [descend(*problem, ones, price * m, SHRINKS[0]) for m in price_multiples(prices) if m != 1]
-    hedges = [*(choice for choice, _ in shaped[1:]), allocate(problem[1], bits, ones, total)]
+    tilt = np.repeat(np.exp(np.linspace(EARLY_TILT, 0.0, steps)), layers)
+    tilted = allocate_jointly(problem[0] * np.sqrt(tilt)[:, None], problem[1] * tilt, bits, ones, total, SHRINKS[1])[0]
+    hedges = [*(choice for choice, _ in shaped[1:]), allocate(problem[1], bits, ones, total), tilted]
     policies = tuple(_rows(choice, steps) for choice in (own, *others))
-    curve = [np.zeros_like(own), *(descend(*problem, ones, price * m, SHRINKS[0]) for m in _CURVE), own]
+    curve = [*(descend(*problem, ones, price * m, SHRINKS[0]) for m in _CURVE), np.zeros_like(own), own]
     chosen = np.stack([choice.reshape(steps, layers) for choice in (own, *curve)])
     added = np.take_along_axis(contributions[None], chosen[:, None, :, :, None], 1)[:, 0].sum(axis=2)
     alone = np.take_along_axis(errors[None], chosen[:, None], 1)[:, 0].sum(axis=2)
@@ -100,6 +112,7 @@ def make_plan(sensitivity: Sensitivity, bits: Array, budget: float, prices: int)
     bits_left = np.stack([_suffix_sums(bits[c].sum(axis=1)) for c in chosen[1:]])
     return Plan(
         policies,
+        tuple(_rows(curve[i], steps) for i in _RESERVES),
         tuple(_rows(choice, steps) for choice in hedges),
         tails[0][0],
         tails[1][0],
@@ -145,5 +158,3 @@ def _suffix_sums(rows: Array) -> Array:
     """[steps, …] → [steps + 1, …]: row t is the sum of rows t …; the last is zero."""
     sums = np.cumsum(rows[::-1], axis=0)[::-1]
     return np.concatenate([sums, np.zeros((1, *rows.shape[1:]))])
-
-

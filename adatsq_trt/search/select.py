@@ -104,7 +104,11 @@ def finalists(points: Sequence[Point], budget: float) -> list[int]:
     A handful of samples that flip to another picture decide a mean over a small batch, so near ties on the screening
     batch are settled on a larger one; the static rivals get the same second look.
     """
-    groups: tuple[tuple[tuple[Kind, ...], int], ...] = ((("beam", "plan"), 4), (("layer_only",), 2), (("time_only",), 2))
+    groups: tuple[tuple[tuple[Kind, ...], int], ...] = (
+        (("beam", "plan"), 4),
+        (("layer_only",), 2),
+        (("time_only",), 2),
+    )
     chosen: list[int] = []
     for kinds, count in groups:
         within = [i for i, p in enumerate(points) if p.kind in kinds and p.mean_bits <= budget + 1e-9]
