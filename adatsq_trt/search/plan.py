@@ -1,13 +1,14 @@
 """The plan: allocations of the whole trajectory at several prices, from which every column takes its candidates.
 
 At the plan's price the whole policy just meets the budget. At other prices around it the same model gives richer and
-cheaper policies; their rows for step t are the candidates of column t, so a path can spend more at one step and less
-at another, and what that does is measured on real latents.
+cheaper policies; their rows for step t are the candidates of column t, the nearest prices first, so a path can spend
+more at one step and less at another, and what that does is measured on real latents.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,9 +21,11 @@ Rows = tuple[Assignment, ...]
 # Trust in the rows: see `joint`; the second is the hedge that selection on fresh samples may prefer.
 SHRINKS = (0.5, 0.85)
 # Prices, relative to the plan's, at which the rest of a path is estimated.
-_CURVE = (0.125, 0.25, 0.5, 0.75, 1.5, 2.0, 4.0, 8.0, 1 / 32, 32.0, 1 / 128, 128.0)
-# The same prices by their distance from 1: the order in which reserves are used.
-_RESERVES = tuple(sorted(range(len(_CURVE)), key=lambda i: abs(np.log(_CURVE[i]))))
+_CURVE = (0.125, 0.25, 0.5, 0.75, 1.5, 2.0, 4.0, 8.0)
+# Those whose whole policies are judged too, to show the Pareto front.
+_FRONT = (0.25, 0.5, 2.0, 4.0)
+# Candidates come from prices ever farther from the plan's: this factor apart, at most so many to each side.
+_PRICE_STEP, _PRICE_STEPS = 1.35, 20
 # One hedge weighs the first step's errors by e^1 and the last step's by 1. Early errors decide which picture a sample
 # becomes; the few that stand at such a fork carry much of the mean error, and a calibration batch holds few of them.
 EARLY_TILT = 1.0
@@ -33,8 +36,9 @@ class Plan:
     """Whole policies at several prices, and what the rest of a path will do and cost.
 
     Attributes:
-        policies: the plan at its own price first, then at other prices; each a row of format indices per step.
-        reserves: policies at prices farther away, the nearest first: they fill up a column that has too few candidates.
+        policies: the plan at its own price first, then at prices far enough to show the Pareto front; each a row of
+            format indices per step.
+        columns: for each step its distinct candidates, the plan's own first, then those of the nearest prices.
         hedges: other allocations of the same budget, to be judged as whole policies only.
         tail_contributions: [steps + 1, rows]: what the plan's own steps t … will add to every projected error.
         tail_own_errors: [steps + 1]: sum of their single errors.
@@ -43,7 +47,7 @@ class Plan:
     """
 
     policies: tuple[Rows, ...]
-    reserves: tuple[Rows, ...]
+    columns: tuple[Rows, ...]
     hedges: tuple[Rows, ...]
     tail_contributions: Array
     tail_own_errors: Array
@@ -52,11 +56,7 @@ class Plan:
 
     def candidates(self, step: int, previous: Assignment | None) -> list[Assignment]:
         """Distinct assignments for one step: the previous one first, because it opens no new bucket."""
-        proposals = dict.fromkeys(rows[step] for rows in self.policies)
-        for rows in self.reserves:
-            if len(proposals) < len(self.policies):
-                proposals[rows[step]] = None
-        return list(dict.fromkeys([*([previous] if previous is not None else []), *proposals]))
+        return list(dict.fromkeys([*([previous] if previous is not None else []), *self.columns[step]]))
 
     def expected_error(self, projected: Array, step: int) -> float:
         """Final error of a path whose error so far is `projected`, if the rest follows the plan.
@@ -83,14 +83,14 @@ class Plan:
         return float(np.interp(bits_left, bits, errors) - np.interp(own_bits, bits, errors))
 
 
-def make_plan(sensitivity: Sensitivity, bits: Array, budget: float, prices: int) -> Plan:
-    """Allocate the budget over the trajectory, and the same at `prices - 1` other prices.
+def make_plan(sensitivity: Sensitivity, bits: Array, budget: float, candidates: int) -> Plan:
+    """Allocate the budget over the trajectory, at its own price and at others.
 
     Args:
         sensitivity: measured contributions.
         bits: [formats], ascending.
         budget: mean bits per (step, layer); at least the cheapest format's.
-        prices: how many policies a column takes its candidates from.
+        candidates: distinct assignments per step, as far as there are so many.
     """
     contributions = sensitivity.contributions.double().numpy()
     steps, layers = contributions.shape[1:3]
@@ -99,12 +99,15 @@ def make_plan(sensitivity: Sensitivity, bits: Array, budget: float, prices: int)
     ones, total = np.ones(steps * layers), budget * steps * layers
     shaped = [allocate_jointly(*problem, ones, total, shrink) for shrink in SHRINKS]
     own, price = shaped[0]
-    others = [descend(*problem, ones, price * m, SHRINKS[0]) for m in price_multiples(prices) if m != 1]
+
+    def at(multiple: float) -> Choice:
+        return descend(*problem, ones, price * multiple, SHRINKS[0])
+
     tilt = np.repeat(np.exp(np.linspace(EARLY_TILT, 0.0, steps)), layers)
     tilted = allocate_jointly(problem[0] * np.sqrt(tilt)[:, None], problem[1] * tilt, bits, ones, total, SHRINKS[1])[0]
     hedges = [*(choice for choice, _ in shaped[1:]), allocate(problem[1], bits, ones, total), tilted]
-    policies = tuple(_rows(choice, steps) for choice in (own, *others))
-    curve = [*(descend(*problem, ones, price * m, SHRINKS[0]) for m in _CURVE), np.zeros_like(own), own]
+    curve = [*(at(multiple) for multiple in _CURVE), np.zeros_like(own), own]
+    policies = tuple(_rows(choice, steps) for choice in (own, *(curve[_CURVE.index(m)] for m in _FRONT)))
     chosen = np.stack([choice.reshape(steps, layers) for choice in (own, *curve)])
     added = np.take_along_axis(contributions[None], chosen[:, None, :, :, None], 1)[:, 0].sum(axis=2)
     alone = np.take_along_axis(errors[None], chosen[:, None], 1)[:, 0].sum(axis=2)
@@ -112,7 +115,7 @@ def make_plan(sensitivity: Sensitivity, bits: Array, budget: float, prices: int)
     bits_left = np.stack([_suffix_sums(bits[c].sum(axis=1)) for c in chosen[1:]])
     return Plan(
         policies,
-        tuple(_rows(curve[i], steps) for i in _RESERVES),
+        _columns(own, at, steps, candidates),
         tuple(_rows(choice, steps) for choice in hedges),
         tails[0][0],
         tails[1][0],
@@ -142,12 +145,21 @@ def _increasing(bits: Array, errors: Array) -> tuple[Array, Array]:
     return bits, np.minimum.accumulate(errors, axis=1)
 
 
-def price_multiples(count: int) -> tuple[float, ...]:
-    """1 and `count - 1` prices around it, evenly in the logarithm, at most a factor of 4 away."""
-    if count < 2:
-        return (1.0,)
-    reach = count // 2
-    return tuple(4.0 ** (i / reach) for i in range(-reach, count - reach))
+def _columns(own: Choice, at: Callable[[float], Choice], steps: int, count: int) -> tuple[Rows, ...]:
+    """For each step the first `count` distinct rows, going outwards from the plan's price."""
+    columns: list[dict[Assignment, None]] = [{row: None} for row in _rows(own, steps)]
+    for multiple in _outwards():
+        if all(len(column) >= count for column in columns):
+            break
+        for column, row in zip(columns, _rows(at(multiple), steps), strict=True):
+            column[row] = None
+    return tuple(tuple(column)[:count] for column in columns)
+
+
+def _outwards() -> Iterator[float]:
+    for power in range(1, _PRICE_STEPS + 1):
+        yield _PRICE_STEP**power
+        yield _PRICE_STEP**-power
 
 
 def _rows(choice: Choice, steps: int) -> Rows:

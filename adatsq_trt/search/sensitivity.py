@@ -26,6 +26,10 @@ from adatsq_trt.models.format_store import FormatStore
 from adatsq_trt.quantize import dequantize_weight, fake_quantize_activation
 
 
+# Steps of a trajectory whose neighbours are averaged with a width of one step.
+SMOOTHED_STEPS = 20
+
+
 @dataclass(frozen=True)
 class Sensitivity:
     """First-order contributions to the final latent's error.
@@ -43,12 +47,13 @@ class Sensitivity:
         """Latent MSE of each rounding alone, float64 [formats, steps, layers]."""
         return self.contributions.double().square().sum(dim=-1)
 
-    def smoothed_errors(self, width: float = 1.0) -> Tensor:
-        """`errors` with the logarithm averaged over neighbouring steps (Gaussian, `width` steps).
+    def smoothed_errors(self) -> Tensor:
+        """`errors` with the logarithm averaged over neighbouring steps (Gaussian, a twentieth of the trajectory wide).
 
         A few dozen rows estimate a variance to ten or twenty per cent; neighbouring steps see nearly the same inputs,
-        so their average is a better estimate of each.
+        so their average is a better estimate of each. With few steps neighbours differ, and nothing is averaged.
         """
+        width = self.contributions.shape[1] / SMOOTHED_STEPS
         logarithm = self.errors.clamp(min=1e-30).log()
         steps = torch.arange(logarithm.shape[1], dtype=torch.float64)
         kernel = torch.exp(-((steps[:, None] - steps[None]) ** 2) / (2 * width**2))

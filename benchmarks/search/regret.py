@@ -5,11 +5,8 @@
 A problem has 3 steps, 2 layers and the formats of the set `paper` (3, 4 and 8 bits). As in the real search a state is a
 batch: each of its samples is a deviation x from a full-precision path, x[t+1] = A_t tanh(x[t]) + e_t(assignment), and a
 policy's error is the mean of |x_T|². The vector e_t is the sum of both layers' errors and of their product, and a layer
-errs partly the same way at every step, so errors neither add nor stay apart. The guide and the estimate of the rest are
-those of the real search's plan.
-
-Candidates are assignments of the plan's own kind at the prices nearest to its own. Two layers change at few prices, so
-prices are tried until there are as many distinct assignments as asked for.
+errs partly the same way at every step, so errors neither add nor stay apart. Candidates, the guide and the estimate of
+the rest are those of the real search's plan.
 
 The fewer numbers a state has, the more the optimum owes to chance cancellation, which no estimate from single errors
 can foresee: the figures for batches of 1 and 4 samples show that. Writes regret.json beside this file.
@@ -20,7 +17,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,8 +29,7 @@ from adatsq_trt.formats import FORMAT_SETS, FORMATS
 from adatsq_trt.search.beam import Pruning, beam_search
 from adatsq_trt.search.candidates import Array, Assignment
 from adatsq_trt.search.denoising import format_bits
-from adatsq_trt.search.joint import allocate_jointly, descend
-from adatsq_trt.search.plan import SHRINKS, Plan, make_plan
+from adatsq_trt.search.plan import Plan, make_plan
 from adatsq_trt.search.sensitivity import Sensitivity
 from adatsq_trt.settings import Settings
 
@@ -43,7 +39,6 @@ SET = tuple(FORMATS[name] for name in FORMAT_SETS["paper"])
 BITS = format_bits(SET)
 BUDGETS = (4.0, 4.5, 5.0, 6.0)  # mean bits; problem n has the n-th of them in turn
 PROBLEMS = 200
-PRICE_STEP, PRICE_STEPS = 1.35, 20  # up to a factor of 400 away from the plan's price
 ALL_ASSIGNMENTS: tuple[Assignment, ...] = tuple(itertools.product(range(len(SET)), repeat=LAYERS))
 
 
@@ -99,27 +94,15 @@ class Dynamics:
         return propagated.reshape(*propagated.shape[:3], -1) / np.sqrt(len(self.start))
 
     @cached_property
-    def plan(self) -> Plan:
-        """The real search's plan."""
-        return make_plan(Sensitivity(SET, torch.from_numpy(self.contributions)), BITS, self.budget, 1)
+    def _plans(self) -> dict[int, Plan]:
+        return {}
 
-    @cached_property
-    def ranked_candidates(self) -> list[list[Assignment]]:
-        """Distinct assignments of each step, the plan's own first, then from ever farther prices."""
-        ranked: list[dict[Assignment, None]] = [{} for _ in range(STEPS)]
-        for rows in self._policies():
-            for found, row in zip(ranked, rows.reshape(STEPS, LAYERS), strict=True):
-                found[tuple(int(i) for i in row)] = None
-        return [list(found) for found in ranked]
-
-    def _policies(self) -> Iterator[Array]:
-        contributions = self.contributions.reshape(len(BITS), STEPS * LAYERS, -1)
-        problem = (contributions, np.square(contributions).sum(axis=-1), BITS, np.ones(STEPS * LAYERS))
-        own, price = allocate_jointly(*problem, self.budget * STEPS * LAYERS, SHRINKS[0])
-        yield own
-        for power in range(1, PRICE_STEPS + 1):
-            for multiple in (PRICE_STEP**power, PRICE_STEP**-power):
-                yield descend(*problem, price * multiple, SHRINKS[0])
+    def plan(self, prices: int) -> Plan:
+        """The real search's plan, with candidates at so many prices."""
+        if prices not in self._plans:
+            sensitivity = Sensitivity(SET, torch.from_numpy(self.contributions))
+            self._plans[prices] = make_plan(sensitivity, BITS, self.budget, prices)
+        return self._plans[prices]
 
     def error(self, state: Array) -> float:
         """Mean over the batch of |x|²."""
@@ -153,11 +136,10 @@ class SmallProblem:
         return self.dynamics.start
 
     def candidates(self, step: int, previous: Assignment | None) -> Sequence[Assignment]:
-        """The previous assignment and those of the plan's kind, or all."""
+        """The plan's, or all."""
         if self.count is None:
             return ALL_ASSIGNMENTS
-        ranked = self.dynamics.ranked_candidates[step][: self.count]
-        return list(dict.fromkeys([*([previous] if previous is not None else []), *ranked]))
+        return self.dynamics.plan(self.count).candidates(step, previous)
 
     def bits(self, assignment: Assignment) -> float:
         """Sum over layers."""
@@ -172,16 +154,16 @@ class SmallProblem:
         if step == STEPS:
             return self.dynamics.error(state)
         projected = (state @ self.dynamics.to_the_end[step].T).ravel() / np.sqrt(len(state))
-        return (
-            float(projected @ projected) if self.count is None else self.dynamics.plan.expected_error(projected, step)
-        )
+        if self.count is None:
+            return float(projected @ projected)
+        return self.dynamics.plan(self.count).expected_error(projected, step)
 
     def remaining_error(self, step: int, bits: float) -> float:
         """The plan's, or only whether the budget can hold."""
         left = self.dynamics.budget * STEPS * LAYERS - bits
         if self.count is not None:
-            own = sum(self.bits(row) for row in self.dynamics.plan.policies[0][step:])
-            return self.dynamics.plan.deviation_error(step, left, own)
+            plan = self.dynamics.plan(self.count)
+            return plan.deviation_error(step, left, sum(self.bits(row) for row in plan.policies[0][step:]))
         return 0.0 if BITS[0] * LAYERS * (STEPS - step) <= left + 1e-9 else float("inf")
 
 

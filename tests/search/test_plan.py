@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adatsq_trt.formats import FORMATS
-from adatsq_trt.search.plan import Plan, make_plan, price_multiples
+from adatsq_trt.search.plan import Plan, make_plan
 from adatsq_trt.search.sensitivity import Sensitivity
 
 SET = tuple(FORMATS[name] for name in ("w3a3", "w4a4", "w8a8"))
@@ -115,12 +115,3 @@ def test_more_bits_never_mean_more_error(plan: Plan, step: int, one: float, othe
 def test_spending_as_planned_changes_nothing(plan: Plan, step: int) -> None:
     own = row_bits(plan.policies[0], step)
     assert plan.deviation_error(step, own, own) == 0.0
-
-
-@given(st.integers(1, 12))
-def test_prices_lie_around_the_plans(count: int) -> None:
-    multiples = price_multiples(count)
-    assert len(set(multiples)) == count
-    assert 1.0 in multiples
-    assert all(1 / 4 <= m <= 4 for m in multiples)
-    assert list(multiples) == sorted(multiples)

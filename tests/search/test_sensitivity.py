@@ -12,7 +12,7 @@ from adatsq_trt.formats import FORMATS, Format
 from adatsq_trt.models.format_store import FormatStore
 from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.quantize import QuantizedWeight
-from adatsq_trt.search.sensitivity import Sensitivity, assemble, step_contributions
+from adatsq_trt.search.sensitivity import SMOOTHED_STEPS, Sensitivity, assemble, step_contributions
 
 SET = tuple(FORMATS[name] for name in ("w4a4", "fp8", "w8a8", "fp32"))
 STEPS = 3
@@ -118,13 +118,18 @@ def test_smoothing_keeps_what_is_constant_over_steps() -> None:
 
 
 def test_smoothing_is_a_weighted_geometric_mean_of_neighbours() -> None:
-    sensitivity = random_sensitivity(1)
-    errors, smoothed = sensitivity.errors, sensitivity.smoothed_errors(width=0.8)
-    kernel = [math.exp(-((t - 1) ** 2) / (2 * 0.8**2)) for t in range(5)]
+    steps = 16
+    sensitivity = random_sensitivity(1, steps)
+    errors, smoothed, width = sensitivity.errors, sensitivity.smoothed_errors(), steps / SMOOTHED_STEPS
+    kernel = [math.exp(-((t - 1) ** 2) / (2 * width**2)) for t in range(steps)]
     expected = math.exp(sum(k * math.log(float(errors[1, t, 2])) for t, k in enumerate(kernel)) / sum(kernel))
     assert float(smoothed[1, 1, 2]) == pytest.approx(expected, rel=1e-9)
     assert (smoothed.log().std(dim=1) < errors.log().std(dim=1)).all()
-    torch.testing.assert_close(sensitivity.smoothed_errors(width=1e-3), errors)
+
+
+def test_few_steps_are_not_smoothed() -> None:
+    sensitivity = random_sensitivity(2, steps=3)
+    torch.testing.assert_close(sensitivity.smoothed_errors(), sensitivity.errors, rtol=1e-6, atol=0)
 
 
 def test_predicted_error_is_the_square_of_the_sum() -> None:
