@@ -25,7 +25,6 @@ from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.models.format_store import FormatStore
 from adatsq_trt.quantize import dequantize_weight, fake_quantize_activation
 
-
 # Steps of a trajectory whose neighbours are averaged with a width of one step.
 SMOOTHED_STEPS = 20
 

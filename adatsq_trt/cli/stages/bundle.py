@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from importlib import metadata
 from pathlib import Path
@@ -52,22 +51,18 @@ def run(context: Context) -> Stage:
     exported = export.stage(context).folder
     with this.run() as folder:
         for file in sorted(path for path in exported.rglob("*") if path.is_file()):
-            _link(file, folder / file.relative_to(exported))
+            _copy(file, folder / file.relative_to(exported))
         policy_file = search.stage(context).folder / search.POLICY
-        _link(policy_file, folder / POLICY_NAME)
+        _copy(policy_file, folder / POLICY_NAME)
         index = read_json_model(folder / export.GRAPHS / INDEX_NAME, GraphIndex)
         write_manifest(folder, _manifest(context, index, Policy.load(policy_file), _plans(context, folder, index)))
     return this
 
 
-def _link(source: Path, destination: Path) -> None:
-    """The same bytes under another name: a hard link where the file system allows one, else a copy."""
-    destination.parent.mkdir(parents=True, exist_ok=True)
+def _copy(source: Path, destination: Path) -> None:
+    """The same bytes in the bundle. No hard link: onnx refuses external data that has a second name."""
     with atomic_path(destination) as temporary:
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
+        shutil.copyfile(source, temporary)
 
 
 def _plans(context: Context, folder: Path, index: GraphIndex) -> tuple[PlanFile, ...]:
