@@ -64,8 +64,13 @@ def write_json_model(path: Path, model: BaseModel) -> None:
     write_bytes(path, (model.model_dump_json(indent=2) + "\n").encode())
 
 
-def read_json_model(path: Path, kind: type[ModelT]) -> ModelT:
+def read_json_model(path: Path, kind: type[ModelT], advice: str | None = None) -> ModelT:
     """Read a pydantic model.
+
+    Args:
+        path: of the file.
+        kind: the model's class.
+        advice: what messages tell the user to do with a bad file; None for a file that a stage writes.
 
     Raises:
         MissingFileError: no such file.
@@ -74,50 +79,50 @@ def read_json_model(path: Path, kind: type[ModelT]) -> ModelT:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise MissingFileError(f"'{path}' does not exist; run the stage that writes it, or check the path") from error
+        todo = advice or "run the stage that writes it, or check the path"
+        raise MissingFileError(f"'{path}' does not exist; {todo}") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise DamagedFileError(f"'{path}' cannot be read as text: {error}; write it again") from error
-    return parse_json_model(text, str(path), kind)
+        raise DamagedFileError(f"'{path}' cannot be read as text: {error}; {advice or 'write it again'}") from error
+    return parse_json_model(text, str(path), kind, advice)
 
 
-def parse_json_model(text: str, source: str, kind: type[ModelT]) -> ModelT:
+def parse_json_model(text: str, source: str, kind: type[ModelT], advice: str | None = None) -> ModelT:
     """Read a pydantic model from text.
 
     Args:
         text: what a file holds.
         source: what messages call it.
         kind: the model's class.
+        advice: what messages tell the user to do with a bad file; None for a file that a stage writes.
 
     Raises:
         DamagedFileError: not JSON, truncated, of another schema version, or with wrong fields.
     """
-    _require_schema(source, text, kind)
+    _require_schema(source, text, kind, advice)
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise DamagedFileError(
-            f"'{source}' is not a valid {kind.__name__}: {where}: {first['msg']}; delete it and run the stage again"
-        ) from error
+        todo = advice or "delete it and run the stage again"
+        raise DamagedFileError(f"'{source}' is not a valid {kind.__name__}: {where}: {first['msg']}; {todo}") from error
 
 
-def _require_schema(source: str, text: str, kind: type[BaseModel]) -> None:
+def _require_schema(source: str, text: str, kind: type[BaseModel], advice: str | None) -> None:
     """Say "schema version" when that is what is wrong, before anything else is looked at."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DamagedFileError(
-            f"'{source}' is not complete JSON ({error}); delete it and run the stage that writes it again"
-        ) from error
+        todo = advice or "delete it and run the stage that writes it again"
+        raise DamagedFileError(f"'{source}' is not complete JSON ({error}); {todo}") from error
     field = kind.model_fields.get("schema_version")
     if field is None:
         return
     got = content.get("schema_version") if isinstance(content, dict) else None
     if got != field.default:
+        todo = advice or "use the version that wrote it or a new run directory"
         raise DamagedFileError(
-            f"'{source}' has schema version {got}, this version of adatsq-trt reads {field.default}; "
-            "use the version that wrote it or a new run directory"
+            f"'{source}' has schema version {got}, this version of adatsq-trt reads {field.default}; {todo}"
         )
 
 
@@ -133,8 +138,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             raise OSError(str(error)) from error
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, advice: str | None = None) -> dict[str, Tensor]:
     """Read safetensors.
+
+    Args:
+        path: of the file.
+        advice: what messages tell the user to do with a bad file; None for a file that a stage writes.
 
     Raises:
         MissingFileError: no such file.
@@ -144,13 +153,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     if not path.is_file():
-        raise MissingFileError(f"'{path}' does not exist; run the stage that writes it, or check the path")
+        todo = advice or "run the stage that writes it, or check the path"
+        raise MissingFileError(f"'{path}' does not exist; {todo}")
     try:
         return load_file(path)
     except (SafetensorError, ValueError, OSError) as error:
-        raise DamagedFileError(
-            f"'{path}' is not a complete safetensors file ({error}); delete it and run the stage that writes it again"
-        ) from error
+        todo = advice or "delete it and run the stage that writes it again"
+        raise DamagedFileError(f"'{path}' is not a complete safetensors file ({error}); {todo}") from error
 
 
 def sha256(path: Path) -> str:

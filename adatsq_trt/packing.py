@@ -19,12 +19,3 @@ def pack_nibbles(codes: Tensor) -> Tensor:
     if len(flat) % 2:
         flat = torch.cat([flat, flat.new_zeros(1)])
     return (flat[0::2] | (flat[1::2] << 4)).to(torch.uint8)
-
-
-def unpack_nibbles(packed: Tensor, count: int, signed: bool) -> Tensor:
-    """The inverse of `pack_nibbles`: int8 in [-8, 7] when signed, else uint8 in [0, 15]; flat, `count` elements."""
-    wide = torch.stack([packed & 15, packed >> 4], dim=-1).reshape(-1)[:count]
-    if not signed:
-        return wide
-    nibbles = wide.to(torch.int8)
-    return torch.where(nibbles > 7, nibbles - 16, nibbles)

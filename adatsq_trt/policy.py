@@ -16,6 +16,9 @@ from adatsq_trt.formats import FORMATS, Format
 
 SCHEMA_VERSION: Literal[1] = 1
 
+# What to do with a bad file that the user gave: no stage of the run writes it.
+GIVEN_POLICY_ADVICE = "check the file or search again"
+
 
 @dataclass(frozen=True)
 class LayerShape:
@@ -169,14 +172,18 @@ class Policy(BaseModel):
         write_json_model(path, self)
 
     @classmethod
-    def load(cls, path: Path) -> Policy:
+    def load(cls, path: Path, advice: str | None = None) -> Policy:
         """Read a policy.
+
+        Args:
+            path: of the file.
+            advice: what messages tell the user to do with a bad file; None for a file that a stage writes.
 
         Raises:
             MissingFileError: no such file.
             DamagedFileError: not a policy of this schema version.
         """
-        return read_json_model(path, cls)
+        return read_json_model(path, cls, advice)
 
 
 def mean_bits(rows: Sequence[Sequence[Format]]) -> float:

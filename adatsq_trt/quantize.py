@@ -167,23 +167,19 @@ def encode_weight(values: Tensor, scales: Tensor, grid: Grid, global_scale: Tens
     return QuantizedWeight(encode_e2m1(points), (scales / global_scale).to(E4M3), global_scale)
 
 
-def quantize_nearest(weight: Tensor, fmt: Format, search: bool = False) -> QuantizedWeight:
+def quantize_nearest(weight: Tensor, fmt: Format) -> QuantizedWeight:
     """Round to nearest, [N, K] float32 → grid; the baseline that GPTQ is measured against.
 
     Args:
         weight: [N, K] float32.
-        fmt: any format.
-        search: choose clipping by squared error instead of the largest magnitude.
+        fmt: any format; its scales are those of the largest magnitude.
     """
     grid = fmt.weight
     if grid.is_float:
         return QuantizedWeight(weight.to(plain_type(grid)))
     global_scale, width = weight_global_scale(weight, grid), group_width(grid, weight.shape[1])
     groups = weight.reshape(-1, width)
-    if search:
-        scales = search_scale(groups, grid, global_scale)
-    else:
-        scales = finish_scale(groups.abs().amax(dim=1, keepdim=True) / grid.maximum, grid, global_scale)
+    scales = finish_scale(groups.abs().amax(dim=1, keepdim=True) / grid.maximum, grid, global_scale)
     values = (round_to_grid(groups / scales, grid) * scales).reshape(weight.shape)
     return encode_weight(values, scales.reshape(len(weight), -1), grid, global_scale)
 

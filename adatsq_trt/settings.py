@@ -16,6 +16,7 @@ class Settings(BaseModel):
         schema_version: of this file.
         model: name of the model.
         weights_sha256: hash of its transformer's weights.
+        model_sha256: hash of all its configurations and weights.
         format_set: what the user asked for.
         formats: candidate formats, cheapest first.
         targets: what the bundle is built for.
@@ -41,6 +42,7 @@ class Settings(BaseModel):
     schema_version: Literal[1] = 1
     model: str
     weights_sha256: str
+    model_sha256: str
     format_set: str
     formats: tuple[str, ...]
     targets: tuple[str, ...]
@@ -53,7 +55,7 @@ class Settings(BaseModel):
     calibration_samples: int = 64
     projections: int = 8
     selection_samples: int = 256
-    held_out_samples: int = 256
+    held_out_samples: int = 1024
     temperature: float = 3.0
     damping: float = 0.01
     beam: int = 4

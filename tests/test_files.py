@@ -112,6 +112,17 @@ def test_damaged_json_is_described(tmp_path: Path, content: bytes, message: str)
     with pytest.raises(DamagedFileError, match=message) as caught:
         read_json_model(tmp_path / "note.json", Note)
     assert "note.json" in str(caught.value)
+    with pytest.raises(DamagedFileError, match=f"{message}.*; ask its author$"):
+        read_json_model(tmp_path / "note.json", Note, "ask its author")
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 20])
+def test_advice_on_damaged_tensors_can_be_given(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(DamagedFileError, match=r"run the stage that writes it again$"):
+        read_tensors(tmp_path / "x.safetensors")
+    with pytest.raises(DamagedFileError, match=r"; ask its author$"):
+        read_tensors(tmp_path / "x.safetensors", "ask its author")
 
 
 def test_a_folder_in_place_of_a_file_is_damaged(tmp_path: Path) -> None:

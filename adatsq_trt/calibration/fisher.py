@@ -65,9 +65,9 @@ def backward_sweep(samples: Samples, latents: Tensor, adjoint: Tensor, last: int
             inputs, following = _differentiable_step(samples, latent, step)
             adjoints, gradients = [], []
             for number, row in enumerate(adjoint):
-                last = number == len(adjoint) - 1
+                final = number == len(adjoint) - 1  # frees the step's graph
                 loss = (following * row).sum()
-                adjoints.append(torch.autograd.grad(loss, [latent, *inputs], retain_graph=not last)[0])
+                adjoints.append(torch.autograd.grad(loss, [latent, *inputs], retain_graph=not final)[0])
                 gradients.append({n: _by_sample(g, len(latent)) for n, g in capture.output_gradients.items()})
         adjoint = torch.stack(adjoints)
         yield BackwardStep(

@@ -36,7 +36,7 @@ def gptq(
         weight: [N, K] float32.
         hessian: [K, K] float32, symmetric positive semidefinite.
         fmt: any format; plain floating formats are rounded to nearest.
-        damping: added to the diagonal, as a part of its mean.
+        damping: added to the diagonal, as a part of its mean over inputs that are not always zero.
         block: columns whose updates to the rest are applied together.
         activation_order: visit the columns with the largest diagonal first.
 
@@ -57,11 +57,12 @@ def gptq(
 
 
 def _prepare(hessian: Tensor, damping: float, activation_order: bool) -> tuple[Tensor, Tensor]:
-    """Damped float64 Hessian and the order of the columns; dead inputs get a unit diagonal."""
+    """Damped float64 Hessian and the order of the columns; dead inputs get the mean diagonal of the live ones."""
     damped = hessian.double().clone()
     diagonal = damped.diagonal()
-    diagonal[diagonal == 0] = 1.0
-    diagonal += damping * diagonal.mean()
+    dead = diagonal == 0
+    diagonal[dead] = 1.0 if dead.all() else diagonal[~dead].mean()
+    diagonal += damping * diagonal.mean()  # filling in their mean has left it the mean of the live ones
     order = diagonal.argsort(descending=True, stable=True) if activation_order else torch.arange(len(damped))
     return damped, order
 

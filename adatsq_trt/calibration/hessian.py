@@ -1,4 +1,4 @@
-"""Weighted Hessians H'_l = Σ_t alpha[t,l] X[t,l] X[t,l]ᵀ (paper, section 3.3)."""
+"""Second moments X Xᵀ, the terms of the weighted Hessians H'_l = Σ_t alpha[t,l] X[t,l] X[t,l]ᵀ (paper, section 3.3)."""
 
 from __future__ import annotations
 
@@ -18,16 +18,3 @@ def second_moment(inputs: Tensor) -> Tensor:
     """
     rows = inputs.reshape(-1, inputs.shape[-1])
     return rows.mT @ rows / len(rows)
-
-
-def weighted_hessian(moments: Tensor, alpha: Tensor) -> Tensor:
-    """H' from the second moments of all steps.
-
-    Args:
-        moments: float32 [steps, K, K].
-        alpha: float32 [steps], sums to 1.
-
-    Returns:
-        float32 [K, K].
-    """
-    return (moments * alpha[:, None, None]).sum(dim=0)

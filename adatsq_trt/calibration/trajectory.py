@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -91,8 +91,3 @@ def trajectory(
 def latent_mse(latents: Tensor, reference: Tensor) -> float:
     """Mean squared difference, accumulated in float64."""
     return float((latents.double() - reference.double()).square().mean())
-
-
-def chunks(count: int, size: int) -> Sequence[slice]:
-    """Slices of at most `size` that cover `count`."""
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]

@@ -125,7 +125,7 @@ HeldOut = Annotated[
         "--held-out-samples",
         min=1,
         help="Fresh pictures that the reported errors are measured on.",
-        show_default="256",
+        show_default="1024",
         rich_help_panel=_EFFORT,
     ),
 ]

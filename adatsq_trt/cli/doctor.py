@@ -30,7 +30,7 @@ class Capability:
         name: of the library, tool or resource.
         found: whether it is there and works.
         detail: version, devices, or why it does not work.
-        needed_for: what it is good for.
+        needed_for: what it is good for, or that this version does not use it.
         advice: how to get it; empty when it is there.
     """
 
@@ -78,7 +78,8 @@ def _loads(module: str) -> Callable[[], str]:
     return describe
 
 
-_REINSTALL = "pip install adatsq-trt"
+_REINSTALL = "pip install -e ."
+_UNUSED = "not used by this version"
 _LIBRARIES = (
     _Library("torch", "torch", ("torch",), "every stage", _REINSTALL, _loads("torch")),
     _Library("diffusers", "diffusers", ("diffusers",), "models and schedulers", _REINSTALL),
@@ -94,15 +95,15 @@ _LIBRARIES = (
         "TensorRT (enterprise)",
         "tensorrt",
         ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
-        "the backend 'tensorrt' and stock Triton server models",
-        "pip install 'adatsq-trt[tensorrt]'",
+        _UNUSED,
+        "pip install -e '.[tensorrt]'",
         _loads("tensorrt"),
     ),
     _Library(
         "TensorRT lean runtime",
         "tensorrt_lean",
         ("tensorrt-lean", "tensorrt-lean-cu13", "tensorrt-lean-cu12"),
-        "checking the plugin's registration",
+        _UNUSED,
         "pip install tensorrt-lean-cu13",
         _loads("tensorrt_lean"),
     ),
@@ -118,16 +119,16 @@ _LIBRARIES = (
     _Library(
         "ModelOpt", "modelopt", ("nvidia-modelopt",), "comparison with other quantizers", "pip install nvidia-modelopt"
     ),
-    _Library("Triton language", "triton", ("triton",), "compiling the plugin's kernels", "pip install triton"),
+    _Library("Triton language", "triton", ("triton",), _UNUSED, "pip install triton"),
 )
 
 _COMPILERS = (
-    ("g++", "--version", "building the plugin library", "install g++ with the system's package manager"),
-    ("cmake", "--version", "building the plugin library", "pip install cmake"),
+    ("g++", "--version", _UNUSED, "install g++ with the system's package manager"),
+    ("cmake", "--version", _UNUSED, "pip install cmake"),
     (
         "nvcc",
         "--version",
-        "compiling CUDA sources",
+        _UNUSED,
         "install the CUDA toolkit: https://developer.nvidia.com/cuda-downloads",
     ),
 )
@@ -236,7 +237,8 @@ def _print(console: Console, capabilities: list[Capability]) -> None:
     console.print(table)
     missing = [item for item in capabilities if not item.found]
     if missing:
-        console.print("\nTo get the rest, as far as you need it:")
+        console.print("\nTo get the rest, as far as you need it ('-e .' in a checkout of adatsq-trt):")
     for item in missing:
         # Soft-wrapped, so that a command can be copied whole.
-        console.print(f"  {item.name}, for {item.needed_for}:\n      {item.advice}", soft_wrap=True)
+        use = item.needed_for if item.needed_for == _UNUSED else f"for {item.needed_for}"
+        console.print(f"  {item.name}, {use}:\n      {item.advice}", soft_wrap=True)

@@ -22,7 +22,7 @@ from adatsq_trt.formats import (
     resolve_formats,
     target_named,
 )
-from adatsq_trt.policy import Policy
+from adatsq_trt.policy import GIVEN_POLICY_ADVICE, Policy
 from adatsq_trt.settings import SETTINGS_NAME, Settings
 from adatsq_trt.zoo import find_model
 
@@ -97,7 +97,7 @@ def _policy_text(path: Path | None) -> str | None:
     """A policy file, read whole; whether it suits the model is the search's question."""
     if path is None:
         return None
-    return Policy.load(path).model_dump_json()
+    return Policy.load(path, GIVEN_POLICY_ADVICE).model_dump_json()
 
 
 def resolve(request: Request, choice: Choice, model: LoadedModel) -> Settings:
@@ -111,6 +111,7 @@ def resolve(request: Request, choice: Choice, model: LoadedModel) -> Settings:
     return Settings(
         model=request.model,
         weights_sha256=model.weights_sha256,
+        model_sha256=model.model_sha256,
         format_set=choice.format_set,
         formats=tuple(fmt.name for fmt in choice.formats),
         targets=request.targets,
@@ -175,7 +176,7 @@ def open_run(path: Path) -> Context:
 def _settings_table(settings: Settings) -> Table:
     table = Table("setting", "value", box=None, title="settings", title_justify="left")
     for name, value in settings.model_dump().items():
-        if name not in ("schema_version", "weights_sha256", "policy"):
+        if name not in ("schema_version", "weights_sha256", "model_sha256", "policy"):
             shown = ", ".join(value) if isinstance(value, tuple) else str(value)
             table.add_row(name, shown)
     return table

@@ -33,6 +33,19 @@ class Conditioning:
         )
 
 
+@dataclass(frozen=True)
+class ImageShape:
+    """What a latent decodes to.
+
+    Attributes:
+        patches: 2x2 patches along one side of the square image.
+        channels: of the image.
+    """
+
+    patches: int
+    channels: int
+
+
 class ModelAdapter(ABC):
     """A diffusion transformer with its layers, inputs, guidance and trace.
 
@@ -40,11 +53,18 @@ class ModelAdapter(ABC):
         transformer: the diffusers module, in evaluation mode, float32 arithmetic.
         architecture: the diffusers class name.
         latent_shape: shape of one sample's latent, without the batch: (tokens, channels).
+        image: shape of the image that it decodes to.
     """
 
     architecture: str
     transformer: nn.Module
     latent_shape: tuple[int, ...]
+    image: ImageShape
+
+    @property
+    @abstractmethod
+    def classes(self) -> int:
+        """Number of prompts that can be asked for."""
 
     @abstractmethod
     def quantizable_layers(self) -> dict[str, nn.Linear]:

@@ -9,7 +9,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from torch import Tensor, nn
 
-from adatsq_trt.models.adapter import Conditioning, ModelAdapter
+from adatsq_trt.models.adapter import Conditioning, ImageShape, ModelAdapter
 from adatsq_trt.schedule import Schedule, make_schedule
 
 # Modulation (norm*.linear), embedders, norm_out and proj_out stay in high precision.
@@ -44,9 +44,9 @@ class FluxAdapter(ModelAdapter):
         self.transformer = transformer.float().eval()
         self.class_embedding = class_embedding.float().eval()
         self.scheduler = scheduler
-        self.patches = image_size // 2
-        self.latent_shape = (self.patches**2, transformer.config.in_channels)
-        self._trace = FluxTrace(self.transformer, self.patches)
+        self.image = ImageShape(image_size // 2, transformer.config.in_channels // 4)
+        self.latent_shape = (self.image.patches**2, transformer.config.in_channels)
+        self._trace = FluxTrace(self.transformer, self.image.patches)
 
     def quantizable_layers(self) -> dict[str, nn.Linear]:
         """Attention and feed-forward linears of both kinds of block."""
@@ -91,7 +91,7 @@ class FluxAdapter(ModelAdapter):
 
     def decode(self, latent: Tensor) -> Tensor:
         """Unpack 2x2 patches: [B, patches², 4c] → [B, size, size, c], from [-1, 1] to [0, 1]."""
-        side, channels = self.patches, self.latent_shape[1] // 4
+        side, channels = self.image.patches, self.image.channels
         grid = latent.reshape(-1, side, side, channels, 2, 2)
         image = grid.permute(0, 1, 4, 2, 5, 3).reshape(-1, 2 * side, 2 * side, channels)
         return (image / 2 + 0.5).clamp(0, 1)

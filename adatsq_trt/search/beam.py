@@ -12,6 +12,7 @@ contains what the earlier steps did. After each column the paths are pruned to a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -34,6 +35,10 @@ class Problem(Protocol[StateT]):
 
     def candidates(self, step: int, previous: Assignment | None) -> Sequence[Assignment]:
         """Assignments worth trying at a step after another."""
+
+    @property
+    def cheapest(self) -> Assignment:
+        """The assignment with the fewest bits: it always fits, since paths that could not afford it are dropped."""
 
     def bits(self, assignment: Assignment) -> float:
         """Cost of an assignment at one step."""
@@ -108,18 +113,21 @@ def beam_search(
 
 
 def expand(problem: Problem[StateT], paths: Sequence[Path[StateT]], step: int) -> list[Path[StateT]]:
-    """All feasible successors: one denoiser call each."""
+    """All feasible successors, the cheapest one where none of the candidates fits: one denoiser call each."""
     successors = []
     for path in paths:
-        for assignment in problem.candidates(step, path.assignments[-1] if path.assignments else None):
-            bits = path.bits + problem.bits(assignment)
-            rest = problem.remaining_error(step + 1, bits)
-            if rest == float("inf"):
-                continue
+        options = problem.candidates(step, path.assignments[-1] if path.assignments else None)
+        feasible = [option for option in options if _rest(problem, path, option, step) < math.inf]
+        for assignment in feasible or [problem.cheapest]:
             state = problem.advance(path.state, step, assignment)
             error = problem.error(state, step + 1)
+            bits, rest = path.bits + problem.bits(assignment), _rest(problem, path, assignment, step)
             successors.append(Path(state, (*path.assignments, assignment), bits, error, error + rest))
     return successors
+
+
+def _rest(problem: Problem[StateT], path: Path[StateT], assignment: Assignment, step: int) -> float:
+    return problem.remaining_error(step + 1, path.bits + problem.bits(assignment))
 
 
 def prune(paths: Sequence[Path[StateT]], pruning: Pruning) -> list[Path[StateT]]:

@@ -68,6 +68,11 @@ class DenoisingProblem:
         """The plan's rows at several prices, and the previous assignment."""
         return self.plan.candidates(step, previous)
 
+    @property
+    def cheapest(self) -> Assignment:
+        """The cheapest format everywhere."""
+        return (0,) * len(self.model.layers)
+
     def bits(self, assignment: Assignment) -> float:
         """Sum over layers of nominal bits."""
         return sum(self.formats[i].bits for i in assignment)

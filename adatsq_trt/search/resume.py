@@ -104,10 +104,13 @@ def _save_column(file: Path, paths: Sequence[BeamPath[Tensor]], calls: int) -> N
 
 def _last_column(folder: Path, steps: int) -> tuple[list[BeamPath[Tensor]], int]:
     """The surviving paths of the last finished column and the calls so far; nothing when there is none."""
-    finished = [t for t in range(steps) if (folder / f"column_{t:03d}.safetensors").is_file()]
+    # Up to the first gap: a damaged column has been removed, and what follows it is made again with it.
+    finished = 0
+    while finished < steps and (folder / f"column_{finished:03d}.safetensors").is_file():
+        finished += 1
     if not finished:
         return [], 0
-    column = read_tensors(folder / f"column_{finished[-1]:03d}.safetensors")
+    column = read_tensors(folder / f"column_{finished - 1:03d}.safetensors")
     paths = [
         BeamPath(state.clone(), tuple(tuple(row) for row in rows.tolist()), *figures.tolist())
         for state, rows, figures in zip(column["latents"], column["assignments"], column["figures"], strict=True)

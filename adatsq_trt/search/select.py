@@ -85,8 +85,11 @@ class SearchResult(BaseModel):
 def judge(
     proposals: Sequence[Proposal], formats: Sequence[Format], screening: Scorer, on_policy: Callable[[], None]
 ) -> list[Point]:
-    """Score whole generated samples of every distinct proposal and mark the Pareto front."""
-    distinct = list({proposal.rows: proposal for proposal in reversed(proposals)}.values())[::-1]
+    """Score whole generated samples of every proposal and mark the Pareto front.
+
+    The same policy may come from several kinds of search; each keeps its point, and the scorer measures it once.
+    """
+    distinct = list(dict.fromkeys(proposals))
     points, counts = [], dict.fromkeys((p.kind for p in distinct), 0)
     for proposal in distinct:
         number = f"{proposal.kind} {counts[proposal.kind]}"

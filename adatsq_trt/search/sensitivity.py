@@ -59,22 +59,6 @@ class Sensitivity:
         kernel = kernel / kernel.sum(dim=1, keepdim=True)
         return torch.einsum("st,ftl->fsl", kernel, logarithm).exp()
 
-    def predicted_error(self, rows: Sequence[Sequence[int]]) -> float:
-        """Latent MSE of a whole policy, accumulation included: Σ_r (Σ_{t,l} c)².
-
-        Args:
-            rows: for each step the format index of each layer.
-        """
-        return float(self._chosen(rows).sum(dim=(0, 1)).square().sum())
-
-    def accumulation(self, rows: Sequence[Sequence[int]]) -> float:
-        """How much larger the predicted error is than the sum of the single errors, at least 1."""
-        return max(1.0, self.predicted_error(rows) / float(self._chosen(rows).square().sum()))
-
-    def _chosen(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        index = torch.tensor(rows)[None, :, :, None].expand(1, -1, -1, self.contributions.shape[-1])
-        return self.contributions.double().gather(0, index)[0]
-
 
 def step_contributions(
     backward: BackwardStep, adapter: ModelAdapter, formats: Sequence[Format], store: FormatStore

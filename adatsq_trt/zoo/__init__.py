@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from adatsq_trt.errors import UnknownNameError
 
@@ -33,12 +33,12 @@ class ZooIndex(BaseModel):
 
     Attributes:
         transformer: library and class of the transformer.
-        image_size: height and width in pixels.
+        image_size: height and width in pixels, even.
         default_steps: denoising steps when none are asked for.
         default_guidance: classifier-free guidance scale when none is asked for.
     """
 
     transformer: tuple[str, str]
-    image_size: int
-    default_steps: int
-    default_guidance: float
+    image_size: int = Field(ge=2, multiple_of=2)
+    default_steps: int = Field(ge=1)
+    default_guidance: float = Field(allow_inf_nan=False)

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from pydantic import JsonValue, RootModel
 from torch import nn
 
+from adatsq_trt.errors import DamagedFileError
 from adatsq_trt.files import read_json_model, read_tensors, sha256
+from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.models.flux import FluxAdapter
 from adatsq_trt.zoo import ZooIndex, find_model
 
+INDEX = Path("model_index.json")
 TRANSFORMER_WEIGHTS = Path("transformer") / "diffusion_pytorch_model.safetensors"
+TRANSFORMER_CONFIG = Path("transformer") / "config.json"
+SCHEDULER_CONFIG = Path("scheduler") / "scheduler_config.json"
+CLASS_EMBEDDING = Path("class_embedding") / "model.safetensors"
+_TRAINING_RECORD = "training.json"
+_ADVICE = "install the package again"
+
+
+class _Config(RootModel[dict[str, JsonValue]]):
+    """Any JSON object: what is in it is diffusers' business."""
 
 
 @dataclass(frozen=True)
@@ -22,17 +38,17 @@ class LoadedModel:
 
     Attributes:
         name: what the user called it.
-        folder: where it lies.
         adapter: the model.
         weights_sha256: hash of the transformer's weight file.
+        model_sha256: hash of all its configurations and weights.
         default_steps: denoising steps when none are asked for.
         default_guidance: guidance scale when none is asked for.
     """
 
     name: str
-    folder: Path
-    adapter: FluxAdapter
+    adapter: ModelAdapter
     weights_sha256: str
+    model_sha256: str
     default_steps: int
     default_guidance: float
 
@@ -42,16 +58,81 @@ def load_model(name: str) -> LoadedModel:
 
     Raises:
         UnknownNameError: no such model.
+        MissingFileError: one of its files is not there.
         DamagedFileError: one of its files is truncated or altered.
     """
     folder = find_model(name)
-    index = read_json_model(folder / "model_index.json", ZooIndex)
-    read_tensors(folder / TRANSFORMER_WEIGHTS)  # says clearly when the file is truncated
-    table = read_tensors(folder / "class_embedding" / "model.safetensors")["weight"].float()
-    transformer = FluxTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
-    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
-    adapter = FluxAdapter(transformer, nn.Embedding.from_pretrained(table), scheduler, index.image_size)
-    adapter.transformer.requires_grad_(False)
+    index = _index(folder / INDEX)
+    transformer = _transformer(folder)
+    embedding = _class_embedding(folder / CLASS_EMBEDDING, transformer.config.joint_attention_dim)
+    read_json_model(folder / SCHEDULER_CONFIG, _Config, _ADVICE)
+    with _refusing(folder / SCHEDULER_CONFIG):
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+        adapter = FluxAdapter(transformer, embedding, scheduler, index.image_size)
+        adapter.schedule(index.default_steps)  # some settings are first looked at here
+    with _refusing(folder / TRANSFORMER_CONFIG), torch.no_grad():  # and some in a prediction
+        condition = adapter.encode([0]).conditional
+        adapter.predict(adapter.model_inputs(torch.zeros(1, *adapter.latent_shape), 1.0, condition))
     return LoadedModel(
-        name, folder, adapter, sha256(folder / TRANSFORMER_WEIGHTS), index.default_steps, index.default_guidance
+        name,
+        adapter,
+        sha256(folder / TRANSFORMER_WEIGHTS),
+        model_sha256(folder),
+        index.default_steps,
+        index.default_guidance,
     )
+
+
+def model_sha256(folder: Path) -> str:
+    """Hash over the names and contents of a model's JSON and safetensors files, but for the record of its training."""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    digest = hashlib.sha256()
+    for name, path in sorted(files.items()):
+        if path.suffix in (".json", ".safetensors") and name != _TRAINING_RECORD:
+            digest.update(f"{name} {sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _index(file: Path) -> ZooIndex:
+    index = read_json_model(file, ZooIndex, _ADVICE)
+    if index.transformer[1] != FluxAdapter.architecture:
+        raise DamagedFileError(
+            f"'{file}' names the transformer '{index.transformer[1]}', expected '{FluxAdapter.architecture}'; {_ADVICE}"
+        )
+    return index
+
+
+def _transformer(folder: Path) -> FluxTransformer2DModel:
+    """The transformer, frozen; its file is read beforehand, because diffusers' own errors do not name it."""
+    weights, config = folder / TRANSFORMER_WEIGHTS, folder / TRANSFORMER_CONFIG
+    read_tensors(weights, _ADVICE)
+    read_json_model(config, _Config, _ADVICE)
+    with _refusing(config):
+        transformer, found = FluxTransformer2DModel.from_pretrained(
+            folder / "transformer", torch_dtype=torch.float32, output_loading_info=True
+        )
+    # Diffusers only warns of these, and fills what is missing with random numbers.
+    odd = sorted({*found["missing_keys"], *found["unexpected_keys"]})
+    if odd:
+        raise DamagedFileError(f"'{weights}' and '{config}' do not go together: '{odd[0]}' is in one only; {_ADVICE}")
+    return transformer.requires_grad_(False)
+
+
+def _class_embedding(file: Path, width: int) -> nn.Embedding:
+    tensors = read_tensors(file, _ADVICE)
+    shape = tuple(tensors["weight"].shape) if "weight" in tensors else None
+    if shape is None or len(shape) != 2 or shape[1] != width:
+        got = f"'weight' of shape {shape}" if shape else f"no tensor 'weight' but {sorted(tensors)}"
+        raise DamagedFileError(f"'{file}' holds {got}, expected 'weight' of shape (classes + 1, {width}); {_ADVICE}")
+    embedding: nn.Embedding = nn.Embedding.from_pretrained(tensors["weight"].float())
+    return embedding
+
+
+@contextmanager
+def _refusing(file: Path) -> Iterator[None]:
+    """Say which file it was; what diffusers raises on altered settings depends on the setting."""
+    try:
+        yield
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DamagedFileError(f"'{file}' does not describe this model ({reason}); {_ADVICE}") from error

@@ -141,6 +141,11 @@ class SmallProblem:
             return ALL_ASSIGNMENTS
         return self.dynamics.plan(self.count).candidates(step, previous)
 
+    @property
+    def cheapest(self) -> Assignment:
+        """The cheapest format everywhere."""
+        return (0,) * LAYERS
+
     def bits(self, assignment: Assignment) -> float:
         """Sum over layers."""
         return float(BITS[list(assignment)].sum())

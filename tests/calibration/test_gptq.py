@@ -50,6 +50,16 @@ def effective_scales(quantized: QuantizedWeight) -> Tensor:
     return quantized.scales.float() * factor
 
 
+def quantize_clipped(weight: Tensor, fmt: Format) -> QuantizedWeight:
+    """Round to nearest with the scales that have the least squared error."""
+    grid = fmt.weight
+    width, global_scale = group_width(grid, weight.shape[1]), weight_global_scale(weight, grid)
+    groups = weight.reshape(-1, width)
+    scales = search_scale(groups, grid, global_scale)
+    values = (round_to_grid(groups / scales, grid) * scales).reshape(weight.shape)
+    return encode_weight(values, scales.reshape(len(weight), -1), grid, global_scale)
+
+
 def same(a: QuantizedWeight, b: QuantizedWeight) -> bool:
     parts = zip(a.tensors().values(), b.tensors().values(), strict=True)
     return all(torch.equal(x.float(), y.float()) for x, y in parts)
@@ -62,15 +72,15 @@ def test_gptq_beats_round_to_nearest(fmt: Format, rows: int, groups: int, seed: 
     width = 64 * groups
     weight, hessian = random_weight(rows, width, seed), correlated_hessian(width, seed)
     solved = loss(weight, gptq(weight, hessian, fmt, activation_order=ordered), fmt, hessian)
-    for search in (False, True):
-        assert solved < 0.9 * loss(weight, quantize_nearest(weight, fmt, search), fmt, hessian)
+    for nearest in (quantize_nearest(weight, fmt), quantize_clipped(weight, fmt)):
+        assert solved < 0.9 * loss(weight, nearest, fmt, hessian)
 
 
 @per_grid
 @pytest.mark.parametrize("ordered", [True, False])
 def test_an_identity_hessian_gives_round_to_nearest(fmt: Format, ordered: bool) -> None:
     weight = random_weight(24, 128, 0)
-    assert same(gptq(weight, torch.eye(128), fmt, activation_order=ordered), quantize_nearest(weight, fmt, search=True))
+    assert same(gptq(weight, torch.eye(128), fmt, activation_order=ordered), quantize_clipped(weight, fmt))
 
 
 @per_grid
@@ -145,6 +155,27 @@ def test_only_the_hessians_shape_counts_not_its_size() -> None:
 
 
 @per_grid
+@pytest.mark.parametrize("factor", [2.0**-30, 2.0**-10, 2.0**10])
+def test_nor_does_its_size_count_beside_dead_inputs(fmt: Format, factor: float) -> None:
+    weight, hessian = random_weight(16, 128, 5), correlated_hessian(128, 5)
+    dead = torch.tensor([0, 7, 30, 63])
+    hessian[dead], hessian[:, dead] = 0.0, 0.0
+    assert same(gptq(weight, factor * hessian, fmt), gptq(weight, hessian, fmt))
+
+
+def test_damping_is_a_part_of_the_live_inputs_mean() -> None:
+    """So the columns of live inputs are rounded as they would be without the dead ones."""
+    weight, hessian, fmt = random_weight(16, 128, 11), correlated_hessian(128, 11), FORMATS["nvfp4"]
+    hessian[64:], hessian[:, 64:] = 0.0, 0.0
+    weight[:, 64:] = 0.0
+    alone = gptq(weight[:, :64], hessian[:64, :64], fmt)
+    equal = torch.isclose(
+        dequantize_weight(gptq(weight, hessian, fmt), fmt)[:, :64], dequantize_weight(alone, fmt), rtol=1e-5, atol=1e-7
+    ).all(dim=1)
+    assert equal.float().mean() > 0.8
+
+
+@per_grid
 @pytest.mark.parametrize("ordered", [True, False])
 def test_dead_inputs_are_rounded_to_nearest_and_disturb_nothing(fmt: Format, ordered: bool) -> None:
     weight, hessian = random_weight(16, 64, 6), correlated_hessian(64, 6)
@@ -161,7 +192,7 @@ def test_dead_inputs_are_rounded_to_nearest_and_disturb_nothing(fmt: Format, ord
 def test_a_layer_that_never_saw_input_is_rounded_to_nearest() -> None:
     weight = random_weight(8, 64, 7)
     fmt = FORMATS["w4a4"]
-    assert same(gptq(weight, torch.zeros(64, 64), fmt), quantize_nearest(weight, fmt, search=True))
+    assert same(gptq(weight, torch.zeros(64, 64), fmt), quantize_clipped(weight, fmt))
 
 
 def test_activation_order_visits_the_largest_diagonal_first() -> None:

@@ -4,11 +4,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
-from adatsq_trt.calibration.trajectory import Samples, chunks, latent_mse, seeded_samples, trajectory
+from adatsq_trt.calibration.trajectory import Samples, latent_mse, seeded_samples, trajectory
 from adatsq_trt.models.flux import FluxAdapter
 
 
@@ -83,10 +81,3 @@ def test_latent_mse_is_the_mean_of_squares() -> None:
     # A float32 mean of squares of this size would be off in the third digit.
     many = torch.full((4_000_000,), 1e-3)
     assert latent_mse(many, torch.zeros(())) == pytest.approx(float(many[0].double()) ** 2, rel=1e-9)
-
-
-@given(st.integers(0, 50), st.integers(1, 12))
-def test_chunks_cover_everything_once(count: int, size: int) -> None:
-    slices = chunks(count, size)
-    assert [i for s in slices for i in range(count)[s]] == list(range(count))
-    assert all(0 < s.stop - s.start <= size for s in slices)

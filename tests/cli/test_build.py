@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from adatsq_trt import zoo
 from adatsq_trt.cli.build import StageName
 from adatsq_trt.engines.accuracy import CheckReport, CheckRow
+from adatsq_trt.files import read_tensors, write_tensors
 from adatsq_trt.policy import Policy
 from adatsq_trt.report.summary import Summary
 from adatsq_trt.run import RunDirectory, StageRecord
@@ -119,6 +121,20 @@ def test_changed_settings_replace_what_depends_on_them_and_say_so(cli, copy: Pat
     assert "search" in cli("search", *cli.build[2:], "--output", copy).warnings[0]
 
 
+def test_a_class_that_calibration_never_asked_for_still_makes_another_model(
+    cli, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two calibration samples show classes 0 and 1 only, so no file of the stage would tell the models apart."""
+    folder = shutil.copytree(zoo.find_model("digits-flux"), tmp_path / "zoo" / "digits-flux")
+    file = folder / "class_embedding" / "model.safetensors"
+    table = read_tensors(file)["weight"]
+    table[9] = 0
+    write_tensors(file, {"weight": table})
+    monkeypatch.setattr(zoo, "ZOO_FOLDER", tmp_path / "zoo")
+    warnings = cli("calibrate", *cli.build[2:], "--output", copy).warnings
+    assert warnings == ["stage 'calibrate': replacing its earlier result, because its settings or inputs changed"]
+
+
 def test_given_policy_replaces_the_search(cli, copy: Path, tmp_path: Path) -> None:
     policy = Policy.load(copy / "policy.json")
     rows = [["fp8"] * len(policy.layers)] * policy.steps
@@ -170,8 +186,13 @@ def test_damaged_and_removed_bundle_files_are_made_again(cli, copy: Path) -> Non
     assert cli("inspect", copy).code == 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["export/onnx/assignment_000.cpu.onnx", "bundle/plans/sm120/assignment_000.plan"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("export/onnx/assignment_000.cpu.onnx", marks=pytest.mark.slow),
+        "bundle/plans/sm120/assignment_000.plan",
+    ],
+)
 def test_damaged_graphs_and_plans_are_made_again(cli, copy: Path, name: str) -> None:
     content = (copy / name).read_bytes()
     halve(copy / name)

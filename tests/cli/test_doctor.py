@@ -35,6 +35,20 @@ def test_everything_missing_comes_with_advice(found: dict[str, Capability]) -> N
         assert capability.needed_for
 
 
+def test_what_is_not_used_says_so(found: dict[str, Capability]) -> None:
+    names = {"TensorRT (enterprise)", "TensorRT lean runtime", "Triton language", "g++", "cmake", "nvcc"}
+    assert {name for name in found if found[name].needed_for == "not used by this version"} == names
+
+
+def test_no_advice_asks_an_index_for_this_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["adatsq_trt.cli.doctor"], "_versions", lambda _: iter(()))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: 1 / 0)
+    missing = {c.name: c.advice for c in diagnose() if not c.found}
+    assert missing["torch"] == missing["GPU"] == "pip install -e ."
+    assert missing["TensorRT (enterprise)"] == "pip install -e '.[tensorrt]'"
+    assert not any("adatsq" in advice for advice in missing.values())
+
+
 def test_a_library_that_does_not_load_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)  # makes the import fail
     broken = next(c for c in diagnose() if c.name == "TensorRT-RTX")

@@ -108,6 +108,12 @@ def folder(_built: Path, file: Path) -> None:
     file.mkdir()
 
 
+def without_layers(built: Path, file: Path) -> None:
+    content = json.loads((built / "policy.json").read_text())
+    del content["layers"]
+    file.write_text(json.dumps(content))
+
+
 def missing(_built: Path, _file: Path) -> None:
     pass
 
@@ -123,7 +129,10 @@ def missing(_built: Path, _file: Path) -> None:
         (unknown_format, "unknown format 'nvfp5'"),
         (format_of_another_set, "--policy uses int4wo, the formats of this run are nvfp4, fp8, bf16; pass --formats"),
         (truncated, "is not complete JSON"),
+        (truncated, "; check the file or search again"),
+        (without_layers, "is not a valid Policy: layers: Field required; check the file or search again"),
         (another_version, "schema version 9"),
+        (another_version, "; check the file or search again"),
         (binary, "cannot be read as text"),
         (folder, "cannot be read as text"),
         (missing, "does not exist"),

@@ -133,6 +133,10 @@ class Refusing:
     def start(self) -> int:
         return 0
 
+    @property
+    def cheapest(self) -> Assignment:
+        return (0,)
+
     def candidates(self, step: int, previous: Assignment | None) -> Sequence[Assignment]:
         return [(0,), (1,)]
 
@@ -148,6 +152,18 @@ class Refusing:
 
     def remaining_error(self, step: int, bits: float) -> float:
         return 0.0 if bits + (self.steps - step) <= 6 else float("inf")
+
+
+class OnlyDear(Refusing):
+    """Offers nothing but the dear format."""
+
+    def candidates(self, step: int, previous: Assignment | None) -> Sequence[Assignment]:
+        return [(1,)]
+
+
+def test_a_path_that_affords_no_candidate_goes_on_with_the_cheapest() -> None:
+    paths = beam_search(OnlyDear(), Pruning(1, None))
+    assert [p.assignments for p in paths] == [((1,), (0,))]
 
 
 def test_paths_that_cannot_meet_the_budget_cost_no_call() -> None:

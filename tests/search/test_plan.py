@@ -80,7 +80,9 @@ def test_extreme_budgets_leave_no_choice(sensitivity: Sensitivity, budget: float
 def test_before_the_first_step_the_plans_own_error_is_expected(plan: Plan, sensitivity: Sensitivity) -> None:
     rows = plan.policies[0]
     alone = float(np.take_along_axis(sensitivity.smoothed_errors().numpy(), np.array(rows)[None], 0).sum())
-    expected = 0.5 * sensitivity.predicted_error(rows) + 0.5 * alone
+    contributions = sensitivity.contributions.double().numpy()
+    together = np.take_along_axis(contributions, np.array(rows)[None, :, :, None], 0).sum(axis=(0, 1, 2))
+    expected = 0.5 * float(together @ together) + 0.5 * alone
     assert plan.expected_error(np.zeros(30), 0) == pytest.approx(expected, rel=1e-6)
 
 

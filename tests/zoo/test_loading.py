@@ -1,5 +1,6 @@
 """The model that ships: its layers, its size, its quality, and what happens when a file is damaged."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,18 @@ from sklearn.svm import SVC
 from adatsq_trt import zoo
 from adatsq_trt.calibration.trajectory import seeded_samples, trajectory
 from adatsq_trt.errors import DamagedFileError, MissingFileError, UnknownNameError
-from adatsq_trt.files import sha256
-from adatsq_trt.zoo.loading import TRANSFORMER_WEIGHTS, LoadedModel, find_model, load_model
+from adatsq_trt.files import sha256, write_tensors
+from adatsq_trt.zoo.loading import (
+    CLASS_EMBEDDING,
+    INDEX,
+    SCHEDULER_CONFIG,
+    TRANSFORMER_CONFIG,
+    TRANSFORMER_WEIGHTS,
+    LoadedModel,
+    find_model,
+    load_model,
+    model_sha256,
+)
 from adatsq_trt.zoo.train_digits_flux import TRAIN_IMAGES, digits
 
 
@@ -32,9 +43,10 @@ def own_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_zoo_model_has_44_layers_and_small_weights(digits_flux: LoadedModel) -> None:
     assert len(digits_flux.adapter.quantizable_layers()) == 44
     assert (digits_flux.default_steps, digits_flux.default_guidance) == (20, 2.0)
-    files = [file for file in digits_flux.folder.rglob("*.safetensors")]
+    folder = find_model("digits-flux")
+    files = list(folder.rglob("*.safetensors"))
     assert sum(file.stat().st_size for file in files) <= 2_000_000
-    assert digits_flux.weights_sha256 == sha256(digits_flux.folder / TRANSFORMER_WEIGHTS)
+    assert digits_flux.weights_sha256 == sha256(folder / TRANSFORMER_WEIGHTS)
 
 
 def test_weights_are_float32_and_exact_in_bfloat16(digits_flux: LoadedModel) -> None:
@@ -70,16 +82,92 @@ def test_truncated_weights_are_named(own_zoo: Path, kept: int) -> None:
         load_model("digits-flux")
 
 
-@pytest.mark.parametrize("name", ["model_index.json", "class_embedding/model.safetensors"])
-def test_other_truncated_files_are_named(own_zoo: Path, name: str) -> None:
+@pytest.mark.parametrize("name", [INDEX, TRANSFORMER_CONFIG, SCHEDULER_CONFIG, CLASS_EMBEDDING], ids=str)
+@pytest.mark.parametrize("kept", [0, 40, -3])
+def test_other_truncated_files_are_named(own_zoo: Path, name: Path, kept: int) -> None:
     file = own_zoo / name
-    file.write_bytes(file.read_bytes()[:40])
-    with pytest.raises(DamagedFileError, match=Path(name).name.replace(".", r"\.")):
+    file.write_bytes(file.read_bytes()[:kept])
+    assert str(file) in refusal()
+
+
+def refusal() -> str:
+    """What a damaged model is answered with: one sentence that does not speak of stages."""
+    with pytest.raises(DamagedFileError) as error:
         load_model("digits-flux")
+    message = str(error.value)
+    assert message.endswith("; install the package again")
+    assert "\n" not in message
+    return message
 
 
-@pytest.mark.parametrize("name", [str(TRANSFORMER_WEIGHTS), "class_embedding/model.safetensors"])
-def test_missing_files_are_named(own_zoo: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        (TRANSFORMER_CONFIG, "num_layers", 3),  # a random third block
+        (TRANSFORMER_CONFIG, "num_layers", 1),
+        (TRANSFORMER_CONFIG, "num_layers", "two"),
+        (TRANSFORMER_CONFIG, "num_attention_heads", 8),
+        (TRANSFORMER_CONFIG, "axes_dims_rope", [4, 4]),
+        (SCHEDULER_CONFIG, "shift", "1"),
+        (SCHEDULER_CONFIG, "num_train_timesteps", None),
+        (INDEX, "image_size", 7),
+        (INDEX, "image_size", -8),
+        (INDEX, "default_steps", 0),
+        (INDEX, "default_guidance", "much"),
+        (INDEX, "transformer", ["diffusers", "SD3Transformer2DModel"]),
+    ],
+)
+def test_altered_settings_are_refused(own_zoo: Path, name: Path, key: str, value: object) -> None:
+    content = json.loads((own_zoo / name).read_text())
+    (own_zoo / name).write_text(json.dumps({**content, key: value}))
+    assert str(own_zoo / name) in refusal()
+
+
+@pytest.mark.parametrize("name", [TRANSFORMER_CONFIG, SCHEDULER_CONFIG, INDEX])
+@pytest.mark.parametrize("content", [b"[]", b"null", b"\xff\xfe"])
+def test_files_that_hold_something_else_are_refused(own_zoo: Path, name: Path, content: bytes) -> None:
+    (own_zoo / name).write_bytes(content)
+    assert str(own_zoo / name) in refusal()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "got"),
+    [
+        ({"table": torch.zeros(11, 32)}, "no tensor 'weight' but ['table']"),
+        ({"weight": torch.zeros(11, 31)}, "'weight' of shape (11, 31)"),
+        ({"weight": torch.zeros(32)}, "'weight' of shape (32,)"),
+    ],
+)
+def test_a_class_embedding_of_another_kind_is_refused(
+    own_zoo: Path, tensors: dict[str, torch.Tensor], got: str
+) -> None:
+    write_tensors(own_zoo / CLASS_EMBEDDING, tensors)
+    assert f"holds {got}, expected 'weight' of shape (classes + 1, 32)" in refusal()
+
+
+@pytest.mark.parametrize("name", [INDEX, SCHEDULER_CONFIG, TRANSFORMER_CONFIG])
+def test_every_configuration_counts_in_the_models_hash(own_zoo: Path, name: Path) -> None:
+    before = load_model("digits-flux")
+    (own_zoo / name).write_text((own_zoo / name).read_text() + "\n")
+    after = load_model("digits-flux")
+    assert after.model_sha256 != before.model_sha256
+    assert after.weights_sha256 == before.weights_sha256
+
+
+def test_the_class_embedding_counts_in_the_models_hash(own_zoo: Path) -> None:
+    before = model_sha256(own_zoo)
+    write_tensors(own_zoo / CLASS_EMBEDDING, {"weight": torch.zeros(11, 32)})
+    assert model_sha256(own_zoo) != before
+
+
+def test_what_is_said_about_the_model_does_not_count(own_zoo: Path, digits_flux: LoadedModel) -> None:
+    (own_zoo / "README.md").write_text("better words")
+    (own_zoo / "training.json").unlink()
+    assert model_sha256(own_zoo) == digits_flux.model_sha256
+
+
+@pytest.mark.parametrize("name", [TRANSFORMER_WEIGHTS, TRANSFORMER_CONFIG, SCHEDULER_CONFIG, CLASS_EMBEDDING], ids=str)
+def test_missing_files_are_named(own_zoo: Path, name: Path) -> None:
     (own_zoo / name).unlink()
     with pytest.raises(MissingFileError, match=Path(name).name.replace(".", r"\.")):
         load_model("digits-flux")

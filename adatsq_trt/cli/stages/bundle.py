@@ -24,9 +24,10 @@ _LIBRARIES = ("torch", "diffusers", "onnx", "onnx-ir", "onnxruntime-gpu", "tenso
 
 def stage(context: Context) -> Stage:
     """The stage for these settings."""
-    inputs = context.inputs(("model", "targets", "simulate"))
+    inputs = context.inputs(("model", "targets", "simulate", "steps", "guidance"))
     versions = dict(library_versions())
-    return context.run.stage(NAME, {**inputs, "versions": versions}, [export.stage(context).folder])
+    files = [export.stage(context).folder, search.stage(context).folder / search.POLICY]
+    return context.run.stage(NAME, {**inputs, "versions": versions}, files)
 
 
 def library_versions() -> dict[str, str]:
@@ -76,7 +77,7 @@ def _plans(context: Context, folder: Path, index: GraphIndex) -> tuple[PlanFile,
 
 
 def _manifest(context: Context, index: GraphIndex, policy: Policy, plans: tuple[PlanFile, ...]) -> Manifest:
-    schedule, adapter = context.schedule, context.model.adapter
+    schedule, adapter = context.schedule, context.adapter
     return Manifest(
         model=context.model.name,
         architecture=adapter.architecture,
@@ -89,7 +90,7 @@ def _manifest(context: Context, index: GraphIndex, policy: Policy, plans: tuple[
         ),
         guidance=context.settings.guidance,
         latent_shape=adapter.latent_shape,
-        image=ImageSpec(patches=adapter.patches, channels=adapter.latent_shape[1] // 4),
+        image=ImageSpec(patches=adapter.image.patches, channels=adapter.image.channels),
         prompts=adapter.classes,
         plans=plans,
         versions=library_versions(),

@@ -19,7 +19,7 @@ from adatsq_trt.run import Stage
 NAME = "calibrate"
 TRAJECTORY, STATISTICS = "trajectory.safetensors", "statistics.safetensors"
 HESSIANS, PLAIN_HESSIANS = "hessians.safetensors", "unweighted_hessians.safetensors"
-_SETTINGS = ("weights_sha256", "steps", "guidance", "seed", "calibration_samples", "temperature")
+_SETTINGS = ("weights_sha256", "model_sha256", "steps", "guidance", "seed", "calibration_samples", "temperature")
 
 Advance = Callable[[], None]
 

@@ -76,9 +76,8 @@ class Context:
 
     def _samples(self, count: int, offset: int) -> Samples:
         first = self.settings.seed * _SEEDS_PER_RUN + offset
-        return seeded_samples(
-            self.adapter, self.schedule, self.settings.guidance, count, first, self.model.adapter.classes
-        )
+        adapter = self.adapter
+        return seeded_samples(adapter, self.schedule, self.settings.guidance, count, first, adapter.classes)
 
     def inputs(self, names: Sequence[str]) -> dict[str, Json]:
         """Some of the settings, for a stage's key."""

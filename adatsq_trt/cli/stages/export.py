@@ -48,7 +48,7 @@ def stage(context: Context) -> Stage:
         quantize.stage(context).folder,
         calibrate.stage(context).folder / calibrate.TRAJECTORY,
     ]
-    inputs = context.inputs(("weights_sha256", "formats", "steps", "guidance"))
+    inputs = context.inputs(("weights_sha256", "model_sha256", "formats", "steps", "guidance"))
     return context.run.stage(NAME, {**inputs, "base": base_type(context), "variants": variants(context)}, files)
 
 
@@ -103,7 +103,7 @@ def _one_step(context: Context, samples: Samples, latent: Tensor, step: int) -> 
 @torch.no_grad()
 def _prompts(context: Context) -> dict[str, Tensor]:
     """Conditioning of every prompt of the model, and of the unguided branch."""
-    everything: Conditioning = context.adapter.encode(range(context.model.adapter.classes))
+    everything: Conditioning = context.adapter.encode(range(context.adapter.classes))
     tensors = {f"conditional.{name}": value.clone() for name, value in everything.conditional.items()}
     for name, value in (everything.unconditional or {}).items():
         tensors[f"unconditional.{name}"] = value[:1].clone()

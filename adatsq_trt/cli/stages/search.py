@@ -16,7 +16,7 @@ from adatsq_trt.files import parse_json_model, read_tensors, write_json_model
 from adatsq_trt.formats import format_named
 from adatsq_trt.models.format_store import FormatStore
 from adatsq_trt.models.simulated import SimulatedModel
-from adatsq_trt.policy import Policy
+from adatsq_trt.policy import GIVEN_POLICY_ADVICE, Policy
 from adatsq_trt.run import Stage
 from adatsq_trt.search.beam import Pruning
 from adatsq_trt.search.denoising import DenoisingProblem, format_bits
@@ -24,6 +24,7 @@ from adatsq_trt.search.plan import make_plan
 from adatsq_trt.search.resume import Scorer, measure_sensitivity, search_columns
 from adatsq_trt.search.select import (
     Kind,
+    Point,
     Proposal,
     SearchResult,
     best_of,
@@ -44,8 +45,8 @@ RESULT, POLICY = "result.json", "policy.json"
 KINDS: tuple[Kind, ...] = ("given", "beam", "plan", "layer_only", "time_only")
 STATIC_KINDS: tuple[Kind, Kind] = ("layer_only", "time_only")
 _SETTINGS = (
-    *("model", "weights_sha256", "formats", "steps", "guidance", "budget_bits", "seed", "calibration_samples"),
-    *("policy", "projections", "selection_samples", "held_out_samples", "beam", "candidates", "slack"),
+    *("model", "weights_sha256", "model_sha256", "formats", "steps", "guidance", "budget_bits", "policy", "seed"),
+    *("calibration_samples", "projections", "selection_samples", "held_out_samples", "beam", "candidates", "slack"),
 )
 
 
@@ -76,7 +77,7 @@ def require_possible(settings: Settings, model: LoadedModel) -> None:
 
 def _given_policy(settings: Settings, layers: Sequence[str]) -> Policy:
     assert settings.policy is not None
-    policy = parse_json_model(settings.policy, "--policy", Policy)
+    policy = parse_json_model(settings.policy, "--policy", Policy, GIVEN_POLICY_ADVICE)
     policy.require(settings.weights_sha256, settings.steps, layers)
     unknown = sorted({name for row in policy.assignments for name in row} - set(settings.formats))
     if unknown:
@@ -151,6 +152,11 @@ def _given_proposal(context: Context) -> Proposal:
     return Proposal("given", tuple(tuple(index[name] for name in row) for row in rows))
 
 
+def _distinct(points: Sequence[Point]) -> set[tuple[tuple[str, ...], ...]]:
+    """Policies that were measured: the same one may have come from several kinds of search."""
+    return {point.formats for point in points}
+
+
 def _judge(
     context: Context, model: SimulatedModel, proposals: list[Proposal], calls: int, folder: Path
 ) -> SearchResult:
@@ -158,14 +164,14 @@ def _judge(
     settings, formats = context.settings, context.formats
     batches = [context.selection.part(part) for part in (slice(0, SCREENING), slice(SCREENING, None))]
     scorers = [Scorer(model, formats, batch, folder) for batch in batches if batch.seeds]
-    distinct = len({proposal.rows for proposal in proposals})
-    with progress("search: screening", distinct) as advance:
+    with progress("search: screening", len(set(proposals))) as advance:
         points = judge(proposals, formats, scorers[0], advance)
-    wanted = [0] if settings.policy is not None else finalists(points, settings.budget_bits)
-    if len(scorers) == 2:
+    given = [i for i, point in enumerate(points) if point.kind == "given"]
+    wanted = given or finalists(points, settings.budget_bits)
+    second = [points[i] for i in wanted] if len(scorers) == 2 else []
+    if second:
         with progress("search: finalists", len(wanted)) as advance:
             points = second_look(points, wanted, formats, (scorers[0], scorers[1]), advance)
-        calls += len(wanted) * settings.steps
     chosen = best_of(points, wanted, KINDS)
     assert chosen is not None, "the plan meets the budget"
     static = [best_of(points, wanted, (kind,)) for kind in STATIC_KINDS]
@@ -178,6 +184,6 @@ def _judge(
         chosen=chosen,
         layer_only=static[0],
         time_only=static[1],
-        denoiser_calls=calls + distinct * settings.steps,
-        sensitivity_sweeps=0 if settings.policy is not None else settings.projections,
+        denoiser_calls=calls + (len(_distinct(points)) + len(_distinct(second))) * settings.steps,
+        sensitivity_sweeps=0 if given else settings.projections,
     )
