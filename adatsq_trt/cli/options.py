@@ -138,7 +138,9 @@ def run_stages(request: Request, until: StageName) -> None:
     settings = resolve(request, choice, model)
     search.require_possible(settings, model)
     console = Console()
-    output = request.output or Path("runs") / "-".join([request.model, *(request.targets or ("simulated",))])
+    # A simulated run gets a folder of its own, so that it never replaces a run with engines.
+    names = [request.model, *request.targets, *(["simulated"] if request.simulate else [])]
+    output = request.output or Path("runs") / "-".join(names)
     stages = {
         StageName.CALIBRATE: calibrate.run,
         StageName.QUANTIZE: quantize.run,
