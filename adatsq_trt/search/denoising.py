@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from adatsq_trt.calibration.trajectory import Samples, latent_mse, trajectory
+from adatsq_trt.calibration.trajectory import Samples, final_latents, latent_mse
 from adatsq_trt.formats import Format
 from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.search.candidates import Assignment
@@ -118,8 +118,8 @@ def policy_error(
         rows: one assignment per step.
         reference: full-precision final latents, float32 [samples, *latent_shape].
     """
-    latents = trajectory(samples, lambda step: model.assign(as_formats(model.layers, rows[step], formats), step))
-    return latent_mse(latents[-1], reference)
+    latents = final_latents(samples, lambda step: model.assign(as_formats(model.layers, rows[step], formats), step))
+    return latent_mse(latents, reference)
 
 
 def format_bits(formats: Sequence[Format]) -> np.ndarray:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from adatsq_trt.calibration.fisher import backward_sweep
-from adatsq_trt.calibration.trajectory import Samples, trajectory
+from adatsq_trt.calibration.trajectory import Samples, final_latents
 from adatsq_trt.files import read_json_model, read_tensors, write_json_model, write_tensors
 from adatsq_trt.formats import Format
 from adatsq_trt.models.format_store import FormatStore
@@ -151,8 +151,8 @@ class Scorer:
     def _full_precision(self) -> Tensor:
         file = self._folder / f"full_precision_{self._key([])}.safetensors"
         if not file.is_file():
-            latents = trajectory(self.samples, lambda step: self._model.assign(None, step))
-            write_tensors(file, {"latents": latents[-1]})
+            latents = final_latents(self.samples, lambda step: self._model.assign(None, step))
+            write_tensors(file, {"latents": latents})
         return read_tensors(file)["latents"]
 
     def _key(self, rows: Rows | list[Assignment]) -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adatsq_trt.calibration.trajectory import Samples, latent_mse, seeded_samples, trajectory
+from adatsq_trt.calibration.trajectory import Samples, final_latents, latent_mse, seeded_samples, trajectory
 from adatsq_trt.models.flux import FluxAdapter
 
 
@@ -81,3 +81,9 @@ def test_latent_mse_is_the_mean_of_squares() -> None:
     # A float32 mean of squares of this size would be off in the third digit.
     many = torch.full((4_000_000,), 1e-3)
     assert latent_mse(many, torch.zeros(())) == pytest.approx(float(many[0].double()) ** 2, rel=1e-9)
+
+
+def test_parts_give_the_pictures_of_the_whole_batch(samples: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adatsq_trt.calibration.trajectory.PART", 3)
+    whole = trajectory(samples)[-1]
+    torch.testing.assert_close(final_latents(samples), whole, rtol=1e-4, atol=1e-5)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from adatsq_trt.calibration.gptq import gptq
-from adatsq_trt.calibration.trajectory import latent_mse, trajectory
+from adatsq_trt.calibration.trajectory import final_latents, latent_mse
 from adatsq_trt.cli.progress import progress
 from adatsq_trt.cli.stages import calibrate, quantize, search
 from adatsq_trt.cli.stages.context import Context
@@ -56,7 +56,7 @@ def solver_errors(context: Context) -> dict[str, dict[str, float]]:
             "run 'adatsq-trt search' with this folder as --output first"
         )
     cases = [*_policy_cases(context), *_uniform_cases(context)]
-    reference = trajectory(context.held_out)[-1]
+    reference = final_latents(context.held_out)
     errors: dict[str, dict[str, float]] = {}
     with progress("compare", len(cases)) as advance:
         for case in cases:
@@ -117,5 +117,5 @@ def _error(context: Context, case: Case, reference: Tensor) -> float:
     }
     store = FormatStore(weights, quantize.activation_scales(context))
     with SimulatedModel(context.adapter, store).installed() as model:
-        latents = trajectory(context.held_out, lambda step: model.assign(case.formats_at(step), step))
-    return latent_mse(latents[-1], reference)
+        latents = final_latents(context.held_out, lambda step: model.assign(case.formats_at(step), step))
+    return latent_mse(latents, reference)
