@@ -44,7 +44,7 @@ from pydantic import BaseModel, ConfigDict
 
 from adatsq_trt.engines.block_check import REFERENCE_NAME, choose_block, run_block
 from adatsq_trt.engines.bundle import REFERENCE_NAME as REFERENCE_FILE
-from adatsq_trt.engines.bundle import Bundle
+from adatsq_trt.engines.bundle import MANIFEST_NAME, Bundle
 from adatsq_trt.engines.comparison import (
     CPU_NAME,
     Figures,
@@ -54,8 +54,8 @@ from adatsq_trt.engines.comparison import (
     run_in_onnxruntime,
     run_results,
 )
-from adatsq_trt.errors import DamagedFileError
-from adatsq_trt.files import write_json_model
+from adatsq_trt.errors import DamagedFileError, UserError
+from adatsq_trt.files import read_json_model, sha256, write_json_model
 from adatsq_trt.formats import FORMATS, Element, Grid
 
 REPORT_NAME = "check.json"
@@ -107,6 +107,7 @@ class CheckReport(BaseModel):
 
     Attributes:
         model: the bundle's model.
+        manifest_sha256: of the bundle's manifest, which hashes every other file: the bundle that was checked.
         passed: there is a row for every step and every target graph, and all pass.
         rows: steps first, then target graphs.
     """
@@ -115,6 +116,7 @@ class CheckReport(BaseModel):
 
     schema_version: Literal[1] = 1
     model: str
+    manifest_sha256: str
     passed: bool
     rows: tuple[CheckRow, ...]
 
@@ -140,9 +142,29 @@ def check(bundle: Bundle, folder: Path, on_row: Callable[[int, int], None] | Non
             on_row(len(rows), expected_rows)
     rows.sort(key=lambda row: (row.variant, row.step))
     passed = len(rows) == expected_rows and all(row.passed for row in rows)
-    report = CheckReport(model=bundle.manifest.model, passed=passed, rows=tuple(rows))
+    report = CheckReport(
+        model=bundle.manifest.model, manifest_sha256=_identity(bundle), passed=passed, rows=tuple(rows)
+    )
     write_json_model(folder / REPORT_NAME, report)
     return report
+
+
+def passed_before(bundle: Bundle, folder: Path) -> CheckReport | None:
+    """The report of an earlier check of this very bundle, if all its rows passed.
+
+    Args:
+        bundle: opened, hence verified: equal manifests mean equal files.
+        folder: where an earlier report may lie.
+    """
+    try:
+        report = read_json_model(folder / REPORT_NAME, CheckReport)
+    except UserError:  # none, or damaged, or of another version: check again
+        return None
+    return report if report.passed and report.manifest_sha256 == _identity(bundle) else None
+
+
+def _identity(bundle: Bundle) -> str:
+    return sha256(bundle.folder / MANIFEST_NAME)
 
 
 def _rows(bundle: Bundle, targets: Iterable[int], folder: Path) -> Iterator[CheckRow]:

@@ -21,12 +21,15 @@ def check(
         Path | None,
         typer.Option("--output", "-o", help="Folder for the report.", show_default="check/ beside the bundle"),
     ] = None,
+    again: Annotated[
+        bool, typer.Option("--again", help="Compare anew, also when this very bundle has passed before.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Compare a bundle's graphs with the fake-quantized PyTorch model.
 
     Every step's cpu graph is compared in ONNX Runtime, one block of every target graph in onnx's reference evaluator.
-    Exit code 1 when a comparison fails.
+    Exit code 1 when a comparison fails. A bundle that has passed and is unchanged, file by file, is not compared anew.
 
     Example: adatsq-trt check runs/demo
     """
@@ -34,13 +37,18 @@ def check(
 
     from adatsq_trt.cli.progress import progress
     from adatsq_trt.engines.accuracy import check as run_check
+    from adatsq_trt.engines.accuracy import passed_before
     from adatsq_trt.engines.bundle import Bundle
 
     opened = Bundle.open(bundle)
     folder = output or opened.folder.parent / "check"
     rows = opened.policy.steps + sum(graph.variant == "target" for graph in opened.index.graphs)
-    with progress("check", rows) as advance:
-        report = run_check(opened, folder, lambda _done, _all: advance())
+    report = None if again else passed_before(opened, folder)
+    if report is None:
+        with progress("check", rows) as advance:
+            report = run_check(opened, folder, lambda _done, _all: advance())
+    else:
+        typer.echo("this bundle has passed before and is unchanged; pass --again to compare anew", err=True)
     if json:
         typer.echo(report.model_dump_json(indent=2))
     else:

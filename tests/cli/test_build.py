@@ -251,6 +251,7 @@ def test_check_passes_and_writes_its_report(cli, copy: Path) -> None:
     report = CheckReport.model_validate_json((copy / "check" / "check.json").read_text())
     assert report.passed
     assert {row.variant for row in report.rows} == {"cpu", "target"}
+    assert "has passed before" in cli("check", copy).err
 
 
 def test_failed_check_says_where_and_ends_with_1(cli, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,13 +269,13 @@ def test_failed_check_says_where_and_ends_with_1(cli, built: Path, monkeypatch: 
         passed=False,
         command="polygraphy run",
     )
-    report = CheckReport(model="digits-flux", passed=False, rows=(row,))
+    report = CheckReport(model="digits-flux", manifest_sha256="", passed=False, rows=(row,))
     monkeypatch.setattr("adatsq_trt.engines.accuracy.check", lambda *_: report)
-    ended = cli("check", built, "--json")
+    ended = cli("check", built, "--again", "--json")
     assert ended.code == 1
     assert CheckReport.model_validate_json(ended.out) == report
     assert ended.err.splitlines()[-1].startswith("adatsq-trt: check failed at step 1 (cpu); see '")
-    assert "FAILED" in cli("check", built).out
+    assert "FAILED" in cli("check", built, "--again").out
 
 
 def test_compare_prints_the_solvers(cli, built: Path) -> None:

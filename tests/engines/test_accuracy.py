@@ -19,11 +19,12 @@ from adatsq_trt.engines.accuracy import (
     block_tolerance,
     check,
     coarsest_step,
+    passed_before,
     step_tolerance,
 )
 from adatsq_trt.engines.bundle import REFERENCE_NAME, SCALES_NAME, Bundle, read_arrays
 from adatsq_trt.errors import AdatsqError, DamagedFileError
-from adatsq_trt.files import read_json_model
+from adatsq_trt.files import read_json_model, write_json_model
 
 
 def failed(report: CheckReport) -> list[tuple[str, int, int]]:
@@ -68,6 +69,17 @@ def test_a_sound_bundle_passes(checked: tuple[CheckReport, Path]) -> None:
     ]
     assert {row.block for row in report.rows} == {None, "blocks.0", "blocks.1"}
     assert read_json_model(folder / REPORT_NAME, CheckReport) == report
+
+
+def test_only_the_same_bundle_that_passed_is_not_checked_again(
+    checked: tuple[CheckReport, Path], tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    report, folder = checked
+    assert passed_before(tiny_bundle, folder) == report
+    assert passed_before(tiny_bundle, tmp_path) is None
+    for change in ({"passed": False}, {"manifest_sha256": "0" * 64}):
+        write_json_model(tmp_path / REPORT_NAME, report.model_copy(update=change))
+        assert passed_before(tiny_bundle, tmp_path) is None
 
 
 def test_two_different_computations_are_compared(checked: tuple[CheckReport, Path]) -> None:
