@@ -43,8 +43,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from adatsq_trt.engines.block_check import REFERENCE_NAME, choose_block, run_block
-from adatsq_trt.engines.bundle import REFERENCE_NAME as REFERENCE_FILE
 from adatsq_trt.engines.bundle import MANIFEST_NAME, Bundle
+from adatsq_trt.engines.bundle import REFERENCE_NAME as REFERENCE_FILE
 from adatsq_trt.engines.comparison import (
     CPU_NAME,
     Figures,
