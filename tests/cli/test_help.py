@@ -1,4 +1,4 @@
-"""What `--help` says, and how fast."""
+"""What `--help` says, and what it must not import to say it quickly."""
 
 import subprocess
 import sys
