@@ -12,10 +12,35 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adatsq_trt.formats import Format, format_named
+from adatsq_trt.formats import Format, Grid, format_named
 from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.models.format_store import FormatStore
 from adatsq_trt.quantize import dequantize_weight, fake_quantize_activation
+
+
+class SharedRounding:
+    """The latest layer input and what it was rounded to, since several layers (q, k, v) are given the same tensor."""
+
+    def __init__(self) -> None:
+        """Nothing rounded yet."""
+        self._input: Tensor | None = None
+        self._version = 0
+        self._rounded: dict[tuple[Grid, float | None], Tensor] = {}
+
+    def round(self, x: Tensor, grid: Grid, scale: Tensor | None) -> Tensor:
+        """`fake_quantize_activation`, once for every distinct (grid, scale) of one input.
+
+        Args:
+            x: float32 [..., K]; layers that share it are called one after another with the same object.
+            grid: of the calling layer's activations.
+            scale: its static scale, float32 [], or None.
+        """
+        if x is not self._input or x._version != self._version:
+            self._input, self._version, self._rounded = x, x._version, {}
+        key = (grid, None if scale is None else float(scale))
+        if key not in self._rounded:
+            self._rounded[key] = fake_quantize_activation(x, grid, scale)
+        return self._rounded[key]
 
 
 class SimulatedLinear(nn.Module):
@@ -28,9 +53,16 @@ class SimulatedLinear(nn.Module):
         scale: static activation scale of the active format, float32 [].
     """
 
-    def __init__(self, original: nn.Linear, weights: Mapping[str, Tensor]) -> None:
-        """Wrap a layer in full precision."""
+    def __init__(self, original: nn.Linear, weights: Mapping[str, Tensor], shared: SharedRounding) -> None:
+        """Wrap a layer in full precision.
+
+        Args:
+            original: the layer.
+            weights: format name → dequantized weight, float32 [N, K].
+            shared: of all layers of the model.
+        """
         super().__init__()
+        self._shared = shared
         self.original = original
         self.weights = dict(weights)
         self.active: Format | None = None
@@ -40,7 +72,7 @@ class SimulatedLinear(nn.Module):
         """Y = Q(x) Q(W)ᵀ + b; x is [..., K], y is [..., N]."""
         if self.active is None:
             return self.original(x)  # type: ignore[no-any-return]
-        rounded = fake_quantize_activation(x, self.active.activation, self.scale)
+        rounded = self._shared.round(x, self.active.activation, self.scale)
         return functional.linear(rounded, self.weights[self.active.name], self.original.bias)
 
 
@@ -58,10 +90,10 @@ class SimulatedModel:
         self.adapter = adapter
         self.layers = tuple(originals)
         self._scales = store.scales
-        formats = {name: format_named(name) for name in store.weights}
+        formats, shared = {name: format_named(name) for name in store.weights}, SharedRounding()
         self._linears = {
             layer: SimulatedLinear(
-                linear, {n: dequantize_weight(store.weights[n][layer], f) for n, f in formats.items()}
+                linear, {n: dequantize_weight(store.weights[n][layer], f) for n, f in formats.items()}, shared
             )
             for layer, linear in originals.items()
         }

@@ -8,7 +8,7 @@ from torch.nn import functional
 from adatsq_trt.formats import FORMATS
 from adatsq_trt.models.flux import FluxAdapter
 from adatsq_trt.models.format_store import FormatStore
-from adatsq_trt.models.simulated import SimulatedLinear, SimulatedModel
+from adatsq_trt.models.simulated import SharedRounding, SimulatedLinear, SimulatedModel
 from adatsq_trt.quantize import dequantize_weight, fake_quantize_activation, quantize_nearest
 
 STEPS = 2
@@ -128,3 +128,21 @@ def test_the_original_layers_come_back_after_an_exception(model: SimulatedModel)
 
 def test_layers_are_in_the_adapters_order(model: SimulatedModel, untrained_flux: FluxAdapter) -> None:
     assert model.layers == tuple(untrained_flux.quantizable_layers())
+
+
+def test_layers_that_share_an_input_share_its_rounding_until_it_changes() -> None:
+    shared, x = SharedRounding(), torch.randn(3, 64)
+    grid = FORMATS["w4a4"].activation
+    first = shared.round(x, grid, None)
+    assert shared.round(x, grid, None) is first
+    assert shared.round(x.clone(), grid, None) is not first
+    before = shared.round(x, grid, None).clone()
+    x.mul_(2)
+    assert not torch.equal(shared.round(x, grid, None), before)
+
+
+def test_static_scales_are_told_apart() -> None:
+    shared, x = SharedRounding(), torch.randn(3, 64)
+    grid = FORMATS["fp8"].activation
+    coarse, fine = (shared.round(x, grid, torch.tensor(s)) for s in (0.5, 0.01))
+    assert not torch.equal(coarse, fine)
