@@ -43,7 +43,8 @@ def pareto(data: ReportData) -> Chart:
         for policy in policies:
             _label(axes, policy, color)
     axes.margins(x=0.12, y=0.12)
-    _log_axis(axes)
+    if judged:
+        _log_axis(axes)
     axes.set(xlabel="mean bits", ylabel="latent MSE")
     outside = "".join(
         f" Not shown: uniform {policy.name}, {policy.mean_bits:g} bits, {scientific(policy.error)}."
