@@ -25,10 +25,9 @@ def pareto(data: ReportData) -> Chart:
     figure, axes = _figure()
     judged = [policy for policy in data.judged if policy.error > 0]
     searched = [policy for policy in judged if policy.kind != "uniform"]
-    # Up to the first uniform policy beyond the searched ones: a far one would leave these no room.
-    reach = max((policy.mean_bits for policy in searched), default=np.inf)
     uniform = sorted((policy for policy in judged if policy.kind == "uniform"), key=lambda policy: policy.mean_bits)
-    beyond = [policy for policy in uniform if policy.mean_bits >= reach][1:]
+    # Up to the first one above the budget: those far off would leave the searched policies no room.
+    beyond = [policy for policy in uniform if policy.mean_bits > data.settings.budget_bits][1:]
     shown = [policy for policy in judged if policy not in beyond]
     axes.scatter(*_places([policy for policy in searched if not policy.chosen]), s=9, color=MUTED, linewidth=0)
     front = sorted(_coordinates([policy for policy in shown if policy.on_front]))
