@@ -52,8 +52,8 @@ def pareto(data: ReportData) -> Chart:
     return Chart(
         "pareto",
         _pareto_title(data),
-        f"{len(searched)} searched policies (dots), uniform policies (diamonds), the chosen one (star), and the front "
-        "that no other policy beats on the screening samples (line). Latent MSE on the selection samples; finalists on "
+        "Every policy that was judged: searched ones (dots), uniform ones (diamonds), the chosen one (star). Those on "
+        "the line are beaten by no other on the screening samples. Latent MSE on the selection samples; finalists on "
         f"all, the rest on the first of them.{outside}",
         figure,
     )

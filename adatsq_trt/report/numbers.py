@@ -14,11 +14,11 @@ def power_of_ten(exponent: int) -> str:
 
 
 def scientific(value: float) -> str:
-    """Three significant digits: 1.32 × 10⁻³."""
+    """Three significant digits, in one line: 1.32 × 10⁻³."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     mantissa, exponent = f"{value:.2e}".split("e")
-    return f"{mantissa} × {power_of_ten(int(exponent))}"
+    return f"{mantissa}\N{NO-BREAK SPACE}×\N{NO-BREAK SPACE}{power_of_ten(int(exponent))}"
 
 
 def ratio(value: float) -> str:

@@ -8,8 +8,8 @@ from adatsq_trt.report.numbers import duration, ratio, scientific, share, size
 
 
 def test_numbers_as_they_are_read() -> None:
-    assert scientific(1.318e-3) == "1.32 × 10⁻³"
-    assert scientific(-2.5e12) == "-2.50 × 10¹²"
+    assert scientific(1.318e-3) == "1.32\xa0×\xa010⁻³"
+    assert scientific(-2.5e12) == "-2.50\xa0×\xa010¹²"
     assert (scientific(0.0), scientific(float("nan"))) == ("0", "nan")
     assert (size(999), size(1000), size(299_900_000), size(2_800_000_000)) == (
         "999 bytes",
@@ -24,6 +24,6 @@ def test_numbers_as_they_are_read() -> None:
 
 @given(st.floats(1e-300, 1e300))
 def test_scientific_keeps_three_digits(value: float) -> None:
-    mantissa, exponent = scientific(value).split(" × 10")
+    mantissa, exponent = scientific(value).split("\xa0×\xa010")
     exponent = exponent.translate(str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789"))
     assert float(f"{mantissa}e{exponent}") == pytest.approx(value, rel=0.005)
