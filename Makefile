@@ -1,25 +1,27 @@
 # Everything a contributor runs. `make demo` and `make test` work in a fresh clone.
 
+SHELL := bash
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO := runs/demo
 
-.PHONY: install demo test lint format clean
+.PHONY: install demo test lint format docs docs-figures clean
 
 install: $(INSTALLED)
 
 # An interrupted installation leaves no stamp, so the next `make` finishes it.
 $(INSTALLED): pyproject.toml constraints.txt
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
 	touch $@
 
 demo: $(INSTALLED)
 	$(BIN)/adatsq-trt build engine digits-flux --target sm120 --output $(DEMO)
 	$(BIN)/adatsq-trt check $(DEMO)
 	$(BIN)/adatsq-trt generate $(DEMO)
+	$(BIN)/adatsq-trt report $(DEMO)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2
@@ -33,6 +35,15 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The documentation site, in build/site. A warning is an error.
+docs: $(INSTALLED)
+	scripts/link-package build/package
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# The figures of docs/how-it-works.md, from the demo.
+docs-figures: demo
+	cp $(DEMO)/report/{policy,sensitivity,pareto,steps}.svg docs/figures/
 
 # Four builds and their comparison; results.json and the table in README.md. Reuses runs/bench-*.
 .PHONY: bench-digits

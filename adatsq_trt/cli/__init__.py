@@ -21,6 +21,7 @@ from adatsq_trt.cli.generate import generate
 from adatsq_trt.cli.inspect import inspect
 from adatsq_trt.cli.models import models
 from adatsq_trt.cli.quantize import quantize
+from adatsq_trt.cli.report import report
 from adatsq_trt.cli.search import search
 from adatsq_trt.errors import AdatsqError
 
@@ -32,7 +33,7 @@ app.add_typer(build_app, name="build", help="Build what runs on the target: engi
 build_app.command(no_args_is_help=True)(engine)
 _WITH_ARGUMENTS: tuple[Callable[..., None], ...] = (
     *(calibrate, quantize, search, export),
-    *(check, generate, inspect, compare),
+    *(check, generate, inspect, compare, report),
 )
 for _command in (*_WITH_ARGUMENTS, models, doctor):
     app.command(no_args_is_help=_command in _WITH_ARGUMENTS)(_command)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
 
-from adatsq_trt.calibration.trajectory import Samples, final_latents, latent_mse
+from adatsq_trt.calibration.trajectory import Samples, final_latents, latent_mse, trajectory
 from adatsq_trt.formats import Format
 from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.search.candidates import Assignment
@@ -120,6 +120,21 @@ def policy_error(
     """
     latents = final_latents(samples, lambda step: model.assign(as_formats(model.layers, rows[step], formats), step))
     return latent_mse(latents, reference)
+
+
+def trajectory_errors(
+    samples: Samples, model: SimulatedModel, formats_at: Callable[[int], Mapping[str, Format]], reference: Tensor
+) -> Tensor:
+    """How a policy's error grows: latent MSE after 0, 1, … steps of its own trajectory, float64 [steps + 1].
+
+    Args:
+        samples: the batch.
+        model: installed.
+        formats_at: step → module path → format.
+        reference: the full-precision trajectory, float32 [steps + 1, samples, *latent_shape].
+    """
+    latents = trajectory(samples, lambda step: model.assign(formats_at(step), step))
+    return (latents.double() - reference.double()).square().flatten(1).mean(dim=1)
 
 
 def format_bits(formats: Sequence[Format]) -> np.ndarray:

@@ -109,7 +109,7 @@ def _transformer(folder: Path) -> FluxTransformer2DModel:
     read_json_model(config, _Config, _ADVICE)
     with _refusing(config):
         transformer, found = FluxTransformer2DModel.from_pretrained(
-            folder / "transformer", torch_dtype=torch.float32, output_loading_info=True
+            folder / "transformer", torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
     # Diffusers only warns of these, and fills what is missing with random numbers.
     odd = sorted({*found["missing_keys"], *found["unexpected_keys"]})

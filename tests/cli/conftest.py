@@ -110,3 +110,13 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copy(built: Path, tmp_path: Path) -> Path:
     """A copy of that run, for writing."""
     return Path(shutil.copytree(built, tmp_path / "run"))
+
+
+@pytest.fixture(scope="session")
+def reported(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of that run with check, pictures and report; for reading."""
+    run = Path(shutil.copytree(built, tmp_path_factory.mktemp("reported") / "demo"))
+    for arguments in (("check", run), ("generate", run, "--samples", "10"), ("report", run)):
+        ended = CommandLine.process(*arguments)
+        assert ended.code == 0, ended.err
+    return run

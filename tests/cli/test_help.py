@@ -11,7 +11,7 @@ from adatsq_trt.settings import Settings
 HEAVY = ("diffusers", "matplotlib", "numpy", "onnx", "onnxruntime", "polygraphy", "pydantic", "tensorrt_rtx", "torch")
 COMMANDS = (
     *(("build", "engine"), ("calibrate",), ("quantize",), ("search",), ("export",)),
-    *(("check",), ("generate",), ("inspect",), ("compare",), ("models",), ("doctor",)),
+    *(("check",), ("generate",), ("inspect",), ("compare",), ("report",), ("models",), ("doctor",)),
 )
 
 

@@ -12,14 +12,14 @@ from adatsq_trt.cli.progress import progress
 from adatsq_trt.cli.stages import calibrate, quantize
 from adatsq_trt.cli.stages.context import Context
 from adatsq_trt.errors import BudgetError, MismatchError
-from adatsq_trt.files import parse_json_model, read_tensors, write_json_model
+from adatsq_trt.files import parse_json_model, read_tensors, write_json_model, write_tensors
 from adatsq_trt.formats import format_named
 from adatsq_trt.models.format_store import FormatStore
 from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.policy import GIVEN_POLICY_ADVICE, Policy
 from adatsq_trt.run import Stage
 from adatsq_trt.search.beam import Pruning
-from adatsq_trt.search.denoising import DenoisingProblem, format_bits
+from adatsq_trt.search.denoising import DenoisingProblem, format_bits, trajectory_errors
 from adatsq_trt.search.plan import make_plan
 from adatsq_trt.search.resume import Scorer, measure_sensitivity, search_columns
 from adatsq_trt.search.select import (
@@ -42,6 +42,8 @@ NAME = "search"
 # Every proposal is judged on the first samples of the selection batch, finalists on all.
 SCREENING = 64
 RESULT, POLICY = "result.json", "policy.json"
+# Kept for the report: latent MSE of each rounding alone, and of whole policies after every step.
+SENSITIVITY, TRAJECTORY_ERRORS = "sensitivity.safetensors", "trajectory_errors.safetensors"
 KINDS: tuple[Kind, ...] = ("given", "beam", "plan", "layer_only", "time_only")
 STATIC_KINDS: tuple[Kind, Kind] = ("layer_only", "time_only")
 _SETTINGS = (
@@ -136,6 +138,7 @@ def _sensitivity(context: Context, store: FormatStore, folder: Path) -> tuple[Se
         sensitivity, adjoints = measure_sensitivity(
             context.calibration, latents, start, context.formats, store, folder, advance
         )
+    write_tensors(folder / SENSITIVITY, {"errors": sensitivity.errors})
     return sensitivity, adjoints, latents
 
 
@@ -179,6 +182,7 @@ def _judge(
     reported = list(dict.fromkeys([chosen, *(i for i in static if i is not None), *uniforms]))
     with progress("search: held-out samples", len(reported)) as advance:
         points = measure_held_out(points, reported, formats, Scorer(model, formats, context.held_out, folder), advance)
+    _keep_trajectory_errors(context, model, [points[i] for i in reported], folder / TRAJECTORY_ERRORS)
     return SearchResult(
         points=tuple(points),
         chosen=chosen,
@@ -187,3 +191,14 @@ def _judge(
         denoiser_calls=calls + (len(_distinct(points)) + len(_distinct(second))) * settings.steps,
         sensitivity_sweeps=0 if given else settings.projections,
     )
+
+
+def _keep_trajectory_errors(context: Context, model: SimulatedModel, points: Sequence[Point], file: Path) -> None:
+    """Measure, on the calibration batch, how the errors of the chosen policy (the first) and its rivals grow."""
+    reference = read_tensors(calibrate.stage(context).folder / calibrate.TRAJECTORY)["latents"]
+    errors = {}
+    for index, point in enumerate(points):
+        name = "chosen" if index == 0 else point.kind if point.kind in STATIC_KINDS else point.name
+        policy = Policy.from_steps(context.model.name, "", context.layers, point.formats)
+        errors[name] = trajectory_errors(context.calibration, model, policy.formats_at, reference)
+    write_tensors(file, errors)

@@ -1,0 +1,186 @@
+"""The report: one HTML file that needs no network, and its figures as files."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import shlex
+from collections import Counter
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import jinja2
+import matplotlib
+from markupsafe import Markup
+
+from adatsq_trt.errors import UserError
+from adatsq_trt.files import write_bytes
+from adatsq_trt.report.charts import along_steps, check_chart, pareto, stages_chart
+from adatsq_trt.report.data import Check, Comparison, EngineFile, ReportData
+from adatsq_trt.report.maps import policy_map, sensitivity_map
+from adatsq_trt.report.numbers import ratio, scientific, size
+from adatsq_trt.report.theme import STYLE, Chart, RenderedChart, format_colors, render
+
+FIGURES_FOLDER = "report"
+_MOST_COMPARISONS = 60
+_COUNTS = ("beam", "candidates", "calibration_samples", "selection_samples", "held_out_samples")
+
+
+@dataclass(frozen=True)
+class BucketRow:
+    """A bucket as its row in the page.
+
+    Attributes:
+        steps: "4" or "4-7".
+        assignment: index into the policy's assignments.
+        shares: (format, layers that have it), cheapest first.
+        engine_bytes: of the assignment's plans on all targets; 0 when there are none.
+    """
+
+    steps: str
+    assignment: int
+    shares: tuple[tuple[str, int], ...]
+    engine_bytes: int
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a report consists of: the page, and its figures as SVG and PNG."""
+
+    page: Path
+    figures: tuple[Path, ...]
+
+
+def write_report(data: ReportData, file: Path, figures_folder: Path) -> Written:
+    """Write the page and its figures, each whole or not at all.
+
+    Args:
+        data: the run.
+        file: where the page goes, with the suffix .html.
+        figures_folder: receives NAME.svg and NAME.png of every figure.
+
+    Raises:
+        UserError: the file's name does not end in .html.
+        OutputError: a folder cannot be written.
+    """
+    if file.suffix != ".html":
+        raise UserError(f"--output '{file}': got '{file.suffix}', expected a name that ends in .html")
+    charts = draw(data)
+    figures = []
+    for chart in charts.values():
+        for suffix, content in ((".svg", chart.svg), (".png", chart.png)):
+            figures.append(figures_folder / f"{chart.name}{suffix}")
+            write_bytes(figures[-1], content)
+    write_bytes(file, page(data, charts).encode())
+    return Written(file, tuple(figures))
+
+
+def draw(data: ReportData) -> dict[str, RenderedChart]:
+    """All figures that the run has the data for, by name."""
+    with matplotlib.rc_context(STYLE):
+        charts: list[Chart] = [policy_map(data), sensitivity_map(data), pareto(data)]
+        if data.trajectory_errors:
+            charts.append(along_steps(data))
+        if data.check is not None and data.check.comparisons:
+            charts.append(check_chart(data.check))
+        charts.append(stages_chart(data))
+        return {chart.name: render(chart) for chart in charts}
+
+
+def page(data: ReportData, charts: dict[str, RenderedChart]) -> str:
+    """The HTML page, with styles, script, figures and pictures inside."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("adatsq_trt.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(ratio=ratio, scientific=scientific, size=size)
+    source = {name: Markup(_resource(environment, name)) for name in ("page.css", "page.js")}
+    return environment.get_template("page.html").render(
+        data=data,
+        summary=data.summary,
+        charts={name: (chart, Markup(chart.inline)) for name, chart in charts.items()},
+        css=source["page.css"],
+        js=source["page.js"],
+        map_data=_for_script(_map_data(data)),
+        colors=format_colors(data.settings.formats),
+        buckets=bucket_rows(data),
+        engine_sizes=_by_target(data.engines),
+        closest=_closest(data.check),
+        commands=commands(data),
+        samples=None if data.samples_png is None else base64.b64encode(data.samples_png).decode(),
+    )
+
+
+def _resource(environment: jinja2.Environment, name: str) -> str:
+    assert environment.loader is not None
+    return environment.loader.get_source(environment, name)[0]
+
+
+def _for_script(content: dict[str, object]) -> Markup:
+    """JSON that cannot end the script element that holds it."""
+    return Markup(json.dumps(content, separators=(",", ":")).replace("<", "\\u003c"))
+
+
+def _map_data(data: ReportData) -> dict[str, object]:
+    """What the page says about a place of the maps."""
+    values = data.information[None] if data.sensitivity is None else data.sensitivity
+    return {
+        "layers": data.policy.layers,
+        "formats": data.settings.formats,
+        "measure": "Fisher information" if data.sensitivity is None else "latent MSE alone",
+        "chosen": data.format_indices().tolist(),
+        "values": [[[float(f"{value:.2e}") for value in row] for row in rows] for rows in values],
+        "sigmas": [round(sigma, 4) for sigma in data.sigmas],
+    }
+
+
+def bucket_rows(data: ReportData) -> list[BucketRow]:
+    """The buckets in the order of the steps."""
+    plans: Counter[int] = Counter()
+    for engine in data.engines:
+        plans[engine.assignment] += engine.bytes
+    rows = []
+    for bucket in data.policy.buckets:
+        counts = Counter(data.policy.assignments[bucket.assignment])
+        shares = tuple((name, counts[name]) for name in data.settings.formats if counts[name])
+        steps = str(bucket.first) if bucket.first == bucket.last else f"{bucket.first}-{bucket.last}"
+        rows.append(BucketRow(steps, bucket.assignment, shares, plans[bucket.assignment]))
+    return rows
+
+
+def _closest(check: Check | None) -> list[Comparison]:
+    """The comparisons that people want to see: what failed or came close to its limit first."""
+
+    def distance(row: Comparison) -> tuple[bool, float]:
+        return row.passed, -math.inf if row.of_limit is None else -row.of_limit
+
+    return sorted(check.comparisons, key=distance)[:_MOST_COMPARISONS] if check is not None else []
+
+
+def _by_target(engines: tuple[EngineFile, ...]) -> list[tuple[str, int, int]]:
+    """(target, plans, bytes)."""
+    groups = groupby(sorted(engines, key=lambda engine: engine.target), key=lambda engine: engine.target)
+    members = [(target, list(group)) for target, group in groups]
+    return [(target, len(group), sum(engine.bytes for engine in group)) for target, group in members]
+
+
+def commands(data: ReportData) -> list[list[str]]:
+    """The words of the commands that make the run and this page again, defaults written out."""
+    settings, run = data.settings, f"runs/{data.run_name}"
+    build = ["adatsq-trt", "build", "engine", settings.model]
+    for target in settings.targets:
+        build += ["--target", target]
+    build += ["--simulate"] if settings.simulate else []
+    build += ["--formats", settings.format_set, "--budget-bits", f"{settings.budget_bits:g}"]
+    build += ["--steps", str(settings.steps), "--guidance", f"{settings.guidance:g}", "--seed", str(settings.seed)]
+    for name in _COUNTS:
+        build += [f"--{name.replace('_', '-')}", str(getattr(settings, name))]
+    build += ["--policy", "policy.json"] if settings.policy is not None else []
+    build += ["--output", run]
+    others = [["adatsq-trt", name, run] for name in ("check", "generate", "report")]
+    return [[shlex.quote(word) for word in command] for command in (build, *others)]

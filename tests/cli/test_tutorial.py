@@ -1,0 +1,63 @@
+"""The tutorial's own commands, run as they stand but for smaller settings."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PAGE = Path(__file__).parents[2] / "docs" / "tutorial.md"
+# What a test cannot run: it is about the machine's environment, in which the tests already are.
+SETUP = ("make install", ". .venv/bin/activate")
+
+
+def shell_commands() -> list[str]:
+    """The indented lines of the page, one command each."""
+    return re.findall(r"^ {4}(\S.*)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def python_blocks() -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def run(words: list[str], folder: Path) -> str:
+    # The scripts of this environment come first, as after activating it.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    ended = subprocess.run(
+        words, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, f"{shlex.join(words)}\n{ended.stderr}"
+    return ended.stdout
+
+
+def test_the_tutorial_works(cli, built: Path, tmp_path: Path) -> None:
+    """The build finds the shared run's stages done, so it must ask for the same settings."""
+    shutil.copytree(built, tmp_path / "runs" / "demo")
+    commands = [command for command in shell_commands() if command not in SETUP]
+    assert [shlex.split(command)[1] for command in commands] == [
+        *("doctor", "models", "build", "inspect", "check", "generate", "report"),
+    ]
+    for command in commands:
+        words = shlex.split(command)
+        assert words[0] == "adatsq-trt"
+        run([*words, *(cli.small if words[1] == "build" else ())], tmp_path)
+    for name in ("summary.json", "check/check.json", "samples.png", "report.html"):
+        assert (tmp_path / "runs" / "demo" / name).is_file(), name
+    for block in python_blocks():
+        assert float(run([sys.executable, "-c", f"{block}\nprint(ratio)"], tmp_path)) > 0
+
+
+@pytest.mark.parametrize("option", sorted(set(re.findall(r"`(--[a-z-]+)", PAGE.read_text(encoding="utf-8")))))
+def test_options_that_the_tutorial_names_exist(option: str) -> None:
+    from typer.main import get_command
+
+    from adatsq_trt.cli import app
+
+    build = get_command(app).commands["build"].commands["engine"]
+    others = [get_command(app).commands[name] for name in ("check", "report")]
+    known = {name for command in (build, *others) for parameter in command.params for name in parameter.opts}
+    assert option in known

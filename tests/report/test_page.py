@@ -1,0 +1,148 @@
+"""The page: complete, self-contained, safe against names, and honest about what is missing."""
+
+import json
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from adatsq_trt.cli import app
+from adatsq_trt.errors import OutputError, UserError
+from adatsq_trt.report.data import Check, Comparison, ReportData
+from adatsq_trt.report.page import bucket_rows, commands, draw, page, write_report
+
+NAMES = ["policy", "sensitivity", "pareto", "steps", "check", "stages"]
+
+
+def comparison(step: int, of_limit: float | None, passed: bool = True) -> Comparison:
+    return Comparison(step, "cpu, assignment 0", "PyTorch", of_limit, passed, f"polygraphy run step_{step}.onnx")
+
+
+def html(data: ReportData) -> str:
+    return page(data, draw(data))
+
+
+def text(data: ReportData) -> str:
+    """What a reader sees of the page, in one line."""
+    body = re.sub(r"<(script|style)\b.*?</\1>", "", html(data), flags=re.DOTALL)
+    return " ".join(re.sub(r"<[^>]+>", " ", body).split())
+
+
+def test_page_needs_no_network(data: ReportData) -> None:
+    content = html(data)
+    assert "default-src 'none'" in content  # the browser holds the page to it
+    targets = re.findall(r"""(?:src|href)=["']?([^"'>]*)""", content)
+    assert targets
+    assert [target for target in targets if not target.startswith(("data:image/png;base64,", "#"))] == []
+    assert not re.search(r"@import|url\((?!#)", content)
+
+
+def test_page_shows_the_figures_of_the_run(data: ReportData) -> None:
+    shown = text(data)
+    for figure in ("6.500", "of 7 allowed", "1.00 × 10⁻³", "0.25 ×", "30.0 MB", "6 plans, embedded", "2 comparisons"):
+        assert figure in shown, figure
+    assert "3 plans for sm89, layout embedded 15.0 MB" in shown
+    assert "best layer-only 6.500 2.00 × 10⁻³ 2.00 ×" in shown
+
+
+def test_names_are_text_and_never_markup_or_formulas(data: ReportData) -> None:
+    content = html(replace(data, run_name="</script><script>alert(1)</script>"))
+    assert "alert(1)</script>" not in content
+    assert "proj.$x$" in draw(data)["policy"].inline
+    inside = re.search(r'<script type="application/json" id="map-data">(.*?)</script>', content, re.DOTALL)
+    assert inside is not None
+    places = json.loads(inside.group(1))
+    assert tuple(places["layers"]) == data.policy.layers
+    assert places["chosen"] == [[0, 1, 0], [0, 1, 0], [1, 1, 2], [0, 0, 0]]
+
+
+def test_figures_are_files_that_do_not_change(data: ReportData, tmp_path: Path) -> None:
+    written = write_report(data, tmp_path / "a" / "report.html", tmp_path / "a" / "report")
+    again = write_report(data, tmp_path / "b" / "report.html", tmp_path / "b" / "report")
+    assert [path.name for path in written.figures] == [f"{name}.{kind}" for name in NAMES for kind in ("svg", "png")]
+    for first, second in zip((written.page, *written.figures), (again.page, *again.figures), strict=True):
+        assert first.read_bytes() == second.read_bytes()
+    with Image.open(tmp_path / "a" / "report" / "policy.png") as image:
+        assert image.width > 700
+    assert "serves 58 % of all places" in (tmp_path / "a" / "report" / "policy.svg").read_text()
+
+
+def test_inlined_figures_share_no_ids_and_follow_the_page_s_colours(data: ReportData) -> None:
+    charts = draw(data)
+    ids = [name for chart in charts.values() for name in re.findall(r'\bid="([^"]+)"', chart.inline)]
+    assert len(ids) == len(set(ids))
+    assert all("var(--" in chart.inline and "#1c2024" not in chart.inline for chart in charts.values())
+
+
+def test_what_is_missing_is_said_with_the_command(data: ReportData) -> None:
+    bare = replace(data, sensitivity=None, trajectory_errors={}, check=None, samples_png=None, engines=())
+    shown = text(bare)
+    assert "Fisher information of every layer" in shown
+    assert "adatsq-trt check compares" in shown
+    assert "adatsq-trt generate draws" in shown
+    assert list(draw(bare)) == ["policy", "sensitivity", "pareto", "stages"]
+
+
+def test_failed_and_outdated_checks_are_not_called_passed(data: ReportData) -> None:
+    rows = (comparison(0, 0.2), comparison(1, None, passed=False), comparison(2, 3.0, passed=False))
+    failed = text(replace(data, check=Check(False, True, rows)))
+    assert "check failed 3 comparisons" in failed
+    assert "2 of 3 comparisons leave their limits" in failed
+    assert "not comparable failed polygraphy run step_1.onnx" in failed
+    old = text(replace(data, check=Check(True, False, rows[:1])))
+    assert "check out of date" in old
+    assert "earlier bundle" in old
+
+
+def test_of_many_comparisons_the_critical_ones_are_listed(data: ReportData) -> None:
+    rows = (*(comparison(step, step / 1000) for step in range(900)), comparison(900, 2.0, passed=False))
+    shown = text(replace(data, check=Check(False, True, rows)))
+    assert "The 60 closest to their limits" in shown
+    assert "step_900.onnx" in shown
+    assert "step_899.onnx" in shown
+    assert "step_100.onnx" not in shown
+
+
+def test_errors_of_zero_are_drawn(data: ReportData) -> None:
+    """As when every candidate is exact."""
+    summary = data.summary.model_copy(update={"final_error": 0.0, "uniform_errors": {"nvfp4": 0.0}})
+    judged = tuple(replace(policy, error=0.0, held_out_error=0.0) for policy in data.judged)
+    errors = {name: np.zeros(5) for name in data.trajectory_errors}
+    zeros = replace(data, summary=summary, judged=judged, trajectory_errors=errors, sensitivity=np.zeros((3, 4, 3)))
+    assert "digits-flux" in text(zeros)
+
+
+def test_bucket_rows_follow_the_steps(data: ReportData) -> None:
+    rows = [(row.steps, row.assignment, row.shares, row.engine_bytes) for row in bucket_rows(data)]
+    assert rows[0] == ("0-1", 0, (("nvfp4", 2), ("fp8", 1)), 10_000_000)
+    assert rows[2] == ("3", 2, (("nvfp4", 3),), 10_000_000)
+
+
+def test_commands_are_ones_that_the_command_line_takes(data: ReportData) -> None:
+    build = commands(data)[0]
+    assert build[:3] == ["adatsq-trt", "build", "engine"]
+    ended = CliRunner().invoke(app, [*build[1:], "--help"])
+    assert ended.exit_code == 0
+    given = replace(data, settings=data.settings.model_copy(update={"policy": "{}", "simulate": True, "targets": ()}))
+    assert {"--simulate", "--policy"} < set(commands(given)[0])
+
+
+@pytest.mark.parametrize("name", ["report", "report.pdf"])
+def test_other_kinds_of_files_are_refused(data: ReportData, tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=r"expected a name that ends in \.html"):
+        write_report(data, tmp_path / name, tmp_path / "report")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_no_page(
+    data: ReportData, tmp_path: Path, full_disk: Callable[[], AbstractContextManager[None]]
+) -> None:
+    with pytest.raises(OutputError), full_disk():
+        write_report(data, tmp_path / "report.html", tmp_path / "report")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
