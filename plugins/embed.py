@@ -16,21 +16,29 @@ from typing import Any
 
 SCHEMA_VERSION = 1
 
-# Name in kernels.json → enumerator of Argument in library/src/kernels.h, with the type that the library passes.
-POINTERS = {
-    "x": "kX",
-    "q": "kQ",
-    "x_scale": "kXScale",
-    "smoothing": "kSmoothing",
-    "w": "kW",
-    "lo": "kLo",
-    "w_scale": "kWScale",
-    "bias": "kBias",
-    "y": "kY",
-    "global_scratch": "kGlobalScratch",
-    "profile_scratch": "kProfileScratch",
+# Name of a launch parameter in kernels.json → its type there and the enumerator of Argument in library/src/kernels.h.
+PARAMETERS = {
+    "x": ("pointer", "kX"),  # kQ where there is an x_scale: then the kernel reads what a quantizer wrote
+    "q": ("pointer", "kQ"),
+    "x_scale": ("pointer", "kXScale"),
+    "scale": ("pointer", "kXScale"),
+    "smooth": ("pointer", "kSmoothing"),
+    "w": ("pointer", "kW"),
+    "w_high": ("pointer", "kW"),
+    "w_low": ("pointer", "kLo"),
+    "w_scale": ("pointer", "kWScale"),
+    "bias": ("pointer", "kBias"),
+    "y": ("pointer", "kY"),
+    "global_scratch": ("pointer", "kScratch"),
+    "profile_scratch": ("pointer", "kScratch"),
+    "m": ("int32", "kM"),
+    "n": ("int32", "kN"),
+    "k": ("int32", "kK"),
+    "has_bias": ("int32", "kHasBias"),
+    "has_smooth": ("int32", "kHasSmoothing"),
+    "maximum": ("float32", "kMaximum"),
 }
-SIZES = {"m": "kM", "n": "kN", "k": "kK"}
+ORDERS = {"natural": "kNatural", "even_odd": "kEvenOdd"}
 ELEMENTS = {"fp16": "kFp16", "bf16": "kBf16"}
 
 
@@ -82,12 +90,11 @@ def _check_cubin(folder: Path, kernel: dict[str, Any]) -> None:
 
 def _check_parameters(kernel: dict[str, Any]) -> None:
     for parameter in kernel["parameters"]:
-        name, kind = parameter["name"], parameter["type"]
-        expected = "pointer" if name in POINTERS else "int32" if name in SIZES else None
-        if kind != expected:
+        expected, _ = PARAMETERS.get(parameter["name"], (None, None))
+        if parameter["type"] != expected:
             raise EmbedError(
-                f"kernel '{kernel['symbol']}': parameter '{name}' of type '{kind}' is not one that the library passes; "
-                f"pointers are {', '.join(POINTERS)}; int32 are {', '.join(SIZES)}"
+                f"kernel '{kernel['symbol']}': parameter '{parameter['name']}' of type '{parameter['type']}' is not one "
+                f"that the library passes; it passes {', '.join(f'{n} ({t})' for n, (t, _) in PARAMETERS.items())}"
             )
 
 
@@ -124,11 +131,12 @@ def _incbin(index: int, cubin: Path) -> str:
 
 
 def _parameters(index: int, kernel: dict[str, Any]) -> str:
-    divisible = set(kernel.get("divisible_by_16", ()))
-    names = {**POINTERS, **SIZES}
-    items = ", ".join(
-        f"{{Argument::{names[p['name']]}, {str(p['name'] in divisible).lower()}}}" for p in kernel["parameters"]
-    )
+    names = [parameter["name"] for parameter in kernel["parameters"]]
+    arguments = {name: argument for name, (_, argument) in PARAMETERS.items()}
+    if "x_scale" in names:
+        arguments["x"] = arguments["q"]
+    divisible = kernel.get("divisible_by_16", ())
+    items = ", ".join(f"{{Argument::{arguments[name]}, {str(name in divisible).lower()}}}" for name in names)
     return f"static const Parameter kParameters{index}[] = {{{items}}};"
 
 
@@ -138,8 +146,7 @@ def _row(index: int, kernel: dict[str, Any]) -> str:
         int(kernel["target"].removeprefix("sm")),
         f"Element::{ELEMENTS[kernel['dtype']]}",
         kernel["group"],
-        str(kernel["has_bias"]).lower(),
-        str(kernel.get("has_smoothing", False)).lower(),
+        f"Order::{ORDERS[kernel['order']]}",
         kernel["block_m"],
         kernel["block_n"],
         32 * kernel["num_warps"],

@@ -55,8 +55,8 @@ bool holdsSizes(const Kernel& kernel, const Wanted& wanted) {
 
 bool isVariant(const Kernel& kernel, const Wanted& wanted, std::int32_t capability) {
     return kernel.family == std::string_view(wanted.family) && kernel.capability == capability &&
-           kernel.element == wanted.element && kernel.group == wanted.group && kernel.hasBias == wanted.hasBias &&
-           kernel.hasSmoothing == wanted.hasSmoothing;
+           kernel.element == wanted.element && kernel.group == wanted.group &&
+           (!wanted.order || kernel.order == *wanted.order);
 }
 
 }  // namespace
@@ -70,10 +70,9 @@ std::vector<const Kernel*> candidates(const Wanted& wanted) {
             found.push_back(&kKernels[i]);
     }
     if (found.empty()) {
-        fail("no embedded kernel of '", wanted.family, "' for sm", *capability, " has group ", wanted.group, ", ",
-             wanted.element == Element::kFp16 ? "fp16" : "bf16", wanted.hasBias ? ", bias" : "",
-             wanted.hasSmoothing ? ", smoothing" : "", " and takes M = ", wanted.m, ", N = ", wanted.n,
-             ", K = ", wanted.k);
+        fail("no embedded kernel of '", wanted.family, "' for sm", *capability, " has group ", wanted.group, " and ",
+             wanted.element == Element::kFp16 ? "fp16" : "bf16", " and takes M = ", wanted.m, ", N = ", wanted.n,
+             ", K = ", wanted.k, "; most take only N and K that are multiples of 16");
     }
     return found;
 }

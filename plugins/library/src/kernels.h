@@ -7,24 +7,27 @@
 
 namespace adatsq {
 
-/// Launch arguments that a kernel can ask for, by their names in kernels.json. The order is that of plugins/embed.py.
+/// Values that a kernel can ask for at its launch. plugins/embed.py maps the names in kernels.json to them.
 enum class Argument : std::uint8_t {
-    kX,               ///< x [M, K], 16-bit
-    kQ,               ///< q int8 [M, K], x quantized per token
-    kXScale,          ///< x_scale fp32 [M], per token; for fp8 [1], static
-    kSmoothing,       ///< smoothing fp32 [K]
-    kW,               ///< w, the weights; of a nested layer the high plane
-    kLo,              ///< lo, the low plane of a nested layer
-    kWScale,          ///< w_scale fp32 [N] or [N, K/group]
-    kBias,            ///< bias [N], 16-bit
-    kY,               ///< y [M, N], 16-bit
-    kGlobalScratch,   ///< global_scratch: null, as no shipped kernel uses it
-    kProfileScratch,  ///< profile_scratch: null, likewise
-    kM,
+    kX,          ///< x [M, K], 16-bit
+    kQ,          ///< x quantized, one byte [M, K]
+    kXScale,     ///< fp32 [M], one per token; for fp8 [1], static
+    kSmoothing,  ///< fp32 [K], or null
+    kW,          ///< weights; of a nested layer the high plane
+    kLo,         ///< low plane of a nested layer
+    kWScale,     ///< fp32 [N] or [N, K/group]
+    kBias,       ///< 16-bit [N], or null
+    kY,          ///< y [M, N], 16-bit
+    kScratch,    ///< null: what the Triton language's compiler appends and no shipped kernel uses
+    kM,          ///< int32, as are the following
     kN,
     kK,
+    kHasBias,
+    kHasSmoothing,
+    kMaximum,  ///< float: the largest code of a quantized token, 127
 };
 constexpr std::size_t kPointerArguments = static_cast<std::size_t>(Argument::kM);
+constexpr std::size_t kArguments = static_cast<std::size_t>(Argument::kMaximum) + 1;
 
 struct Parameter {
     Argument argument;
@@ -33,14 +36,17 @@ struct Parameter {
 
 enum class Element : std::uint8_t { kFp16, kBf16 };
 
+/// Order of K in quantized activations: as it is, or all even places before all odd ones. A byte of packed weights
+/// holds an even and an odd place, so with kEvenOdd no kernel has to interleave.
+enum class Order : std::uint8_t { kNatural, kEvenOdd };
+
 /// One embedded cubin and how to launch it: a row of kernels.json.
 struct Kernel {
     const char* family;       ///< "gemm_w4a8"
     std::int32_t capability;  ///< 80 for sm80
     Element element;          ///< of x and y
     std::int32_t group;       ///< weights that share a scale; 0: none
-    bool hasBias;
-    bool hasSmoothing;
+    Order order;              ///< of what a GEMM reads or a quantizer writes
     std::int32_t blockM;
     std::int32_t blockN;
     std::int32_t threads;      ///< of a block
@@ -62,8 +68,7 @@ struct Wanted {
     std::int32_t capability;
     Element element;
     std::int32_t group;
-    bool hasBias;
-    bool hasSmoothing;
+    std::optional<Order> order;  ///< none: any
     std::int32_t m, n, k;
 };
 

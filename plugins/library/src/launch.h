@@ -21,8 +21,8 @@ std::vector<const Kernel*> gemmCandidates(const Layer& layer, const Problem& pro
 /// What one enqueue launches, loaded into one context.
 struct LaunchPlan {
     CUcontext context;
-    const Kernel* quantize;  ///< nullptr for formats that read x as it is
-    CUfunction quantizeFunction;
+    const Kernel* quantizer;  ///< nullptr for formats that read x as it is
+    CUfunction quantizerFunction;
     const Kernel* gemm;
     CUfunction gemmFunction;
 };
@@ -35,7 +35,7 @@ LaunchPlan makePlan(const Layer& layer, const Problem& problem, std::int32_t tac
 /// Args:
 ///     inputs: device addresses in the order of layer.inputs().
 ///     y: device address of the output.
-///     workspace: at least workspaceBytes(m, k) when plan.quantize is there.
+///     workspace: at least workspaceBytes(m, k) when plan.quantizer is there.
 void launch(const Layer& layer, const Problem& problem, const LaunchPlan& plan, const void* const* inputs, void* y,
             void* workspace, CUstream stream);
 

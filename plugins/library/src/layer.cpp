@@ -10,6 +10,7 @@
 namespace adatsq {
 namespace {
 
+constexpr const char* kTokens = "quantize_tokens";
 constexpr std::size_t kMaxNames = 1024;  // far above any policy; keeps damaged attributes from taking memory
 
 constexpr std::array<std::string_view, 7> kFormatNames{"w8a8", "w4a8", "w8a16", "int4wo", "fp8", "fp16", "bf16"};
@@ -84,20 +85,20 @@ Operands Layer::operands(Format format) const {
     const bool nested = has(Role::kLo);
     switch (format) {
     case Format::kW8A8:
-        if (nested) return {"gemm_w8a8_nested", Role::kW4, Role::kLo, Role::kW8Scale, {}, true, false};
-        return {"gemm_w8a8", Role::kW8, {}, Role::kW8Scale, {}, true, false};
-    case Format::kW4A8: return {"gemm_w4a8", Role::kW4, {}, Role::kW4Scale, {}, true, true};
-    case Format::kW8A16: return {"gemm_w8a16", Role::kW8, {}, Role::kW8Scale, {}, false, false};
-    case Format::kInt4WeightOnly: return {"gemm_w4a16", Role::kW4, {}, Role::kW4Scale, {}, false, true};
-    case Format::kFp8: return {"gemm_fp8", Role::kWFp8, {}, Role::kWFp8Scale, Role::kXFp8Scale, false, false};
+        if (nested) return {kTokens, "gemm_w8a8_nested", Role::kW4, Role::kLo, Role::kW8Scale, {}, false};
+        return {kTokens, "gemm_w8a8", Role::kW8, {}, Role::kW8Scale, {}, false};
+    case Format::kW4A8: return {kTokens, "gemm_w4a8", Role::kW4, {}, Role::kW4Scale, {}, true};
+    case Format::kW8A16: return {nullptr, "gemm_w8a16", Role::kW8, {}, Role::kW8Scale, {}, false};
+    case Format::kInt4WeightOnly: return {nullptr, "gemm_w4a16", Role::kW4, {}, Role::kW4Scale, {}, true};
+    case Format::kFp8: return {"quantize_fp8", "gemm_fp8", Role::kWFp8, {}, Role::kWFp8Scale, Role::kXFp8Scale, false};
     case Format::kFp16:
-    case Format::kBf16: return {"gemm_16", Role::kW16, {}, {}, {}, false, false};
+    case Format::kBf16: return {nullptr, "gemm_16", Role::kW16, {}, {}, {}, false};
     }
     fail("format number ", static_cast<int>(format), " is unknown");
 }
 
-bool Layer::quantizesTokens() const {
-    return std::any_of(profiles_.begin(), profiles_.end(), [&](Format f) { return operands(f).quantizesTokens; });
+bool Layer::quantizes() const {
+    return std::any_of(profiles_.begin(), profiles_.end(), [&](Format f) { return operands(f).quantizer != nullptr; });
 }
 
 Format Layer::select(std::int64_t extent) const {
@@ -127,8 +128,8 @@ void Layer::checkFormat(Format format) const {
 
 void Layer::checkSuperfluous() const {
     std::vector<Role> used{Role::kX, Role::kSelector, Role::kBias};
-    if (quantizesTokens()) used.push_back(Role::kSmoothing);
     for (const Format format : profiles_) {
+        if (operands(format).quantizer == kTokens) used.push_back(Role::kSmoothing);
         for (const Role role : readsOf(operands(format))) used.push_back(role);
     }
     for (const Role role : inputs_) {

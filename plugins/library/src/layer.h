@@ -32,12 +32,12 @@ const char* nameOf(Role role);
 
 /// What a format reads and runs.
 struct Operands {
-    const char* kernel;            ///< family of GEMM kernels
+    const char* quantizer;         ///< family of kernels that first quantize x; nullptr: x is read as it is
+    const char* gemm;              ///< family of kernels
     Role weights;                  ///< or high plane
     std::optional<Role> lowPlane;  ///< of a nested layer
     std::optional<Role> weightScale;
-    std::optional<Role> inputScale;  ///< static; formats that quantize tokens compute theirs
-    bool quantizesTokens;            ///< x becomes int8 with one scale per token first
+    std::optional<Role> inputScale;  ///< static; quantize_tokens computes its scales
     bool grouped;                    ///< weight scales are per group
 };
 
@@ -65,8 +65,8 @@ class Layer {
     /// What `format` reads in this layer: the nested planes where there is a `lo`.
     Operands operands(Format format) const;
 
-    /// Whether any profile quantizes tokens and so needs workspace.
-    bool quantizesTokens() const;
+    /// Whether any profile quantizes x and so needs workspace.
+    bool quantizes() const;
 
     /// The format that a selector of the given extent selects; throws Error when there is none.
     Format select(std::int64_t extent) const;

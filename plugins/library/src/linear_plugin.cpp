@@ -126,7 +126,7 @@ std::size_t LinearPlugin::getWorkspaceSize(const DynamicPluginTensorDesc* inputs
                                            const DynamicPluginTensorDesc*, std::int32_t outputCount) const noexcept {
     return guarded("getWorkspaceSize", std::size_t{0}, [&]() -> std::size_t {
         checkCount(layer_, inputCount, outputCount);
-        if (!layer_.quantizesTokens()) return 0;
+        if (!layer_.quantizes()) return 0;
         const Dims& largest = inputs[layer_.position(Role::kX)].max;
         if (largest.nbDims < 1 || largest.nbDims > Dims::MAX_DIMS) fail("x has ", largest.nbDims, " dimensions");
         std::int64_t tokens = 1;
@@ -198,21 +198,22 @@ IPluginV3* LinearPlugin::attachToContext(IPluginResourceContext*) noexcept {
 const PluginFieldCollection* LinearPlugin::getFieldsToSerialize() noexcept {
     return guarded("getFieldsToSerialize", static_cast<const PluginFieldCollection*>(nullptr),
                    [this]() -> const PluginFieldCollection* {
-        serialVersion_ = kSerialVersion;
-        groupSize_ = layer_.groupSize();
-        checksum_ = checksumOf(layer_);
-        const auto text = [](const char* name, const std::string& value) {
-            return PluginField(name, value.data(), PluginFieldType::kCHAR, static_cast<std::int32_t>(value.size()));
-        };
-        const auto number = [](const char* name, const std::int32_t& value) {
-            return PluginField(name, &value, PluginFieldType::kINT32, 1);
-        };
-        fields_ = {text(kProfilesField, layer_.profilesText()), text(kInputsField, layer_.inputsText()),
-                   number(kGroupSizeField, groupSize_), number(kSerialVersionField, serialVersion_),
-                   number(kChecksumField, checksum_)};
-        collection_ = {static_cast<std::int32_t>(fields_.size()), fields_.data()};
-        return &collection_;
-    });
+                       serialVersion_ = kSerialVersion;
+                       groupSize_ = layer_.groupSize();
+                       checksum_ = checksumOf(layer_);
+                       const auto text = [](const char* name, const std::string& value) {
+                           return PluginField(name, value.data(), PluginFieldType::kCHAR,
+                                              static_cast<std::int32_t>(value.size()));
+                       };
+                       const auto number = [](const char* name, const std::int32_t& value) {
+                           return PluginField(name, &value, PluginFieldType::kINT32, 1);
+                       };
+                       fields_ = {text(kProfilesField, layer_.profilesText()), text(kInputsField, layer_.inputsText()),
+                                  number(kGroupSizeField, groupSize_), number(kSerialVersionField, serialVersion_),
+                                  number(kChecksumField, checksum_)};
+                       collection_ = {static_cast<std::int32_t>(fields_.size()), fields_.data()};
+                       return &collection_;
+                   });
 }
 
 }  // namespace adatsq
