@@ -17,6 +17,7 @@ using nvinfer1::TensorRTPhase;
 
 constexpr std::int32_t kMaxFields = 16;
 constexpr std::int32_t kMaxText = 1 << 20;
+constexpr std::int32_t kDefaultGroupSize = 64;
 
 struct Values {
     std::optional<std::string> profiles;
@@ -32,7 +33,8 @@ void checkField(const PluginField& field, PluginFieldType type, std::int32_t min
              static_cast<int>(type), " (numbers of nvinfer1::PluginFieldType)");
     }
     if (field.length < minimum || field.length > maximum) {
-        fail("field '", field.name, "' has ", field.length, " values; expected ", minimum, " to ", maximum);
+        fail("field '", field.name, "' has ", field.length, " values; expected ", minimum,
+             maximum > minimum ? " or more" : "");
     }
     if (!field.data) fail("field '", field.name, "' has no data");
 }
@@ -86,8 +88,8 @@ std::int32_t hash(std::string_view bytes) {
 
 }  // namespace
 
-std::int32_t checksumOf(const Layer& layer) {
-    return hash(layer.profilesText() + ";" + layer.inputsText() + ";" + std::to_string(layer.groupSize()));
+std::int32_t checksumOf(const std::string& profiles, const std::string& inputs, std::int32_t groupSize) {
+    return hash(profiles + ";" + inputs + ";" + std::to_string(groupSize));
 }
 
 Layer readFields(const PluginFieldCollection* collection, TensorRTPhase phase) {
@@ -96,12 +98,13 @@ Layer readFields(const PluginFieldCollection* collection, TensorRTPhase phase) {
         fail("the serialized plugin has the version ", values.serialVersion.value_or(0), "; this library reads ",
              kSerialVersion, "; build the engine again with this library");
     }
-    if (!values.profiles || !values.inputs) fail("the attributes 'profiles' and 'inputs' are required");
-    Layer layer(*values.profiles, *values.inputs, values.groupSize.value_or(64));
-    if (phase == TensorRTPhase::kRUNTIME && values.checksum != checksumOf(layer)) {
+    if (!values.profiles || !values.inputs) fail("the fields 'profiles' and 'inputs' are required");
+    const std::int32_t groupSize = values.groupSize.value_or(kDefaultGroupSize);
+    if (phase == TensorRTPhase::kRUNTIME &&
+        values.checksum != checksumOf(*values.profiles, *values.inputs, groupSize)) {
         fail("the serialized plugin is damaged: its checksum does not fit; build the engine again");
     }
-    return layer;
+    return Layer(*values.profiles, *values.inputs, groupSize);
 }
 
 }  // namespace adatsq

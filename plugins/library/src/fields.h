@@ -3,6 +3,7 @@
 #include <NvInferRuntime.h>
 
 #include <cstdint>
+#include <string>
 
 #include "layer.h"
 
@@ -18,7 +19,7 @@ constexpr const char* kChecksumField = "checksum";
 constexpr std::int32_t kSerialVersion = 1;
 
 /// Checksum over all attributes, so that a truncated list of profiles is not taken for a shorter one.
-std::int32_t checksumOf(const Layer& layer);
+std::int32_t checksumOf(const std::string& profiles, const std::string& inputs, std::int32_t groupSize);
 
 /// Attributes of a node (phase kBUILD) or of a serialized plugin (kRUNTIME) → layer.
 ///

@@ -127,19 +127,8 @@ std::size_t LinearPlugin::getWorkspaceSize(const DynamicPluginTensorDesc* inputs
     return guarded("getWorkspaceSize", std::size_t{0}, [&]() -> std::size_t {
         checkCount(layer_, inputCount, outputCount);
         if (!layer_.quantizes()) return 0;
-        const Dims& largest = inputs[layer_.position(Role::kX)].max;
-        if (largest.nbDims < 1 || largest.nbDims > Dims::MAX_DIMS) fail("x has ", largest.nbDims, " dimensions");
-        std::int64_t tokens = 1;
-        std::int64_t bytes = 0;  // an upper bound whose computation says whether workspaceBytes can be computed
-        for (std::int32_t i = 0; i < largest.nbDims - 1; ++i) {
-            if (largest.d[i] < 0 || __builtin_mul_overflow(tokens, largest.d[i], &tokens))
-                fail("x has no largest shape");
-        }
-        const std::int64_t width = largest.d[largest.nbDims - 1];
-        if (width < 0 || __builtin_mul_overflow(tokens, width + 8, &bytes) || bytes > INT64_MAX - 1024) {
-            fail("x has no largest shape");
-        }
-        return workspaceBytes(tokens, width);
+        const Extents largest = extentsOf(inputs[layer_.position(Role::kX)].max);
+        return workspaceBytes(largest.m, largest.k);
     });
 }
 
@@ -200,7 +189,7 @@ const PluginFieldCollection* LinearPlugin::getFieldsToSerialize() noexcept {
                    [this]() -> const PluginFieldCollection* {
                        serialVersion_ = kSerialVersion;
                        groupSize_ = layer_.groupSize();
-                       checksum_ = checksumOf(layer_);
+                       checksum_ = checksumOf(layer_.profilesText(), layer_.inputsText(), layer_.groupSize());
                        const auto text = [](const char* name, const std::string& value) {
                            return PluginField(name, value.data(), PluginFieldType::kCHAR,
                                               static_cast<std::int32_t>(value.size()));

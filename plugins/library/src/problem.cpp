@@ -65,14 +65,6 @@ std::vector<std::int64_t> expectedShape(Role role, std::int64_t n, std::int64_t 
     return {};
 }
 
-std::int64_t product(const Dims& dims, std::int32_t count) {
-    std::int64_t result = 1;
-    for (std::int32_t i = 0; i < count; ++i) {
-        if (__builtin_mul_overflow(result, dims.d[i], &result)) fail("x has the shape ", describe(dims), ": too large");
-    }
-    return result;
-}
-
 /// Kernels index elements with 32 bits.
 void checkSize(const char* name, std::int64_t rows, std::int64_t columns) {
     constexpr std::int64_t limit = std::numeric_limits<std::int32_t>::max();
@@ -133,6 +125,19 @@ bool acceptsType(const Layer& layer, DataType xType) {
     return true;
 }
 
+Extents extentsOf(const Dims& x) {
+    if (x.nbDims < 1 || x.nbDims > Dims::MAX_DIMS) fail("x has ", x.nbDims, " dimensions");
+    std::int64_t m = 1;
+    for (std::int32_t i = 0; i < x.nbDims; ++i) {
+        if (x.d[i] < 0) fail("x has the shape ", describe(x), ", which is not known");
+        if (i + 1 < x.nbDims && __builtin_mul_overflow(m, x.d[i], &m))
+            fail("x has the shape ", describe(x), ": too large");
+    }
+    const std::int64_t k = x.d[x.nbDims - 1];
+    checkSize("x", m, k);
+    return {m, k};
+}
+
 Problem makeProblem(const Layer& layer, const PluginTensorDesc* inputs, std::int32_t inputCount,
                     const PluginTensorDesc* outputs, std::int32_t outputCount) {
     if (!inputs || !outputs || inputCount != static_cast<std::int32_t>(layer.inputs().size()) || outputCount != 1) {
@@ -147,10 +152,8 @@ Problem makeProblem(const Layer& layer, const PluginTensorDesc* inputs, std::int
     const Format format = layer.select(selector.d[selector.nbDims - 1]);
 
     const Dims& weights = inputs[layer.position(layer.operands(format).weights)].dims;
-    const std::int64_t m = product(x.dims, x.dims.nbDims - 1);
+    const auto [m, k] = extentsOf(x.dims);
     const std::int64_t n = weights.d[0];
-    const std::int64_t k = x.dims.d[x.dims.nbDims - 1];
-    checkSize("x", m, k);
     checkSize("y", m, n);
     checkSize("weights", n, k);
     if (n < 1 || k < 1) fail("the layer has ", k, " inputs and ", n, " outputs; expected at least one of each");

@@ -17,6 +17,15 @@ struct Problem {
     std::int32_t k;
 };
 
+/// Tokens and inputs of a layer.
+struct Extents {
+    std::int64_t m;
+    std::int64_t k;
+};
+
+/// The extents of x [..., k]; throws Error unless they are known and the kernels can index x.
+Extents extentsOf(const nvinfer1::Dims& x);
+
 /// Type that the input must have when x has `xType`.
 nvinfer1::DataType expectedType(Role role, nvinfer1::DataType xType);
 

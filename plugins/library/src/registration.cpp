@@ -53,13 +53,19 @@ IPluginRegistry* findRegistry() {
     return getRegistry ? getRegistry() : nullptr;
 }
 
-/// Registers the creator while the library is being loaded, if a TensorRT is loaded already.
-struct SelfRegistration {
-    SelfRegistration() noexcept {
-        if (auto* registry = findRegistry()) registered = registry->registerCreator(creator, kPluginNamespace);
+bool registerCreator() {
+    const int major = findTensorRtMajor();
+    // The registry's layout differs between major versions, so another one's cannot be called.
+    if (major != 0 && major != NV_TENSORRT_MAJOR) {
+        fail("TensorRT ", major, " is loaded, but this library was built with headers of ", NV_TENSORRT_MAJOR,
+             "; build it with those of ", major);
     }
-    bool registered = false;
-} selfRegistration;
+    auto* registry = findRegistry();
+    return registry && registry->registerCreator(creator, kPluginNamespace);
+}
+
+/// Whether the creator is registered because the library was loaded while a TensorRT was there.
+bool selfRegistered = guarded("registration", false, registerCreator);
 
 }  // namespace
 }  // namespace adatsq
@@ -73,9 +79,9 @@ ADATSQ_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) {
 ADATSQ_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(std::int32_t& count) {
     static nvinfer1::IPluginCreatorInterface* const creators[]{&adatsq::creator};
     // loadLibrary refuses creators that are registered already, so it gets the place of the self-registered one.
-    if (adatsq::selfRegistration.registered) {
+    if (adatsq::selfRegistered) {
         if (auto* registry = adatsq::findRegistry()) registry->deregisterCreator(adatsq::creator);
-        adatsq::selfRegistration.registered = false;
+        adatsq::selfRegistered = false;
     }
     count = 1;
     return creators;

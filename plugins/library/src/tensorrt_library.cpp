@@ -28,27 +28,32 @@ int keepRuntimePath(dl_phdr_info* info, std::size_t, void* path) {
     return 1;  // ends the iteration
 }
 
-bool hasOurMajorVersion(void* library) {
-    using Version = std::int32_t (*)();
-    const auto version = reinterpret_cast<Version>(dlsym(library, "getInferLibVersion"));
-    return version && version() / 10000 == NV_TENSORRT_MAJOR;
-}
-
-}  // namespace
-
-void* findTensorRtSymbol(const char* symbol) noexcept {
+/// A symbol of the first runtime that is loaded.
+void* find(const char* symbol) noexcept {
     try {
         std::string path;
         // The search is finished before dlopen is called: both hold the loader's lock.
         if (dl_iterate_phdr(keepRuntimePath, &path) == 0) return nullptr;
         void* library = dlopen(path.c_str(), RTLD_NOLOAD | RTLD_LAZY);
         if (!library) return nullptr;
-        void* address = hasOurMajorVersion(library) ? dlsym(library, symbol) : nullptr;
+        void* address = dlsym(library, symbol);
         dlclose(library);  // gives back the reference that RTLD_NOLOAD took
         return address;
     } catch (...) {
         return nullptr;
     }
+}
+
+}  // namespace
+
+int findTensorRtMajor() noexcept {
+    using Version = std::int32_t (*)();
+    const auto version = reinterpret_cast<Version>(find("getInferLibVersion"));
+    return version ? version() / 10000 : 0;
+}
+
+void* findTensorRtSymbol(const char* symbol) noexcept {
+    return findTensorRtMajor() == NV_TENSORRT_MAJOR ? find(symbol) : nullptr;
 }
 
 }  // namespace adatsq

@@ -9,4 +9,7 @@ namespace adatsq {
 /// instead of naming one, because the file's name carries a version and Python loads it out of the global scope.
 void* findTensorRtSymbol(const char* symbol) noexcept;
 
+/// Major version of the TensorRT runtime that is loaded; 0 when there is none.
+int findTensorRtMajor() noexcept;
+
 }  // namespace adatsq
