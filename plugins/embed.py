@@ -92,9 +92,10 @@ def _check_parameters(kernel: dict[str, Any]) -> None:
     for parameter in kernel["parameters"]:
         expected, _ = PARAMETERS.get(parameter["name"], (None, None))
         if parameter["type"] != expected:
+            known = ", ".join(f"{name} ({kind})" for name, (kind, _) in PARAMETERS.items())
             raise EmbedError(
-                f"kernel '{kernel['symbol']}': parameter '{parameter['name']}' of type '{parameter['type']}' is not one "
-                f"that the library passes; it passes {', '.join(f'{n} ({t})' for n, (t, _) in PARAMETERS.items())}"
+                f"kernel '{kernel['symbol']}': parameter '{parameter['name']}' of type '{parameter['type']}' is none "
+                f"that the library passes; it passes {known}"
             )
 
 
@@ -125,7 +126,8 @@ def _incbin(index: int, cubin: Path) -> str:
     path = json.dumps(json.dumps(str(cubin.resolve())))  # quoted for the assembler, then for C++
     # The driver reads the cubin as an ELF file, which wants 8-byte alignment.
     return (
-        f'asm(".pushsection .rodata\\n.balign 16\\nadatsq_cubin_{index}:\\n.incbin " {path} "\\n.byte 0\\n.popsection");\n'
+        f'asm(".pushsection .rodata\\n.balign 16\\nadatsq_cubin_{index}:\\n"\n'
+        f'    ".incbin " {path} "\\n.byte 0\\n.popsection");\n'
         f'extern "C" __attribute__((visibility("hidden"))) const unsigned char adatsq_cubin_{index}[];'
     )
 
