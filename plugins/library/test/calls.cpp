@@ -230,6 +230,10 @@ void checkExecution(const Session& session, const Node& node, IPluginV3& plugin)
     expect(changeShape(plugin, tensors) == 0 && enqueue(plugin, tensors, 1) == 0 &&
                session.takeLaunches() == expectedLaunches(node, formats.front(), 6, 64, 1),
            "setTactic 2 takes the second tile");
+    runtime(plugin).setTactic(1);
+    expect(
+        enqueue(plugin, tensors, 1) == 0 && session.takeLaunches() == expectedLaunches(node, formats.front(), 6, 16, 1),
+        "setTactic 1 alone takes the first tile");
     expect(changeShape(plugin, node.tensors(0, 1)) == 0 && enqueue(plugin, node.tensors(0, 1), 1) == 0 &&
                std::string(session.takeLaunches()).empty(),
            "no tokens, no launch");
