@@ -1,5 +1,5 @@
 // How TensorRT finds the plugin: through the two C functions that IPluginRegistry::loadLibrary calls, or, where the
-// library is only dlopened (polygraphy, Triton server, LD_PRELOAD), by registering itself when it is loaded.
+// library is only dlopened (polygraphy, Triton server), by registering itself when it is loaded.
 
 #include <NvInferRuntime.h>
 
