@@ -88,8 +88,12 @@ int main(int argc, char** argv) {
         return 2;
     }
     void* tensorrt = open(argv[1]);
-    std::printf("TensorRT %d, headers %d\n", symbol<int (*)()>(tensorrt, "getInferLibVersion")(),
-                static_cast<int>(NV_TENSORRT_VERSION));
+    const int version = symbol<int (*)()>(tensorrt, "getInferLibVersion")();
+    std::printf("TensorRT %d, headers %d\n", version, static_cast<int>(NV_TENSORRT_VERSION));
+    if (version / 10000 != NV_TENSORRT_MAJOR) {
+        std::fprintf(stderr, "the runtime and the headers are of different major versions\n");
+        return 2;
+    }
     auto& registry = *symbol<IPluginRegistry* (*)()>(tensorrt, "getPluginRegistry")();
 
     Session session;
