@@ -30,7 +30,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	BIN=$(BIN) scripts/typecheck
-	scripts/check-cpp-format
+	BIN=$(BIN) scripts/check-cpp-format
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
