@@ -44,7 +44,8 @@ def gemm_w4a8(
         GROUP_M: blocks of tokens that run together.
     """
     tokens, features = tile_position(m, n, BLOCK_M, BLOCK_N, GROUP_M)
-    half, groups = k // 2, k // BLOCK_K
+    # The compiler cannot conclude from K that half of it keeps rows aligned to 16 bytes.
+    half, groups = tl.multiple_of(k // 2, 16), k // BLOCK_K
     x_rows, w_rows = row_pointers(x, tokens, m, k)[None, :], row_pointers(w, features, n, half)[:, None]
     scale_rows = row_pointers(w_scale, features, n, groups)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -83,7 +84,8 @@ def gemm_w4a16(
         x: [M, K] in y's type.
     """
     tokens, features = tile_position(m, n, BLOCK_M, BLOCK_N, GROUP_M)
-    half, groups, dtype = k // 2, k // BLOCK_K, y.dtype.element_ty
+    half, groups = tl.multiple_of(k // 2, 16), k // BLOCK_K
+    dtype: tl.constexpr = y.dtype.element_ty
     # Two neighbours are read as one 32-bit word, which is split in registers: even and odd k, as the nibbles are.
     x_rows = row_pointers(x.to(tl.pointer_type(tl.int32)), tokens, m, half)[None, :]
     w_rows, scale_rows = row_pointers(w, features, n, half)[:, None], row_pointers(w_scale, features, n, groups)

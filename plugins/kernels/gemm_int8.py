@@ -84,10 +84,12 @@ def gemm_w8a8_nested(
         x: [M, K] int8, by quantize_tokens in even-odd order.
         w_high: [N, K / 2] int8: two codes in [-7, 7] to a byte, the even k in the low nibble.
         w_low: likewise, codes in [-8, 7].
+        k: a multiple of 32, which that of any group is.
         BLOCK_K: elements of K at a time, half of them even.
     """
     tokens, features = tile_position(m, n, BLOCK_M, BLOCK_N, GROUP_M)
-    half = k // 2
+    # The compiler cannot conclude from K that half of it keeps rows aligned to 16 bytes.
+    half = tl.multiple_of(k // 2, 16)
     x_rows = row_pointers(x, tokens, m, k)[None, :]
     high_rows, low_rows = row_pointers(w_high, features, n, half), row_pointers(w_low, features, n, half)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
