@@ -10,7 +10,7 @@ from adatsq_trt.settings import Settings
 
 HEAVY = ("diffusers", "matplotlib", "numpy", "onnx", "onnxruntime", "polygraphy", "pydantic", "tensorrt_rtx", "torch")
 COMMANDS = (
-    *(("build", "engine"), ("calibrate",), ("quantize",), ("search",), ("export",)),
+    *(("build", "engine"), ("build", "plugins"), ("calibrate",), ("quantize",), ("search",), ("export",)),
     *(("check",), ("generate",), ("inspect",), ("compare",), ("models",), ("doctor",)),
 )
 
