@@ -214,7 +214,8 @@ def compile_variant(variant: Variant) -> tuple[CompiledVariant, bytes]:
         with contextlib.redirect_stdout(log):
             compiled = _compile(variant)
     except Exception as error:
-        raise AdatsqError(f"the Triton language cannot compile {variant.name}: {type(error).__name__}: {error}") from error
+        last = str(error).strip().splitlines()[-1]  # what stands above it is the kernel's source
+        raise AdatsqError(f"the Triton language cannot compile {variant.name}: {last}") from error
     kernel, cubin = KERNELS[variant.place.kernel], compiled.asm["cubin"]
     entry = CompiledVariant(
         **vars(variant.place),

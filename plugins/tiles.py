@@ -108,3 +108,8 @@ def dump_tiles(tiles: Tiles, origin: str) -> str:
     )
     head = f'"schema_version": {_SCHEMA_VERSION},\n  "origin": {json.dumps(origin)},\n  "tiles": [\n    '
     return "{\n  " + head + ",\n    ".join(rows) + "\n  ]\n}\n"
+
+
+def tile_for(tiles: tuple[Tile, ...], m: int) -> Tile:
+    """The tile for so many tokens, as the plugin picks it: the lowest that holds them all, else the highest."""
+    return next((tile for tile in tiles if tile.block_m >= m), tiles[-1])

@@ -78,6 +78,7 @@ def gemm(kernel: object, operands: Sequence[Tensor], bias: Tensor | None, y: Ten
         GROUP_M=tile.group_m,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        enable_fp_fusion=True,  # as ahead of time
     )
     return y
 
@@ -90,6 +91,7 @@ def quantize_tokens(x: Tensor, smooth: Tensor | None, maximum: float, even_odd: 
         EVEN_ODD=even_odd,
         BLOCK_K=QUANTIZE_BLOCK,
         num_warps=QUANTIZE_WARPS,
+        enable_fp_fusion=True,
     )
     return q, scale
 
@@ -97,7 +99,8 @@ def quantize_tokens(x: Tensor, smooth: Tensor | None, maximum: float, even_odd: 
 def quantize_fp8(x: Tensor, scale: Tensor) -> Tensor:
     """Launch quantize.quantize_fp8: codes float8_e4m3fn [M, K]."""
     q = torch.empty_like(x, dtype=torch.float8_e4m3fn)
-    quantize.quantize_fp8[(len(x),)](x, scale, q, x.shape[1], BLOCK_K=QUANTIZE_BLOCK, num_warps=QUANTIZE_WARPS)
+    options = {"num_warps": QUANTIZE_WARPS, "enable_fp_fusion": True}
+    quantize.quantize_fp8[(len(x),)](x, scale, q, x.shape[1], BLOCK_K=QUANTIZE_BLOCK, **options)
     return q
 
 
