@@ -279,7 +279,9 @@ def _count(pattern: str, log: str) -> int:
     """Sum of the numbers that the assembler reports."""
     found = re.search(pattern, log)
     if found is None:
-        raise AdatsqError(f"the assembler's log has no '{pattern}'; use the version of triton that constraints.txt pins")
+        raise AdatsqError(
+            f"the assembler's log has no '{pattern}'; use the version of triton that constraints.txt pins"
+        )
     return sum(map(int, found.groups()))
 
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from triton.testing import do_bench
 
 from adatsq_trt.errors import AdatsqError, DependencyError
 from adatsq_trt.plugins.catalog import KERNELS, TARGETS
-from adatsq_trt.plugins.kernels import cases
+from adatsq_trt.plugins.kernels import cases, quantize
 from adatsq_trt.plugins.kernels.cases import GEMMS, Problem
 from adatsq_trt.plugins.tiles import Place, Tiles, load_tiles, tile_for
 
@@ -120,16 +121,18 @@ def _check_quantizers(wrong: list[str], target: str, device: str) -> int:
     count = 0
     for dtype in _DTYPES:
         x = torch.randn(65, 3072, device=device).to(dtype)
-        expected, scale = cases.quantize.quantize_tokens_reference(x, None)
+        expected, scale = quantize.quantize_tokens_reference(x, None)
         for even_odd in (False, True):
             q, q_scale = cases.quantize_tokens(x, None, 127.0, even_odd)
-            wanted = cases.quantize.even_odd(expected) if even_odd else expected
+            wanted = quantize.even_odd(expected) if even_odd else expected
             wrong += [] if torch.equal(q, wanted) and torch.equal(q_scale, scale) else [f"quantize_tokens {dtype}"]
             count += 1
         if target in KERNELS["quantize_fp8"].targets:
             step = torch.tensor([0.01], device=device)
-            same = cases.quantize_fp8(x, step).view(torch.uint8).equal(
-                cases.quantize.quantize_fp8_reference(x, step).view(torch.uint8)
+            same = (
+                cases.quantize_fp8(x, step)
+                .view(torch.uint8)
+                .equal(quantize.quantize_fp8_reference(x, step).view(torch.uint8))
             )
             wrong += [] if same else [f"quantize_fp8 {dtype}"]
             count += 1
@@ -148,11 +151,11 @@ def _candidates(tiles: Tiles, target: str, m: int, n: int, k: int) -> Iterator[t
         yield "torch._scaled_mm", lambda: torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16)
     for even_odd in (False, True):
         order = "even-odd" if even_odd else "natural"
-        yield f"quantize_tokens {order}", lambda even_odd=even_odd: cases.quantize_tokens(x, None, 127.0, even_odd)
+        yield f"quantize_tokens {order}", partial(cases.quantize_tokens, x, None, 127.0, even_odd)
     for place in places(target):
         case = GEMMS[place.kernel](Problem(m, n, k, torch.bfloat16, device="cuda"), place.group)
         tile, name = tile_for(tiles[place], m), f"{place.kernel} {place.group or ''}".strip()
-        yield name, lambda case=case, tile=tile: case.launch(tile)
+        yield name, partial(case.launch, tile)
 
 
 def measure(tiles: Tiles, target: str) -> list[Timing]:

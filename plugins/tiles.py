@@ -103,9 +103,7 @@ def dump_tiles(tiles: Tiles, origin: str) -> str:
         tiles: the table.
         origin: one sentence: where the tiles come from.
     """
-    rows: Iterable[str] = (
-        json.dumps({**asdict(place), **asdict(tile)}) for place in tiles for tile in tiles[place]
-    )
+    rows: Iterable[str] = (json.dumps({**asdict(place), **asdict(tile)}) for place in tiles for tile in tiles[place])
     head = f'"schema_version": {_SCHEMA_VERSION},\n  "origin": {json.dumps(origin)},\n  "tiles": [\n    '
     return "{\n  " + head + ",\n    ".join(rows) + "\n  ]\n}\n"
 

@@ -71,7 +71,7 @@ def _print(table: KernelTable) -> None:
     rows = Table("kernel", "group", "target", "type", "tile", "warps", "registers", "shared", "spills", box=None)
     for entry in table.kernels:
         name = f"{entry.kernel} ({entry.order})" if entry.kernel == "quantize_tokens" else entry.kernel
-        tile = f"{entry.block_m} x {entry.block_n} x {entry.block_k}"
+        tile = f"{entry.block_m}x{entry.block_n}x{entry.block_k}"
         numbers = (entry.num_warps, entry.registers, f"{entry.shared_bytes / 1024:.1f} KiB", entry.spill_bytes)
         rows.add_row(name, str(entry.group or ""), entry.target, entry.dtype, tile, *map(str, numbers))
     Console().print(rows)

@@ -130,7 +130,7 @@ class _Operands:
 
     @property
     def tokens(self) -> tuple[Tensor, Tensor]:
-        """x as int8 in natural order, with its scales."""
+        """X as int8 in natural order, with its scales."""
         return quantize.quantize_tokens_reference(self.x, None)
 
     def y(self) -> Tensor:
@@ -236,6 +236,5 @@ def _float_sum(problem: Problem) -> tuple[int, float]:
 
 
 GEMMS: dict[str, Callable[[Problem, int], Case]] = {
-    make.__name__: make
-    for make in (gemm_w8a8, gemm_w8a8_nested, gemm_w4a8, gemm_w4a16, gemm_w8a16, gemm_16, gemm_fp8)
+    make.__name__: make for make in (gemm_w8a8, gemm_w8a8_nested, gemm_w4a8, gemm_w4a16, gemm_w8a16, gemm_16, gemm_fp8)
 }

@@ -37,7 +37,7 @@ def gemm_16(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """y = x wᵀ + bias.
+    """Y = x wᵀ + bias.
 
     Args:
         x: [M, K] in y's type.
@@ -70,7 +70,7 @@ def gemm_w8a16(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """y = x (w · w_scale)ᵀ + bias; codes are exact in 16 bits. As gemm_16, except:
+    """Y = x (w · w_scale)ᵀ + bias; codes are exact in 16 bits. As gemm_16, except:
 
     Args:
         w: [N, K] int8.
@@ -99,7 +99,7 @@ def gemm_fp8(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """y = (x · x_scale) (w · w_scale)ᵀ + bias. As gemm_16, except:
+    """Y = (x · x_scale) (w · w_scale)ᵀ + bias. As gemm_16, except:
 
     Args:
         x: [M, K] float8 e4m3, by quantize_fp8.

@@ -26,7 +26,7 @@ def gemm_w4a8(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """y = (x · x_scale) (w · w_scale)ᵀ + bias.
+    """Y = (x · x_scale) (w · w_scale)ᵀ + bias.
 
     A group's sum is exact in int32, then scaled and added in float32.
 
@@ -76,7 +76,7 @@ def gemm_w4a16(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """y = x (w · w_scale)ᵀ + bias.
+    """Y = x (w · w_scale)ᵀ + bias.
 
     Codes are exact in 16 bits. Scales are not, so they multiply a group's float32 sum. As gemm_w4a8, except:
 

@@ -68,7 +68,7 @@ def test_unsound_kernels_are_refused_and_nothing_is_written(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_what_the_compiler_refuses_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(AdatsqError, match="the Triton language cannot compile gemm_w4a8[^\n]*$"):
+    with pytest.raises(AdatsqError, match=r"the Triton language cannot compile gemm_w4a8[^\n]*$"):
         compile_kernels([replace(W4A8, tile=replace(FEW, block_k=16))], tmp_path / "kernels", 1)
     assert not (tmp_path / "kernels").exists()
 

@@ -41,7 +41,8 @@ def cmake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     script = folder / "cmake"
     script.write_text(
-        f'#!/bin/sh\necho "$@" >> {folder}/calls\n[ "$1" = -S ] && mkdir -p "$4" && echo lib > "$4/libadatsq_plugins.so"\n'
+        f'#!/bin/sh\necho "$@" >> {folder}/calls\n'
+        '[ "$1" = -S ] && mkdir -p "$4" && echo lib > "$4/libadatsq_plugins.so"\n'
         f"echo it failed here >&2\nexit $(cat {folder}/code)\n"
     )
     script.chmod(0o755)

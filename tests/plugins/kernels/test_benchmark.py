@@ -9,7 +9,7 @@ import torch
 
 from adatsq_trt.errors import AdatsqError, DependencyError
 from adatsq_trt.plugins import benchmark
-from adatsq_trt.plugins.kernels import cases
+from adatsq_trt.plugins.kernels import cases, quantize
 from adatsq_trt.plugins.tiles import Tile, load_tiles, tile_for
 
 ROOT = Path(__file__).parents[3]
@@ -36,7 +36,7 @@ def test_a_wrong_kernel_stops_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> 
     def wrong(codes: torch.Tensor) -> torch.Tensor:
         return codes.roll(1, dims=1)
 
-    monkeypatch.setattr(cases.quantize, "even_odd", wrong)
+    monkeypatch.setattr(quantize, "even_odd", wrong)
     with pytest.raises(AdatsqError, match="nothing was timed: gemm_w8a8_nested group 0"):
         benchmark.check(TILES, "sm90", "cpu", SHAPES)
 

@@ -4,6 +4,8 @@ The bound is that of Reference.bound: the last rounding to 16 bits, and as many 
 operations. Nothing is added to it.
 """
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from adatsq_trt.packing import pack_nibbles, unpack_nibbles
 from adatsq_trt.plugins.catalog import GROUPS, KERNELS
-from adatsq_trt.plugins.kernels import cases, gemm_int4, gemm_int8, quantize
+from adatsq_trt.plugins.kernels import cases, gemm_float, gemm_int4, gemm_int8, quantize
 from adatsq_trt.plugins.kernels.cases import GEMMS, Case, Problem
 from adatsq_trt.plugins.kernels.reference import Reference
 from adatsq_trt.plugins.tiles import Tile
@@ -86,7 +88,7 @@ def test_nothing_is_written_beside_y(dtype: torch.dtype) -> None:
     room = torch.full((m * n + 2048,), 7.0, dtype=dtype)
     y = room[1024 : 1024 + m * n].view(m, n)
     x, w = torch.ones(m, k, dtype=dtype), torch.ones(n, k, dtype=dtype)
-    cases.gemm(cases.gemm_float.gemm_16, (x, w), None, y, k, SMALL)
+    cases.gemm(gemm_float.gemm_16, (x, w), None, y, k, SMALL)
     assert (y == k).all()
     assert (room[:1024] == 7).all()
     assert (room[1024 + m * n :] == 7).all()
@@ -121,8 +123,7 @@ def test_nested_planes_are_one_int8_weight() -> None:
 @pytest.mark.parametrize("name", KERNELS)
 def test_catalog_lists_the_parameters_in_their_order(name: str) -> None:
     kernel = KERNELS[name]
-    module = {"quantize": quantize}.get(kernel.module) or getattr(cases, kernel.module)
-    names = getattr(module, name).arg_names
+    names = getattr(importlib.import_module(f"adatsq_trt.plugins.kernels.{kernel.module}"), name).arg_names
     parameters = [parameter for parameter, _ in kernel.parameters]
     assert names[: len(parameters)] == parameters
     assert all(rest.isupper() for rest in names[len(parameters) :])
@@ -140,5 +141,5 @@ def test_every_tile_is_computed(group_m: int) -> None:
     y = torch.full((m, n), torch.nan, dtype=torch.float16)
     bias, zeros = torch.ones(n, dtype=torch.float16), torch.zeros(m, 16, dtype=torch.float16)
     tile = Tile(16, 16, 16, group_m, 4, 2)
-    cases.gemm(cases.gemm_float.gemm_16, (zeros, torch.zeros(n, 16, dtype=torch.float16)), bias, y, 16, tile)
+    cases.gemm(gemm_float.gemm_16, (zeros, torch.zeros(n, 16, dtype=torch.float16)), bias, y, 16, tile)
     assert (y == 1).all()

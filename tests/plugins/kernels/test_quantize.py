@@ -29,9 +29,7 @@ def random_x(m: int, k: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
     in_even_odd=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_tokens(
-    m: int, k: int, dtype: torch.dtype, smooth: bool, maximum: float, in_even_odd: bool, seed: int
-) -> None:
+def test_tokens(m: int, k: int, dtype: torch.dtype, smooth: bool, maximum: float, in_even_odd: bool, seed: int) -> None:
     k += k % 2 if in_even_odd else 0
     x = random_x(m, k, dtype, seed)
     divisor = torch.rand(k, generator=torch.Generator().manual_seed(seed)) + 0.5 if smooth else None
