@@ -168,7 +168,7 @@ def compile_kernels(
         AdatsqError: the compiler fails, or a kernel spills registers or needs more shared memory than its target has.
         OutputError: the folder cannot be written.
     """
-    with TemporaryDirectory() as cache, _pool(jobs, cache) as pool:
+    with compiler_pool(jobs) as pool:
         waiting = {pool.submit(compile_variant, variant): variant for variant in wanted}
         results = {}
         try:
@@ -179,7 +179,8 @@ def compile_kernels(
             pool.shutdown(cancel_futures=True)
             raise
     compiled = [results[variant] for variant in wanted]
-    _require_sound([entry for entry, _ in compiled])
+    if unsound := [fault for entry, _ in compiled for fault in faults(entry)]:
+        raise AdatsqError(f"{'; '.join(unsound)}; nothing was written: choose smaller tiles or fewer stages for these")
     table = KernelTable(kernels=tuple(entry for entry, _ in compiled))
     for entry, cubin in compiled:
         write_bytes(folder / entry.file, cubin)
@@ -189,10 +190,16 @@ def compile_kernels(
     return table
 
 
-def _pool(jobs: int, cache: str) -> ProcessPoolExecutor:
+@contextlib.contextmanager
+def compiler_pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes for `compile_variant`."""
     # Spawned, since a fork would inherit torch's threads and the mode in which kernels were imported.
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(jobs, mp_context=context, initializer=_prepare_process, initargs=(cache,))
+    with (
+        TemporaryDirectory() as cache,
+        ProcessPoolExecutor(jobs, mp_context=context, initializer=_prepare_process, initargs=(cache,)) as pool,
+    ):
+        yield pool
 
 
 def _prepare_process(cache: str) -> None:
@@ -285,14 +292,12 @@ def _count(pattern: str, log: str) -> int:
     return sum(map(int, found.groups()))
 
 
-def _require_sound(compiled: Iterable[CompiledVariant]) -> None:
-    """Refuse what would run slowly or not at all."""
-    faults = []
-    for entry in compiled:
-        if entry.spill_bytes:
-            faults.append(f"{entry.file} spills {entry.spill_bytes} bytes")
-        if entry.shared_bytes > SHARED_BYTES[entry.target]:
-            room = SHARED_BYTES[entry.target]
-            faults.append(f"{entry.file} needs {entry.shared_bytes} bytes of shared memory, {entry.target} has {room}")
-    if faults:
-        raise AdatsqError(f"{'; '.join(faults)}; nothing was written: choose smaller tiles or fewer stages for these")
+def faults(entry: CompiledVariant) -> list[str]:
+    """Why a cubin would run slowly or not at all; nothing for a sound one."""
+    found = []
+    if entry.spill_bytes:
+        found.append(f"{entry.file} spills {entry.spill_bytes} bytes")
+    room = SHARED_BYTES[entry.target]
+    if entry.shared_bytes > room:
+        found.append(f"{entry.file} needs {entry.shared_bytes} bytes of shared memory, {entry.target} has {room}")
+    return found

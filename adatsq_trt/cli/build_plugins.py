@@ -68,10 +68,8 @@ def _print(table: KernelTable) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    rows = Table("kernel", "group", "target", "type", "tile", "warps", "registers", "shared", "spills", box=None)
+    rows = Table("cubin", "warps", "registers", "shared memory", "spills", box=None)
     for entry in table.kernels:
-        name = f"{entry.kernel} ({entry.order})" if entry.kernel == "quantize_tokens" else entry.kernel
-        tile = f"{entry.block_m}x{entry.block_n}x{entry.block_k}"
-        numbers = (entry.num_warps, entry.registers, f"{entry.shared_bytes / 1024:.1f} KiB", entry.spill_bytes)
-        rows.add_row(name, str(entry.group or ""), entry.target, entry.dtype, tile, *map(str, numbers))
+        shared, spills = f"{entry.shared_bytes / 1024:.1f} KiB", f"{entry.spill_bytes} B"
+        rows.add_row(entry.file, str(entry.num_warps), str(entry.registers), shared, spills)
     Console().print(rows)

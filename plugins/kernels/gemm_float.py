@@ -37,7 +37,7 @@ def gemm_16(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """Y = x wᵀ + bias.
+    """Compute y = x wᵀ + bias.
 
     Args:
         x: [M, K] in y's type.
@@ -70,7 +70,9 @@ def gemm_w8a16(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """Y = x (w · w_scale)ᵀ + bias; codes are exact in 16 bits. As gemm_16, except:
+    """Compute y = x (w · w_scale)ᵀ + bias; codes are exact in 16 bits.
+
+    What differs from gemm_16:
 
     Args:
         w: [N, K] int8.
@@ -99,7 +101,9 @@ def gemm_fp8(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """Y = (x · x_scale) (w · w_scale)ᵀ + bias. As gemm_16, except:
+    """Compute y = (x · x_scale) (w · w_scale)ᵀ + bias.
+
+    What differs from gemm_16:
 
     Args:
         x: [M, K] float8 e4m3, by quantize_fp8.

@@ -26,7 +26,7 @@ def gemm_w4a8(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """Y = (x · x_scale) (w · w_scale)ᵀ + bias.
+    """Compute y = (x · x_scale) (w · w_scale)ᵀ + bias.
 
     A group's sum is exact in int32, then scaled and added in float32.
 
@@ -76,9 +76,11 @@ def gemm_w4a16(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """Y = x (w · w_scale)ᵀ + bias.
+    """Compute y = x (w · w_scale)ᵀ + bias.
 
-    Codes are exact in 16 bits. Scales are not, so they multiply a group's float32 sum. As gemm_w4a8, except:
+    Codes are exact in 16 bits. Scales are not, so they multiply a group's float32 sum.
+
+    What differs from gemm_w4a8:
 
     Args:
         x: [M, K] in y's type.

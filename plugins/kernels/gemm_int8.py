@@ -35,7 +35,7 @@ def gemm_w8a8(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """Y = (x · x_scale) (w · w_scale)ᵀ + bias.
+    """Compute y = (x · x_scale) (w · w_scale)ᵀ + bias.
 
     Args:
         x: [M, K] int8, by quantize_tokens in natural order.
@@ -78,7 +78,9 @@ def gemm_w8a8_nested(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """gemm_w8a8 with w = 16 · w_high + w_low. As there, except:
+    """Compute gemm_w8a8 with w = 16 · w_high + w_low.
+
+    What differs from gemm_w8a8:
 
     Args:
         x: [M, K] int8, by quantize_tokens in even-odd order.
