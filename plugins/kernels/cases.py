@@ -45,12 +45,14 @@ class Case:
     """One kernel's operands and what they should give.
 
     Attributes:
-        launch: runs the kernel with a tile and gives y [M, N].
+        y: [M, N], NaN until the kernel has run.
+        launch: runs the kernel with a tile, which writes and gives y.
         reference: gives the exact result.
         roundings: operations of float32 between a product and the result.
         unit: relative error of one of them on the tensor cores.
     """
 
+    y: Tensor
     launch: Callable[[Tile], Tensor]
     reference: Callable[[], Reference]
     roundings: int
@@ -120,8 +122,8 @@ class _Operands:
         """Int8 [N, K] over the whole range of so many bits."""
         highest, shape = 2 ** (bits - 1) - 1, (self.problem.n, self.problem.k)
         low = -highest if lowest is None else lowest
-        codes = torch.randint(low, highest + 1, shape, generator=self._random, device=self.problem.device)
-        return codes.to(torch.int8)
+        device = self.problem.device
+        return torch.randint(low, highest + 1, shape, generator=self._random, device=device, dtype=torch.int8)
 
     def scales(self, columns: int = 1) -> Tensor:
         """Float32 [N, columns] between 0.5 and 1.5, [N] for one column."""
@@ -133,12 +135,10 @@ class _Operands:
         """X as int8 in natural order, with its scales."""
         return quantize.quantize_tokens_reference(self.x, None)
 
-    def y(self) -> Tensor:
+    def launch(self, kernel: object, *operands: Tensor) -> tuple[Tensor, Callable[[Tile], Tensor]]:
         p = self.problem
-        return torch.full((p.m, p.n), torch.nan, dtype=p.dtype, device=p.device)
-
-    def launch(self, kernel: object, *operands: Tensor) -> Callable[[Tile], Tensor]:
-        return lambda tile: gemm(kernel, operands, self.bias, self.y(), self.problem.k, tile)
+        y = torch.full((p.m, p.n), torch.nan, dtype=p.dtype, device=p.device)
+        return y, lambda tile: gemm(kernel, operands, self.bias, y, p.k, tile)
 
 
 def _pack(codes: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ def gemm_w8a8(problem: Problem, group: int) -> Case:
     o = _Operands(problem)
     (q, x_scale), w, w_scale = o.tokens, o.codes(8), o.scales()
     return Case(
-        o.launch(gemm_int8.gemm_w8a8, q, x_scale, w, w_scale),
+        *o.launch(gemm_int8.gemm_w8a8, q, x_scale, w, w_scale),
         lambda: gemm_int8.gemm_w8a8_reference(q, x_scale, w, w_scale, o.bias),
         gemm_int8.ROUNDINGS,
     )
@@ -161,7 +161,7 @@ def gemm_w8a8_nested(problem: Problem, group: int) -> Case:
     o = _Operands(problem)
     (q, x_scale), high, low, w_scale = o.tokens, _pack(o.codes(4)), _pack(o.codes(4, -8)), o.scales()
     return Case(
-        o.launch(gemm_int8.gemm_w8a8_nested, quantize.even_odd(q), x_scale, high, low, w_scale),
+        *o.launch(gemm_int8.gemm_w8a8_nested, quantize.even_odd(q), x_scale, high, low, w_scale),
         lambda: gemm_int8.gemm_w8a8_nested_reference(q, x_scale, high, low, w_scale, o.bias),
         gemm_int8.ROUNDINGS,
     )
@@ -172,7 +172,7 @@ def gemm_w4a8(problem: Problem, group: int) -> Case:
     o = _Operands(problem)
     (q, x_scale), w, w_scale = o.tokens, _pack(o.codes(4, -8)), o.scales(problem.k // group)
     return Case(
-        o.launch(gemm_int4.gemm_w4a8, quantize.even_odd(q), x_scale, w, w_scale),
+        *o.launch(gemm_int4.gemm_w4a8, quantize.even_odd(q), x_scale, w, w_scale),
         lambda: gemm_int4.gemm_w4a8_reference(q, x_scale, w, w_scale, o.bias),
         gemm_int8.ROUNDINGS + problem.k // group,
     )
@@ -183,7 +183,7 @@ def gemm_w4a16(problem: Problem, group: int) -> Case:
     o = _Operands(problem)
     w, w_scale = _pack(o.codes(4, -8)), o.scales(problem.k // group)
     return Case(
-        o.launch(gemm_int4.gemm_w4a16, o.x, w, w_scale),
+        *o.launch(gemm_int4.gemm_w4a16, o.x, w, w_scale),
         lambda: gemm_int4.gemm_w4a16_reference(o.x, w, w_scale, o.bias),
         *_float_sum(problem),
     )
@@ -194,7 +194,7 @@ def gemm_w8a16(problem: Problem, group: int) -> Case:
     o = _Operands(problem)
     w, w_scale = o.codes(8), o.scales()
     return Case(
-        o.launch(gemm_float.gemm_w8a16, o.x, w, w_scale),
+        *o.launch(gemm_float.gemm_w8a16, o.x, w, w_scale),
         lambda: gemm_float.gemm_w8a16_reference(o.x, w, w_scale, o.bias),
         *_float_sum(problem),
     )
@@ -205,7 +205,7 @@ def gemm_16(problem: Problem, group: int) -> Case:
     o = _Operands(problem)
     w = o.normal(problem.n, problem.k).to(problem.dtype)
     return Case(
-        o.launch(gemm_float.gemm_16, o.x, w),
+        *o.launch(gemm_float.gemm_16, o.x, w),
         lambda: gemm_float.gemm_16_reference(o.x, w, o.bias),
         *_float_sum(problem),
     )
@@ -221,7 +221,7 @@ def gemm_fp8(problem: Problem, group: int) -> Case:
     # 3.3.2), which goes to float32 after at most 128 elements: four instructions, and twice that to be safe.
     rounding = (8, 2.0**-13) if o.x.is_cuda else _float_sum(problem)
     return Case(
-        o.launch(gemm_float.gemm_fp8, q, x_scale, w, w_scale),
+        *o.launch(gemm_float.gemm_fp8, q, x_scale, w, w_scale),
         lambda: gemm_float.gemm_fp8_reference(q, x_scale, w, w_scale, o.bias),
         *rounding,
     )
