@@ -19,3 +19,16 @@ def pack_nibbles(codes: Tensor) -> Tensor:
     if len(flat) % 2:
         flat = torch.cat([flat, flat.new_zeros(1)])
     return (flat[0::2] | (flat[1::2] << 4)).to(torch.uint8)
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """Signed 4-bit codes of packed bytes, the low nibble first.
+
+    Args:
+        packed: [..., n] uint8 or int8.
+
+    Returns:
+        int8 [..., 2 n] in [-8, 7].
+    """
+    nibbles = torch.stack([packed & 15, (packed >> 4) & 15], dim=-1).to(torch.int8)
+    return ((nibbles ^ 8) - 8).flatten(-2)

@@ -7,6 +7,8 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Kernels in the Triton language run in its interpreter, which it decides when it is imported: diffusers does that.
+os.environ["TRITON_INTERPRET"] = "1"
 
 import resource
 import signal

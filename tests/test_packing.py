@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import helper
 
-from adatsq_trt.packing import pack_nibbles
+from adatsq_trt.packing import pack_nibbles, unpack_nibbles
 from adatsq_trt.quantize import decode_e2m1
 
 
@@ -29,6 +29,14 @@ def test_signed_round_trip(values: list[int]) -> None:
 def test_unsigned_round_trip(values: list[int]) -> None:
     packed = pack_nibbles(torch.tensor(values, dtype=torch.uint8))
     assert unpacked(packed, len(values)) == values
+
+
+@pytest.mark.parametrize("stored", [torch.uint8, torch.int8])
+def test_unpacking_inverts_packing(stored: torch.dtype) -> None:
+    codes = (torch.arange(48, dtype=torch.int8).reshape(3, 16) % 16) - 8
+    packed = pack_nibbles(codes).view(stored).reshape(3, 8)
+    assert unpack_nibbles(packed).dtype is torch.int8
+    assert torch.equal(unpack_nibbles(packed), codes)
 
 
 def test_rows_are_packed_in_memory_order() -> None:

@@ -11,7 +11,9 @@ from typing import Annotated, NoReturn
 import typer
 
 from adatsq_trt import __version__
+from adatsq_trt.cli.benchmark import kernels
 from adatsq_trt.cli.build import engine
+from adatsq_trt.cli.build_plugins import plugins
 from adatsq_trt.cli.calibrate import calibrate
 from adatsq_trt.cli.check import check
 from adatsq_trt.cli.compare import compare
@@ -29,8 +31,12 @@ _DEBUG = "--debug"
 _INTERRUPTED = 130
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 build_app = typer.Typer(no_args_is_help=True)
-app.add_typer(build_app, name="build", help="Build what runs on the target: engines.")
-build_app.command(no_args_is_help=True)(engine)
+app.add_typer(build_app, name="build", help="Build what runs on the target: engines and their plugins.")
+for _build_command in (engine, plugins):
+    build_app.command(no_args_is_help=True)(_build_command)
+benchmark_app = typer.Typer(no_args_is_help=True)
+app.add_typer(benchmark_app, name="benchmark", help="Measure on this machine's GPU: the kernels of the plugin.")
+benchmark_app.command(no_args_is_help=True)(kernels)
 _WITH_ARGUMENTS: tuple[Callable[..., None], ...] = (
     *(calibrate, quantize, search, export),
     *(check, generate, inspect, compare, report),

@@ -119,12 +119,12 @@ _LIBRARIES = (
     _Library(
         "ModelOpt", "modelopt", ("nvidia-modelopt",), "comparison with other quantizers", "pip install nvidia-modelopt"
     ),
-    _Library("Triton language", "triton", ("triton",), _UNUSED, "pip install triton"),
+    _Library("Triton language", "triton", ("triton",), "build plugins", "pip install triton"),
 )
 
 _COMPILERS = (
-    ("g++", "--version", _UNUSED, "install g++ with the system's package manager"),
-    ("cmake", "--version", _UNUSED, "pip install cmake"),
+    ("g++", "--version", "build plugins: the library", "install g++ with the system's package manager"),
+    ("cmake", "--version", "build plugins: the library", "pip install cmake"),
     (
         "nvcc",
         "--version",

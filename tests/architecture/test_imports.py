@@ -27,7 +27,7 @@ ALLOWED = {
     "search": CALIBRATION | {"search"},
     "export": TENSORS | {"export"},
     "engines": DATA | {"engines"},
-    "plugins": {"", "errors", "formats", "packing", "plugins"},
+    "plugins": {"", "errors", "files", "formats", "packing", "plugins"},
     "report": DATA | {"run", "settings", "report"},
 }
 METHOD = set(ALLOWED) - {"export", "engines", "plugins"}

@@ -10,7 +10,8 @@ from adatsq_trt.settings import Settings
 
 HEAVY = ("diffusers", "matplotlib", "numpy", "onnx", "onnxruntime", "polygraphy", "pydantic", "tensorrt_rtx", "torch")
 COMMANDS = (
-    *(("build", "engine"), ("calibrate",), ("quantize",), ("search",), ("export",)),
+    *(("build", "engine"), ("build", "plugins"), ("benchmark", "kernels")),
+    *(("calibrate",), ("quantize",), ("search",), ("export",)),
     *(("check",), ("generate",), ("inspect",), ("compare",), ("report",), ("models",), ("doctor",)),
 )
 
@@ -33,10 +34,10 @@ def test_every_command_explains_itself(cli, command: tuple[str, ...]) -> None:
 
 def test_every_command_is_in_the_list_above() -> None:
     names = {command.callback.__name__ for command in app.registered_commands if command.callback}
-    assert names | {"build"} == {command[0] for command in COMMANDS}
+    assert names | {"build", "benchmark"} == {command[0] for command in COMMANDS}
 
 
-@pytest.mark.parametrize("group", [(), ("build",)], ids=["top", "build"])
+@pytest.mark.parametrize("group", [(), ("build",), ("benchmark",)], ids=["top", "build", "benchmark"])
 def test_a_group_without_a_command_shows_help(cli, group: tuple[str, ...]) -> None:
     ended = cli(*group)
     assert "Usage: adatsq-trt" in ended.out

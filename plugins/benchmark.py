@@ -1,0 +1,205 @@
+"""The kernels on a GPU: are they right, and how fast are they beside PyTorch's?
+
+Needs nothing but torch and the Triton language, so that it runs on any CUDA machine (`benchmarks/kernels/run.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import torch
+import triton
+from triton.testing import do_bench
+
+from adatsq_trt.errors import AdatsqError, DependencyError
+from adatsq_trt.plugins.catalog import KERNELS, TARGETS
+from adatsq_trt.plugins.kernels import cases, quantize
+from adatsq_trt.plugins.kernels.cases import GEMMS, Problem
+from adatsq_trt.plugins.tiles import Place, Tiles, load_tiles, tile_for
+
+log = logging.getLogger("adatsq_trt.plugins.benchmark")
+
+# (N, K) of the linear layers of Flux-dev, and tokens: prompts, small and full pictures; few, where memory decides.
+LAYERS = ((3072, 3072), (12288, 3072), (3072, 12288), (21504, 3072))
+TOKENS = (16, 64, 512, 1024, 4608)
+_CHECKED_SHAPES = ((1, 64, 128), (17, 80, 256), (130, 336, 1152), (333, 1040, 3072))
+_CEILING_SIZE = 8192
+_DTYPES = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One multiplication.
+
+    Attributes:
+        what: a kernel with its group, or PyTorch's function.
+        m, n, k: the shape.
+        median_ms: of repetitions over at least 100 ms, after 25 ms of warm-up, the L2 cache emptied before each.
+        p20_ms, p80_ms: their spread.
+        of_bf16: time of torch.matmul in bf16 divided by this one: above 1 is faster.
+        of_ceiling: operations per second, divided by those of the fastest torch.matmul in bf16 seen on this card.
+    """
+
+    what: str
+    m: int
+    n: int
+    k: int
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    of_bf16: float
+    of_ceiling: float
+
+
+def require_gpu() -> str:
+    """This card's target.
+
+    Raises:
+        DependencyError: there is no GPU, or none that the kernels are made for.
+    """
+    if not torch.cuda.is_available():
+        raise DependencyError(
+            "benchmarking kernels needs an NVIDIA GPU and a CUDA build of torch, and torch sees none; run it on a "
+            "machine that has them (nothing was written)"
+        )
+    major, minor = torch.cuda.get_device_capability()
+    # As the plugin chooses a cubin: exact, or of the same family below sm90.
+    family = [f"sm{major}{lower}" for lower in range(minor, -1, -1)][: None if major < 9 else 1]
+    for name in family:
+        if name in TARGETS:
+            return name
+    raise DependencyError(f"there are no kernels for sm{major}{minor}; they are made for {', '.join(TARGETS)}")
+
+
+def places(target: str) -> Iterator[Place]:
+    """Every GEMM of a target."""
+    for name in GEMMS:
+        if target in KERNELS[name].targets:
+            yield from (Place(name, target, group) for group in KERNELS[name].groups)
+
+
+def check(
+    tiles: Tiles, target: str, device: str = "cuda", shapes: Sequence[tuple[int, int, int]] = _CHECKED_SHAPES
+) -> int:
+    """Run every kernel with every tile against its reference; gives the number of comparisons.
+
+    Args:
+        tiles: how the kernels are cut.
+        target: whose kernels.
+        device: where they run: "cpu" is for the interpreter.
+        shapes: (M, N, K).
+
+    Raises:
+        AdatsqError: names those that are wrong.
+    """
+    wrong, count = [], 0
+    for place in places(target):
+        for m, n, k in shapes:
+            for dtype in _DTYPES:
+                case = GEMMS[place.kernel](Problem(m, n, k, dtype, m % 2 == 1, m, device), place.group)
+                reference = case.reference()
+                bound = reference.bound(dtype, case.roundings, case.unit)
+                for tile in tiles[place]:
+                    case.y.fill_(torch.nan)
+                    y, count = case.launch(tile), count + 1
+                    if not bool(((y.double() - reference.value).abs() <= bound).all()):
+                        wrong.append(f"{place.kernel} group {place.group} {dtype} [{m}, {n}, {k}] {tile}")
+    count += _check_quantizers(wrong, target, device)
+    if wrong:
+        raise AdatsqError(f"{len(wrong)} of {count} comparisons failed, so nothing was timed: {'; '.join(wrong)}")
+    return count
+
+
+def _check_quantizers(wrong: list[str], target: str, device: str) -> int:
+    """Quantizers give PyTorch's bits."""
+    count = 0
+    for dtype in _DTYPES:
+        x = torch.randn(5, 3072, device=device).to(dtype)
+        expected, scale = quantize.quantize_tokens_reference(x, None)
+        for even_odd in (False, True):
+            q, q_scale = cases.quantize_tokens(x, None, 127.0, even_odd)
+            wanted = quantize.even_odd(expected) if even_odd else expected
+            wrong += [] if torch.equal(q, wanted) and torch.equal(q_scale, scale) else [f"quantize_tokens {dtype}"]
+            count += 1
+        if target in KERNELS["quantize_fp8"].targets:
+            step = torch.tensor([0.01], device=device)
+            same = (
+                cases.quantize_fp8(x, step)
+                .view(torch.uint8)
+                .equal(quantize.quantize_fp8_reference(x, step).view(torch.uint8))
+            )
+            wrong += [] if same else [f"quantize_fp8 {dtype}"]
+            count += 1
+    return count
+
+
+def _candidates(tiles: Tiles, target: str, m: int, n: int, k: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    """What is timed on one shape, torch.matmul first; weights and activations are quantized beforehand."""
+    x, w = (torch.randn(rows, k, device="cuda", dtype=torch.bfloat16) for rows in (m, n))
+    yield "torch.matmul bf16", lambda: x @ w.T
+    codes, w_codes = (torch.randint(-127, 128, (rows, k), device="cuda", dtype=torch.int8) for rows in (m, n))
+    if m > 16:  # a condition of torch._int_mm
+        yield "torch._int_mm", lambda: torch._int_mm(codes, w_codes.T)
+    if target in KERNELS["gemm_fp8"].targets:
+        one, (a, b) = torch.ones((), device="cuda"), (t.to(torch.float8_e4m3fn) for t in (x, w))
+        yield "torch._scaled_mm", lambda: torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16)
+    for even_odd in (False, True):
+        order = "even-odd" if even_odd else "natural"
+        yield f"quantize_tokens {order}", partial(cases.quantize_tokens, x, None, 127.0, even_odd)
+    for place in places(target):
+        case = GEMMS[place.kernel](Problem(m, n, k, torch.bfloat16, device="cuda"), place.group)
+        tile, name = tile_for(tiles[place], m), f"{place.kernel} {place.group or ''}".strip()
+        yield name, partial(case.launch, tile)
+
+
+def measure(tiles: Tiles, target: str) -> list[Timing]:
+    """Time everything on every shape."""
+    size = torch.randn(_CEILING_SIZE, _CEILING_SIZE, device="cuda", dtype=torch.bfloat16)
+    ceiling = _CEILING_SIZE**3 / do_bench(lambda: size @ size, return_mode="min")
+    timings = []
+    for m in TOKENS:
+        for n, k in LAYERS:
+            bf16 = math.nan
+            for what, run in _candidates(tiles, target, m, n, k):
+                median, low, high = do_bench(run, quantiles=[0.5, 0.2, 0.8])
+                bf16 = median if what.startswith("torch.matmul") else bf16
+                rate = m * n * k / median / ceiling
+                timings.append(Timing(what, m, n, k, median, low, high, bf16 / median, rate))
+                log.info("%-24s M %5d N %5d K %5d: %.4f ms, %.2f × bf16", what, m, n, k, median, bf16 / median)
+    return timings
+
+
+def benchmark(output: Path, table: Path | None = None) -> None:
+    """Check and time the kernels of this card and write the results; nothing is written when one of them is wrong.
+
+    Args:
+        output: JSON file.
+        table: of tiles; None for the package's.
+
+    Raises:
+        DependencyError: there is no suitable GPU.
+        AdatsqError: a kernel is wrong.
+    """
+    target = require_gpu()
+    tiles = load_tiles(table) if table else load_tiles()
+    log.info("%d comparisons with PyTorch hold", check(tiles, target))
+    results = {
+        "schema_version": 1,
+        "measured": True,
+        "date": datetime.now(UTC).date().isoformat(),
+        "card": torch.cuda.get_device_name(),
+        "target": target,
+        "torch": torch.__version__,
+        "triton_language": triton.__version__,
+        "timings": [asdict(timing) for timing in measure(tiles, target)],
+    }
+    part = output.with_name(f".{output.name}.part")
+    part.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    part.replace(output)
