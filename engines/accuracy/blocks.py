@@ -6,21 +6,22 @@ make a difference.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from onnx import ModelProto, TensorProto, ValueInfoProto
 from onnx.helper import make_tensor_value_info, np_dtype_to_tensor_dtype, tensor_dtype_to_np_dtype
-from polygraphy.comparator import Comparator, RunResults
+from polygraphy.comparator import Comparator
 
-from adatsq_trt.engines.block_cut import Cut, GraphView, find_cut
+from adatsq_trt.engines.accuracy.block_cut import Cut, GraphView, find_cut
+from adatsq_trt.engines.accuracy.comparison import Arrays, quiet_polygraphy, run_in_onnxruntime
+from adatsq_trt.engines.accuracy.reference_ops import ReferenceRunner
 from adatsq_trt.engines.bundle import Bundle
-from adatsq_trt.engines.comparison import Arrays, quiet_polygraphy, run_in_onnxruntime
-from adatsq_trt.engines.reference_ops import ReferenceRunner
+from adatsq_trt.errors import AdatsqError
 from adatsq_trt.files import write_bytes
-from adatsq_trt.formats import FORMATS
 
 REFERENCE_NAME = "onnx ReferenceEvaluator"
 _FLOATS = (TensorProto.FLOAT, TensorProto.BFLOAT16, TensorProto.FLOAT16)
@@ -31,59 +32,72 @@ class BlockRun:
     """A block's outputs, computed twice.
 
     Attributes:
-        block: its module path.
         inputs: of the cpu block.
-        expected: polygraphy's results of the target block in onnx's evaluator.
-        got: polygraphy's results of the cpu block in ONNX Runtime.
+        expected: outputs of the target block in onnx's evaluator, those of its layers among them.
+        got: the same of the cpu block in ONNX Runtime.
         graph: the cpu block as an ONNX file.
     """
 
-    block: str
     inputs: Arrays
-    expected: RunResults
-    got: RunResults
+    expected: Arrays
+    got: Arrays
     graph: Path
 
 
-def choose_block(bundle: Bundle, assignment: int) -> str:
-    """The block that shows the most formats of an assignment; equals take turns from assignment to assignment."""
-    row = dict(zip(bundle.policy.layers, bundle.policy.assignments[assignment], strict=True))
-    shown = {
-        block: len({name for layer, name in row.items() if layer.startswith(f"{block}.") and name in FORMATS})
-        for block in bundle.index.blocks
-    }
-    best = [block for block, count in shown.items() if count == max(shown.values())]
-    return best[assignment % len(best)]
+@dataclass(frozen=True)
+class BlockPair:
+    """The graphs of one assignment in both variants, of which blocks are run.
 
-
-def run_block(bundle: Bundle, assignment: int, block: str, feed: Arrays, folder: Path) -> BlockRun:
-    """Cut a block out of both variants and run each.
-
-    Args:
+    Attributes:
         bundle: with a target and a cpu graph for the assignment.
         assignment: index into the policy's assignments.
-        block: module path.
-        feed: inputs of the cpu graph, scales among them, for a few rows.
-        folder: receives the cpu block as an ONNX file.
-
-    Raises:
-        AdatsqError: the variants do not share the block's border.
     """
-    target = GraphView(bundle.graph_path(bundle.graph("target", assignment)))
-    cpu = GraphView(bundle.graph_path(bundle.graph("cpu", assignment)))
-    cut = find_cut(target, cpu, block)
-    values = {**feed, **_values_inside(cpu, [name for name in cut.inputs if name in cpu.producers], feed)}
-    inputs = [_input(target, name, values[name], bundle.index.base_type) for name in cut.inputs]
-    rounded = {**values, **{value.name: _rounded(values[value.name], value) for value in inputs}}
-    target_block = target.extract(inputs, cut.outputs)
-    cpu_block = _cpu_block(cpu, cut, rounded)
-    path = folder / f"assignment_{assignment:03d}.{block}.onnx"
-    write_bytes(path, cpu_block.SerializeToString())
-    cpu_inputs = {value.name: rounded[value.name] for value in cpu_block.graph.input}
-    target_inputs = {value.name: rounded[value.name] for value in inputs}
-    with quiet_polygraphy():
-        expected = Comparator.run([ReferenceRunner(target_block, REFERENCE_NAME)], data_loader=[target_inputs])
-    return BlockRun(block, cpu_inputs, expected, run_in_onnxruntime(path, [cpu_inputs]), path)
+
+    bundle: Bundle
+    assignment: int
+
+    @cached_property
+    def _graphs(self) -> tuple[GraphView, GraphView]:
+        target, cpu = (self.bundle.graph(variant, self.assignment) for variant in ("target", "cpu"))
+        return GraphView(self.bundle.graph_path(target)), GraphView(self.bundle.graph_path(cpu))
+
+    def run(self, block: str, layer_outputs: Sequence[str], feed: Arrays, graph: Path) -> BlockRun:
+        """Cut a block out of both variants and run each.
+
+        Args:
+            block: module path.
+            layer_outputs: values inside of the block to return with its own outputs.
+            feed: inputs of the cpu graph, scales among them, for a few rows.
+            graph: where the cpu block is written as an ONNX file.
+
+        Raises:
+            AdatsqError: the variants do not share the block's border, or a block cannot be run.
+        """
+        target, cpu = self._graphs
+        border = find_cut(target, cpu, block)
+        inside = [name for name in layer_outputs if name in target.producers and name in cpu.producers]
+        cut = Cut(border.inputs, tuple(dict.fromkeys((*inside, *border.outputs))))
+        values = {**feed, **_values_inside(cpu, [name for name in cut.inputs if name in cpu.producers], feed)}
+        inputs = [_input(target, name, values[name], self.bundle.index.base_type) for name in cut.inputs]
+        rounded = {**values, **{value.name: _rounded(values[value.name], value) for value in inputs}}
+        cpu_block = _cpu_block(cpu, cut, rounded)
+        write_bytes(graph, cpu_block.SerializeToString())
+        cpu_inputs = {value.name: rounded[value.name] for value in cpu_block.graph.input}
+        expected = _evaluate(target.extract(inputs, cut.outputs), {v.name: rounded[v.name] for v in inputs})
+        return BlockRun(cpu_inputs, expected, run_in_onnxruntime(graph, [cpu_inputs])[0], graph)
+
+
+def _evaluate(block: ModelProto, feed: Arrays) -> dict[str, np.ndarray]:
+    """Outputs of a target block in onnx's evaluator."""
+    # The evaluator documents no common base for what it does not like about a graph.
+    try:
+        with quiet_polygraphy():
+            results = Comparator.run([ReferenceRunner(block, REFERENCE_NAME)], data_loader=[feed])
+    except Exception as error:
+        raise AdatsqError(
+            f"onnx's reference evaluator cannot run the target block: {error}; run 'adatsq-trt export' again"
+        ) from error
+    return dict(results[0][1][0])
 
 
 def _values_inside(cpu: GraphView, names: list[str], feed: Arrays) -> Mapping[str, np.ndarray]:
