@@ -7,11 +7,12 @@ each, so that the first wrong one is seen at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from math import inf
 from pathlib import Path
 
 from adatsq_trt.engines.accuracy.block_cut import load_graph, module_of
-from adatsq_trt.engines.accuracy.check import Subject, check_layers
+from adatsq_trt.engines.accuracy.check import check_layers
 from adatsq_trt.engines.accuracy.comparison import Arrays
 from adatsq_trt.engines.accuracy.report import CheckReport, CheckRow, FirstLayer, write_report
 from adatsq_trt.engines.bundle import Bundle
@@ -40,9 +41,8 @@ def bisect(
     for step, row in _first_wrong_steps(report.rows):
         candidates = [r for r in report.rows if (r.step, r.variant) == (step, row.variant)]
         if row.variant == "cpu" and layer_reference is not None and not any(r.layer for r in candidates):
-            subject = Subject(row.bucket, step, row.assignment, "cpu")
-            candidates = check_layers(bundle, subject, layer_reference(step), folder)
-        layer = _mismatched_format(bundle, row) or next((r.layer for r in candidates if r.layer and not r.passed), None)
+            candidates = check_layers(bundle, step, layer_reference(step), folder)
+        layer = _mismatched_format(bundle, row) or _origin(candidates)
         if layer is not None:
             found.append(_first_layer(bundle, row, layer))
     complete = report.model_copy(update={"first_layers": tuple(found)})
@@ -58,6 +58,21 @@ def _first_wrong_steps(rows: Iterable[CheckRow]) -> list[tuple[int, CheckRow]]:
             key = (row.bucket, row.variant)
             first[key] = min(first.get(key, row), row, key=lambda r: r.step)
     return [(row.step, row) for row in first.values()]
+
+
+def _origin(rows: Sequence[CheckRow]) -> str | None:
+    """Up to the first layer that leaves its tolerance, the layer at which the error grows most.
+
+    That is mostly the same layer. But a defect that hits few rows, such as a scale that is too small, may pass where it
+    is and fail where attention has spread it.
+    """
+    layers = [row for row in rows if row.layer is not None]
+    failed = next((index for index, row in enumerate(layers) if not row.passed), None)
+    if failed is None:
+        return None
+    errors = [inf if row.relative_error is None else row.relative_error for row in layers[: failed + 1]]
+    growth = [error - max(errors[:index], default=0.0) for index, error in enumerate(errors)]
+    return layers[growth.index(max(growth))].layer
 
 
 def _mismatched_format(bundle: Bundle, row: CheckRow) -> str | None:

@@ -6,7 +6,7 @@ make a difference.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from polygraphy.comparator import Comparator
 from adatsq_trt.engines.accuracy.block_cut import Cut, GraphView, find_cut
 from adatsq_trt.engines.accuracy.comparison import Arrays, quiet_polygraphy, run_in_onnxruntime
 from adatsq_trt.engines.accuracy.reference_ops import ReferenceRunner
+from adatsq_trt.engines.accuracy.references import OUTPUT_SUFFIX
 from adatsq_trt.engines.bundle import Bundle
 from adatsq_trt.errors import AdatsqError
 from adatsq_trt.files import write_bytes
@@ -51,40 +52,67 @@ class BlockPair:
     Attributes:
         bundle: with a target and a cpu graph for the assignment.
         assignment: index into the policy's assignments.
+        feed: inputs of the cpu graph, scales among them, for a few rows.
     """
 
     bundle: Bundle
     assignment: int
+    feed: Arrays
 
     @cached_property
     def _graphs(self) -> tuple[GraphView, GraphView]:
         target, cpu = (self.bundle.graph(variant, self.assignment) for variant in ("target", "cpu"))
         return GraphView(self.bundle.graph_path(target)), GraphView(self.bundle.graph_path(cpu))
 
-    def run(self, block: str, layer_outputs: Sequence[str], feed: Arrays, graph: Path) -> BlockRun:
+    @cached_property
+    def _cuts(self) -> dict[str, Cut]:
+        """Block → its border, with the outputs of its layers among the outputs."""
+        target, cpu = self._graphs
+        cuts = {}
+        for block in self.bundle.index.blocks:
+            layers = [f"{name}{OUTPUT_SUFFIX}" for name in self.bundle.policy.layers if name.startswith(f"{block}.")]
+            inside = [name for name in layers if name in target.producers and name in cpu.producers]
+            border = find_cut(target, cpu, block)
+            cuts[block] = Cut(border.inputs, tuple(dict.fromkeys((*inside, *border.outputs))))
+        return cuts
+
+    @cached_property
+    def _values(self) -> dict[str, np.ndarray]:
+        """What enters the blocks, computed by the cpu graph."""
+        _, cpu = self._graphs
+        entering = sorted({name for cut in self._cuts.values() for name in cut.inputs if name in cpu.producers})
+        inside = run_in_onnxruntime(cpu.path, [self.feed], entering)[0] if entering else {}
+        return {**self.feed, **inside}
+
+    def run(self, block: str, graph: Path) -> BlockRun:
         """Cut a block out of both variants and run each.
 
         Args:
             block: module path.
-            layer_outputs: values inside of the block to return with its own outputs.
-            feed: inputs of the cpu graph, scales among them, for a few rows.
             graph: where the cpu block is written as an ONNX file.
 
         Raises:
-            AdatsqError: the variants do not share the block's border, or a block cannot be run.
+            AdatsqError: the variants do not share the block's border, or a graph cannot be run.
         """
-        target, cpu = self._graphs
-        border = find_cut(target, cpu, block)
-        inside = [name for name in layer_outputs if name in target.producers and name in cpu.producers]
-        cut = Cut(border.inputs, tuple(dict.fromkeys((*inside, *border.outputs))))
-        values = {**feed, **_values_inside(cpu, [name for name in cut.inputs if name in cpu.producers], feed)}
+        (target, cpu), cut, values = self._graphs, self._cuts[block], self._values
+        _require(values, cut.inputs, target.path)
         inputs = [_input(target, name, values[name], self.bundle.index.base_type) for name in cut.inputs]
         rounded = {**values, **{value.name: _rounded(values[value.name], value) for value in inputs}}
         cpu_block = _cpu_block(cpu, cut, rounded)
+        _require(values, [value.name for value in cpu_block.graph.input], cpu.path)
         write_bytes(graph, cpu_block.SerializeToString())
         cpu_inputs = {value.name: rounded[value.name] for value in cpu_block.graph.input}
         expected = _evaluate(target.extract(inputs, cut.outputs), {v.name: rounded[v.name] for v in inputs})
         return BlockRun(cpu_inputs, expected, run_in_onnxruntime(graph, [cpu_inputs])[0], graph)
+
+
+def _require(values: Arrays, names: Iterable[str], graph: Path) -> None:
+    """Refuse a graph that asks for more than its index says."""
+    unknown = [name for name in names if name not in values]
+    if unknown:
+        raise AdatsqError(
+            f"'{graph}' takes '{unknown[0]}', which the index does not list; run 'adatsq-trt export' again"
+        )
 
 
 def _evaluate(block: ModelProto, feed: Arrays) -> dict[str, np.ndarray]:
@@ -98,23 +126,6 @@ def _evaluate(block: ModelProto, feed: Arrays) -> dict[str, np.ndarray]:
             f"onnx's reference evaluator cannot run the target block: {error}; run 'adatsq-trt export' again"
         ) from error
     return dict(results[0][1][0])
-
-
-def _values_inside(cpu: GraphView, names: list[str], feed: Arrays) -> Mapping[str, np.ndarray]:
-    """Values from the middle of the cpu graph, computed by ONNX Runtime."""
-    if not names:
-        return {}
-    import onnxruntime
-
-    model = ModelProto()
-    model.CopyFrom(cpu.model)
-    del model.graph.output[:]
-    model.graph.output.extend(cpu.types.get(name) or ValueInfoProto(name=name) for name in names)
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(cpu.path.parent))
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return dict(zip(names, session.run(names, {name: feed[name] for name in cpu.inputs}), strict=True))
 
 
 def _input(target: GraphView, name: str, value: np.ndarray, base_type: str) -> ValueInfoProto:

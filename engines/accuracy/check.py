@@ -13,7 +13,7 @@ from adatsq_trt.engines.accuracy.block_cut import load_graph
 from adatsq_trt.engines.accuracy.blocks import REFERENCE_NAME, BlockPair
 from adatsq_trt.engines.accuracy.comparison import CPU_NAME, Arrays, SavedArrays, compare, run_in_onnxruntime
 from adatsq_trt.engines.accuracy.loop import check_loop
-from adatsq_trt.engines.accuracy.references import Reference
+from adatsq_trt.engines.accuracy.references import OUTPUT_SUFFIX, Reference
 from adatsq_trt.engines.accuracy.report import REPORT_NAME, CheckReport, CheckRow, write_report
 from adatsq_trt.engines.accuracy.tolerances import Tolerance, block_tolerance, graph_tolerance
 from adatsq_trt.engines.bundle import MANIFEST_NAME, Bundle
@@ -21,7 +21,6 @@ from adatsq_trt.errors import AdatsqError, UserError
 from adatsq_trt.files import read_json_model, sha256
 
 PYTORCH_NAME = "PyTorch, fake-quantized"
-_OUTPUT_SUFFIX = ".output"
 
 
 @dataclass(frozen=True)
@@ -110,68 +109,96 @@ def _targets(bundle: Bundle) -> list[int]:
 
 def _units(bundle: Bundle, folder: Path) -> Iterator[list[CheckRow]]:
     reference = Reference(bundle)
-    for index, bucket in enumerate(bundle.policy.buckets):
-        subject = Subject(index, bucket.first, bucket.assignment, "cpu")
-        yield check_layers(bundle, subject, reference.layers(bucket.first), folder)
     for assignment in range(len(bundle.policy.assignments)):
         yield from _check_steps(bundle, reference, assignment, folder)
     for assignment in _targets(bundle):
         yield from _check_blocks(bundle, reference, assignment, folder)
 
 
-def check_layers(bundle: Bundle, subject: Subject, expected: Arrays, folder: Path) -> list[CheckRow]:
-    """All layers of a cpu graph at one step, in the order of execution.
+def _check_steps(bundle: Bundle, reference: Reference, assignment: int, folder: Path) -> Iterator[list[CheckRow]]:
+    """Every layer at the first step of every bucket of an assignment, and the output of its every step."""
+    graph, policy = bundle.graph("cpu", assignment), bundle.policy
+    firsts = [bucket.first for bucket in policy.buckets if bucket.assignment == assignment]
+    steps = [step for step, used in enumerate(policy.step_assignments) if used == assignment]
+    runs = [
+        *(_CpuRun(_subject(bundle, step), reference.layers(step), ".layers") for step in firsts),
+        *(_CpuRun(_subject(bundle, step), {graph.outputs[0].name: reference.output(step)}) for step in steps),
+    ]
+    yield from _run_cpu(bundle, runs, folder)
+
+
+def check_layers(bundle: Bundle, step: int, expected: Arrays, folder: Path) -> list[CheckRow]:
+    """All layers of a step's cpu graph, in the order of execution.
 
     Args:
         bundle: opened.
-        subject: the step and its graph.
+        step: index in the loop.
         expected: module path → PyTorch's output of the layer, for evenly spaced rows of the step's inputs.
         folder: the report's.
     """
-    graph = bundle.graph("cpu", subject.assignment)
-    path = bundle.graph_path(graph)
-    rows = len(next(iter(expected.values())))
-    feed = Reference(bundle).feed(subject.step, rows)
-    comparison = _Comparison(bundle, subject, folder, f"step_{subject.step:03d}.layers", path)
-    try:
-        outputs = {f"{layer}{_OUTPUT_SUFFIX}": expected[layer] for layer in execution_order(path, list(expected))}
-        (got,) = run_in_onnxruntime(path, [feed], list(outputs))
-    except AdatsqError as error:
-        return [comparison.failed(feed, {}, str(error))]
-    return comparison.rows(feed, got, outputs, marked=True)
+    return next(_run_cpu(bundle, [_CpuRun(_subject(bundle, step), expected, ".layers")], folder))
 
 
-def _check_steps(bundle: Bundle, reference: Reference, assignment: int, folder: Path) -> Iterator[list[CheckRow]]:
-    """Every step of an assignment, with one session."""
-    graph = bundle.graph("cpu", assignment)
-    path = bundle.graph_path(graph)
-    steps = [step for step, used in enumerate(bundle.policy.step_assignments) if used == assignment]
-    feeds = [reference.feed(step) for step in steps]
-    failure, results = None, [dict[str, np.ndarray]() for _ in steps]
+def _subject(bundle: Bundle, step: int) -> Subject:
+    return Subject(_bucket(bundle, step), step, bundle.policy.step_assignments[step], "cpu")
+
+
+@dataclass(frozen=True)
+class _CpuRun:
+    """A run of a cpu graph: where it belongs and what PyTorch computed, by layer or by name of the graph's output."""
+
+    subject: Subject
+    expected: Arrays
+    suffix: str = ""
+
+
+def _run_cpu(bundle: Bundle, runs: Sequence[_CpuRun], folder: Path) -> Iterator[list[CheckRow]]:
+    """Run a cpu graph, once for each of `runs`, with one session that gives out all layers."""
+    reference, graph = Reference(bundle), bundle.graph("cpu", runs[0].subject.assignment)
+    path, layers = bundle.graph_path(graph), bundle.policy.layers
+    feeds = [reference.feed(run.subject.step, len(next(iter(run.expected.values())))) for run in runs]
+    names = {name: name for name in (graph.outputs[0].name, *(f"{layer}{OUTPUT_SUFFIX}" for layer in layers))}
+    failure, results = None, [dict[str, np.ndarray]() for _ in runs]
     try:
-        results = run_in_onnxruntime(path, feeds)
+        names = _outputs(path, layers, graph.outputs[0].name)
+        results = run_in_onnxruntime(path, feeds, list(names))
     except AdatsqError as error:
         failure = str(error)
-    for step, feed, got in zip(steps, feeds, results, strict=True):
-        subject = Subject(_bucket(bundle, step), step, assignment, "cpu")
-        comparison = _Comparison(bundle, subject, folder, f"step_{step:03d}", path)
-        expected = {graph.outputs[0].name: reference.output(step)}
-        rows = comparison.rows(feed, got, expected, marked=False)
-        yield rows if failure is None else [comparison.failed(feed, expected, failure)]
+    for run, feed, got in zip(runs, feeds, results, strict=True):
+        expected = {output: run.expected[key] for output, key in names.items() if key in run.expected}
+        comparison = _Comparison(bundle, run.subject, folder, f"step_{run.subject.step:03d}{run.suffix}", path)
+        if failure is not None:
+            yield [comparison.failed(feed, expected, failure)]
+        else:
+            computed = {output: got[output] for output in expected if output in got}
+            yield comparison.rows(feed, computed, expected, marked=bool(run.suffix))
+
+
+def _outputs(graph: Path, layers: Sequence[str], output: str) -> dict[str, str]:
+    """Value → layer or graph output, in the order in which the graph computes them.
+
+    Raises:
+        AdatsqError: the file is not an ONNX graph, or a layer's output is not in it.
+    """
+    place = {name: index for index, node in enumerate(load_graph(graph).graph.node) for name in node.output}
+    values = {f"{layer}{OUTPUT_SUFFIX}": layer for layer in layers} | {output: output}
+    missing = [value for value in values if value not in place]
+    if missing:
+        raise AdatsqError(f"'{graph}' computes no '{missing[0]}'; run 'adatsq-trt build engine' again")
+    return {value: values[value] for value in sorted(values, key=place.__getitem__)}
 
 
 def _check_blocks(bundle: Bundle, reference: Reference, assignment: int, folder: Path) -> Iterator[list[CheckRow]]:
     """All blocks of a target graph, at the assignment's first step, for one row of each guidance branch."""
     step = bundle.policy.step_assignments.index(assignment)
-    pair, feed = BlockPair(bundle, assignment), reference.feed(step, rows=2)
+    pair = BlockPair(bundle, assignment, reference.feed(step, rows=2))
     for block in bundle.index.blocks:
         subject = Subject(_bucket(bundle, step), step, assignment, "target", block)
         name = f"assignment_{assignment:03d}.{block}"
         path = folder / f"{name}.onnx"
-        layers = [layer for layer in bundle.policy.layers if layer.startswith(f"{block}.")]
         comparison = _Comparison(bundle, subject, folder, name, path)
         try:
-            run = pair.run(block, [f"{layer}{_OUTPUT_SUFFIX}" for layer in layers], feed, path)
+            run = pair.run(block, path)
         except UserError:
             raise
         except AdatsqError as error:
@@ -182,17 +209,6 @@ def _check_blocks(bundle: Bundle, reference: Reference, assignment: int, folder:
 
 def _bucket(bundle: Bundle, step: int) -> int:
     return next(i for i, bucket in enumerate(bundle.policy.buckets) if bucket.first <= step <= bucket.last)
-
-
-def execution_order(graph: Path, layers: Sequence[str]) -> list[str]:
-    """Layers in the order in which a graph computes their outputs; those that it does not compute come last.
-
-    Raises:
-        AdatsqError: the file is not an ONNX graph.
-    """
-    nodes = load_graph(graph).graph.node
-    place = {name: index for index, node in enumerate(nodes) for name in node.output}
-    return sorted(layers, key=lambda layer: place.get(f"{layer}{_OUTPUT_SUFFIX}", len(nodes)))
 
 
 @dataclass(frozen=True)
@@ -267,7 +283,7 @@ class _Comparison:
         formats: Mapping[str, str] = dict(
             zip(self.bundle.policy.layers, self.bundle.policy.assignments[subject.assignment], strict=True)
         )
-        layer = output.removesuffix(_OUTPUT_SUFFIX)
+        layer = output.removesuffix(OUTPUT_SUFFIX)
         return CheckRow(
             bucket=subject.bucket,
             step=subject.step,

@@ -9,6 +9,9 @@ import numpy as np
 from adatsq_trt.engines.bundle import REFERENCE_NAME, Bundle
 from adatsq_trt.errors import DamagedFileError
 
+# What the exporter calls a layer's output after its module path.
+OUTPUT_SUFFIX = ".output"
+
 
 @dataclass(frozen=True)
 class Reference:
