@@ -8,9 +8,9 @@ All comparisons are polygraphy's:
 3. The denoising loop on its own latents: every latent against the fake-quantized PyTorch model's loop.
 """
 
-from adatsq_trt.engines.accuracy.bisect import LayerReference, bisect
-from adatsq_trt.engines.accuracy.check import check, passed_before, work_units
+from adatsq_trt.engines.accuracy.first_layer import LayerReference, bisect
 from adatsq_trt.engines.accuracy.report import REPORT_NAME, CheckReport, CheckRow, FirstLayer, write_junit, write_report
+from adatsq_trt.engines.accuracy.rows import check, passed_before, work_units
 
 __all__ = [
     "REPORT_NAME",

@@ -12,9 +12,9 @@ from math import inf
 from pathlib import Path
 
 from adatsq_trt.engines.accuracy.block_cut import load_graph, module_of
-from adatsq_trt.engines.accuracy.check import check_layers
 from adatsq_trt.engines.accuracy.comparison import Arrays
 from adatsq_trt.engines.accuracy.report import CheckReport, CheckRow, FirstLayer, write_report
+from adatsq_trt.engines.accuracy.rows import check_layers
 from adatsq_trt.engines.bundle import Bundle
 
 # Step → module path → PyTorch's output of the layer, for evenly spaced rows of the step's inputs.
