@@ -20,30 +20,42 @@ VALUES = (
     *("out", "file", "bundle", "bundle/policy.json", "missing/deeper", "file/below", "/proc/none", "--", "--help"),
 )
 
+KINDS = {
+    "formats": ("paper", "blackwell", "nvfp4,fp8", "int4wo", "fp8,fp8", ","),
+    "policy": ("policy.json", "bundle/policy.json", "file", "missing"),
+}
+
 
 @cache
-def commands() -> dict[tuple[str, ...], list[str]]:
-    """Words of a command → its options."""
+def commands() -> dict[tuple[str, ...], Any]:
+    """Words of a command → the command."""
     from typer.main import get_command
 
     from adatsq_trt.cli import app
 
     root: Any = get_command(app)
-    found = {(name,): command for name, command in root.commands.items()}
-    found |= {("build", name): command for name, command in root.commands["build"].commands.items()}
-    return {words: [o for p in command.params for o in p.opts if o.startswith("-")] for words, command in found.items()}
+    found = {(name,): command for name, command in root.commands.items() if name != "build"}
+    return found | {("build", name): command for name, command in root.commands["build"].commands.items()}
 
 
 @st.composite
 def command_lines(draw: st.DrawFn) -> list[str]:
-    """A command, its argument, options with values; now and then a word too many or too few."""
-    value = st.sampled_from(VALUES) | st.text(st.characters(exclude_characters="\0"), max_size=6)
-    words = draw(st.sampled_from(sorted(commands())))
-    given_options = draw(st.lists(st.tuples(st.sampled_from(commands()[words] or ["--json"]), value), max_size=4))
-    argument = draw(st.sampled_from(("bundle", "digits-flux")) | value)  # mostly one that a command can use
-    line = [*words, argument, *(word for pair in given_options for word in pair)]
-    if draw(st.integers(0, 4)) == 0:
-        del line[draw(st.integers(0, len(line) - 1))]
+    """A command, its argument, options with values of their kind; now and then a wrong or missing word."""
+    anything = st.sampled_from(VALUES) | st.text(st.characters(exclude_characters="\0"), max_size=6)
+    name = draw(st.sampled_from(sorted(commands())))
+    parameters = commands()[name].params
+    line, options = [*name], [p for p in parameters if p.param_type_name == "option" and p.name != "help"]
+    for parameter in parameters:
+        if parameter.param_type_name == "argument":
+            line.append(draw(st.just("digits-flux" if parameter.name == "model" else "bundle") | anything))
+    if any(option.name == "target" for option in options):
+        line += ["--target", draw(st.sampled_from(("sm120", "sm80", "cpu")))]
+    for option in draw(st.lists(st.sampled_from(options), max_size=3)) if options else ():
+        number = option.type_descriptor.annotation in (int, float, list[int])
+        kind = st.integers(-1, 9).map(str) if number else st.sampled_from(KINDS.get(option.name, ("out", "0")))
+        line += [option.opts[0], *([] if option.is_flag else [draw(kind | kind | anything)])]
+    if draw(st.integers(0, 9)) == 0:
+        line[draw(st.integers(0, len(line) - 1))] = draw(anything)
     return [word for word in line if word != "--debug"]
 
 
