@@ -18,13 +18,14 @@ rounds to 16 bit after every operator. Two effects add up, with u the root mean 
 bfloat16, 2^-12 for float16) and s the coarsest grid's step:
 
 - some 2^6 roundings that behave like a random walk: 2^3 u;
-- rounding flips: a value that is off by u crosses a tie with probability 2 u / s and then moves by s, which has the
-  root mean square sqrt(2 u s).
+- rounding flips: a value that is off by u crosses a tie with probability 2 u / d and then moves by d, the distance to
+  its neighbour, which has the root mean square sqrt(2 u d). On a floating grid d is up to 2 s.
 
 Four quantized layers stand one behind the other in a block, which doubles the second effect, and magnitudes are uneven,
-for which another factor of 2 is allowed: the limit of the relative error is 2^3 u + 4 sqrt(2 u s). An output sums many
+for which another factor of 2 is allowed: the limit of the relative error is 2^3 u + 4 sqrt(4 u s). An output sums many
 inputs that flipped, so its error is about normal, and the median of a normal error is 0.67 times its root mean square:
-so is the limit of the median. A float32 target rounds like the cpu graph, so that its limits hold.
+so is the limit of the median. `make demo` (nvfp4 in bfloat16) showed up to 0.140, limit 0.192, and for the median
+0.083, limit 0.130. A float32 target rounds like the cpu graph, so that its limits hold.
 
 The loop. Each step may change the latent by its own tolerance r[k] relative to what the step does, dx[k] = x[k+1] -
 x[k]; guidance g combines two predictions with the weights g and 1 - g. Flips of different steps are independent, so
@@ -87,7 +88,7 @@ def block_tolerance(formats: Sequence[str], base_type: str) -> Tolerance:
     if base_type == "float32":
         return graph_tolerance(formats)
     unit = _TYPICAL_ROUNDING[base_type]
-    relative = unit * _BLOCK_ROUNDINGS**0.5 + 4 * (2 * unit * coarsest_step(formats)) ** 0.5
+    relative = unit * _BLOCK_ROUNDINGS**0.5 + 4 * (4 * unit * coarsest_step(formats)) ** 0.5
     return Tolerance(NORMAL_MEDIAN * relative, relative)
 
 

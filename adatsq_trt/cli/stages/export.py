@@ -25,6 +25,7 @@ NAME = "export"
 GRAPHS, PROMPTS, REFERENCE = "onnx", "prompts.safetensors", "check/reference.safetensors"
 OUTPUT_NAME = "velocity"
 CHECK_SAMPLES = 2
+_REFERENCE_CONTENT = "steps, layers, loop"  # a part of the stage's key: exports that hold less are made again
 _TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 BaseName = Literal["bfloat16", "float16", "float32"]
 
@@ -50,7 +51,8 @@ def stage(context: Context) -> Stage:
         calibrate.stage(context).folder / calibrate.TRAJECTORY,
     ]
     inputs = context.inputs(("weights_sha256", "model_sha256", "formats", "steps", "guidance"))
-    return context.run.stage(NAME, {**inputs, "base": base_type(context), "variants": variants(context)}, files)
+    own = {"base": base_type(context), "variants": variants(context), "reference": _REFERENCE_CONTENT}
+    return context.run.stage(NAME, {**inputs, **own}, files)
 
 
 def run(context: Context) -> Stage:
