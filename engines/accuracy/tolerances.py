@@ -24,7 +24,7 @@ bfloat16, 2^-12 for float16) and s the coarsest grid's step:
 Four quantized layers stand one behind the other in a block, which doubles the second effect, and magnitudes are uneven,
 for which another factor of 2 is allowed: the limit of the relative error is 2^3 u + 4 sqrt(4 u s). An output sums many
 inputs that flipped, so its error is about normal, and the median of a normal error is 0.67 times its root mean square:
-so is the limit of the median. `make demo` (nvfp4 in bfloat16) showed up to 0.140, limit 0.192, and for the median
+so is the limit of the median. `make demo` (nvfp4 in bfloat16) showed up to 0.138, limit 0.192, and for the median
 0.083, limit 0.130. A float32 target rounds like the cpu graph, so that its limits hold.
 
 The loop. Each step may change the latent by its own tolerance r[k] relative to what the step does, dx[k] = x[k+1] -
