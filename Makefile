@@ -53,3 +53,9 @@ bench-digits: $(INSTALLED)
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Damaged files and odd command lines for a while; the test suite runs one short round of the same.
+SECONDS ?= 60
+.PHONY: fuzz
+fuzz: $(INSTALLED)
+	FUZZ_SECONDS=$(SECONDS) $(BIN)/python -m pytest tests/fuzz -x

@@ -24,6 +24,7 @@ def denoise(
     seeds: Sequence[int],
     quantized: bool = True,
     on_step: Callable[[int, int], None] | None = None,
+    on_latent: Callable[[int, np.ndarray], None] | None = None,
 ) -> np.ndarray:
     """Generate latents: x[t+1] = x[t] + (sigma[t+1] - sigma[t]) v(x[t], t).
 
@@ -33,6 +34,7 @@ def denoise(
         seeds: of the initial noise, one per sample.
         quantized: follow the policy; otherwise run the full-precision graph at every step.
         on_step: called with (steps done, steps in all).
+        on_latent: called with (step, the latent after it).
 
     Returns:
         float32 [samples, *latent_shape].
@@ -55,6 +57,8 @@ def denoise(
             velocity = _guide(prediction, len(seeds), bundle.manifest.guidance)
             # Its arithmetic serves NumPy as well as the tensors that it is declared for.
             latent = schedule.advance(latent, velocity, step)  # type: ignore[arg-type, assignment]
+            if on_latent is not None:
+                on_latent(step, latent)
             if on_step is not None:
                 on_step(step + 1, schedule.steps)
     return latent

@@ -22,6 +22,8 @@ class StageName(StrEnum):
 
 
 _POLICY, _EFFORT = "The policy", "The effort"
+# Each batch of samples has a million seeds of its own; a scheduler has a thousand timesteps.
+_MOST_SAMPLES, _MOST_STEPS, _MOST_PATHS = 1_000_000, 1000, 1000
 
 Model = Annotated[str, typer.Argument(help="Name of a model: see 'adatsq-trt models'.", show_default=False)]
 TargetOption = Annotated[
@@ -70,7 +72,9 @@ Policy = Annotated[
 ]
 Steps = Annotated[
     int | None,
-    typer.Option("--steps", min=1, help="Denoising steps.", show_default="the model's", rich_help_panel=_POLICY),
+    typer.Option(
+        "--steps", min=1, max=_MOST_STEPS, help="Denoising steps.", show_default="the model's", rich_help_panel=_POLICY
+    ),
 ]
 Guidance = Annotated[
     float | None,
@@ -87,13 +91,16 @@ Seed = Annotated[
 ]
 Beam = Annotated[
     int | None,
-    typer.Option("--beam", min=1, help="Paths kept after each step.", show_default="4", rich_help_panel=_EFFORT),
+    typer.Option(
+        "--beam", min=1, max=_MOST_PATHS, help="Paths kept after each step.", show_default="4", rich_help_panel=_EFFORT
+    ),
 ]
 Candidates = Annotated[
     int | None,
     typer.Option(
         "--candidates",
         min=1,
+        max=_MOST_PATHS,
         help="Assignments tried per path and step, besides the previous one.",
         show_default="5",
         rich_help_panel=_EFFORT,
@@ -104,6 +111,7 @@ Calibration = Annotated[
     typer.Option(
         "--calibration-samples",
         min=1,
+        max=_MOST_SAMPLES,
         help="Pictures that Hessians, sensitivities and the beam are measured on.",
         show_default="64",
         rich_help_panel=_EFFORT,
@@ -114,6 +122,7 @@ Selection = Annotated[
     typer.Option(
         "--selection-samples",
         min=1,
+        max=_MOST_SAMPLES,
         help="Fresh pictures that decide between finished policies.",
         show_default="256",
         rich_help_panel=_EFFORT,
@@ -124,6 +133,7 @@ HeldOut = Annotated[
     typer.Option(
         "--held-out-samples",
         min=1,
+        max=_MOST_SAMPLES,
         help="Fresh pictures that the reported errors are measured on.",
         show_default="1024",
         rich_help_panel=_EFFORT,

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from adatsq_trt.errors import AdatsqError
+from adatsq_trt.errors import AdatsqError, UserError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from adatsq_trt.engines.accuracy import CheckReport
+    from adatsq_trt.engines.accuracy import CheckReport, CheckRow, LayerReference
+    from adatsq_trt.engines.bundle import Bundle
+
+_SHOWN_FAILURES = 12
 
 
 def check(
@@ -21,6 +24,21 @@ def check(
         Path | None,
         typer.Option("--output", "-o", help="Folder for the report.", show_default="check/ beside the bundle"),
     ] = None,
+    fail_above: Annotated[
+        float | None,
+        typer.Option(
+            "--fail-above",
+            min=0,
+            help="Largest relative error of the last latent against full precision.",
+            show_default="no limit",
+        ),
+    ] = None,
+    bisect: Annotated[
+        bool, typer.Option("--bisect", help="Name the first layer at which a wrong graph leaves the tolerance.")
+    ] = False,
+    junit: Annotated[
+        Path | None, typer.Option("--junit", help="JUnit XML file to write as well.", show_default="none")
+    ] = None,
     again: Annotated[
         bool, typer.Option("--again", help="Compare anew, also when this very bundle has passed before.")
     ] = False,
@@ -28,56 +46,106 @@ def check(
 ) -> None:
     """Compare a bundle's graphs with the fake-quantized PyTorch model.
 
-    Every step's cpu graph is compared in ONNX Runtime, one block of every target graph in onnx's reference evaluator.
-    Exit code 1 when a comparison fails. A bundle that has passed and is unchanged, file by file, is not compared anew.
+    Every step and, for each bucket, every layer of the cpu graphs is compared in ONNX Runtime; every layer of the
+    target graphs in onnx's reference evaluator; the denoising loop as a whole. Exit code 1 when a comparison fails. A
+    bundle that has passed and is unchanged, file by file, is not compared anew.
 
-    Example: adatsq-trt check runs/demo
+    Example: adatsq-trt check runs/demo --bisect --junit check.xml
     """
     from rich.console import Console
 
-    from adatsq_trt.cli.progress import progress
-    from adatsq_trt.engines.accuracy import check as run_check
-    from adatsq_trt.engines.accuracy import passed_before
+    from adatsq_trt.engines import accuracy
     from adatsq_trt.engines.bundle import Bundle
 
     opened = Bundle.open(bundle)
     folder = output or opened.folder.parent / "check"
-    rows = opened.policy.steps + sum(graph.variant == "target" for graph in opened.index.graphs)
-    report = None if again else passed_before(opened, folder)
+    report = None if again else accuracy.passed_before(opened, folder, fail_above)
     if report is None:
-        with progress("check", rows) as advance:
-            report = run_check(opened, folder, lambda _done, _all: advance())
+        report = _compare(opened, folder, fail_above)
     else:
         typer.echo("this bundle has passed before and is unchanged; pass --again to compare anew", err=True)
+    if bisect and not report.passed:
+        report = accuracy.bisect(opened, report, folder, _layer_reference(bundle, opened))
+    if junit is not None:
+        accuracy.write_junit(junit, report)
     if json:
         typer.echo(report.model_dump_json(indent=2))
     else:
         Console().print(_table(report, folder))
     if not report.passed:
-        failed = [f"step {r.step} ({r.variant})" for r in report.rows if not r.passed]
-        raise AdatsqError(f"check failed at {', '.join(failed) or 'missing rows'}; see '{folder / 'check.json'}'")
+        raise AdatsqError(_failure(report, folder))
+
+
+def _compare(bundle: Bundle, folder: Path, fail_above: float | None) -> CheckReport:
+    from adatsq_trt.cli.progress import progress
+    from adatsq_trt.engines import accuracy
+
+    with progress("check", accuracy.work_units(bundle)) as advance:
+        return accuracy.check(bundle, folder, fail_above, advance)
+
+
+def _layer_reference(path: Path, bundle: Bundle) -> LayerReference | None:
+    """Layers of any step, computed by PyTorch's model, where the bundle lies in the run that made it."""
+    from adatsq_trt.cli.options import open_run
+    from adatsq_trt.cli.stages import export
+
+    try:
+        context = open_run(path)
+    except UserError:
+        return None  # a bundle alone: it holds the layers of each bucket's first step
+    return lambda step: {n: t.numpy() for n, t in export.layer_reference(context, bundle.policy, step).items()}
+
+
+def _failure(report: CheckReport, folder: Path) -> str:
+    """What failed, in one sentence."""
+    parts = []
+    failed = list(dict.fromkeys(f"step {r.step} ({r.variant})" for r in report.rows if not r.passed))
+    if failed:
+        more = f" and {len(failed) - _SHOWN_FAILURES} more" if len(failed) > _SHOWN_FAILURES else ""
+        parts.append(f"at {', '.join(failed[:_SHOWN_FAILURES])}{more}")
+    if not report.loop.passed:
+        parts.append("in the denoising loop")
+    advice = "" if report.first_layers or not failed else "; --bisect names the first wrong layer"
+    return f"check failed {' and '.join(parts)}; see '{folder / 'check.json'}'{advice}"
 
 
 def _table(report: CheckReport, folder: Path) -> Table:
+    """A line for each bucket and variant with its worst row, the loop, and what failed."""
     from rich.table import Table
 
-    table = Table("step", "assignment", "variant", "checked", "against", "median", "≤", "relative", "≤", "", box=None)
-    for row in report.rows:
-        table.add_row(
-            str(row.step),
-            str(row.assignment),
-            row.variant,
-            row.block or row.computed_by,
-            row.reference,
-            _figure(row.median_error),
-            _figure(row.median_tolerance),
-            _figure(row.relative_error),
-            _figure(row.relative_tolerance),
-            "ok" if row.passed else "FAILED",
-        )
-    table.caption = f"every row's arrays and the command that repeats it: {folder / 'check.json'}"
+    from adatsq_trt.engines.accuracy.report import figure
+
+    table = Table("steps", "variant", "outputs", "median", "≤", "relative", "≤", "", box=None)
+    for index, (first, last) in enumerate(report.buckets):
+        for variant in ("cpu", "target"):
+            rows = [row for row in report.rows if (row.bucket, row.variant) == (index, variant)]
+            if rows:
+                table.add_row(f"{first}–{last}", variant, str(len(rows)), *_worst(rows), _verdict(rows))
+    loop = report.loop
+    if loop.rows:
+        worst = max(loop.rows, key=lambda row: float("inf") if row.error is None else row.error / row.tolerance)
+        verdict = "ok" if loop.passed else "FAILED"
+        table.add_row("all", "loop", str(len(loop.rows)), "", "", figure(worst.error), figure(worst.tolerance), verdict)
+    lines = [f"{row.subject}: {row.finding}" for row in report.rows if not row.passed][:_SHOWN_FAILURES]
+    lines += [layer.sentence for layer in report.first_layers]
+    last_error = figure(loop.rows[-1].quantization_error) if loop.rows else "none"
+    limit = "" if loop.fail_above is None else f" (limit {loop.fail_above:g})"
+    lines.append(f"relative error of the last latent against full precision: {last_error}{limit}")
+    lines.append(f"every row's arrays and the command that repeats it: {folder / 'check.json'}")
+    table.caption = "\n".join(lines)
+    table.caption_justify = "left"
     return table
 
 
-def _figure(value: float | None) -> str:
-    return "none" if value is None else f"{value:.1e}"
+def _worst(rows: list[CheckRow]) -> tuple[str, str, str, str]:
+    """Largest figures beside their limits."""
+    from adatsq_trt.engines.accuracy.report import figure
+
+    medians, relatives = [row.median_error for row in rows], [row.relative_error for row in rows]
+    median = None if None in medians else max(m for m in medians if m is not None)
+    relative = None if None in relatives else max(r for r in relatives if r is not None)
+    return figure(median), figure(rows[0].median_tolerance), figure(relative), figure(rows[0].relative_tolerance)
+
+
+def _verdict(rows: list[CheckRow]) -> str:
+    return "ok" if all(row.passed for row in rows) else "FAILED"

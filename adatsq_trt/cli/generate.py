@@ -12,7 +12,7 @@ from adatsq_trt.errors import UserError
 
 def generate(
     bundle: Annotated[Path, typer.Argument(help="A bundle or a run directory.")],
-    samples: Annotated[int, typer.Option("--samples", min=1, help="How many pictures.")] = 40,
+    samples: Annotated[int, typer.Option("--samples", min=1, max=10_000, help="How many pictures.")] = 40,
     prompt: Annotated[
         list[int] | None,
         typer.Option("--prompt", help="Number of a prompt of the model; may be repeated.", show_default="all in turn"),

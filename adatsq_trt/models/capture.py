@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 @dataclass
@@ -38,6 +39,22 @@ def captured(layers: Mapping[str, nn.Linear]) -> Iterator[Capture]:
     handles = [watch(name, layer) for name, layer in layers.items()]
     try:
         yield capture
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def captured_outputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Record the output of every layer, by name, of a call inside the block."""
+    outputs: dict[str, Tensor] = {}
+
+    def watch(name: str, layer: nn.Module) -> RemovableHandle:
+        return layer.register_forward_hook(lambda _module, _inputs, output: outputs.__setitem__(name, output.detach()))
+
+    handles = [watch(name, layer) for name, layer in layers.items()]
+    try:
+        yield outputs
     finally:
         for handle in handles:
             handle.remove()

@@ -1,9 +1,12 @@
 """The command line as a user meets it, and one real run for all its tests."""
 
 import fcntl
+import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,6 +91,28 @@ class CommandLine:
 def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> CommandLine:
     """The command line."""
     return CommandLine(capsys, monkeypatch)
+
+
+@contextmanager
+def _unprivileged_in(folder: Path) -> Iterator[None]:
+    folders = [folder, *(path for path in folder.rglob("*") if path.is_dir())]
+    user = os.geteuid()
+    for path in folders:
+        path.chmod(0o555)
+    if user == 0:  # root may write everywhere
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+        for path in folders:
+            path.chmod(0o755)
+
+
+@pytest.fixture
+def unprivileged_in() -> Callable[[Path], AbstractContextManager[None]]:
+    """A block in which nothing below a folder may be written."""
+    return _unprivileged_in
 
 
 @pytest.fixture(scope="session")

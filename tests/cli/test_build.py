@@ -10,6 +10,7 @@ import pytest
 from adatsq_trt import zoo
 from adatsq_trt.cli.build import StageName
 from adatsq_trt.engines.accuracy import CheckReport, CheckRow
+from adatsq_trt.engines.accuracy.report import LoopReport
 from adatsq_trt.files import read_tensors, write_tensors
 from adatsq_trt.policy import Policy
 from adatsq_trt.report.summary import Summary
@@ -254,12 +255,17 @@ def test_check_passes_and_writes_its_report(cli, copy: Path) -> None:
     assert "has passed before" in cli("check", copy).err
 
 
-def test_failed_check_says_where_and_ends_with_1(cli, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_check_says_where_and_ends_with_1(
+    cli, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     row = CheckRow(
+        bucket=0,
         step=1,
         assignment=0,
         variant="cpu",
         block=None,
+        layer=None,
+        format=None,
         computed_by="onnxruntime",
         reference="PyTorch",
         median_error=None,
@@ -267,15 +273,22 @@ def test_failed_check_says_where_and_ends_with_1(cli, built: Path, monkeypatch: 
         relative_error=0.5,
         relative_tolerance=0.1,
         passed=False,
+        failure=None,
         command="polygraphy run",
     )
-    report = CheckReport(model="digits-flux", manifest_sha256="", passed=False, rows=(row,))
+    loop = LoopReport(rows=(), fail_above=None, passed=False, failure="no loop", command="polygraphy run")
+    report = CheckReport(
+        model="digits-flux", manifest_sha256="", passed=False, buckets=((0, 1),), rows=(row,), loop=loop
+    )
     monkeypatch.setattr("adatsq_trt.engines.accuracy.check", lambda *_: report)
-    ended = cli("check", built, "--again", "--json")
+    ended = cli("check", built, "--again", "--json", "--junit", tmp_path / "check.xml")
     assert ended.code == 1
     assert CheckReport.model_validate_json(ended.out) == report
-    assert ended.err.splitlines()[-1].startswith("adatsq-trt: check failed at step 1 (cpu); see '")
-    assert "FAILED" in cli("check", built, "--again").out
+    assert "check failed at step 1 (cpu) and in the denoising loop; see '" in ended.err.splitlines()[-1]
+    assert "no loop" in (tmp_path / "check.xml").read_text()
+    shown = cli("check", built, "--again").out
+    assert "FAILED" in shown
+    assert "step 1, cpu graph of assignment 0: median none" in shown
 
 
 def test_compare_prints_the_solvers(cli, built: Path) -> None:

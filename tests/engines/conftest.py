@@ -33,6 +33,7 @@ from adatsq_trt.quantize import (
     quantize_nearest,
     static_activation_scale,
 )
+from adatsq_trt.schedule import initial_noise
 
 WIDTH, TOKENS, PROMPTS, ROWS = 16, 4, 3, 12
 LAYERS = ("blocks.0.linear", "blocks.1.linear")
@@ -56,9 +57,16 @@ class TinyModel:
         return quantize_nearest(self.weights[layer], FORMATS[name])
 
     def run(
-        self, inputs: Mapping[str, np.ndarray], row: tuple[str, ...] | None, fixed: list[float] | None = None
+        self,
+        inputs: Mapping[str, np.ndarray],
+        row: tuple[str, ...] | None,
+        fixed: list[float] | None = None,
+        outputs: dict[str, np.ndarray] | None = None,
     ) -> tuple[np.ndarray, list[float]]:
-        """Output and static activation scales (0 where a format has none), measured unless they are given."""
+        """Output and static activation scales (0 where a format has none), measured unless they are given.
+
+        Layer outputs go into `outputs`.
+        """
         given = {name: torch.from_numpy(value) for name, value in inputs.items()}
         x, scales = given["hidden_states"] + (given["pooled"] * given["timestep"][:, None])[:, None], []
         for i in range(len(LAYERS)):
@@ -73,7 +81,10 @@ class TinyModel:
                 weight = dequantize_weight(self.codes(i, row[i]), fmt)
                 activation = fake_quantize_activation(x, fmt.activation, scale)
                 scales[i] = 0.0 if scale is None else float(scale)
-            x = x + (activation @ weight.T + self.biases[i])
+            output = activation @ weight.T + self.biases[i]
+            if outputs is not None:
+                outputs[LAYERS[i]] = output.numpy()
+            x = x + output
         return x.numpy(), scales
 
 
@@ -264,19 +275,44 @@ def _write_tensors(folder: Path, model: TinyModel) -> None:
             "timestep": np.full(ROWS, SIGMAS[step], np.float32),
         }
         row = ASSIGNMENTS[assignment]
-        output, used = model.run(inputs, row)
+        layers: dict[str, np.ndarray] = {}
+        output, used = model.run(inputs, row, outputs=layers)
         for i, name in enumerate(row):
             if FORMATS[name].static_activation:
                 scales[name][step, i] = used[i]
         reference.update({f"step_{step:03d}.input.{name}": value for name, value in inputs.items()})
         reference[f"step_{step:03d}.output"] = output
+        # Every step is the first of its bucket.
+        reference.update({f"step_{step:03d}.layer.{name}": value[::2].copy() for name, value in layers.items()})
     prompts = {
         "conditional.pooled": rng.standard_normal((PROMPTS, WIDTH), dtype=np.float32),
         "unconditional.pooled": rng.standard_normal((1, WIDTH), dtype=np.float32),
     }
+    reference.update(_loop_reference(model, prompts["conditional.pooled"], prompts["unconditional.pooled"], scales))
     (folder / REFERENCE_NAME).parent.mkdir()
     for name, tensors in ((REFERENCE_NAME, reference), (SCALES_NAME, scales), (PROMPTS_NAME, prompts)):
         save_file(tensors, folder / name)
+
+
+def _loop_reference(
+    model: TinyModel, conditional: np.ndarray, unconditional: np.ndarray, scales: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Two samples' latents, quantized and not."""
+    prompts, seeds = np.array([0, 2]), np.array([5, 6])
+    pooled = np.concatenate([conditional[prompts], np.repeat(unconditional, 2, axis=0)])
+    loops = {}
+    for name in ("quantized", "full_precision"):
+        latents = [initial_noise(seeds.tolist(), (TOKENS, WIDTH))]
+        for step, assignment in enumerate(STEP_ASSIGNMENTS):
+            row = ASSIGNMENTS[assignment] if name == "quantized" else None
+            fixed = [float(scales[f][step, i]) if f in scales else 0.0 for i, f in enumerate(row or ())]
+            time = np.full(4, SIGMAS[step], np.float32)
+            inputs = {"hidden_states": np.concatenate([latents[-1]] * 2), "pooled": pooled, "timestep": time}
+            guided, free = np.split(model.run(inputs, row, fixed)[0], 2)
+            velocity = free + np.float32(GUIDANCE) * (guided - free)
+            latents.append(latents[-1] + np.float32(SIGMAS[step + 1] - SIGMAS[step]) * velocity)
+        loops[f"loop.{name}"] = np.stack(latents)
+    return {**loops, "loop.prompts": prompts, "loop.seeds": seeds}
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from adatsq_trt import __version__
 from adatsq_trt.cli.progress import progress
@@ -12,6 +12,7 @@ from adatsq_trt.cli.stages import export, search
 from adatsq_trt.cli.stages.context import Context
 from adatsq_trt.engines.build import build_plans
 from adatsq_trt.engines.bundle import POLICY_NAME, ImageSpec, Manifest, PlanFile, ScheduleRecord, write_manifest
+from adatsq_trt.errors import MissingFileError
 from adatsq_trt.files import atomic_path, read_json_model
 from adatsq_trt.graph_index import INDEX_NAME, GraphIndex
 from adatsq_trt.policy import Policy
@@ -49,10 +50,9 @@ def run(context: Context) -> Stage:
     this = stage(context)
     if this.done:
         return this
-    exported = export.stage(context).folder
     with this.run() as folder:
-        for file in sorted(path for path in exported.rglob("*") if path.is_file()):
-            _copy(file, folder / file.relative_to(exported))
+        for name in sorted(context.run.record(export.NAME).outputs):
+            _copy(context.run.path / name, folder / PurePosixPath(name).relative_to(export.NAME))
         policy_file = search.stage(context).folder / search.POLICY
         _copy(policy_file, folder / POLICY_NAME)
         index = read_json_model(folder / export.GRAPHS / INDEX_NAME, GraphIndex)
@@ -62,6 +62,8 @@ def run(context: Context) -> Stage:
 
 def _copy(source: Path, destination: Path) -> None:
     """The same bytes in the bundle. No hard link: onnx refuses external data that has a second name."""
+    if not source.is_file():
+        raise MissingFileError(f"'{source}' is gone; run the same command again, which makes it anew")
     with atomic_path(destination) as temporary:
         shutil.copyfile(source, temporary)
 

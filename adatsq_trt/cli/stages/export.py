@@ -8,13 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from adatsq_trt.calibration.trajectory import Samples
+from adatsq_trt.calibration.trajectory import Samples, trajectory
 from adatsq_trt.cli.progress import progress
 from adatsq_trt.cli.stages import calibrate, quantize, search
 from adatsq_trt.cli.stages.context import Context
 from adatsq_trt.export import export_graphs, trace
 from adatsq_trt.files import read_tensors, write_tensors
 from adatsq_trt.models.adapter import Conditioning
+from adatsq_trt.models.capture import captured_outputs
 from adatsq_trt.models.format_store import SCALES_NAME
 from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.policy import Policy
@@ -24,6 +25,7 @@ NAME = "export"
 GRAPHS, PROMPTS, REFERENCE = "onnx", "prompts.safetensors", "check/reference.safetensors"
 OUTPUT_NAME = "velocity"
 CHECK_SAMPLES = 2
+_REFERENCE_CONTENT = "steps, layers, loop"  # a part of the stage's key: exports that hold less are made again
 _TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 BaseName = Literal["bfloat16", "float16", "float32"]
 
@@ -49,7 +51,8 @@ def stage(context: Context) -> Stage:
         calibrate.stage(context).folder / calibrate.TRAJECTORY,
     ]
     inputs = context.inputs(("weights_sha256", "model_sha256", "formats", "steps", "guidance"))
-    return context.run.stage(NAME, {**inputs, "base": base_type(context), "variants": variants(context)}, files)
+    own = {"base": base_type(context), "variants": variants(context), "reference": _REFERENCE_CONTENT}
+    return context.run.stage(NAME, {**inputs, **own}, files)
 
 
 def run(context: Context) -> Stage:
@@ -83,21 +86,43 @@ def _graphs(context: Context, policy: Policy, folder: Path) -> None:
 
 @torch.no_grad()
 def _reference(context: Context, policy: Policy, folder: Path) -> None:
-    """Inputs and outputs of the fake-quantized PyTorch model at every step: what `check` compares graphs with."""
+    """What `check` compares graphs with: the fake-quantized PyTorch model at every step and through the whole loop."""
     samples = context.calibration.part(slice(0, CHECK_SAMPLES))
-    latents = read_tensors(calibrate.stage(context).folder / calibrate.TRAJECTORY)["latents"]
-    tensors: dict[str, Tensor] = {}
+    latents = read_tensors(calibrate.stage(context).folder / calibrate.TRAJECTORY)["latents"][:, :CHECK_SAMPLES]
+    layered = {bucket.first for bucket in policy.buckets}
+    tensors: dict[str, Tensor] = {
+        "loop.prompts": torch.tensor(samples.prompts),
+        "loop.seeds": torch.tensor(samples.seeds),
+        "loop.full_precision": latents,
+    }
     with SimulatedModel(context.adapter, quantize.load(context)).installed() as model:
         for step in range(policy.steps):
             model.assign(policy.formats_at(step), step)
-            tensors |= _one_step(context, samples, latents[step, :CHECK_SAMPLES], step)
+            tensors |= _one_step(context, samples, latents[step], step, with_layers=step in layered)
+        tensors["loop.quantized"] = trajectory(samples, lambda step: model.assign(policy.formats_at(step), step))
     write_tensors(folder / REFERENCE, tensors)
 
 
-def _one_step(context: Context, samples: Samples, latent: Tensor, step: int) -> dict[str, Tensor]:
+def _one_step(context: Context, samples: Samples, latent: Tensor, step: int, with_layers: bool) -> dict[str, Tensor]:
+    """Inputs and output of a step; on demand every layer's output, for the first sample of each guidance branch."""
     inputs = context.adapter.guided_inputs(latent, context.schedule.model_time(step), samples.conditioning)
-    tensors = {f"step_{step:03d}.input.{name}": value.clone() for name, value in inputs.items()}
-    return {**tensors, f"step_{step:03d}.output": context.adapter.predict(inputs)}
+    tensors = {f"input.{name}": value.clone() for name, value in inputs.items()}
+    layers = {name: context.adapter.transformer.get_submodule(name) for name in context.layers}
+    with captured_outputs(layers if with_layers else {}) as outputs:
+        tensors["output"] = context.adapter.predict(inputs)
+    tensors |= {f"layer.{name}": output[:: len(samples.seeds)].clone() for name, output in outputs.items()}
+    return {f"step_{step:03d}.{name}": value for name, value in tensors.items()}
+
+
+@torch.no_grad()
+def layer_reference(context: Context, policy: Policy, step: int) -> dict[str, Tensor]:
+    """Outputs of all layers of the fake-quantized model at any step, by module path, as `_reference` stores them."""
+    samples = context.calibration.part(slice(0, CHECK_SAMPLES))
+    latents = read_tensors(calibrate.stage(context).folder / calibrate.TRAJECTORY)["latents"][step, :CHECK_SAMPLES]
+    with SimulatedModel(context.adapter, quantize.load(context)).installed() as model:
+        model.assign(policy.formats_at(step), step)
+        tensors = _one_step(context, samples, latents, step, with_layers=True)
+    return {name: tensors[f"step_{step:03d}.layer.{name}"] for name in context.layers}
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from adatsq_trt.cli.stages import bundle, calibrate, search
 from adatsq_trt.cli.stages.summary import POLICY_NAME, SUMMARY_NAME
-from adatsq_trt.engines.accuracy import REPORT_NAME, CheckReport, CheckRow
+from adatsq_trt.engines.accuracy.report import REPORT_NAME, CheckReport, CheckRow
 from adatsq_trt.engines.bundle import MANIFEST_NAME, Manifest
 from adatsq_trt.errors import MismatchError
 from adatsq_trt.files import read_json_model, read_tensors, sha256
@@ -104,7 +104,7 @@ def _comparison(row: CheckRow) -> Comparison:
     ]
     return Comparison(
         step=row.step,
-        graph=f"{row.variant}, assignment {row.assignment}" + (f", {row.block}" if row.block else ""),
+        graph=row.subject.partition(", ")[2],
         reference=row.reference,
         of_limit=max(parts, default=None),
         passed=row.passed,

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 from polygraphy.comparator import Comparator
 
-from adatsq_trt.engines.reference_ops import ReferenceRunner, TRT_FP4DynamicQuantize
+from adatsq_trt.engines.accuracy.reference_ops import ReferenceRunner, TRT_FP4DynamicQuantize
 from adatsq_trt.formats import FORMATS
 from adatsq_trt.quantize import fake_quantize_activation
 

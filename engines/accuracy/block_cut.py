@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 import onnx
+from google.protobuf.message import DecodeError
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto
 from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 from onnx.helper import make_empty_tensor_value_info, make_graph, make_model
@@ -44,7 +45,7 @@ class GraphView:
             path: its external data stays on disk until a part is extracted.
         """
         self.path = path
-        self.model = onnx.load(path, load_external_data=False)
+        self.model = load_graph(path)
         self.graph = self.model.graph
         self.inputs = {value.name for value in self.graph.input}
         self.initializers = {tensor.name: tensor for tensor in self.graph.initializer}
@@ -134,8 +135,25 @@ def find_cut(target: GraphView, cpu: GraphView, block: str) -> Cut:
     return Cut(tuple(_entering(target, cpu, members, leaving)), tuple(leaving))
 
 
+def load_graph(path: Path) -> ModelProto:
+    """Read a graph without its weights.
+
+    Raises:
+        AdatsqError: the file is not an ONNX graph.
+    """
+    try:
+        return onnx.load(path, load_external_data=False)
+    except DecodeError as error:
+        raise AdatsqError(f"'{path}' is not an ONNX graph: {error}; run 'adatsq-trt build engine' again") from error
+
+
+def module_of(node: NodeProto) -> str:
+    """Path of the module that a node comes from."""
+    return next((entry.value for entry in node.metadata_props if entry.key == MODULE_KEY), "")
+
+
 def _belongs(node: NodeProto, block: str) -> bool:
-    path = next((entry.value for entry in node.metadata_props if entry.key == MODULE_KEY), "")
+    path = module_of(node)
     return path == block or path.startswith(f"{block}.")
 
 

@@ -4,8 +4,7 @@ import onnx
 import pytest
 from onnx import helper
 
-from adatsq_trt.engines.block_check import choose_block
-from adatsq_trt.engines.block_cut import GraphView, find_cut
+from adatsq_trt.engines.accuracy.block_cut import GraphView, find_cut
 from adatsq_trt.engines.bundle import Bundle
 from adatsq_trt.errors import AdatsqError
 
@@ -55,7 +54,3 @@ def test_an_extracted_block_holds_its_weights_and_nothing_else(tiny_bundle: Bund
         tensor.name for tensor in block.graph.initializer
     }
     assert not any("blocks.1" in name for node in block.graph.node for name in node.output)
-
-
-def test_the_block_with_most_formats_is_chosen(tiny_bundle: Bundle) -> None:
-    assert [choose_block(tiny_bundle, i) for i in range(3)] == ["blocks.0", "blocks.1", "blocks.0"]

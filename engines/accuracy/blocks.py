@@ -1,0 +1,162 @@
+"""One block of a `target` graph, in onnx's reference evaluator, against the same block of its `cpu` twin.
+
+Both get the same values at the block's border, rounded to the target graph's types, so that only the block itself can
+make a difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from onnx import ModelProto, TensorProto, ValueInfoProto
+from onnx.helper import make_tensor_value_info, np_dtype_to_tensor_dtype, tensor_dtype_to_np_dtype
+from polygraphy.comparator import Comparator
+
+from adatsq_trt.engines.accuracy.block_cut import Cut, GraphView, find_cut
+from adatsq_trt.engines.accuracy.comparison import Arrays, quiet_polygraphy, run_in_onnxruntime
+from adatsq_trt.engines.accuracy.reference_ops import ReferenceRunner
+from adatsq_trt.engines.accuracy.references import OUTPUT_SUFFIX
+from adatsq_trt.engines.bundle import Bundle
+from adatsq_trt.errors import AdatsqError
+from adatsq_trt.files import write_bytes
+
+REFERENCE_NAME = "onnx ReferenceEvaluator"
+_FLOATS = (TensorProto.FLOAT, TensorProto.BFLOAT16, TensorProto.FLOAT16)
+
+
+@dataclass(frozen=True)
+class BlockRun:
+    """A block's outputs, computed twice.
+
+    Attributes:
+        inputs: of the cpu block.
+        expected: outputs of the target block in onnx's evaluator, those of its layers among them.
+        got: the same of the cpu block in ONNX Runtime.
+        graph: the cpu block as an ONNX file.
+    """
+
+    inputs: Arrays
+    expected: Arrays
+    got: Arrays
+    graph: Path
+
+
+@dataclass(frozen=True)
+class BlockPair:
+    """The graphs of one assignment in both variants, of which blocks are run.
+
+    Attributes:
+        bundle: with a target and a cpu graph for the assignment.
+        assignment: index into the policy's assignments.
+        feed: inputs of the cpu graph, scales among them, for a few rows.
+    """
+
+    bundle: Bundle
+    assignment: int
+    feed: Arrays
+
+    @cached_property
+    def _graphs(self) -> tuple[GraphView, GraphView]:
+        target, cpu = (self.bundle.graph(variant, self.assignment) for variant in ("target", "cpu"))
+        return GraphView(self.bundle.graph_path(target)), GraphView(self.bundle.graph_path(cpu))
+
+    @cached_property
+    def _cuts(self) -> dict[str, Cut]:
+        """Block → its border, with the outputs of its layers among the outputs."""
+        target, cpu = self._graphs
+        cuts = {}
+        for block in self.bundle.index.blocks:
+            layers = [f"{name}{OUTPUT_SUFFIX}" for name in self.bundle.policy.layers if name.startswith(f"{block}.")]
+            inside = [name for name in layers if name in target.producers and name in cpu.producers]
+            border = find_cut(target, cpu, block)
+            cuts[block] = Cut(border.inputs, tuple(dict.fromkeys((*inside, *border.outputs))))
+        return cuts
+
+    @cached_property
+    def _values(self) -> dict[str, np.ndarray]:
+        """What enters the blocks, computed by the cpu graph."""
+        _, cpu = self._graphs
+        entering = sorted({name for cut in self._cuts.values() for name in cut.inputs if name in cpu.producers})
+        inside = run_in_onnxruntime(cpu.path, [self.feed], entering)[0] if entering else {}
+        return {**self.feed, **inside}
+
+    def run(self, block: str, graph: Path) -> BlockRun:
+        """Cut a block out of both variants and run each.
+
+        Args:
+            block: module path.
+            graph: where the cpu block is written as an ONNX file.
+
+        Raises:
+            AdatsqError: the variants do not share the block's border, or a graph cannot be run.
+        """
+        (target, cpu), cut, values = self._graphs, self._cuts[block], self._values
+        _require(values, cut.inputs, target.path)
+        inputs = [_input(target, name, values[name], self.bundle.index.base_type) for name in cut.inputs]
+        rounded = {**values, **{value.name: _rounded(values[value.name], value) for value in inputs}}
+        cpu_block = _cpu_block(cpu, cut, rounded)
+        _require(values, [value.name for value in cpu_block.graph.input], cpu.path)
+        write_bytes(graph, cpu_block.SerializeToString())
+        cpu_inputs = {value.name: rounded[value.name] for value in cpu_block.graph.input}
+        expected = _evaluate(target.extract(inputs, cut.outputs), {v.name: rounded[v.name] for v in inputs})
+        return BlockRun(cpu_inputs, expected, run_in_onnxruntime(graph, [cpu_inputs])[0], graph)
+
+
+def _require(values: Arrays, names: Iterable[str], graph: Path) -> None:
+    """Refuse a graph that asks for more than its index says."""
+    unknown = [name for name in names if name not in values]
+    if unknown:
+        raise AdatsqError(
+            f"'{graph}' takes '{unknown[0]}', which the index does not list; run 'adatsq-trt export' again"
+        )
+
+
+def _evaluate(block: ModelProto, feed: Arrays) -> dict[str, np.ndarray]:
+    """Outputs of a target block in onnx's evaluator."""
+    # The evaluator documents no common base for what it does not like about a graph.
+    try:
+        with quiet_polygraphy():
+            results = Comparator.run([ReferenceRunner(block, REFERENCE_NAME)], data_loader=[feed])
+    except Exception as error:
+        raise AdatsqError(
+            f"onnx's reference evaluator cannot run the target block: {error}; run 'adatsq-trt export' again"
+        ) from error
+    return dict(results[0][1][0])
+
+
+def _input(target: GraphView, name: str, value: np.ndarray, base_type: str) -> ValueInfoProto:
+    """The declaration of a value that enters the target block, in the type that it has there."""
+    known = target.types.get(name)
+    kind = known.type.tensor_type.elem_type if known is not None else TensorProto.UNDEFINED
+    if kind == TensorProto.UNDEFINED:
+        floating = np.issubdtype(value.dtype, np.floating)
+        kind = TensorProto.DataType.Value(_ONNX_NAMES[base_type]) if floating else np_dtype_to_tensor_dtype(value.dtype)
+    return make_tensor_value_info(name, kind, [None] * value.ndim)
+
+
+_ONNX_NAMES = {"bfloat16": "BFLOAT16", "float16": "FLOAT16", "float32": "FLOAT"}
+
+
+def _rounded(value: np.ndarray, declared: ValueInfoProto) -> np.ndarray:
+    """A value as the target graph's type holds it, in the type that the cpu graph has."""
+    kind = declared.type.tensor_type.elem_type
+    return value.astype(tensor_dtype_to_np_dtype(kind)).astype(value.dtype) if kind in _FLOATS else value
+
+
+def _cpu_block(cpu: GraphView, cut: Cut, values: Arrays) -> ModelProto:
+    """The same block of the cpu graph."""
+    inputs = [
+        make_tensor_value_info(name, np_dtype_to_tensor_dtype(values[name].dtype), [None] * values[name].ndim)
+        for name in cut.inputs
+        if name in cpu.producers or name in cpu.inputs
+    ]
+    model = cpu.extract(inputs, cut.outputs)
+    used = {name for node in model.graph.node for name in node.input}
+    for value in list(model.graph.input):
+        if value.name not in used:
+            model.graph.input.remove(value)
+    return model

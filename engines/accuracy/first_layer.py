@@ -1,0 +1,106 @@
+"""Where a wrong graph begins to be wrong: the first layer, in the order of execution, that leaves its tolerance.
+
+`polygraphy debug reduce` halves a graph again and again and starts a process for each half, which needs a reference
+for every cut. Here all layers are outputs of one run (polygraphy's `ModifyOutputs`) and PyTorch has a reference for
+each, so that the first wrong one is seen at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from math import inf
+from pathlib import Path
+
+from adatsq_trt.engines.accuracy.block_cut import load_graph, module_of
+from adatsq_trt.engines.accuracy.comparison import Arrays
+from adatsq_trt.engines.accuracy.report import CheckReport, CheckRow, FirstLayer, write_report
+from adatsq_trt.engines.accuracy.rows import check_layers
+from adatsq_trt.engines.bundle import Bundle
+
+# Step → module path → PyTorch's output of the layer, for evenly spaced rows of the step's inputs.
+LayerReference = Callable[[int], Arrays]
+_FORMAT_KEY = "adatsq.format"
+
+
+def bisect(
+    bundle: Bundle, report: CheckReport, folder: Path, layer_reference: LayerReference | None = None
+) -> CheckReport:
+    """Name the first wrong layer of every wrong graph, at the first step of each bucket at which it is wrong.
+
+    Args:
+        bundle: that the report is about.
+        report: what `check` found.
+        folder: the report's; `check.json` is written again, with the layers.
+        layer_reference: for steps that are not the first of their bucket, whose layers the bundle does not hold; None
+            where PyTorch's model is not at hand: those steps are told without a layer.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    found = []
+    for step, row in _first_wrong_steps(report.rows):
+        candidates = [r for r in report.rows if (r.step, r.variant) == (step, row.variant)]
+        if row.variant == "cpu" and layer_reference is not None and not any(r.layer for r in candidates):
+            candidates = check_layers(bundle, step, layer_reference(step), folder)
+        layer = _mismatched_format(bundle, row) or _origin(candidates)
+        if layer is not None:
+            found.append(_first_layer(bundle, row, layer))
+    complete = report.model_copy(update={"first_layers": tuple(found)})
+    write_report(folder, complete)
+    return complete
+
+
+def _first_wrong_steps(rows: Iterable[CheckRow]) -> list[tuple[int, CheckRow]]:
+    """The first failed step of each bucket and variant, with one of its rows."""
+    first: dict[tuple[int, str], CheckRow] = {}
+    for row in rows:
+        if not row.passed:
+            key = (row.bucket, row.variant)
+            first[key] = min(first.get(key, row), row, key=lambda r: r.step)
+    return [(row.step, row) for row in first.values()]
+
+
+def _origin(rows: Sequence[CheckRow]) -> str | None:
+    """Up to the first layer that leaves its tolerance, the layer at which the error grows most.
+
+    That is mostly the same layer. But a defect that hits few rows, such as a scale that is too small, may pass where it
+    is and fail where attention has spread it.
+    """
+    layers = [row for row in rows if row.layer is not None]
+    failed = next((index for index, row in enumerate(layers) if not row.passed), None)
+    if failed is None:
+        return None
+    errors = [inf if row.relative_error is None else row.relative_error for row in layers[: failed + 1]]
+    growth = [error - max(errors[:index], default=0.0) for index, error in enumerate(errors)]
+    return layers[growth.index(max(growth))].layer
+
+
+def _mismatched_format(bundle: Bundle, row: CheckRow) -> str | None:
+    """The first layer, in the order of execution, that the graph computes in another format than the policy says."""
+    formats = bundle.policy.formats_at(row.step)
+    for layer, name in graph_formats(bundle, row).items():
+        if layer in formats and formats[layer].name != name:
+            return layer
+    return None
+
+
+def graph_formats(bundle: Bundle, row: CheckRow) -> dict[str, str]:
+    """Layer → format as a row's graph was written, in the order of execution."""
+    nodes = load_graph(bundle.graph_path(bundle.graph(row.variant, row.assignment))).graph.node
+    formats = ((module_of(node), {e.key: e.value for e in node.metadata_props}.get(_FORMAT_KEY)) for node in nodes)
+    return {layer: name for layer, name in formats if name is not None}
+
+
+def _first_layer(bundle: Bundle, row: CheckRow, layer: str) -> FirstLayer:
+    fmt = bundle.policy.formats_at(row.step)[layer]
+    written = graph_formats(bundle, row).get(layer, fmt.name)
+    signature = bundle.graph("cpu", row.assignment).scale_inputs.get(layer)
+    return FirstLayer(
+        step=row.step,
+        assignment=row.assignment,
+        variant=row.variant,
+        layer=layer,
+        format=fmt.name,
+        graph_format=written if written != fmt.name else None,
+        activation_scale=None if signature is None else float(bundle.scales(row.step)[signature.name]),
+    )

@@ -1,0 +1,80 @@
+"""The whole denoising loop of a bundle, on its own latents, against the loops that PyTorch ran."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from adatsq_trt.engines.accuracy.comparison import CPU_NAME, Figures, SavedArrays, compare
+from adatsq_trt.engines.accuracy.references import Reference
+from adatsq_trt.engines.accuracy.report import LoopReport, LoopRow
+from adatsq_trt.engines.accuracy.tolerances import graph_tolerance, loop_tolerances
+from adatsq_trt.engines.bundle import Bundle
+from adatsq_trt.engines.denoise import denoise
+
+_REFERENCE_NAME = "PyTorch's loop, fake-quantized"
+
+
+def check_loop(bundle: Bundle, folder: Path, fail_above: float | None) -> LoopReport:
+    """Compare the latent after every step.
+
+    Args:
+        bundle: opened.
+        folder: receives the latents in polygraphy's format.
+        fail_above: largest relative error of the last latent against full precision; None for no limit.
+
+    Raises:
+        DamagedFileError: the bundle lacks the reference.
+        OutputError: the folder cannot be written.
+    """
+    reference = Reference(bundle)
+    expected, full = reference.loop("quantized"), reference.loop("full_precision")
+    own = [graph_tolerance(bundle.policy.assignments[i]) for i in bundle.policy.step_assignments]
+    limits = dict(
+        zip(map(_name, range(len(own))), loop_tolerances(expected, own, bundle.manifest.guidance), strict=True)
+    )
+    got, failure = _latents(bundle, reference)
+    arrays = [{_name(t): latents[t + 1] for t in range(len(latents) - 1)} for latents in (got, expected, full)]
+    saved = SavedArrays(folder, "loop")
+    saved.save({"noise": expected[0]}, arrays[0], arrays[1], CPU_NAME, _REFERENCE_NAME)
+    agreement, quantization = compare(arrays[0], arrays[1], limits), compare(arrays[0], arrays[2], limits)
+    rows = tuple(
+        LoopRow(
+            step=step,
+            error=agreement[name].relative,
+            tolerance=limits[name].relative,
+            quantization_error=quantization[name].relative,
+            passed=agreement[name].passed,
+        )
+        for step, name in enumerate(limits)
+    )
+    return LoopReport(
+        rows=rows,
+        fail_above=fail_above,
+        passed=all(row.passed for row in rows) and _is_below(quantization[_name(len(own) - 1)], fail_above),
+        failure=failure,
+        command=saved.compare_command(arrays[1], limits),
+    )
+
+
+def _name(step: int) -> str:
+    return f"latent_{step:03d}"
+
+
+def _latents(bundle: Bundle, reference: Reference) -> tuple[list[np.ndarray], str | None]:
+    """The noise and the latent after every step; or the noise alone and why the loop did not run."""
+    prompts, seeds = reference.loop("prompts").tolist(), reference.loop("seeds").tolist()
+    latents = [reference.loop("quantized")[0]]
+    # ONNX Runtime documents no common base for what goes wrong with a graph or its inputs.
+    try:
+        denoise(bundle, prompts, seeds, on_latent=lambda _step, latent: latents.append(latent))
+    except Exception as error:
+        return latents[:1], f"the loop does not run: {error}"
+    return latents, None
+
+
+def _is_below(quantization: Figures, fail_above: float | None) -> bool:
+    if fail_above is None:
+        return True
+    return quantization.relative is not None and quantization.relative <= fail_above

@@ -1,0 +1,59 @@
+"""What PyTorch computed when the bundle was made: inputs, outputs, layers and the whole loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from adatsq_trt.engines.bundle import REFERENCE_NAME, Bundle
+from adatsq_trt.errors import DamagedFileError
+
+# What the exporter calls a layer's output after its module path.
+OUTPUT_SUFFIX = ".output"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The stored arrays of a bundle, by what they are.
+
+    Every method raises DamagedFileError where the bundle does not hold what is asked for.
+
+    Attributes:
+        bundle: opened.
+    """
+
+    bundle: Bundle
+
+    def feed(self, step: int, rows: int | None = None) -> dict[str, np.ndarray]:
+        """A step's calibration inputs and activation scales, as its cpu graph takes them.
+
+        Args:
+            step: index in the loop.
+            rows: so many evenly spaced rows of the batch; None for all.
+        """
+        graph = self.bundle.graph("cpu", self.bundle.policy.step_assignments[step])
+        inputs = {s.name: self._array(f"step_{step:03d}.input.{s.name}") for s in graph.inputs}
+        if rows is not None:
+            inputs = {name: value[:: max(len(value) // rows, 1)] for name, value in inputs.items()}
+        return {**inputs, **self.bundle.scales(step)}
+
+    def output(self, step: int) -> np.ndarray:
+        """The fake-quantized model's output for all rows of a step's inputs."""
+        return self._array(f"step_{step:03d}.output")
+
+    def layers(self, step: int) -> dict[str, np.ndarray]:
+        """Module path → output of the layer, for the first sample of each guidance branch; first steps of buckets."""
+        return {layer: self._array(f"step_{step:03d}.layer.{layer}") for layer in self.bundle.policy.layers}
+
+    def loop(self, name: str) -> np.ndarray:
+        """Of the loop: "quantized" and "full_precision" latents [steps + 1, samples, ...], "prompts", "seeds"."""
+        return self._array(f"loop.{name}")
+
+    def _array(self, name: str) -> np.ndarray:
+        if name not in self.bundle.reference:
+            raise DamagedFileError(
+                f"'{self.bundle.folder / REFERENCE_NAME}' has no '{name}', so the bundle cannot be checked; "
+                "run 'adatsq-trt build engine' again"
+            )
+        return self.bundle.reference[name]

@@ -1,0 +1,215 @@
+"""What a check found: `check.json`, and the same as JUnit XML for continuous integration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+from xml.etree import ElementTree
+
+from pydantic import BaseModel, ConfigDict
+
+from adatsq_trt.files import write_bytes, write_json_model
+
+REPORT_NAME = "check.json"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CheckRow(_Record):
+    """One comparison of one output.
+
+    Attributes:
+        bucket: index into the policy's buckets.
+        step: whose inputs and scales were fed.
+        assignment: index into the policy's assignments.
+        variant: which graph is checked.
+        block: module path of the block that was cut out; None for the whole graph.
+        layer: module path of the layer whose output is compared; None for the output of the graph or block.
+        format: the layer's format by the policy; None likewise.
+        computed_by: what ran the checked graph.
+        reference: what it was compared with.
+        median_error: median |got - expected| over the elements, in units of the expected output's root mean square;
+            None when the outputs have other shapes, are not finite or were not computed.
+        median_tolerance: its limit.
+        relative_error: |got - expected| / |got|, Euclidean norms over all elements; None likewise.
+        relative_tolerance: its limit.
+        passed: both limits hold.
+        failure: why nothing was computed; None when something was.
+        command: repeats the row when run in the report's folder; exit code 0 if it passes.
+    """
+
+    bucket: int
+    step: int
+    assignment: int
+    variant: Literal["cpu", "target"]
+    block: str | None
+    layer: str | None
+    format: str | None
+    computed_by: str
+    reference: str
+    median_error: float | None
+    median_tolerance: float
+    relative_error: float | None
+    relative_tolerance: float
+    passed: bool
+    failure: str | None
+    command: str
+
+    @property
+    def subject(self) -> str:
+        """What is compared, for people."""
+        part = self.layer or self.block
+        return f"step {self.step}, {self.variant} graph of assignment {self.assignment}" + (f", {part}" if part else "")
+
+    @property
+    def finding(self) -> str:
+        """The figures beside their limits, or why there are none."""
+        if self.failure is not None:
+            return self.failure
+        return (
+            f"median {figure(self.median_error)} (limit {figure(self.median_tolerance)}), "
+            f"relative {figure(self.relative_error)} (limit {figure(self.relative_tolerance)})"
+        )
+
+
+class LoopRow(_Record):
+    """The latent after one step of the whole loop, which runs on its own latents.
+
+    Attributes:
+        step: index of the step that made it.
+        error: |got - expected| / |got| against the fake-quantized PyTorch model's loop; None when not finite.
+        tolerance: its limit.
+        quantization_error: the same against the full-precision loop: what quantization does to the latent.
+        passed: the limit holds.
+    """
+
+    step: int
+    error: float | None
+    tolerance: float
+    quantization_error: float | None
+    passed: bool
+
+
+class LoopReport(_Record):
+    """The loop's rows and what they amount to.
+
+    Attributes:
+        rows: one for every step.
+        fail_above: the user's limit for the quantization error after the last step; None for no limit.
+        passed: all rows pass and the user's limit holds.
+        failure: why the loop could not run; None when it ran.
+        command: compares the saved latents again when run in the report's folder.
+    """
+
+    rows: tuple[LoopRow, ...]
+    fail_above: float | None
+    passed: bool
+    failure: str | None
+    command: str
+
+
+class FirstLayer(_Record):
+    """The first layer, in the order of execution, whose output leaves the tolerance.
+
+    Attributes:
+        step: where.
+        assignment: index into the policy's assignments.
+        variant: which graph.
+        layer: module path.
+        format: by the policy.
+        graph_format: by the graph, where that is another.
+        activation_scale: static scale that the step feeds; None for formats without one.
+    """
+
+    step: int
+    assignment: int
+    variant: Literal["cpu", "target"]
+    layer: str
+    format: str
+    graph_format: str | None
+    activation_scale: float | None
+
+    @property
+    def sentence(self) -> str:
+        """One line for people."""
+        scale = "no static activation scale" if self.activation_scale is None else f"scale {self.activation_scale:.6g}"
+        graph = f", but {self.graph_format} in the graph" if self.graph_format is not None else ""
+        return (
+            f"step {self.step}, {self.variant} graph of assignment {self.assignment}: first wrong at layer "
+            f"'{self.layer}', format {self.format}{graph}, {scale}"
+        )
+
+
+class CheckReport(_Record):
+    """All comparisons of a bundle.
+
+    Attributes:
+        model: the bundle's model.
+        manifest_sha256: of the bundle's manifest, which hashes every other file: the bundle that was checked.
+        passed: every row and the loop pass.
+        buckets: first and last step of each bucket.
+        rows: by bucket; cpu graphs before target graphs, layers in the order of execution.
+        loop: the whole denoising loop.
+        first_layers: where wrong graphs begin to be wrong; filled by `bisect`.
+    """
+
+    schema_version: Literal[2] = 2
+    model: str
+    manifest_sha256: str
+    passed: bool
+    buckets: tuple[tuple[int, int], ...]
+    rows: tuple[CheckRow, ...]
+    loop: LoopReport
+    first_layers: tuple[FirstLayer, ...] = ()
+
+
+def figure(value: float | None) -> str:
+    """An error or a limit, for people."""
+    return "none" if value is None else f"{value:.1e}"
+
+
+def write_report(folder: Path, report: CheckReport) -> None:
+    """Write `check.json`.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    write_json_model(folder / REPORT_NAME, report)
+
+
+def write_junit(path: Path, report: CheckReport) -> None:
+    """Write a report as JUnit XML: a test suite for each bucket and one for the loop.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    root = ElementTree.Element("testsuites", name=f"adatsq-trt check {report.model}")
+    for index, (first, last) in enumerate(report.buckets):
+        suite = _suite(root, f"bucket {index}: steps {first} to {last}")
+        for row in (row for row in report.rows if row.bucket == index):
+            advice = f"{row.finding}\nrepeat it in the report's folder: {row.command}"
+            _case(suite, row.variant, row.subject, None if row.passed else row.finding, advice)
+    suite = _suite(root, "denoising loop")
+    for step in report.loop.rows:
+        finding = f"relative {figure(step.error)} (limit {figure(step.tolerance)})"
+        _case(suite, "loop", f"latent after step {step.step}", None if step.passed else finding, report.loop.command)
+    if report.loop.failure is not None or report.loop.fail_above is not None:
+        reason = report.loop.failure or f"above --fail-above {report.loop.fail_above}"
+        _case(suite, "loop", "quantization error", None if report.loop.passed else reason, report.loop.command)
+    for suite in root:
+        suite.set("tests", str(len(suite)))
+        suite.set("failures", str(len(suite.findall("testcase/failure"))))
+    ElementTree.indent(root)
+    write_bytes(path, ElementTree.tostring(root, encoding="utf-8", xml_declaration=True) + b"\n")
+
+
+def _suite(root: ElementTree.Element, name: str) -> ElementTree.Element:
+    return ElementTree.SubElement(root, "testsuite", name=name)
+
+
+def _case(suite: ElementTree.Element, kind: str, name: str, failure: str | None, details: str) -> None:
+    case = ElementTree.SubElement(suite, "testcase", classname=f"adatsq_trt.check.{kind}", name=name)
+    if failure is not None:
+        ElementTree.SubElement(case, "failure", message=failure).text = details
