@@ -43,6 +43,7 @@ class Summary(BaseModel):
         mean_weight_bits: with scales, weighted by parameters.
         mean_activation_bits: with dynamic scales, weighted by multiply-accumulates.
         final_error: latent MSE against full precision on the held-out seeds.
+        final_standard_error: of that mean, from the spread over the samples; errors are heavy-tailed.
         chosen_kind: where the chosen policy comes from.
         uniform_errors: format → the same for that format everywhere.
         static_errors: the same for the best static policies of the budget.
@@ -59,7 +60,7 @@ class Summary(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     model: str
     targets: tuple[str, ...]
     formats: tuple[str, ...]
@@ -73,6 +74,7 @@ class Summary(BaseModel):
     mean_weight_bits: float
     mean_activation_bits: float
     final_error: float
+    final_standard_error: float
     chosen_kind: str
     uniform_errors: dict[str, float]
     static_errors: StaticErrors

@@ -102,14 +102,14 @@ def as_formats(layers: Sequence[str], assignment: Assignment, formats: Sequence[
     return {layer: formats[index] for layer, index in zip(layers, assignment, strict=True)}
 
 
-def policy_error(
+def policy_errors(
     samples: Samples,
     model: SimulatedModel,
     formats: Sequence[Format],
     rows: Sequence[Assignment],
     reference: Tensor,
-) -> float:
-    """Latent MSE of whole generated samples under a policy.
+) -> Tensor:
+    """Latent MSE of every generated sample under a policy, float64 [samples].
 
     Args:
         samples: whose pictures are compared.
@@ -119,7 +119,7 @@ def policy_error(
         reference: full-precision final latents, float32 [samples, *latent_shape].
     """
     latents = final_latents(samples, lambda step: model.assign(as_formats(model.layers, rows[step], formats), step))
-    return latent_mse(latents, reference)
+    return (latents.double() - reference.double()).square().flatten(1).mean(dim=1)
 
 
 def trajectory_errors(

@@ -2,15 +2,17 @@
 
 Single errors do not simply add: the same rounded weight errs the same way at every step. With the signed contributions
 c of `sensitivity`, a choice of formats has the predicted error Σ_r (Σ_i c[f_i, i, r])². A few hundred rows cannot
-tell real cancellation from luck among a thousand choices, so the model is shrunk towards its diagonal:
+tell real cancellation from luck among a thousand choices, so that sum is shrunk in two stages, towards the sum over
+layers of each layer's own accumulated error, which is what a rounded weight does, and towards its diagonal:
 
-    (1 - shrink) Σ_r (Σ_i c_i)² + shrink Σ_i Σ_r c_i² + price Σ_i bits_i.
+    together Σ_r (Σ_i c_i)² + by_layer Σ_l Σ_r (Σ_{i in l} c_i)² + alone Σ_i Σ_r c_i² + price Σ_i bits_i,
 
-Seen on digits-flux at a mean of 4 bits, 256 held-out samples, 1,024 rows: shrink 1 gives 0.55 of uniform w4a4's error,
-0.5 gives 0.36, 0.2 gives 0.54 (predicted far better than it is: fitted luck).
+where together + by_layer + alone = 1. The figures are in docs/decisions/0011.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,56 +23,96 @@ SWEEPS = 6
 Choice = NDArray[np.int64]
 
 
-def descend(contributions: Array, errors: Array, bits: Array, weight: Array, price: float, shrink: float) -> Choice:
+@dataclass(frozen=True)
+class Trust:
+    """How far the measured covariances of errors are believed; what is left of 1 goes to single errors.
+
+    Attributes:
+        together: between all items.
+        by_layer: between the items of one layer.
+    """
+
+    together: float
+    by_layer: float
+
+    @property
+    def alone(self) -> float:
+        """The diagonal's share."""
+        return 1 - self.together - self.by_layer
+
+    @property
+    def layered(self) -> float:
+        """What `by_layer` is of everything but `together`."""
+        return self.by_layer / (1 - self.together) if self.together < 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Items:
+    """What gets a format each.
+
+    Attributes:
+        contributions: [formats, items, rows].
+        errors: [formats, items]: the diagonal, possibly a better estimate than the rows give.
+        layers: [items]: the layer of each, from 0.
+        bits: [formats], ascending.
+        weight: [items]: how many (step, layer) an item stands for.
+    """
+
+    contributions: Array
+    errors: Array
+    layers: NDArray[np.int64]
+    bits: Array
+    weight: Array
+
+
+def descend(items: Items, price: float, trust: Trust) -> Choice:
     """Formats that no single change improves (or the best after a few sweeps).
 
     Args:
-        contributions: [formats, items, rows].
-        errors: [formats, items]: the diagonal, possibly a better estimate than the rows give.
-        bits: [formats], ascending.
-        weight: [items]: how many (step, layer) an item stands for.
+        items: what is allocated.
         price: error per bit.
-        shrink: 0 trusts the rows, 1 adds single errors only.
+        trust: see the module.
 
     Returns:
         [items] format indices.
     """
-    items = np.arange(contributions.shape[1])
-    chosen = tiers(errors, bits, weight, price)
-    total = contributions[chosen, items].sum(axis=0)
-    fixed = shrink * errors + price * bits[:, None] * weight
-    order = np.random.default_rng(0).permutation(items)
+    contributions, places = items.contributions, np.arange(len(items.layers))
+    chosen = tiers(items.errors, items.bits, items.weight, price)
+    total = contributions[chosen, places].sum(axis=0)
+    layers = np.zeros((items.layers.max(initial=0) + 1, contributions.shape[2]))
+    np.add.at(layers, items.layers, contributions[chosen, places])
+    fixed = trust.alone * items.errors + price * items.bits[:, None] * items.weight
+    order = np.random.default_rng(0).permutation(places)
     for _ in range(SWEEPS):
         changed = False
         for item in order:
-            others = total - contributions[chosen[item], item]
-            cost = (1 - shrink) * np.square(others + contributions[:, item]).sum(axis=1) + fixed[:, item]
+            own, layer = contributions[:, item], items.layers[item]
+            others, within = total - own[chosen[item]], layers[layer] - own[chosen[item]]
+            cost = trust.together * np.square(others + own).sum(axis=1) + fixed[:, item]
+            cost += trust.by_layer * np.square(within + own).sum(axis=1)
             best = int(cost.argmin())
             if best != chosen[item]:
-                total, chosen[item], changed = others + contributions[best, item], best, True
+                chosen[item], changed = best, True
+                total, layers[layer] = others + own[best], within + own[best]
         if not changed:
             break
     return chosen
 
 
-def allocate_jointly(
-    contributions: Array, errors: Array, bits: Array, weight: Array, budget: float, shrink: float
-) -> tuple[Choice, float]:
+def allocate_jointly(items: Items, budget: float, trust: Trust) -> tuple[Choice, float]:
     """The formats within a budget, and their price.
 
     Args:
-        contributions: [formats, items, rows].
-        errors: [formats, items].
-        bits: [formats], ascending.
-        weight: [items].
+        items: what is allocated.
         budget: largest sum of weight * bits; at least that of the cheapest format everywhere.
-        shrink: see the module.
+        trust: see the module.
     """
+    errors, bits, weight = items.errors, items.bits, items.weight
     high = 8 * steepest_price(errors, bits, weight)  # accumulated errors save more per bit than single ones
     low, chosen, price = high * 1e-9, np.zeros(errors.shape[1], dtype=np.int64), high
     for _ in range(18):
         middle = float(np.sqrt(low * high))
-        trial = descend(contributions, errors, bits, weight, middle, shrink)
+        trial = descend(items, middle, trust)
         if (bits[trial] * weight).sum() <= budget + 1e-9:
             chosen, price, high = trial, middle, middle
         else:

@@ -12,23 +12,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from adatsq_trt.search.candidates import Array, Assignment, allocate
-from adatsq_trt.search.joint import Choice, allocate_jointly, descend
+from adatsq_trt.search.joint import Choice, Items, Trust, allocate_jointly, descend
 from adatsq_trt.search.sensitivity import Sensitivity
 
 Rows = tuple[Assignment, ...]
-# Trust in the rows: see `joint`; the second is the hedge that selection on fresh samples may prefer.
-SHRINKS = (0.5, 0.85)
+# See `joint`. The first is the plan's own; the others are hedges that selection on fresh samples may prefer.
+TRUSTS = (Trust(together=0.2, by_layer=0.5), Trust(together=0.1, by_layer=0.4), Trust(together=0.5, by_layer=0.0))
 # Prices, relative to the plan's, at which the rest of a path is estimated.
 _CURVE = (0.125, 0.25, 0.5, 0.75, 1.5, 2.0, 4.0, 8.0)
 # Those whose whole policies are judged too, to show the Pareto front.
 _FRONT = (0.25, 0.5, 2.0, 4.0)
 # Candidates come from prices ever farther from the plan's: this factor apart, at most so many to each side.
 _PRICE_STEP, _PRICE_STEPS = 1.35, 20
-# One hedge weighs the first step's errors by e^1 and the last step's by 1. Early errors decide which picture a sample
-# becomes; the few that stand at such a fork carry much of the mean error, and a calibration batch holds few of them.
-EARLY_TILT = 1.0
 
 
 @dataclass(frozen=True)
@@ -40,8 +38,9 @@ class Plan:
             format indices per step.
         columns: for each step its distinct candidates, the plan's own first, then those of the nearest prices.
         hedges: other allocations of the same budget, to be judged as whole policies only.
+        row_weights: [rows]: what the rows of projected errors are multiplied by, as contributions are.
         tail_contributions: [steps + 1, rows]: what the plan's own steps t … will add to every projected error.
-        tail_own_errors: [steps + 1]: sum of their single errors.
+        tail_own_errors: [steps + 1]: their error by layers and alone, as far as each is trusted.
         tail_bits: [steps + 1, curve]: bits of steps t … at each of several prices, cheapest first.
         tail_errors: [steps + 1, curve]: predicted error of the plan's steps before t and those at that price from t.
     """
@@ -49,6 +48,7 @@ class Plan:
     policies: tuple[Rows, ...]
     columns: tuple[Rows, ...]
     hedges: tuple[Rows, ...]
+    row_weights: Array
     tail_contributions: Array
     tail_own_errors: Array
     tail_bits: Array
@@ -65,9 +65,10 @@ class Plan:
             projected: [rows]: aᵀ δ of the path, scaled as the contributions are.
             step: steps behind the path.
         """
+        projected = projected * self.row_weights
         together = np.square(projected + self.tail_contributions[step]).sum()
-        alone = np.square(projected).sum() + self.tail_own_errors[step]
-        return float((1 - SHRINKS[0]) * together + SHRINKS[0] * alone)
+        apart = np.square(projected).sum() + self.tail_own_errors[step]
+        return float(TRUSTS[0].together * together + (1 - TRUSTS[0].together) * apart)
 
     def deviation_error(self, step: int, bits_left: float, own_bits: float) -> float:
         """What it costs, or saves, when the rest has other bits than the plan gives it; infinite when too few.
@@ -92,50 +93,85 @@ def make_plan(sensitivity: Sensitivity, bits: Array, budget: float, candidates: 
         budget: mean bits per (step, layer); at least the cheapest format's.
         candidates: distinct assignments per step, as far as there are so many.
     """
-    contributions = sensitivity.contributions.double().numpy()
+    saturated = sensitivity.saturated()
+    contributions, errors = saturated.contributions.double().numpy(), saturated.smoothed_errors().numpy()
     steps, layers = contributions.shape[1:3]
-    errors = sensitivity.smoothed_errors().numpy()
-    problem = (contributions.reshape(len(bits), steps * layers, -1), errors.reshape(len(bits), -1), bits)
     ones, total = np.ones(steps * layers), budget * steps * layers
-    shaped = [allocate_jointly(*problem, ones, total, shrink) for shrink in SHRINKS]
-    own, price = shaped[0]
+    items = Items(
+        contributions.reshape(len(bits), steps * layers, -1),
+        errors.reshape(len(bits), -1),
+        np.tile(np.arange(layers), steps),
+        bits,
+        ones,
+    )
+    (own, price), *others = (allocate_jointly(items, total, trust) for trust in TRUSTS)
 
     def at(multiple: float) -> Choice:
-        return descend(*problem, ones, price * multiple, SHRINKS[0])
+        return descend(items, price * multiple, TRUSTS[0])
 
-    tilt = np.repeat(np.exp(np.linspace(EARLY_TILT, 0.0, steps)), layers)
-    tilted = allocate_jointly(problem[0] * np.sqrt(tilt)[:, None], problem[1] * tilt, bits, ones, total, SHRINKS[1])[0]
-    hedges = [*(choice for choice, _ in shaped[1:]), allocate(problem[1], bits, ones, total), tilted]
+    hedges = [*(choice for choice, _ in others), allocate(items.errors, bits, ones, total)]
     curve = [*(at(multiple) for multiple in _CURVE), np.zeros_like(own), own]
     policies = tuple(_rows(choice, steps) for choice in (own, *(curve[_CURVE.index(m)] for m in _FRONT)))
     chosen = np.stack([choice.reshape(steps, layers) for choice in (own, *curve)])
-    added = np.take_along_axis(contributions[None], chosen[:, None, :, :, None], 1)[:, 0].sum(axis=2)
-    alone = np.take_along_axis(errors[None], chosen[:, None], 1)[:, 0].sum(axis=2)
-    tails = np.stack([_suffix_sums(a) for a in added]), np.stack([_suffix_sums(a) for a in alone])
+    tails = _Tails.of(contributions, errors, chosen)
     bits_left = np.stack([_suffix_sums(bits[c].sum(axis=1)) for c in chosen[1:]])
     return Plan(
         policies,
         _columns(own, at, steps, candidates),
         tuple(_rows(choice, steps) for choice in hedges),
-        tails[0][0],
-        tails[1][0],
-        *_increasing(bits_left.T, _spliced_errors(*tails).T),
+        sensitivity.row_weights().numpy(),
+        tails.together[0],
+        error_apart(tails.by_layer[0], tails.alone[0]),
+        *_increasing(bits_left.T, tails.spliced_errors().T),
     )
 
 
-def _spliced_errors(tails: Array, alone: Array) -> Array:
-    """Predicted error of the first policy's steps before t and another's from t.
+@dataclass(frozen=True)
+class _Tails:
+    """What several policies add from each step on; the first is the plan itself.
 
-    Args:
-        tails: [1 + curve, steps + 1, rows]: summed contributions of steps t …; the first is the plan itself.
-        alone: [1 + curve, steps + 1]: the same for single errors.
-
-    Returns:
-        [curve, steps + 1].
+    Attributes:
+        by_layer: [policies, steps + 1, layers, rows]: summed contributions of each layer.
+        alone: [policies, steps + 1]: summed single errors.
     """
-    together: Array = np.square(tails[0, :1] - tails[0] + tails[1:]).sum(axis=-1)
-    alternatives: Array = alone[0, 0] - alone[0] + alone[1:]
-    return (1 - SHRINKS[0]) * together + SHRINKS[0] * alternatives
+
+    by_layer: Array
+    alone: Array
+
+    @classmethod
+    def of(cls, contributions: Array, errors: Array, chosen: NDArray[np.int64]) -> _Tails:
+        """Sum up.
+
+        Args:
+            contributions: [formats, steps, layers, rows].
+            errors: [formats, steps, layers].
+            chosen: [policies, steps, layers].
+        """
+        added = np.take_along_axis(contributions[None], chosen[:, None, :, :, None], 1)[:, 0]
+        alone = np.take_along_axis(errors[None], chosen[:, None], 1)[:, 0].sum(axis=2)
+        return cls(np.stack([_suffix_sums(a) for a in added]), np.stack([_suffix_sums(a) for a in alone]))
+
+    @property
+    def together(self) -> Array:
+        """[policies, steps + 1, rows]: summed contributions of all layers."""
+        summed: Array = self.by_layer.sum(axis=2)
+        return summed
+
+    def spliced_errors(self) -> Array:
+        """[policies - 1, steps + 1]: predicted error of the plan's steps before t and another's from t."""
+        together = np.square(self.together[0, :1] - self.together[0] + self.together[1:]).sum(axis=-1)
+        by_layer = self.by_layer[0, :1] - self.by_layer[0] + self.by_layer[1:]
+        apart = error_apart(by_layer, self.alone[0, 0] - self.alone[0] + self.alone[1:])
+        trust = TRUSTS[0].together
+        spliced: Array = trust * together + (1 - trust) * apart
+        return spliced
+
+
+def error_apart(by_layer: Array, alone: Array) -> Array:
+    """What `TRUSTS[0]` makes of accumulation within layers [..., layers, rows] and of single errors [...]: [...]."""
+    layered = TRUSTS[0].layered
+    error: Array = layered * np.square(by_layer).sum(axis=(-2, -1)) + (1 - layered) * alone
+    return error
 
 
 def _increasing(bits: Array, errors: Array) -> tuple[Array, Array]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -26,11 +27,13 @@ from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.search.beam import Path as BeamPath
 from adatsq_trt.search.beam import Pruning, beam_search
 from adatsq_trt.search.candidates import Assignment
-from adatsq_trt.search.denoising import DenoisingProblem, policy_error
+from adatsq_trt.search.denoising import DenoisingProblem, policy_errors
 from adatsq_trt.search.plan import Rows
 from adatsq_trt.search.sensitivity import Sensitivity, assemble, step_contributions
 
 Progress = Callable[[], None]
+# Median samples that one sample counts for at most when policies are ranked.
+CAP = 20.0
 
 
 def measure_sensitivity(
@@ -69,7 +72,8 @@ def measure_sensitivity(
             write_tensors(files[backward.step], {"contributions": contributions, "adjoint": backward.adjoint})
             on_step()
     parts = [read_tensors(file) for file in files]
-    sensitivity = assemble(formats, {t: part["contributions"] for t, part in enumerate(parts)}, latents[0, 0].numel())
+    contributions = {t: part["contributions"] for t, part in enumerate(parts)}
+    sensitivity = assemble(formats, contributions, latents[0, 0].numel(), len(samples.seeds))
     return sensitivity, torch.stack([*(part["adjoint"] for part in parts), start])
 
 
@@ -119,12 +123,28 @@ def _last_column(folder: Path, steps: int) -> tuple[list[BeamPath[Tensor]], int]
 
 
 class Score(BaseModel):
-    """Latent MSE of a policy on a batch."""
+    """How a policy does on a batch.
+
+    Attributes:
+        error: latent MSE.
+        standard_error: of that mean, from the spread over the samples.
+        capped_error: the mean when no sample counts for more than `CAP` median ones. A few samples flip to another
+            picture; which ones is mostly chance, so this ranks policies better than the mean itself.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     error: float
+    standard_error: float
+    capped_error: float
+
+    @classmethod
+    def of(cls, errors: Tensor) -> Score:
+        """From the errors of the samples, float64 [samples]."""
+        spread = float(errors.std()) / math.sqrt(len(errors)) if len(errors) > 1 else 0.0
+        capped = errors.clamp(max=CAP * float(errors.median()))
+        return cls(error=float(errors.mean()), standard_error=spread, capped_error=float(capped.mean()))
 
 
 class Scorer:
@@ -159,10 +179,10 @@ class Scorer:
         text = json.dumps([self.samples.seeds, self.samples.prompts, rows])
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
-    def error(self, rows: Rows) -> float:
-        """Latent MSE of whole generated samples; measured once."""
+    def score(self, rows: Rows) -> Score:
+        """Errors of whole generated samples; measured once."""
         file = self._folder / f"{self._key(rows)}.json"
         if not file.is_file():
-            error = policy_error(self.samples, self._model, self._formats, rows, self.reference)
-            write_json_model(file, Score(error=error))
-        return read_json_model(file, Score).error
+            errors = policy_errors(self.samples, self._model, self._formats, rows, self.reference)
+            write_json_model(file, Score.of(errors))
+        return read_json_model(file, Score)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from adatsq_trt.formats import Format
 from adatsq_trt.search.pareto import front
 from adatsq_trt.search.plan import Rows
-from adatsq_trt.search.resume import Scorer
+from adatsq_trt.search.resume import Score, Scorer
 
 Kind = Literal["beam", "plan", "layer_only", "time_only", "uniform", "given"]
 
@@ -38,8 +38,10 @@ class Point(BaseModel):
         name: for uniform policies the format, else kind and number.
         mean_bits: mean of nominal bits.
         selection_error: latent MSE on the screening batch; for finalists on the whole selection batch.
+        rank_error: the same with every sample capped (`Score.capped_error`): what policies are chosen by.
         finalist: whether it got the second look.
         held_out_error: latent MSE on the held-out samples, for those policies whose figure is reported.
+        held_out_standard_error: of that mean.
         on_front: whether no other point had fewer bits and a smaller error on the screening batch.
         buckets: runs of steps with one assignment.
         formats: step → layer → format name.
@@ -51,8 +53,10 @@ class Point(BaseModel):
     name: str
     mean_bits: float
     selection_error: float
+    rank_error: float
     finalist: bool = False
     held_out_error: float | None = None
+    held_out_standard_error: float | None = None
     on_front: bool = False
     buckets: int
     formats: tuple[tuple[str, ...], ...]
@@ -73,7 +77,7 @@ class SearchResult(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     points: tuple[Point, ...]
     chosen: int
     layer_only: int | None
@@ -95,7 +99,7 @@ def judge(
         number = f"{proposal.kind} {counts[proposal.kind]}"
         name = formats[proposal.rows[0][0]].name if proposal.kind == "uniform" else number
         counts[proposal.kind] += 1
-        points.append(_point(proposal, name, formats, screening.error(proposal.rows)))
+        points.append(_point(proposal, name, formats, screening.score(proposal.rows)))
         on_policy()
     best = set(front([(p.mean_bits, p.selection_error) for p in points]))
     return [p.model_copy(update={"on_front": i in best}) for i, p in enumerate(points)]
@@ -105,7 +109,7 @@ def finalists(points: Sequence[Point], budget: float) -> list[int]:
     """Indices of the points that deserve a second look: the best few of each kind of search within the budget.
 
     A handful of samples that flip to another picture decide a mean over a small batch, so near ties on the screening
-    batch are settled on a larger one; the static rivals get the same second look.
+    batch are settled on a larger one, with a cap on what one sample counts; the static rivals get the same.
     """
     groups: tuple[tuple[tuple[Kind, ...], int], ...] = (
         (("beam", "plan"), 4),
@@ -115,7 +119,7 @@ def finalists(points: Sequence[Point], budget: float) -> list[int]:
     chosen: list[int] = []
     for kinds, count in groups:
         within = [i for i, p in enumerate(points) if p.kind in kinds and p.mean_bits <= budget + 1e-9]
-        chosen += sorted(within, key=lambda i: (points[i].selection_error, points[i].buckets, i))[:count]
+        chosen += sorted(within, key=lambda i: (points[i].rank_error, points[i].buckets, i))[:count]
     return chosen
 
 
@@ -126,7 +130,7 @@ def second_look(
     scorers: tuple[Scorer, Scorer],
     on_policy: Callable[[], None],
 ) -> list[Point]:
-    """Replace the selection error of some points by the mean over both batches.
+    """Replace the errors of some points by their means over both batches.
 
     Args:
         points: judged policies.
@@ -139,11 +143,19 @@ def second_look(
     sizes = [len(scorer.samples.seeds) for scorer in scorers]
     for index in wanted:
         rows = _rows(points[index], formats)
-        errors = [scorer.error(rows) for scorer in scorers]
-        mean = sum(n * e for n, e in zip(sizes, errors, strict=True)) / sum(sizes)
-        result[index] = points[index].model_copy(update={"selection_error": mean, "finalist": True})
+        scores = [scorer.score(rows) for scorer in scorers]
+        update = {
+            "selection_error": _mean([score.error for score in scores], sizes),
+            "rank_error": _mean([score.capped_error for score in scores], sizes),
+            "finalist": True,
+        }
+        result[index] = points[index].model_copy(update=update)
         on_policy()
     return result
+
+
+def _mean(values: Sequence[float], sizes: Sequence[int]) -> float:
+    return sum(n * value for n, value in zip(sizes, values, strict=True)) / sum(sizes)
 
 
 def _rows(point: Point, formats: Sequence[Format]) -> Rows:
@@ -151,23 +163,24 @@ def _rows(point: Point, formats: Sequence[Format]) -> Rows:
     return tuple(tuple(names[name] for name in row) for row in point.formats)
 
 
-def _point(proposal: Proposal, name: str, formats: Sequence[Format], error: float) -> Point:
+def _point(proposal: Proposal, name: str, formats: Sequence[Format], score: Score) -> Point:
     rows = proposal.rows
     entries = [formats[i].bits for row in rows for i in row]
     return Point(
         kind=proposal.kind,
         name=name,
         mean_bits=sum(entries) / len(entries),
-        selection_error=error,
+        selection_error=score.error,
+        rank_error=score.capped_error,
         buckets=1 + sum(a != b for a, b in pairwise(rows)),
         formats=tuple(tuple(formats[i].name for i in row) for row in rows),
     )
 
 
 def best_of(points: Sequence[Point], wanted: Sequence[int], kinds: Sequence[Kind]) -> int | None:
-    """Index of the least selection error of some kinds among the wanted points; fewer buckets win a tie."""
+    """Index of the least capped error of some kinds among the wanted points; fewer buckets win a tie."""
     among = [i for i in wanted if points[i].kind in kinds]
-    return min(among, key=lambda i: (points[i].selection_error, points[i].buckets, i), default=None)
+    return min(among, key=lambda i: (points[i].rank_error, points[i].buckets, i), default=None)
 
 
 def measure_held_out(
@@ -188,7 +201,8 @@ def measure_held_out(
     """
     result = list(points)
     for index in dict.fromkeys(wanted):
-        error = held_out.error(_rows(points[index], formats))
-        result[index] = points[index].model_copy(update={"held_out_error": error})
+        score = held_out.score(_rows(points[index], formats))
+        update = {"held_out_error": score.error, "held_out_standard_error": score.standard_error}
+        result[index] = points[index].model_copy(update=update)
         on_policy()
     return result

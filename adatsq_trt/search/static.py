@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from adatsq_trt.search.candidates import Array, Assignment, allocate
-from adatsq_trt.search.joint import allocate_jointly
-from adatsq_trt.search.plan import SHRINKS, Rows
+from adatsq_trt.search.joint import Items, allocate_jointly
+from adatsq_trt.search.plan import TRUSTS, Rows
 from adatsq_trt.search.sensitivity import Sensitivity
 
 
@@ -24,7 +24,7 @@ def uniform(index: int, steps: int, layers: int) -> Rows:
 def layer_only(sensitivity: Sensitivity, bits: Array, budget: float) -> list[Rows]:
     """Proposals with one assignment for all steps.
 
-    Layers are allocated jointly, as the search's own plan is, at both of its shrinks; and one by one, a layer's error
+    Layers are allocated jointly, as the search's own plan is, with each of its trusts; and one by one, a layer's error
     being the geometric mean of that with and without accumulation over the steps (better than either alone).
     """
     steps = sensitivity.contributions.shape[1]
@@ -40,13 +40,13 @@ def time_only(sensitivity: Sensitivity, bits: Array, budget: float) -> list[Rows
 
 def _grouped(sensitivity: Sensitivity, bits: Array, budget: float, *, steps_together: bool) -> list[Assignment]:
     """Allocate one format per layer (or per step) within a mean budget; distinct proposals."""
-    contributions, axis = sensitivity.contributions.double(), 1 if steps_together else 2
+    contributions, axis = sensitivity.saturated().contributions.double(), 1 if steps_together else 2
     together = contributions.sum(dim=axis)
     diagonal, alone = together.square().sum(dim=-1), contributions.square().sum(dim=(axis, 3))
     items = together.shape[1]
     ones, total = np.ones(items), budget * items
     choices = [allocate(torch.sqrt(diagonal * alone).numpy(), bits, ones, total)]
-    choices += [
-        allocate_jointly(together.numpy(), diagonal.numpy(), bits, ones, total, shrink)[0] for shrink in SHRINKS
-    ]
+    layers = np.arange(items) if steps_together else np.zeros(items, dtype=np.int64)
+    problem = Items(together.numpy(), diagonal.numpy(), layers, bits, ones)
+    choices += [allocate_jointly(problem, total, trust)[0] for trust in TRUSTS]
     return list(dict.fromkeys(tuple(int(i) for i in choice) for choice in choices))

@@ -1,13 +1,14 @@
 """Coordinate descent on the accumulated error."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from adatsq_trt.search.candidates import Array, allocate, tiers
-from adatsq_trt.search.joint import Choice, allocate_jointly, descend
+from adatsq_trt.search.joint import Choice, Items, Trust, allocate_jointly, descend
 
 BITS = np.array([3.0, 4.0, 8.0])
 
@@ -19,62 +20,74 @@ def random_contributions(seed: int, items: int = 6, rows: int = 20) -> Array:
     return (common + own) * np.exp2(-BITS)[:, None, None] * np.exp(rng.normal(0, 0.7, (1, items, 1)))
 
 
-def objective(contributions: Array, errors: Array, chosen: Choice, price: float, shrink: float) -> float:
-    items = np.arange(len(chosen))
-    together = np.square(contributions[chosen, items].sum(axis=0)).sum()
-    return float((1 - shrink) * together + shrink * errors[chosen, items].sum() + price * BITS[chosen].sum())
-
-
-seeds, shrinks, prices = st.integers(0, 1000), st.sampled_from([0.0, 0.3, 0.5, 0.85, 1.0]), st.floats(-6, -1)
-
-
-@given(seeds, shrinks, prices)
-def test_no_single_change_improves_the_result(seed: int, shrink: float, exponent: float) -> None:
-    contributions, price = random_contributions(seed), 10.0**exponent
+def make_items(contributions: Array, weight: Array | None = None) -> Items:
+    """Two items to a layer."""
+    count = contributions.shape[1]
     errors = np.square(contributions).sum(axis=-1)
-    chosen = descend(contributions, errors, BITS, np.ones(6), price, shrink)
-    reached = objective(contributions, errors, chosen, price, shrink)
+    return Items(contributions, errors, np.arange(count) // 2, BITS, np.ones(count) if weight is None else weight)
+
+
+def objective(items: Items, chosen: Choice, price: float, trust: Trust) -> float:
+    places = np.arange(len(chosen))
+    picked = items.contributions[chosen, places]
+    layers = [picked[items.layers == layer].sum(axis=0) for layer in set(items.layers.tolist())]
+    error = trust.together * np.square(picked.sum(axis=0)).sum() + trust.by_layer * np.square(layers).sum()
+    return float(error + trust.alone * items.errors[chosen, places].sum() + price * BITS[chosen].sum())
+
+
+TRUSTED, ALONE = Trust(1.0, 0.0), Trust(0.0, 0.0)
+seeds, prices = st.integers(0, 1000), st.floats(-6, -1)
+trusts = st.sampled_from([TRUSTED, Trust(0.2, 0.5), Trust(0.5, 0.0), Trust(0.0, 0.9), ALONE])
+
+
+@given(seeds, trusts, prices)
+def test_no_single_change_improves_the_result(seed: int, trust: Trust, exponent: float) -> None:
+    items, price = make_items(random_contributions(seed)), 10.0**exponent
+    chosen = descend(items, price, trust)
+    reached = objective(items, chosen, price, trust)
     for item, fmt in itertools.product(range(6), range(3)):
         other = chosen.copy()
         other[item] = fmt
-        assert objective(contributions, errors, other, price, shrink) >= reached * (1 - 1e-9)
-    start = tiers(errors, BITS, np.ones(6), price)
-    assert reached <= objective(contributions, errors, start, price, shrink) * (1 + 1e-9)
+        assert objective(items, other, price, trust) >= reached * (1 - 1e-9)
+    start = tiers(items.errors, BITS, np.ones(6), price)
+    assert reached <= objective(items, start, price, trust) * (1 + 1e-9)
 
 
 @given(seeds, prices)
-def test_full_shrinking_is_tiers(seed: int, exponent: float) -> None:
-    contributions, ones = random_contributions(seed), np.ones(6)
-    errors = np.square(contributions).sum(axis=-1)
-    got = descend(contributions, errors, BITS, ones, 10.0**exponent, 1.0)
-    assert np.array_equal(got, tiers(errors, BITS, ones, 10.0**exponent))
+def test_without_trust_it_is_tiers(seed: int, exponent: float) -> None:
+    items = make_items(random_contributions(seed))
+    expected = tiers(items.errors, BITS, np.ones(6), 10.0**exponent)
+    assert np.array_equal(descend(items, 10.0**exponent, ALONE), expected)
 
 
-@given(seeds, shrinks, st.floats(3, 9), st.integers(1, 12))
-def test_the_budget_holds(seed: int, shrink: float, mean: float, items: int) -> None:
-    contributions = random_contributions(seed, items)
-    weight = np.random.default_rng(seed).integers(1, 3, items).astype(float)
-    errors, budget = np.square(contributions).sum(axis=-1), mean * weight.sum()
-    chosen, price = allocate_jointly(contributions, errors, BITS, weight, budget, shrink)
-    assert (BITS[chosen] * weight).sum() <= budget + 1e-6
+@given(seeds, trusts, st.floats(3, 9), st.integers(1, 12))
+def test_the_budget_holds(seed: int, trust: Trust, mean: float, count: int) -> None:
+    weight = np.random.default_rng(seed).integers(1, 3, count).astype(float)
+    chosen, price = allocate_jointly(make_items(random_contributions(seed, count), weight), mean * weight.sum(), trust)
+    assert (BITS[chosen] * weight).sum() <= mean * weight.sum() + 1e-6
     assert price > 0
 
 
 def test_joint_allocation_beats_single_errors_where_errors_accumulate() -> None:
     gains = []
     for seed in range(30):
-        contributions = random_contributions(seed, items=12)
-        errors = np.square(contributions).sum(axis=-1)
-        arguments = (BITS, np.ones(12), 4.0 * 12)
-        alone = allocate(errors, *arguments)
-        jointly, _ = allocate_jointly(contributions, errors, *arguments, 0.0)
-        gains.append(objective(contributions, errors, jointly, 0, 0) / objective(contributions, errors, alone, 0, 0))
+        items = make_items(random_contributions(seed, items=12))
+        alone = allocate(items.errors, BITS, np.ones(12), 4.0 * 12)
+        jointly, _ = allocate_jointly(items, 4.0 * 12, TRUSTED)
+        gains.append(objective(items, jointly, 0, TRUSTED) / objective(items, alone, 0, TRUSTED))
     assert np.mean(gains) < 0.95
 
 
+# The second item errs least in format 2, but in format 0 it undoes what the first one does, and is cheaper.
+CANCELLING = np.array([[[1.0], [-0.35]], [[0.5], [0.3]], [[0.3], [0.25]]])
+
+
 def test_errors_that_cancel_are_found() -> None:
-    # The second item errs least in format 2, but in format 0 it undoes what the first one does, and is cheaper.
-    contributions = np.array([[[1.0], [-0.35]], [[0.5], [0.3]], [[0.3], [0.25]]])
-    errors = np.square(contributions).sum(axis=-1)
-    assert descend(contributions, errors, BITS, np.ones(2), 1e-6, 0.0).tolist() == [2, 0]
-    assert descend(contributions, errors, BITS, np.ones(2), 1e-6, 1.0).tolist() == [2, 2]
+    assert descend(make_items(CANCELLING), 1e-6, TRUSTED).tolist() == [2, 0]
+    assert descend(make_items(CANCELLING), 1e-6, ALONE).tolist() == [2, 2]
+
+
+def test_only_items_of_one_layer_cancel_by_layer() -> None:
+    items = make_items(CANCELLING)
+    assert descend(items, 1e-6, Trust(0.0, 1.0)).tolist() == [2, 0]
+    assert descend(replace(items, layers=np.array([0, 1])), 1e-6, Trust(0.0, 1.0)).tolist() == [2, 2]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adatsq_trt.formats import FORMATS
-from adatsq_trt.search.plan import Plan, make_plan
+from adatsq_trt.search.plan import TRUSTS, Plan, make_plan
 from adatsq_trt.search.sensitivity import Sensitivity
 
 SET = tuple(FORMATS[name] for name in ("w3a3", "w4a4", "w8a8"))
@@ -78,12 +78,13 @@ def test_extreme_budgets_leave_no_choice(sensitivity: Sensitivity, budget: float
 
 
 def test_before_the_first_step_the_plans_own_error_is_expected(plan: Plan, sensitivity: Sensitivity) -> None:
-    rows = plan.policies[0]
-    alone = float(np.take_along_axis(sensitivity.smoothed_errors().numpy(), np.array(rows)[None], 0).sum())
-    contributions = sensitivity.contributions.double().numpy()
-    together = np.take_along_axis(contributions, np.array(rows)[None, :, :, None], 0).sum(axis=(0, 1, 2))
-    expected = 0.5 * float(together @ together) + 0.5 * alone
-    assert plan.expected_error(np.zeros(30), 0) == pytest.approx(expected, rel=1e-6)
+    rows = np.array(plan.policies[0])[None]
+    alone = float(np.take_along_axis(sensitivity.smoothed_errors().numpy(), rows, 0).sum())
+    chosen = np.take_along_axis(sensitivity.contributions.double().numpy(), rows[..., None], 0)[0]
+    by_layer, together = chosen.sum(axis=0), chosen.sum(axis=(0, 1))
+    trust = TRUSTS[0]
+    expected = trust.together * np.square(together).sum() + trust.by_layer * np.square(by_layer).sum()
+    assert plan.expected_error(np.zeros(30), 0) == pytest.approx(expected + trust.alone * alone, rel=1e-6)
 
 
 def test_after_the_last_step_the_error_so_far_is_expected(plan: Plan) -> None:

@@ -15,7 +15,7 @@ from adatsq_trt.search.beam import Path as BeamPath
 from adatsq_trt.search.beam import Pruning
 from adatsq_trt.search.denoising import DenoisingProblem, format_bits
 from adatsq_trt.search.plan import make_plan
-from adatsq_trt.search.resume import Scorer, measure_sensitivity, search_columns
+from adatsq_trt.search.resume import Score, Scorer, measure_sensitivity, search_columns
 from adatsq_trt.search.sensitivity import Sensitivity
 
 SET = tuple(FORMATS[name] for name in ("w4a4", "fp8", "w8a8", "fp32"))
@@ -144,10 +144,11 @@ def test_a_score_is_measured_once(samples: Samples, latents: Tensor, model: Simu
     rows = (((0,) * 17),) * 3
     scorer = Scorer(model, SET, samples, tmp_path)
     torch.testing.assert_close(scorer.reference, latents[-1])
-    error = scorer.error(rows)
+    error = scorer.score(rows).error
     model.assign(None, 0)
     fake = trajectory(samples, lambda step: model.assign(dict.fromkeys(model.layers, SET[0]), step))[-1]
-    assert error == latent_mse(fake, scorer.reference) > 0
+    assert error == pytest.approx(latent_mse(fake, scorer.reference), rel=1e-12)
+    assert error > 0
 
     class Dead(SimulatedModel):
         def __init__(self) -> None:
@@ -157,14 +158,24 @@ def test_a_score_is_measured_once(samples: Samples, latents: Tensor, model: Simu
             raise KilledError
 
     again = Scorer(Dead(), SET, samples, tmp_path)
-    assert again.error(rows) == error
+    assert again.score(rows).error == error
     assert torch.equal(again.reference, scorer.reference)
     with pytest.raises(KilledError):
-        again.error((((1,) * 17),) * 3)
+        again.score((((1,) * 17),) * 3)
 
 
 def test_batches_have_their_own_scores(samples: Samples, model: SimulatedModel, tmp_path: Path) -> None:
     rows = (((0,) * 17),) * 3
-    errors = [Scorer(model, SET, samples.part(slice(i, i + 1)), tmp_path).error(rows) for i in (0, 1)]
+    errors = [Scorer(model, SET, samples.part(slice(i, i + 1)), tmp_path).score(rows).error for i in (0, 1)]
     assert errors[0] != errors[1]
-    assert Scorer(model, SET, samples, tmp_path).error(rows) == pytest.approx(sum(errors) / 2, rel=0.05)
+    assert Scorer(model, SET, samples, tmp_path).score(rows).error == pytest.approx(sum(errors) / 2, rel=0.05)
+
+
+def test_one_wild_sample_counts_for_no_more_than_twenty_median_ones() -> None:
+    errors = torch.tensor([1.0, 1.0, 1.0, 1.0, 996.0], dtype=torch.float64)
+    score = Score.of(errors)
+    assert score.error == 200.0
+    assert score.capped_error == pytest.approx((4 + 20) / 5)
+    assert score.standard_error == pytest.approx(float(errors.std()) / 5**0.5)
+    assert Score.of(errors[:4]).capped_error == Score.of(errors[:4]).error == 1.0
+    assert Score.of(errors[:1]).standard_error == 0.0

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from adatsq_trt.files import read_json_model, write_json_model
 from adatsq_trt.formats import FORMATS
 from adatsq_trt.search.plan import Rows
-from adatsq_trt.search.resume import Scorer
+from adatsq_trt.search.resume import Score, Scorer
 from adatsq_trt.search.select import (
     Kind,
     Point,
@@ -41,9 +41,9 @@ class Table:
         self.errors, self.asked = errors, list[Rows]()
         self.samples = Batch(seeds=tuple(range(samples)))
 
-    def error(self, rows: Rows) -> float:
+    def score(self, rows: Rows) -> Score:
         self.asked.append(rows)
-        return self.errors[rows]
+        return Score(error=self.errors[rows], standard_error=0.5, capped_error=self.errors[rows] / 2)
 
 
 def table(errors: dict[Rows, float], samples: int = 1) -> Scorer:
@@ -51,7 +51,15 @@ def table(errors: dict[Rows, float], samples: int = 1) -> Scorer:
 
 
 def point(kind: Kind, bits: float, error: float, buckets: int = 1) -> Point:
-    return Point(kind=kind, name="", mean_bits=bits, selection_error=error, buckets=buckets, formats=(("w4a4",),))
+    return Point(
+        kind=kind,
+        name="",
+        mean_bits=bits,
+        selection_error=100.0,
+        rank_error=error,
+        buckets=buckets,
+        formats=(("w4a4",),),
+    )
 
 
 def ignore() -> None:
@@ -116,6 +124,7 @@ def test_the_second_look_is_the_mean_over_all_samples() -> None:
     scorers = (table(ERRORS, 1), table({MIXED: 2.0}, 3))
     looked = second_look(points, [index], SET, scorers, ignore)
     assert looked[index].selection_error == pytest.approx((6.0 + 3 * 2.0) / 4)
+    assert looked[index].rank_error == pytest.approx((3.0 + 3 * 1.0) / 4)
     assert looked[index].finalist
     assert looked[1 - index] == points[1 - index]
 
@@ -129,6 +138,7 @@ def test_held_out_errors_are_measured_for_the_wanted_alone() -> None:
     result = measure_held_out(points, wanted, SET, cast(Scorer, scorer), ignore)
     got = {p.name: p.held_out_error for p in result}
     assert got == {"w3a3": 90.0, "w4a4": None, "w8a8": 10.0}
+    assert {p.name: p.held_out_standard_error for p in result} == {"w3a3": 0.5, "w4a4": None, "w8a8": 0.5}
     assert [p.selection_error for p in result] == [p.selection_error for p in points]
 
 

@@ -22,7 +22,7 @@ STEPS = 3
 def sensitivity(samples: Samples, latents: Tensor, start: Tensor, store: FormatStore) -> Sensitivity:
     sweep = backward_sweep(samples, latents, start, STEPS - 1)
     parts = {b.step: step_contributions(b, samples.adapter, SET, store) for b in sweep}
-    return assemble(SET, parts, latents[0, 0].numel())
+    return assemble(SET, parts, latents[0, 0].numel(), 2)
 
 
 def actual_change(
@@ -56,7 +56,7 @@ def test_contributions_of_all_steps_and_layers_add_up_to_the_change_of_the_pictu
     store = FormatStore({exact.name: off}, {})
     sweep = backward_sweep(samples, latents, start, STEPS - 1)
     parts = {b.step: step_contributions(b, samples.adapter, [exact], store) for b in sweep}
-    sensitivity = assemble([exact], parts, latents[0, 0].numel())
+    sensitivity = assemble([exact], parts, latents[0, 0].numel(), 2)
     actual = actual_change(samples, latents, start, store, {})
     assert relative(sensitivity.contributions.sum(dim=(0, 1, 2)), actual) < 0.03
 
@@ -100,7 +100,7 @@ def test_squares_of_rows_add_up_to_the_mean_square_of_the_latent() -> None:
     generator = torch.Generator().manual_seed(0)
     change, u = torch.randn(5, 8, generator=generator), torch.randn(4000, 5, 8, generator=generator)
     rows = (u * change).sum(dim=-1).flatten()
-    sensitivity = assemble((FORMATS["w4a4"],), {0: rows[None, None]}, 8)
+    sensitivity = assemble((FORMATS["w4a4"],), {0: rows[None, None]}, 8, 1)
     assert float(sensitivity.errors) == pytest.approx(float(change.square().mean()), rel=0.05)
 
 
@@ -128,3 +128,26 @@ def test_smoothing_is_a_weighted_geometric_mean_of_neighbours() -> None:
 def test_few_steps_are_not_smoothed() -> None:
     sensitivity = random_sensitivity(2, steps=3)
     torch.testing.assert_close(sensitivity.smoothed_errors(), sensitivity.errors, rtol=1e-6, atol=0)
+
+
+def test_a_sample_that_would_decide_everything_is_held_back() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2, 5, 3, 4, 8, generator=generator)  # [formats, steps, layers, projections, samples]
+    rows[..., 5] *= 30
+    sensitivity = Sensitivity(SET[:2], rows.flatten(3), samples=8)
+    weights = sensitivity.row_weights().unflatten(0, (4, 8))
+    assert torch.equal(weights, weights[:1].expand(4, 8))  # a sample has one weight
+    assert float(weights.square().mean()) == pytest.approx(1.0)
+    assert float(weights[0, 5]) < 0.1 * float(weights[0].median())
+    share = [s.errors.sum() for s in (sensitivity, sensitivity.saturated())]
+    others = [
+        s.contributions.unflatten(3, (4, 8))[..., [0, 1, 2, 3, 4, 6, 7]].double().square().sum()
+        for s in (sensitivity, sensitivity.saturated())
+    ]
+    assert float(others[0] / share[0]) < 0.05
+    assert float(others[1] / share[1]) > 0.5
+
+
+def test_formats_without_error_leave_all_samples_equal() -> None:
+    weights = Sensitivity(SET[:1], torch.zeros(1, 2, 3, 8), samples=4).row_weights()
+    assert torch.equal(weights, torch.ones(8, dtype=torch.float64))

@@ -49,6 +49,7 @@ def _summary(context: Context, policy: Policy) -> Summary:
         mean_weight_bits=policy.mean_weight_bits(shapes),
         mean_activation_bits=policy.mean_activation_bits(shapes),
         final_error=_held_out(result, result.chosen),
+        final_standard_error=_known(chosen.held_out_standard_error),
         chosen_kind=chosen.kind,
         uniform_errors={p.name: _held_out(result, i) for i, p in enumerate(result.points) if p.kind == "uniform"},
         static_errors=StaticErrors(
@@ -68,9 +69,12 @@ def _summary(context: Context, policy: Policy) -> Summary:
 
 
 def _held_out(result: SearchResult, index: int) -> float:
-    error = result.points[index].held_out_error
-    assert error is not None, "the search measures every point that is reported"
-    return error
+    return _known(result.points[index].held_out_error)
+
+
+def _known(figure: float | None) -> float:
+    assert figure is not None, "the search measures every point that is reported"
+    return figure
 
 
 def _size(path: Path) -> int:
