@@ -72,8 +72,8 @@ def measure_sensitivity(
             write_tensors(files[backward.step], {"contributions": contributions, "adjoint": backward.adjoint})
             on_step()
     parts = [read_tensors(file) for file in files]
-    contributions = {t: part["contributions"] for t, part in enumerate(parts)}
-    sensitivity = assemble(formats, contributions, latents[0, 0].numel(), len(samples.seeds))
+    steps_done = {t: part["contributions"] for t, part in enumerate(parts)}
+    sensitivity = assemble(formats, steps_done, latents[0, 0].numel(), len(samples.seeds))
     return sensitivity, torch.stack([*(part["adjoint"] for part in parts), start])
 
 
