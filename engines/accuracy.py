@@ -43,7 +43,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from adatsq_trt.engines.block_check import REFERENCE_NAME, choose_block, run_block
-from adatsq_trt.engines.bundle import MANIFEST_NAME, Bundle
+from adatsq_trt.engines.bundle import MANIFEST_NAME, BundleFiles
 from adatsq_trt.engines.bundle import REFERENCE_NAME as REFERENCE_FILE
 from adatsq_trt.engines.comparison import (
     CPU_NAME,
@@ -121,7 +121,7 @@ class CheckReport(BaseModel):
     rows: tuple[CheckRow, ...]
 
 
-def check(bundle: Bundle, folder: Path, on_row: Callable[[int, int], None] | None = None) -> CheckReport:
+def check(bundle: BundleFiles, folder: Path, on_row: Callable[[int, int], None] | None = None) -> CheckReport:
     """Compare a bundle's graphs with PyTorch's outputs and with each other.
 
     Args:
@@ -149,7 +149,7 @@ def check(bundle: Bundle, folder: Path, on_row: Callable[[int, int], None] | Non
     return report
 
 
-def passed_before(bundle: Bundle, folder: Path) -> CheckReport | None:
+def passed_before(bundle: BundleFiles, folder: Path) -> CheckReport | None:
     """The report of an earlier check of this very bundle, if all its rows passed.
 
     Args:
@@ -163,18 +163,18 @@ def passed_before(bundle: Bundle, folder: Path) -> CheckReport | None:
     return report if report.passed and report.manifest_sha256 == _identity(bundle) else None
 
 
-def _identity(bundle: Bundle) -> str:
+def _identity(bundle: BundleFiles) -> str:
     return sha256(bundle.folder / MANIFEST_NAME)
 
 
-def _rows(bundle: Bundle, targets: Iterable[int], folder: Path) -> Iterator[CheckRow]:
+def _rows(bundle: BundleFiles, targets: Iterable[int], folder: Path) -> Iterator[CheckRow]:
     for assignment in range(len(bundle.policy.assignments)):
         yield from _check_steps(bundle, assignment, folder)
     for assignment in targets:
         yield _check_block(bundle, assignment, folder)
 
 
-def _check_steps(bundle: Bundle, assignment: int, folder: Path) -> Iterator[CheckRow]:
+def _check_steps(bundle: BundleFiles, assignment: int, folder: Path) -> Iterator[CheckRow]:
     """Every step of an assignment, with one session."""
     graph = bundle.graph("cpu", assignment)
     steps = [step for step, used in enumerate(bundle.policy.step_assignments) if used == assignment]
@@ -189,7 +189,7 @@ def _check_steps(bundle: Bundle, assignment: int, folder: Path) -> Iterator[Chec
         yield _row(step, assignment, "cpu", None, figures, tolerance, command)
 
 
-def _check_block(bundle: Bundle, assignment: int, folder: Path) -> CheckRow:
+def _check_block(bundle: BundleFiles, assignment: int, folder: Path) -> CheckRow:
     """One block of a target graph, at the assignment's first step, for one row of each guidance branch."""
     step = bundle.policy.step_assignments.index(assignment)
     feed, block = step_feed(bundle, step), choose_block(bundle, assignment)
@@ -229,7 +229,7 @@ def _row(
     )
 
 
-def step_feed(bundle: Bundle, step: int) -> dict[str, np.ndarray]:
+def step_feed(bundle: BundleFiles, step: int) -> dict[str, np.ndarray]:
     """A step's calibration inputs and activation scales, as its cpu graph takes them.
 
     Raises:
@@ -240,11 +240,11 @@ def step_feed(bundle: Bundle, step: int) -> dict[str, np.ndarray]:
     return {**inputs, **bundle.scales(step)}
 
 
-def _reference_output(bundle: Bundle, step: int) -> np.ndarray:
+def _reference_output(bundle: BundleFiles, step: int) -> np.ndarray:
     return _reference(bundle, f"step_{step:03d}.output")
 
 
-def _reference(bundle: Bundle, name: str) -> np.ndarray:
+def _reference(bundle: BundleFiles, name: str) -> np.ndarray:
     if name not in bundle.reference:
         raise DamagedFileError(
             f"'{bundle.folder / REFERENCE_FILE}' has no '{name}', so the step cannot be checked; "

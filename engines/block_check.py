@@ -16,7 +16,7 @@ from onnx.helper import make_tensor_value_info, np_dtype_to_tensor_dtype, tensor
 from polygraphy.comparator import Comparator, RunResults
 
 from adatsq_trt.engines.block_cut import Cut, GraphView, find_cut
-from adatsq_trt.engines.bundle import Bundle
+from adatsq_trt.engines.bundle import BundleFiles
 from adatsq_trt.engines.comparison import Arrays, quiet_polygraphy, run_in_onnxruntime
 from adatsq_trt.engines.reference_ops import ReferenceRunner
 from adatsq_trt.files import write_bytes
@@ -45,7 +45,7 @@ class BlockRun:
     graph: Path
 
 
-def choose_block(bundle: Bundle, assignment: int) -> str:
+def choose_block(bundle: BundleFiles, assignment: int) -> str:
     """The block that shows the most formats of an assignment; equals take turns from assignment to assignment."""
     row = dict(zip(bundle.policy.layers, bundle.policy.assignments[assignment], strict=True))
     shown = {
@@ -56,7 +56,7 @@ def choose_block(bundle: Bundle, assignment: int) -> str:
     return best[assignment % len(best)]
 
 
-def run_block(bundle: Bundle, assignment: int, block: str, feed: Arrays, folder: Path) -> BlockRun:
+def run_block(bundle: BundleFiles, assignment: int, block: str, feed: Arrays, folder: Path) -> BlockRun:
     """Cut a block out of both variants and run each.
 
     Args:

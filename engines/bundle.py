@@ -139,7 +139,7 @@ def _contents(folder: Path) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Bundle:
+class BundleFiles:
     """An opened bundle.
 
     Attributes:
@@ -155,7 +155,7 @@ class Bundle:
     index: GraphIndex
 
     @classmethod
-    def open(cls, path: Path, verify: bool = True) -> Bundle:
+    def open(cls, path: Path, verify: bool = True) -> BundleFiles:
         """Open a bundle, or the bundle of a run directory.
 
         Args:
@@ -316,7 +316,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise DamagedFileError(f"'{path}' is not a complete safetensors file ({error}); {_REBUILD}") from error
 
 
-def require_prompts(bundle: Bundle, prompts: Iterable[int]) -> None:
+def require_prompts(bundle: BundleFiles, prompts: Iterable[int]) -> None:
     """Refuse prompts that the bundle does not hold.
 
     Raises:

@@ -38,9 +38,9 @@ def check(
     from adatsq_trt.cli.progress import progress
     from adatsq_trt.engines.accuracy import check as run_check
     from adatsq_trt.engines.accuracy import passed_before
-    from adatsq_trt.engines.bundle import Bundle
+    from adatsq_trt.engines.bundle import BundleFiles
 
-    opened = Bundle.open(bundle)
+    opened = BundleFiles.open(bundle)
     folder = output or opened.folder.parent / "check"
     rows = opened.policy.steps + sum(graph.variant == "target" for graph in opened.index.graphs)
     report = None if again else passed_before(opened, folder)

@@ -27,11 +27,11 @@ def generate(
     Example: adatsq-trt generate runs/demo --samples 10 --prompt 3 --prompt 7
     """
     from adatsq_trt.cli.progress import progress
-    from adatsq_trt.engines.bundle import Bundle
+    from adatsq_trt.engines.bundle import BundleFiles
     from adatsq_trt.engines.denoise import decode_image, denoise
     from adatsq_trt.report.contact_sheet import write_contact_sheet
 
-    opened = Bundle.open(bundle)
+    opened = BundleFiles.open(bundle)
     file = output or opened.folder.parent / "samples.png"
     if file.suffix != ".png":
         raise UserError(f"--output '{file}': got '{file.suffix}', expected a name that ends in .png")

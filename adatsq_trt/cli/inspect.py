@@ -20,9 +20,9 @@ def inspect(
     from rich.console import Console
     from rich.table import Table
 
-    from adatsq_trt.engines.bundle import Bundle
+    from adatsq_trt.engines.bundle import BundleFiles
 
-    opened = Bundle.open(bundle)
+    opened = BundleFiles.open(bundle)
     manifest, policy = opened.manifest, opened.policy
     if json:
         typer.echo(manifest.model_dump_json(indent=2))

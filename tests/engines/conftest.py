@@ -17,7 +17,7 @@ from adatsq_trt.engines.bundle import (
     PROMPTS_NAME,
     REFERENCE_NAME,
     SCALES_NAME,
-    Bundle,
+    BundleFiles,
     ImageSpec,
     Manifest,
     ScheduleRecord,
@@ -215,7 +215,7 @@ class GraphWriter:
         return self._node("Mul", [wide, scale], f"{layer}.activation", layer)
 
 
-def make_bundle(folder: Path) -> Bundle:
+def make_bundle(folder: Path) -> BundleFiles:
     """Write the whole bundle and open it."""
     model, store = TinyModel(), bytearray()
     graphs = folder / GRAPH_FOLDER
@@ -250,7 +250,7 @@ def make_bundle(folder: Path) -> Bundle:
         versions={},
     )
     write_manifest(folder, manifest)
-    return Bundle.open(folder)
+    return BundleFiles.open(folder)
 
 
 def _write_tensors(folder: Path, model: TinyModel) -> None:
@@ -280,12 +280,12 @@ def _write_tensors(folder: Path, model: TinyModel) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> BundleFiles:
     """For tests that only read."""
     return make_bundle(tmp_path_factory.mktemp("tiny") / "bundle")
 
 
 @pytest.fixture
-def own_bundle(tmp_path: Path) -> Bundle:
+def own_bundle(tmp_path: Path) -> BundleFiles:
     """For tests that damage it."""
     return make_bundle(tmp_path / "run" / "bundle")

@@ -7,7 +7,7 @@ import pytest
 from adatsq_trt.engines.backends.base import BatchRange, Compiler, Runner
 from adatsq_trt.engines.backends.rtx import RtxBackend
 from adatsq_trt.engines.build import RECORD_NAME, build_plans
-from adatsq_trt.engines.bundle import Bundle
+from adatsq_trt.engines.bundle import BundleFiles
 from adatsq_trt.errors import AdatsqError
 from adatsq_trt.formats import TARGETS, Target
 
@@ -34,12 +34,12 @@ class RecordingCompiler(Compiler):
         return repr((target.name, onnx_path.name, batch)).encode()
 
 
-def build(bundle: Bundle, compiler: Compiler, *targets: str, rows: int = 8) -> list[str]:
+def build(bundle: BundleFiles, compiler: Compiler, *targets: str, rows: int = 8) -> list[str]:
     plans = build_plans(bundle.folder, bundle.index, [TARGETS[t] for t in targets], rows, compiler=compiler)
     return [plan.path for plan in plans]
 
 
-def test_the_compiler_makes_a_plan_for_each_target_and_assignment(own_bundle: Bundle) -> None:
+def test_the_compiler_makes_a_plan_for_each_target_and_assignment(own_bundle: BundleFiles) -> None:
     told: list[tuple[int, int]] = []
     targets = [TARGETS["sm89"], TARGETS["sm120"]]
     plans = build_plans(own_bundle.folder, own_bundle.index, targets, 8, lambda *done: told.append(done))
@@ -50,13 +50,13 @@ def test_the_compiler_makes_a_plan_for_each_target_and_assignment(own_bundle: Bu
     assert told == [(i, 6) for i in range(1, 7)]
 
 
-def test_the_same_graph_gives_the_same_plan(tiny_bundle: Bundle) -> None:
+def test_the_same_graph_gives_the_same_plan(tiny_bundle: BundleFiles) -> None:
     path = tiny_bundle.graph_path(tiny_bundle.graph("target", 0))
     first, second = (RtxBackend().build(path, TARGETS["sm120"], BatchRange(1, 8, 8)) for _ in range(2))
     assert first == second
 
 
-def test_a_second_build_keeps_everything(own_bundle: Bundle) -> None:
+def test_a_second_build_keeps_everything(own_bundle: BundleFiles) -> None:
     first, second = RecordingCompiler(), RecordingCompiler()
     paths = build(own_bundle, first, "sm89", "sm120")
     assert len(first.built) == 6
@@ -64,7 +64,7 @@ def test_a_second_build_keeps_everything(own_bundle: Bundle) -> None:
     assert second.built == []
 
 
-def test_only_what_changed_is_built_again(own_bundle: Bundle) -> None:
+def test_only_what_changed_is_built_again(own_bundle: BundleFiles) -> None:
     build(own_bundle, RecordingCompiler(), "sm120")
     graph = own_bundle.graph_path(own_bundle.graph("target", 1))
     graph.write_bytes(graph.read_bytes() + b"\x00")
@@ -74,7 +74,7 @@ def test_only_what_changed_is_built_again(own_bundle: Bundle) -> None:
     assert again.built == ["sm120/assignment_001.target.onnx", "sm120/assignment_002.target.onnx"]
 
 
-def test_other_shapes_or_weights_build_everything_again(own_bundle: Bundle) -> None:
+def test_other_shapes_or_weights_build_everything_again(own_bundle: BundleFiles) -> None:
     build(own_bundle, RecordingCompiler(), "sm120")
     larger, other = RecordingCompiler(), RecordingCompiler()
     build(own_bundle, larger, "sm120", rows=16)
@@ -84,7 +84,7 @@ def test_other_shapes_or_weights_build_everything_again(own_bundle: Bundle) -> N
     assert len(larger.built) == len(other.built) == 3
 
 
-def test_a_damaged_record_costs_only_time(own_bundle: Bundle) -> None:
+def test_a_damaged_record_costs_only_time(own_bundle: BundleFiles) -> None:
     build(own_bundle, RecordingCompiler(), "sm120")
     (own_bundle.folder / "plans/sm120" / RECORD_NAME).write_text("{")
     again = RecordingCompiler()
@@ -92,12 +92,12 @@ def test_a_damaged_record_costs_only_time(own_bundle: Bundle) -> None:
     assert len(again.built) == 3
 
 
-def test_the_cpu_needs_no_plans(own_bundle: Bundle) -> None:
+def test_the_cpu_needs_no_plans(own_bundle: BundleFiles) -> None:
     assert build(own_bundle, RecordingCompiler(), "cpu") == []
     assert not (own_bundle.folder / "plans").exists()
 
 
-def test_a_refused_graph_leaves_no_plan(own_bundle: Bundle) -> None:
+def test_a_refused_graph_leaves_no_plan(own_bundle: BundleFiles) -> None:
     own_bundle.graph_path(own_bundle.graph("target", 1)).write_bytes(b"no graph")
     with pytest.raises(AdatsqError, match=r"cannot read .*assignment_001\.target\.onnx"):
         build(own_bundle, RtxBackend(), "sm120")

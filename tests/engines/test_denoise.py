@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from adatsq_trt.engines.bundle import Bundle, ImageSpec
+from adatsq_trt.engines.bundle import BundleFiles, ImageSpec
 from adatsq_trt.engines.denoise import decode_image, denoise
 from adatsq_trt.errors import UserError
 from adatsq_trt.models.flux import pack
@@ -12,7 +12,7 @@ from adatsq_trt.schedule import initial_noise
 from tests.engines.conftest import ASSIGNMENTS, GUIDANCE, SIGMAS, STEP_ASSIGNMENTS, TinyModel
 
 
-def loop(bundle: Bundle, prompts: list[int], seeds: list[int], quantized: bool) -> np.ndarray:
+def loop(bundle: BundleFiles, prompts: list[int], seeds: list[int], quantized: bool) -> np.ndarray:
     """The denoising loop, written down once more."""
     model, x = TinyModel(), initial_noise(seeds, bundle.manifest.latent_shape)
     conditional, unconditional = bundle.prompts["conditional.pooled"], bundle.prompts["unconditional.pooled"]
@@ -34,13 +34,13 @@ def loop(bundle: Bundle, prompts: list[int], seeds: list[int], quantized: bool) 
     return x
 
 
-def fixed_scales(bundle: Bundle, step: int) -> list[float]:
+def fixed_scales(bundle: BundleFiles, step: int) -> list[float]:
     scales = bundle.scales(step)
     return [float(scales.get(f"{layer}.scale", 0.0)) for layer in bundle.policy.layers]
 
 
 @pytest.mark.parametrize("quantized", [True, False])
-def test_follows_the_policy(tiny_bundle: Bundle, quantized: bool) -> None:
+def test_follows_the_policy(tiny_bundle: BundleFiles, quantized: bool) -> None:
     got = denoise(tiny_bundle, [0, 1, 2], [7, 8, 9], quantized)
     expected = loop(tiny_bundle, [0, 1, 2], [7, 8, 9], quantized)
     assert got.dtype == np.float32
@@ -48,13 +48,13 @@ def test_follows_the_policy(tiny_bundle: Bundle, quantized: bool) -> None:
     assert np.linalg.norm(got - expected) < 1e-2 * np.linalg.norm(expected)
 
 
-def test_a_sample_does_not_depend_on_its_batch(tiny_bundle: Bundle) -> None:
+def test_a_sample_does_not_depend_on_its_batch(tiny_bundle: BundleFiles) -> None:
     together = denoise(tiny_bundle, [0, 1, 2], [7, 8, 9])
     alone = denoise(tiny_bundle, [1], [8])
     np.testing.assert_allclose(together[1:2], alone, rtol=1e-4, atol=1e-4)
 
 
-def test_same_seed_same_bytes_and_progress(tiny_bundle: Bundle) -> None:
+def test_same_seed_same_bytes_and_progress(tiny_bundle: BundleFiles) -> None:
     told: list[tuple[int, int]] = []
     first = denoise(tiny_bundle, [0], [3], on_step=lambda done, steps: told.append((done, steps)))
     assert first.tobytes() == denoise(tiny_bundle, [0], [3]).tobytes()
@@ -63,7 +63,7 @@ def test_same_seed_same_bytes_and_progress(tiny_bundle: Bundle) -> None:
     assert not np.array_equal(first, denoise(tiny_bundle, [1], [3]))
 
 
-def test_bad_requests(tiny_bundle: Bundle) -> None:
+def test_bad_requests(tiny_bundle: BundleFiles) -> None:
     with pytest.raises(UserError, match="2 prompts and 1 seeds"):
         denoise(tiny_bundle, [0, 1], [1])
     with pytest.raises(UserError, match="0 prompts"):
