@@ -72,6 +72,12 @@ class ImageSpec(_Record):
     patches: int
     channels: int
 
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Unpack 2x2 patches: [B, patches², 4c] in [-1, 1] → [B, 2 patches, 2 patches, c] in [0, 1], float32."""
+        side, channels = self.patches, self.channels
+        grid = latents.reshape(-1, side, side, channels, 2, 2).transpose(0, 1, 4, 2, 5, 3)
+        return np.clip(grid.reshape(-1, 2 * side, 2 * side, channels) / 2 + 0.5, 0, 1)
+
 
 class Manifest(_Record):
     """What a bundle is and what it consists of.

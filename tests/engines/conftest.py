@@ -6,6 +6,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -23,6 +24,7 @@ from adatsq_trt.engines.bundle import (
     ScheduleRecord,
     write_manifest,
 )
+from adatsq_trt.export.switch import switch
 from adatsq_trt.files import write_json_model
 from adatsq_trt.formats import FORMATS
 from adatsq_trt.graph_index import WEIGHTS_NAME, GraphFile, GraphIndex, TensorSignature
@@ -215,6 +217,24 @@ class GraphWriter:
         return self._node("Mul", [wide, scale], f"{layer}.activation", layer)
 
 
+def write_switch(folder: Path, variant: str, files: list[GraphFile]) -> GraphFile:
+    """The graph of all assignments, made by the exporter's own pass."""
+    own = [file for file in files if file.variant == variant]
+    models = [onnx.load(folder / file.path, load_external_data=False) for file in own]
+    shaped = [ir.from_proto(onnx.shape_inference.infer_shapes(model)) for model in models]
+    together = ir.to_proto(switch(shaped, LAYERS, ASSIGNMENTS))
+    (folder / f"switch.{variant}.onnx").write_bytes(together.SerializeToString(deterministic=True))
+    return GraphFile(
+        path=f"switch.{variant}.onnx",
+        variant=variant,
+        assignment=None,
+        inputs=own[0].inputs,
+        outputs=own[0].outputs,
+        scale_inputs={layer: signature for file in own for layer, signature in file.scale_inputs.items()},
+        bucket_input=TensorSignature(name="bucket", dtype="int32", shape=()),
+    )
+
+
 def make_bundle(folder: Path) -> BundleFiles:
     """Write the whole bundle and open it."""
     model, store = TinyModel(), bytearray()
@@ -223,6 +243,7 @@ def make_bundle(folder: Path) -> BundleFiles:
     writer = GraphWriter(model, store)
     files = [writer.write(graphs, variant, i) for i in range(len(ASSIGNMENTS)) for variant in ("target", "cpu")]
     files.append(writer.write(graphs, "reference", None))
+    files += [write_switch(graphs, variant, files) for variant in ("target", "cpu")]
     (graphs / WEIGHTS_NAME).write_bytes(bytes(store))
     index = GraphIndex(
         base_type="bfloat16", graphs=tuple(files), weight_bytes=len(store), blocks=("blocks.0", "blocks.1")
