@@ -170,11 +170,10 @@ def _quantized(
     return model
 
 
-def _in_order(variants: Sequence[str]) -> Iterator[Variant]:
+def _in_order(variants: Sequence[str]) -> list[Variant]:
     """Target graphs come first, because they are lowered to cpu graphs in place."""
-    for variant in ("target", "cpu"):
-        if variant in variants:
-            yield variant  # type: ignore[misc]
+    order: tuple[Variant, ...] = ("target", "cpu")
+    return [variant for variant in order if variant in variants]
 
 
 def _write(

@@ -186,8 +186,8 @@ def _passed_on(value: ir.Value) -> ir.Graph:
 
 def _nothing(layer: str, data: ir.Value, like: ir.Value) -> ir.Graph:
     """Numbers of the layer's output shape that nobody reads: one column of its input, repeated."""
-    assert like.shape is not None and like.dtype is not None
-    numbers = {"From": 0, "To": 1, "Axis": -1, "Width": int(like.shape[-1])}  # type: ignore[call-overload]
+    assert like.shape is not None and isinstance(like.shape[-1], int)
+    numbers = {"From": 0, "To": 1, "Axis": -1, "Width": like.shape[-1]}
     constants = [_constant(f"{layer}/Nothing{name}", np.array([number])) for name, number in numbers.items()]
     column, output = (ir.val(f"{layer}/Nothing{name}", dtype=like.dtype) for name in ("Column", ""))
     nodes = [
