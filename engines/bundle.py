@@ -30,6 +30,8 @@ SCALES_NAME = "activation_scales.safetensors"
 PROMPTS_NAME = "prompts.safetensors"
 REFERENCE_NAME = "check/reference.safetensors"
 
+Layout = Literal["embedded", "shared", "switch"]
+
 _REBUILD = "run 'adatsq-trt build engine' again"
 
 
@@ -42,15 +44,17 @@ class PlanFile(_Record):
 
     Attributes:
         target: name of the target that it was compiled for.
-        assignment: index into the policy's assignments.
+        assignment: index into the policy's assignments; None for an engine that holds all of them.
         path: relative to the bundle, with forward slashes.
         bytes: its size.
+        max_rows: most rows (samples times guidance branches) of its optimization profile.
     """
 
     target: str
-    assignment: int
+    assignment: int | None
     path: str
     bytes: int
+    max_rows: int
 
 
 class ScheduleRecord(_Record):
@@ -86,7 +90,8 @@ class Manifest(_Record):
         model: name of the model that it was made from.
         architecture: diffusers class name.
         backend: what compiled the plans.
-        layout: how plans and weights are arranged; "embedded" is a self-contained plan for each assignment.
+        layout: how plans and weights are arranged: "embedded" is a self-contained plan for each assignment, "shared"
+            plans without weights over one store, "switch" one plan in which assignments take turns.
         targets: names of the targets that it was built for.
         base_type: 16-bit type of what is not quantized in the target graphs.
         formats: formats that the policy uses.
@@ -104,7 +109,7 @@ class Manifest(_Record):
     model: str
     architecture: str
     backend: str
-    layout: Literal["embedded"] = "embedded"
+    layout: Layout = "embedded"
     targets: tuple[str, ...]
     base_type: Literal["bfloat16", "float16", "float32"]
     formats: tuple[str, ...]
@@ -118,9 +123,10 @@ class Manifest(_Record):
     files: dict[str, str] = {}
 
 
-def plan_path(target: Target, assignment: int) -> str:
-    """Where a plan lies, relative to the bundle."""
-    return f"{PLAN_FOLDER}/{target.name}/assignment_{assignment:03d}.plan"
+def plan_path(target: Target, assignment: int | None) -> str:
+    """Where a plan lies, relative to the bundle; None stands for the plan of all assignments."""
+    name = "switch" if assignment is None else f"assignment_{assignment:03d}"
+    return f"{PLAN_FOLDER}/{target.name}/{name}.plan"
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:

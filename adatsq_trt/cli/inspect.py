@@ -34,7 +34,7 @@ def inspect(
         f"{', '.join(manifest.targets) or 'none'}, backend {manifest.backend}, layout {manifest.layout}",
         highlight=False,
     )
-    plans: Counter[int] = Counter()
+    plans: Counter[int | None] = Counter()
     for plan in manifest.plans:
         plans[plan.assignment] += plan.bytes
     table = Table("steps", "assignment", "layers by format", "plans", box=None)

@@ -130,8 +130,10 @@ class GraphWriter:
     def _constant(self, name: str, array: np.ndarray, external: bool = False) -> str:
         tensor = numpy_helper.from_array(array, name)
         if external:
-            entries = {"location": WEIGHTS_NAME, "offset": len(self.store), "length": len(tensor.raw_data)}
-            self.store.extend(tensor.raw_data)
+            if tensor.raw_data not in self.store:  # as the exporter does: the same bytes once
+                self.store.extend(tensor.raw_data)
+            offset = self.store.index(tensor.raw_data)
+            entries = {"location": WEIGHTS_NAME, "offset": offset, "length": len(tensor.raw_data)}
             tensor.ClearField("raw_data")
             tensor.data_location = TensorProto.EXTERNAL
             for key, value in entries.items():

@@ -7,7 +7,8 @@ import pytest
 from adatsq_trt.engines.backends.base import BatchRange, Compiler, Runner
 from adatsq_trt.engines.backends.rtx import RtxBackend
 from adatsq_trt.engines.build import RECORD_NAME, build_plans
-from adatsq_trt.engines.bundle import BundleFiles
+from adatsq_trt.engines.bundle import BundleFiles, Layout
+from adatsq_trt.engines.store import STORE_NAME
 from adatsq_trt.errors import AdatsqError
 from adatsq_trt.formats import TARGETS, Target
 
@@ -34,8 +35,11 @@ class RecordingCompiler(Compiler):
         return repr((target.name, onnx_path.name, batch)).encode()
 
 
-def build(bundle: BundleFiles, compiler: Compiler, *targets: str, rows: int = 8) -> list[str]:
-    plans = build_plans(bundle.folder, bundle.index, [TARGETS[t] for t in targets], rows, compiler=compiler)
+def build(
+    bundle: BundleFiles, compiler: Compiler, *targets: str, rows: int = 8, layout: Layout = "embedded"
+) -> list[str]:
+    chosen = [TARGETS[t] for t in targets]
+    plans = build_plans(bundle.folder, bundle.index, chosen, rows, compiler=compiler, layout=layout)
     return [plan.path for plan in plans]
 
 
@@ -48,6 +52,32 @@ def test_the_compiler_makes_a_plan_for_each_target_and_assignment(own_bundle: Bu
     for plan in plans:
         assert (own_bundle.folder / plan.path).stat().st_size == plan.bytes > 1000
     assert told == [(i, 6) for i in range(1, 7)]
+
+
+def test_switch_is_one_plan_for_each_target(own_bundle: BundleFiles) -> None:
+    targets = [TARGETS["sm89"], TARGETS["sm120"]]
+    plans = build_plans(own_bundle.folder, own_bundle.index, targets, 8, layout="switch")
+    assert [(plan.path, plan.assignment) for plan in plans] == [
+        ("plans/sm89/switch.plan", None),
+        ("plans/sm120/switch.plan", None),
+    ]
+    assert all((own_bundle.folder / plan.path).stat().st_size == plan.bytes > 1000 for plan in plans)
+
+
+def test_shared_plans_come_with_the_store_that_they_are_bound_to(own_bundle: BundleFiles) -> None:
+    plans = build_plans(own_bundle.folder, own_bundle.index, [TARGETS["sm120"]], 8, layout="shared")
+    assert [plan.assignment for plan in plans] == [0, 1, 2]
+    assert (own_bundle.folder / "plans" / STORE_NAME).is_file()
+
+
+def test_another_layout_leaves_nothing_of_the_one_before(own_bundle: BundleFiles) -> None:
+    for layout, count in (("shared", 3), ("switch", 1), ("embedded", 3), ("switch", 1)):
+        compiler = RecordingCompiler()
+        paths = build(own_bundle, compiler, "sm120", layout=layout)
+        found = [path.relative_to(own_bundle.folder).as_posix() for path in own_bundle.folder.rglob("*.plan")]
+        assert sorted(found) == sorted(paths)
+        assert (own_bundle.folder / "plans" / STORE_NAME).is_file() == (layout == "shared")
+        assert len(compiler.built) == count
 
 
 def test_the_same_graph_gives_the_same_plan(tiny_bundle: BundleFiles) -> None:
