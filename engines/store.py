@@ -58,22 +58,23 @@ def name_weights(path: Path) -> dict[Weight, str]:
     """
     model = onnx.load(path, load_external_data=False)
     names: dict[Weight, str] = {}
-    for tensor in _initializers(model.graph):
-        weight = _weight(tensor)
+    for tensor in initializers(model.graph):
+        weight = weight_of(tensor)
         if weight is not None:
             names.setdefault(weight, tensor.name)
     return names
 
 
-def _initializers(graph: GraphProto) -> Iterator[TensorProto]:
+def initializers(graph: GraphProto) -> Iterator[TensorProto]:
+    """The constants of a graph and its subgraphs."""
     yield from graph.initializer
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.type == AttributeProto.GRAPH:
-                yield from _initializers(attribute.g)
+                yield from initializers(attribute.g)
 
 
-def _weight(tensor: TensorProto) -> Weight | None:
+def weight_of(tensor: TensorProto) -> Weight | None:
     """A large tensor of a type that can be a network's input; None for the rest, which stays inside the plan."""
     if not uses_external_data(tensor) or tensor.data_type not in _TYPES:
         return None
@@ -92,7 +93,7 @@ def without_weights(path: Path, names: Mapping[Weight, str]) -> ModelProto:
     model = onnx.load(path, load_external_data=False)
     renamed, kept, inputs = dict[str, str](), list[TensorProto](), dict[str, Weight]()
     for tensor in model.graph.initializer:
-        weight = _weight(tensor)
+        weight = weight_of(tensor)
         if weight is not None:
             renamed[tensor.name] = names[weight]
             inputs[names[weight]] = weight
