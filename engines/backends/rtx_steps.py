@@ -6,6 +6,7 @@ is tested.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -189,11 +190,9 @@ def load_store(path: Path, device: str = "cuda") -> dict[str, torch.Tensor]:
     Returns:
         Name → its bytes, uint8.
     """
-    import json
-
     import torch
 
-    content = np.memmap(path, np.uint8, "r")
+    content = np.memmap(path, np.uint8, "c")  # PyTorch warns of arrays that it cannot write to
     start = 8 + int.from_bytes(content[:8].tobytes(), "little")
     header = json.loads(content[8:start].tobytes())
     block = torch.empty(len(content) - start, dtype=torch.uint8, device=device)
