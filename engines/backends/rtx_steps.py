@@ -144,7 +144,7 @@ class RtxSteps(StepRunner):
                 shape = tuple(context.get_tensor_shape(name)) if given is None else given.shape
                 buffer = self._buffer(name, shape, engine)
                 if given is not None:
-                    buffer.copy_(torch.from_numpy(np.ascontiguousarray(given)))
+                    buffer.copy_(torch.from_numpy(np.asarray(given, order="C")))
                     context.set_input_shape(name, given.shape)
                 elif len(shape):
                     output = buffer
