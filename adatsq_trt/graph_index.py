@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 INDEX_NAME = "index.json"
 WEIGHTS_NAME = "weights.data"
+BUCKET_INPUT = "bucket"  # of a graph that holds all assignments: which one, as a scalar int32
 
 
 class TensorSignature(BaseModel):
@@ -33,10 +34,11 @@ class GraphFile(BaseModel):
         path: file name, relative to the index.
         variant: "target" is what TensorRT gets; "cpu" is the same assignment in portable operators and float32;
             "reference" is the unquantized model in portable operators and float32.
-        assignment: index into the policy's assignments; None for the reference.
-        inputs: inputs without the activation scales.
+        assignment: index into the policy's assignments; None for the reference, and for a graph of all assignments.
+        inputs: inputs without the activation scales and `bucket`.
         outputs: the one output.
-        scale_inputs: for each layer with a static activation scale: module path → its scalar input.
+        scale_inputs: for each layer with a static activation scale: module path → its scalar float32 input.
+        bucket_input: of a graph in which assignments take turns: the scalar that takes an assignment's index.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -47,6 +49,7 @@ class GraphFile(BaseModel):
     inputs: tuple[TensorSignature, ...]
     outputs: tuple[TensorSignature, ...]
     scale_inputs: dict[str, TensorSignature]
+    bucket_input: TensorSignature | None = None
 
 
 class GraphIndex(BaseModel):
@@ -70,7 +73,7 @@ class GraphIndex(BaseModel):
     blocks: tuple[str, ...]
 
     def find(self, variant: str, assignment: int | None) -> GraphFile:
-        """The graph of an assignment in a variant.
+        """The graph of an assignment in a variant, or with None the one of all assignments.
 
         Raises:
             KeyError: there is none.

@@ -21,6 +21,7 @@ class Settings(BaseModel):
         formats: candidate formats, cheapest first.
         targets: what the bundle is built for.
         simulate: no plans; formats need no accelerated path.
+        layout: how plans and weights are arranged.
         steps: denoising steps.
         guidance: classifier-free guidance scale.
         budget_bits: largest mean of (weight bits + activation bits) / 2 over (step, layer).
@@ -47,6 +48,7 @@ class Settings(BaseModel):
     formats: tuple[str, ...]
     targets: tuple[str, ...]
     simulate: bool
+    layout: Literal["embedded", "shared", "switch"] = "embedded"
     steps: int
     guidance: float
     budget_bits: float

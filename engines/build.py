@@ -1,11 +1,13 @@
-"""Compile a bundle's target graphs to plans, one for each target and assignment."""
+"""Compile a bundle's target graphs to plans, arranged as a layout says."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +15,8 @@ from pydantic import BaseModel, ConfigDict
 
 from adatsq_trt.engines.backends.base import BatchRange, Compiler
 from adatsq_trt.engines.backends.rtx import RtxBackend
-from adatsq_trt.engines.bundle import GRAPH_FOLDER, PLAN_FOLDER, PlanFile, plan_path
+from adatsq_trt.engines.bundle import GRAPH_FOLDER, PLAN_FOLDER, Layout, PlanFile, plan_path
+from adatsq_trt.engines.store import STORE_NAME, Weight, name_weights, without_weights, write_store
 from adatsq_trt.errors import AdatsqError
 from adatsq_trt.files import read_json_model, sha256, write_bytes, write_json_model
 from adatsq_trt.formats import Target
@@ -57,8 +60,9 @@ def build_plans(
     max_batch: int,
     on_plan: Callable[[int, int], None] | None = None,
     compiler: Compiler | None = None,
+    layout: Layout = "embedded",
 ) -> tuple[PlanFile, ...]:
-    """Compile every target graph for every GPU target; plans whose inputs are unchanged are kept.
+    """Compile a layout's graphs for every GPU target; plans whose inputs are unchanged are kept, other plans removed.
 
     Args:
         bundle_folder: holds `onnx/`; receives `plans/`.
@@ -67,6 +71,7 @@ def build_plans(
         max_batch: most rows (samples times guidance branches) that a plan accepts; it is tuned for that many.
         on_plan: called with (plans done, plans in all).
         compiler: TensorRT-RTX unless another is given.
+        layout: "embedded", "shared" (with the store beside the plans) or "switch".
 
     Returns:
         One entry per plan, by target and then by assignment.
@@ -76,36 +81,76 @@ def build_plans(
         OutputError: the folder cannot be written.
     """
     compiler = compiler or RtxBackend()
-    graphs = [graph for graph in index.graphs if graph.variant == "target" and graph.assignment is not None]
+    graphs = [g for g in index.graphs if g.variant == "target" and (g.assignment is None) == (layout == "switch")]
     jobs = [(target, graph) for target in targets if target.compute_capability is not None for graph in graphs]
+    _remove_others(bundle_folder, [plan_path(target, graph.assignment) for target, graph in jobs])
     if not jobs:
         return ()
     compiler.require()
-    batch = BatchRange(1, max_batch, max_batch)
-    weights_hash = sha256(bundle_folder / GRAPH_FOLDER / index.weights)
+    job = _Job(bundle_folder, index, compiler, BatchRange(1, max_batch, max_batch), layout)
     plans = []
     for done, (target, graph) in enumerate(jobs, start=1):
-        plans.append(_build_plan(bundle_folder, graph, weights_hash, target, batch, compiler))
+        plans.append(job.plan(target, graph))
         if on_plan is not None:
             on_plan(done, len(jobs))
     return tuple(plans)
 
 
-def _build_plan(
-    folder: Path, graph: GraphFile, weights_hash: str, target: Target, batch: BatchRange, compiler: Compiler
-) -> PlanFile:
-    """Compile one graph unless its plan is there already."""
-    assert graph.assignment is not None
-    onnx_path, name = folder / GRAPH_FOLDER / graph.path, plan_path(target, graph.assignment)
-    parts = [sha256(onnx_path), weights_hash, target.name, compiler.name, compiler.version(), repr(batch)]
-    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    record_path = folder / PLAN_FOLDER / target.name / RECORD_NAME
-    record = _read_record(record_path)
-    if not _is_built(folder / name, record.plans.get(name), key):
-        write_bytes(folder / name, compiler.build(onnx_path, target, batch))
-        built = BuiltPlan(key=key, sha256=sha256(folder / name))
-        write_json_model(record_path, BuildRecord(plans=dict(sorted({**record.plans, name: built}.items()))))
-    return PlanFile(target=target.name, assignment=graph.assignment, path=name, bytes=(folder / name).stat().st_size)
+def _remove_others(folder: Path, wanted: Sequence[str]) -> None:
+    """Take away what an earlier build left for other targets, assignments or layouts."""
+    for path in [*(folder / PLAN_FOLDER).rglob("*.plan"), folder / PLAN_FOLDER / STORE_NAME]:
+        if path.relative_to(folder).as_posix() not in wanted:
+            path.unlink(missing_ok=True)
+
+
+class _Job:
+    """What all plans of a build have in common."""
+
+    def __init__(self, folder: Path, index: GraphIndex, compiler: Compiler, batch: BatchRange, layout: Layout) -> None:
+        self._folder, self._compiler, self._batch, self._layout = folder, compiler, batch, layout
+        weights_file = folder / GRAPH_FOLDER / index.weights
+        self._weights_hash = sha256(weights_file)
+        self._names: Mapping[Weight, str] = {}
+        if layout == "shared":
+            self._names = name_weights(folder / GRAPH_FOLDER / index.find("target", None).path)
+            write_store(folder / PLAN_FOLDER / STORE_NAME, weights_file, self._names)
+
+    def plan(self, target: Target, graph: GraphFile) -> PlanFile:
+        """Compile one graph unless its plan is there already."""
+        folder, name = self._folder, plan_path(target, graph.assignment)
+        key, record_path = self._key(target, graph), folder / PLAN_FOLDER / target.name / RECORD_NAME
+        record = _read_record(record_path)
+        if not _is_built(folder / name, record.plans.get(name), key):
+            with self._source(graph) as path:
+                write_bytes(folder / name, self._compiler.build(path, target, self._batch))
+            built = BuiltPlan(key=key, sha256=sha256(folder / name))
+            write_json_model(record_path, BuildRecord(plans=dict(sorted({**record.plans, name: built}.items()))))
+        return PlanFile(
+            target=target.name,
+            assignment=graph.assignment,
+            path=name,
+            bytes=(folder / name).stat().st_size,
+            max_rows=self._batch.maximum,
+        )
+
+    def _key(self, target: Target, graph: GraphFile) -> str:
+        """Hash of everything that goes into a plan."""
+        compiler, graph_hash = self._compiler, sha256(self._folder / GRAPH_FOLDER / graph.path)
+        made_for = [target.name, self._layout, repr(self._batch)]
+        parts = [graph_hash, self._weights_hash, compiler.name, compiler.version(), *made_for]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    @contextmanager
+    def _source(self, graph: GraphFile) -> Iterator[Path]:
+        """The graph that is compiled."""
+        path = self._folder / GRAPH_FOLDER / graph.path
+        if self._layout != "shared":
+            yield path
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            stripped = Path(scratch) / graph.path
+            stripped.write_bytes(without_weights(path, self._names).SerializeToString(deterministic=True))
+            yield stripped
 
 
 def _is_built(path: Path, built: BuiltPlan | None, key: str) -> bool:

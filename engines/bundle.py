@@ -30,6 +30,8 @@ SCALES_NAME = "activation_scales.safetensors"
 PROMPTS_NAME = "prompts.safetensors"
 REFERENCE_NAME = "check/reference.safetensors"
 
+Layout = Literal["embedded", "shared", "switch"]
+
 _REBUILD = "run 'adatsq-trt build engine' again"
 
 
@@ -42,15 +44,17 @@ class PlanFile(_Record):
 
     Attributes:
         target: name of the target that it was compiled for.
-        assignment: index into the policy's assignments.
+        assignment: index into the policy's assignments; None for an engine that holds all of them.
         path: relative to the bundle, with forward slashes.
         bytes: its size.
+        max_rows: most rows (samples times guidance branches) of its optimization profile.
     """
 
     target: str
-    assignment: int
+    assignment: int | None
     path: str
     bytes: int
+    max_rows: int
 
 
 class ScheduleRecord(_Record):
@@ -72,6 +76,12 @@ class ImageSpec(_Record):
     patches: int
     channels: int
 
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Unpack 2x2 patches: [B, patches², 4c] in [-1, 1] → [B, 2 patches, 2 patches, c] in [0, 1], float32."""
+        side, channels = self.patches, self.channels
+        grid = latents.reshape(-1, side, side, channels, 2, 2).transpose(0, 1, 4, 2, 5, 3)
+        return np.clip(grid.reshape(-1, 2 * side, 2 * side, channels) / 2 + 0.5, 0, 1)
+
 
 class Manifest(_Record):
     """What a bundle is and what it consists of.
@@ -80,7 +90,8 @@ class Manifest(_Record):
         model: name of the model that it was made from.
         architecture: diffusers class name.
         backend: what compiled the plans.
-        layout: how plans and weights are arranged; "embedded" is a self-contained plan for each assignment.
+        layout: how plans and weights are arranged: "embedded" is a self-contained plan for each assignment, "shared"
+            plans without weights over one store, "switch" one plan in which assignments take turns.
         targets: names of the targets that it was built for.
         base_type: 16-bit type of what is not quantized in the target graphs.
         formats: formats that the policy uses.
@@ -94,11 +105,11 @@ class Manifest(_Record):
         files: path relative to the bundle → sha256 of every other file.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     model: str
     architecture: str
     backend: str
-    layout: Literal["embedded"] = "embedded"
+    layout: Layout = "embedded"
     targets: tuple[str, ...]
     base_type: Literal["bfloat16", "float16", "float32"]
     formats: tuple[str, ...]
@@ -112,9 +123,10 @@ class Manifest(_Record):
     files: dict[str, str] = {}
 
 
-def plan_path(target: Target, assignment: int) -> str:
-    """Where a plan lies, relative to the bundle."""
-    return f"{PLAN_FOLDER}/{target.name}/assignment_{assignment:03d}.plan"
+def plan_path(target: Target, assignment: int | None) -> str:
+    """Where a plan lies, relative to the bundle; None stands for the plan of all assignments."""
+    name = "switch" if assignment is None else f"assignment_{assignment:03d}"
+    return f"{PLAN_FOLDER}/{target.name}/{name}.plan"
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
@@ -139,7 +151,7 @@ def _contents(folder: Path) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Bundle:
+class BundleFiles:
     """An opened bundle.
 
     Attributes:
@@ -155,7 +167,7 @@ class Bundle:
     index: GraphIndex
 
     @classmethod
-    def open(cls, path: Path, verify: bool = True) -> Bundle:
+    def open(cls, path: Path, verify: bool = True) -> BundleFiles:
         """Open a bundle, or the bundle of a run directory.
 
         Args:
@@ -316,7 +328,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise DamagedFileError(f"'{path}' is not a complete safetensors file ({error}); {_REBUILD}") from error
 
 
-def require_prompts(bundle: Bundle, prompts: Iterable[int]) -> None:
+def require_prompts(bundle: BundleFiles, prompts: Iterable[int]) -> None:
     """Refuse prompts that the bundle does not hold.
 
     Raises:

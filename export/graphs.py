@@ -1,8 +1,8 @@
-"""From one trace to the export folder: a graph per distinct assignment and variant, over one weight file."""
+"""From one trace to the export folder: every distinct assignment's graph and one of all, over one weight file."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -19,10 +19,11 @@ from adatsq_trt.export.lower_quantizers import LowerQuantizers
 from adatsq_trt.export.lower_types import LowerTypes
 from adatsq_trt.export.normalize_linears import NormalizeLinears
 from adatsq_trt.export.restore_attention_scale import RestoreAttentionScale
+from adatsq_trt.export.switch import switch
 from adatsq_trt.export.weight_store import INLINE_BYTES, WeightStore
 from adatsq_trt.files import atomic_path, write_json_model
 from adatsq_trt.formats import FORMATS, TARGETS, Format, format_named
-from adatsq_trt.graph_index import INDEX_NAME, WEIGHTS_NAME, GraphFile, GraphIndex, TensorSignature
+from adatsq_trt.graph_index import BUCKET_INPUT, INDEX_NAME, WEIGHTS_NAME, GraphFile, GraphIndex, TensorSignature
 from adatsq_trt.policy import Policy
 from adatsq_trt.quantize import QuantizedWeight
 
@@ -72,7 +73,7 @@ def export_graphs(
         store = WeightStore(file, folder)
         _move_initializers(template, store)
         encoded = _encode_weights(policy, weights, BASE_TYPES[base], store)
-    total = 1 + len(policy.assignments) * len(variants)
+    total = 1 + (len(policy.assignments) + 1) * len(variants)
     files = []
     for file_entry in _write_all(template, policy, encoded, folder, BASE_TYPES[base], variants):
         files.append(file_entry)
@@ -98,7 +99,7 @@ def _clear(folder: Path) -> None:
     """Remove an earlier export, its index first, so that no index ever speaks of other graphs."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in [folder / INDEX_NAME, *folder.glob("assignment_*.onnx"), folder / REFERENCE_NAME]:
+        for path in [folder / INDEX_NAME, *folder.glob("*.onnx")]:
             path.unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"cannot write '{folder}': {error.strerror}; choose a folder that is writable") from error
@@ -139,43 +140,70 @@ def _write_all(
     base: DataType,
     variants: Sequence[str],
 ) -> Iterator[GraphFile]:
-    for index, row in enumerate(policy.assignments):
-        formats = {layer: FORMATS[name] for layer, name in zip(policy.layers, row, strict=True)}
-        model = template.clone()
-        InsertQdq(formats, {layer: encoded[layer, fmt.name] for layer, fmt in formats.items()}, base)(model)
-        if "target" in variants:
-            yield _write(model, folder / f"assignment_{index:03d}.target.onnx", "target", index, formats)
-        if "cpu" in variants:
-            _LOWER_TO_CPU(model)
-            yield _write(model, folder / f"assignment_{index:03d}.cpu.onnx", "cpu", index, formats)
+    models = [_quantized(template, policy, index, encoded, base) for index in range(len(policy.assignments))]
+    columns = zip(policy.layers, zip(*policy.assignments, strict=True), strict=True)
+    everything = {layer: [FORMATS[name] for name in set(column)] for layer, column in columns}
+    for variant in _in_order(variants):
+        for index, (model, row) in enumerate(zip(models, policy.assignments, strict=True)):
+            if variant == "cpu":
+                _LOWER_TO_CPU(model)
+            formats = {layer: [FORMATS[name]] for layer, name in zip(policy.layers, row, strict=True)}
+            yield _write(model, folder / f"assignment_{index:03d}.{variant}.onnx", variant, index, formats)
+        together = switch(models, policy.layers, policy.assignments, constants_outside=variant == "cpu")
+        yield _write(together, folder / f"switch.{variant}.onnx", variant, None, everything)
     reference = template.clone()
     _LOWER_TO_CPU(reference)
     yield _write(reference, folder / REFERENCE_NAME, "reference", None, {})
 
 
+def _quantized(
+    template: ir.Model,
+    policy: Policy,
+    index: int,
+    encoded: Mapping[tuple[str, str], EncodedWeight],
+    base: DataType,
+) -> ir.Model:
+    """The graph of one assignment, as TensorRT gets it."""
+    formats = {layer: FORMATS[name] for layer, name in zip(policy.layers, policy.assignments[index], strict=True)}
+    model = template.clone()
+    InsertQdq(formats, {layer: encoded[layer, fmt.name] for layer, fmt in formats.items()}, base)(model)
+    return model
+
+
+def _in_order(variants: Sequence[str]) -> list[Variant]:
+    """Target graphs come first, because they are lowered to cpu graphs in place."""
+    order: tuple[Variant, ...] = ("target", "cpu")
+    return [variant for variant in order if variant in variants]
+
+
 def _write(
-    model: ir.Model, path: Path, variant: Variant, assignment: int | None, formats: Mapping[str, Format]
+    model: ir.Model, path: Path, variant: Variant, assignment: int | None, formats: Mapping[str, Collection[Format]]
 ) -> GraphFile:
     """Write one graph; it gets its name when it has passed the checks."""
     _set_versions(model)
     with atomic_path(path) as temporary:
         temporary.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
         check_graph(temporary, formats)
-    scales = {f"{layer}.{SCALE_SUFFIX}": layer for layer, fmt in formats.items() if fmt.static_activation}
+    scales = {
+        f"{layer}.{SCALE_SUFFIX}": layer
+        for layer, several in formats.items()
+        if any(fmt.static_activation for fmt in several)
+    }
     signatures = {str(value.name): _signature(value) for value in model.graph.inputs}
     return GraphFile(
         path=path.name,
         variant=variant,
         assignment=assignment,
-        inputs=tuple(signature for name, signature in signatures.items() if name not in scales),
+        inputs=tuple(s for name, s in signatures.items() if name not in scales and name != BUCKET_INPUT),
         outputs=tuple(_signature(value) for value in model.graph.outputs),
         scale_inputs={layer: signatures[name] for name, layer in scales.items()},
+        bucket_input=signatures.get(BUCKET_INPUT),
     )
 
 
 def _set_versions(model: ir.Model) -> None:
     """FP4 types exist from opset 23 and IR version 11 on; everything else stays where older readers follow."""
-    operators = {node.domain for node in model.graph}
+    operators = {node.domain for node in model.graph.all_nodes()}
     versions = _FP4_VERSIONS if TRT_DOMAIN in operators else _STANDARD_VERSIONS
     model.opset_imports.clear()
     model.opset_imports[""] = versions["opset"]

@@ -10,11 +10,12 @@ Rules for weights, which take the place of W:
 
 Rules for activations, which take the place of x:
     5. Plain formats that are not the base type, when the weight is plain too: Cast before the MatMul and after it.
-    6. Static per tensor (e4m3, int8): QuantizeLinear → DequantizeLinear; the scale is the scalar graph input
-       "<module path>.activation_scale" in the base type. ONNX's int8 reaches to -128, the grid to -127: a code that
-       only inputs beyond the calibrated range meet.
+    6. Static per tensor (e4m3, int8): QuantizeLinear → DequantizeLinear; the scale is the scalar float32 graph input
+       "<module path>.activation_scale", cast to the base type. ONNX's int8 reaches to -128, the grid to -127: a code
+       that only inputs beyond the calibrated range meet.
     7. e2m1: x / scale → TRT_FP4DynamicQuantize with a second-level scale of one → DequantizeLinear twice. The scale is
-       a float32 graph input. TensorRT wants the operator's own scale to be constant; dividing first says the same.
+       that same input, so that formats can take turns in a layer. TensorRT wants the operator's own scale to be
+       constant; dividing first says the same.
     8. Integers per token: arithmetic in float32, since no backend has an operator for it.
     9. Every other activation stays in the base type: so `int4wo` computes in float16 where that is the base, a finer
        grid than the bfloat16 that the format promises.
@@ -125,12 +126,14 @@ def _replace_activation(layer: str, linear: ir.Node, fmt: Format, base: DataType
         scale = emit.renamed(f"{layer}.").graph_input(SCALE_SUFFIX, DataType.FLOAT)
         linear.replace_input_with(0, _fp4(x, scale, grid, base, emit))
     elif fmt.static_activation:
-        scale = emit.renamed(f"{layer}.").graph_input(SCALE_SUFFIX, base)
+        scale = emit.renamed(f"{layer}.").graph_input(SCALE_SUFFIX, DataType.FLOAT)
         linear.replace_input_with(0, _static(x, scale, element_type(grid), base, emit))
 
 
 def _static(x: ir.Value, scale: ir.Value, kind: DataType, base: DataType, emit: Emitter) -> ir.Value:
     """Rule 6."""
+    if base is not DataType.FLOAT:
+        scale = emit.cast("CastScale", scale, base)
     zero = emit.number("ZeroPoint", 0, kind)
     codes = emit.op("QuantizeInput", "QuantizeLinear", [x, scale, zero], kind)
     return emit.op("DequantizeInput", "DequantizeLinear", [codes, scale], base)

@@ -21,6 +21,14 @@ class StageName(StrEnum):
     BUNDLE = "bundle"
 
 
+class LayoutName(StrEnum):
+    """How plans and weights are arranged."""
+
+    EMBEDDED = "embedded"
+    SHARED = "shared"
+    SWITCH = "switch"
+
+
 _POLICY, _EFFORT = "The policy", "The effort"
 # Each batch of samples has a million seeds of its own; a scheduler has a thousand timesteps.
 _MOST_SAMPLES, _MOST_STEPS, _MOST_PATHS = 1_000_000, 1000, 1000
@@ -42,6 +50,14 @@ Output = Annotated[
 Simulate = Annotated[
     bool,
     typer.Option("--simulate", help="Study a policy: allow formats without an accelerated path, build no engines."),
+]
+Layout = Annotated[
+    LayoutName,
+    typer.Option(
+        "--layout",
+        help="embedded: a self-contained plan for each assignment; shared: plans without weights over one store; "
+        "switch: one plan in which assignments take turns.",
+    ),
 ]
 Formats = Annotated[
     str | None,
@@ -148,6 +164,7 @@ def engine(
     formats: Formats = None,
     budget_bits: Budget = None,
     simulate: Simulate = False,
+    layout: Layout = LayoutName.EMBEDDED,
     steps: Steps = None,
     guidance: Guidance = None,
     policy: Policy = None,
@@ -181,6 +198,7 @@ def engine(
         formats=formats,
         budget_bits=budget_bits,
         simulate=simulate,
+        layout=layout.value,
         steps=steps,
         guidance=guidance,
         policy=policy,

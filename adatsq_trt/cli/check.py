@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from adatsq_trt.engines.accuracy import CheckReport, CheckRow, LayerReference
-    from adatsq_trt.engines.bundle import Bundle
+    from adatsq_trt.engines.bundle import BundleFiles
 
 _SHOWN_FAILURES = 12
 
@@ -55,9 +55,9 @@ def check(
     from rich.console import Console
 
     from adatsq_trt.engines import accuracy
-    from adatsq_trt.engines.bundle import Bundle
+    from adatsq_trt.engines.bundle import BundleFiles
 
-    opened = Bundle.open(bundle)
+    opened = BundleFiles.open(bundle)
     folder = output or opened.folder.parent / "check"
     report = None if again else accuracy.passed_before(opened, folder, fail_above)
     if report is None:
@@ -76,7 +76,7 @@ def check(
         raise AdatsqError(_failure(report, folder))
 
 
-def _compare(bundle: Bundle, folder: Path, fail_above: float | None) -> CheckReport:
+def _compare(bundle: BundleFiles, folder: Path, fail_above: float | None) -> CheckReport:
     from adatsq_trt.cli.progress import progress
     from adatsq_trt.engines import accuracy
 
@@ -84,7 +84,7 @@ def _compare(bundle: Bundle, folder: Path, fail_above: float | None) -> CheckRep
         return accuracy.check(bundle, folder, fail_above, advance)
 
 
-def _layer_reference(path: Path, bundle: Bundle) -> LayerReference | None:
+def _layer_reference(path: Path, bundle: BundleFiles) -> LayerReference | None:
     """Layers of any step, computed by PyTorch's model, where the bundle lies in the run that made it."""
     from adatsq_trt.cli.options import open_run
     from adatsq_trt.cli.stages import export

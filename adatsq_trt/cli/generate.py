@@ -27,21 +27,20 @@ def generate(
     Example: adatsq-trt generate runs/demo --samples 10 --prompt 3 --prompt 7
     """
     from adatsq_trt.cli.progress import progress
-    from adatsq_trt.engines.bundle import Bundle
-    from adatsq_trt.engines.denoise import decode_image, denoise
+    from adatsq_trt.engines.runtime import Bundle
     from adatsq_trt.report.contact_sheet import write_contact_sheet
 
     opened = Bundle.open(bundle)
-    file = output or opened.folder.parent / "samples.png"
+    file = output or opened.files.folder.parent / "samples.png"
     if file.suffix != ".png":
         raise UserError(f"--output '{file}': got '{file.suffix}', expected a name that ends in .png")
     choices = prompt or list(range(opened.manifest.prompts))
-    prompts, seeds = [choices[i % len(choices)] for i in range(samples)], list(range(seed, seed + samples))
-    sheets = {}
+    conditioning = opened.conditioning([choices[i % len(choices)] for i in range(samples)])
+    noise, sheets = opened.noise(range(seed, seed + samples)), {}
     for name, quantized in (("quantized", True), ("full precision", False)):
-        with progress(f"generate: {name}", opened.policy.steps) as advance:
-            latents = denoise(opened, prompts, seeds, quantized, lambda _done, _all: advance())
-        sheets[name] = decode_image(latents, opened.manifest.image)
+        with opened, progress(f"generate: {name}", opened.policy.steps) as advance:
+            latents = opened.denoise(noise, conditioning, callback=lambda _: advance(), quantized=quantized)
+        sheets[name] = opened.decode(latents)
     notes = [f"{len(opened.policy.buckets)} buckets, {opened.policy.mean_bits:.2f} mean bits", ""]
     write_contact_sheet(file, sheets, notes)
     error = float(((sheets["quantized"] - sheets["full precision"]) ** 2).mean())

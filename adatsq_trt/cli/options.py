@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -28,6 +28,7 @@ from adatsq_trt.zoo import find_model
 
 if TYPE_CHECKING:
     from adatsq_trt.cli.stages.context import Context
+    from adatsq_trt.engines.sizes import SizeReport
     from adatsq_trt.report.summary import Summary
     from adatsq_trt.zoo.loading import LoadedModel
 
@@ -44,6 +45,7 @@ class Request:
     formats: str | None
     budget_bits: float | None
     simulate: bool
+    layout: Literal["embedded", "shared", "switch"]
     steps: int | None
     guidance: float | None
     policy: Path | None
@@ -116,6 +118,7 @@ def resolve(request: Request, choice: Choice, model: LoadedModel) -> Settings:
         formats=tuple(fmt.name for fmt in choice.formats),
         targets=request.targets,
         simulate=request.simulate,
+        layout=request.layout,
         steps=request.steps or model.default_steps,
         guidance=model.default_guidance if request.guidance is None else request.guidance,
         budget_bits=choice.budget_bits,
@@ -130,6 +133,8 @@ def run_stages(request: Request, until: StageName) -> None:
     choice = choose(request)
     from adatsq_trt.cli.stages import bundle, calibrate, export, quantize, search, summary
     from adatsq_trt.cli.stages.context import Context
+    from adatsq_trt.engines.bundle import BundleFiles
+    from adatsq_trt.engines.sizes import size_report
     from adatsq_trt.files import write_json_model
     from adatsq_trt.run import RunDirectory
     from adatsq_trt.zoo.loading import load_model
@@ -155,6 +160,9 @@ def run_stages(request: Request, until: StageName) -> None:
         result = stages[until](context).folder
         if until is StageName.BUNDLE:
             console.print(summary_table(summary.write(context)))
+            report = size_report(BundleFiles.open(result, verify=False))
+            if report is not None:
+                console.print(size_table(report))
     console.print(f"{until.value}: {output / result.name}", highlight=False, soft_wrap=True)
 
 
@@ -200,5 +208,18 @@ def summary_table(summary: Summary) -> Table:
     table.caption = (
         f"{summary.buckets} buckets, {summary.assignments} distinct assignments; errors on {summary.held_out_samples} "
         f"held-out samples; {summary.denoiser_calls} denoiser calls; engines {summary.engine_bytes / 1e6:.1f} MB"
+    )
+    return table
+
+
+def size_table(report: SizeReport) -> Table:
+    """Bytes of every layout beside the least that the policy needs; the plans of the one that is built."""
+    table = Table("layout", "engines", "weights", "of the least", "plans beside weights", box=None)
+    for row in report.layouts:
+        code = ", ".join(f"{target} {size / 1e6:.1f} MB" for target, size in row.plan_overhead_bytes.items())
+        ratio = f"{row.weight_bytes / report.floor_bytes:.2f} ×"
+        table.add_row(row.layout, str(row.engines), f"{row.weight_bytes / 1e6:.1f} MB", ratio, code or "not built")
+    table.caption = (
+        f"the least: {report.floor_bytes / 1e6:.1f} MB, every (layer, format) and the rest of the model once"
     )
     return table

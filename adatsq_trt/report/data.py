@@ -85,10 +85,10 @@ class Check:
 
 @dataclass(frozen=True)
 class EngineFile:
-    """One compiled plan: its target, the assignment that it holds, its size."""
+    """One compiled plan: its target, the assignment that it holds (None: all of them), its size."""
 
     target: str
-    assignment: int
+    assignment: int | None
     bytes: int
 
 

@@ -36,7 +36,7 @@ class BucketRow:
         steps: "4" or "4-7".
         assignment: index into the policy's assignments.
         shares: (format, layers that have it), cheapest first.
-        engine_bytes: of the assignment's plans on all targets; 0 when there are none.
+        engine_bytes: of the assignment's own plans on all targets; 0 when there are none.
     """
 
     steps: str
@@ -141,7 +141,7 @@ def _map_data(data: ReportData) -> dict[str, object]:
 
 def bucket_rows(data: ReportData) -> list[BucketRow]:
     """The buckets in the order of the steps."""
-    plans: Counter[int] = Counter()
+    plans: Counter[int | None] = Counter()
     for engine in data.engines:
         plans[engine.assignment] += engine.bytes
     rows = []

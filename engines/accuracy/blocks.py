@@ -20,7 +20,7 @@ from adatsq_trt.engines.accuracy.block_cut import Cut, GraphView, find_cut
 from adatsq_trt.engines.accuracy.comparison import Arrays, quiet_polygraphy, run_in_onnxruntime
 from adatsq_trt.engines.accuracy.reference_ops import ReferenceRunner
 from adatsq_trt.engines.accuracy.references import OUTPUT_SUFFIX
-from adatsq_trt.engines.bundle import Bundle
+from adatsq_trt.engines.bundle import BundleFiles
 from adatsq_trt.errors import AdatsqError
 from adatsq_trt.files import write_bytes
 
@@ -55,7 +55,7 @@ class BlockPair:
         feed: inputs of the cpu graph, scales among them, for a few rows.
     """
 
-    bundle: Bundle
+    bundle: BundleFiles
     assignment: int
     feed: Arrays
 

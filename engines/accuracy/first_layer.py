@@ -15,7 +15,7 @@ from adatsq_trt.engines.accuracy.block_cut import load_graph, module_of
 from adatsq_trt.engines.accuracy.comparison import Arrays
 from adatsq_trt.engines.accuracy.report import CheckReport, CheckRow, FirstLayer, write_report
 from adatsq_trt.engines.accuracy.rows import check_layers
-from adatsq_trt.engines.bundle import Bundle
+from adatsq_trt.engines.bundle import BundleFiles
 
 # Step → module path → PyTorch's output of the layer, for evenly spaced rows of the step's inputs.
 LayerReference = Callable[[int], Arrays]
@@ -23,7 +23,7 @@ _FORMAT_KEY = "adatsq.format"
 
 
 def bisect(
-    bundle: Bundle, report: CheckReport, folder: Path, layer_reference: LayerReference | None = None
+    bundle: BundleFiles, report: CheckReport, folder: Path, layer_reference: LayerReference | None = None
 ) -> CheckReport:
     """Name the first wrong layer of every wrong graph, at the first step of each bucket at which it is wrong.
 
@@ -75,7 +75,7 @@ def _origin(rows: Sequence[CheckRow]) -> str | None:
     return layers[growth.index(max(growth))].layer
 
 
-def _mismatched_format(bundle: Bundle, row: CheckRow) -> str | None:
+def _mismatched_format(bundle: BundleFiles, row: CheckRow) -> str | None:
     """The first layer, in the order of execution, that the graph computes in another format than the policy says."""
     formats = bundle.policy.formats_at(row.step)
     for layer, name in graph_formats(bundle, row).items():
@@ -84,14 +84,14 @@ def _mismatched_format(bundle: Bundle, row: CheckRow) -> str | None:
     return None
 
 
-def graph_formats(bundle: Bundle, row: CheckRow) -> dict[str, str]:
+def graph_formats(bundle: BundleFiles, row: CheckRow) -> dict[str, str]:
     """Layer → format as a row's graph was written, in the order of execution."""
     nodes = load_graph(bundle.graph_path(bundle.graph(row.variant, row.assignment))).graph.node
     formats = ((module_of(node), {e.key: e.value for e in node.metadata_props}.get(_FORMAT_KEY)) for node in nodes)
     return {layer: name for layer, name in formats if name is not None}
 
 
-def _first_layer(bundle: Bundle, row: CheckRow, layer: str) -> FirstLayer:
+def _first_layer(bundle: BundleFiles, row: CheckRow, layer: str) -> FirstLayer:
     fmt = bundle.policy.formats_at(row.step)[layer]
     written = graph_formats(bundle, row).get(layer, fmt.name)
     signature = bundle.graph("cpu", row.assignment).scale_inputs.get(layer)

@@ -10,13 +10,13 @@ from adatsq_trt.engines.accuracy.comparison import CPU_NAME, Figures, SavedArray
 from adatsq_trt.engines.accuracy.references import Reference
 from adatsq_trt.engines.accuracy.report import LoopReport, LoopRow
 from adatsq_trt.engines.accuracy.tolerances import graph_tolerance, loop_tolerances
-from adatsq_trt.engines.bundle import Bundle
-from adatsq_trt.engines.denoise import denoise
+from adatsq_trt.engines.bundle import BundleFiles
+from adatsq_trt.engines.runtime import Bundle
 
 _REFERENCE_NAME = "PyTorch's loop, fake-quantized"
 
 
-def check_loop(bundle: Bundle, folder: Path, fail_above: float | None) -> LoopReport:
+def check_loop(bundle: BundleFiles, folder: Path, fail_above: float | None) -> LoopReport:
     """Compare the latent after every step.
 
     Args:
@@ -62,13 +62,15 @@ def _name(step: int) -> str:
     return f"latent_{step:03d}"
 
 
-def _latents(bundle: Bundle, reference: Reference) -> tuple[list[np.ndarray], str | None]:
+def _latents(bundle: BundleFiles, reference: Reference) -> tuple[list[np.ndarray], str | None]:
     """The noise and the latent after every step; or the noise alone and why the loop did not run."""
     prompts, seeds = reference.loop("prompts").tolist(), reference.loop("seeds").tolist()
     latents = [reference.loop("quantized")[0]]
     # ONNX Runtime documents no common base for what goes wrong with a graph or its inputs.
     try:
-        denoise(bundle, prompts, seeds, on_latent=lambda _step, latent: latents.append(latent))
+        with Bundle(bundle) as runnable:
+            conditioning = runnable.conditioning(prompts)
+            runnable.denoise(runnable.noise(seeds), conditioning, callback=lambda done: latents.append(done.latents))
     except Exception as error:
         return latents[:1], f"the loop does not run: {error}"
     return latents, None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from adatsq_trt.engines.bundle import REFERENCE_NAME, Bundle
+from adatsq_trt.engines.bundle import REFERENCE_NAME, BundleFiles
 from adatsq_trt.errors import DamagedFileError
 
 # What the exporter calls a layer's output after its module path.
@@ -23,7 +23,7 @@ class Reference:
         bundle: opened.
     """
 
-    bundle: Bundle
+    bundle: BundleFiles
 
     def feed(self, step: int, rows: int | None = None) -> dict[str, np.ndarray]:
         """A step's calibration inputs and activation scales, as its cpu graph takes them.

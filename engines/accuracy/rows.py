@@ -16,7 +16,7 @@ from adatsq_trt.engines.accuracy.loop import check_loop
 from adatsq_trt.engines.accuracy.references import OUTPUT_SUFFIX, Reference
 from adatsq_trt.engines.accuracy.report import REPORT_NAME, CheckReport, CheckRow, write_report
 from adatsq_trt.engines.accuracy.tolerances import Tolerance, block_tolerance, graph_tolerance
-from adatsq_trt.engines.bundle import MANIFEST_NAME, Bundle
+from adatsq_trt.engines.bundle import MANIFEST_NAME, BundleFiles
 from adatsq_trt.errors import AdatsqError, UserError
 from adatsq_trt.files import read_json_model, sha256
 
@@ -42,14 +42,14 @@ class Subject:
     block: str | None = None
 
 
-def work_units(bundle: Bundle) -> int:
+def work_units(bundle: BundleFiles) -> int:
     """How often `check` reports progress."""
     policy, blocks = bundle.policy, len(bundle.index.blocks)
     return policy.steps + len(policy.buckets) + len(_targets(bundle)) * blocks + 1
 
 
 def check(
-    bundle: Bundle, folder: Path, fail_above: float | None = None, on_unit: Callable[[], None] | None = None
+    bundle: BundleFiles, folder: Path, fail_above: float | None = None, on_unit: Callable[[], None] | None = None
 ) -> CheckReport:
     """Compare a bundle's graphs with PyTorch's outputs, with each other, and run the whole loop.
 
@@ -83,7 +83,7 @@ def check(
     return report
 
 
-def passed_before(bundle: Bundle, folder: Path, fail_above: float | None = None) -> CheckReport | None:
+def passed_before(bundle: BundleFiles, folder: Path, fail_above: float | None = None) -> CheckReport | None:
     """The report of an earlier check of this very bundle with this limit, if all its rows passed.
 
     Args:
@@ -99,15 +99,15 @@ def passed_before(bundle: Bundle, folder: Path, fail_above: float | None = None)
     return report if report.passed and same else None
 
 
-def _identity(bundle: Bundle) -> str:
+def _identity(bundle: BundleFiles) -> str:
     return sha256(bundle.folder / MANIFEST_NAME)
 
 
-def _targets(bundle: Bundle) -> list[int]:
+def _targets(bundle: BundleFiles) -> list[int]:
     return [g.assignment for g in bundle.index.graphs if g.variant == "target" and g.assignment is not None]
 
 
-def _units(bundle: Bundle, folder: Path) -> Iterator[list[CheckRow]]:
+def _units(bundle: BundleFiles, folder: Path) -> Iterator[list[CheckRow]]:
     reference = Reference(bundle)
     for assignment in range(len(bundle.policy.assignments)):
         yield from _check_steps(bundle, reference, assignment, folder)
@@ -115,7 +115,7 @@ def _units(bundle: Bundle, folder: Path) -> Iterator[list[CheckRow]]:
         yield from _check_blocks(bundle, reference, assignment, folder)
 
 
-def _check_steps(bundle: Bundle, reference: Reference, assignment: int, folder: Path) -> Iterator[list[CheckRow]]:
+def _check_steps(bundle: BundleFiles, reference: Reference, assignment: int, folder: Path) -> Iterator[list[CheckRow]]:
     """Every layer at the first step of every bucket of an assignment, and the output of its every step."""
     graph, policy = bundle.graph("cpu", assignment), bundle.policy
     firsts = [bucket.first for bucket in policy.buckets if bucket.assignment == assignment]
@@ -127,7 +127,7 @@ def _check_steps(bundle: Bundle, reference: Reference, assignment: int, folder: 
     yield from _run_cpu(bundle, runs, folder)
 
 
-def check_layers(bundle: Bundle, step: int, expected: Arrays, folder: Path) -> list[CheckRow]:
+def check_layers(bundle: BundleFiles, step: int, expected: Arrays, folder: Path) -> list[CheckRow]:
     """All layers of a step's cpu graph, in the order of execution.
 
     Args:
@@ -139,7 +139,7 @@ def check_layers(bundle: Bundle, step: int, expected: Arrays, folder: Path) -> l
     return next(_run_cpu(bundle, [_CpuRun(_subject(bundle, step), expected, ".layers")], folder))
 
 
-def _subject(bundle: Bundle, step: int) -> Subject:
+def _subject(bundle: BundleFiles, step: int) -> Subject:
     return Subject(_bucket(bundle, step), step, bundle.policy.step_assignments[step], "cpu")
 
 
@@ -152,7 +152,7 @@ class _CpuRun:
     suffix: str = ""
 
 
-def _run_cpu(bundle: Bundle, runs: Sequence[_CpuRun], folder: Path) -> Iterator[list[CheckRow]]:
+def _run_cpu(bundle: BundleFiles, runs: Sequence[_CpuRun], folder: Path) -> Iterator[list[CheckRow]]:
     """Run a cpu graph, once for each of `runs`, with one session that gives out all layers."""
     reference, graph = Reference(bundle), bundle.graph("cpu", runs[0].subject.assignment)
     path, layers = bundle.graph_path(graph), bundle.policy.layers
@@ -188,7 +188,7 @@ def _outputs(graph: Path, layers: Sequence[str], output: str) -> dict[str, str]:
     return {value: values[value] for value in sorted(values, key=place.__getitem__)}
 
 
-def _check_blocks(bundle: Bundle, reference: Reference, assignment: int, folder: Path) -> Iterator[list[CheckRow]]:
+def _check_blocks(bundle: BundleFiles, reference: Reference, assignment: int, folder: Path) -> Iterator[list[CheckRow]]:
     """All blocks of a target graph, at the assignment's first step, for one row of each guidance branch."""
     step = bundle.policy.step_assignments.index(assignment)
     pair = BlockPair(bundle, assignment, reference.feed(step, rows=2))
@@ -207,7 +207,7 @@ def _check_blocks(bundle: Bundle, reference: Reference, assignment: int, folder:
             yield comparison.rows(run.inputs, run.got, run.expected, marked=True)
 
 
-def _bucket(bundle: Bundle, step: int) -> int:
+def _bucket(bundle: BundleFiles, step: int) -> int:
     return next(i for i, bucket in enumerate(bundle.policy.buckets) if bucket.first <= step <= bucket.last)
 
 
@@ -223,7 +223,7 @@ class _Comparison:
         graph: ONNX file that ONNX Runtime ran.
     """
 
-    bundle: Bundle
+    bundle: BundleFiles
     subject: Subject
     folder: Path
     name: str

@@ -53,6 +53,36 @@ class Runner(ABC):
         """Give the memory back; the runner is of no use afterwards."""
 
 
+class StepRunner(ABC):
+    """Runs the denoiser of a bundle at any step; a context manager that gives its memory back at the end.
+
+    It holds every weight once, however many assignments use it.
+    """
+
+    def __enter__(self) -> Self:
+        """Take the runner."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give its memory back."""
+        self.close()
+
+    @abstractmethod
+    def run(self, step: int, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Predict the velocity, float32 [rows, ...], with a step's formats and activation scales.
+
+        Args:
+            step: index in the loop.
+            inputs: name → float32 [rows, ...].
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the memory back; the runner is of no use afterwards."""
+
+
 class Backend(ABC):
     """A library that runs graphs or plans.
 
@@ -73,15 +103,6 @@ class Backend(ABC):
     @abstractmethod
     def version(self) -> str:
         """The library's version."""
-
-    @abstractmethod
-    def load(self, path: Path) -> Runner:
-        """Load what this backend runs: a plan, or an ONNX graph for a backend without a compiler.
-
-        Raises:
-            DependencyError: this machine cannot run it.
-            DamagedFileError: the library refuses the file.
-        """
 
 
 class Compiler(Backend):

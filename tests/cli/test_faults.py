@@ -170,7 +170,7 @@ def interrupting(function: Callable[..., Any]) -> Callable[..., Any]:
         ("adatsq_trt.files.os.fsync", "quantize"),
         ("adatsq_trt.engines.build.RtxBackend.build", "build"),
         ("adatsq_trt.engines.accuracy.rows.compare", "check"),
-        ("adatsq_trt.engines.denoise.OnnxRuntimeBackend.load", "generate"),
+        ("adatsq_trt.engines.backends.onnxruntime.OnnxRuntimeBackend.load", "generate"),
     ],
 )
 def test_ctrl_c_is_one_line_and_the_same_command_goes_on(

@@ -16,7 +16,7 @@ import pytest
 
 from adatsq_trt import zoo
 from adatsq_trt.engines.accuracy import CheckReport
-from adatsq_trt.engines.bundle import SCALES_NAME, Bundle, write_manifest
+from adatsq_trt.engines.bundle import SCALES_NAME, BundleFiles, write_manifest
 from adatsq_trt.files import read_tensors, write_tensors
 from adatsq_trt.policy import Policy
 
@@ -83,14 +83,14 @@ class Defect:
         named: variant, step and layer that `--bisect` has to name.
     """
 
-    seed: Callable[[Bundle], None]
+    seed: Callable[[BundleFiles], None]
     named: set[tuple[str, int, str]]
 
 
 def change(variant: str, assignment: int, name: str, edit: Callable[[np.ndarray], np.ndarray]) -> Callable:
     """Edit an initializer's bytes, in the graph or in the weight file."""
 
-    def seed(bundle: Bundle) -> None:
+    def seed(bundle: BundleFiles) -> None:
         path = bundle.graph_path(bundle.graph(variant, assignment))
         model = onnx.load(path, load_external_data=False)
         (tensor,) = (t for t in model.graph.initializer if t.name == name)
@@ -127,10 +127,10 @@ def zero(content: np.ndarray) -> np.ndarray:
     return np.zeros_like(content)
 
 
-def exchange(variant: str) -> Callable[[Bundle], None]:
+def exchange(variant: str) -> Callable[[BundleFiles], None]:
     """The graphs of the two buckets."""
 
-    def seed(bundle: Bundle) -> None:
+    def seed(bundle: BundleFiles) -> None:
         first, second = (bundle.graph_path(bundle.graph(variant, i)) for i in (0, 1))
         content = first.read_bytes()
         first.write_bytes(second.read_bytes())
@@ -139,8 +139,8 @@ def exchange(variant: str) -> Callable[[Bundle], None]:
     return seed
 
 
-def scale_activation(format_name: str, step: int, layer: str, factor: float) -> Callable[[Bundle], None]:
-    def seed(bundle: Bundle) -> None:
+def scale_activation(format_name: str, step: int, layer: str, factor: float) -> Callable[[BundleFiles], None]:
+    def seed(bundle: BundleFiles) -> None:
         tables = read_tensors(bundle.folder / SCALES_NAME)
         tables[format_name][step, bundle.policy.layers.index(layer)] *= factor
         write_tensors(bundle.folder / SCALES_NAME, tables)
@@ -192,7 +192,7 @@ def test_without_a_defect_the_check_passes(cli, small: Path, tmp_path: Path) -> 
 def test_a_defect_is_caught_and_named(cli, small: Path, tmp_path: Path, name: str, monkeypatch) -> None:
     monkeypatch.setattr(zoo, "ZOO_FOLDER", small.parent / "zoo")
     run = Path(shutil.copytree(small, tmp_path / "run"))
-    bundle, defect = Bundle.open(run), DEFECTS[name]
+    bundle, defect = BundleFiles.open(run), DEFECTS[name]
     defect.seed(bundle)
     write_manifest(bundle.folder, bundle.manifest)
     ended = cli("check", run, "--bisect", "--json")

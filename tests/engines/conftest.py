@@ -6,6 +6,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -17,12 +18,13 @@ from adatsq_trt.engines.bundle import (
     PROMPTS_NAME,
     REFERENCE_NAME,
     SCALES_NAME,
-    Bundle,
+    BundleFiles,
     ImageSpec,
     Manifest,
     ScheduleRecord,
     write_manifest,
 )
+from adatsq_trt.export.switch import switch
 from adatsq_trt.files import write_json_model
 from adatsq_trt.formats import FORMATS
 from adatsq_trt.graph_index import WEIGHTS_NAME, GraphFile, GraphIndex, TensorSignature
@@ -139,8 +141,10 @@ class GraphWriter:
     def _constant(self, name: str, array: np.ndarray, external: bool = False) -> str:
         tensor = numpy_helper.from_array(array, name)
         if external:
-            entries = {"location": WEIGHTS_NAME, "offset": len(self.store), "length": len(tensor.raw_data)}
-            self.store.extend(tensor.raw_data)
+            if tensor.raw_data not in self.store:  # as the exporter does: the same bytes once
+                self.store.extend(tensor.raw_data)
+            offset = self.store.index(tensor.raw_data)
+            entries = {"location": WEIGHTS_NAME, "offset": offset, "length": len(tensor.raw_data)}
             tensor.ClearField("raw_data")
             tensor.data_location = TensorProto.EXTERNAL
             for key, value in entries.items():
@@ -226,7 +230,25 @@ class GraphWriter:
         return self._node("Mul", [wide, scale], f"{layer}.activation", layer)
 
 
-def make_bundle(folder: Path) -> Bundle:
+def write_switch(folder: Path, variant: str, files: list[GraphFile]) -> GraphFile:
+    """The graph of all assignments, made by the exporter's own pass."""
+    own = [file for file in files if file.variant == variant]
+    models = [onnx.load(folder / file.path, load_external_data=False) for file in own]
+    shaped = [ir.from_proto(onnx.shape_inference.infer_shapes(model)) for model in models]
+    together = ir.to_proto(switch(shaped, LAYERS, ASSIGNMENTS, constants_outside=variant == "cpu"))
+    (folder / f"switch.{variant}.onnx").write_bytes(together.SerializeToString(deterministic=True))
+    return GraphFile(
+        path=f"switch.{variant}.onnx",
+        variant=variant,
+        assignment=None,
+        inputs=own[0].inputs,
+        outputs=own[0].outputs,
+        scale_inputs={layer: signature for file in own for layer, signature in file.scale_inputs.items()},
+        bucket_input=TensorSignature(name="bucket", dtype="int32", shape=()),
+    )
+
+
+def make_bundle(folder: Path) -> BundleFiles:
     """Write the whole bundle and open it."""
     model, store = TinyModel(), bytearray()
     graphs = folder / GRAPH_FOLDER
@@ -234,6 +256,7 @@ def make_bundle(folder: Path) -> Bundle:
     writer = GraphWriter(model, store)
     files = [writer.write(graphs, variant, i) for i in range(len(ASSIGNMENTS)) for variant in ("target", "cpu")]
     files.append(writer.write(graphs, "reference", None))
+    files += [write_switch(graphs, variant, files) for variant in ("target", "cpu")]
     (graphs / WEIGHTS_NAME).write_bytes(bytes(store))
     index = GraphIndex(
         base_type="bfloat16", graphs=tuple(files), weight_bytes=len(store), blocks=("blocks.0", "blocks.1")
@@ -261,7 +284,7 @@ def make_bundle(folder: Path) -> Bundle:
         versions={},
     )
     write_manifest(folder, manifest)
-    return Bundle.open(folder)
+    return BundleFiles.open(folder)
 
 
 def _write_tensors(folder: Path, model: TinyModel) -> None:
@@ -316,12 +339,12 @@ def _loop_reference(
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> BundleFiles:
     """For tests that only read."""
     return make_bundle(tmp_path_factory.mktemp("tiny") / "bundle")
 
 
 @pytest.fixture
-def own_bundle(tmp_path: Path) -> Bundle:
+def own_bundle(tmp_path: Path) -> BundleFiles:
     """For tests that damage it."""
     return make_bundle(tmp_path / "run" / "bundle")

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from adatsq_trt.engines.backends.base import BatchRange, Compiler, Runner
+from adatsq_trt.engines.backends.base import BatchRange, Compiler
 from adatsq_trt.engines.backends.rtx import RtxBackend
 from adatsq_trt.engines.build import RECORD_NAME, build_plans
-from adatsq_trt.engines.bundle import Bundle
+from adatsq_trt.engines.bundle import BundleFiles, Layout
+from adatsq_trt.engines.store import STORE_NAME
 from adatsq_trt.errors import AdatsqError
 from adatsq_trt.formats import TARGETS, Target
 
@@ -26,20 +27,20 @@ class RecordingCompiler(Compiler):
     def version(self) -> str:
         return "1"
 
-    def load(self, path: Path) -> Runner:
-        raise AssertionError("plans are not loaded while building")
-
     def build(self, onnx_path: Path, target: Target, batch: BatchRange) -> bytes:
         self.built.append(f"{target.name}/{onnx_path.name}")
         return repr((target.name, onnx_path.name, batch)).encode()
 
 
-def build(bundle: Bundle, compiler: Compiler, *targets: str, rows: int = 8) -> list[str]:
-    plans = build_plans(bundle.folder, bundle.index, [TARGETS[t] for t in targets], rows, compiler=compiler)
+def build(
+    bundle: BundleFiles, compiler: Compiler, *targets: str, rows: int = 8, layout: Layout = "embedded"
+) -> list[str]:
+    chosen = [TARGETS[t] for t in targets]
+    plans = build_plans(bundle.folder, bundle.index, chosen, rows, compiler=compiler, layout=layout)
     return [plan.path for plan in plans]
 
 
-def test_the_compiler_makes_a_plan_for_each_target_and_assignment(own_bundle: Bundle) -> None:
+def test_the_compiler_makes_a_plan_for_each_target_and_assignment(own_bundle: BundleFiles) -> None:
     told: list[tuple[int, int]] = []
     targets = [TARGETS["sm89"], TARGETS["sm120"]]
     plans = build_plans(own_bundle.folder, own_bundle.index, targets, 8, lambda *done: told.append(done))
@@ -50,13 +51,39 @@ def test_the_compiler_makes_a_plan_for_each_target_and_assignment(own_bundle: Bu
     assert told == [(i, 6) for i in range(1, 7)]
 
 
-def test_the_same_graph_gives_the_same_plan(tiny_bundle: Bundle) -> None:
+def test_switch_is_one_plan_for_each_target(own_bundle: BundleFiles) -> None:
+    targets = [TARGETS["sm89"], TARGETS["sm120"]]
+    plans = build_plans(own_bundle.folder, own_bundle.index, targets, 8, layout="switch")
+    assert [(plan.path, plan.assignment) for plan in plans] == [
+        ("plans/sm89/switch.plan", None),
+        ("plans/sm120/switch.plan", None),
+    ]
+    assert all((own_bundle.folder / plan.path).stat().st_size == plan.bytes > 1000 for plan in plans)
+
+
+def test_shared_plans_come_with_the_store_that_they_are_bound_to(own_bundle: BundleFiles) -> None:
+    plans = build_plans(own_bundle.folder, own_bundle.index, [TARGETS["sm120"]], 8, layout="shared")
+    assert [plan.assignment for plan in plans] == [0, 1, 2]
+    assert (own_bundle.folder / "plans" / STORE_NAME).is_file()
+
+
+def test_another_layout_leaves_nothing_of_the_one_before(own_bundle: BundleFiles) -> None:
+    for layout, count in (("shared", 3), ("switch", 1), ("embedded", 3), ("switch", 1)):
+        compiler = RecordingCompiler()
+        paths = build(own_bundle, compiler, "sm120", layout=layout)
+        found = [path.relative_to(own_bundle.folder).as_posix() for path in own_bundle.folder.rglob("*.plan")]
+        assert sorted(found) == sorted(paths)
+        assert (own_bundle.folder / "plans" / STORE_NAME).is_file() == (layout == "shared")
+        assert len(compiler.built) == count
+
+
+def test_the_same_graph_gives_the_same_plan(tiny_bundle: BundleFiles) -> None:
     path = tiny_bundle.graph_path(tiny_bundle.graph("target", 0))
     first, second = (RtxBackend().build(path, TARGETS["sm120"], BatchRange(1, 8, 8)) for _ in range(2))
     assert first == second
 
 
-def test_a_second_build_keeps_everything(own_bundle: Bundle) -> None:
+def test_a_second_build_keeps_everything(own_bundle: BundleFiles) -> None:
     first, second = RecordingCompiler(), RecordingCompiler()
     paths = build(own_bundle, first, "sm89", "sm120")
     assert len(first.built) == 6
@@ -64,7 +91,7 @@ def test_a_second_build_keeps_everything(own_bundle: Bundle) -> None:
     assert second.built == []
 
 
-def test_only_what_changed_is_built_again(own_bundle: Bundle) -> None:
+def test_only_what_changed_is_built_again(own_bundle: BundleFiles) -> None:
     build(own_bundle, RecordingCompiler(), "sm120")
     graph = own_bundle.graph_path(own_bundle.graph("target", 1))
     graph.write_bytes(graph.read_bytes() + b"\x00")
@@ -74,7 +101,7 @@ def test_only_what_changed_is_built_again(own_bundle: Bundle) -> None:
     assert again.built == ["sm120/assignment_001.target.onnx", "sm120/assignment_002.target.onnx"]
 
 
-def test_other_shapes_or_weights_build_everything_again(own_bundle: Bundle) -> None:
+def test_other_shapes_or_weights_build_everything_again(own_bundle: BundleFiles) -> None:
     build(own_bundle, RecordingCompiler(), "sm120")
     larger, other = RecordingCompiler(), RecordingCompiler()
     build(own_bundle, larger, "sm120", rows=16)
@@ -84,7 +111,7 @@ def test_other_shapes_or_weights_build_everything_again(own_bundle: Bundle) -> N
     assert len(larger.built) == len(other.built) == 3
 
 
-def test_a_damaged_record_costs_only_time(own_bundle: Bundle) -> None:
+def test_a_damaged_record_costs_only_time(own_bundle: BundleFiles) -> None:
     build(own_bundle, RecordingCompiler(), "sm120")
     (own_bundle.folder / "plans/sm120" / RECORD_NAME).write_text("{")
     again = RecordingCompiler()
@@ -92,12 +119,12 @@ def test_a_damaged_record_costs_only_time(own_bundle: Bundle) -> None:
     assert len(again.built) == 3
 
 
-def test_the_cpu_needs_no_plans(own_bundle: Bundle) -> None:
+def test_the_cpu_needs_no_plans(own_bundle: BundleFiles) -> None:
     assert build(own_bundle, RecordingCompiler(), "cpu") == []
     assert not (own_bundle.folder / "plans").exists()
 
 
-def test_a_refused_graph_leaves_no_plan(own_bundle: Bundle) -> None:
+def test_a_refused_graph_leaves_no_plan(own_bundle: BundleFiles) -> None:
     own_bundle.graph_path(own_bundle.graph("target", 1)).write_bytes(b"no graph")
     with pytest.raises(AdatsqError, match=r"cannot read .*assignment_001\.target\.onnx"):
         build(own_bundle, RtxBackend(), "sm120")

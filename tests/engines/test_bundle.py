@@ -6,96 +6,103 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from adatsq_trt.engines.bundle import MANIFEST_NAME, SCALES_NAME, Bundle, read_arrays, require_prompts, write_manifest
+from adatsq_trt.engines.bundle import (
+    MANIFEST_NAME,
+    SCALES_NAME,
+    BundleFiles,
+    read_arrays,
+    require_prompts,
+    write_manifest,
+)
 from adatsq_trt.errors import DamagedFileError, MissingFileError, UserError
 
 
-def edit_manifest(bundle: Bundle, **changes: object) -> None:
+def edit_manifest(bundle: BundleFiles, **changes: object) -> None:
     path = bundle.folder / MANIFEST_NAME
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def test_opens_the_bundle_and_the_run_that_holds_it(own_bundle: Bundle) -> None:
-    assert Bundle.open(own_bundle.folder.parent).folder == own_bundle.folder
-    assert Bundle.open(own_bundle.folder).policy == own_bundle.policy
+def test_opens_the_bundle_and_the_run_that_holds_it(own_bundle: BundleFiles) -> None:
+    assert BundleFiles.open(own_bundle.folder.parent).folder == own_bundle.folder
+    assert BundleFiles.open(own_bundle.folder).policy == own_bundle.policy
 
 
 def test_no_bundle(tmp_path: Path) -> None:
     with pytest.raises(MissingFileError, match="build engine"):
-        Bundle.open(tmp_path)
+        BundleFiles.open(tmp_path)
 
 
-def test_altered_file_is_named_with_both_hashes(own_bundle: Bundle) -> None:
+def test_altered_file_is_named_with_both_hashes(own_bundle: BundleFiles) -> None:
     path = own_bundle.folder / "onnx" / "weights.data"
     content = bytearray(path.read_bytes())
     content[7] ^= 1
     path.write_bytes(bytes(content))
     expected = own_bundle.manifest.files["onnx/weights.data"]
     with pytest.raises(DamagedFileError, match=rf"weights\.data.*got sha256 [0-9a-f]{{64}}, expected {expected}"):
-        Bundle.open(own_bundle.folder)
+        BundleFiles.open(own_bundle.folder)
 
 
-def test_hashes_come_before_parsing(own_bundle: Bundle) -> None:
+def test_hashes_come_before_parsing(own_bundle: BundleFiles) -> None:
     (own_bundle.folder / "onnx" / "index.json").write_text("{}")
     with pytest.raises(DamagedFileError, match="sha256"):
-        Bundle.open(own_bundle.folder)
+        BundleFiles.open(own_bundle.folder)
 
 
-def test_missing_file(own_bundle: Bundle) -> None:
+def test_missing_file(own_bundle: BundleFiles) -> None:
     (own_bundle.folder / "onnx" / "assignment_001.cpu.onnx").unlink()
     with pytest.raises(MissingFileError, match="assignment_001"):
-        Bundle.open(own_bundle.folder)
+        BundleFiles.open(own_bundle.folder)
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "onnx/../../outside", "a\\..\\b", ""])
-def test_paths_that_lead_outside(own_bundle: Bundle, name: str) -> None:
+def test_paths_that_lead_outside(own_bundle: BundleFiles, name: str) -> None:
     (own_bundle.folder.parent / "outside").write_text("x")
     edit_manifest(own_bundle, files={**own_bundle.manifest.files, name: "0" * 64})
     with pytest.raises(DamagedFileError, match="inside the bundle"):
-        Bundle.open(own_bundle.folder)
+        BundleFiles.open(own_bundle.folder)
 
 
-def test_links_that_lead_outside(own_bundle: Bundle) -> None:
+def test_links_that_lead_outside(own_bundle: BundleFiles) -> None:
     outside = own_bundle.folder.parent / "outside"
     outside.write_text("x")
     (own_bundle.folder / "link").symlink_to(outside)
     edit_manifest(own_bundle, files={**own_bundle.manifest.files, "link": "0" * 64})
     with pytest.raises(DamagedFileError, match="inside the bundle"):
-        Bundle.open(own_bundle.folder)
+        BundleFiles.open(own_bundle.folder)
 
 
-def test_graph_without_a_hash(own_bundle: Bundle) -> None:
+def test_graph_without_a_hash(own_bundle: BundleFiles) -> None:
     files = {k: v for k, v in own_bundle.manifest.files.items() if k != "onnx/assignment_000.cpu.onnx"}
     edit_manifest(own_bundle, files=files)
     with pytest.raises(DamagedFileError, match=r"assignment_000\.cpu\.onnx"):
-        Bundle.open(own_bundle.folder)
+        BundleFiles.open(own_bundle.folder)
 
 
-def test_schedule_of_another_length(own_bundle: Bundle) -> None:
+def test_schedule_of_another_length(own_bundle: BundleFiles) -> None:
     record = own_bundle.manifest.schedule
     edit_manifest(own_bundle, schedule={**record.model_dump(), "timesteps": record.timesteps[:-1]})
     with pytest.raises(DamagedFileError, match="4 steps"):
-        Bundle.open(own_bundle.folder)
+        BundleFiles.open(own_bundle.folder)
 
 
-def test_other_schema_version_and_truncated_manifest(own_bundle: Bundle) -> None:
+def test_other_schema_version_and_truncated_manifest(own_bundle: BundleFiles) -> None:
     edit_manifest(own_bundle, schema_version=99)
     with pytest.raises(DamagedFileError, match="schema version 99"):
-        Bundle.open(own_bundle.folder)
+        BundleFiles.open(own_bundle.folder)
     path = own_bundle.folder / MANIFEST_NAME
     path.write_text(path.read_text()[:40])
     with pytest.raises(DamagedFileError, match="not complete JSON"):
-        Bundle.open(own_bundle.folder)
+        BundleFiles.open(own_bundle.folder)
 
 
-def test_manifest_is_reproducible_and_ignores_leftovers(own_bundle: Bundle) -> None:
+def test_manifest_is_reproducible_and_ignores_leftovers(own_bundle: BundleFiles) -> None:
     before = (own_bundle.folder / MANIFEST_NAME).read_bytes()
     (own_bundle.folder / ".policy.json.1.part").write_text("interrupted")
     assert "policy.json" in write_manifest(own_bundle.folder, own_bundle.manifest).files
     assert (own_bundle.folder / MANIFEST_NAME).read_bytes() == before
 
 
-def test_scales_are_those_of_the_step(tiny_bundle: Bundle) -> None:
+def test_scales_are_those_of_the_step(tiny_bundle: BundleFiles) -> None:
     tables = read_arrays(tiny_bundle.folder / SCALES_NAME)
     assert tiny_bundle.scales(2) == {"blocks.1.linear.scale": tables["fp8"][2, 1]}
     assert tiny_bundle.scales(1) == {
@@ -106,7 +113,7 @@ def test_scales_are_those_of_the_step(tiny_bundle: Bundle) -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, 0.0, -1.0, np.inf])
-def test_a_needed_scale_must_be_positive(own_bundle: Bundle, value: float) -> None:
+def test_a_needed_scale_must_be_positive(own_bundle: BundleFiles, value: float) -> None:
     from safetensors.numpy import save_file
 
     tables = read_arrays(own_bundle.folder / SCALES_NAME)
@@ -116,14 +123,14 @@ def test_a_needed_scale_must_be_positive(own_bundle: Bundle, value: float) -> No
         own_bundle.scales(0)
 
 
-def test_truncated_tensors(own_bundle: Bundle) -> None:
+def test_truncated_tensors(own_bundle: BundleFiles) -> None:
     path = own_bundle.folder / SCALES_NAME
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(DamagedFileError, match="not a complete safetensors"):
         own_bundle.scales(0)
 
 
-def test_prompts_must_exist(tiny_bundle: Bundle) -> None:
+def test_prompts_must_exist(tiny_bundle: BundleFiles) -> None:
     require_prompts(tiny_bundle, [0, 2])
     with pytest.raises(UserError, match="prompts 0 to 2"):
         require_prompts(tiny_bundle, [3])

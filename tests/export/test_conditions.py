@@ -34,7 +34,7 @@ def linear(format_name: str = "fp8", scale: bool = True, bias_type: int = Tensor
 def check(tmp_path):
     def run(model: onnx.ModelProto) -> None:
         onnx.save(model, tmp_path / "g.onnx")
-        check_graph(tmp_path / "g.onnx", {"up": FORMATS["fp8"]})
+        check_graph(tmp_path / "g.onnx", {"up": [FORMATS["fp8"]]})
 
     return run
 
@@ -60,7 +60,7 @@ def test_what_is_wrong_is_named(check, model, message):
 def test_a_missing_layer_is_named(check):
     model = linear()
     del model.graph.node[0].metadata_props[:]
-    with pytest.raises(AdatsqError, match="layer 'up' has format None, expected fp8"):
+    with pytest.raises(AdatsqError, match="layer 'up' has format none, expected fp8"):
         check(model)
 
 

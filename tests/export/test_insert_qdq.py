@@ -58,7 +58,7 @@ def test_rules_2_and_6_static_per_tensor(inserted, name, kind):
     codes, scales = dequantize.inputs
     assert (codes.dtype, codes.shape.numpy(), scales.shape.numpy()) == (kind, (128, 64), (128,))
     assert dequantize.attributes["axis"].as_int() == 0
-    assert scale_inputs(model) == {f"{LAYER}.activation_scale": DataType.BFLOAT16}
+    assert scale_inputs(model) == {f"{LAYER}.activation_scale": DataType.FLOAT}
 
 
 @pytest.mark.parametrize(

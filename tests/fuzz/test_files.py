@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from adatsq_trt.engines.accuracy import CheckReport, check
-from adatsq_trt.engines.bundle import MANIFEST_NAME, PROMPTS_NAME, Bundle, Manifest, read_arrays, write_manifest
+from adatsq_trt.engines.bundle import MANIFEST_NAME, PROMPTS_NAME, BundleFiles, Manifest, read_arrays, write_manifest
 from adatsq_trt.errors import UserError
 from adatsq_trt.files import parse_json_model, read_tensors, write_tensors
 from adatsq_trt.graph_index import GraphIndex
@@ -55,12 +55,12 @@ def mutated_json(draw: st.DrawFn, content: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> BundleFiles:
     return make_bundle(tmp_path_factory.mktemp("fuzz") / "bundle")
 
 
 @pytest.fixture(scope="module")
-def documents(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Mapping[type[BaseModel], str]:
+def documents(bundle: BundleFiles, tmp_path_factory: pytest.TempPathFactory) -> Mapping[type[BaseModel], str]:
     """A sound document of each kind."""
     stage = StageRecord(name="search", key="0" * 64, complete=True, seconds=1.5, peak_bytes=1, outputs={"a": "b"})
     report = check(bundle, tmp_path_factory.mktemp("check"))
@@ -112,7 +112,7 @@ def test_safetensors(go_on: Callable, tmp_path: Path) -> None:
     go_on(one_round)
 
 
-def test_bundles(go_on: Callable, bundle: Bundle) -> None:
+def test_bundles(go_on: Callable, bundle: BundleFiles) -> None:
     """With a manifest that knows nothing of the change, and with one that vouches for it."""
     names = [MANIFEST_NAME, "policy.json", "onnx/index.json", PROMPTS_NAME, "activation_scales.safetensors"]
     sound = {name: (bundle.folder / name).read_bytes() for name in (*names, "onnx/weights.data")}
@@ -146,7 +146,7 @@ def test_bundles(go_on: Callable, bundle: Bundle) -> None:
 
 def use(folder: Path) -> None:
     """Open a bundle and look at everything in it."""
-    opened = Bundle.open(folder)
+    opened = BundleFiles.open(folder)
     for step in range(opened.policy.steps):
         graph = opened.graph("cpu", opened.policy.step_assignments[step])
         assert opened.graph_path(graph).resolve().is_relative_to(folder.resolve())

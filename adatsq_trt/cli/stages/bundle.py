@@ -25,7 +25,7 @@ _LIBRARIES = ("torch", "diffusers", "onnx", "onnx-ir", "onnxruntime-gpu", "tenso
 
 def stage(context: Context) -> Stage:
     """The stage for these settings."""
-    inputs = context.inputs(("model", "targets", "simulate", "steps", "guidance"))
+    inputs = context.inputs(("model", "targets", "simulate", "layout", "steps", "guidance"))
     versions = dict(library_versions())
     files = [export.stage(context).folder, search.stage(context).folder / search.POLICY]
     return context.run.stage(NAME, {**inputs, "versions": versions}, files)
@@ -72,10 +72,11 @@ def _plans(context: Context, folder: Path, index: GraphIndex) -> tuple[PlanFile,
     targets = [target for target in context.targets if target.compute_capability is not None]
     if context.settings.simulate or not targets:
         return ()
-    graphs = sum(graph.variant == "target" for graph in index.graphs)
+    layout = context.settings.layout
+    graphs = 1 if layout == "switch" else sum(g.variant == "target" and g.assignment is not None for g in index.graphs)
     branches = 2 if context.calibration.conditioning.unconditional is not None else 1
     with progress("build: TensorRT-RTX", graphs * len(targets)) as advance:
-        return build_plans(folder, index, targets, MAX_SAMPLES * branches, lambda _done, _all: advance())
+        return build_plans(folder, index, targets, MAX_SAMPLES * branches, lambda _done, _all: advance(), layout=layout)
 
 
 def _manifest(context: Context, index: GraphIndex, policy: Policy, plans: tuple[PlanFile, ...]) -> Manifest:
@@ -84,6 +85,7 @@ def _manifest(context: Context, index: GraphIndex, policy: Policy, plans: tuple[
         model=context.model.name,
         architecture=adapter.architecture,
         backend="rtx" if plans else "onnxruntime",
+        layout=context.settings.layout,
         targets=context.settings.targets,
         base_type=index.base_type,
         formats=export.used_formats(policy),

@@ -77,7 +77,7 @@ def _graphs(context: Context, policy: Policy, folder: Path) -> None:
     inputs = context.adapter.guided_inputs(samples.noise(), context.schedule.model_time(0), samples.conditioning)
     weights = quantize.load(context).weights
     names = variants(context)
-    with progress("export", 2 + len(policy.assignments) * len(names)) as advance:
+    with progress("export", 2 + (len(policy.assignments) + 1) * len(names)) as advance:
         traced = trace(context.adapter.trace_module(), inputs, OUTPUT_NAME, _TYPES[base])
         advance()
         blocks = context.adapter.blocks()

@@ -5,16 +5,16 @@ import pytest
 from onnx import helper
 
 from adatsq_trt.engines.accuracy.block_cut import GraphView, find_cut
-from adatsq_trt.engines.bundle import Bundle
+from adatsq_trt.engines.bundle import BundleFiles
 from adatsq_trt.errors import AdatsqError
 
 
-def views(bundle: Bundle, assignment: int = 1) -> tuple[GraphView, GraphView]:
+def views(bundle: BundleFiles, assignment: int = 1) -> tuple[GraphView, GraphView]:
     target, cpu = (GraphView(bundle.graph_path(bundle.graph(v, assignment))) for v in ("target", "cpu"))
     return target, cpu
 
 
-def test_the_border_is_what_enters_and_leaves(tiny_bundle: Bundle) -> None:
+def test_the_border_is_what_enters_and_leaves(tiny_bundle: BundleFiles) -> None:
     target, cpu = views(tiny_bundle)
     first, second = (find_cut(target, cpu, block) for block in ("blocks.0", "blocks.1"))
     assert first.inputs == ("blocks.0.linear.scale", "embedded")
@@ -23,7 +23,7 @@ def test_the_border_is_what_enters_and_leaves(tiny_bundle: Bundle) -> None:
     assert second.outputs == ("velocity",)
 
 
-def test_a_renamed_value_moves_the_border_up(own_bundle: Bundle) -> None:
+def test_a_renamed_value_moves_the_border_up(own_bundle: BundleFiles) -> None:
     """Lowering may drop a Cast, so the value that enters the target block can be missing in the cpu graph."""
     path = own_bundle.graph_path(own_bundle.graph("cpu", 1))
     path.write_bytes(path.read_bytes().replace(b"embedded", b"renamed!"))
@@ -31,13 +31,13 @@ def test_a_renamed_value_moves_the_border_up(own_bundle: Bundle) -> None:
     assert find_cut(target, cpu, "blocks.0").inputs == ("blocks.0.linear.scale", "column", "hidden_states")
 
 
-def test_a_prefix_is_a_whole_path_component(own_bundle: Bundle) -> None:
+def test_a_prefix_is_a_whole_path_component(own_bundle: BundleFiles) -> None:
     target, cpu = views(own_bundle)
     with pytest.raises(AdatsqError, match="0 nodes belong"):
         find_cut(target, cpu, "block")
 
 
-def test_no_value_in_common(own_bundle: Bundle) -> None:
+def test_no_value_in_common(own_bundle: BundleFiles) -> None:
     path = own_bundle.graph_path(own_bundle.graph("cpu", 1))
     path.write_bytes(path.read_bytes().replace(b"blocks.0.output", b"blocks.0.OUTPUT"))
     target, cpu = views(own_bundle)
@@ -45,7 +45,7 @@ def test_no_value_in_common(own_bundle: Bundle) -> None:
         find_cut(target, cpu, "blocks.0")
 
 
-def test_an_extracted_block_holds_its_weights_and_nothing_else(tiny_bundle: Bundle) -> None:
+def test_an_extracted_block_holds_its_weights_and_nothing_else(tiny_bundle: BundleFiles) -> None:
     target, cpu = views(tiny_bundle)
     cut = find_cut(target, cpu, "blocks.0")
     inputs = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None] * 3) for name in cut.inputs]

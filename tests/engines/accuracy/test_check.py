@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from adatsq_trt.engines.accuracy import REPORT_NAME, CheckReport, bisect, check, passed_before, work_units
 from adatsq_trt.engines.accuracy.references import Reference
-from adatsq_trt.engines.bundle import REFERENCE_NAME, SCALES_NAME, Bundle, read_arrays
+from adatsq_trt.engines.bundle import REFERENCE_NAME, SCALES_NAME, BundleFiles, read_arrays
 from adatsq_trt.errors import DamagedFileError
 from adatsq_trt.files import read_json_model, write_json_model
 
@@ -26,11 +26,11 @@ def failed(report: CheckReport) -> list[tuple[str, int, int]]:
     return list(dict.fromkeys((row.variant, row.step, row.assignment) for row in report.rows if not row.passed))
 
 
-def first_layers(bundle: Bundle, report: CheckReport, folder: Path) -> list[tuple[str, int, str]]:
+def first_layers(bundle: BundleFiles, report: CheckReport, folder: Path) -> list[tuple[str, int, str]]:
     return [(layer.variant, layer.step, layer.layer) for layer in bisect(bundle, report, folder).first_layers]
 
 
-def edit_graph(bundle: Bundle, variant: str, assignment: int, change: Callable[[ModelProto], None]) -> None:
+def edit_graph(bundle: BundleFiles, variant: str, assignment: int, change: Callable[[ModelProto], None]) -> None:
     path = bundle.graph_path(bundle.graph(variant, assignment))
     model = onnx.load(path, load_external_data=False)
     change(model)
@@ -46,7 +46,7 @@ def multiply(name: str, factor: float) -> Callable[[ModelProto], None]:
     return change
 
 
-def exchange(bundle: Bundle, variant: str) -> None:
+def exchange(bundle: BundleFiles, variant: str) -> None:
     first, second = (bundle.graph_path(bundle.graph(variant, i)) for i in (0, 1))
     content = first.read_bytes()
     first.write_bytes(second.read_bytes())
@@ -54,7 +54,7 @@ def exchange(bundle: Bundle, variant: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def checked(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> tuple[CheckReport, Path]:
+def checked(tiny_bundle: BundleFiles, tmp_path_factory: pytest.TempPathFactory) -> tuple[CheckReport, Path]:
     folder = tmp_path_factory.mktemp("check")
     return check(tiny_bundle, folder), folder
 
@@ -80,7 +80,7 @@ def test_a_sound_bundle_passes(checked: tuple[CheckReport, Path]) -> None:
 
 
 def test_only_the_same_bundle_that_passed_is_not_checked_again(
-    checked: tuple[CheckReport, Path], tiny_bundle: Bundle, tmp_path: Path
+    checked: tuple[CheckReport, Path], tiny_bundle: BundleFiles, tmp_path: Path
 ) -> None:
     report, folder = checked
     assert passed_before(tiny_bundle, folder) == report
@@ -99,14 +99,16 @@ def test_two_different_computations_are_compared(checked: tuple[CheckReport, Pat
             assert row.median_error < row.median_tolerance / 4
 
 
-def test_progress(tiny_bundle: Bundle, tmp_path: Path) -> None:
+def test_progress(tiny_bundle: BundleFiles, tmp_path: Path) -> None:
     told: list[None] = []
     check(tiny_bundle, tmp_path, on_unit=lambda: told.append(None))
     assert len(told) == work_units(tiny_bundle)
 
 
 @pytest.mark.parametrize(("format_name", "factor"), [("w8a8s", 2.0), ("w8a8s", 0.5), ("fp8", 0.5)])
-def test_an_activation_scale_off_by_two(own_bundle: Bundle, tmp_path: Path, format_name: str, factor: float) -> None:
+def test_an_activation_scale_off_by_two(
+    own_bundle: BundleFiles, tmp_path: Path, format_name: str, factor: float
+) -> None:
     """Doubling fp8's scale is left out: a floating grid moved by a power of two is the same grid."""
     tables = read_arrays(own_bundle.folder / SCALES_NAME)
     column = own_bundle.policy.assignments[1].index(format_name)
@@ -116,14 +118,14 @@ def test_an_activation_scale_off_by_two(own_bundle: Bundle, tmp_path: Path, form
 
 
 @pytest.mark.parametrize("layer", ["blocks.0.linear", "blocks.1.linear"])
-def test_a_weight_scale_off_by_two(own_bundle: Bundle, tmp_path: Path, layer: str) -> None:
+def test_a_weight_scale_off_by_two(own_bundle: BundleFiles, tmp_path: Path, layer: str) -> None:
     edit_graph(own_bundle, "cpu", 1, multiply(f"{layer}.weight_scale", 2.0))
     report = check(own_bundle, tmp_path)
     assert ("cpu", 1, 1) in failed(report)
     assert ("cpu", 1, layer) in first_layers(own_bundle, report, tmp_path)
 
 
-def test_a_dropped_bias(own_bundle: Bundle, tmp_path: Path) -> None:
+def test_a_dropped_bias(own_bundle: BundleFiles, tmp_path: Path) -> None:
     edit_graph(own_bundle, "cpu", 0, multiply("blocks.1.linear.bias", 0.0))
     report = check(own_bundle, tmp_path)
     assert {("cpu", 0, 0), ("cpu", 3, 0)} <= set(failed(report))
@@ -132,14 +134,14 @@ def test_a_dropped_bias(own_bundle: Bundle, tmp_path: Path) -> None:
     assert first_layers(own_bundle, report, tmp_path) == named
 
 
-def test_exchanged_graphs(own_bundle: Bundle, tmp_path: Path) -> None:
+def test_exchanged_graphs(own_bundle: BundleFiles, tmp_path: Path) -> None:
     exchange(own_bundle, "cpu")
     report = check(own_bundle, tmp_path)
     assert {("cpu", 0, 0), ("cpu", 1, 1), ("cpu", 3, 0)} <= set(failed(report))
     assert ("cpu", 1, "blocks.0.linear") in first_layers(own_bundle, report, tmp_path)
 
 
-def test_a_reference_for_any_step_finds_the_layer(own_bundle: Bundle, tmp_path: Path) -> None:
+def test_a_reference_for_any_step_finds_the_layer(own_bundle: BundleFiles, tmp_path: Path) -> None:
     """A step that is not the first of its bucket has no layers in the bundle."""
     edit_graph(own_bundle, "cpu", 0, multiply("blocks.1.linear.bias", 0.0))
     report = check(own_bundle, tmp_path)
@@ -155,13 +157,13 @@ def test_a_reference_for_any_step_finds_the_layer(own_bundle: Bundle, tmp_path: 
     assert f"layer 'blocks.1.linear', format w8a8s, scale {scale:.6g}" in layer.sentence
 
 
-def test_a_defect_in_a_few_rows_only(own_bundle: Bundle, tmp_path: Path) -> None:
+def test_a_defect_in_a_few_rows_only(own_bundle: BundleFiles, tmp_path: Path) -> None:
     """The median does not see it, the relative error does."""
     reference = dict(own_bundle.reference)
     output = reference["step_001.output"].copy()
     output[0] += 3.0
     save_file({**reference, "step_001.output": output}, own_bundle.folder / REFERENCE_NAME)
-    report = check(Bundle.open(own_bundle.folder, verify=False), tmp_path)
+    report = check(BundleFiles.open(own_bundle.folder, verify=False), tmp_path)
     assert failed(report) == [("cpu", 1, 1)]
     (row,) = (row for row in report.rows if not row.passed)
     assert row.median_error is not None
@@ -169,7 +171,7 @@ def test_a_defect_in_a_few_rows_only(own_bundle: Bundle, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
-def test_outputs_that_are_no_numbers(own_bundle: Bundle, tmp_path: Path, value: float) -> None:
+def test_outputs_that_are_no_numbers(own_bundle: BundleFiles, tmp_path: Path, value: float) -> None:
     edit_graph(own_bundle, "cpu", 2, multiply("blocks.1.linear.bias", value) if value else _zero_output)
     report = check(own_bundle, tmp_path)
     assert ("cpu", 2, 2) in failed(report)
@@ -182,36 +184,38 @@ def _zero_output(model: ModelProto) -> None:
     last.input[1] = last.input[0]
 
 
-def test_an_output_of_another_shape(own_bundle: Bundle, tmp_path: Path) -> None:
+def test_an_output_of_another_shape(own_bundle: BundleFiles, tmp_path: Path) -> None:
     reference = {name: value for name, value in own_bundle.reference.items() if name != "step_002.output"}
     other = {**reference, "step_002.output": own_bundle.reference["step_002.output"][:, :2].copy()}
     save_file(other, own_bundle.folder / REFERENCE_NAME)
-    assert ("cpu", 2, 2) in failed(check(Bundle.open(own_bundle.folder, verify=False), tmp_path))
+    assert ("cpu", 2, 2) in failed(check(BundleFiles.open(own_bundle.folder, verify=False), tmp_path))
 
 
 @pytest.mark.parametrize("layer", ["blocks.0.linear", "blocks.1.linear"])
 @pytest.mark.parametrize(("part", "factor"), [("weight_scale", 2.0), ("bias", 0.0)])
-def test_a_defect_in_a_target_graph(own_bundle: Bundle, tmp_path: Path, layer: str, part: str, factor: float) -> None:
+def test_a_defect_in_a_target_graph(
+    own_bundle: BundleFiles, tmp_path: Path, layer: str, part: str, factor: float
+) -> None:
     edit_graph(own_bundle, "target", 1, multiply(f"{layer}.{part}", factor))
     report = check(own_bundle, tmp_path)
     assert failed(report) == [("target", 1, 1)]
     assert first_layers(own_bundle, report, tmp_path) == [("target", 1, layer)]
 
 
-def test_exchanged_target_graphs(own_bundle: Bundle, tmp_path: Path) -> None:
+def test_exchanged_target_graphs(own_bundle: BundleFiles, tmp_path: Path) -> None:
     exchange(own_bundle, "target")
     assert {("target", 0, 0), ("target", 1, 1)} <= set(failed(check(own_bundle, tmp_path)))
 
 
-def test_a_step_without_reference(own_bundle: Bundle, tmp_path: Path) -> None:
+def test_a_step_without_reference(own_bundle: BundleFiles, tmp_path: Path) -> None:
     rest = {name: value for name, value in own_bundle.reference.items() if name != "step_001.output"}
     save_file(rest, own_bundle.folder / REFERENCE_NAME)
     with pytest.raises(DamagedFileError, match=r"step_001\.output"):
-        check(Bundle.open(own_bundle.folder, verify=False), tmp_path)
+        check(BundleFiles.open(own_bundle.folder, verify=False), tmp_path)
 
 
 @pytest.mark.parametrize("variant", ["cpu", "target"])
-def test_a_graph_that_does_not_load(own_bundle: Bundle, tmp_path: Path, variant: str) -> None:
+def test_a_graph_that_does_not_load(own_bundle: BundleFiles, tmp_path: Path, variant: str) -> None:
     path = own_bundle.graph_path(own_bundle.graph(variant, 1))
     path.write_bytes(b"no graph")
     report = check(own_bundle, tmp_path)
@@ -234,7 +238,7 @@ def test_the_commands_repeat_the_rows(checked: tuple[CheckReport, Path]) -> None
         assert figures == pytest.approx((row.median_error, row.relative_error), rel=1e-6)
 
 
-def test_the_command_of_a_failed_row_fails_with_its_figures(own_bundle: Bundle, tmp_path: Path) -> None:
+def test_the_command_of_a_failed_row_fails_with_its_figures(own_bundle: BundleFiles, tmp_path: Path) -> None:
     edit_graph(own_bundle, "cpu", 1, multiply("blocks.0.linear.bias", 0.0))
     row = next(row for row in check(own_bundle, tmp_path).rows if not row.passed)
     code, (figures,) = run_command(row.command, tmp_path)

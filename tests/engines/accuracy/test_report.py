@@ -6,11 +6,11 @@ from xml.etree import ElementTree
 import pytest
 
 from adatsq_trt.engines.accuracy import CheckReport, check, write_junit
-from adatsq_trt.engines.bundle import Bundle
+from adatsq_trt.engines.bundle import BundleFiles
 
 
 @pytest.fixture(scope="module")
-def report(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> CheckReport:
+def report(tiny_bundle: BundleFiles, tmp_path_factory: pytest.TempPathFactory) -> CheckReport:
     return check(tiny_bundle, tmp_path_factory.mktemp("check"))
 
 

@@ -1,0 +1,309 @@
+"""Run a bundle: the denoising loop, with the formats that the policy gives to each step.
+
+    with Bundle.open("runs/demo") as bundle:
+        latents = bundle.denoise(bundle.noise([1, 2, 3]), bundle.conditioning([0, 1, 2]))
+        images = bundle.decode(latents)
+
+Formats are chosen once per step: both branches of guidance go through one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+import numpy as np
+
+from adatsq_trt.engines.backends.base import StepRunner
+from adatsq_trt.engines.backends.onnxruntime import OnnxRuntimeSteps
+from adatsq_trt.engines.backends.rtx_steps import RtxSteps, plans_here
+from adatsq_trt.engines.bundle import BundleFiles, Manifest, require_prompts
+from adatsq_trt.errors import DamagedFileError, MismatchError, UserError
+from adatsq_trt.formats import Format
+from adatsq_trt.graph_index import TensorSignature
+from adatsq_trt.policy import Policy
+from adatsq_trt.schedule import Schedule, initial_noise
+
+TIME_INPUT = "timestep"
+_CONDITIONAL, _UNCONDITIONAL = "conditional.", "unconditional."
+Arrays = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What steers a batch of samples.
+
+    Attributes:
+        conditional: input name → float32 [samples, ...].
+        unconditional: the same names for the unguided branch; None when the model is not guided.
+    """
+
+    conditional: Arrays
+    unconditional: Arrays | None = None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a callback is told after each step.
+
+    Attributes:
+        step: index of the step that is done.
+        steps: length of the loop.
+        bucket: index of the step's bucket in `policy.buckets`.
+        latents: float32 [samples, *latent_shape] after the step.
+    """
+
+    step: int
+    steps: int
+    bucket: int
+    latents: np.ndarray
+
+
+class Bundle:
+    """A bundle that is ready to run; a context manager that gives the memory back at the end.
+
+    Attributes:
+        files: what the bundle consists of, every file verified.
+    """
+
+    def __init__(self, files: BundleFiles, backend: Literal["onnxruntime", "rtx"] = "onnxruntime") -> None:
+        """Wrap verified files; see `open`, which is the usual way."""
+        self.files = files
+        self._backend = backend
+        plans = plans_here(files.manifest) if backend == "rtx" else ()
+        self._max_rows = min((plan.max_rows for plan in plans), default=None)
+        self._resources = ExitStack()
+        self._runners: dict[str, StepRunner] = {}
+
+    @classmethod
+    def open(cls, path: Path | str, backend: Literal["onnxruntime", "rtx"] = "onnxruntime") -> Self:
+        """Open a bundle, or the bundle of a run directory. Sessions and engines are made when they are first needed.
+
+        Args:
+            path: of the bundle.
+            backend: "onnxruntime" runs the cpu graphs anywhere; "rtx" the plans on a GPU that they were built for.
+
+        Raises:
+            MissingFileError: there is no bundle, or one of its files is gone.
+            DamagedFileError: a file is not what the manifest says, or lies outside the bundle.
+            DependencyError: "rtx" without TensorRT-RTX or a GPU.
+            MismatchError: "rtx" without plans for this GPU and this version of TensorRT-RTX.
+        """
+        return cls(BundleFiles.open(Path(path)), backend)
+
+    def __enter__(self) -> Self:
+        """Take the bundle."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give its memory back."""
+        self.close()
+
+    def close(self) -> None:
+        """Give the memory back; sessions are made anew when they are needed again."""
+        self._resources.close()
+        self._runners.clear()
+
+    # ------------------------------------------------------------------------------------------- what it holds
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the bundle is."""
+        return self.files.manifest
+
+    @property
+    def policy(self) -> Policy:
+        """Which assignment each step uses."""
+        return self.files.policy
+
+    @property
+    def schedule(self) -> Schedule:
+        """The steps that the bundle was made for."""
+        return self.files.schedule()
+
+    @property
+    def inputs(self) -> tuple[TensorSignature, ...]:
+        """The denoiser's inputs; a string stands for the number of rows."""
+        return self.files.graph("cpu", None).inputs
+
+    def formats(self, step: int) -> dict[str, Format]:
+        """Layer → format at a step."""
+        return self.policy.formats_at(step)
+
+    def bucket(self, step: int) -> int:
+        """Index of a step's bucket in `policy.buckets`."""
+        return next(i for i, bucket in enumerate(self.policy.buckets) if bucket.first <= step <= bucket.last)
+
+    def noise(self, seeds: Sequence[int]) -> np.ndarray:
+        """First latents, float32 [len(seeds), *latent_shape]: one stream of unit normal numbers per seed."""
+        return initial_noise(seeds, self.manifest.latent_shape)
+
+    def conditioning(self, prompts: Sequence[int]) -> Conditioning:
+        """The conditioning of prompts that the bundle holds, one for every sample.
+
+        Raises:
+            UserError: a prompt that the bundle does not hold.
+            DamagedFileError: the stored prompts are not named as they should be.
+        """
+        require_prompts(self.files, prompts)
+        conditional = _starting(self.files.prompts, _CONDITIONAL)
+        if not conditional:
+            raise DamagedFileError(
+                f"the prompts of bundle '{self.files.folder}' are {sorted(self.files.prompts)}, expected names that "
+                f"start with '{_CONDITIONAL}'; run 'adatsq-trt build engine' again"
+            )
+        unguided = _starting(self.files.prompts, _UNCONDITIONAL)
+        return Conditioning(
+            {name: value[list(prompts)] for name, value in conditional.items()},
+            {name: np.repeat(value, len(prompts), axis=0) for name, value in unguided.items()} or None,
+        )
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Latents → images, float32 [samples, height, width, channels] in [0, 1]."""
+        return self.manifest.image.decode(latents)
+
+    # ---------------------------------------------------------------------------------------------- running it
+
+    def predict(self, step: int, inputs: Arrays, quantized: bool = True) -> np.ndarray:
+        """One call of the denoiser, with the formats and activation scales of a step.
+
+        Args:
+            step: index in the loop.
+            inputs: every input by name, float32 [rows, ...]; all rows are at this step.
+            quantized: follow the policy; otherwise full precision.
+
+        Returns:
+            The predicted velocity, float32 [rows, *latent_shape].
+
+        Raises:
+            UserError: a step that the policy does not have; inputs of other names or shapes.
+        """
+        if not 0 <= step < self.policy.steps:
+            raise UserError(f"step {step}: the bundle's policy has steps 0 to {self.policy.steps - 1}")
+        require_inputs(self.inputs, inputs, self._max_rows)
+        return self._runner("cpu" if quantized else "reference").run(step, inputs)
+
+    def denoise(
+        self,
+        latents: np.ndarray,
+        conditioning: Conditioning,
+        steps: int | None = None,
+        callback: Callable[[StepResult], None] | None = None,
+        guidance: float | None = None,
+        quantized: bool = True,
+    ) -> np.ndarray:
+        """The denoising loop: x[t+1] = x[t] + (sigma[t+1] - sigma[t]) v(x[t], t).
+
+        Args:
+            latents: initial noise, float32 [samples, *latent_shape].
+            conditioning: of every sample.
+            steps: must be the policy's number of steps, if given.
+            callback: told of every finished step; an exception that it raises ends the loop.
+            guidance: weight of classifier-free guidance; the bundle's own unless given.
+            quantized: follow the policy; otherwise full precision.
+
+        Returns:
+            float32 [samples, *latent_shape].
+
+        Raises:
+            UserError: another number of steps; latents or conditioning of other names or shapes.
+        """
+        schedule, scale = self.schedule, self.manifest.guidance if guidance is None else guidance
+        if steps not in (None, schedule.steps):
+            raise MismatchError(
+                f"steps: got {steps}, the bundle's policy is for {schedule.steps}; leave steps out, or build a bundle "
+                f"with --steps {steps}"
+            )
+        for step in range(schedule.steps):
+            inputs = self._step_inputs(latents, schedule.model_time(step), conditioning)
+            velocity = guide(self.predict(step, inputs, quantized), len(latents), scale)
+            # Its arithmetic serves NumPy as well as the tensors that it is declared for.
+            latents = schedule.advance(latents, velocity, step)  # type: ignore[arg-type, assignment]
+            if callback is not None:
+                callback(StepResult(step, schedule.steps, self.bucket(step), latents))
+        return latents
+
+    @property
+    def latent_input(self) -> str:
+        """Name of the input that takes the latents: the one of the latents' shape.
+
+        Raises:
+            DamagedFileError: there is not exactly one.
+        """
+        shape = self.manifest.latent_shape
+        names = [signature.name for signature in self.inputs if signature.shape[1:] == shape]
+        if len(names) != 1:
+            raise DamagedFileError(
+                f"bundle '{self.files.folder}': {len(names)} inputs have the latents' shape {list(shape)}, expected "
+                "one; run 'adatsq-trt build engine' again"
+            )
+        return names[0]
+
+    def _step_inputs(self, latents: np.ndarray, model_time: float, conditioning: Conditioning) -> dict[str, np.ndarray]:
+        """Both branches of guidance in one batch, conditional rows first."""
+        halves = [conditioning.conditional, conditioning.unconditional or {}]
+        condition = {
+            name: np.concatenate([half[name] for half in halves if name in half]) for name in conditioning.conditional
+        }
+        branches = 1 if conditioning.unconditional is None else 2
+        time = np.full(branches * len(latents), model_time, np.float32)
+        return {self.latent_input: np.concatenate([latents] * branches), TIME_INPUT: time, **condition}
+
+    def _runner(self, variant: str) -> StepRunner:
+        if variant not in self._runners:
+            runner: StepRunner
+            if self._backend == "rtx" and variant == "cpu":
+                runner = RtxSteps(self.files)
+            else:
+                runner = OnnxRuntimeSteps(self.files, self.files.graph(variant, None))
+            self._runners[variant] = self._resources.enter_context(runner)
+        return self._runners[variant]
+
+
+def require_inputs(signatures: Sequence[TensorSignature], inputs: Arrays, max_rows: int | None = None) -> None:
+    """Refuse inputs that a graph does not take, before anything is computed.
+
+    Args:
+        signatures: of the graph's inputs.
+        inputs: by name.
+        max_rows: the most that the plans' optimization profile accepts; None for any number.
+
+    Raises:
+        UserError: says which name, shape or number of rows is wrong.
+    """
+    names = [signature.name for signature in signatures]
+    if set(names) != set(inputs):
+        raise UserError(f"got the inputs {sorted(inputs)}, expected {sorted(names)}; give exactly these")
+    rows = len(inputs[names[0]]) if inputs[names[0]].ndim else 0
+    if max_rows is not None and rows > max_rows:
+        raise UserError(
+            f"got {rows} rows (samples times guidance branches), the plans accept at most {max_rows}; denoise fewer "
+            "samples at a time"
+        )
+    for signature in signatures:
+        value = inputs[signature.name]
+        wanted = (rows, *signature.shape[1:])
+        if value.shape != wanted or value.dtype != np.float32 or not rows:
+            raise UserError(
+                f"input '{signature.name}': got {value.dtype} {list(value.shape)}, expected float32 "
+                f"{['rows', *signature.shape[1:]]} with as many rows, at least one, in every input"
+            )
+
+
+def guide(prediction: np.ndarray, samples: int, guidance: float) -> np.ndarray:
+    """Combine the halves, conditional first, to v0 + guidance (v1 - v0); a single half is the velocity itself."""
+    if len(prediction) == samples:
+        return prediction
+    conditional, unconditional = np.split(prediction, 2)
+    guided: np.ndarray = unconditional + np.float32(guidance) * (conditional - unconditional)
+    return guided
+
+
+def _starting(arrays: Arrays, prefix: str) -> dict[str, np.ndarray]:
+    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}

@@ -1,0 +1,90 @@
+"""What a bundle weighs in each layout, beside the least that its policy needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+from onnx import GraphProto
+from pydantic import BaseModel, ConfigDict
+
+from adatsq_trt.engines.bundle import BundleFiles, Layout
+from adatsq_trt.engines.store import initializers, weight_of
+
+LAYOUTS: tuple[Layout, ...] = ("embedded", "shared", "switch")
+
+
+class LayoutSize(BaseModel):
+    """One layout.
+
+    Attributes:
+        layout: its name.
+        engines: how many plans it has for a target.
+        weight_bytes: of the weights that all its plans and its store hold: what stays on the GPU beside activations.
+        plan_overhead_bytes: target → what the plans hold besides, code above all; empty for a layout that is not built.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layout: Layout
+    engines: int
+    weight_bytes: int
+    plan_overhead_bytes: dict[str, int]
+
+
+class SizeReport(BaseModel):
+    """All layouts.
+
+    Attributes:
+        floor_bytes: distinct (layer, format) weights and everything that is not quantized, each once.
+        layouts: the one that is built among them.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    floor_bytes: int
+    layouts: tuple[LayoutSize, ...]
+
+
+def size_report(files: BundleFiles) -> SizeReport | None:
+    """Weigh a bundle; None when it has no target graphs, since then nothing of it goes to a GPU."""
+    graphs = {g.assignment: files.graph_path(g) for g in files.index.graphs if g.variant == "target"}
+    if not graphs:
+        return None
+    floor = constant_bytes(graphs.pop(None))
+    embedded = sum(constant_bytes(path) for path in graphs.values())
+    weights: dict[Layout, int] = {"embedded": embedded, "shared": floor, "switch": floor}
+    return SizeReport(
+        floor_bytes=floor,
+        layouts=tuple(
+            LayoutSize(
+                layout=layout,
+                engines=1 if layout == "switch" else len(graphs),
+                weight_bytes=weights[layout],
+                plan_overhead_bytes=_overhead(files, layout, weights[layout]),
+            )
+            for layout in LAYOUTS
+        ),
+    )
+
+
+def constant_bytes(path: Path) -> int:
+    """Bytes of the constants that a graph and its subgraphs read, those in the weight file and those in the graph."""
+    graph: GraphProto = onnx.load(path, load_external_data=False).graph
+    large = {weight for tensor in initializers(graph) if (weight := weight_of(tensor)) is not None}
+    small = sum(len(tensor.raw_data) for tensor in initializers(graph))
+    return sum(weight.length for weight in large) + small
+
+
+def _overhead(files: BundleFiles, layout: Layout, weight_bytes: int) -> dict[str, int]:
+    if layout != files.manifest.layout:
+        return {}
+    # Plans of layout `shared` hold no weights.
+    inside = 0 if layout == "shared" else weight_bytes
+    return {target: size - inside for target, size in _plan_bytes(files)}
+
+
+def _plan_bytes(files: BundleFiles) -> Iterator[tuple[str, int]]:
+    for target in dict.fromkeys(plan.target for plan in files.manifest.plans):
+        yield target, sum(plan.bytes for plan in files.manifest.plans if plan.target == target)

@@ -1,0 +1,155 @@
+"""Layout `shared`: plans without weights, and the one store that all of them are bound to.
+
+The store is a safetensors file. Each tensor begins at a multiple of 256 bytes of the data section, so that one copy of
+that section to a GPU leaves every tensor where TensorRT can read it. Four-bit tensors lie two elements to a byte, low
+nibble first, as "U8".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+from onnx import AttributeProto, GraphProto, ModelProto, TensorProto
+from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_tensor, uses_external_data
+
+from adatsq_trt.files import atomic_path
+
+STORE_NAME = "store.safetensors"
+ALIGNMENT_BYTES = 256
+_PADDING = "padding."
+_TYPES: dict[int, str] = {
+    TensorProto.FLOAT: "F32",
+    TensorProto.FLOAT16: "F16",
+    TensorProto.BFLOAT16: "BF16",
+    TensorProto.FLOAT8E4M3FN: "F8_E4M3",
+    TensorProto.INT8: "I8",
+    TensorProto.INT4: "U8",
+    TensorProto.FLOAT4E2M1: "U8",
+}
+_FOUR_BITS = (TensorProto.INT4, TensorProto.FLOAT4E2M1)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor of the export folder's weight file, as a graph reads it.
+
+    Attributes:
+        offset: in the weight file.
+        length: in bytes.
+        dtype: ONNX element type.
+        shape: in elements.
+    """
+
+    offset: int
+    length: int
+    dtype: int
+    shape: tuple[int, ...]
+
+
+def name_weights(path: Path) -> dict[Weight, str]:
+    """The weights that engines need and their names in the store: those of the graph of all assignments.
+
+    Args:
+        path: `switch.target.onnx`, where every name is unique.
+    """
+    model = onnx.load(path, load_external_data=False)
+    names: dict[Weight, str] = {}
+    for tensor in initializers(model.graph):
+        weight = weight_of(tensor)
+        if weight is not None:
+            names.setdefault(weight, tensor.name)
+    return names
+
+
+def initializers(graph: GraphProto) -> Iterator[TensorProto]:
+    """The constants of a graph and its subgraphs."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == AttributeProto.GRAPH:
+                yield from initializers(attribute.g)
+
+
+def weight_of(tensor: TensorProto) -> Weight | None:
+    """A large tensor of a type that can be a network's input; None for the rest, which stays inside the plan."""
+    if not uses_external_data(tensor) or tensor.data_type not in _TYPES:
+        return None
+    place = ExternalDataInfo(tensor)
+    assert place.length is not None, "the exporter writes it"
+    return Weight(place.offset or 0, place.length, tensor.data_type, tuple(tensor.dims))
+
+
+def without_weights(path: Path, names: Mapping[Weight, str]) -> ModelProto:
+    """A graph that takes its weights as inputs, under their names in the store; self-contained otherwise.
+
+    Args:
+        path: an assignment's target graph.
+        names: of `name_weights`.
+    """
+    model = onnx.load(path, load_external_data=False)
+    renamed, kept, inputs = dict[str, str](), list[TensorProto](), dict[str, Weight]()
+    for tensor in model.graph.initializer:
+        weight = weight_of(tensor)
+        if weight is not None:
+            renamed[tensor.name] = names[weight]
+            inputs[names[weight]] = weight
+            continue
+        if uses_external_data(tensor):
+            load_external_data_for_tensor(tensor, str(path.parent))
+            tensor.ClearField("external_data")
+            tensor.data_location = TensorProto.DEFAULT
+        kept.append(tensor)
+    for node in model.graph.node:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    for name, weight in inputs.items():
+        model.graph.input.append(onnx.helper.make_tensor_value_info(name, weight.dtype, weight.shape))
+    return model
+
+
+def write_store(path: Path, weights_file: Path, names: Mapping[Weight, str]) -> int:
+    """Write the store, whole or not at all.
+
+    Args:
+        path: of the store.
+        weights_file: the export folder's weight file.
+        names: of `name_weights`.
+
+    Returns:
+        Bytes of the weights, without padding and header.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    header, end = dict[str, object](), 0
+    for weight, name in names.items():
+        header[name] = _entry(_TYPES[weight.dtype], _stored_shape(weight), end, weight.length)
+        end += weight.length
+        padding = -end % ALIGNMENT_BYTES
+        if padding:  # safetensors allows no holes
+            header[f"{_PADDING}{len(header)}"] = _entry("U8", (padding,), end, padding)
+            end += padding
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % ALIGNMENT_BYTES)
+    with atomic_path(path) as temporary, temporary.open("wb") as file, weights_file.open("rb") as source:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for weight in names:
+            source.seek(weight.offset)
+            file.write(source.read(weight.length))
+            file.write(bytes(-weight.length % ALIGNMENT_BYTES))
+    return sum(weight.length for weight in names)
+
+
+def _entry(dtype: str, shape: tuple[int, ...], begin: int, length: int) -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, begin + length]}
+
+
+def _stored_shape(weight: Weight) -> tuple[int, ...]:
+    if weight.dtype not in _FOUR_BITS:
+        return weight.shape
+    return (*weight.shape[:-1], weight.shape[-1] // 2)

@@ -1,0 +1,224 @@
+"""All assignments in one graph: a layer with several formats becomes a choice that the input `bucket` decides.
+
+The trunk (everything outside of such layers) is there once, and so is every (layer, format) pair, because it sits in
+the one branch that computes it: whatever loads or compiles the graph finds no weight twice.
+
+Rules:
+    1. The trunk is the first assignment's; the others differ from it in nothing but the layers' nodes.
+    2. The nodes of a layer that has several formats, with their constants, move into one branch per format.
+    3. Two formats: one `If`. More: one `If` for each, in a sequence; it computes its branch or passes on what came
+       before, which at the beginning is nothing of use. TensorRT-RTX 1.7 compiles no `If` inside another one here.
+    4. A condition is an entry of a table of assignments; layers with equal tables share it.
+    5. Names in a branch end in "@<format>": TensorRT's importer has one flat namespace for the whole file.
+    6. Activation scales are inputs of the whole graph, one for each layer that has one in some format.
+    7. Where it is asked for, constants and what is computed from constants alone go to the trunk instead: ONNX Runtime
+       computes them once there and frees what it has packed for the processor, while in a branch it keeps both.
+       TensorRT wants them in the branch. A DequantizeLinear stays where its product is, to be fused with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir import DataType
+from onnx_ir.passes import common
+
+from adatsq_trt.errors import AdatsqError
+from adatsq_trt.export.name_nodes import MODULE
+from adatsq_trt.graph_index import BUCKET_INPUT
+
+
+def switch(
+    models: Sequence[ir.Model], layers: Sequence[str], assignments: Sequence[Sequence[str]], constants_outside: bool
+) -> ir.Model:
+    """Join the graphs of all assignments; see the rules above.
+
+    Args:
+        models: one for each assignment, all of one variant; they are left as they are.
+        layers: module paths.
+        assignments: for each assignment the format of every layer.
+        constants_outside: apply rule 7.
+
+    Returns:
+        A graph with the scalar int32 input `bucket`, an assignment's index; without that input when no layer varies.
+
+    Raises:
+        AdatsqError: a layer's nodes give more than one value to the rest of the graph.
+    """
+    trunk = models[0].clone()
+    joined = _Joined(trunk.graph, [model.clone().graph for model in models], constants_outside)
+    for layer, formats in zip(layers, zip(*assignments, strict=True), strict=True):
+        if len(set(formats)) > 1:
+            joined.replace(layer, formats)
+    common.RemoveUnusedNodesPass()(trunk)
+    return trunk
+
+
+class _Joined:
+    """The trunk, and the graphs that branches are taken from."""
+
+    def __init__(self, trunk: ir.Graph, sources: Sequence[ir.Graph], constants_outside: bool) -> None:
+        self._trunk, self._sources, self._constants_outside = trunk, sources, constants_outside
+        self._values = ir.convenience.create_value_mapping(trunk)
+        self._conditions: dict[tuple[bool, ...], ir.Value] = {}
+
+    def replace(self, layer: str, formats: Sequence[str]) -> None:
+        """Put choices in the place of a layer's nodes (rules 2 and 3).
+
+        Args:
+            layer: module path.
+            formats: its format in each assignment.
+        """
+        nodes = _nodes_of(self._trunk, layer)
+        old = _leaving(layer, nodes)
+        place, result = old.producer(), old
+        for choice in self._choices(layer, formats, old, nodes):
+            assert place is not None
+            self._trunk.insert_after(place, choice)
+            place, result = choice, choice.outputs[0]
+        ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
+        self._trunk.remove(nodes, safe=True)
+        result.name, result.shape = old.name, old.shape
+        self._values[str(old.name)] = result
+
+    def _choices(
+        self, layer: str, formats: Sequence[str], old: ir.Value, nodes: Sequence[ir.Node]
+    ) -> Iterator[ir.Node]:
+        """The `If` nodes of a layer, in order."""
+        names = list(dict.fromkeys(formats))
+        if len(names) == 2:
+            branches = [self._branch(layer, name, self._sources[formats.index(name)]) for name in names]
+            yield _choose(self._condition([got == names[0] for got in formats]), branches[0], branches[1], layer)
+            return
+        otherwise = _nothing(layer, _data(nodes), old)
+        for name in names:
+            branch = self._branch(layer, name, self._sources[formats.index(name)])
+            choice = _choose(self._condition([got == name for got in formats]), branch, otherwise, f"{layer}@{name}")
+            otherwise = _passed_on(choice.outputs[0])
+            yield choice
+
+    def _condition(self, table: Sequence[bool]) -> ir.Value:
+        """Whether `bucket` names one of the assignments that a table marks (rule 4)."""
+        key = tuple(table)
+        if key not in self._conditions:
+            name = f"{BUCKET_INPUT}/{''.join('01'[marked] for marked in table)}"
+            constant = _constant(f"{name}/Table", np.asarray(table))
+            self._trunk.register_initializer(constant)
+            output = ir.val(f"{name}/Condition", dtype=DataType.BOOL, shape=[])
+            bucket = self._input(BUCKET_INPUT, DataType.INT32)
+            node = ir.node("Gather", [constant, bucket], {"axis": 0}, outputs=[output], name=f"{name}/Gather")
+            self._trunk.insert_before(self._trunk[0], node)
+            self._conditions[key] = output
+        return self._conditions[key]
+
+    def _input(self, name: str, dtype: DataType) -> ir.Value:
+        """A scalar input of the trunk, which is added when it is not there."""
+        if name not in self._values:
+            self._values[name] = ir.val(name, dtype=dtype, shape=[])
+            self._trunk.inputs.append(self._values[name])
+        return self._values[name]
+
+    def _branch(self, layer: str, name: str, source: ir.Graph) -> ir.Graph:
+        """A layer's nodes in one format (rules 2, 5 and 6)."""
+        nodes = _nodes_of(source, layer)
+        output, made = _leaving(layer, nodes), {value for node in nodes for value in node.outputs}
+        constants = sorted({v for n in nodes for v in n.inputs if v is not None and _is_own(v, nodes)}, key=_name)
+        for node in nodes:
+            node.name = f"{node.name}@{name}"
+            for index, value in enumerate(node.inputs):
+                if value is not None and value not in made and value not in constants:
+                    node.replace_input_with(index, self._outer(value))
+        source.remove(nodes)
+        for value in constants:
+            del source.initializers[_name(value)]
+        for value in (*made, *constants):
+            value.name = f"{value.name}@{name}"
+        if self._constants_outside:
+            constant = _constant_nodes(nodes, constants)
+            for value in constants:
+                self._trunk.register_initializer(value)
+            for node in reversed(constant):
+                self._trunk.insert_before(self._trunk[0], node)
+            nodes, constants = [node for node in nodes if node not in constant], []
+        return ir.Graph([], [output], nodes=nodes, initializers=constants, name=f"{layer}@{name}")
+
+    def _outer(self, value: ir.Value) -> ir.Value:
+        """The trunk's value of the same name; a scale that the trunk did not need becomes an input."""
+        if value.is_graph_input():
+            assert value.dtype is not None
+            return self._input(_name(value), value.dtype)
+        return self._values[_name(value)]
+
+
+def _name(value: ir.Value) -> str:
+    assert value.name is not None
+    return value.name
+
+
+def _nodes_of(graph: ir.Graph, layer: str) -> list[ir.Node]:
+    return [node for node in graph if node.metadata_props.get(MODULE) == layer]
+
+
+def _leaving(layer: str, nodes: Collection[ir.Node]) -> ir.Value:
+    """The one value of a layer that the rest of the graph reads."""
+    values = [value for node in nodes for value in node.outputs]
+    leaving = [v for v in values if v.is_graph_output() or any(user not in nodes for user, _ in v.uses())]
+    if len(leaving) != 1:
+        raise AdatsqError(
+            f"layer '{layer}' gives {len(leaving)} values to the rest of the graph, expected one, so that formats can "
+            "take turns in it; leave it out of the adapter's quantizable layers"
+        )
+    return leaving[0]
+
+
+def _data(nodes: Collection[ir.Node]) -> ir.Value:
+    """The activation that a layer reads."""
+    read = {v for node in nodes for v in node.inputs if v is not None and v.producer() not in nodes}
+    (data,) = {v for v in read if not v.is_initializer() and (v.shape is None or v.shape.rank() > 0)}
+    return data
+
+
+def _is_own(value: ir.Value, nodes: Collection[ir.Node]) -> bool:
+    """Whether a value is a constant that only these nodes read."""
+    return value.is_initializer() and all(user in nodes for user, _ in value.uses())
+
+
+def _constant_nodes(nodes: Sequence[ir.Node], constants: Collection[ir.Value]) -> list[ir.Node]:
+    """Nodes that read constants and each other only, in order, but for those that stay with their product."""
+    known, found = set(constants), []
+    for node in nodes:
+        if node.op_type != "DequantizeLinear" and all(value is None or value in known for value in node.inputs):
+            known.update(node.outputs)
+            found.append(node)
+    return found
+
+
+def _choose(condition: ir.Value, then: ir.Graph, otherwise: ir.Graph, name: str) -> ir.Node:
+    output = ir.val(f"{name}/Choice", type=then.outputs[0].type)
+    branches = {"then_branch": then, "else_branch": otherwise}
+    return ir.node("If", [condition], branches, outputs=[output], name=f"{name}/If")
+
+
+def _passed_on(value: ir.Value) -> ir.Graph:
+    same = ir.val(f"{value.name}/Passed", type=value.type)
+    node = ir.node("Identity", [value], outputs=[same], name=f"{value.name}/Pass")
+    return ir.Graph([], [same], nodes=[node], name=f"{value.name}/otherwise")
+
+
+def _nothing(layer: str, data: ir.Value, like: ir.Value) -> ir.Graph:
+    """Numbers of the layer's output shape that nobody reads: one column of its input, repeated."""
+    assert like.shape is not None and isinstance(like.shape[-1], int)
+    numbers = {"From": 0, "To": 1, "Axis": -1, "Width": like.shape[-1]}
+    constants = [_constant(f"{layer}/Nothing{name}", np.array([number])) for name, number in numbers.items()]
+    column, output = (ir.val(f"{layer}/Nothing{name}", dtype=like.dtype) for name in ("Column", ""))
+    nodes = [
+        ir.node("Slice", [data, *constants[:3]], outputs=[column], name=f"{layer}/NothingSlice"),
+        ir.node("Expand", [column, constants[3]], outputs=[output], name=f"{layer}/NothingExpand"),
+    ]
+    return ir.Graph([], [output], nodes=nodes, initializers=constants, name=f"{layer}@none")
+
+
+def _constant(name: str, content: np.ndarray) -> ir.Value:
+    return ir.val(name, const_value=ir.tensor(content, name=name))

@@ -1,0 +1,144 @@
+"""The loop over ONNX Runtime against the same loop in PyTorch, and what is refused before anything is computed."""
+
+import numpy as np
+import pytest
+import torch
+
+from adatsq_trt.engines import runtime
+from adatsq_trt.engines.backends import onnxruntime
+from adatsq_trt.engines.bundle import BundleFiles, ImageSpec
+from adatsq_trt.engines.runtime import Bundle, Conditioning, StepResult
+from adatsq_trt.errors import DamagedFileError, MismatchError, UserError
+from adatsq_trt.models.flux import pack
+from adatsq_trt.schedule import initial_noise
+from tests.engines.conftest import ASSIGNMENTS, GUIDANCE, SIGMAS, STEP_ASSIGNMENTS, TinyModel
+
+
+@pytest.fixture
+def bundle(tiny_bundle: BundleFiles) -> Bundle:
+    return Bundle.open(tiny_bundle.folder)
+
+
+def loop(bundle: Bundle, prompts: list[int], seeds: list[int], quantized: bool) -> np.ndarray:
+    """The denoising loop, written down once more."""
+    model, x = TinyModel(), initial_noise(seeds, bundle.manifest.latent_shape)
+    stored = bundle.files.prompts
+    pooled = np.concatenate(
+        [stored["conditional.pooled"][prompts], np.repeat(stored["unconditional.pooled"], len(seeds), axis=0)]
+    )
+    for step, assignment in enumerate(STEP_ASSIGNMENTS):
+        time = np.full(2 * len(seeds), SIGMAS[step], np.float32)
+        both = {"hidden_states": np.concatenate([x, x]), "pooled": pooled, "timestep": time}
+        row, scales = (ASSIGNMENTS[assignment], fixed_scales(bundle, step)) if quantized else (None, None)
+        first, second = np.split(model.run(both, row, scales)[0], 2)
+        velocity = second + np.float32(GUIDANCE) * (first - second)
+        x = x + np.float32(SIGMAS[step + 1] - SIGMAS[step]) * velocity
+    return x
+
+
+def fixed_scales(bundle: Bundle, step: int) -> list[float]:
+    scales = bundle.files.scales(step)
+    return [float(scales.get(f"{layer}.scale", 0.0)) for layer in bundle.policy.layers]
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_follows_the_policy(bundle: Bundle, quantized: bool) -> None:
+    with bundle:
+        got = bundle.denoise(bundle.noise([7, 8, 9]), bundle.conditioning([0, 1, 2]), quantized=quantized)
+    expected = loop(bundle, [0, 1, 2], [7, 8, 9], quantized)
+    assert got.dtype == np.float32
+    assert np.median(np.abs(got - expected)) < 1e-5
+    assert np.linalg.norm(got - expected) < 1e-2 * np.linalg.norm(expected)
+
+
+def test_a_sample_does_not_depend_on_its_batch(bundle: Bundle) -> None:
+    together = bundle.denoise(bundle.noise([7, 8, 9]), bundle.conditioning([0, 1, 2]))
+    alone = bundle.denoise(bundle.noise([8]), bundle.conditioning([1]))
+    np.testing.assert_allclose(together[1:2], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_same_seed_same_bytes_whatever_ran_before(bundle: Bundle) -> None:
+    condition = bundle.conditioning([0])
+    first = bundle.denoise(bundle.noise([3]), condition)
+    assert not np.array_equal(first, bundle.denoise(bundle.noise([4]), condition))
+    assert not np.array_equal(first, bundle.denoise(bundle.noise([3]), bundle.conditioning([1])))
+    assert first.tobytes() == bundle.denoise(bundle.noise([3]), condition, steps=4).tobytes()
+
+
+def test_callback_is_told_of_every_step_and_can_end_the_loop(bundle: Bundle) -> None:
+    told: list[StepResult] = []
+    last = bundle.denoise(bundle.noise([3]), bundle.conditioning([0]), callback=told.append)
+    assert [(r.step, r.steps, r.bucket) for r in told] == [(i, 4, i) for i in range(4)]
+    np.testing.assert_array_equal(told[-1].latents, last)
+
+    def cancel(_: StepResult) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bundle.denoise(bundle.noise([3]), bundle.conditioning([0]), callback=cancel)
+
+
+def test_without_guidance_there_is_one_branch(bundle: Bundle) -> None:
+    both = bundle.conditioning([0, 1])
+    one = bundle.denoise(bundle.noise([1, 2]), Conditioning(both.conditional))
+    np.testing.assert_allclose(one, bundle.denoise(bundle.noise([1, 2]), both, guidance=1.0), rtol=1e-4, atol=1e-5)
+
+
+def test_one_session_serves_all_steps(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = []
+    load = onnxruntime.OnnxRuntimeBackend.load
+    monkeypatch.setattr(
+        onnxruntime.OnnxRuntimeBackend, "load", lambda self, path: loaded.append(path.name) or load(self, path)
+    )
+    for _ in range(2):
+        bundle.denoise(bundle.noise([3]), bundle.conditioning([0]))
+    assert loaded == ["switch.cpu.onnx"]
+
+
+def test_formats_and_buckets(bundle: Bundle) -> None:
+    assert [fmt.name for fmt in bundle.formats(2).values()] == list(ASSIGNMENTS[2])
+    assert [bundle.bucket(step) for step in range(4)] == [0, 1, 2, 3]
+    assert {signature.name for signature in bundle.inputs} == {"hidden_states", "pooled", "timestep"}
+    assert bundle.latent_input == "hidden_states"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 20}, "steps: got 20, the bundle's policy is for 4"),
+        ({"latents": np.zeros((2, 4, 15), np.float32)}, r"'hidden_states': got float32 \[4, 4, 15\]"),
+        ({"latents": np.zeros((2, 4, 16))}, "'hidden_states': got float64"),
+        ({"latents": np.zeros((0, 4, 16), np.float32)}, r"got float32 \[0, 4, 16\].*at least one"),
+        ({"latents": np.zeros((3, 4, 16), np.float32)}, "as many rows"),
+        ({"conditioning": Conditioning({"pooled": np.zeros((2, 15), np.float32)})}, r"'pooled': got float32 \[2, 15\]"),
+        ({"conditioning": Conditioning({"text": np.zeros((2, 16), np.float32)})}, "expected .*'pooled'"),
+    ],
+)
+def test_bad_requests_are_refused_before_anything_is_loaded(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, change: dict[str, object], message: str
+) -> None:
+    monkeypatch.setattr(runtime, "OnnxRuntimeSteps", None)
+    request = {"latents": bundle.noise([1, 2]), "conditioning": bundle.conditioning([0, 1])}
+    with pytest.raises(MismatchError if "steps" in change else UserError, match=message):
+        bundle.denoise(**{**request, **change})
+
+
+def test_prompts_and_steps_that_do_not_exist(bundle: Bundle) -> None:
+    with pytest.raises(UserError, match="prompts 0 to 2"):
+        bundle.conditioning([3])
+    with pytest.raises(UserError, match="steps 0 to 3"):
+        bundle.predict(4, {})
+
+
+def test_prompts_by_another_name(bundle: Bundle) -> None:
+    bundle.files.__dict__["prompts"] = {"pooled": np.zeros(3)}
+    with pytest.raises(DamagedFileError, match=r"'conditional\.'"):
+        bundle.conditioning([0])
+
+
+def test_decode_is_the_inverse_of_pack() -> None:
+    images = np.random.default_rng(0).random((2, 6, 6, 3), dtype=np.float32)
+    latent = pack(torch.from_numpy(images)).numpy()
+    spec = ImageSpec(patches=3, channels=3)
+    np.testing.assert_allclose(spec.decode(latent), images, atol=1e-6)
+    assert spec.decode(latent * 5).max() == 1.0
