@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from adatsq_trt.engines.accuracy import step_feed
+from adatsq_trt.engines.accuracy.references import Reference
 from adatsq_trt.engines.bundle import BundleFiles
 from adatsq_trt.engines.store import ALIGNMENT_BYTES, Weight, name_weights, without_weights, write_store
 from tests.engines.conftest import ASSIGNMENTS, LAYERS
@@ -89,7 +89,7 @@ def test_bound_to_the_store_it_computes_the_same(tiny_bundle: BundleFiles, tmp_p
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     header = json.loads((tmp_path / "store").read_bytes()[8:].split(b"}}")[0] + b"}}")
     data = (tmp_path / "store").read_bytes()[-header["w:blocks.1.linear.weight"]["data_offsets"][1] :]
-    feed = step_feed(tiny_bundle, 1)
+    feed = Reference(tiny_bundle).feed(1)
     wanted = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, feed)[0]
     bound = {}
     for weight, name in names.items():

@@ -223,8 +223,16 @@ def test_a_graph_that_does_not_load(own_bundle: BundleFiles, tmp_path: Path, var
     assert {row.assignment for row in wrong} == {1}
     assert all(path.name in (row.failure or "") for row in wrong)
     assert not report.passed
-    if variant == "cpu":
-        assert path.name in (report.loop.failure or "")
+    assert report.loop.passed  # it runs the graph of all assignments
+
+
+def test_a_graph_of_all_assignments_that_does_not_load(own_bundle: BundleFiles, tmp_path: Path) -> None:
+    path = own_bundle.graph_path(own_bundle.graph("cpu", None))
+    path.write_bytes(b"no graph")
+    report = check(own_bundle, tmp_path)
+    assert all(row.passed for row in report.rows)
+    assert path.name in (report.loop.failure or "")
+    assert not report.passed
 
 
 def test_the_commands_repeat_the_rows(checked: tuple[CheckReport, Path]) -> None:
