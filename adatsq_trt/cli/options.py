@@ -204,7 +204,9 @@ def summary_table(summary: Summary) -> Table:
     ]
     rows += [(f"uniform {name}", "", error) for name, error in summary.uniform_errors.items()]
     for name, bits, error in rows:
-        table.add_row(name, bits, f"{error:.3e}", f"{error / summary.final_error:.2f} ×" if summary.final_error else "")
+        spread = f" ± {summary.final_standard_error:.0e}" if name == "chosen" else ""
+        ratio = f"{error / summary.final_error:.2f} ×" if summary.final_error else ""
+        table.add_row(name, bits, f"{error:.3e}{spread}", ratio)
     table.caption = (
         f"{summary.buckets} buckets, {summary.assignments} distinct assignments; errors on {summary.held_out_samples} "
         f"held-out samples; {summary.denoiser_calls} denoiser calls; engines {summary.engine_bytes / 1e6:.1f} MB"

@@ -44,6 +44,7 @@ def data() -> ReportData:
         mean_weight_bits=6.4,
         mean_activation_bits=6.2,
         final_error=1e-3,
+        final_standard_error=1e-4,
         chosen_kind="plan",
         uniform_errors={"nvfp4": 4e-3, "fp8": 5e-4, "bf16": 1e-6},
         static_errors=StaticErrors(layer_only=2e-3, time_only=None),

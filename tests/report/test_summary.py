@@ -25,6 +25,7 @@ def example() -> Summary:
         mean_weight_bits=6.4,
         mean_activation_bits=6.2,
         final_error=0.1 + 0.2,
+        final_standard_error=0.01,
         chosen_kind="beam",
         uniform_errors={"nvfp4": 0.5, "fp8": 0.01, "bf16": 1e-6},
         static_errors=StaticErrors(layer_only=0.4, time_only=None),
