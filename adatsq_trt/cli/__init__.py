@@ -15,6 +15,7 @@ from adatsq_trt.cli.build import engine
 from adatsq_trt.cli.calibrate import calibrate
 from adatsq_trt.cli.check import check
 from adatsq_trt.cli.compare import compare
+from adatsq_trt.cli.deploy import triton
 from adatsq_trt.cli.doctor import doctor
 from adatsq_trt.cli.export import export
 from adatsq_trt.cli.generate import generate
@@ -22,6 +23,7 @@ from adatsq_trt.cli.inspect import inspect
 from adatsq_trt.cli.models import models
 from adatsq_trt.cli.quantize import quantize
 from adatsq_trt.cli.search import search
+from adatsq_trt.cli.serve import serve
 from adatsq_trt.errors import AdatsqError
 
 _DEBUG = "--debug"
@@ -30,9 +32,12 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 build_app = typer.Typer(no_args_is_help=True)
 app.add_typer(build_app, name="build", help="Build what runs on the target: engines.")
 build_app.command(no_args_is_help=True)(engine)
+deploy_app = typer.Typer(no_args_is_help=True)
+app.add_typer(deploy_app, name="deploy", help="Write what a server loads.")
+deploy_app.command(no_args_is_help=True)(triton)
 _WITH_ARGUMENTS: tuple[Callable[..., None], ...] = (
     *(calibrate, quantize, search, export),
-    *(check, generate, inspect, compare),
+    *(check, generate, inspect, compare, serve),
 )
 for _command in (*_WITH_ARGUMENTS, models, doctor):
     app.command(no_args_is_help=_command in _WITH_ARGUMENTS)(_command)
