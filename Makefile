@@ -39,6 +39,11 @@ format: $(INSTALLED)
 bench-digits: $(INSTALLED)
 	$(BIN)/python benchmarks/digits_flux/run.py --readme README.md
 
+# Sizes of all layouts and the memory of ONNX Runtime on two Flux models with random weights; quarter of an hour.
+.PHONY: bench-engines
+bench-engines: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/engines/run.py
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

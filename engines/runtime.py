@@ -14,12 +14,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 
 from adatsq_trt.engines.backends.base import StepRunner
 from adatsq_trt.engines.backends.onnxruntime import OnnxRuntimeSteps
+from adatsq_trt.engines.backends.rtx_steps import RtxSteps, plans_here
 from adatsq_trt.engines.bundle import BundleFiles, Manifest, require_prompts
 from adatsq_trt.errors import DamagedFileError, MismatchError, UserError
 from adatsq_trt.formats import Format
@@ -69,21 +70,30 @@ class Bundle:
         files: what the bundle consists of, every file verified.
     """
 
-    def __init__(self, files: BundleFiles) -> None:
-        """Wrap verified files; `open` is the usual way."""
+    def __init__(self, files: BundleFiles, backend: Literal["onnxruntime", "rtx"] = "onnxruntime") -> None:
+        """Wrap verified files; see `open`, which is the usual way."""
         self.files = files
+        self._backend = backend
+        plans = plans_here(files.manifest) if backend == "rtx" else ()
+        self._max_rows = min((plan.max_rows for plan in plans), default=None)
         self._resources = ExitStack()
         self._runners: dict[str, StepRunner] = {}
 
     @classmethod
-    def open(cls, path: Path | str) -> Self:
-        """Open a bundle, or the bundle of a run directory. Sessions are made when they are first needed.
+    def open(cls, path: Path | str, backend: Literal["onnxruntime", "rtx"] = "onnxruntime") -> Self:
+        """Open a bundle, or the bundle of a run directory. Sessions and engines are made when they are first needed.
+
+        Args:
+            path: of the bundle.
+            backend: "onnxruntime" runs the cpu graphs anywhere; "rtx" the plans on a GPU that they were built for.
 
         Raises:
             MissingFileError: there is no bundle, or one of its files is gone.
             DamagedFileError: a file is not what the manifest says, or lies outside the bundle.
+            DependencyError: "rtx" without TensorRT-RTX or a GPU.
+            MismatchError: "rtx" without plans for this GPU and this version of TensorRT-RTX.
         """
-        return cls(BundleFiles.open(Path(path)))
+        return cls(BundleFiles.open(Path(path)), backend)
 
     def __enter__(self) -> Self:
         """Take the bundle."""
@@ -176,7 +186,7 @@ class Bundle:
         """
         if not 0 <= step < self.policy.steps:
             raise UserError(f"step {step}: the bundle's policy has steps 0 to {self.policy.steps - 1}")
-        require_inputs(self.inputs, inputs)
+        require_inputs(self.inputs, inputs, self._max_rows)
         return self._runner("cpu" if quantized else "reference").run(step, inputs)
 
     def denoise(
@@ -261,13 +271,22 @@ class Bundle:
 
     def _runner(self, variant: str) -> StepRunner:
         if variant not in self._runners:
-            runner = OnnxRuntimeSteps(self.files, self.files.graph(variant, None))
+            runner: StepRunner
+            if self._backend == "rtx" and variant == "cpu":
+                runner = RtxSteps(self.files)
+            else:
+                runner = OnnxRuntimeSteps(self.files, self.files.graph(variant, None))
             self._runners[variant] = self._resources.enter_context(runner)
         return self._runners[variant]
 
 
-def require_inputs(signatures: Sequence[TensorSignature], inputs: Arrays) -> None:
+def require_inputs(signatures: Sequence[TensorSignature], inputs: Arrays, max_rows: int | None = None) -> None:
     """Refuse inputs that a graph does not take, before anything is computed.
+
+    Args:
+        signatures: of the graph's inputs.
+        inputs: by name.
+        max_rows: the most that the plans' optimization profile accepts; None for any number.
 
     Raises:
         UserError: says which name, shape or number of rows is wrong.
@@ -276,6 +295,11 @@ def require_inputs(signatures: Sequence[TensorSignature], inputs: Arrays) -> Non
     if set(names) != set(inputs):
         raise UserError(f"got the inputs {sorted(inputs)}, expected {sorted(names)}; give exactly these")
     rows = len(inputs[names[0]]) if inputs[names[0]].ndim else 0
+    if max_rows is not None and rows > max_rows:
+        raise UserError(
+            f"got {rows} rows (samples times guidance branches), the plans accept at most {max_rows}; denoise fewer "
+            "samples at a time"
+        )
     for signature in signatures:
         value = inputs[signature.name]
         wanted = (rows, *signature.shape[1:])

@@ -149,7 +149,7 @@ def _write_all(
                 _LOWER_TO_CPU(model)
             formats = {layer: [FORMATS[name]] for layer, name in zip(policy.layers, row, strict=True)}
             yield _write(model, folder / f"assignment_{index:03d}.{variant}.onnx", variant, index, formats)
-        together = switch(models, policy.layers, policy.assignments)
+        together = switch(models, policy.layers, policy.assignments, constants_outside=variant == "cpu")
         yield _write(together, folder / f"switch.{variant}.onnx", variant, None, everything)
     reference = template.clone()
     _LOWER_TO_CPU(reference)

@@ -11,6 +11,9 @@ Rules:
     4. A condition is an entry of a table of assignments; layers with equal tables share it.
     5. Names in a branch end in "@<format>": TensorRT's importer has one flat namespace for the whole file.
     6. Activation scales are inputs of the whole graph, one for each layer that has one in some format.
+    7. Where it is asked for, constants and what is computed from constants alone go to the trunk instead: ONNX Runtime
+       computes them once there and frees what it has packed for the processor, while in a branch it keeps both.
+       TensorRT wants them in the branch. A DequantizeLinear stays where its product is, to be fused with it.
 """
 
 from __future__ import annotations
@@ -27,13 +30,16 @@ from adatsq_trt.export.name_nodes import MODULE
 from adatsq_trt.graph_index import BUCKET_INPUT
 
 
-def switch(models: Sequence[ir.Model], layers: Sequence[str], assignments: Sequence[Sequence[str]]) -> ir.Model:
+def switch(
+    models: Sequence[ir.Model], layers: Sequence[str], assignments: Sequence[Sequence[str]], constants_outside: bool
+) -> ir.Model:
     """Join the graphs of all assignments; see the rules above.
 
     Args:
         models: one for each assignment, all of one variant; they are left as they are.
         layers: module paths.
         assignments: for each assignment the format of every layer.
+        constants_outside: apply rule 7.
 
     Returns:
         A graph with the scalar int32 input `bucket`, an assignment's index; without that input when no layer varies.
@@ -42,7 +48,7 @@ def switch(models: Sequence[ir.Model], layers: Sequence[str], assignments: Seque
         AdatsqError: a layer's nodes give more than one value to the rest of the graph.
     """
     trunk = models[0].clone()
-    joined = _Joined(trunk.graph, [model.clone().graph for model in models])
+    joined = _Joined(trunk.graph, [model.clone().graph for model in models], constants_outside)
     for layer, formats in zip(layers, zip(*assignments, strict=True), strict=True):
         if len(set(formats)) > 1:
             joined.replace(layer, formats)
@@ -53,8 +59,8 @@ def switch(models: Sequence[ir.Model], layers: Sequence[str], assignments: Seque
 class _Joined:
     """The trunk, and the graphs that branches are taken from."""
 
-    def __init__(self, trunk: ir.Graph, sources: Sequence[ir.Graph]) -> None:
-        self._trunk, self._sources = trunk, sources
+    def __init__(self, trunk: ir.Graph, sources: Sequence[ir.Graph], constants_outside: bool) -> None:
+        self._trunk, self._sources, self._constants_outside = trunk, sources, constants_outside
         self._values = ir.convenience.create_value_mapping(trunk)
         self._conditions: dict[tuple[bool, ...], ir.Value] = {}
 
@@ -129,6 +135,13 @@ class _Joined:
             del source.initializers[_name(value)]
         for value in (*made, *constants):
             value.name = f"{value.name}@{name}"
+        if self._constants_outside:
+            constant = _constant_nodes(nodes, constants)
+            for value in constants:
+                self._trunk.register_initializer(value)
+            for node in reversed(constant):
+                self._trunk.insert_before(self._trunk[0], node)
+            nodes, constants = [node for node in nodes if node not in constant], []
         return ir.Graph([], [output], nodes=nodes, initializers=constants, name=f"{layer}@{name}")
 
     def _outer(self, value: ir.Value) -> ir.Value:
@@ -170,6 +183,16 @@ def _data(nodes: Collection[ir.Node]) -> ir.Value:
 def _is_own(value: ir.Value, nodes: Collection[ir.Node]) -> bool:
     """Whether a value is a constant that only these nodes read."""
     return value.is_initializer() and all(user in nodes for user, _ in value.uses())
+
+
+def _constant_nodes(nodes: Sequence[ir.Node], constants: Collection[ir.Value]) -> list[ir.Node]:
+    """Nodes that read constants and each other only, in order, but for those that stay with their product."""
+    known, found = set(constants), []
+    for node in nodes:
+        if node.op_type != "DequantizeLinear" and all(value is None or value in known for value in node.inputs):
+            known.update(node.outputs)
+            found.append(node)
+    return found
 
 
 def _choose(condition: ir.Value, then: ir.Graph, otherwise: ir.Graph, name: str) -> ir.Node:

@@ -1,47 +1,94 @@
-"""`adatsq-trt inspect`: what a run or bundle holds."""
+"""`adatsq-trt inspect`: what a run or bundle holds, and what of it runs here."""
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
+    from adatsq_trt.engines.inspection import Inspection
+
+_SHADES = "░▒▓█"
 
 
 def inspect(
     bundle: Annotated[Path, typer.Argument(help="A bundle or a run directory.")],
-    json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
 ) -> None:
-    """Show a bundle: its buckets of steps, their formats and the size of their plans.
+    """Show a bundle: its policy as a picture, its buckets, formats and sizes, and what of it runs on this machine.
 
     Example: adatsq-trt inspect runs/demo
     """
     from rich.console import Console
+
+    from adatsq_trt.cli.options import size_table
+    from adatsq_trt.engines.bundle import BundleFiles
+    from adatsq_trt.engines.inspection import inspect_bundle
+
+    seen = inspect_bundle(BundleFiles.open(bundle))
+    if json:
+        typer.echo(seen.model_dump_json(indent=2))
+        return
+    console = Console(highlight=False)
+    console.print(_headline(seen))
+    console.print(_picture(seen))
+    console.print(_buckets(seen))
+    console.print(_kinds(seen))
+    if seen.sizes is not None:
+        console.print(size_table(seen.sizes))
+    versions = ", ".join(f"{name} {version}" for name, version in seen.manifest.versions.items())
+    console.print(f"made with: {versions or 'not recorded'}")
+    for backend, obstacle in seen.here.items():
+        console.print(f"{backend}: {obstacle or 'runs here'}", soft_wrap=True)
+
+
+def _headline(seen: Inspection) -> str:
+    manifest = seen.manifest
+    return (
+        f"{manifest.model} ({manifest.architecture}): {len(manifest.schedule.timesteps)} steps, {seen.mean_bits:.3f} "
+        f"mean bits, {len({row.assignment for row in seen.buckets})} assignments in {len(seen.buckets)} buckets, "
+        f"targets {', '.join(manifest.targets) or 'none'}, backend {manifest.backend}, layout {manifest.layout}"
+    )
+
+
+def _picture(seen: Inspection) -> Text:
+    """One line for each block, one character for each step, darker for more bits."""
+    from rich.text import Text
+
+    numbers = [bits for row in seen.bits.values() for bits in row] or [0.0]
+    low, high = min(numbers), max(numbers)
+    width = max(map(len, seen.bits), default=0)
+    lines = [f"{block:{width}}  {''.join(_shade(b, low, high) for b in row)}" for block, row in seen.bits.items()]
+    legend = f"{'':{width}}  one column per step; {_SHADES[0]} {low:.1f} to {_SHADES[-1]} {high:.1f} bits"
+    return Text("\n".join(["", *lines, legend, ""]), no_wrap=True)
+
+
+def _shade(bits: float, low: float, high: float) -> str:
+    part = (bits - low) / (high - low) if high > low else 0.0
+    return _SHADES[min(int(part * len(_SHADES)), len(_SHADES) - 1)]
+
+
+def _buckets(seen: Inspection) -> Table:
     from rich.table import Table
 
-    from adatsq_trt.engines.bundle import BundleFiles
-
-    opened = BundleFiles.open(bundle)
-    manifest, policy = opened.manifest, opened.policy
-    if json:
-        typer.echo(manifest.model_dump_json(indent=2))
-        return
-    console = Console()
-    console.print(
-        f"{manifest.model} ({manifest.architecture}): {policy.steps} steps, {len(policy.layers)} layers, "
-        f"{policy.mean_bits:.3f} mean bits, {len(policy.assignments)} assignments, targets "
-        f"{', '.join(manifest.targets) or 'none'}, backend {manifest.backend}, layout {manifest.layout}",
-        highlight=False,
-    )
-    plans: Counter[int | None] = Counter()
-    for plan in manifest.plans:
-        plans[plan.assignment] += plan.bytes
     table = Table("steps", "assignment", "layers by format", "plans", box=None)
-    for bucket in policy.buckets:
-        formats = Counter(policy.assignments[bucket.assignment])
-        steps = str(bucket.first) if bucket.first == bucket.last else f"{bucket.first}-{bucket.last}"
-        shares = ", ".join(f"{count} {name}" for name, count in sorted(formats.items()))
-        size = plans[bucket.assignment]
-        table.add_row(steps, str(bucket.assignment), shares, f"{size / 1e6:.1f} MB" if size else "none")
-    console.print(table)
+    for row in seen.buckets:
+        steps = str(row.first) if row.first == row.last else f"{row.first}-{row.last}"
+        formats = ", ".join(f"{count} {name}" for name, count in row.formats.items())
+        table.add_row(steps, str(row.assignment), formats, "\n".join(row.plans) or "none")
+    return table
+
+
+def _kinds(seen: Inspection) -> Table:
+    from rich.table import Table
+
+    names = sorted({name for shares in seen.kinds.values() for name in shares})
+    table = Table("layers", *names, box=None, title="share of steps", title_justify="left")
+    for kind, shares in seen.kinds.items():
+        table.add_row(kind, *(f"{shares[name]:.0%}" if name in shares else "" for name in names))
+    return table

@@ -104,15 +104,6 @@ class Backend(ABC):
     def version(self) -> str:
         """The library's version."""
 
-    @abstractmethod
-    def load(self, path: Path) -> Runner:
-        """Load what this backend runs: a plan, or an ONNX graph for a backend without a compiler.
-
-        Raises:
-            DependencyError: this machine cannot run it.
-            DamagedFileError: the library refuses the file.
-        """
-
 
 class Compiler(Backend):
     """A backend that compiles a graph to a plan before it can be loaded."""

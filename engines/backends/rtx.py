@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from adatsq_trt.engines.backends.base import BatchRange, Compiler, Runner
-from adatsq_trt.errors import AdatsqError, DamagedFileError, DependencyError, UserError
+from adatsq_trt.engines.backends.base import BatchRange, Compiler
+from adatsq_trt.errors import AdatsqError, DependencyError, UserError
 from adatsq_trt.formats import TARGETS, Target
 
 if TYPE_CHECKING:
@@ -44,7 +41,7 @@ class RtxBackend(Compiler):
         import tensorrt_rtx as trt
 
         capability = _capability(target)
-        told = _make_logger()
+        told = make_logger()
         builder = trt.Builder(told)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, told)
@@ -67,18 +64,6 @@ class RtxBackend(Compiler):
             "formats or another target, or pass --simulate to study the policy without engines"
         )
 
-    def load(self, path: Path) -> Runner:
-        """Load a plan on this machine's GPU."""
-        self.require()
-        import torch
-
-        if not torch.cuda.is_available():
-            raise DependencyError(
-                f"'{path}' runs on a GPU only and PyTorch sees none; run it where a GPU, its driver and a CUDA build "
-                "of PyTorch are, or use the bundle's cpu graphs ('adatsq-trt generate' does)"
-            )
-        return RtxRunner(path)
-
 
 def _capability(target: Target) -> trt.ComputeCapability:
     import tensorrt_rtx as trt
@@ -90,7 +75,7 @@ def _capability(target: Target) -> trt.ComputeCapability:
     return capability
 
 
-def _make_logger() -> Any:
+def make_logger() -> Any:
     """A TensorRT logger that keeps errors and hands the rest to `logging`."""
     import tensorrt_rtx as trt
 
@@ -125,48 +110,3 @@ def _add_profile(
         if any(size < 0 for size in tensor.shape):
             profile.set_shape(tensor.name, *shapes)
     config.add_optimization_profile(profile)
-
-
-class RtxRunner(Runner):
-    """A deserialized engine with its execution context; device memory comes from PyTorch."""
-
-    def __init__(self, path: Path) -> None:
-        """Deserialize a plan; see `RtxBackend.load`."""
-        import tensorrt_rtx as trt
-
-        told = _make_logger()
-        self._runtime = trt.Runtime(told)
-        self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
-        if self._engine is None:
-            raise DamagedFileError(
-                f"TensorRT-RTX {trt.__version__} cannot load '{path}': {'; '.join(told.errors[:_TOLD_ERRORS])}; "
-                "build it again for this machine's GPU with 'adatsq-trt build engine --target'"
-            )
-        self._context = self._engine.create_execution_context()
-
-    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Copy inputs to the device, run, copy outputs back as float32."""
-        import tensorrt_rtx as trt
-        import torch
-
-        types = {trt.float32: torch.float32, trt.bfloat16: torch.bfloat16, trt.float16: torch.float16}
-        held, outputs = [], {}
-        for name in (self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)):
-            dtype = types[self._engine.get_tensor_dtype(name)]
-            if name in inputs:
-                tensor = torch.from_numpy(np.ascontiguousarray(inputs[name])).to("cuda", dtype)
-                self._context.set_input_shape(name, tuple(tensor.shape))
-                held.append(tensor)
-            else:
-                tensor = torch.empty(tuple(self._context.get_tensor_shape(name)), dtype=dtype, device="cuda")
-                outputs[name] = tensor
-            self._context.set_tensor_address(name, tensor.data_ptr())
-        stream = torch.cuda.current_stream()
-        if not self._context.execute_async_v3(stream.cuda_stream):
-            raise AdatsqError(f"TensorRT-RTX failed to run with inputs {sorted(inputs)}; see the log with --debug")
-        stream.synchronize()
-        return {name: tensor.float().cpu().numpy() for name, tensor in outputs.items()}
-
-    def close(self) -> None:
-        """Free the engine."""
-        del self._context, self._engine, self._runtime

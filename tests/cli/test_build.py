@@ -225,15 +225,34 @@ def moved(built: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(built / "bundle", tmp_path / "moved" / "bundle"))
 
 
+@pytest.mark.parametrize("layout", ["shared", "switch"])
+def test_another_layout_replaces_plans_only(cli, copy: Path, layout: str) -> None:
+    before = records(copy)
+    ended = cli(*cli.build, "--layout", layout, "--output", copy)
+    assert ended.warnings == ["stage 'bundle': replacing its earlier result, because its settings or inputs changed"]
+    assert {name: record for name, record in records(copy).items() if name != "bundle"} == {
+        name: record for name, record in before.items() if name != "bundle"
+    }
+    names = {path.name for path in (copy / "bundle" / "plans").rglob("*") if path.suffix in (".plan", ".safetensors")}
+    assignments = len(Policy.load(copy / "policy.json").assignments)
+    own = {f"assignment_{i:03d}.plan" for i in range(assignments)} | {"store.safetensors"}
+    assert names == ({"switch.plan"} if layout == "switch" else own)
+    assert "of the least" in ended.out
+    assert cli("generate", copy, "--samples", "1").code == 0
+
+
 def test_inspect_shows_buckets_or_the_manifest(cli, built: Path, moved: Path) -> None:
     for place in (built, built / "bundle", moved):
         shown = cli("inspect", place)
         assert shown.code == 0
         assert "digits-flux" in shown.out
         assert "sm120" in shown.out
-        manifest = json.loads(cli("inspect", place, "--json").out)
-        assert manifest["model"] == "digits-flux"
-        assert "policy.json" in manifest["files"]
+        assert "one column per step" in shown.out
+        assert "onnxruntime: runs here" in shown.out
+        seen = json.loads(cli("inspect", place, "--json").out)
+        assert seen["manifest"]["model"] == "digits-flux"
+        assert "policy.json" in seen["manifest"]["files"]
+        assert seen["here"]["onnxruntime"] is None
 
 
 def test_generate_writes_a_contact_sheet_beside_the_bundle(cli, moved: Path) -> None:

@@ -224,7 +224,7 @@ def write_switch(folder: Path, variant: str, files: list[GraphFile]) -> GraphFil
     own = [file for file in files if file.variant == variant]
     models = [onnx.load(folder / file.path, load_external_data=False) for file in own]
     shaped = [ir.from_proto(onnx.shape_inference.infer_shapes(model)) for model in models]
-    together = ir.to_proto(switch(shaped, LAYERS, ASSIGNMENTS))
+    together = ir.to_proto(switch(shaped, LAYERS, ASSIGNMENTS, constants_outside=variant == "cpu"))
     (folder / f"switch.{variant}.onnx").write_bytes(together.SerializeToString(deterministic=True))
     return GraphFile(
         path=f"switch.{variant}.onnx",

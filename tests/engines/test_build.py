@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from adatsq_trt.engines.backends.base import BatchRange, Compiler, Runner
+from adatsq_trt.engines.backends.base import BatchRange, Compiler
 from adatsq_trt.engines.backends.rtx import RtxBackend
 from adatsq_trt.engines.build import RECORD_NAME, build_plans
 from adatsq_trt.engines.bundle import BundleFiles, Layout
@@ -26,9 +26,6 @@ class RecordingCompiler(Compiler):
 
     def version(self) -> str:
         return "1"
-
-    def load(self, path: Path) -> Runner:
-        raise AssertionError("plans are not loaded while building")
 
     def build(self, onnx_path: Path, target: Target, batch: BatchRange) -> bytes:
         self.built.append(f"{target.name}/{onnx_path.name}")

@@ -119,4 +119,4 @@ def test_a_layer_that_gives_two_values_is_refused():
     for node in list(model.graph)[:2]:
         node.metadata_props["adatsq.module"] = "up"
     with pytest.raises(AdatsqError, match="layer 'up' gives 2 values"):
-        switch([model, model], ["up"], [["fp8"], ["bf16"]])
+        switch([model, model], ["up"], [["fp8"], ["bf16"]], constants_outside=False)

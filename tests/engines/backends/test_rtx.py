@@ -4,7 +4,6 @@ from pathlib import Path
 
 import onnx
 import pytest
-import torch
 from onnx import TensorProto, helper
 
 from adatsq_trt.engines.backends.base import BatchRange
@@ -58,12 +57,6 @@ def test_the_compilers_words_reach_the_user(tmp_path: Path) -> None:
 def test_the_cpu_is_no_target(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="sm80, sm86, sm89, sm120"):
         RtxBackend().build(tmp_path / "graph.onnx", TARGETS["cpu"], BATCH)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no GPU")
-def test_loading_needs_a_gpu(tmp_path: Path) -> None:
-    with pytest.raises(DependencyError, match="runs on a GPU only"):
-        RtxBackend().load(tmp_path / "any.plan")
 
 
 def test_a_missing_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,70 @@
+"""What is decided about plans before any is deserialized, and the store as the runtime reads it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from onnx import TensorProto
+
+from adatsq_trt.engines.backends.rtx_steps import load_store, plans_here, runnable_plans
+from adatsq_trt.engines.bundle import BundleFiles, Manifest, PlanFile
+from adatsq_trt.engines.runtime import Bundle
+from adatsq_trt.engines.store import Weight, write_store
+from adatsq_trt.errors import DependencyError, MismatchError, UserError
+
+
+@pytest.fixture
+def manifest(tiny_bundle: BundleFiles) -> Manifest:
+    plans = tuple(
+        PlanFile(target=target, assignment=i, path=f"{target}/{i}", bytes=1, max_rows=8)
+        for target in ("sm89", "sm120")
+        for i in range(2)
+    )
+    return tiny_bundle.manifest.model_copy(update={"plans": plans, "versions": {"tensorrt-rtx": "1.7.1"}})
+
+
+def test_the_gpus_own_plans(manifest: Manifest) -> None:
+    assert [plan.path for plan in runnable_plans(manifest, "1.7.1", 120)] == ["sm120/0", "sm120/1"]
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "message"),
+    [
+        ("1.7.1", 86, r"GPU is sm86, the bundle has plans for sm89, sm120; .*--target sm86"),
+        ("1.7.1", 90, r"GPU is sm90"),
+        ("1.8.0", 120, r"of TensorRT-RTX 1\.7\.1, 1\.8\.0 is installed.*pip install tensorrt-rtx==1\.7\.1"),
+    ],
+)
+def test_plans_for_something_else(manifest: Manifest, version: str, capability: int, message: str) -> None:
+    with pytest.raises(MismatchError, match=message):
+        runnable_plans(manifest, version, capability)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no GPU")
+def test_plans_need_a_gpu(tiny_bundle: BundleFiles, manifest: Manifest) -> None:
+    with pytest.raises(DependencyError, match="run on a GPU only"):
+        plans_here(manifest)
+    with pytest.raises(DependencyError, match="run on a GPU only"):
+        Bundle.open(tiny_bundle.folder, "rtx")
+
+
+def test_more_rows_than_the_optimization_profile(
+    tiny_bundle: BundleFiles, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adatsq_trt.engines.runtime.plans_here", lambda _: manifest.plans)
+    bundle = Bundle.open(tiny_bundle.folder, "rtx")
+    with pytest.raises(UserError, match=r"got 10 rows .*at most 8"):
+        bundle.denoise(bundle.noise(range(5)), bundle.conditioning([0] * 5))
+
+
+def test_store_in_one_block(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    content = rng.integers(0, 256, 1000, np.uint8).tobytes()
+    weights = {Weight(0, 300, TensorProto.INT8, (300,)): "a", Weight(500, 500, TensorProto.INT8, (5, 100)): "b"}
+    (tmp_path / "data").write_bytes(content)
+    write_store(tmp_path / "store", tmp_path / "data", weights)
+    loaded = load_store(tmp_path / "store", "cpu")
+    assert loaded["a"].numpy().tobytes() == content[:300]
+    assert loaded["b"].numpy().tobytes() == content[500:]
+    assert loaded["b"].data_ptr() - loaded["a"].data_ptr() == 512
