@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -24,6 +24,10 @@ def triton(
     max_samples: Annotated[
         int, typer.Option("--max-samples", min=1, help="Most samples that run together, and most of one request.")
     ] = 32,
+    backend: Annotated[
+        Literal["onnxruntime", "rtx"],
+        typer.Option("--backend", help="What runs the bundles: cpu graphs anywhere, or plans on a GPU."),
+    ] = "onnxruntime",
 ) -> None:
     """Write a model repository that Triton server loads: the whole denoising loop of each bundle.
 
@@ -39,6 +43,6 @@ def triton(
     opened = [BundleFiles.open(path) for path in bundles]
     names = name or [files.manifest.model for files in opened]
     write_repository(
-        [Deployment(n, files, step_model, max_samples) for n, files in zip(names, opened, strict=True)], output
+        [Deployment(n, files, step_model, max_samples, backend) for n, files in zip(names, opened, strict=True)], output
     )
     typer.echo(f"{output}: {', '.join(names)}; start it as {output / 'README.md'} says")

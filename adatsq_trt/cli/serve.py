@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,6 +31,8 @@ def serve(
 
     Example: adatsq-trt serve runs/demo --ui
     """
+    # Ended by another process as by Ctrl-C: the server must not stay behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     from adatsq_trt.engines.bundle import BundleFiles
     from adatsq_trt.engines.triton_server.page import Page
     from adatsq_trt.engines.triton_server.repository import Deployment, curl_line, write_repository

@@ -9,7 +9,7 @@ import ctypes
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import triton_python_backend_utils as server
@@ -40,7 +40,7 @@ def open_bundle(args: dict[str, str]) -> tuple[Bundle, dict[str, str]]:
                 f"'{folder / MANIFEST_NAME}': got sha256 {got}, config.pbtxt expects {parameters['manifest_sha256']}; "
                 "run 'adatsq-trt deploy triton' again"
             )
-        return Bundle.open(folder), parameters
+        return Bundle.open(folder, cast(Literal["onnxruntime", "rtx"], parameters["backend"])), parameters
     except AdatsqError as error:
         raise server.TritonModelException(str(error)) from error
 

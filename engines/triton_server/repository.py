@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from string import Template
 from tempfile import mkdtemp
+from typing import Literal
 
 from adatsq_trt import __version__
 from adatsq_trt.engines.bundle import MANIFEST_NAME, BundleFiles
@@ -19,7 +20,10 @@ from adatsq_trt.files import sha256
 
 IMAGE = "nvcr.io/nvidia/tritonserver:25.10-py3"
 MAX_SAMPLES = 32
+Backend = Literal["onnxruntime", "rtx"]
 _REQUIREMENTS = "numpy onnxruntime-gpu pillow pydantic safetensors"
+_RTX_LIBRARY = "tensorrt-rtx"
+_INSTANCES = {"onnxruntime": "kind: KIND_CPU", "rtx": "kind: KIND_GPU gpus: [ 0 ]"}
 _QUEUE_DELAY_US = 200
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -33,12 +37,32 @@ class Deployment:
         files: the bundle.
         step_model: also write a model for single steps, `name` + "_step"; it holds the weights once more.
         max_samples: most samples of one call of the denoiser.
+        backend: "onnxruntime" runs the cpu graphs anywhere, "rtx" the plans on a GPU.
     """
 
     name: str
     files: BundleFiles
     step_model: bool = False
     max_samples: int = MAX_SAMPLES
+    backend: Backend = "onnxruntime"
+
+    def require_plans(self) -> None:
+        """Refuse what its plans cannot do.
+
+        Raises:
+            UserError: there are no plans, or they take fewer rows.
+        """
+        rows = min((plan.max_rows for plan in self.files.manifest.plans), default=0)
+        if self.backend == "rtx" and not rows:
+            raise UserError(
+                f"'{self.files.folder}' has no plans for --backend rtx; build it with a GPU as --target, or deploy it "
+                "with --backend onnxruntime"
+            )
+        if self.backend == "rtx" and 2 * self.max_samples > rows:
+            raise UserError(
+                f"--max-samples {self.max_samples}: with both branches of guidance these are {2 * self.max_samples} "
+                f"rows, the plans take {rows}; pass --max-samples {rows // 2}"
+            )
 
 
 def write_repository(deployments: Sequence[Deployment], output: Path, link: bool = False) -> None:
@@ -50,10 +74,13 @@ def write_repository(deployments: Sequence[Deployment], output: Path, link: bool
         link: link to the bundles instead of copying them.
 
     Raises:
-        UserError: names that the server does not take, or that are given twice.
+        UserError: names that the server does not take, or that are given twice; a backend that a bundle is not for.
         OutputError: the folder exists or cannot be written.
     """
     _require_names([deployment.name for deployment in deployments])
+    for deployment in deployments:
+        deployment.require_plans()
+    requirements = _requirements(deployments)
     if output.exists():
         raise OutputError(f"'{output}' exists; pass another --output, or remove it first")
     scratch = None
@@ -62,7 +89,7 @@ def write_repository(deployments: Sequence[Deployment], output: Path, link: bool
         scratch = Path(mkdtemp(prefix=f".{output.name}.", dir=output.parent))
         for deployment in deployments:
             _write_models(deployment, scratch, link)
-        _write_documents(deployments, scratch)
+        _write_documents(deployments, requirements, scratch)
         scratch.chmod(0o755)
         scratch.rename(output)
     except OSError as error:
@@ -111,7 +138,7 @@ def _write_model(folder: Path, kind: str, values: dict[str, object]) -> None:
     (folder / "1").mkdir(parents=True, exist_ok=True)
     (folder / "config.pbtxt").write_text(_fill(f"{kind}.pbtxt", values), encoding="utf-8")
     module = f"adatsq_trt.engines.triton_server.{kind}_model"
-    text = f'"""Loaded by Triton server; the model is {module}."""\n\nfrom {module} import TritonPythonModel as TritonPythonModel\n'
+    text = f'"""What Triton server loads."""\n\nfrom {module} import TritonPythonModel as TritonPythonModel\n'
     (folder / "1" / "model.py").write_text(text, encoding="utf-8")
 
 
@@ -125,9 +152,11 @@ def _values(deployment: Deployment) -> dict[str, object]:
         "buckets": len(policy.buckets),
         "last_prompt": manifest.prompts - 1,
         "guidance": f"{manifest.guidance:g}",
-        "latent_dims": _dims((-1, *manifest.latent_shape)),
+        "latent_dims": _dims(manifest.latent_shape),
         "manifest_sha256": sha256(deployment.files.folder / MANIFEST_NAME),
         "max_samples": deployment.max_samples,
+        "backend": deployment.backend,
+        "instances": _INSTANCES[deployment.backend],
     }
 
 
@@ -142,20 +171,32 @@ def _dims(shape: Sequence[int | str]) -> str:
     return ", ".join(map(str, shape))
 
 
-def _write_documents(deployments: Sequence[Deployment], repository: Path) -> None:
+def _write_documents(deployments: Sequence[Deployment], requirements: str, repository: Path) -> None:
     rows = []
     for deployment in deployments:
         manifest = deployment.files.manifest
         rows.append(f"| `{deployment.name}` | the denoising loop of {manifest.model} |")
         if deployment.step_model:
             rows.append(f"| `{deployment.name}_step` | one call of its denoiser, for clients that run the loop |")
-    name = deployments[0].name
+    name, gpu = deployments[0].name, any(deployment.backend == "rtx" for deployment in deployments)
     values = {"version": __version__, "models": "\n".join(rows), "name": name, "curl": curl_line(name)}
-    (repository / "README.md").write_text(_fill("README.md", values), encoding="utf-8")
-    dockerfile = _fill("Dockerfile", {"image": IMAGE, "requirements": _REQUIREMENTS})
+    readme = _fill("README.md", {**values, "gpus": "--gpus all " if gpu else ""})
+    (repository / "README.md").write_text(readme, encoding="utf-8")
+    dockerfile = _fill("Dockerfile", {"image": IMAGE, "requirements": requirements})
     (repository / "Dockerfile").write_text(dockerfile, encoding="utf-8")
 
 
-def _fill(template: str, values: dict[str, object]) -> str:
+def _requirements(deployments: Sequence[Deployment]) -> str:
+    """What the image needs; plans want the very version of TensorRT-RTX that compiled them."""
+    versions = {d.files.manifest.versions[_RTX_LIBRARY] for d in deployments if d.backend == "rtx"}
+    if len(versions) > 1:
+        raise UserError(
+            f"the bundles' plans are of TensorRT-RTX {' and '.join(sorted(versions))}, one image holds one; "
+            "deploy them into repositories of their own, or build them again"
+        )
+    return " ".join([_REQUIREMENTS, *(f"{_RTX_LIBRARY}=={version} torch" for version in versions)])
+
+
+def _fill(template: str, values: Mapping[str, object]) -> str:
     text = files("adatsq_trt.engines.triton_server").joinpath("templates", template).read_text(encoding="utf-8")
     return Template(text).substitute(values)
