@@ -70,7 +70,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """The page itself."""
-        if self.path != "/":
+        if self.path.partition("?")[0] != "/":
             self.send_error(404)
             return
         self._begin(200, "text/html; charset=utf-8")
