@@ -105,7 +105,7 @@ class Manifest(_Record):
         files: path relative to the bundle → sha256 of every other file.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     model: str
     architecture: str
     backend: str

@@ -47,7 +47,7 @@ STEPS, TARGET, MAX_ROWS, PATCHES = 12, "sm120", 8, 16
 STEP_ASSIGNMENTS = (0, 0, 1, 1, 2, 2, 1, 3, 3, 2, 0, 1)
 SHARES = {"nvfp4": 0.5, "fp8": 0.45, "bf16": 0.05}
 MODELS = {
-    # width, double blocks, single blocks: 26 M and 163 M parameters
+    # width, double blocks, single blocks: 19 M and 161 M parameters
     "flux-small": (512, 1, 2),
     "flux-mid": (1024, 2, 5),
 }
@@ -231,7 +231,7 @@ def main() -> None:
     for name in arguments.models:
         files = make_bundle(name, arguments.work / name)
         result["memory"] += memory_rows(files)
-        result["switching"] += switching_rows(files, 20)
+        result["switching"] += switching_rows(files, 40)
         result["layouts"] += layout_rows(files)
         write_bytes(arguments.output, (json.dumps(result, indent=2) + "\n").encode())
 
