@@ -1,8 +1,9 @@
 """What serving costs and what batching gains, measured on the real Triton server with one bundle.
 
-    python -m benchmarks.serving.run BUNDLE [--server FOLDER] [--requests 2000] [--rounds 30]
+    python -m benchmarks.serving.run BUNDLE [--server FOLDER] [--requests 2000] [--rounds 30] [--work FOLDER]
 
-Writes results.json beside this file and prints it. Seconds depend on the machine, which has to be idle.
+The model of middle size is the Flux of 161 M parameters of benchmarks/engines, made in --work or reused there. Writes
+results.json beside this file and prints it. Times depend on the machine, which has to be idle.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ from adatsq_trt.engines.runtime import TIME_INPUT, Bundle, guide
 from adatsq_trt.engines.triton_server.repository import Deployment, write_repository
 from adatsq_trt.engines.triton_server.server import HOST, Installation, Ports, Server, free_ports
 from adatsq_trt.files import write_json_model
+from benchmarks.engines.run import make_bundle
 from benchmarks.serving.client import GrpcClient, HttpClient
 from benchmarks.serving.load import LoadResult, LoadRun, metric
 
 RESULTS = Path(__file__).with_name("results.json")
-NAME, CLIENTS, LOAD_CLIENTS, WARM_UP = "model", 8, 16, 3
+NAME, MID_SIZE, CLIENTS, LOAD_CLIENTS, WARM_UP = "model", "flux-mid", 8, 16, 2
 SINGLE = {"prompt": 0, "seed": 1}
 
 
@@ -44,7 +46,8 @@ class Results(BaseModel):
         http_ms: the same by one client over HTTP.
         overhead_ms_per_step: (grpc_ms - loop_ms) / steps.
         step_model_overhead_ms_per_step: of a client that runs the loop itself and calls the step model.
-        overhead_mid_size: share of the loop's time on a model of middle size; None where there is none to serve.
+        overhead_mid_size: (grpc_ms - loop_ms) / loop_ms on the model of middle size.
+        mid_size_loop_ms: its loop in this process.
         batching_gain: time of requests in sequence over that of the same requests by eight clients at a time.
         backend_gain: time of eight loops of one sample over that of one loop of eight, in this process: what the
             backend gains from a batch at best.
@@ -65,7 +68,8 @@ class Results(BaseModel):
     http_ms: float
     overhead_ms_per_step: float
     step_model_overhead_ms_per_step: float
-    overhead_mid_size: float | None
+    overhead_mid_size: float
+    mid_size_loop_ms: float
     batching_gain: float
     backend_gain: float
     mean_batch: float
@@ -153,22 +157,38 @@ def batching(ports: Ports, each: int) -> tuple[float, float]:
     return alone / together, float(steps / calls)
 
 
-def measure(path: Path, installation: Installation, requests: int, rounds: int) -> Results:
-    """Everything, in turn, on a server of its own."""
+def served(path: Path, installation: Installation, stack: ExitStack) -> tuple[Bundle, Server, Callable[[], Server]]:
+    """The bundle in this process and in a server, and what starts another on the same ports."""
+    bundle, ports = stack.enter_context(Bundle.open(path)), free_ports()
+    repository = Path(stack.enter_context(TemporaryDirectory()), "repository")
+    write_repository([Deployment(NAME, BundleFiles.open(path), step_model=True)], repository, link=True)
+
+    def start() -> Server:
+        server = stack.enter_context(Server(repository, ports, installation))
+        server.wait_until_ready((NAME, f"{NAME}_step"))
+        return server
+
+    return bundle, start(), start
+
+
+def mid_size(work: Path, installation: Installation, rounds: int) -> dict[str, float]:
+    """The loop of the model of middle size in this process and served."""
+    make_bundle(MID_SIZE, work / MID_SIZE)
     with ExitStack() as stack:
-        bundle, models = stack.enter_context(Bundle.open(path)), (NAME, f"{NAME}_step")
-        repository = Path(stack.enter_context(TemporaryDirectory()), "repository")
-        write_repository([Deployment(NAME, BundleFiles.open(path), step_model=True)], repository, link=True)
+        bundle, server, _ = served(work / MID_SIZE, installation, stack)
+        with GrpcClient(server.ports) as grpc:
+            ways = {"loop": lambda: loop(bundle), "grpc": lambda: grpc.latents(NAME, **SINGLE)}
+            return milliseconds(ways, rounds)
 
-        def start(ports: Ports) -> Server:
-            server = stack.enter_context(Server(repository, ports, installation))
-            server.wait_until_ready(models)
-            return server
 
-        server = start(free_ports())
+def measure(path: Path, installation: Installation, requests: int, rounds: int, work: Path) -> Results:
+    """Everything, in turn."""
+    middle = mid_size(work, installation, max(rounds // 6, 1))
+    with ExitStack() as stack:
+        bundle, server, restart = served(path, installation, stack)
         times = single_client(bundle, server.ports, rounds)
         gain, mean_batch = batching(server.ports, each=max(rounds // 3, 1))
-        load = LoadRun({NAME: bundle}, requests, LOAD_CLIENTS).run(server, lambda: start(server.ports))
+        load = LoadRun({NAME: bundle}, requests, LOAD_CLIENTS).run(server, restart)
     steps = bundle.policy.steps
     return Results(
         model=bundle.manifest.model,
@@ -180,7 +200,8 @@ def measure(path: Path, installation: Installation, requests: int, rounds: int) 
         http_ms=times["http"],
         overhead_ms_per_step=(times["grpc"] - times["loop"]) / steps,
         step_model_overhead_ms_per_step=(times["step model"] - times["loop"]) / steps,
-        overhead_mid_size=None,
+        overhead_mid_size=middle["grpc"] / middle["loop"] - 1,
+        mid_size_loop_ms=middle["loop"],
         batching_gain=gain,
         backend_gain=CLIENTS * times["loop"] / times["eight samples"],
         mean_batch=mean_batch,
@@ -189,9 +210,8 @@ def measure(path: Path, installation: Installation, requests: int, rounds: int) 
         errors_without_message=load.errors_without_message,
         load=load,
         notes=(
-            "overhead_mid_size: no model of middle size ships with the package; the overhead is a cost per request and "
-            "does not grow with the model",
-            "batching_gain cannot exceed backend_gain, which is what ONNX Runtime gains from a batch on this processor",
+            "batching_gain is bounded by backend_gain, what ONNX Runtime gains from a batch of eight on this processor",
+            "in the load run the kill half-way costs a start of the server, in which nothing is answered",
         ),
     )
 
@@ -202,9 +222,10 @@ def main() -> None:
     parser.add_argument("--server", type=Path, help="folder into which nvidia-pytriton was installed")
     parser.add_argument("--requests", type=int, default=2000, help="of the load run")
     parser.add_argument("--rounds", type=int, default=30, help="repetitions of every timing")
+    parser.add_argument("--work", type=Path, default=Path("runs/bench-serving"), help="for the model of middle size")
     arguments = parser.parse_args()
     installation = Installation.find(arguments.server)
-    results = measure(arguments.bundle, installation, arguments.requests, arguments.rounds)
+    results = measure(arguments.bundle, installation, arguments.requests, arguments.rounds, arguments.work)
     write_json_model(RESULTS, results)
     print(results.model_dump_json(indent=2))
     print(results.load.table())

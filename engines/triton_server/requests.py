@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -60,16 +60,23 @@ def read_request(tensors: Mapping[str, np.ndarray], parameters: str, bundle: Bun
     if not np.isfinite(guidance):
         raise UserError(f"guidance: got {guidance}, expected a finite number; leave it out for the bundle's own")
     bundle.require_steps(int(_only(tensors, "steps", bundle.policy.steps)))
-    output = json.loads(parameters or "{}").get("output", "png")
-    if output not in get_args(OutputName):
-        raise UnknownNameError("output", str(output), get_args(OutputName))
+    outputs = _outputs(bundle)
+    output = json.loads(parameters or "{}").get("output", outputs[0])
+    if output not in outputs:
+        raise UnknownNameError("output", str(output), outputs)
     conditioning = bundle.conditioning(prompts)
     return Request(
         Generation(bundle.noise(seeds), conditioning, guidance, quantized=bool(_only(tensors, "quantized", True))),
-        output=cast(OutputName, output),
+        output=output,
         progress=bool(_only(tensors, "progress", False)),
         preview=bool(_only(tensors, "preview", False)),
     )
+
+
+def _outputs(bundle: Bundle) -> tuple[OutputName, ...]:
+    """What a request may ask for, the default first; a PNG has 1, 3 or 4 channels."""
+    names: tuple[OutputName, ...] = get_args(OutputName)
+    return names if bundle.manifest.image.channels in (1, 3, 4) else names[1:]
 
 
 def render(bundle: Bundle, latents: np.ndarray, output: OutputName) -> np.ndarray:
@@ -88,7 +95,7 @@ def render(bundle: Bundle, latents: np.ndarray, output: OutputName) -> np.ndarra
 
 
 def _png(image: np.ndarray) -> np.ndarray:
-    """A PNG file of a picture [height, width, 1 or 3] in [0, 1]."""
+    """A PNG file of a picture [height, width, 1, 3 or 4] in [0, 1]."""
     from PIL import Image
 
     pixels, buffer = np.round(image * 255).astype(np.uint8), BytesIO()

@@ -12,6 +12,7 @@ HEAVY = ("diffusers", "matplotlib", "numpy", "onnx", "onnxruntime", "polygraphy"
 COMMANDS = (
     *(("build", "engine"), ("calibrate",), ("quantize",), ("search",), ("export",)),
     *(("check",), ("generate",), ("inspect",), ("compare",), ("models",), ("doctor",)),
+    *(("deploy", "triton"), ("serve",)),
 )
 
 
@@ -33,7 +34,7 @@ def test_every_command_explains_itself(cli, command: tuple[str, ...]) -> None:
 
 def test_every_command_is_in_the_list_above() -> None:
     names = {command.callback.__name__ for command in app.registered_commands if command.callback}
-    assert names | {"build"} == {command[0] for command in COMMANDS}
+    assert names | {"build", "deploy"} == {command[0] for command in COMMANDS}
 
 
 @pytest.mark.parametrize("group", [(), ("build",)], ids=["top", "build"])

@@ -1,12 +1,13 @@
 """What a request may ask, and the sentence for what it may not."""
 
+from dataclasses import replace
 from io import BytesIO
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from adatsq_trt.engines.bundle import BundleFiles
+from adatsq_trt.engines.bundle import BundleFiles, ImageSpec
 from adatsq_trt.engines.runtime import Bundle
 from adatsq_trt.engines.triton_server.requests import read_request, render
 from adatsq_trt.errors import UserError
@@ -59,6 +60,14 @@ def test_bad_requests(bundle: Bundle, name: str) -> None:
     values, parameters, message = BAD[name]
     with pytest.raises(UserError, match=message):
         read_request(tensors(**values), parameters, bundle, max_samples=2)
+
+
+def test_latents_that_are_no_picture(bundle: Bundle) -> None:
+    image = ImageSpec(patches=1, channels=16)
+    files = replace(bundle.files, manifest=bundle.manifest.model_copy(update={"image": image}))
+    assert read_request(tensors(), "", Bundle(files), max_samples=2).output == "image"
+    with pytest.raises(UserError, match="unknown output 'png'; choose one of: image, latents"):
+        read_request(tensors(), '{"output": "png"}', Bundle(files), max_samples=2)
 
 
 def test_outputs(bundle: Bundle) -> None:
