@@ -157,15 +157,17 @@ def batching(ports: Ports, each: int) -> tuple[float, float]:
     return alone / together, float(steps / calls)
 
 
-def served(path: Path, installation: Installation, stack: ExitStack) -> tuple[Bundle, Server, Callable[[], Server]]:
+def served(
+    path: Path, installation: Installation, stack: ExitStack, step_model: bool
+) -> tuple[Bundle, Server, Callable[[], Server]]:
     """The bundle in this process and in a server, and what starts another on the same ports."""
     bundle, ports = stack.enter_context(Bundle.open(path)), free_ports()
     repository = Path(stack.enter_context(TemporaryDirectory()), "repository")
-    write_repository([Deployment(NAME, BundleFiles.open(path), step_model=True)], repository, link=True)
+    write_repository([Deployment(NAME, BundleFiles.open(path), step_model)], repository, link=True)
 
     def start() -> Server:
         server = stack.enter_context(Server(repository, ports, installation))
-        server.wait_until_ready((NAME, f"{NAME}_step"))
+        server.wait_until_ready((NAME, *([f"{NAME}_step"] if step_model else [])))
         return server
 
     return bundle, start(), start
@@ -175,7 +177,7 @@ def mid_size(work: Path, installation: Installation, rounds: int) -> dict[str, f
     """The loop of the model of middle size in this process and served."""
     make_bundle(MID_SIZE, work / MID_SIZE)
     with ExitStack() as stack:
-        bundle, server, _ = served(work / MID_SIZE, installation, stack)
+        bundle, server, _ = served(work / MID_SIZE, installation, stack, step_model=False)
         with GrpcClient(server.ports) as grpc:
             ways = {"loop": lambda: loop(bundle), "grpc": lambda: grpc.latents(NAME, **SINGLE)}
             return milliseconds(ways, rounds)
@@ -183,12 +185,12 @@ def mid_size(work: Path, installation: Installation, rounds: int) -> dict[str, f
 
 def measure(path: Path, installation: Installation, requests: int, rounds: int, work: Path) -> Results:
     """Everything, in turn."""
-    middle = mid_size(work, installation, max(rounds // 6, 1))
     with ExitStack() as stack:
-        bundle, server, restart = served(path, installation, stack)
+        bundle, server, restart = served(path, installation, stack, step_model=True)
         times = single_client(bundle, server.ports, rounds)
         gain, mean_batch = batching(server.ports, each=max(rounds // 3, 1))
         load = LoadRun({NAME: bundle}, requests, LOAD_CLIENTS).run(server, restart)
+    middle = mid_size(work, installation, max(rounds // 6, 1))
     steps = bundle.policy.steps
     return Results(
         model=bundle.manifest.model,

@@ -69,7 +69,7 @@ class TritonPythonModel:
             try:
                 accepted = read_request(read_tensors(request), request.parameters(), self._bundle, self._max_samples)
             except UserError as error:
-                sender.send(refusal(str(error), server.TritonError.INVALID_ARG), flags=_FINAL)
+                _send(sender, refusal(str(error), server.TritonError.INVALID_ARG), _FINAL)
             else:
                 self._arrived.put(_Job(accepted, sender))
 
@@ -144,10 +144,18 @@ class TritonPythonModel:
         if finished:
             self._end(generation, make_response(tensors))
         else:
-            self._running[generation].sender.send(make_response(tensors))
+            _send(self._running[generation].sender, make_response(tensors), flags=0)
 
     def _end(self, generation: Generation, response: Any) -> None:
-        self._running.pop(generation).sender.send(response, flags=_FINAL)
+        _send(self._running.pop(generation).sender, response, _FINAL)
+
+
+def _send(sender: Any, response: Any, flags: int) -> None:
+    """Send a message; one that cannot be sent must not end the thread that serves all others."""
+    try:
+        sender.send(response, flags=flags)
+    except Exception:
+        log.exception("a message could not be sent")
 
 
 class _Metrics:
