@@ -55,6 +55,24 @@ bench-digits: $(INSTALLED)
 bench-engines: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/engines/run.py
 
+# The server comes out of a wheel that pins numpy below 2, so it is installed without its dependencies and apart.
+SERVER := $(VENV)/tritonserver
+SERVING := $(VENV)/.serving-installed
+.PHONY: test-serving bench-serving
+$(SERVING): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[serving]'
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(SERVER) nvidia-pytriton==0.7.0
+	touch $@
+
+# Against the real Triton server: HTTP, gRPC, streams, load and unload, the web page, and a load run.
+test-serving: $(SERVING)
+	$(BIN)/python -m pytest -m serving tests/serving
+
+# What serving costs and what batching gains; benchmarks/serving/results.json. Serves the bundle of `make demo`.
+bench-serving: $(SERVING)
+	[ -f $(DEMO)/bundle/manifest.json ] || $(MAKE) demo
+	$(BIN)/python -m benchmarks.serving.run $(DEMO) --server $(SERVER)
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

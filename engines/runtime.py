@@ -215,13 +215,9 @@ class Bundle:
             UserError: another number of steps; latents or conditioning of other names or shapes.
         """
         schedule, scale = self.schedule, self.manifest.guidance if guidance is None else guidance
-        if steps not in (None, schedule.steps):
-            raise MismatchError(
-                f"steps: got {steps}, the bundle's policy is for {schedule.steps}; leave steps out, or build a bundle "
-                f"with --steps {steps}"
-            )
+        self.require_steps(steps)
         for step in range(schedule.steps):
-            inputs = self._step_inputs(latents, schedule.model_time(step), conditioning)
+            inputs = self.step_inputs(step, latents, conditioning)
             velocity = guide(self.predict(step, inputs, quantized), len(latents), scale)
             # Its arithmetic serves NumPy as well as the tensors that it is declared for.
             latents = schedule.advance(latents, velocity, step)  # type: ignore[arg-type, assignment]
@@ -245,14 +241,32 @@ class Bundle:
             )
         return names[0]
 
-    def _step_inputs(self, latents: np.ndarray, model_time: float, conditioning: Conditioning) -> dict[str, np.ndarray]:
-        """Both branches of guidance in one batch, conditional rows first."""
+    def require_steps(self, steps: int | None) -> None:
+        """Refuse another number of steps than the policy's; None stands for the policy's own.
+
+        Raises:
+            MismatchError: says how many there are.
+        """
+        if steps not in (None, self.policy.steps):
+            raise MismatchError(
+                f"steps: got {steps}, the bundle's policy is for {self.policy.steps}; leave steps out, or build a "
+                f"bundle with --steps {steps}"
+            )
+
+    def step_inputs(self, step: int, latents: np.ndarray, conditioning: Conditioning) -> dict[str, np.ndarray]:
+        """What `predict` takes at a step: both branches of guidance in one batch, conditional rows first.
+
+        Args:
+            step: index in the loop.
+            latents: float32 [samples, *latent_shape].
+            conditioning: of every sample.
+        """
         halves = [conditioning.conditional, conditioning.unconditional or {}]
         condition = {
             name: np.concatenate([half[name] for half in halves if name in half]) for name in conditioning.conditional
         }
         branches = 1 if conditioning.unconditional is None else 2
-        time = np.full(branches * len(latents), model_time, np.float32)
+        time = np.full(branches * len(latents), self.schedule.model_time(step), np.float32)
         return {self.latent_input: np.concatenate([latents] * branches), TIME_INPUT: time, **condition}
 
     def _runner(self, variant: str) -> StepRunner:

@@ -17,6 +17,7 @@ from adatsq_trt.cli.build_plugins import plugins
 from adatsq_trt.cli.calibrate import calibrate
 from adatsq_trt.cli.check import check
 from adatsq_trt.cli.compare import compare
+from adatsq_trt.cli.deploy import triton
 from adatsq_trt.cli.doctor import doctor
 from adatsq_trt.cli.export import export
 from adatsq_trt.cli.generate import generate
@@ -25,6 +26,7 @@ from adatsq_trt.cli.models import models
 from adatsq_trt.cli.quantize import quantize
 from adatsq_trt.cli.report import report
 from adatsq_trt.cli.search import search
+from adatsq_trt.cli.serve import serve
 from adatsq_trt.errors import AdatsqError
 
 _DEBUG = "--debug"
@@ -37,9 +39,12 @@ for _build_command in (engine, plugins):
 benchmark_app = typer.Typer(no_args_is_help=True)
 app.add_typer(benchmark_app, name="benchmark", help="Measure on this machine's GPU: the kernels of the plugin.")
 benchmark_app.command(no_args_is_help=True)(kernels)
+deploy_app = typer.Typer(no_args_is_help=True)
+app.add_typer(deploy_app, name="deploy", help="Write what a server loads.")
+deploy_app.command(no_args_is_help=True)(triton)
 _WITH_ARGUMENTS: tuple[Callable[..., None], ...] = (
     *(calibrate, quantize, search, export),
-    *(check, generate, inspect, compare, report),
+    *(check, generate, inspect, compare, report, serve),
 )
 for _command in (*_WITH_ARGUMENTS, models, doctor):
     app.command(no_args_is_help=_command in _WITH_ARGUMENTS)(_command)

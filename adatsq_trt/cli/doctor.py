@@ -119,6 +119,9 @@ _LIBRARIES = (
     _Library(
         "ModelOpt", "modelopt", ("nvidia-modelopt",), "comparison with other quantizers", "pip install nvidia-modelopt"
     ),
+    _Library(
+        "Triton server", "pytriton", ("nvidia-pytriton",), "serve", "pip install --no-deps nvidia-pytriton==0.7.0"
+    ),
     _Library("Triton language", "triton", ("triton",), "build plugins", "pip install triton"),
 )
 

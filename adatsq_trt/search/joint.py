@@ -7,7 +7,7 @@ layers of each layer's own accumulated error, which is what a rounded weight doe
 
     together Σ_r (Σ_i c_i)² + by_layer Σ_l Σ_r (Σ_{i in l} c_i)² + alone Σ_i Σ_r c_i² + price Σ_i bits_i,
 
-where together + by_layer + alone = 1. The figures are in docs/decisions/0011.
+where together + by_layer + alone = 1. The figures are in docs/decisions/0012.
 """
 
 from __future__ import annotations

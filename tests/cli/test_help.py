@@ -13,6 +13,7 @@ COMMANDS = (
     *(("build", "engine"), ("build", "plugins"), ("benchmark", "kernels")),
     *(("calibrate",), ("quantize",), ("search",), ("export",)),
     *(("check",), ("generate",), ("inspect",), ("compare",), ("report",), ("models",), ("doctor",)),
+    *(("deploy", "triton"), ("serve",)),
 )
 
 
@@ -34,7 +35,7 @@ def test_every_command_explains_itself(cli, command: tuple[str, ...]) -> None:
 
 def test_every_command_is_in_the_list_above() -> None:
     names = {command.callback.__name__ for command in app.registered_commands if command.callback}
-    assert names | {"build", "benchmark"} == {command[0] for command in COMMANDS}
+    assert names | {"build", "benchmark", "deploy"} == {command[0] for command in COMMANDS}
 
 
 @pytest.mark.parametrize("group", [(), ("build",), ("benchmark",)], ids=["top", "build", "benchmark"])

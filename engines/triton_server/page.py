@@ -1,0 +1,104 @@
+"""A web page for a try: it forwards a browser's requests to Triton server, which allows no pages from elsewhere."""
+
+from __future__ import annotations
+
+import urllib.error
+import urllib.request
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.resources import files
+from string import Template
+from threading import Thread
+from types import TracebackType
+from typing import Self
+
+from adatsq_trt.engines.bundle import BundleFiles
+from adatsq_trt.engines.triton_server.server import HOST, require_free
+
+_MAX_REQUEST_BYTES = 100_000
+
+
+class Page:
+    """The page's server, on the loopback address; a context manager that ends it."""
+
+    def __init__(self, port: int, http_port: int, bundle: BundleFiles, name: str) -> None:
+        """Serve the page.
+
+        Args:
+            port: of the page.
+            http_port: Triton server's.
+            bundle: what is served; the page shows its steps and buckets.
+            name: of the loop model.
+
+        Raises:
+            UserError: the port is in use.
+        """
+        require_free(port)
+        template = files("adatsq_trt.engines.triton_server").joinpath("templates", "page.html").read_text("utf-8")
+        steps = [f"{bucket.first}-{bucket.last}" for bucket in bundle.policy.buckets]
+        values = {"name": name, "steps": bundle.policy.steps, "buckets": ", ".join(steps)}
+        text = Template(template).substitute(
+            values, last_prompt=bundle.manifest.prompts - 1, guidance=f"{bundle.manifest.guidance:g}"
+        )
+
+        class Handler(_Handler):
+            page = text.encode()
+            target = f"http://{HOST}:{http_port}/v2/models/{name}/generate_stream"
+
+        self._server = ThreadingHTTPServer((HOST, port), Handler)
+        self._server.daemon_threads = True
+        self._thread = Thread(target=self._server.serve_forever, name="page", daemon=True)
+
+    def __enter__(self) -> Self:
+        """Start."""
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End."""
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Answers one request of a browser."""
+
+    page: bytes
+    target: str
+
+    def do_GET(self) -> None:
+        """The page itself."""
+        if self.path.partition("?")[0] != "/":
+            self.send_error(404)
+            return
+        self._begin(200, "text/html; charset=utf-8")
+        self.wfile.write(self.page)
+
+    def do_POST(self) -> None:
+        """A generation: what Triton server says is passed on as it comes."""
+        length = int(self.headers.get("Content-Length") or 0)
+        if self.path != "/generate" or not 0 < length <= _MAX_REQUEST_BYTES:
+            self.send_error(400)
+            return
+        request = urllib.request.Request(self.target, data=self.rfile.read(length))
+        try:
+            answer = urllib.request.urlopen(request)
+        except urllib.error.HTTPError as error:
+            answer = error  # its body is Triton server's sentence
+        except urllib.error.URLError as error:
+            self.send_error(502, f"Triton server does not answer: {error.reason}")
+            return
+        with answer, suppress(ConnectionError):  # the browser may leave
+            self._begin(200, "text/event-stream")
+            for line in answer:
+                self.wfile.write(line)
+
+    def _begin(self, status: int, kind: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing: the terminal is for the command."""

@@ -1,0 +1,71 @@
+"""What both models share of Triton server's Python backend.
+
+Runs inside the server only, which provides `triton_python_backend_utils`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import triton_python_backend_utils as server
+
+from adatsq_trt.engines.bundle import MANIFEST_NAME
+from adatsq_trt.engines.runtime import Bundle
+from adatsq_trt.errors import AdatsqError, DamagedFileError
+from adatsq_trt.files import sha256
+
+_TAKEN = ctypes.c_char_p(b"used_dltensor")
+
+
+def open_bundle(args: dict[str, str]) -> tuple[Bundle, dict[str, str]]:
+    """Open a model's bundle, and read the parameters of its config.pbtxt.
+
+    Args:
+        args: what the server gives to `initialize`.
+
+    Raises:
+        TritonModelException: the bundle is not the one that was deployed, or cannot be opened.
+    """
+    parameters = {name: value["string_value"] for name, value in json.loads(args["model_config"])["parameters"].items()}
+    folder = Path(args["model_repository"], parameters["bundle"])
+    try:
+        got = sha256(folder / MANIFEST_NAME)
+        if got != parameters["manifest_sha256"]:
+            raise DamagedFileError(
+                f"'{folder / MANIFEST_NAME}': got sha256 {got}, config.pbtxt expects {parameters['manifest_sha256']}; "
+                "run 'adatsq-trt deploy triton' again"
+            )
+        return Bundle.open(folder, cast(Literal["onnxruntime", "rtx"], parameters["backend"])), parameters
+    except AdatsqError as error:
+        raise server.TritonModelException(str(error)) from error
+
+
+def read_tensors(request: Any) -> dict[str, np.ndarray]:
+    """A request's inputs by name, copied out of the server's memory, which is gone when the request is.
+
+    Through DLPack, because servers up to 24.10 (the wheel's is one) misread the arrays of NumPy 2.
+    """
+    return {tensor.name(): np.from_dlpack(tensor).copy() for tensor in request.inputs()}
+
+
+def make_response(tensors: Mapping[str, np.ndarray]) -> Any:
+    """A response with outputs by name; through DLPack, as `read_tensors`."""
+    return server.InferenceResponse([_make_tensor(name, value) for name, value in tensors.items()])
+
+
+def _make_tensor(name: str, value: np.ndarray) -> Any:
+    capsule = np.ascontiguousarray(value).__dlpack__()
+    tensor = server.Tensor.from_dlpack(name, capsule)
+    # The server marks a capsule that it has taken in its own way; NumPy, which expects this one, would complain.
+    ctypes.pythonapi.PyCapsule_SetName(ctypes.py_object(capsule), _TAKEN)
+    return tensor
+
+
+def refusal(message: str, code: int) -> Any:
+    """A response that is an error with a sentence; `code` is one of TritonError's."""
+    return server.InferenceResponse(error=server.TritonError(message, code))

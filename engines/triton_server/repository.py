@@ -1,0 +1,202 @@
+"""Write a model repository for Triton server from bundles."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from tempfile import mkdtemp
+from typing import Literal
+
+from adatsq_trt import __version__
+from adatsq_trt.engines.bundle import MANIFEST_NAME, BundleFiles
+from adatsq_trt.engines.runtime import TIME_INPUT
+from adatsq_trt.errors import OutputError, UserError
+from adatsq_trt.files import sha256
+
+IMAGE = "nvcr.io/nvidia/tritonserver:25.10-py3"
+MAX_SAMPLES = 32
+Backend = Literal["onnxruntime", "rtx"]
+_REQUIREMENTS = "numpy onnxruntime-gpu pillow pydantic safetensors"
+_RTX_LIBRARY = "tensorrt-rtx"
+_INSTANCES = {"onnxruntime": "kind: KIND_CPU", "rtx": "kind: KIND_GPU gpus: [ 0 ]"}
+_QUEUE_DELAY_US = 200
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A bundle and how it is served.
+
+    Attributes:
+        name: of the loop model.
+        files: the bundle.
+        step_model: also write a model for single steps, `name` + "_step"; it holds the weights once more.
+        max_samples: most samples of one call of the denoiser.
+        backend: "onnxruntime" runs the cpu graphs anywhere, "rtx" the plans on a GPU.
+    """
+
+    name: str
+    files: BundleFiles
+    step_model: bool = False
+    max_samples: int = MAX_SAMPLES
+    backend: Backend = "onnxruntime"
+
+    def require_plans(self) -> None:
+        """Refuse what its plans cannot do.
+
+        Raises:
+            UserError: there are no plans, or they take fewer rows.
+        """
+        rows = min((plan.max_rows for plan in self.files.manifest.plans), default=0)
+        if self.backend == "rtx" and not rows:
+            raise UserError(
+                f"'{self.files.folder}' has no plans for --backend rtx; build it with a GPU as --target, or deploy it "
+                "with --backend onnxruntime"
+            )
+        if self.backend == "rtx" and 2 * self.max_samples > rows:
+            raise UserError(
+                f"--max-samples {self.max_samples}: with both branches of guidance these are {2 * self.max_samples} "
+                f"rows, the plans take {rows}; pass --max-samples {rows // 2}"
+            )
+
+
+def write_repository(deployments: Sequence[Deployment], output: Path, link: bool = False) -> None:
+    """Write a model repository whole or not at all.
+
+    Args:
+        deployments: at least one.
+        output: a folder that does not exist.
+        link: link to the bundles instead of copying them.
+
+    Raises:
+        UserError: names that the server does not take, or that are given twice; a backend that a bundle is not for.
+        OutputError: the folder exists or cannot be written.
+    """
+    _require_names([deployment.name for deployment in deployments])
+    for deployment in deployments:
+        deployment.require_plans()
+    requirements = _requirements(deployments)
+    if output.exists():
+        raise OutputError(f"'{output}' exists; pass another --output, or remove it first")
+    scratch = None
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+        for deployment in deployments:
+            _write_models(deployment, scratch, link)
+        _write_documents(deployments, requirements, scratch)
+        scratch.chmod(0o755)
+        scratch.rename(output)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write '{output}': {error.strerror or error}; choose a folder that is writable and has room"
+        ) from error
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def curl_line(name: str, address: str = "localhost:8000") -> str:
+    """A shell command that asks a loop model for a picture and writes picture.png."""
+    decode = "import json, sys; sys.stdout.buffer.write(bytes(json.load(sys.stdin)['png']))"
+    ask = f"""curl --silent --data '{{"prompt": 0, "seed": 7}}' {address}/v2/models/{name}/generate"""
+    return f'{ask} | python3 -c "{decode}" > picture.png'
+
+
+def _require_names(names: Sequence[str]) -> None:
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise UserError(f"--name '{name}': expected letters, digits, '_', '.' and '-'; choose such a name")
+        if names.count(name) > 1:
+            raise UserError(f"two bundles would be served as '{name}'; give each a --name of its own")
+
+
+def _write_models(deployment: Deployment, repository: Path, link: bool) -> None:
+    source, target = deployment.files.folder.resolve(), repository / deployment.name / "1" / "bundle"
+    target.parent.mkdir(parents=True)
+    if link:
+        target.symlink_to(source, target_is_directory=True)
+    else:
+        for name in (MANIFEST_NAME, *deployment.files.manifest.files):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, target / name)
+    common = _values(deployment)
+    _write_model(repository / deployment.name, "loop", common)
+    if deployment.step_model:
+        rows = 2 * deployment.max_samples
+        own = {"inputs": _step_inputs(deployment.files), "max_rows": rows, "delay_us": _QUEUE_DELAY_US}
+        name = f"{deployment.name}_step"
+        _write_model(repository / name, "step", {**common, **own, "name": name, "loop_name": deployment.name})
+
+
+def _write_model(folder: Path, kind: str, values: dict[str, object]) -> None:
+    (folder / "1").mkdir(parents=True, exist_ok=True)
+    (folder / "config.pbtxt").write_text(_fill(f"{kind}.pbtxt", values), encoding="utf-8")
+    module = f"adatsq_trt.engines.triton_server.{kind}_model"
+    text = f'"""What Triton server loads."""\n\nfrom {module} import TritonPythonModel as TritonPythonModel\n'
+    (folder / "1" / "model.py").write_text(text, encoding="utf-8")
+
+
+def _values(deployment: Deployment) -> dict[str, object]:
+    manifest, policy = deployment.files.manifest, deployment.files.policy
+    return {
+        "name": deployment.name,
+        "model": manifest.model,
+        "version": __version__,
+        "steps": policy.steps,
+        "buckets": len(policy.buckets),
+        "last_prompt": manifest.prompts - 1,
+        "guidance": f"{manifest.guidance:g}",
+        "latent_dims": _dims(manifest.latent_shape),
+        "manifest_sha256": sha256(deployment.files.folder / MANIFEST_NAME),
+        "max_samples": deployment.max_samples,
+        "backend": deployment.backend,
+        "instances": _INSTANCES[deployment.backend],
+    }
+
+
+def _step_inputs(bundle: BundleFiles) -> str:
+    """The denoiser's inputs; its time follows from the step."""
+    signatures = [s for s in bundle.graph("cpu", None).inputs if s.name != TIME_INPUT]
+    lines = [f'  {{ name: "{s.name}" data_type: TYPE_FP32 dims: [ {_dims(s.shape[1:])} ] }}' for s in signatures]
+    return ",\n".join(lines)
+
+
+def _dims(shape: Sequence[int | str]) -> str:
+    return ", ".join(map(str, shape))
+
+
+def _write_documents(deployments: Sequence[Deployment], requirements: str, repository: Path) -> None:
+    rows = []
+    for deployment in deployments:
+        manifest = deployment.files.manifest
+        rows.append(f"| `{deployment.name}` | the denoising loop of {manifest.model} |")
+        if deployment.step_model:
+            rows.append(f"| `{deployment.name}_step` | one call of its denoiser, for clients that run the loop |")
+    name, gpu = deployments[0].name, any(deployment.backend == "rtx" for deployment in deployments)
+    values = {"version": __version__, "models": "\n".join(rows), "name": name, "curl": curl_line(name)}
+    readme = _fill("README.md", {**values, "gpus": "--gpus all " if gpu else ""})
+    (repository / "README.md").write_text(readme, encoding="utf-8")
+    dockerfile = _fill("Dockerfile", {"image": IMAGE, "requirements": requirements})
+    (repository / "Dockerfile").write_text(dockerfile, encoding="utf-8")
+
+
+def _requirements(deployments: Sequence[Deployment]) -> str:
+    """What the image needs; plans want the very version of TensorRT-RTX that compiled them."""
+    versions = {d.files.manifest.versions[_RTX_LIBRARY] for d in deployments if d.backend == "rtx"}
+    if len(versions) > 1:
+        raise UserError(
+            f"the bundles' plans are of TensorRT-RTX {' and '.join(sorted(versions))}, one image holds one; "
+            "deploy them into repositories of their own, or build them again"
+        )
+    return " ".join([_REQUIREMENTS, *(f"{_RTX_LIBRARY}=={version} torch" for version in versions)])
+
+
+def _fill(template: str, values: Mapping[str, object]) -> str:
+    text = files("adatsq_trt.engines.triton_server").joinpath("templates", template).read_text(encoding="utf-8")
+    return Template(text).substitute(values)

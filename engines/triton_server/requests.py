@@ -1,0 +1,107 @@
+"""What a request may ask of the loop model, and the sentences for those that cannot be met."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from adatsq_trt.engines.runtime import Bundle
+from adatsq_trt.engines.triton_server.batching import Generation
+from adatsq_trt.errors import UnknownNameError, UserError
+
+OutputName = Literal["png", "image", "latents"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A generation, and what the client wants to hear of it.
+
+    Attributes:
+        generation: its start.
+        output: what the last message carries.
+        progress: send a message after every step.
+        preview: let these messages carry the output of the latents so far.
+    """
+
+    generation: Generation
+    output: OutputName
+    progress: bool
+    preview: bool
+
+
+def read_request(tensors: Mapping[str, np.ndarray], parameters: str, bundle: Bundle, max_samples: int) -> Request:
+    """Turn a request's tensors into the start of a generation.
+
+    Args:
+        tensors: `prompt` and `seed`, int64 [samples], and any of the optional inputs, [1], that config.pbtxt lists.
+        parameters: JSON object that comes with the request, of which `output` is read.
+        bundle: what runs it.
+        max_samples: most samples of one request.
+
+    Raises:
+        UserError: says which input is wrong.
+    """
+    for name in sorted(set(tensors) - {"prompt", "seed"}):
+        if tensors[name].size != 1:
+            raise UserError(f"{name}: got {tensors[name].size} values, expected one for all samples of the request")
+    prompts, seeds = tensors["prompt"].ravel().tolist(), tensors["seed"].ravel().tolist()
+    if len(prompts) != len(seeds) or not 0 < len(seeds) <= max_samples:
+        raise UserError(
+            f"got {len(prompts)} prompts and {len(seeds)} seeds, expected one seed for every prompt, 1 to {max_samples}"
+        )
+    if min(seeds) < 0:
+        raise UserError(f"seed: got {min(seeds)}, expected 0 to {np.iinfo(np.int64).max}")
+    guidance = float(_only(tensors, "guidance", bundle.manifest.guidance))
+    if not np.isfinite(guidance):
+        raise UserError(f"guidance: got {guidance}, expected a finite number; leave it out for the bundle's own")
+    bundle.require_steps(int(_only(tensors, "steps", bundle.policy.steps)))
+    outputs = _outputs(bundle)
+    output = json.loads(parameters or "{}").get("output", outputs[0])
+    if output not in outputs:
+        raise UnknownNameError("output", str(output), outputs)
+    conditioning = bundle.conditioning(prompts)
+    return Request(
+        Generation(bundle.noise(seeds), conditioning, guidance, quantized=bool(_only(tensors, "quantized", True))),
+        output=output,
+        progress=bool(_only(tensors, "progress", False)),
+        preview=bool(_only(tensors, "preview", False)),
+    )
+
+
+def _outputs(bundle: Bundle) -> tuple[OutputName, ...]:
+    """What a request may ask for, the default first; a PNG has 1, 3 or 4 channels."""
+    names: tuple[OutputName, ...] = get_args(OutputName)
+    return names if bundle.manifest.image.channels in (1, 3, 4) else names[1:]
+
+
+def render(bundle: Bundle, latents: np.ndarray, output: OutputName) -> np.ndarray:
+    """Latents in the form that a client asked for.
+
+    Args:
+        bundle: what made them.
+        latents: float32 [samples, *latent_shape].
+        output: "latents" as they are; "image" float32 [samples, height, width, channels] in [0, 1]; "png" the bytes of
+            one picture with all samples side by side, uint8 [bytes].
+    """
+    if output == "latents":
+        return latents
+    images = bundle.decode(latents)
+    return images if output == "image" else _png(np.concatenate(images, axis=1))
+
+
+def _png(image: np.ndarray) -> np.ndarray:
+    """A PNG file of a picture [height, width, 1, 3 or 4] in [0, 1]."""
+    from PIL import Image
+
+    pixels, buffer = np.round(image * 255).astype(np.uint8), BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, format="png")
+    return np.frombuffer(bytearray(buffer.getvalue()), np.uint8)
+
+
+def _only(tensors: Mapping[str, np.ndarray], name: str, default: object) -> Any:
+    return tensors[name].item() if name in tensors else default

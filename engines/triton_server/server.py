@@ -1,0 +1,231 @@
+"""Start Triton server on this machine: the one that the wheel nvidia-pytriton carries, or an installed one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import mkdtemp
+from types import TracebackType
+from typing import Any, NoReturn, Self
+
+from adatsq_trt.errors import AdatsqError, DependencyError, UserError
+
+log = logging.getLogger(__name__)
+HOST = "127.0.0.1"
+INSTALL = "pip install --no-deps nvidia-pytriton==0.7.0"
+_INSTALLED = Path("/opt/tritonserver/bin/tritonserver")  # in the vendor's images
+_START_SECONDS, _POLL_SECONDS = 300, 0.1
+# Given to what it has accepted. A client's open stream uses up all of it, and the server may hang afterwards.
+_FINISH_SECONDS, _STOP_SECONDS = 10, 15
+
+
+@dataclass(frozen=True)
+class Ports:
+    """Where the server listens, on the loopback address."""
+
+    http: int = 8000
+    grpc: int = 8001
+    metrics: int = 8002
+
+
+@dataclass(frozen=True)
+class Installation:
+    """A server on this machine.
+
+    Attributes:
+        wheel: folder that holds the unpacked wheel; None for an installation of the vendor's.
+    """
+
+    wheel: Path | None
+
+    @classmethod
+    def find(cls, folder: Path | None = None) -> Installation:
+        """Find a server.
+
+        Args:
+            folder: where the wheel was installed with pip's --target; looked for in this environment unless given.
+
+        Raises:
+            DependencyError: there is none.
+        """
+        spec = importlib.util.find_spec("pytriton") if folder is None else None
+        wheel = Path(spec.origin).parents[1] if spec is not None and spec.origin else folder
+        if wheel is not None and (wheel / "pytriton" / "tritonserver" / "bin" / "tritonserver").is_file():
+            return cls(wheel.resolve())
+        if folder is None and _INSTALLED.is_file():
+            return cls(None)
+        where = "this environment" if folder is None else f"'{folder}'"
+        raise DependencyError(
+            f"no Triton server in {where}; run: {INSTALL} (without its dependencies, which pin numpy below 2)"
+        )
+
+    def command(self, scratch: Path) -> tuple[list[str], dict[str, str]]:
+        """The server's command line and environment.
+
+        Args:
+            scratch: an empty folder that lives as long as the server.
+        """
+        if self.wheel is None:
+            return [str(_INSTALLED)], dict(os.environ)
+        server = self.wheel / "pytriton" / "tritonserver"
+        # The wheel keeps a stub for every version of Python; the backend wants one beside its library.
+        backend = scratch / "backends" / "python"
+        shutil.copytree(server / "backends" / "python", backend)
+        stubs = server / "python_backend_stubs" / f"{sys.version_info.major}.{sys.version_info.minor}"
+        shutil.copy(stubs / "triton_python_backend_stub", backend)
+        libraries = [str(self.wheel / "nvidia_pytriton.libs"), str(sysconfig.get_config_var("LIBDIR"))]
+        # The stub embeds Python, reads no PYTHON* variables, and takes its environment from the first python3 in PATH.
+        path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
+        environment = {**os.environ, "LD_LIBRARY_PATH": ":".join(libraries), "PATH": path}
+        binary = str(server / "bin" / "tritonserver")
+        return [binary, f"--backend-directory={scratch / 'backends'}"], environment
+
+
+class Server:
+    """A running server; a context manager that ends it.
+
+    Attributes:
+        ports: where it listens.
+        log_file: what it writes.
+        process: of the server; a process for each model below it.
+    """
+
+    def __init__(
+        self, repository: Path, ports: Ports, installation: Installation | None = None, options: Sequence[str] = ()
+    ) -> None:
+        """Start a server.
+
+        Args:
+            repository: a model repository.
+            ports: where it is to listen.
+            installation: which server; the one that is found unless given.
+            options: further arguments of its command line.
+
+        Raises:
+            UserError: a port is in use.
+            DependencyError: there is no server.
+        """
+        installation = installation or Installation.find()
+        for port in (ports.http, ports.grpc, ports.metrics):
+            require_free(port)
+        self.ports = ports
+        self._scratch = Path(mkdtemp(prefix="adatsq-tritonserver-"))
+        self.log_file = self._scratch / "server.log"
+        command, environment = installation.command(self._scratch)
+        addresses = [f"--{kind}-{what}" for kind in ("http", "grpc", "metrics") for what in ("address", "port")]
+        values = [HOST, ports.http, HOST, ports.grpc, HOST, ports.metrics]
+        arguments = [f"{name}={value}" for name, value in zip(addresses, values, strict=True)]
+        # One model that does not load must not end the server.
+        arguments += [f"--model-repository={repository.resolve()}", "--exit-on-error=false"]
+        arguments += [f"--exit-timeout-secs={_FINISH_SECONDS}", *options]
+        with self.log_file.open("wb") as output:
+            # The folder it runs in comes first in the models' module search path.
+            self.process = subprocess.Popen(
+                [*command, *arguments],
+                env=environment,
+                cwd=self._scratch,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for the command line, which then ends the server
+            )
+
+    def __enter__(self) -> Self:
+        """Take the server."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End it."""
+        self.stop()
+
+    def wait_until_ready(self, models: Sequence[str]) -> None:
+        """Wait until models are loaded.
+
+        Raises:
+            AdatsqError: one does not load, or the server has ended or takes too long; with its own words.
+        """
+        deadline = time.monotonic() + _START_SECONDS
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                self.wait()
+            states = self._states()
+            for name in models:
+                if states.get(name, {}).get("state") == "UNAVAILABLE":
+                    raise AdatsqError(f"model '{name}' does not load: {states[name].get('reason')}")
+            if all(states.get(name, {}).get("state") == "READY" for name in models):
+                return
+            time.sleep(_POLL_SECONDS)
+        raise AdatsqError(f"Triton server was not ready after {_START_SECONDS} seconds: {self._last_words()}")
+
+    def wait(self) -> NoReturn:
+        """Wait until the server ends, which it does only when something is wrong.
+
+        Raises:
+            AdatsqError: it has ended; with its own words.
+        """
+        code = self.process.wait()
+        raise AdatsqError(f"Triton server ended with code {code}: {self._last_words()}")
+
+    def _states(self) -> dict[str, dict[str, Any]]:
+        """Name → entry of the server's model index; empty while it does not listen."""
+        request = urllib.request.Request(f"http://{HOST}:{self.ports.http}/v2/repository/index", data=b"{}")
+        try:
+            with urllib.request.urlopen(request, timeout=10) as response:
+                return {entry["name"]: entry for entry in json.load(response)}
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            return {}
+
+    def _last_words(self) -> str:
+        lines = self.log_file.read_text(errors="replace").splitlines()
+        return " ".join(line.strip() for line in lines[-3:]) or "it wrote nothing"
+
+    def stop(self) -> None:
+        """End the server: what it has accepted is finished first."""
+        self.process.terminate()
+        try:
+            self.process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            log.warning("Triton server did not end within %d seconds and is killed", _STOP_SECONDS)
+            self.process.kill()
+            self.process.wait()
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+def free_ports() -> Ports:
+    """Three ports that nobody uses right now."""
+    sockets = [socket.socket() for _ in range(3)]
+    try:
+        for one in sockets:
+            one.bind((HOST, 0))
+        return Ports(*(one.getsockname()[1] for one in sockets))
+    finally:
+        for one in sockets:
+            one.close()
+
+
+def require_free(port: int) -> None:
+    """Refuse a port that is in use.
+
+    Raises:
+        UserError: says which.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise UserError(f"port {port} on {HOST} cannot be used: {error.strerror}; choose another") from error

@@ -1,0 +1,79 @@
+"""What a request may ask, and the sentence for what it may not."""
+
+from dataclasses import replace
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from adatsq_trt.engines.bundle import BundleFiles, ImageSpec
+from adatsq_trt.engines.runtime import Bundle
+from adatsq_trt.engines.triton_server.requests import read_request, render
+from adatsq_trt.errors import UserError
+
+
+@pytest.fixture
+def bundle(tiny_bundle: BundleFiles) -> Bundle:
+    return Bundle.open(tiny_bundle.folder)
+
+
+def tensors(**values: object) -> dict[str, np.ndarray]:
+    kinds = {"guidance": np.float32, "steps": np.int32, "progress": bool, "preview": bool, "quantized": bool}
+    given = {"prompt": [0, 2], "seed": [7, 8], **values}
+    return {name: np.array(value, kinds.get(name, np.int64)) for name, value in given.items()}
+
+
+def test_defaults(bundle: Bundle) -> None:
+    request = read_request(tensors(), "", bundle, max_samples=2)
+    assert (request.output, request.progress, request.preview) == ("png", False, False)
+    assert (request.generation.guidance, request.generation.quantized, request.generation.step) == (2.0, True, 0)
+    np.testing.assert_array_equal(request.generation.latents, bundle.noise([7, 8]))
+    expected = bundle.conditioning([0, 2]).conditional["pooled"]
+    np.testing.assert_array_equal(request.generation.conditioning.conditional["pooled"], expected)
+
+
+def test_what_is_asked_for(bundle: Bundle) -> None:
+    asked = tensors(guidance=[1.5], steps=[4], progress=[True], preview=[True], quantized=[False])
+    request = read_request(asked, '{"output": "latents"}', bundle, max_samples=2)
+    assert (request.output, request.progress, request.preview) == ("latents", True, True)
+    assert (request.generation.guidance, request.generation.quantized) == (1.5, False)
+
+
+BAD = {
+    "unknown prompt": ({"prompt": [0, 3]}, "", "prompt 3: the bundle holds prompts 0 to 2"),
+    "negative prompt": ({"prompt": [0, -1]}, "", "prompt -1"),
+    "negative seed": ({"seed": [-1, 5]}, "", "seed: got -1, expected 0 to 9223372036854775807"),
+    "numbers differ": ({"seed": [1]}, "", "got 2 prompts and 1 seeds, expected one seed for every prompt, 1 to 2"),
+    "none": ({"prompt": [], "seed": []}, "", "got 0 prompts"),
+    "too many": ({"prompt": [0] * 3, "seed": [0] * 3}, "", "got 3 prompts and 3 seeds, .* 1 to 2"),
+    "guidance": ({"guidance": [np.nan]}, "", "guidance: got nan, expected a finite number"),
+    "two guidances": ({"guidance": [1, 2]}, "", "guidance: got 2 values, expected one"),
+    "steps": ({"steps": [20]}, "", "steps: got 20, the bundle's policy is for 4"),
+    "output": ({}, '{"output": "latent"}', "unknown output 'latent'; did you mean 'latents'"),
+    "output of another type": ({}, '{"output": 3}', "unknown output '3'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_requests(bundle: Bundle, name: str) -> None:
+    values, parameters, message = BAD[name]
+    with pytest.raises(UserError, match=message):
+        read_request(tensors(**values), parameters, bundle, max_samples=2)
+
+
+def test_latents_that_are_no_picture(bundle: Bundle) -> None:
+    image = ImageSpec(patches=1, channels=16)
+    files = replace(bundle.files, manifest=bundle.manifest.model_copy(update={"image": image}))
+    assert read_request(tensors(), "", Bundle(files), max_samples=2).output == "image"
+    with pytest.raises(UserError, match="unknown output 'png'; choose one of: image, latents"):
+        read_request(tensors(), '{"output": "png"}', Bundle(files), max_samples=2)
+
+
+def test_outputs(bundle: Bundle) -> None:
+    latents = bundle.noise([1, 2, 3])
+    assert render(bundle, latents, "latents") is latents
+    images = render(bundle, latents, "image")
+    np.testing.assert_array_equal(images, bundle.decode(latents))
+    picture = np.asarray(Image.open(BytesIO(render(bundle, latents, "png").tobytes())))
+    np.testing.assert_array_equal(picture, np.round(np.concatenate(images, axis=1) * 255).astype(np.uint8))

@@ -1,0 +1,53 @@
+"""`adatsq-trt serve` as a user meets it."""
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from PIL import Image
+
+from adatsq_trt.engines.bundle import BundleFiles
+from adatsq_trt.engines.triton_server.server import Server, free_ports
+from tests.cli.conftest import CommandLine
+from tests.serving.conftest import SERVER_FOLDER
+
+pytestmark = pytest.mark.serving
+
+
+def options(http: int, grpc: int, metrics: int) -> list[str]:
+    ports = {"--http-port": http, "--grpc-port": grpc, "--metrics-port": metrics}
+    return ["--server", str(SERVER_FOLDER), *(str(part) for item in ports.items() for part in item)]
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_the_printed_curl_line_makes_a_picture(digits: BundleFiles, tmp_path: Path, end: signal.Signals) -> None:
+    ports = free_ports()
+    arguments = ["serve", str(digits.folder), *options(ports.http, ports.grpc, ports.metrics)]
+    said = tmp_path / "said"
+    with said.open("w") as output:
+        process = subprocess.Popen([CommandLine.script, *arguments], stdout=output, stderr=output)
+    deadline = time.monotonic() + 120
+    while "Ctrl-C ends it" not in said.read_text():
+        assert process.poll() is None, said.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    lines = said.read_text().splitlines()
+    curl = next(line for line in lines if line.strip().startswith("curl"))
+    subprocess.run(["bash", "-c", curl], cwd=tmp_path, check=True)
+    assert Image.open(tmp_path / "picture.png").size == (8, 8)
+    below = psutil.Process(process.pid).children(recursive=True)
+    assert any(one.name() == "tritonserver" for one in below)
+    process.send_signal(end)
+    assert process.wait(60) == 0
+    assert psutil.wait_procs(below, 10)[1] == []
+
+
+def test_refusals(digits: BundleFiles, server: Server, tmp_path: Path) -> None:
+    busy = options(server.ports.http, server.ports.grpc, server.ports.metrics)
+    refusal = CommandLine.process("serve", digits.folder, *busy).refusal
+    assert refusal.startswith(f"port {server.ports.http} on 127.0.0.1 cannot be used: Address already in use")
+    assert "no Triton server in" in CommandLine.process("serve", digits.folder, "--server", tmp_path).refusal
+    assert "is not a bundle" in CommandLine.process("serve", tmp_path).refusal

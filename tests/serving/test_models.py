@@ -1,0 +1,220 @@
+"""The models in the real server, through its real clients: HTTP, gRPC, streams, batches, refusals."""
+
+import json
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+
+import numpy as np
+import pytest
+import tritonclient.grpc
+import tritonclient.http
+from PIL import Image
+from tritonclient.utils import InferenceServerException
+
+from adatsq_trt.engines.bundle import BundleFiles
+from adatsq_trt.engines.runtime import Bundle, StepResult
+from adatsq_trt.engines.triton_server.server import HOST, Server
+from benchmarks.serving.client import GrpcClient, HttpClient, RefusedError
+from benchmarks.serving.load import metric
+from tests.serving.conftest import DIGITS, TINY
+
+pytestmark = pytest.mark.serving
+
+
+@pytest.fixture(params=[TINY, DIGITS])
+def bundle(request: pytest.FixtureRequest, tiny: BundleFiles, digits: BundleFiles) -> Bundle:
+    return Bundle({TINY: tiny, DIGITS: digits}[request.param])
+
+
+@pytest.fixture
+def http(server: Server) -> tritonclient.http.InferenceServerClient:
+    return tritonclient.http.InferenceServerClient(f"{HOST}:{server.ports.http}", concurrency=8)
+
+
+@pytest.fixture(params=[HttpClient, GrpcClient])
+def client(request: pytest.FixtureRequest, server: Server):
+    client = request.param(server.ports)
+    yield client
+    client.close()
+
+
+def test_health_and_metadata(server: Server, http: tritonclient.http.InferenceServerClient) -> None:
+    grpc = tritonclient.grpc.InferenceServerClient(f"{HOST}:{server.ports.grpc}")
+    for one in (http, grpc):
+        assert one.is_server_live()
+        assert one.is_server_ready()
+        assert one.is_model_ready(DIGITS)
+    grpc.close()
+    described = {tensor["name"]: tensor for tensor in http.get_model_metadata(DIGITS)["outputs"]}
+    assert described["latents"]["shape"] == [-1, 16, 4]
+
+
+# --------------------------------------------------------------------------------------------- the same pictures
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_pictures_are_those_of_the_loop_in_process(client, bundle: Bundle, quantized: bool) -> None:
+    seeds, prompts = [5, 6, 2**63 - 1], [0, 2, 1]
+    expected = bundle.denoise(bundle.noise(seeds), bundle.conditioning(prompts), guidance=1.5, quantized=quantized)
+    asked = {"prompt": prompts, "seed": seeds, "guidance": 1.5, "quantized": quantized}
+    np.testing.assert_array_equal(client.latents(bundle.manifest.model, **asked), expected.ravel())
+
+
+def test_png(server: Server, bundle: Bundle) -> None:
+    answer = HttpClient(server.ports).generate(bundle.manifest.model, "png", prompt=[1, 2], seed=[3, 4])
+    images = bundle.decode(bundle.denoise(bundle.noise([3, 4]), bundle.conditioning([1, 2])))
+    picture = np.asarray(Image.open(BytesIO(bytes(answer["png"]))))
+    expected = np.round(np.concatenate(images, axis=1) * 255).astype(np.uint8)
+    np.testing.assert_array_equal(picture, expected[..., 0] if expected.shape[-1] == 1 else expected)
+
+
+# ------------------------------------------------------------------------------------------------- step by step
+
+
+def test_progress_with_previews(server: Server, bundle: Bundle) -> None:
+    told: list[StepResult] = []
+    bundle.denoise(bundle.noise([3]), bundle.conditioning([1]), callback=told.append)
+    with GrpcClient(server.ports) as client:
+        client.start(bundle.manifest.model, prompt=1, seed=3, progress=True, preview=True)
+        messages = list(client.messages())
+    assert [(int(m.as_numpy("step")[0]), int(m.as_numpy("bucket")[0])) for m in messages] == [
+        (one.step, one.bucket) for one in told
+    ]
+    for message, one in zip(messages, told, strict=True):
+        np.testing.assert_array_equal(message.as_numpy("latents"), one.latents)
+
+
+def test_progress_over_http(server: Server) -> None:
+    body = json.dumps({"prompt": 1, "seed": 3, "progress": True}).encode()
+    address = f"http://{HOST}:{server.ports.http}/v2/models/{TINY}/generate_stream"
+    with urllib.request.urlopen(urllib.request.Request(address, data=body)) as response:
+        lines = [line for line in response.read().decode().splitlines() if line.startswith("data: ")]
+    messages = [json.loads(line.removeprefix("data: ")) for line in lines]
+    assert [message["step"] for message in messages] == [0, 1, 2, 3]
+    assert ["png" in message for message in messages] == [False, False, False, True]
+
+
+def test_a_cancelled_request_stops(server: Server) -> None:
+    def steps() -> float:
+        return metric(server.ports, "adatsq_generation_steps_total")
+
+    with GrpcClient(server.ports) as client:
+        before = settled(steps)
+        for _ in range(4):
+            client.start(DIGITS, prompt=[0] * 32, seed=list(range(32)))
+            client.cancel()
+        assert settled(steps) - before < 4 * 6
+
+
+def settled(value) -> float:
+    """A metric when it no longer changes; models send theirs every half second."""
+    last = value()
+    for _ in range(20):
+        time.sleep(1)
+        if (now := value()) == last:
+            return now
+        last = now
+    raise AssertionError("the server does not come to rest")
+
+
+# ------------------------------------------------------------------------------------------- batching, step by step
+
+
+def test_requests_at_different_steps_of_a_bucket_share_calls(server: Server) -> None:
+    def ask(number: int) -> None:
+        time.sleep(0.015 * number)
+        with GrpcClient(server.ports) as client:
+            client.latents(DIGITS, prompt=number, seed=number)
+
+    names = ("denoiser_calls", "generation_steps", "joined_places")
+    before = [settled(lambda name=name: metric(server.ports, f"adatsq_{name}_total")) for name in names]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            list(pool.map(ask, range(8)))
+    after = [settled(lambda name=name: metric(server.ports, f"adatsq_{name}_total")) for name in names]
+    calls, steps, places = (now - then for now, then in zip(after, before, strict=True))
+    assert steps == 5 * 8 * 6
+    assert calls < steps / 1.5
+    assert places > 0
+
+
+def infer_input(name: str, value: np.ndarray) -> tritonclient.http.InferInput:
+    kind = {"f": "FP32", "i": "INT32"}[value.dtype.kind]
+    return tritonclient.http.InferInput(name, value.shape, kind).set_data_from_numpy(value)
+
+
+def step_request(bundle: Bundle, step: int, seed: int) -> dict[str, np.ndarray]:
+    inputs = bundle.step_inputs(step, bundle.noise([seed]), bundle.conditioning([1]))
+    del inputs["timestep"]
+    return {"step": np.full((2, 1), step, np.int32), **inputs}
+
+
+def test_step_model_groups_a_batch_by_bucket(
+    http: tritonclient.http.InferenceServerClient, digits: BundleFiles
+) -> None:
+    bundle, name = Bundle(digits), f"{DIGITS}_step"
+    places = [(2 + number % 4, number) for number in range(64)]
+    requests = [[infer_input(*item) for item in step_request(bundle, *place).items()] for place in places]
+    pending = [http.async_infer(name, request) for request in requests]
+    answers = [one.get_result().as_numpy("velocity") for one in pending]
+    for (step, seed), answer in zip(places, answers, strict=True):
+        inputs = bundle.step_inputs(step, bundle.noise([seed]), bundle.conditioning([1]))
+        np.testing.assert_array_equal(answer, bundle.predict(step, inputs))
+    statistics = http.get_inference_statistics(name)["model_stats"][0]
+    assert int(statistics["execution_count"]) < 64
+    assert int(statistics["inference_count"]) == 2 * 64  # the server counts rows
+
+
+BAD_STEPS = {
+    "NaN": ({"hidden_states": np.full((2, 16, 4), np.nan, np.float32)}, "input 'hidden_states': got NaN or infinity"),
+    "step": ({"step": np.full((2, 1), 6, np.int32)}, r"step: got \[6\], expected one of 0 to 5"),
+    "two steps": ({"step": np.array([[0], [1]], np.int32)}, r"step: got \[0, 1\], expected one"),
+    "shape": ({"hidden_states": np.zeros((2, 16, 5), np.float32)}, "unexpected shape for input 'hidden_states'"),
+    "rows": ({"pooled_projections": np.zeros((3, 32), np.float32)}, "batch size|batch-size"),
+    "type": ({"hidden_states": np.zeros((2, 16, 4), np.int32)}, "input 'hidden_states' data-type is 'INT32'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_STEPS)
+def test_bad_steps(http: tritonclient.http.InferenceServerClient, digits: BundleFiles, name: str) -> None:
+    change, message = BAD_STEPS[name]
+    good = step_request(Bundle(digits), 0, 1)
+    with pytest.raises(InferenceServerException, match=message):
+        http.infer(f"{DIGITS}_step", [infer_input(*item) for item in {**good, **change}.items()])
+    http.infer(f"{DIGITS}_step", [infer_input(*item) for item in good.items()])
+
+
+# ----------------------------------------------------------------------------------------------------- refusals
+
+BAD = {
+    "prompt": ({"prompt": 10}, "prompt 10: the bundle holds prompts 0 to 9"),
+    "seed": ({"seed": -1}, "seed: got -1, expected 0 to"),
+    "steps": ({"steps": 20}, "steps: got 20, the bundle's policy is for 6"),
+    "counts": ({"seed": [1, 2]}, "got 1 prompts and 2 seeds"),
+    "too many": ({"prompt": [0] * 33, "seed": [0] * 33}, "1 to 32"),
+    "output": ({"output": "gif"}, "unknown output 'gif'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_requests(client, name: str) -> None:
+    change, message = BAD[name]
+    with pytest.raises(RefusedError, match=message):
+        client.latents(DIGITS, **{"prompt": 0, "seed": 1, **change})
+    assert len(client.latents(DIGITS, prompt=0, seed=1)) == 64
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_guidance_that_is_not_finite(server: Server, value: float) -> None:
+    with GrpcClient(server.ports) as client, pytest.raises(RefusedError, match=r"guidance: got .*, expected a finite"):
+        client.latents(DIGITS, prompt=0, seed=1, guidance=value)
+
+
+@pytest.mark.parametrize("change", [{"prompt": "cat"}, {"seed": 2**70}, {"guidance": "much"}])
+def test_values_of_other_types(server: Server, change: dict[str, object]) -> None:
+    client = HttpClient(server.ports)
+    with pytest.raises(RefusedError, match="Unable to parse 'data': attempt to access JSON non-"):
+        client.generate(DIGITS, **{"prompt": 0, "seed": 1, **change})
+    assert len(client.latents(DIGITS, prompt=0, seed=1)) == 64
