@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Literal
+from threading import Lock
+from typing import Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict
 
@@ -24,6 +28,7 @@ from adatsq_trt.graph_index import GraphFile, GraphIndex
 
 log = logging.getLogger(__name__)
 RECORD_NAME = "built.json"
+_Compile: TypeAlias = Callable[[Path, Target, BatchRange], bytes]
 
 
 class BuiltPlan(BaseModel):
@@ -61,6 +66,7 @@ def build_plans(
     on_plan: Callable[[int, int], None] | None = None,
     compiler: Compiler | None = None,
     layout: Layout = "embedded",
+    jobs: int = 1,
 ) -> tuple[PlanFile, ...]:
     """Compile a layout's graphs for every GPU target; plans whose inputs are unchanged are kept, other plans removed.
 
@@ -72,6 +78,8 @@ def build_plans(
         on_plan: called with (plans done, plans in all).
         compiler: TensorRT-RTX unless another is given.
         layout: "embedded", "shared" (with the store beside the plans) or "switch".
+        jobs: compilers at a time, each in a process of its own when there are several; none is started for plans that
+            are there already.
 
     Returns:
         One entry per plan, by target and then by assignment.
@@ -82,18 +90,49 @@ def build_plans(
     """
     compiler = compiler or RtxBackend()
     graphs = [g for g in index.graphs if g.variant == "target" and (g.assignment is None) == (layout == "switch")]
-    jobs = [(target, graph) for target in targets if target.compute_capability is not None for graph in graphs]
-    _remove_others(bundle_folder, [plan_path(target, graph.assignment) for target, graph in jobs])
-    if not jobs:
+    work = [(target, graph) for target in targets if target.compute_capability is not None for graph in graphs]
+    _remove_others(bundle_folder, [plan_path(target, graph.assignment) for target, graph in work])
+    if not work:
         return ()
     compiler.require()
-    job = _Job(bundle_folder, index, compiler, BatchRange(1, max_batch, max_batch), layout)
-    plans = []
-    for done, (target, graph) in enumerate(jobs, start=1):
-        plans.append(job.plan(target, graph))
-        if on_plan is not None:
-            on_plan(done, len(jobs))
+    jobs = min(jobs, len(work))
+    with _compile(compiler, jobs) as compile_graph, _mapping(jobs) as mapping:
+        job, plans = (
+            _Job(bundle_folder, index, compiler, BatchRange(1, max_batch, max_batch), layout, compile_graph),
+            [],
+        )
+        for done, plan in enumerate(mapping(lambda item: job.plan(*item), work), start=1):
+            plans.append(plan)
+            if on_plan is not None:
+                on_plan(done, len(work))
     return tuple(plans)
+
+
+@contextmanager
+def _mapping(jobs: int) -> Iterator[Callable[..., Iterator[PlanFile]]]:
+    """`map`, or one that works on several items at a time and begins no more after an error."""
+    if jobs == 1:
+        yield map
+        return
+    threads = ThreadPoolExecutor(jobs)
+    try:
+        yield threads.map
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _compile(compiler: Compiler, jobs: int) -> Iterator[_Compile]:
+    """`compiler.build`, in other processes when there are several jobs: it holds Python's lock while it works."""
+    if jobs == 1:
+        yield compiler.build
+        return
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _leave_interrupts_to_the_parent) as processes:
+        yield lambda path, target, batch: processes.submit(compiler.build, path, target, batch).result()
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _remove_others(folder: Path, wanted: Sequence[str]) -> None:
@@ -106,8 +145,17 @@ def _remove_others(folder: Path, wanted: Sequence[str]) -> None:
 class _Job:
     """What all plans of a build have in common."""
 
-    def __init__(self, folder: Path, index: GraphIndex, compiler: Compiler, batch: BatchRange, layout: Layout) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        index: GraphIndex,
+        compiler: Compiler,
+        batch: BatchRange,
+        layout: Layout,
+        compile_graph: _Compile,
+    ) -> None:
         self._folder, self._compiler, self._batch, self._layout = folder, compiler, batch, layout
+        self._compile, self._recording = compile_graph, Lock()
         weights_file = folder / GRAPH_FOLDER / index.weights
         self._weights_hash = sha256(weights_file)
         self._names: Mapping[Weight, str] = {}
@@ -122,9 +170,11 @@ class _Job:
         record = _read_record(record_path)
         if not _is_built(folder / name, record.plans.get(name), key):
             with self._source(graph) as path:
-                write_bytes(folder / name, self._compiler.build(path, target, self._batch))
+                write_bytes(folder / name, self._compile(path, target, self._batch))
             built = BuiltPlan(key=key, sha256=sha256(folder / name))
-            write_json_model(record_path, BuildRecord(plans=dict(sorted({**record.plans, name: built}.items()))))
+            with self._recording:
+                plans = {**_read_record(record_path).plans, name: built}
+                write_json_model(record_path, BuildRecord(plans=dict(sorted(plans.items()))))
         return PlanFile(
             target=target.name,
             assignment=graph.assignment,

@@ -51,6 +51,23 @@ def test_the_compiler_makes_a_plan_for_each_target_and_assignment(own_bundle: Bu
     assert told == [(i, 6) for i in range(1, 7)]
 
 
+def test_several_compilers_make_the_same_plans(own_bundle: BundleFiles, tmp_path: Path) -> None:
+    targets, made = [TARGETS["sm120"]], []
+    for jobs in (1, 2):
+        plans = build_plans(own_bundle.folder, own_bundle.index, targets, 8, jobs=jobs)
+        made.append([(own_bundle.folder / plan.path).read_bytes() for plan in plans])
+        for plan in plans:
+            (own_bundle.folder / plan.path).unlink()
+    assert made[0] == made[1]
+    assert len(made[0]) == 3
+
+
+def test_a_refusal_of_one_of_several_compilers_is_told(own_bundle: BundleFiles) -> None:
+    own_bundle.graph_path(own_bundle.graph("target", 1)).write_bytes(b"no graph")
+    with pytest.raises(AdatsqError, match=r"assignment_001"):
+        build_plans(own_bundle.folder, own_bundle.index, [TARGETS["sm120"]], 8, jobs=2)
+
+
 def test_switch_is_one_plan_for_each_target(own_bundle: BundleFiles) -> None:
     targets = [TARGETS["sm89"], TARGETS["sm120"]]
     plans = build_plans(own_bundle.folder, own_bundle.index, targets, 8, layout="switch")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from importlib import metadata
 from pathlib import Path, PurePosixPath
@@ -20,6 +21,8 @@ from adatsq_trt.run import Stage
 
 NAME = "bundle"
 MAX_SAMPLES = 32
+# Models with more weights are compiled one graph at a time: a compiler holds several times their size.
+_LARGE_BYTES = 1 << 30
 _LIBRARIES = ("torch", "diffusers", "onnx", "onnx-ir", "onnxruntime-gpu", "tensorrt-rtx", "polygraphy")
 
 
@@ -75,8 +78,10 @@ def _plans(context: Context, folder: Path, index: GraphIndex) -> tuple[PlanFile,
     layout = context.settings.layout
     graphs = 1 if layout == "switch" else sum(g.variant == "target" and g.assignment is not None for g in index.graphs)
     branches = 2 if context.calibration.conditioning.unconditional is not None else 1
+    jobs = 1 if index.weight_bytes > _LARGE_BYTES else os.cpu_count() or 1
     with progress("build: TensorRT-RTX", graphs * len(targets)) as advance:
-        return build_plans(folder, index, targets, MAX_SAMPLES * branches, lambda _done, _all: advance(), layout=layout)
+        rows, on_plan = MAX_SAMPLES * branches, lambda _done, _all: advance()
+        return build_plans(folder, index, targets, rows, on_plan, layout=layout, jobs=jobs)
 
 
 def _manifest(context: Context, index: GraphIndex, policy: Policy, plans: tuple[PlanFile, ...]) -> Manifest:
