@@ -97,10 +97,8 @@ def build_plans(
     compiler.require()
     jobs = min(jobs, len(work))
     with _compile(compiler, jobs) as compile_graph, _mapping(jobs) as mapping:
-        job, plans = (
-            _Job(bundle_folder, index, compiler, BatchRange(1, max_batch, max_batch), layout, compile_graph),
-            [],
-        )
+        batch, plans = BatchRange(1, max_batch, max_batch), []
+        job = _Job(bundle_folder, index, compiler, batch, layout, compile_graph)
         for done, plan in enumerate(mapping(lambda item: job.plan(*item), work), start=1):
             plans.append(plan)
             if on_plan is not None:
