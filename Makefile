@@ -21,7 +21,6 @@ demo: $(INSTALLED)
 	$(BIN)/adatsq-trt build engine digits-flux --target sm120 --output $(DEMO)
 	$(BIN)/adatsq-trt check $(DEMO)
 	$(BIN)/adatsq-trt generate $(DEMO)
-	$(BIN)/adatsq-trt report $(DEMO)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2
@@ -43,6 +42,7 @@ docs: $(INSTALLED)
 
 # The figures of docs/how-it-works.md, from the demo.
 docs-figures: demo
+	$(BIN)/adatsq-trt report $(DEMO)
 	cp $(DEMO)/report/{policy,sensitivity,pareto,steps}.svg docs/figures/
 
 # Four builds and their comparison; results.json and the table in README.md. Reuses runs/bench-*.

@@ -30,15 +30,23 @@ WEIGHTED, UNWEIGHTED = "GPTQ, Fisher-weighted Hessian", "GPTQ, unweighted Hessia
 
 @dataclass(frozen=True)
 class Case:
-    """One build: the name of its run directory, its options, and the uniform policy that it is compared with."""
+    """One build.
+
+    Attributes:
+        name: of its run directory.
+        options: of `build engine`.
+        uniform: the uniform policy that it is compared with.
+        solvers: whether the weights' solvers are compared too, which takes minutes.
+    """
 
     name: str
     options: tuple[str, ...]
     uniform: str
+    solvers: bool = False
 
 
 CASES = (
-    Case("paper-fine-4", ("--formats", "paper-fine", "--budget-bits", "4", "--simulate"), "w4a4"),
+    Case("paper-fine-4", ("--formats", "paper-fine", "--budget-bits", "4", "--simulate"), "w4a4", solvers=True),
     Case("paper-fine-3.5", ("--formats", "paper-fine", "--budget-bits", "3.5", "--simulate"), "w3a3"),
     Case("paper-4", ("--formats", "paper", "--budget-bits", "4", "--simulate"), "w4a4"),
     Case("blackwell-6", ("--formats", "blackwell", "--budget-bits", "6", "--target", "sm120"), "nvfp4"),
@@ -52,10 +60,11 @@ class Result(BaseModel):
         uniform: the uniform policy of the first ratio.
         uniform_errors: format → error of that format everywhere.
         static_errors: of the best policies that do not see the step, or the layer.
-        solver_errors: "policy" (the chosen one) or "uniform FORMAT" → solver of the weights → error.
+        final_standard_error: of that mean.
+        solver_errors: empty where they were not compared; "policy" (the chosen one) or "uniform FORMAT" → solver of the weights → error.
         ratio_to_uniform: final error / that of `uniform`.
         ratio_to_static: final error / that of the better static policy.
-        ratio_to_unweighted: Fisher-weighted / unweighted Hessians, with the same policy.
+        ratio_to_unweighted: Fisher-weighted / unweighted Hessians, with the same policy; None likewise.
         search_seconds: wall-clock seconds of the search stage; depends on the machine.
     """
 
@@ -65,13 +74,14 @@ class Result(BaseModel):
     command: str
     mean_bits: float
     final_error: float
+    final_standard_error: float
     uniform: str
     uniform_errors: dict[str, float]
     static_errors: StaticErrors
     solver_errors: dict[str, dict[str, float]]
     ratio_to_uniform: float
     ratio_to_static: float
-    ratio_to_unweighted: float
+    ratio_to_unweighted: float | None
     held_out_samples: int
     denoiser_calls: int
     search_seconds: float
@@ -82,7 +92,7 @@ class Results(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     results: tuple[Result, ...]
 
 
@@ -92,35 +102,42 @@ def measure(case: Case, runs: Path) -> Result:
     arguments = ["build", "engine", "digits-flux", *case.options, "--output", str(run)]
     subprocess.run([SCRIPT, *arguments], check=True)
     summary = read_json_model(run / "summary.json", Summary)
-    compared = subprocess.run([SCRIPT, "compare", str(run), "--json"], check=True, stdout=subprocess.PIPE, text=True)
-    solvers: dict[str, dict[str, float]] = json.loads(compared.stdout)
+    solvers = _solver_errors(run) if case.solvers else {}
     static = [e for e in (summary.static_errors.layer_only, summary.static_errors.time_only) if e is not None]
     return Result(
         name=case.name,
         command=" ".join(["adatsq-trt", *arguments]),
         mean_bits=summary.mean_bits,
         final_error=summary.final_error,
+        final_standard_error=summary.final_standard_error,
         uniform=case.uniform,
         uniform_errors=summary.uniform_errors,
         static_errors=summary.static_errors,
         solver_errors=solvers,
         ratio_to_uniform=summary.final_error / summary.uniform_errors[case.uniform],
         ratio_to_static=summary.final_error / min(static),
-        ratio_to_unweighted=solvers["policy"][WEIGHTED] / solvers["policy"][UNWEIGHTED],
+        ratio_to_unweighted=solvers["policy"][WEIGHTED] / solvers["policy"][UNWEIGHTED] if solvers else None,
         held_out_samples=summary.held_out_samples,
         denoiser_calls=summary.denoiser_calls,
         search_seconds=summary.stages["search"].seconds,
     )
 
 
+def _solver_errors(run: Path) -> dict[str, dict[str, float]]:
+    compared = subprocess.run([SCRIPT, "compare", str(run), "--json"], check=True, stdout=subprocess.PIPE, text=True)
+    errors: dict[str, dict[str, float]] = json.loads(compared.stdout)
+    return errors
+
+
 def table(results: Results) -> str:
     """The results in Markdown."""
-    heads = ("build", "mean bits", "latent MSE", "of uniform", "of the better static", "Fisher / plain H", "calls")
+    heads = ("build", "mean bits", "latent MSE", "of uniform", "of the better static", "calls")
     lines = [f"| {' | '.join(heads)} |", f"|---{'|---:' * (len(heads) - 1)}|"]
     for r in results.results:
         uniform = f"{r.ratio_to_uniform:.2f} × {r.uniform}"
-        figures = (f"{r.mean_bits:.3f}", f"{r.final_error:.2e}", uniform, f"{r.ratio_to_static:.2f} ×")
-        lines.append(f"| {r.name} | {' | '.join(figures)} | {r.ratio_to_unweighted:.2f} × | {r.denoiser_calls} |")
+        error = f"{r.final_error:.2e} ± {r.final_standard_error:.0e}"
+        figures = (f"{r.mean_bits:.3f}", error, uniform, f"{r.ratio_to_static:.2f} ×", str(r.denoiser_calls))
+        lines.append(f"| {r.name} | {' | '.join(figures)} |")
     return "\n".join(lines) + "\n"
 
 
