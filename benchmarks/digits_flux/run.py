@@ -61,7 +61,8 @@ class Result(BaseModel):
         uniform_errors: format → error of that format everywhere.
         static_errors: of the best policies that do not see the step, or the layer.
         final_standard_error: of that mean.
-        solver_errors: empty where they were not compared; "policy" (the chosen one) or "uniform FORMAT" → solver of the weights → error.
+        solver_errors: "policy" (the chosen one) or "uniform FORMAT" → solver of the weights → error; empty where
+            solvers were not compared.
         ratio_to_uniform: final error / that of `uniform`.
         ratio_to_static: final error / that of the better static policy.
         ratio_to_unweighted: Fisher-weighted / unweighted Hessians, with the same policy; None likewise.
