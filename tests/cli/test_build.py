@@ -46,7 +46,7 @@ def test_run_holds_all_that_was_promised(built: Path) -> None:
 def test_summary_has_the_figures_of_the_run(built: Path) -> None:
     summary = Summary.model_validate_json((built / "summary.json").read_text())
     policy = Policy.load(built / "policy.json")
-    assert (summary.schema_version, summary.model, summary.steps) == (1, "digits-flux", 2)
+    assert (summary.schema_version, summary.model, summary.steps) == (2, "digits-flux", 2)
     assert (summary.buckets, summary.assignments) == (len(policy.buckets), len(policy.assignments))
     assert summary.mean_bits == policy.mean_bits <= 6.0
     assert 4.0 < summary.mean_weight_bits < 17

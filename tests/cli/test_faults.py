@@ -168,7 +168,7 @@ def interrupting(function: Callable[..., Any]) -> Callable[..., Any]:
     [
         ("adatsq_trt.cli.stages.quantize.gptq", "quantize"),
         ("adatsq_trt.files.os.fsync", "quantize"),
-        ("adatsq_trt.engines.build.RtxBackend.build", "build"),
+        ("adatsq_trt.engines.build.write_bytes", "build"),
         ("adatsq_trt.engines.accuracy.rows.compare", "check"),
         ("adatsq_trt.engines.backends.onnxruntime.OnnxRuntimeBackend.load", "generate"),
     ],

@@ -63,6 +63,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
             formats="nvfp4,fp8,int4wo,bf16",
             budget_bits=16,
             simulate=False,
+            layout="embedded",
             steps=3,
             guidance=None,
             policy=base / "policy.json",

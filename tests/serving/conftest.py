@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from adatsq_trt.policy import Policy
 from tests.cli.conftest import CommandLine
 from tests.engines.conftest import make_bundle
 
+# The clients come with `make test-serving`.
+collect_ignore_glob = [] if find_spec("tritonclient") and find_spec("aiohttp") else ["test_*.py"]
 TINY, DIGITS = "tiny", "digits-flux"
 # One bucket with scales at every step, and one without, in which requests meet at any step.
 DIGITS_POLICY = ("fp8", "fp8", "int4wo", "int4wo", "int4wo", "int4wo")
