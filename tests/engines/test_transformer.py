@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from torch import nn
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
 from adatsq_trt.engines.bundle import (
     GRAPH_FOLDER,
@@ -28,29 +27,14 @@ from adatsq_trt.formats import FORMATS
 from adatsq_trt.models.flux import FluxAdapter
 from adatsq_trt.policy import Policy
 from adatsq_trt.quantize import quantize_nearest
+from tests.tiny_flux import make_tiny_flux
 
 STEPS, GUIDANCE, PATCHES, WIDTH = 4, 2.0, 4, 32
 PIXELS = 16 * PATCHES  # what the pipeline calls its height: without a VAE it assumes 8 pixels per latent pixel
 
 
 def make_adapter() -> FluxAdapter:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        transformer = FluxTransformer2DModel(
-            patch_size=1,
-            in_channels=4,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=32,
-            num_attention_heads=2,
-            joint_attention_dim=WIDTH,
-            pooled_projection_dim=WIDTH,
-            guidance_embeds=False,
-            axes_dims_rope=(8, 12, 12),
-        )
-        return FluxAdapter(
-            transformer, nn.Embedding(11, WIDTH), FlowMatchEulerDiscreteScheduler(shift=3.0), 2 * PATCHES
-        )
+    return make_tiny_flux(WIDTH, PATCHES, shift=3.0)
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,13 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from torch import Tensor, nn
 
 from adatsq_trt.export import trace
 from adatsq_trt.export.lower_quantizers import LowerQuantizers
 from adatsq_trt.export.lower_types import LowerTypes
 from adatsq_trt.models.flux import FluxAdapter
+from tests.tiny_flux import make_tiny_flux
 
 Runner = Callable[[str | bytes, Mapping[str, np.ndarray]], np.ndarray]
 
@@ -80,23 +80,9 @@ def traced_toy(toy: ToyTrace, toy_inputs: dict[str, Tensor]) -> ir.Model:
 @pytest.fixture(scope="session")
 def small_flux() -> FluxAdapter:
     """diffusers' own Flux with one block of either kind and weights that bfloat16 holds exactly."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        transformer = FluxTransformer2DModel(
-            patch_size=1,
-            in_channels=4,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=32,
-            num_attention_heads=2,
-            joint_attention_dim=32,
-            pooled_projection_dim=32,
-            guidance_embeds=False,
-            axes_dims_rope=(8, 12, 12),
-        )
-        adapter = FluxAdapter(transformer, nn.Embedding(11, 32), FlowMatchEulerDiscreteScheduler(), 8)
+    adapter = make_tiny_flux(width=32, patches=4)
     with torch.no_grad():
-        for parameter in transformer.parameters():
+        for parameter in adapter.transformer.parameters():
             parameter.copy_(parameter.bfloat16())
     return adapter
 

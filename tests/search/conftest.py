@@ -7,8 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from adatsq_trt.calibration.fisher import projections
 from adatsq_trt.calibration.trajectory import Samples, trajectory
@@ -17,6 +16,7 @@ from adatsq_trt.models.capture import captured
 from adatsq_trt.models.flux import FluxAdapter
 from adatsq_trt.models.format_store import FormatStore
 from adatsq_trt.quantize import quantize_nearest, static_activation_scale
+from tests.tiny_flux import make_tiny_flux
 
 STEPS = 3
 # fp8 and w8a8 have equal bits.
@@ -25,21 +25,7 @@ SET = tuple(FORMATS[name] for name in ("w4a4", "fp8", "w8a8", "fp32"))
 
 @pytest.fixture(scope="session")
 def tiny_flux() -> FluxAdapter:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        transformer = FluxTransformer2DModel(
-            patch_size=1,
-            in_channels=4,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=32,
-            num_attention_heads=2,
-            joint_attention_dim=16,
-            pooled_projection_dim=16,
-            guidance_embeds=False,
-            axes_dims_rope=(8, 12, 12),
-        )
-        adapter = FluxAdapter(transformer, nn.Embedding(11, 16), FlowMatchEulerDiscreteScheduler(), 4)
+    adapter = make_tiny_flux(width=16, patches=2)
     adapter.transformer.requires_grad_(False)
     return adapter
 
