@@ -1,3 +1,3 @@
 """adatsq-trt: timestep-aware mixed precision for diffusion transformers, down to TensorRT engines."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
