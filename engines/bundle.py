@@ -31,7 +31,7 @@ PLAN_FOLDER = "plans"
 SCALES_NAME = "activation_scales.safetensors"
 PROMPTS_NAME = "prompts.safetensors"
 REFERENCE_NAME = "check/reference.safetensors"
-CONDITIONAL, UNCONDITIONAL = "conditional.", "unconditional."
+CONDITIONAL, UNCONDITIONAL = "conditional.", "unconditional."  # what the names of stored prompts start with
 
 # Of one sample: a latent is allocated before any other part of the bundle confirms its shape.
 MAX_LATENT_ELEMENTS = 1 << 26
@@ -75,18 +75,20 @@ class ImageSpec(_Record):
     """How a latent becomes an image.
 
     Attributes:
-        patches: patches along one side; each holds 2x2 pixels.
+        patches: patches along one side.
         channels: channels of the image.
+        patch_size: height and width of a patch in pixels.
     """
 
     patches: Count
     channels: Count
+    patch_size: Count = 2
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Unpack 2x2 patches: [B, patches², 4c] in [-1, 1] → [B, 2 patches, 2 patches, c] in [0, 1], float32."""
-        side, channels = self.patches, self.channels
-        grid = latents.reshape(-1, side, side, channels, 2, 2).transpose(0, 1, 4, 2, 5, 3)
-        return np.clip(grid.reshape(-1, 2 * side, 2 * side, channels) / 2 + 0.5, 0, 1)
+        """Unpack patches of p x p: [B, patches², p² c] in [-1, 1] → [B, p patches, p patches, c] in [0, 1], float32."""
+        side, channels, pixels = self.patches, self.channels, self.patch_size
+        grid = latents.reshape(-1, side, side, channels, pixels, pixels).transpose(0, 1, 4, 2, 5, 3)
+        return np.clip(grid.reshape(-1, pixels * side, pixels * side, channels) / 2 + 0.5, 0, 1)
 
 
 class Manifest(_Record):
@@ -102,10 +104,11 @@ class Manifest(_Record):
         base_type: 16-bit type of what is not quantized in the target graphs.
         formats: formats that the policy uses.
         schedule: sigmas and timesteps of the denoising loop.
-        guidance: weight of classifier-free guidance.
+        guidance: scale of guidance: weight of the branch with the prompt, or an input of models trained with it.
         latent_shape: shape of one sample's latent.
         image: how a latent becomes an image.
         prompts: how many prompts are stored.
+        prompt_texts: what they say.
         plans: compiled engines; none when the policy is only simulated.
         versions: library → version.
         files: path relative to the bundle → sha256 of every other file.
@@ -124,13 +127,15 @@ class Manifest(_Record):
     latent_shape: Annotated[tuple[Count, ...], Field(min_length=1, max_length=8)]
     image: ImageSpec
     prompts: Count
+    prompt_texts: tuple[str, ...] = ()
     plans: tuple[PlanFile, ...]
     versions: dict[Name, Name]
     files: dict[str, str] = {}
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
-        elements, pixels = prod(self.latent_shape), self.image.channels * (2 * self.image.patches) ** 2
+        elements = prod(self.latent_shape)
+        pixels = self.image.channels * (self.image.patch_size * self.image.patches) ** 2
         if elements > MAX_LATENT_ELEMENTS:
             raise ValueError(f"a latent of {elements} elements, the most is {MAX_LATENT_ELEMENTS}")
         if elements != pixels:
@@ -312,6 +317,11 @@ class BundleFiles:
                 )
         return prompts
 
+    @property
+    def two_branches(self) -> bool:
+        """Whether guidance combines a prediction with the prompt and one without."""
+        return any(name.startswith(UNCONDITIONAL) for name in self.prompts)
+
     @cached_property
     def reference(self) -> dict[str, np.ndarray]:
         """What PyTorch computed: "step_003.input.<graph input>" and "step_003.output" for every step."""
@@ -376,6 +386,26 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     # The last two where NumPy lacks the type of a tensor.
     except (SafetensorError, ValueError, OSError, AttributeError, TypeError) as error:
         raise DamagedFileError(f"'{path}' is not a complete safetensors file ({error}); {_REBUILD}") from error
+
+
+def prompt_number(bundle: BundleFiles, prompt: str) -> int:
+    """The number of a prompt that is given by its text or by that number.
+
+    Raises:
+        UserError: the bundle holds no such prompt.
+    """
+    texts = bundle.manifest.prompt_texts
+    if prompt in texts:
+        return texts.index(prompt)
+    try:
+        number = int(prompt)
+    except ValueError:
+        raise UserError(
+            f"prompt '{prompt}': not one of the {bundle.manifest.prompts} that the bundle holds; choose one of "
+            f"\"prompt_texts\" in '{bundle.folder / MANIFEST_NAME}', or its number"
+        ) from None
+    require_prompts(bundle, [number])
+    return number
 
 
 def require_prompts(bundle: BundleFiles, prompts: Iterable[int]) -> None:

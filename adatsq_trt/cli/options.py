@@ -106,8 +106,10 @@ def resolve(request: Request, choice: Choice, model: LoadedModel) -> Settings:
     """Fill in the model's defaults.
 
     Raises:
-        UserError: formats that do not suit the model's layers.
+        UserError: formats that do not suit the model's layers; a guidance scale for a model that takes none.
     """
+    if request.guidance is not None and not model.adapter.takes_guidance:
+        raise UserError(f"--guidance {request.guidance:g}: model '{request.model}' takes no guidance; leave it out")
     layers = model.adapter.quantizable_layers().items()
     require_shapes(choice.formats, [(name, layer.in_features) for name, layer in layers])
     return Settings(

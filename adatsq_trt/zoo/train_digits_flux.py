@@ -22,7 +22,10 @@ from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 from torch import Tensor, nn
 
+from adatsq_trt.models.adapter import ImageShape
 from adatsq_trt.models.flux import FluxAdapter, pack
+from adatsq_trt.models.prompts import ClassEncoder
+from adatsq_trt.zoo.sampling import sample
 
 LOGGER = logging.getLogger(__name__)
 TRAIN_IMAGES = 1500
@@ -52,7 +55,8 @@ def make_adapter() -> FluxAdapter:
         guidance_embeds=False,
         axes_dims_rope=(4, 6, 6),
     )
-    return FluxAdapter(transformer, nn.Embedding(CLASSES + 1, WIDTH), FlowMatchEulerDiscreteScheduler(), IMAGE_SIZE)
+    encoder = ClassEncoder(nn.Embedding(CLASSES + 1, WIDTH))
+    return FluxAdapter(transformer, encoder, FlowMatchEulerDiscreteScheduler(), ImageShape(IMAGE_SIZE // 2, channels=1))
 
 
 def batches(latents: Tensor, labels: Tensor, iterations: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
@@ -66,7 +70,7 @@ def batches(latents: Tensor, labels: Tensor, iterations: int) -> Iterator[tuple[
 def train(adapter: FluxAdapter, iterations: int) -> None:
     """Flow matching: fit v(x[sigma]) to noise - x0, keep an exponential average of the weights."""
     images, labels = digits()
-    latents, modules = pack(images[:TRAIN_IMAGES]), nn.ModuleList([adapter.transformer, adapter.class_embedding])
+    latents, modules = pack(images[:TRAIN_IMAGES]), nn.ModuleList([adapter.transformer, adapter.encoder])
     parameters = list(modules.parameters())
     average = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, weight_decay=WEIGHT_DECAY)
@@ -75,8 +79,8 @@ def train(adapter: FluxAdapter, iterations: int) -> None:
     for i, (x0, noise, label, sigma) in enumerate(batches(latents, labels[:TRAIN_IMAGES], iterations)):
         optimizer.param_groups[0]["lr"] = RATE * min(1, i / 100) * (1 - i / iterations)
         mix = sigma[:, None, None]
-        condition = adapter.encode(label.tolist()).conditional
-        prediction = adapter.trace_module()((1 - mix) * x0 + mix * noise, *condition.values(), sigma)
+        tokens, pooled = adapter.encoder.encode([None if c == CLASSES else c for c in label.tolist()])
+        prediction = adapter.trace_module()((1 - mix) * x0 + mix * noise, tokens, pooled, sigma)
         loss = (prediction - (noise - x0)).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -89,17 +93,6 @@ def train(adapter: FluxAdapter, iterations: int) -> None:
     with torch.no_grad():
         for parameter, mean in zip(parameters, average, strict=True):
             parameter.copy_(mean.bfloat16())
-
-
-@torch.no_grad()
-def sample(adapter: FluxAdapter, prompts: list[int], steps: int, guidance: float, seed: int) -> Tensor:
-    """Images [B, 8, 8, 1] in [0, 1]."""
-    schedule, conditioning = adapter.schedule(steps), adapter.encode(prompts)
-    latent = torch.randn(len(prompts), *adapter.latent_shape, generator=torch.Generator().manual_seed(seed))
-    for step in range(steps):
-        velocity = adapter.velocity(latent, schedule.model_time(step), conditioning, guidance)
-        latent = schedule.advance(latent, velocity, step)
-    return adapter.decode(latent)
 
 
 def distance_to(images: Tensor, others: Tensor) -> float:
@@ -127,7 +120,7 @@ def save(adapter: FluxAdapter, folder: Path) -> None:
     adapter.transformer.to(torch.bfloat16).save_pretrained(folder / "transformer")
     adapter.scheduler.save_pretrained(folder / "scheduler")
     (folder / "class_embedding").mkdir(parents=True, exist_ok=True)
-    table = adapter.class_embedding.weight.detach().bfloat16().contiguous()
+    table = adapter.encoder.state_dict()["embedding.weight"].bfloat16()
     save_file({"weight": table}, folder / "class_embedding" / "model.safetensors")
     index = {
         "_class_name": "ClassConditionalFluxPipeline",

@@ -101,7 +101,7 @@ def loop_over_step_model(bundle: Bundle, client: triton.InferenceServerClient) -
     """The loop in the client, which calls the step model at every step."""
     latents, conditioning, schedule = bundle.noise([1]), bundle.conditioning([0]), bundle.schedule
     for step in range(schedule.steps):
-        inputs = bundle.step_inputs(step, latents, conditioning)
+        inputs = bundle.step_inputs(step, latents, conditioning, bundle.manifest.guidance)
         rows = len(inputs.pop(TIME_INPUT))
         arrays = {"step": np.full((rows, 1), step, np.int32), **inputs}
         tensors = [

@@ -49,8 +49,8 @@ def flux_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in ("fp8", "bf16")
     }
     with torch.no_grad():
-        encoded = adapter.encode(range(adapter.classes))
-        inputs = adapter.guided_inputs(torch.randn(11 - 1, *adapter.latent_shape), 0.5, encoded)
+        encoded = adapter.encode(range(len(adapter.prompts)))
+        inputs = adapter.guided_inputs(torch.randn(11 - 1, *adapter.latent_shape), 0.5, encoded, 2.0)
     traced = trace(adapter.trace_module(), inputs, "velocity", torch.bfloat16)
     index = export_graphs(traced, policy, weights, folder / GRAPH_FOLDER, "bfloat16", adapter.blocks(), ("cpu",))
     policy.save(folder / POLICY_NAME)
@@ -72,7 +72,7 @@ def flux_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         guidance=GUIDANCE,
         latent_shape=adapter.latent_shape,
         image=ImageSpec(patches=PATCHES, channels=1),
-        prompts=adapter.classes,
+        prompts=len(adapter.prompts),
         plans=(),
         versions={},
     )
