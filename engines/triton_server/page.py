@@ -78,7 +78,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """A generation: what Triton server says is passed on as it comes."""
-        length = int(self.headers.get("Content-Length") or 0)
+        stated = self.headers.get("Content-Length", "")
+        length = int(stated) if stated.isdecimal() and len(stated) < 10 else 0
         if self.path != "/generate" or not 0 < length <= _MAX_REQUEST_BYTES:
             self.send_error(400)
             return
