@@ -38,7 +38,8 @@ MAX_LATENT_ELEMENTS = 1 << 26
 
 Layout = Literal["embedded", "shared", "switch"]
 
-_REBUILD = "run 'adatsq-trt build engine' again"
+# The next step that messages name.
+REBUILD = "run 'adatsq-trt build engine' again"
 
 
 class _Record(BaseModel):
@@ -199,15 +200,15 @@ class BundleFiles:
             DamagedFileError: a file is not what the manifest says, or lies outside the bundle.
         """
         folder = _find(path)
-        manifest = read_json_model(folder / MANIFEST_NAME, Manifest, _REBUILD)
+        manifest = read_json_model(folder / MANIFEST_NAME, Manifest, REBUILD)
         _require_inside(folder, [*manifest.files, *(plan.path for plan in manifest.plans)])
         _require_listed(manifest, [POLICY_NAME, f"{GRAPH_FOLDER}/{INDEX_NAME}", *(p.path for p in manifest.plans)])
         if verify:
             _require_hashes(folder, manifest)
-        index = read_json_model(folder / GRAPH_FOLDER / INDEX_NAME, GraphIndex, _REBUILD)
+        index = read_json_model(folder / GRAPH_FOLDER / INDEX_NAME, GraphIndex, REBUILD)
         graphs = [f"{GRAPH_FOLDER}/{name}" for name in (index.weights, *(graph.path for graph in index.graphs))]
         _require_listed(manifest, graphs)
-        bundle = cls(folder, manifest, read_json_model(folder / POLICY_NAME, Policy, _REBUILD), index)
+        bundle = cls(folder, manifest, read_json_model(folder / POLICY_NAME, Policy, REBUILD), index)
         bundle._require_consistent()
         return bundle
 
@@ -216,7 +217,7 @@ class BundleFiles:
         if len(record.timesteps) != steps or len(record.sigmas) != steps + 1:
             raise DamagedFileError(
                 f"'{self.folder / MANIFEST_NAME}': the schedule has {len(record.timesteps)} timesteps and "
-                f"{len(record.sigmas)} sigmas, the policy has {steps} steps; {_REBUILD}"
+                f"{len(record.sigmas)} sigmas, the policy has {steps} steps; {REBUILD}"
             )
         for graph in self.index.graphs:
             strange = [f"a scale of layer '{layer}'" for layer in graph.scale_inputs if layer not in self.policy.layers]
@@ -225,7 +226,7 @@ class BundleFiles:
             if strange:
                 raise DamagedFileError(
                     f"'{self.folder / GRAPH_FOLDER / INDEX_NAME}': '{graph.path}' has {strange[0]}, which the policy "
-                    f"does not have; {_REBUILD}"
+                    f"does not have; {REBUILD}"
                 )
 
     def schedule(self) -> Schedule:
@@ -244,7 +245,7 @@ class BundleFiles:
         except KeyError as error:
             raise DamagedFileError(
                 f"'{self.folder / GRAPH_FOLDER / INDEX_NAME}' has no {variant} graph for assignment {assignment}; "
-                f"{_REBUILD}"
+                f"{REBUILD}"
             ) from error
 
     def graph_path(self, graph: GraphFile) -> Path:
@@ -286,13 +287,13 @@ class BundleFiles:
             got = "nothing" if table is None else f"{table.dtype} {list(table.shape)}"
             raise DamagedFileError(
                 f"'{self.folder / SCALES_NAME}', format '{format_name}': got {got}, expected float32 {list(shape)}; "
-                f"{_REBUILD}"
+                f"{REBUILD}"
             )
         value = table[step, self.policy.layers.index(layer)]
         if not (np.isfinite(value) and value > 0):
             raise DamagedFileError(
                 f"'{self.folder / SCALES_NAME}', format '{format_name}', step {step}, layer '{layer}': got {value}, "
-                f"expected a positive number; {_REBUILD}"
+                f"expected a positive number; {REBUILD}"
             )
         return np.asarray(value, dtype=np.float32)
 
@@ -313,7 +314,7 @@ class BundleFiles:
             if value.shape[:1] != (rows,) or value.dtype != np.float32 or not np.isfinite(value).all():
                 raise DamagedFileError(
                     f"'{self.folder / PROMPTS_NAME}', '{name}': got {value.dtype} {list(value.shape)}, expected {rows} "
-                    f"rows of finite float32 numbers; {_REBUILD}"
+                    f"rows of finite float32 numbers; {REBUILD}"
                 )
         return prompts
 
@@ -354,18 +355,18 @@ def _require_inside(folder: Path, names: Iterable[str]) -> None:
 def _require_listed(manifest: Manifest, names: Iterable[str]) -> None:
     for name in names:
         if name not in manifest.files:
-            raise DamagedFileError(f"the bundle's manifest has no hash for '{name}', so it is not read; {_REBUILD}")
+            raise DamagedFileError(f"the bundle's manifest has no hash for '{name}', so it is not read; {REBUILD}")
 
 
 def _require_hashes(folder: Path, manifest: Manifest) -> None:
     for name, expected in manifest.files.items():
         path = folder / name
         if not path.is_file():
-            raise MissingFileError(f"the bundle's file '{path}' is gone; {_REBUILD}")
+            raise MissingFileError(f"the bundle's file '{path}' is gone; {REBUILD}")
         got = sha256(path)
         if got != expected:
             raise DamagedFileError(
-                f"the bundle's file '{path}' was altered: got sha256 {got}, expected {expected}; {_REBUILD}"
+                f"the bundle's file '{path}' was altered: got sha256 {got}, expected {expected}; {REBUILD}"
             )
 
 
@@ -380,12 +381,12 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file
 
     if not path.is_file():
-        raise MissingFileError(f"the bundle's file '{path}' is gone; {_REBUILD}")
+        raise MissingFileError(f"the bundle's file '{path}' is gone; {REBUILD}")
     try:
         return load_file(path)
     # The last two where NumPy lacks the type of a tensor.
     except (SafetensorError, ValueError, OSError, AttributeError, TypeError) as error:
-        raise DamagedFileError(f"'{path}' is not a complete safetensors file ({error}); {_REBUILD}") from error
+        raise DamagedFileError(f"'{path}' is not a complete safetensors file ({error}); {REBUILD}") from error
 
 
 def prompt_number(bundle: BundleFiles, prompt: str) -> int:

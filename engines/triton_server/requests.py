@@ -46,14 +46,16 @@ def read_request(tensors: Mapping[str, np.ndarray], parameters: str, bundle: Bun
     Raises:
         UserError: says which input is wrong.
     """
+    sizes = {name: value.size for name, value in tensors.items()}
     for name in sorted(set(tensors) - {"prompt", "seed"}):
-        if tensors[name].size != 1:
-            raise UserError(f"{name}: got {tensors[name].size} values, expected one for all samples of the request")
-    prompts, seeds = tensors["prompt"].ravel().tolist(), tensors["seed"].ravel().tolist()
-    if len(prompts) != len(seeds) or not 0 < len(seeds) <= max_samples:
+        if sizes[name] != 1:
+            raise UserError(f"{name}: got {sizes[name]} values, expected one for all samples of the request")
+    if sizes["prompt"] != sizes["seed"] or not 0 < sizes["seed"] <= max_samples:
         raise UserError(
-            f"got {len(prompts)} prompts and {len(seeds)} seeds, expected one seed for every prompt, 1 to {max_samples}"
+            f"got {sizes['prompt']} prompts and {sizes['seed']} seeds, expected one seed for every prompt, "
+            f"1 to {max_samples}"
         )
+    prompts, seeds = tensors["prompt"].ravel().tolist(), tensors["seed"].ravel().tolist()
     if min(seeds) < 0:
         raise UserError(f"seed: got {min(seeds)}, expected 0 to {np.iinfo(np.int64).max}")
     guidance = float(_only(tensors, "guidance", bundle.manifest.guidance))
