@@ -6,10 +6,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from adatsq_trt.cli import app
@@ -154,6 +156,19 @@ def test_bucket_rows_follow_the_steps(data: ReportData) -> None:
     rows = [(row.steps, row.assignment, row.shares, row.engine_bytes) for row in bucket_rows(data)]
     assert rows[0] == ("0-1", 0, (("nvfp4", 2), ("fp8", 1)), 10_000_000)
     assert rows[2] == ("3", 2, (("nvfp4", 3),), 10_000_000)
+
+
+def test_the_build_command_says_everything_that_it_can(data: ReportData) -> None:
+    """An option that it leaves out would fall back to a default that the run may not have had."""
+    settings = data.settings.model_copy(update={"budget_bits": 20 / 3, "layout": "switch"})
+    words = commands(replace(data, settings=settings))[0]
+    build: Any = get_command(app)
+    for name in ("build", "engine"):
+        build = build.commands[name]
+    options = {option.opts[0] for option in build.params if option.param_type_name == "option"}
+    assert options - set(words) == {"--simulate", "--policy", "--until"}
+    assert words[words.index("--budget-bits") + 1] == "6.666666666666667"
+    assert words[words.index("--layout") + 1] == "switch"
 
 
 def test_commands_are_ones_that_the_command_line_takes(data: ReportData) -> None:
