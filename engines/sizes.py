@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
-from onnx import GraphProto
+from onnx import GraphProto, TensorProto
 from pydantic import BaseModel, ConfigDict
 
 from adatsq_trt.engines.bundle import BundleFiles, Layout
@@ -33,18 +34,36 @@ class LayoutSize(BaseModel):
     plan_overhead_bytes: dict[str, int]
 
 
+class OperandSize(BaseModel):
+    """One kind of weight input of plugin nodes; docs/plugin.md says what each is.
+
+    Attributes:
+        name: such as "w8"; a layer with a "lo" is nested.
+        layers: how many have it.
+        bytes: of all of them; each is stored once.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    layers: int
+    bytes: int
+
+
 class SizeReport(BaseModel):
     """All layouts.
 
     Attributes:
         floor_bytes: distinct (layer, format) weights and everything that is not quantized, each once.
-        layouts: the one that is built among them.
+        layouts: the one that is built among them; `plugin` stands alone, as it has a graph of its own.
+        operands: of layout `plugin`: what its layers' weights consist of.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     floor_bytes: int
     layouts: tuple[LayoutSize, ...]
+    operands: tuple[OperandSize, ...] = ()
 
 
 def size_report(files: BundleFiles) -> SizeReport | None:
@@ -52,7 +71,11 @@ def size_report(files: BundleFiles) -> SizeReport | None:
     graphs = {g.assignment: files.graph_path(g) for g in files.index.graphs if g.variant == "target"}
     if not graphs:
         return None
-    floor = constant_bytes(graphs.pop(None))
+    together = graphs.pop(None)
+    floor = constant_bytes(together)
+    if files.manifest.layout == "plugin":
+        only = LayoutSize(layout="plugin", engines=1, weight_bytes=floor, plan_overhead_bytes={})
+        return SizeReport(floor_bytes=floor, layouts=(only,), operands=operand_sizes(together))
     embedded = sum(constant_bytes(path) for path in graphs.values())
     weights: dict[Layout, int] = {"embedded": embedded, "shared": floor, "switch": floor}
     return SizeReport(
@@ -75,6 +98,25 @@ def constant_bytes(path: Path) -> int:
     large = {weight for tensor in initializers(graph) if (weight := weight_of(tensor)) is not None}
     small = sum(len(tensor.raw_data) for tensor in initializers(graph))
     return sum(weight.length for weight in large) + small
+
+
+def operand_sizes(path: Path) -> tuple[OperandSize, ...]:
+    """The weight inputs of a graph's plugin nodes, by name."""
+    graph: GraphProto = onnx.load(path, load_external_data=False).graph
+    sizes = {tensor.name: _size(tensor) for tensor in graph.initializer}
+    layers, total = Counter[str](), Counter[str]()
+    for node in graph.node:
+        names = {a.name: a.s.decode() for a in node.attribute if a.name == "inputs"}.get("inputs", "")
+        for name, value in zip(names.split(","), node.input, strict=False):
+            if value in sizes:
+                layers[name] += 1
+                total[name] += sizes[value]
+    return tuple(OperandSize(name=name, layers=count, bytes=total[name]) for name, count in sorted(layers.items()))
+
+
+def _size(tensor: TensorProto) -> int:
+    weight = weight_of(tensor)
+    return len(tensor.raw_data) if weight is None else weight.length
 
 
 def _overhead(files: BundleFiles, layout: Layout, weight_bytes: int) -> dict[str, int]:
