@@ -275,9 +275,10 @@ def require_accelerated(formats: Iterable[Format], targets: Iterable[Target], la
         refused = [f.name for f in wanted if f.name not in able]
         if refused:
             other = PLUGIN_LAYOUT if layout != PLUGIN_LAYOUT else "embedded"
-            elsewhere = f", or --layout {other}" if set(refused) <= target.accelerated(other) else ""
+            here = " in this layout" if set(refused) <= target.accelerated(other) else ""
+            elsewhere = f", or --layout {other}" if here else ""
             raise UnsupportedFormatError(
-                f"target '{target.name}' does not accelerate {', '.join(refused)}; in layout '{layout}' it accelerates "
+                f"target '{target.name}' does not accelerate {', '.join(refused)}{here}; it accelerates "
                 f"{', '.join(sorted(able)) or 'nothing'}; choose among these with --formats{elsewhere}, or pass "
                 "--simulate to study the policy without engines"
             )

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from adatsq_trt.engines.bundle import BundleFiles, Layout
 from adatsq_trt.engines.store import initializers, weight_of
 
+_PLUGIN_NODE = "AdatsqLinear"
 LAYOUTS: tuple[Layout, ...] = ("embedded", "shared", "switch")
 
 
@@ -106,8 +107,8 @@ def operand_sizes(path: Path) -> tuple[OperandSize, ...]:
     sizes = {tensor.name: _size(tensor) for tensor in graph.initializer}
     layers, total = Counter[str](), Counter[str]()
     for node in graph.node:
-        names = {a.name: a.s.decode() for a in node.attribute if a.name == "inputs"}.get("inputs", "")
-        for name, value in zip(names.split(","), node.input, strict=False):
+        names = [a.s.decode().split(",") for a in node.attribute if (node.op_type, a.name) == (_PLUGIN_NODE, "inputs")]
+        for name, value in zip(names[0] if names else (), node.input, strict=False):
             if value in sizes:
                 layers[name] += 1
                 total[name] += sizes[value]
