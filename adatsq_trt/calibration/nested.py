@@ -12,6 +12,7 @@ the 8-bit width, unless a group is asked for there too.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor
@@ -84,7 +85,7 @@ def nest(
         The planes, or None where two copies are to be kept.
     """
     errors = weighted_error(weight, narrow, NARROW, hessian), weighted_error(weight, wide, WIDE, hessian)
-    nested = solve_jointly(weight, hessian, errors, damping=damping)
+    nested = solve_jointly(weight, hessian, errors, damping=damping, give_up=2 * LIMIT)
     both = (nested.narrow, NARROW, errors[0]), (nested.wide, WIDE, errors[1])
     close = all(weighted_error(weight, own, fmt, hessian) <= LIMIT * error for own, fmt, error in both)
     return nested if close else None
@@ -112,7 +113,12 @@ def split_rounded(weight: Tensor, hessian: Tensor, group: int | None = None, dam
 
 
 def solve_jointly(
-    weight: Tensor, hessian: Tensor, errors: tuple[float, float], group: int | None = None, damping: float = 0.01
+    weight: Tensor,
+    hessian: Tensor,
+    errors: tuple[float, float],
+    group: int | None = None,
+    damping: float = 0.01,
+    give_up: float = inf,
 ) -> NestedWeight:
     """Both planes under the Hessian: GPTQ that carries an error for each width, then coordinate descent.
 
@@ -125,6 +131,7 @@ def solve_jointly(
         errors: of copies of their own: of the 4-bit and of the 8-bit width.
         group: inputs that share a scale of the 8-bit width; None for all.
         damping: as for `gptq`.
+        give_up: a loss of either width at which further rounds are not worth their time.
     """
     damped, order = damped_hessian(hessian, damping)
     # Descent needs no inverse, so only as much damping as keeps the scales' equations solvable.
@@ -144,6 +151,8 @@ def solve_jointly(
             unit * weighted_error(weight, own, fmt, hessian)
             for unit, own, fmt in zip(units, (nested.narrow, nested.wide), (NARROW, WIDE), strict=True)
         ]
+        if max(losses) > give_up:
+            break
         balance *= min(max(losses[0] / max(losses[1], 1e-30), 0.5), 2.0)
         cost = _Cost(balance * units[0], units[1], _per_input(narrow_scales, weight), _per_input(wide_scales, weight))
     return nested

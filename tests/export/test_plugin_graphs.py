@@ -199,6 +199,41 @@ def test_the_plain_file_has_no_functions_and_the_same_nodes(in_bfloat16: Exporte
     }
 
 
+def test_tensorrts_parser_prefers_the_plugin_to_the_function(in_bfloat16: Exported) -> None:
+    """TensorRT-RTX has enterprise TensorRT's parser; a creator writes down what it is asked for, and declines."""
+    trt = pytest.importorskip("tensorrt_rtx")
+    asked: dict[str, dict[str, object]] = {}
+
+    class Creator(trt.IPluginCreatorV3One):
+        def __init__(self) -> None:
+            trt.IPluginCreatorV3One.__init__(self)
+            self.name, self.plugin_version, self.plugin_namespace = "AdatsqLinear", "1", "adatsq"
+            kinds = {"profiles": "CHAR", "inputs": "CHAR", "group_size": "INT32"}
+            empty = np.array([], np.int8)
+            fields = [trt.PluginField(n, empty, getattr(trt.PluginFieldType, kind)) for n, kind in kinds.items()]
+            self.field_names = trt.PluginFieldCollection(fields)
+
+        def create_plugin(self, name, fields, _phase):
+            asked[name] = {field.name: np.array(field.data) for field in fields}
+
+    registry, creator = trt.get_plugin_registry(), Creator()
+    builder = trt.Builder(logger := trt.Logger(trt.Logger.INTERNAL_ERROR))
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    graph = in_bfloat16.index.find("target", None)
+    assert registry.register_creator(creator, "adatsq")
+    try:
+        assert not parser.parse_from_file(str(in_bfloat16.folder / graph.path))
+    finally:
+        registry.deregister_creator(creator)
+    ((name, fields),) = asked.items()
+    assert "Could not create the plugin" in parser.get_error(0).desc()
+    node = attributes(nodes_of(in_bfloat16, graph.path)[name.partition("/")[0]])
+    for text in ("profiles", "inputs"):
+        assert fields[text].tobytes().rstrip(b"\0") == node[text]
+    assert fields["group_size"].tolist() == [64]
+
+
 def test_the_selector_is_an_input_of_its_own(in_bfloat16: Exported) -> None:
     for variant in ("target", "cpu"):
         graph = in_bfloat16.index.find(variant, None)
