@@ -29,8 +29,9 @@ _SCRIPT = """\
 #     sh {name} polygraphy
 #     sh {name} trtexec
 #
-# {plain} is the same graph without its local functions. Parsers before
-# {minimum} prefer a function to a plugin, and would leave the plugin out without a word: give them that file.
+# {functions} is the same graph with local functions, for ONNX Runtime. TensorRT can read it too, but
+# parsers before {minimum}, and all where the library is not loaded, take the functions without a word. What is compiled here
+# has none, so it is refused then.
 set -eu
 case "${{1:-polygraphy}}" in
 polygraphy)
@@ -38,6 +39,10 @@ polygraphy)
     ;;
 trtexec)
     {trtexec}
+    ;;
+*)
+    echo "got '$1', expected polygraphy or trtexec" >&2
+    exit 2
     ;;
 esac
 """
@@ -72,7 +77,7 @@ def _shape(signature: TensorSignature, rows: int) -> tuple[int, ...]:
 
 def polygraphy_command(graph: GraphFile, profiles: Iterable[Sequence[_Shapes]]) -> list[str]:
     """The words of `polygraphy convert`, to be run in the bundle's folder."""
-    words = ["polygraphy", "convert", f"{GRAPH_FOLDER}/{graph.path}", "--convert-to", "trt", "--strongly-typed"]
+    words = ["polygraphy", "convert", f"{GRAPH_FOLDER}/{graph.plain_path}", "--convert-to", "trt", "--strongly-typed"]
     words += ["--plugins", f"./{LIBRARY}"]
     for shapes in profiles:
         for kind, own in zip(("min", "opt", "max"), shapes, strict=True):
@@ -83,7 +88,7 @@ def polygraphy_command(graph: GraphFile, profiles: Iterable[Sequence[_Shapes]]) 
 
 def trtexec_command(graph: GraphFile, profiles: Iterable[Sequence[_Shapes]]) -> list[str]:
     """The words of `trtexec`, to be run in the bundle's folder."""
-    words = ["trtexec", f"--onnx={GRAPH_FOLDER}/{graph.path}", "--stronglyTyped", f"--dynamicPlugins=./{LIBRARY}"]
+    words = ["trtexec", f"--onnx={GRAPH_FOLDER}/{graph.plain_path}", "--stronglyTyped", f"--dynamicPlugins=./{LIBRARY}"]
     for index, shapes in enumerate(profiles):
         words.append(f"--profile={index}")
         for kind, own in zip(("min", "opt", "max"), shapes, strict=True):
@@ -108,7 +113,7 @@ def write_commands(folder: Path, graph: GraphFile, assignments: int, batch: Batc
     path = folder / COMMANDS_NAME
     text = _SCRIPT.format(
         name=COMMANDS_NAME,
-        plain=f"{GRAPH_FOLDER}/{graph.plain_path}",
+        functions=f"{GRAPH_FOLDER}/{graph.path}",
         minimum=MINIMUM_PARSER,
         polygraphy=shlex.join(polygraphy_command(graph, profiles)),
         trtexec=shlex.join(trtexec_command(graph, profiles)),

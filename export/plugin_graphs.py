@@ -27,9 +27,14 @@ from adatsq_trt.export.graphs import (
 )
 from adatsq_trt.export.insert_plugin import InsertPlugin
 from adatsq_trt.export.lower_types import LowerTypes
-from adatsq_trt.export.normalize_linears import NormalizeLinears, find_linears, weight_of
+from adatsq_trt.export.normalize_linears import NormalizeLinears
 from adatsq_trt.export.plugin_function import PLUGIN_OP, NodeKind, plugin_function
-from adatsq_trt.export.plugin_operands import group_size, plugin_operands, require_plugin_layers
+from adatsq_trt.export.plugin_operands import (
+    group_size,
+    plugin_operands,
+    require_plugin_formats,
+    require_plugin_shapes,
+)
 from adatsq_trt.export.restore_attention_scale import RestoreAttentionScale
 from adatsq_trt.export.weight_store import StoredTensor, WeightStore
 from adatsq_trt.files import atomic_path, write_json_model
@@ -69,13 +74,12 @@ def export_plugin_graphs(
         MismatchError: a layer's weight is missing.
         OutputError: the folder cannot be written.
     """
+    profiles = dict(zip(policy.layers, zip(*policy.assignments, strict=True), strict=True))
+    require_plugin_formats({name for column in profiles.values() for name in column})
+    own = {layer: _weights_of(layer, column, weights) for layer, column in profiles.items()}
+    require_plugin_shapes({layer: next(iter(several.values())).codes.shape for layer, several in own.items()})
     template = traced.clone()
     NormalizeLinears(policy.layers)(template)
-    profiles = dict(zip(policy.layers, zip(*policy.assignments, strict=True), strict=True))
-    linears = find_linears(template, policy.layers)
-    shapes = {layer: tuple(int(n) for n in weight_of(node).shape.numpy()) for layer, node in linears.items()}  # type: ignore[union-attr]
-    require_plugin_layers({name for column in profiles.values() for name in column}, shapes)  # type: ignore[arg-type]
-    own = {layer: _weights_of(layer, column, weights) for layer, column in profiles.items()}
     clear_export(folder)
     with atomic_path(folder / WEIGHTS_NAME) as temporary, temporary.open("wb") as file:
         store = WeightStore(file, folder)

@@ -35,15 +35,14 @@ class Operand:
     dtype: DataType
 
 
-def require_plugin_layers(formats: Collection[str], shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Refuse what the kernels cannot hold.
+def require_plugin_formats(formats: Collection[str]) -> None:
+    """Refuse formats that one plugin graph cannot hold.
 
     Args:
-        formats: of the policy.
-        shapes: module path → (N, K).
+        formats: names of those of the policy.
 
     Raises:
-        UnsupportedFormatError: a format without a kernel, both 16-bit formats at once, or a layer of an odd shape.
+        UnsupportedFormatError: a format without a kernel, or both 16-bit formats.
     """
     unknown = sorted(set(formats) - PLUGIN_FORMATS)
     if unknown:
@@ -56,6 +55,17 @@ def require_plugin_layers(formats: Collection[str], shapes: Mapping[str, tuple[i
             "layout 'plugin': got the formats fp16 and bf16, expected one of them, since all activations of its graph "
             "have one type; leave one out of --formats"
         )
+
+
+def require_plugin_shapes(shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse layers that the kernels cannot hold.
+
+    Args:
+        shapes: module path → [N, K].
+
+    Raises:
+        UnsupportedFormatError: names the layer.
+    """
     for layer, (rows, inputs) in shapes.items():
         if rows % ALIGNMENT or inputs % ALIGNMENT:
             raise UnsupportedFormatError(

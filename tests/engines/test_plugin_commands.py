@@ -48,7 +48,7 @@ def test_polygraphy_reads_the_optimization_profiles() -> None:
     parser = argparse.ArgumentParser()
     Convert().setup_parser(parser.add_subparsers())
     options = parser.parse_args(words[1:])
-    assert (options.model_file, options.plugins) == ("onnx/plugin.target.onnx", ["./libadatsq_plugins.so"])
+    assert (options.model_file, options.plugins) == ("onnx/plugin.target.plain.onnx", ["./libadatsq_plugins.so"])
     assert options.strongly_typed
     shapes = options.trt_min_shapes, options.trt_opt_shapes, options.trt_max_shapes
     got = [{n: tuple(map(tuple, s)) for n, s in p.items()} for p in parse_profile_shapes(TensorMetadata(), *shapes)]
@@ -71,7 +71,7 @@ def test_the_script_runs_either_tool(tmp_path: Path) -> None:
     """Stand-ins for both tools write down what they are given."""
     script = write_commands(tmp_path, GRAPH, 2, BATCH)
     assert script == tmp_path / COMMANDS_NAME
-    assert "plugin.target.plain.onnx is the same graph without its local functions" in script.read_text()
+    assert "onnx/plugin.target.onnx is the same graph with local functions" in script.read_text()
     tools, profiles = tmp_path / "tools", optimization_profiles(GRAPH, 2, BATCH)
     tools.mkdir()
     for tool, command in (("polygraphy", polygraphy_command), ("trtexec", trtexec_command)):
