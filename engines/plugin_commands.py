@@ -29,9 +29,9 @@ _SCRIPT = """\
 #     sh {name} polygraphy
 #     sh {name} trtexec
 #
-# {functions} is the same graph with local functions, for ONNX Runtime. TensorRT can read it too, but
-# parsers before {minimum}, and all where the library is not loaded, take the functions without a word. What is compiled here
-# has none, so it is refused then.
+# {functions} is the same graph with local functions, for ONNX Runtime. TensorRT can read it too,
+# but parsers before {minimum}, and all where the library is not loaded, take the functions without a word. What is
+# compiled here has none, so it is refused then.
 set -eu
 case "${{1:-polygraphy}}" in
 polygraphy)
