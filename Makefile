@@ -55,6 +55,11 @@ bench-digits: $(INSTALLED)
 bench-engines: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/engines/run.py
 
+# One nested copy of a weight beside two copies: error and bytes; results.json, a figure and the table in docs/plugin.md.
+.PHONY: bench-nested
+bench-nested: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.nested.run --document docs/plugin.md
+
 # The server comes out of a wheel that pins numpy below 2, so it is installed without its dependencies and apart.
 SERVER := $(VENV)/tritonserver
 SERVING := $(VENV)/.serving-installed

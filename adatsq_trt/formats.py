@@ -180,24 +180,35 @@ class Target:
 
     Attributes:
         name: what the command line calls it.
-        formats: accelerated formats (TensorRT-RTX 1.7 for GPUs, ONNX Runtime for `cpu`).
+        formats: formats that Q/DQ graphs accelerate (TensorRT-RTX 1.7 for GPUs, ONNX Runtime for `cpu`).
         default_set: name of the set that `build engine` uses when none is asked for.
         compute_capability: SM number for GPUs, None for the CPU.
+        plugin_formats: formats that layout `plugin` accelerates (enterprise TensorRT).
     """
 
     name: str
     formats: frozenset[str]
     default_set: str
     compute_capability: int | None
+    plugin_formats: frozenset[str] = frozenset()
 
+    def accelerated(self, layout: str) -> frozenset[str]:
+        """Formats that a layout accelerates."""
+        return self.plugin_formats if layout == PLUGIN_LAYOUT else self.formats
+
+
+PLUGIN_LAYOUT = "plugin"
+PLUGIN_FORMATS = frozenset({"w8a8", "w4a8", "int4wo", "fp16", "bf16", "fp8"})
+_PLUGIN_WITHOUT_FP8 = PLUGIN_FORMATS - {"fp8"}
 
 TARGETS: dict[str, Target] = {
     t.name: t
     for t in (
-        Target("sm80", frozenset({"bf16", "fp16", "int4wo"}), "ampere", 80),
-        Target("sm86", frozenset({"bf16", "fp16", "int4wo"}), "ampere", 86),
-        Target("sm89", frozenset({"bf16", "fp16", "int4wo", "fp8"}), "ada", 89),
-        Target("sm120", frozenset({"bf16", "fp16", "int4wo", "fp8", "nvfp4"}), "blackwell", 120),
+        Target("sm80", frozenset({"bf16", "fp16", "int4wo"}), "ampere", 80, _PLUGIN_WITHOUT_FP8),
+        Target("sm86", frozenset({"bf16", "fp16", "int4wo"}), "ampere", 86, _PLUGIN_WITHOUT_FP8),
+        Target("sm89", frozenset({"bf16", "fp16", "int4wo", "fp8"}), "ada", 89, PLUGIN_FORMATS),
+        Target("sm90", frozenset(), "hopper", 90, PLUGIN_FORMATS),
+        Target("sm120", frozenset({"bf16", "fp16", "int4wo", "fp8", "nvfp4"}), "blackwell", 120, PLUGIN_FORMATS),
         Target("cpu", frozenset({"fp32", "w8a8s"}), "cpu", None),
     )
 }
@@ -252,20 +263,24 @@ def default_budget(names: str) -> float:
     return sum(bits[:2]) / len(bits[:2])
 
 
-def require_accelerated(formats: Iterable[Format], targets: Iterable[Target]) -> None:
-    """Refuse formats that one of the targets cannot accelerate.
+def require_accelerated(formats: Iterable[Format], targets: Iterable[Target], layout: str = "embedded") -> None:
+    """Refuse formats that one of the targets cannot accelerate in a layout.
 
     Raises:
         UnsupportedFormatError: names the formats and those that would do.
     """
     wanted = list(formats)
     for target in targets:
-        refused = [f.name for f in wanted if f.name not in target.formats]
+        able = target.accelerated(layout)
+        refused = [f.name for f in wanted if f.name not in able]
         if refused:
+            other = PLUGIN_LAYOUT if layout != PLUGIN_LAYOUT else "embedded"
+            here = " in this layout" if set(refused) <= target.accelerated(other) else ""
+            elsewhere = f", or --layout {other}" if here else ""
             raise UnsupportedFormatError(
-                f"target '{target.name}' does not accelerate {', '.join(refused)}; it accelerates "
-                f"{', '.join(sorted(target.formats))}; choose among these with --formats, or pass --simulate to study "
-                "the policy without engines"
+                f"target '{target.name}' does not accelerate {', '.join(refused)}{here}; it accelerates "
+                f"{', '.join(sorted(able)) or 'nothing'}; choose among these with --formats{elsewhere}, or pass "
+                "--simulate to study the policy without engines"
             )
 
 

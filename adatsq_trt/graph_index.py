@@ -11,6 +11,7 @@ from adatsq_trt.fields import Dimension, ModulePath
 INDEX_NAME = "index.json"
 WEIGHTS_NAME = "weights.data"
 BUCKET_INPUT = "bucket"  # of a graph that holds all assignments: which one, as a scalar int32
+SELECTOR_INPUT = "selector"  # of a graph with plugin nodes: its extent, not its values, says which assignment
 
 
 class TensorSignature(BaseModel):
@@ -37,10 +38,12 @@ class GraphFile(BaseModel):
         variant: "target" is what TensorRT gets; "cpu" is the same assignment in portable operators and float32;
             "reference" is the unquantized model in portable operators and float32.
         assignment: index into the policy's assignments; None for the reference, and for a graph of all assignments.
-        inputs: inputs without the activation scales and `bucket`.
+        inputs: inputs without the activation scales, `bucket` and `selector`.
         outputs: the one output.
         scale_inputs: for each layer with a static activation scale: module path → its scalar float32 input.
         bucket_input: of a graph in which assignments take turns: the scalar that takes an assignment's index.
+        selector_input: of a graph of layout `plugin`: int32 [1, k], of any content, selects the k-th assignment.
+        plain_path: of a target graph of layout `plugin`: the same without its local functions.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -52,6 +55,8 @@ class GraphFile(BaseModel):
     outputs: tuple[TensorSignature]
     scale_inputs: dict[str, TensorSignature]
     bucket_input: TensorSignature | None = None
+    selector_input: TensorSignature | None = None
+    plain_path: str | None = None
 
 
 class GraphIndex(BaseModel):

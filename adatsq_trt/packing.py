@@ -32,3 +32,21 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
     """
     nibbles = torch.stack([packed & 15, (packed >> 4) & 15], dim=-1).to(torch.int8)
     return ((nibbles ^ 8) - 8).flatten(-2)
+
+
+def split_planes(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Split 8-bit codes into two 4-bit planes: codes = 16 * high + low, in one way only.
+
+    Args:
+        codes: int8 in [-120, 119], any shape.
+
+    Returns:
+        high in [-7, 7] and low in [-8, 7], int8, the same shape.
+    """
+    wide = codes.to(torch.int16) + 8
+    return (wide >> 4).to(torch.int8), ((wide & 15) - 8).to(torch.int8)
+
+
+def join_planes(high: Tensor, low: Tensor) -> Tensor:
+    """The 8-bit codes 16 * high + low, int8; what `split_planes` splits."""
+    return 16 * high + low

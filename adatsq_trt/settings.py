@@ -48,7 +48,7 @@ class Settings(BaseModel):
     formats: tuple[str, ...]
     targets: tuple[str, ...]
     simulate: bool
-    layout: Literal["embedded", "shared", "switch"] = "embedded"
+    layout: Literal["embedded", "shared", "switch", "plugin"] = "embedded"
     steps: int
     guidance: float
     budget_bits: float

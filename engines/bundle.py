@@ -36,7 +36,7 @@ CONDITIONAL, UNCONDITIONAL = "conditional.", "unconditional."  # what the names 
 # Of one sample: a latent is allocated before any other part of the bundle confirms its shape.
 MAX_LATENT_ELEMENTS = 1 << 26
 
-Layout = Literal["embedded", "shared", "switch"]
+Layout = Literal["embedded", "shared", "switch", "plugin"]
 
 # The next step that messages name.
 REBUILD = "run 'adatsq-trt build engine' again"
@@ -100,7 +100,8 @@ class Manifest(_Record):
         architecture: diffusers class name.
         backend: what compiled the plans.
         layout: how plans and weights are arranged: "embedded" is a self-contained plan for each assignment, "shared"
-            plans without weights over one store, "switch" one plan in which assignments take turns.
+            plans without weights over one store, "switch" one plan in which assignments take turns, "plugin" one graph
+            of plugin nodes and the commands that compile it.
         targets: names of the targets that it was built for.
         base_type: 16-bit type of what is not quantized in the target graphs.
         formats: formats that the policy uses.
@@ -206,8 +207,8 @@ class BundleFiles:
         if verify:
             _require_hashes(folder, manifest)
         index = read_json_model(folder / GRAPH_FOLDER / INDEX_NAME, GraphIndex, REBUILD)
-        graphs = [f"{GRAPH_FOLDER}/{name}" for name in (index.weights, *(graph.path for graph in index.graphs))]
-        _require_listed(manifest, graphs)
+        paths = [path for graph in index.graphs for path in (graph.path, graph.plain_path) if path is not None]
+        _require_listed(manifest, [f"{GRAPH_FOLDER}/{name}" for name in (index.weights, *paths)])
         bundle = cls(folder, manifest, read_json_model(folder / POLICY_NAME, Policy, REBUILD), index)
         bundle._require_consistent()
         return bundle
@@ -248,6 +249,15 @@ class BundleFiles:
                 f"{REBUILD}"
             ) from error
 
+    def cpu_graph(self, step: int) -> GraphFile:
+        """The cpu graph that runs a step: its assignment's own, or that of all assignments where there is no other.
+
+        Raises:
+            DamagedFileError: the index has no such graph.
+        """
+        together = self.manifest.layout == "plugin"
+        return self.graph("cpu", None if together else self.policy.step_assignments[step])
+
     def graph_path(self, graph: GraphFile) -> Path:
         """Where a graph's file lies."""
         return self.folder / GRAPH_FOLDER / graph.path
@@ -265,7 +275,7 @@ class BundleFiles:
         return self.folder / name
 
     def scales(self, step: int) -> dict[str, np.ndarray]:
-        """Activation scales that a step's graph takes as inputs.
+        """Activation scales that a step's formats need.
 
         Returns:
             Input name → float32 [].
@@ -274,11 +284,31 @@ class BundleFiles:
             DamagedFileError: a scale that the graph needs is missing or not a positive number.
         """
         formats = self.policy.formats_at(step)
-        graph = self.graph("cpu", self.policy.step_assignments[step])
         return {
             signature.name: self._scale(formats[layer].name, step, layer)
-            for layer, signature in graph.scale_inputs.items()
+            for layer, signature in self.cpu_graph(step).scale_inputs.items()
+            if formats[layer].static_activation
         }
+
+    def controls(self, graph: GraphFile, step: int) -> dict[str, np.ndarray]:
+        """The inputs that choose a step's formats and scale its activations; scales that nothing reads then are 1.
+
+        Args:
+            graph: of the step's assignment or of all; the reference has no such inputs.
+            step: index in the loop.
+
+        Raises:
+            DamagedFileError: as `scales`.
+        """
+        controls = {signature.name: np.ones((), np.float32) for signature in graph.scale_inputs.values()}
+        if controls:
+            controls |= self.scales(step)
+        assignment = self.policy.step_assignments[step]
+        if graph.bucket_input is not None:
+            controls[graph.bucket_input.name] = np.asarray(assignment, np.int32)
+        if graph.selector_input is not None:
+            controls[graph.selector_input.name] = np.zeros((1, assignment + 1), np.int32)
+        return controls
 
     def _scale(self, format_name: str, step: int, layer: str) -> np.ndarray:
         table = self._scale_tables.get(format_name)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import GraphProto
+from onnx import GraphProto, TensorProto
 from pydantic import BaseModel, ConfigDict
 
 from adatsq_trt.engines.bundle import REBUILD, BundleFiles, Layout
 from adatsq_trt.engines.store import initializers, weight_of
 from adatsq_trt.errors import DamagedFileError
 
+_PLUGIN_NODE = "AdatsqLinear"
 LAYOUTS: tuple[Layout, ...] = ("embedded", "shared", "switch")
 
 
@@ -35,34 +37,57 @@ class LayoutSize(BaseModel):
     plan_overhead_bytes: dict[str, int]
 
 
+class OperandSize(BaseModel):
+    """One kind of weight input of plugin nodes; docs/plugin.md says what each is.
+
+    Attributes:
+        name: such as "w8"; a layer with a "lo" is nested.
+        layers: how many have it.
+        bytes: of all of them; each is stored once.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    layers: int
+    bytes: int
+
+
 class SizeReport(BaseModel):
     """All layouts.
 
     Attributes:
         floor_bytes: distinct (layer, format) weights and everything that is not quantized, each once.
-        layouts: the one that is built among them.
+        layouts: the one that is built among them; `plugin` stands alone, as it has a graph of its own.
+        operands: of layout `plugin`: what its layers' weights consist of.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     floor_bytes: int
     layouts: tuple[LayoutSize, ...]
+    operands: tuple[OperandSize, ...] = ()
 
 
 def size_report(files: BundleFiles) -> SizeReport | None:
     """Weigh a bundle; None when it has no target graphs, since then nothing of it goes to a GPU."""
-    graphs = [g for g in files.index.graphs if g.variant == "target" and g.assignment is not None]
-    if not graphs:
+    targets = [graph for graph in files.index.graphs if graph.variant == "target"]
+    if not targets:
         return None
-    floor = constant_bytes(files.graph_path(files.graph("target", None)))
-    embedded = sum(constant_bytes(files.graph_path(graph)) for graph in graphs)
+    together = files.graph_path(files.graph("target", None))
+    floor = constant_bytes(together)
+    if files.manifest.layout == "plugin":
+        only = LayoutSize(layout="plugin", engines=1, weight_bytes=floor, plan_overhead_bytes={})
+        return SizeReport(floor_bytes=floor, layouts=(only,), operands=operand_sizes(together))
+    own = [files.graph_path(graph) for graph in targets if graph.assignment is not None]
+    embedded = sum(map(constant_bytes, own))
     weights: dict[Layout, int] = {"embedded": embedded, "shared": floor, "switch": floor}
     return SizeReport(
         floor_bytes=floor,
         layouts=tuple(
             LayoutSize(
                 layout=layout,
-                engines=1 if layout == "switch" else len(graphs),
+                engines=1 if layout == "switch" else len(own),
                 weight_bytes=weights[layout],
                 plan_overhead_bytes=_overhead(files, layout, weights[layout]),
             )
@@ -84,6 +109,25 @@ def constant_bytes(path: Path) -> int:
         raise DamagedFileError(f"'{path}' is not a sound ONNX graph: {error}; {REBUILD}") from error
     small = sum(len(tensor.raw_data) for tensor in initializers(graph))
     return sum(weight.length for weight in large) + small
+
+
+def operand_sizes(path: Path) -> tuple[OperandSize, ...]:
+    """The weight inputs of a graph's plugin nodes, by name."""
+    graph: GraphProto = onnx.load(path, load_external_data=False).graph
+    sizes = {tensor.name: _size(tensor) for tensor in graph.initializer}
+    layers, total = Counter[str](), Counter[str]()
+    for node in graph.node:
+        names = [a.s.decode().split(",") for a in node.attribute if (node.op_type, a.name) == (_PLUGIN_NODE, "inputs")]
+        for name, value in zip(names[0] if names else (), node.input, strict=False):
+            if value in sizes:
+                layers[name] += 1
+                total[name] += sizes[value]
+    return tuple(OperandSize(name=name, layers=count, bytes=total[name]) for name, count in sorted(layers.items()))
+
+
+def _size(tensor: TensorProto) -> int:
+    weight = weight_of(tensor)
+    return len(tensor.raw_data) if weight is None else weight.length
 
 
 def _overhead(files: BundleFiles, layout: Layout, weight_bytes: int) -> dict[str, int]:

@@ -67,7 +67,7 @@ def _wrong_formats(graphs: Collection[onnx.GraphProto], formats: Mapping[str, Co
     for node in (node for graph in graphs for node in graph.node):
         properties = {entry.key: entry.value for entry in node.metadata_props}
         if FORMAT in properties:
-            got[properties[MODULE]].append(properties[FORMAT])
+            got[properties[MODULE]] += properties[FORMAT].split(",")  # a plugin node has all of its layer's formats
     wanted = {layer: sorted(fmt.name for fmt in several) for layer, several in formats.items()}
     problems = [
         f"layer '{layer}' has format {_listed(got.get(layer))}, expected {_listed(wanted.get(layer))}"

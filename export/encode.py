@@ -58,18 +58,18 @@ def encode_weight(weight: QuantizedWeight, fmt: Format, base: DataType, store: W
     grid, kind = fmt.weight, element_type(fmt.weight)
     shape = tuple(weight.codes.shape)
     if kind in (DataType.INT4, DataType.FLOAT4E2M1):
-        codes = store.add(_bytes(pack_nibbles(weight.codes)), kind, shape)
+        codes = store.add(tensor_bytes(pack_nibbles(weight.codes)), kind, shape)
     else:
-        codes = store.add(_bytes(weight.codes), kind, shape)
+        codes = store.add(tensor_bytes(weight.codes), kind, shape)
     if weight.scales is None:
         return EncodedWeight(codes)
     if weight.global_scale is not None:
-        block_scales = store.add(_bytes(weight.scales), DataType.FLOAT8E4M3FN, tuple(weight.scales.shape))
+        block_scales = store.add(tensor_bytes(weight.scales), DataType.FLOAT8E4M3FN, tuple(weight.scales.shape))
         return EncodedWeight(codes, block_scales, float(weight.global_scale))
     scales = weight.scales[:, 0] if grid.granularity is Granularity.CHANNEL else weight.scales
-    return EncodedWeight(codes, store.add(_bytes(scales.to(_TORCH[base])), base, tuple(scales.shape)))
+    return EncodedWeight(codes, store.add(tensor_bytes(scales.to(_TORCH[base])), base, tuple(scales.shape)))
 
 
-def _bytes(tensor: Tensor) -> bytes:
+def tensor_bytes(tensor: Tensor) -> bytes:
     """A tensor's memory, row by row."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -18,12 +18,21 @@ from adatsq_trt.export.insert_qdq import SCALE_SUFFIX, InsertQdq
 from adatsq_trt.export.lower_quantizers import LowerQuantizers
 from adatsq_trt.export.lower_types import LowerTypes
 from adatsq_trt.export.normalize_linears import NormalizeLinears
+from adatsq_trt.export.plugin_function import PLUGIN_DOMAIN
 from adatsq_trt.export.restore_attention_scale import RestoreAttentionScale
 from adatsq_trt.export.switch import switch
 from adatsq_trt.export.weight_store import INLINE_BYTES, WeightStore
 from adatsq_trt.files import atomic_path, write_json_model
 from adatsq_trt.formats import FORMATS, TARGETS, Format, format_named
-from adatsq_trt.graph_index import BUCKET_INPUT, INDEX_NAME, WEIGHTS_NAME, GraphFile, GraphIndex, TensorSignature
+from adatsq_trt.graph_index import (
+    BUCKET_INPUT,
+    INDEX_NAME,
+    SELECTOR_INPUT,
+    WEIGHTS_NAME,
+    GraphFile,
+    GraphIndex,
+    TensorSignature,
+)
 from adatsq_trt.policy import Policy
 from adatsq_trt.quantize import QuantizedWeight
 
@@ -31,10 +40,10 @@ BaseName = Literal["bfloat16", "float16", "float32"]
 Variant = Literal["target", "cpu", "reference"]
 TARGET_FORMATS = frozenset().union(*(target.formats for target in TARGETS.values()))
 REFERENCE_NAME = "reference.cpu.onnx"
-_LOWER_TO_CPU = ir.passes.Sequential(
+LOWER_TO_CPU = ir.passes.Sequential(
     RestoreAttentionScale(), LowerTypes(), LowerQuantizers(), common.RemoveUnusedNodesPass()
 )
-_STANDARD_VERSIONS = {"opset": 21, "ir": 10}
+STANDARD_VERSIONS = {"opset": 21, "ir": 10}
 _FP4_VERSIONS = {"opset": 23, "ir": 11}
 
 
@@ -66,12 +75,12 @@ def export_graphs(
         OutputError: the folder cannot be written.
     """
     _require_target_path(policy, variants)
-    _clear(folder)
+    clear_export(folder)
     template = traced.clone()
     NormalizeLinears(policy.layers)(template)
     with atomic_path(folder / WEIGHTS_NAME) as temporary, temporary.open("wb") as file:
         store = WeightStore(file, folder)
-        _move_initializers(template, store)
+        move_initializers(template, store)
         encoded = _encode_weights(policy, weights, BASE_TYPES[base], store)
     total = 1 + (len(policy.assignments) + 1) * len(variants)
     files = []
@@ -95,7 +104,7 @@ def _require_target_path(policy: Policy, variants: Sequence[str]) -> None:
         )
 
 
-def _clear(folder: Path) -> None:
+def clear_export(folder: Path) -> None:
     """Remove an earlier export, its index first, so that no index ever speaks of other graphs."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +114,7 @@ def _clear(folder: Path) -> None:
         raise OutputError(f"cannot write '{folder}': {error.strerror}; choose a folder that is writable") from error
 
 
-def _move_initializers(model: ir.Model, store: WeightStore) -> None:
+def move_initializers(model: ir.Model, store: WeightStore) -> None:
     """Put the trace's large tensors into the store."""
     for value in model.graph.initializers.values():
         content = value.const_value
@@ -146,14 +155,14 @@ def _write_all(
     for variant in _in_order(variants):
         for index, (model, row) in enumerate(zip(models, policy.assignments, strict=True)):
             if variant == "cpu":
-                _LOWER_TO_CPU(model)
+                LOWER_TO_CPU(model)
             formats = {layer: [FORMATS[name]] for layer, name in zip(policy.layers, row, strict=True)}
-            yield _write(model, folder / f"assignment_{index:03d}.{variant}.onnx", variant, index, formats)
+            yield write_graph(model, folder / f"assignment_{index:03d}.{variant}.onnx", variant, index, formats)
         together = switch(models, policy.layers, policy.assignments, constants_outside=variant == "cpu")
-        yield _write(together, folder / f"switch.{variant}.onnx", variant, None, everything)
+        yield write_graph(together, folder / f"switch.{variant}.onnx", variant, None, everything)
     reference = template.clone()
-    _LOWER_TO_CPU(reference)
-    yield _write(reference, folder / REFERENCE_NAME, "reference", None, {})
+    LOWER_TO_CPU(reference)
+    yield write_graph(reference, folder / REFERENCE_NAME, "reference", None, {})
 
 
 def _quantized(
@@ -176,10 +185,18 @@ def _in_order(variants: Sequence[str]) -> list[Variant]:
     return [variant for variant in order if variant in variants]
 
 
-def _write(
+def write_graph(
     model: ir.Model, path: Path, variant: Variant, assignment: int | None, formats: Mapping[str, Collection[Format]]
 ) -> GraphFile:
-    """Write one graph; it gets its name when it has passed the checks."""
+    """Write one graph; it gets its name when it has passed the checks.
+
+    Args:
+        model: the graph; its versions are set.
+        path: where it goes, beside the weight file.
+        variant: as in the index.
+        assignment: index into the policy's assignments; None for all of them, and for the reference.
+        formats: module path → its formats.
+    """
     _set_versions(model)
     with atomic_path(path) as temporary:
         temporary.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
@@ -194,21 +211,24 @@ def _write(
         path=path.name,
         variant=variant,
         assignment=assignment,
-        inputs=tuple(s for name, s in signatures.items() if name not in scales and name != BUCKET_INPUT),
+        inputs=tuple(s for name, s in signatures.items() if name not in (*scales, BUCKET_INPUT, SELECTOR_INPUT)),
         outputs=tuple(_signature(value) for value in model.graph.outputs),
         scale_inputs={layer: signatures[name] for name, layer in scales.items()},
         bucket_input=signatures.get(BUCKET_INPUT),
+        selector_input=signatures.get(SELECTOR_INPUT),
     )
 
 
 def _set_versions(model: ir.Model) -> None:
     """FP4 types exist from opset 23 and IR version 11 on; everything else stays where older readers follow."""
     operators = {node.domain for node in model.graph.all_nodes()}
-    versions = _FP4_VERSIONS if TRT_DOMAIN in operators else _STANDARD_VERSIONS
+    versions = _FP4_VERSIONS if TRT_DOMAIN in operators else STANDARD_VERSIONS
     model.opset_imports.clear()
     model.opset_imports[""] = versions["opset"]
     if TRT_DOMAIN in operators:
         model.opset_imports[TRT_DOMAIN] = 1
+    if PLUGIN_DOMAIN in operators:
+        model.opset_imports[PLUGIN_DOMAIN] = 1
     model.ir_version = versions["ir"]
 
 

@@ -75,8 +75,20 @@ def test_lookups_refuse_unknown_names() -> None:
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 def test_every_target_accelerates_its_default_set(target) -> None:
-    require_accelerated(resolve_formats(target.default_set), [target])
-    assert target.formats <= set(FORMATS)
+    layout = "embedded" if target.formats else "plugin"
+    require_accelerated(resolve_formats(target.default_set), [target], layout)
+    assert target.formats | target.plugin_formats <= set(FORMATS)
+
+
+def test_the_layout_decides_what_is_accelerated() -> None:
+    formats, hopper = resolve_formats("w4a8,fp8"), [TARGETS["sm90"]]
+    require_accelerated(formats, hopper, "plugin")
+    with pytest.raises(UnsupportedFormatError, match=r"w4a8, fp8 in this layout; .* nothing; .* or --layout plugin,"):
+        require_accelerated(formats, hopper)
+    with pytest.raises(UnsupportedFormatError, match=r"'sm80' does not accelerate fp8; .* w4a8, w8a8; "):
+        require_accelerated(formats, [TARGETS["sm80"]], "plugin")
+    with pytest.raises(UnsupportedFormatError, match=r"nvfp4 in this layout; .* or --layout embedded,"):
+        require_accelerated(resolve_formats("nvfp4"), [TARGETS["sm120"]], "plugin")
 
 
 def test_formats_without_an_accelerated_path_are_refused_with_those_that_have_one() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import helper
 
-from adatsq_trt.packing import pack_nibbles, unpack_nibbles
+from adatsq_trt.packing import join_planes, pack_nibbles, split_planes, unpack_nibbles
 from adatsq_trt.quantize import decode_e2m1
 
 
@@ -59,3 +59,12 @@ def test_layout_is_that_of_onnx_float4() -> None:
 def onnx_bytes(tensor: onnx.TensorProto) -> bytes:
     """Packed content of a 4-bit tensor, in whichever field the helper put it."""
     return tensor.raw_data or np.array(tensor.int32_data, np.uint8).tobytes()
+
+
+def test_planes_of_every_code() -> None:
+    codes = torch.arange(-120, 120, dtype=torch.int8)
+    high, low = split_planes(codes)
+    assert high.dtype is low.dtype is torch.int8
+    assert (high.min(), high.max(), low.min(), low.max()) == (-7, 7, -8, 7)
+    assert torch.equal(join_planes(high, low), codes)
+    assert (codes - 16 * high).abs().max() == 8  # the nearest multiple of 16

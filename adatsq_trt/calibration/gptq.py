@@ -46,17 +46,17 @@ def gptq(
     grid = fmt.weight
     if grid.is_float:
         return QuantizedWeight(weight.to(plain_type(grid)))
-    hessian, order = _prepare(hessian, damping, activation_order)
+    hessian, order = damped_hessian(hessian, damping, activation_order)
     global_scale = weight_global_scale(weight, grid)
     scales = _group_scales(weight, hessian, grid, global_scale)
     columns = torch.arange(weight.shape[1]) // group_width(grid, weight.shape[1])
-    permuted = _solve(
-        weight[:, order].clone(), _inverse_factor(hessian[order][:, order]), scales[:, columns[order]], grid, block
+    permuted = gptq_columns(
+        weight[:, order].clone(), inverse_factor(hessian[order][:, order]), scales[:, columns[order]], grid, block
     )
     return encode_weight(permuted[:, order.argsort()], scales, grid, global_scale)
 
 
-def _prepare(hessian: Tensor, damping: float, activation_order: bool) -> tuple[Tensor, Tensor]:
+def damped_hessian(hessian: Tensor, damping: float, activation_order: bool = True) -> tuple[Tensor, Tensor]:
     """Damped float64 Hessian and the order of the columns; dead inputs get the mean diagonal of the live ones."""
     damped = hessian.double().clone()
     diagonal = damped.diagonal()
@@ -78,14 +78,14 @@ def _group_scales(weight: Tensor, hessian: Tensor, grid: Grid, global_scale: Ten
     return torch.cat(scales, dim=1)
 
 
-def _inverse_factor(hessian: Tensor) -> Tensor:
+def inverse_factor(hessian: Tensor) -> Tensor:
     """Upper Cholesky factor of the inverse, float32 [K, K]: row j holds what column j's error does to later ones."""
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
     factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
     return factor.float()
 
 
-def _solve(weight: Tensor, factor: Tensor, scales: Tensor, grid: Grid, block: int) -> Tensor:
+def gptq_columns(weight: Tensor, factor: Tensor, scales: Tensor, grid: Grid, block: int = 64) -> Tensor:
     """The column loop: returns dequantized grid points, float32 [N, K]; `weight` is used up."""
     width = weight.shape[1]
     for start in range(0, width, block):

@@ -27,6 +27,7 @@ class LayoutName(StrEnum):
     EMBEDDED = "embedded"
     SHARED = "shared"
     SWITCH = "switch"
+    PLUGIN = "plugin"
 
 
 _POLICY, _EFFORT = "The policy", "The effort"
@@ -36,7 +37,9 @@ _MOST_SAMPLES, _MOST_STEPS, _MOST_PATHS = 1_000_000, 1000, 1000
 Model = Annotated[str, typer.Argument(help="Name of a model: see 'adatsq-trt models'.", show_default=False)]
 TargetOption = Annotated[
     list[str] | None,
-    typer.Option("--target", help="What to build for: sm80, sm86, sm89, sm120 or cpu; may be repeated."),
+    typer.Option(
+        "--target", help="What to build for: sm80, sm86, sm89, sm90 (layout plugin), sm120 or cpu; may be repeated."
+    ),
 ]
 Output = Annotated[
     Path | None,
@@ -56,7 +59,8 @@ Layout = Annotated[
     typer.Option(
         "--layout",
         help="embedded: a self-contained plan for each assignment; shared: plans without weights over one store; "
-        "switch: one plan in which assignments take turns.",
+        "switch: one plan in which assignments take turns; plugin: one graph of plugin nodes and the commands that "
+        "compile it with enterprise TensorRT.",
     ),
 ]
 Formats = Annotated[

@@ -14,6 +14,7 @@ from rich.table import Table
 from adatsq_trt.cli.build import StageName
 from adatsq_trt.errors import UserError
 from adatsq_trt.formats import (
+    PLUGIN_LAYOUT,
     TARGETS,
     Format,
     default_budget,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from adatsq_trt.zoo.loading import LoadedModel
 
 SIMULATED_SET = "paper-fine"  # what --simulate without a target studies
+PLUGIN_TARGET = "sm90"  # of layout `plugin` without a target: its graph is the same for all
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Request:
     formats: str | None
     budget_bits: float | None
     simulate: bool
-    layout: Literal["embedded", "shared", "switch"]
+    layout: Literal["embedded", "shared", "switch", "plugin"]
     steps: int | None
     guidance: float | None
     policy: Path | None
@@ -58,12 +60,14 @@ class Choice:
     """What can be told to be right or wrong before the model is loaded.
 
     Attributes:
+        targets: names of the targets.
         format_set: a set's name or a list of formats.
         formats: its members, cheapest first.
         budget_bits: largest mean of (weight bits + activation bits) / 2.
         policy: text of the given policy file.
     """
 
+    targets: tuple[str, ...]
     format_set: str
     formats: tuple[Format, ...]
     budget_bits: float
@@ -77,17 +81,22 @@ def choose(request: Request) -> Choice:
         UserError: names, formats, targets, numbers or files that do not go together.
     """
     find_model(request.model)
-    targets = [target_named(name) for name in request.targets]
+    names = request.targets
+    if request.layout == PLUGIN_LAYOUT:
+        names = names or (PLUGIN_TARGET,)
+        if request.simulate:
+            raise UserError("--layout plugin: --simulate builds nothing that has a layout; leave one of them out")
+    targets = [target_named(name) for name in names]
     if not targets and not request.simulate:
         raise UserError(f"no --target: expected one of {', '.join(TARGETS)}; or pass --simulate to build no plans")
     format_set = request.formats or (targets[0].default_set if targets else SIMULATED_SET)
     formats = resolve_formats(format_set)
     if not request.simulate:
-        require_accelerated(formats, targets)
+        require_accelerated(formats, targets, request.layout)
     budget_bits = default_budget(format_set) if request.budget_bits is None else request.budget_bits
     _require_finite("--budget-bits", budget_bits)
     _require_finite("--guidance", request.guidance)
-    return Choice(format_set, formats, budget_bits, _policy_text(request.policy))
+    return Choice(names, format_set, formats, budget_bits, _policy_text(request.policy))
 
 
 def _require_finite(option: str, value: float | None) -> None:
@@ -118,7 +127,7 @@ def resolve(request: Request, choice: Choice, model: LoadedModel) -> Settings:
         model_sha256=model.model_sha256,
         format_set=choice.format_set,
         formats=tuple(fmt.name for fmt in choice.formats),
-        targets=request.targets,
+        targets=choice.targets,
         simulate=request.simulate,
         layout=request.layout,
         steps=request.steps or model.default_steps,
@@ -136,6 +145,7 @@ def run_stages(request: Request, until: StageName) -> None:
     from adatsq_trt.cli.stages import bundle, calibrate, export, quantize, search, summary
     from adatsq_trt.cli.stages.context import Context
     from adatsq_trt.engines.bundle import BundleFiles
+    from adatsq_trt.engines.plugin_commands import COMMANDS_NAME
     from adatsq_trt.engines.sizes import size_report
     from adatsq_trt.files import write_json_model
     from adatsq_trt.run import RunDirectory
@@ -146,7 +156,7 @@ def run_stages(request: Request, until: StageName) -> None:
     search.require_possible(settings, model)
     console = Console()
     # A simulated run gets a folder of its own, so that it never replaces a run with engines.
-    names = [request.model, *request.targets, *(["simulated"] if request.simulate else [])]
+    names = [request.model, *choice.targets, *(["simulated"] if request.simulate else [])]
     output = request.output or Path("runs") / "-".join(names)
     stages = {
         StageName.CALIBRATE: calibrate.run,
@@ -165,6 +175,9 @@ def run_stages(request: Request, until: StageName) -> None:
             report = size_report(BundleFiles.open(result, verify=False))
             if report is not None:
                 console.print(size_table(report))
+            if settings.layout == PLUGIN_LAYOUT:
+                commands = (result / COMMANDS_NAME).read_text(encoding="utf-8")
+                console.print(commands, highlight=False, markup=False, soft_wrap=True)
     console.print(f"{until.value}: {output / result.name}", highlight=False, soft_wrap=True)
 
 
@@ -228,4 +241,7 @@ def size_table(report: SizeReport) -> Table:
     table.caption = (
         f"the least: {report.floor_bytes / 1e6:.1f} MB, every (layer, format) and the rest of the model once"
     )
+    if report.operands:
+        parts = [f"{o.name} {o.bytes / 1e3:.1f} kB in {o.layers} layers" for o in report.operands]
+        table.caption += f"\ninputs of plugin nodes: {', '.join(parts)}"
     return table

@@ -78,29 +78,31 @@ def _origin(rows: Sequence[CheckRow]) -> str | None:
 def _mismatched_format(bundle: BundleFiles, row: CheckRow) -> str | None:
     """The first layer, in the order of execution, that the graph computes in another format than the policy says."""
     formats = bundle.policy.formats_at(row.step)
-    for layer, name in graph_formats(bundle, row).items():
-        if layer in formats and formats[layer].name != name:
+    for layer, names in graph_formats(bundle, row).items():
+        if layer in formats and formats[layer].name not in names:
             return layer
     return None
 
 
-def graph_formats(bundle: BundleFiles, row: CheckRow) -> dict[str, str]:
-    """Layer → format as a row's graph was written, in the order of execution."""
-    nodes = load_graph(bundle.graph_path(bundle.graph(row.variant, row.assignment))).graph.node
+def graph_formats(bundle: BundleFiles, row: CheckRow) -> dict[str, list[str]]:
+    """Layer → formats as a row's graph was written, in the order of execution; several where they take turns."""
+    graph = bundle.cpu_graph(row.step) if row.variant == "cpu" else bundle.graph(row.variant, row.assignment)
+    nodes = load_graph(bundle.graph_path(graph)).graph.node
     formats = ((module_of(node), {e.key: e.value for e in node.metadata_props}.get(_FORMAT_KEY)) for node in nodes)
-    return {layer: name for layer, name in formats if name is not None}
+    return {layer: names.split(",") for layer, names in formats if names is not None}
 
 
 def _first_layer(bundle: BundleFiles, row: CheckRow, layer: str) -> FirstLayer:
     fmt = bundle.policy.formats_at(row.step)[layer]
-    written = graph_formats(bundle, row).get(layer, fmt.name)
-    signature = bundle.graph("cpu", row.assignment).scale_inputs.get(layer)
+    written = graph_formats(bundle, row).get(layer, [fmt.name])
+    scales = bundle.scales(row.step)
+    signature = bundle.cpu_graph(row.step).scale_inputs.get(layer)
     return FirstLayer(
         step=row.step,
         assignment=row.assignment,
         variant=row.variant,
         layer=layer,
         format=fmt.name,
-        graph_format=written if written != fmt.name else None,
-        activation_scale=None if signature is None else float(bundle.scales(row.step)[signature.name]),
+        graph_format=None if fmt.name in written else ",".join(written),
+        activation_scale=float(scales[signature.name]) if signature is not None and signature.name in scales else None,
     )

@@ -26,17 +26,17 @@ class Reference:
     bundle: BundleFiles
 
     def feed(self, step: int, rows: int | None = None) -> dict[str, np.ndarray]:
-        """A step's calibration inputs and activation scales, as its cpu graph takes them.
+        """A step's calibration inputs, activation scales and choice of formats, as its cpu graph takes them.
 
         Args:
             step: index in the loop.
             rows: so many evenly spaced rows of the batch; None for all.
         """
-        graph = self.bundle.graph("cpu", self.bundle.policy.step_assignments[step])
+        graph = self.bundle.cpu_graph(step)
         inputs = {s.name: self._array(f"step_{step:03d}.input.{s.name}") for s in graph.inputs}
         if rows is not None:
             inputs = {name: value[:: max(len(value) // rows, 1)] for name, value in inputs.items()}
-        return {**inputs, **self.bundle.scales(step)}
+        return {**inputs, **self.bundle.controls(graph, step)}
 
     def output(self, step: int) -> np.ndarray:
         """The fake-quantized model's output for all rows of a step's inputs."""

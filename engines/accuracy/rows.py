@@ -117,9 +117,10 @@ def _units(bundle: BundleFiles, folder: Path) -> Iterator[list[CheckRow]]:
 
 def _check_steps(bundle: BundleFiles, reference: Reference, assignment: int, folder: Path) -> Iterator[list[CheckRow]]:
     """Every layer at the first step of every bucket of an assignment, and the output of its every step."""
-    graph, policy = bundle.graph("cpu", assignment), bundle.policy
+    policy = bundle.policy
     firsts = [bucket.first for bucket in policy.buckets if bucket.assignment == assignment]
     steps = [step for step, used in enumerate(policy.step_assignments) if used == assignment]
+    graph = bundle.cpu_graph(steps[0])
     runs = [
         *(_CpuRun(_subject(bundle, step), reference.layers(step), ".layers") for step in firsts),
         *(_CpuRun(_subject(bundle, step), {graph.outputs[0].name: reference.output(step)}) for step in steps),
@@ -154,7 +155,7 @@ class _CpuRun:
 
 def _run_cpu(bundle: BundleFiles, runs: Sequence[_CpuRun], folder: Path) -> Iterator[list[CheckRow]]:
     """Run a cpu graph, once for each of `runs`, with one session that gives out all layers."""
-    reference, graph = Reference(bundle), bundle.graph("cpu", runs[0].subject.assignment)
+    reference, graph = Reference(bundle), bundle.cpu_graph(runs[0].subject.step)
     path, layers = bundle.graph_path(graph), bundle.policy.layers
     feeds = [reference.feed(run.subject.step, len(next(iter(run.expected.values())))) for run in runs]
     names = {name: name for name in (graph.outputs[0].name, *(f"{layer}{OUTPUT_SUFFIX}" for layer in layers))}

@@ -86,23 +86,10 @@ class OnnxRuntimeSteps(StepRunner):
         self._controls: dict[int, dict[str, np.ndarray]] = {}
 
     def run(self, step: int, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Run the session, with its branches and scales set for a step."""
+        """Run the session, with its branches and scales set for a step; they are the same for all calls of a step."""
         if step not in self._controls:
-            self._controls[step] = self._control(step)
+            self._controls[step] = self._files.controls(self._graph, step)
         return self._runner.run({**inputs, **self._controls[step]})[self._graph.outputs[0].name]
-
-    def _control(self, step: int) -> dict[str, np.ndarray]:
-        """The inputs that choose a step's branches and scale its activations; scales that no chosen branch reads are 1.
-
-        They are the same for all calls of a step.
-        """
-        control = {signature.name: np.ones((), np.float32) for signature in self._graph.scale_inputs.values()}
-        if control:
-            control |= self._files.scales(step)
-        if self._graph.bucket_input is not None:
-            assignment = self._files.policy.step_assignments[step]
-            control[self._graph.bucket_input.name] = np.asarray(assignment, np.int32)
-        return control
 
     def close(self) -> None:
         """Free the session."""

@@ -28,17 +28,26 @@ def policy_with(built: Path, file: Path, **changes: object) -> Path:
 REQUESTS = {
     "model": (("digit-flux", *SM120), "unknown model 'digit-flux'; did you mean 'digits-flux'?"),
     "target": (("digits-flux", "--target", "sm12"), "unknown target 'sm12'; did you mean 'sm120'?"),
-    "second target": (("digits-flux", *SM120, "--target", "h100"), "sm80, sm86, sm89, sm120, cpu"),
+    "second target": (("digits-flux", *SM120, "--target", "h100"), "sm80, sm86, sm89, sm90, sm120, cpu"),
     "set": (("digits-flux", *SM120, "--formats", "blakwell"), "did you mean 'blackwell'?"),
     "format": (("digits-flux", *SM120, "--formats", "fp8,nvfp5"), "unknown format 'nvfp5'; did you mean 'nvfp4'?"),
     "no format": (("digits-flux", *SM120, "--formats", ","), "unknown format ''; choose one of: "),
-    "no target": (("digits-flux",), "no --target: expected one of sm80, sm86, sm89, sm120, cpu"),
+    "no target": (("digits-flux",), "no --target: expected one of sm80, sm86, sm89, sm90, sm120, cpu"),
     "formats and no target": (("digits-flux", "--formats", "paper"), "or pass --simulate"),
     "not accelerated": (
         ("digits-flux", "--target", "sm89", "--formats", "blackwell"),
         "target 'sm89' does not accelerate nvfp4; it accelerates bf16, fp16, fp8, int4wo; choose among these",
     ),
     "not accelerated by one of two": (("digits-flux", *SM120, "--target", "sm80", "--formats", "fp8"), "target 'sm80'"),
+    "layout": (
+        ("digits-flux", "--target", "sm90"),
+        "target 'sm90' does not accelerate w4a8, fp8, w8a8, bf16 in this layout; it accelerates nothing; choose among "
+        "these with --formats, or --layout plugin, or pass --simulate",
+    ),
+    "simulated layout": (
+        ("digits-flux", "--layout", "plugin", "--simulate"),
+        "--simulate builds nothing that has a layout",
+    ),
     "budget": (("digits-flux", *SM120, "--budget-bits", "3.99"), "cheapest is nvfp4 everywhere with a mean of 4 bits"),
     "negative budget": (("digits-flux", *SM120, "--budget-bits", "-6"), "cheapest is nvfp4 everywhere"),
     "NaN budget": (("digits-flux", *SM120, "--budget-bits", "nan"), "--budget-bits: got nan, expected a finite number"),

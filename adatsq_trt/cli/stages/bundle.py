@@ -12,10 +12,13 @@ from adatsq_trt import __version__
 from adatsq_trt.cli.progress import progress
 from adatsq_trt.cli.stages import export, search
 from adatsq_trt.cli.stages.context import Context
+from adatsq_trt.engines.backends.base import BatchRange
 from adatsq_trt.engines.build import build_plans
 from adatsq_trt.engines.bundle import POLICY_NAME, ImageSpec, Manifest, PlanFile, ScheduleRecord, write_manifest
+from adatsq_trt.engines.plugin_commands import write_commands
 from adatsq_trt.errors import MissingFileError
 from adatsq_trt.files import atomic_path, read_json_model
+from adatsq_trt.formats import PLUGIN_LAYOUT
 from adatsq_trt.graph_index import INDEX_NAME, GraphIndex
 from adatsq_trt.policy import Policy
 from adatsq_trt.run import Stage
@@ -77,12 +80,16 @@ def _plans(context: Context, folder: Path, index: GraphIndex) -> tuple[PlanFile,
     if context.settings.simulate or not targets:
         return ()
     layout = context.settings.layout
-    graphs = 1 if layout == "switch" else sum(g.variant == "target" and g.assignment is not None for g in index.graphs)
     branches = 2 if context.calibration.conditioning.unconditional is not None else 1
+    rows = MAX_SAMPLES * branches
+    if layout == PLUGIN_LAYOUT:
+        assignments = len(Policy.load(folder / POLICY_NAME).assignments)
+        write_commands(folder, index.find("target", None), assignments, BatchRange(1, rows, rows))
+        return ()
+    graphs = 1 if layout == "switch" else sum(g.variant == "target" and g.assignment is not None for g in index.graphs)
     jobs = 1 if index.weight_bytes > _LARGE_BYTES else os.cpu_count() or 1
     with progress("build: TensorRT-RTX", graphs * len(targets)) as advance:
-        rows, on_plan = MAX_SAMPLES * branches, lambda _done, _all: advance()
-        return build_plans(folder, index, targets, rows, on_plan, layout=layout, jobs=jobs)
+        return build_plans(folder, index, targets, rows, lambda _done, _all: advance(), layout=layout, jobs=jobs)
 
 
 def _manifest(context: Context, index: GraphIndex, policy: Policy, plans: tuple[PlanFile, ...]) -> Manifest:

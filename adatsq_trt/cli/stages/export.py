@@ -12,8 +12,10 @@ from adatsq_trt.calibration.trajectory import Samples, trajectory
 from adatsq_trt.cli.progress import progress
 from adatsq_trt.cli.stages import calibrate, quantize, search
 from adatsq_trt.cli.stages.context import Context
-from adatsq_trt.export import export_graphs, trace
+from adatsq_trt.export import export_graphs, export_plugin_graphs, trace
+from adatsq_trt.export.plugin_graphs import GRAPHS as PLUGIN_GRAPHS
 from adatsq_trt.files import read_tensors, write_tensors
+from adatsq_trt.formats import PLUGIN_LAYOUT
 from adatsq_trt.models.adapter import Conditioning
 from adatsq_trt.models.capture import captured_outputs
 from adatsq_trt.models.format_store import SCALES_NAME
@@ -52,6 +54,8 @@ def stage(context: Context) -> Stage:
     ]
     inputs = context.inputs(("weights_sha256", "model_sha256", "formats", "steps", "guidance"))
     own = {"base": base_type(context), "variants": variants(context), "reference": _REFERENCE_CONTENT}
+    if context.settings.layout == PLUGIN_LAYOUT:
+        own["layout"] = PLUGIN_LAYOUT
     return context.run.stage(NAME, {**inputs, **own}, files)
 
 
@@ -77,12 +81,16 @@ def _graphs(context: Context, policy: Policy, folder: Path) -> None:
     time, guidance = context.schedule.model_time(0), samples.guidance
     inputs = context.adapter.guided_inputs(samples.noise(), time, samples.conditioning, guidance)
     weights = quantize.load(context).weights
-    names = variants(context)
-    with progress("export", 2 + (len(policy.assignments) + 1) * len(names)) as advance:
+    names, in_plugin = variants(context), context.settings.layout == PLUGIN_LAYOUT
+    count = PLUGIN_GRAPHS if in_plugin else 1 + (len(policy.assignments) + 1) * len(names)
+    with progress("export", 1 + count) as advance:
         traced = trace(context.adapter.trace_module(), inputs, OUTPUT_NAME, _TYPES[base])
         advance()
-        blocks = context.adapter.blocks()
-        export_graphs(traced, policy, weights, folder / GRAPHS, base, blocks, names, lambda _done, _all: advance())
+        blocks, graphs = context.adapter.blocks(), folder / GRAPHS
+        if in_plugin:
+            export_plugin_graphs(traced, policy, weights, graphs, base, blocks, advance)
+        else:
+            export_graphs(traced, policy, weights, graphs, base, blocks, names, lambda _done, _all: advance())
 
 
 @torch.no_grad()

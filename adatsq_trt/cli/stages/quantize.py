@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from adatsq_trt.calibration.gptq import gptq
+from adatsq_trt.calibration.nested import NARROW, WIDE, NestedWeight, nest
 from adatsq_trt.cli.progress import progress
 from adatsq_trt.cli.stages import calibrate
 from adatsq_trt.cli.stages.context import Context
 from adatsq_trt.files import read_tensors, write_tensors
-from adatsq_trt.formats import Format
-from adatsq_trt.models.format_store import SCALES_NAME, FormatStore, load_store, save_weights, weights_name
+from adatsq_trt.formats import PLUGIN_LAYOUT, Format
+from adatsq_trt.models.format_store import (
+    SCALES_NAME,
+    FormatStore,
+    load_store,
+    load_weights,
+    save_weights,
+    weights_name,
+)
 from adatsq_trt.quantize import QuantizedWeight, static_activation_scale
 from adatsq_trt.run import Stage
 
 NAME = "quantize"
+NESTED = "nested.safetensors"  # planes of the layers that keep one copy for two widths
 
 
 def stage(context: Context) -> Stage:
     """The stage for these settings."""
     folder = calibrate.stage(context).folder
     files = [folder / calibrate.HESSIANS, folder / calibrate.STATISTICS]
-    return context.run.stage(NAME, context.inputs(("weights_sha256", "formats", "damping")), files)
+    inputs = context.inputs(("weights_sha256", "formats", "damping"))
+    return context.run.stage(NAME, {**inputs, "nested": True} if _nests(context) else inputs, files)
 
 
 def run(context: Context) -> Stage:
@@ -32,13 +45,16 @@ def run(context: Context) -> Stage:
     this = stage(context)
     if this.done:
         return this
-    with this.run(), progress("quantize", len(context.formats)) as advance:
+    with this.run():
         hessians = read_tensors(calibrate.stage(context).folder / calibrate.HESSIANS)
-        for fmt in context.formats:
-            file = this.unit(weights_name(fmt.name))
-            if not file.is_file():
-                save_weights(file, solve(context, fmt, hessians))
-            advance()
+        with progress("quantize", len(context.formats)) as advance:
+            for fmt in context.formats:
+                file = this.unit(weights_name(fmt.name))
+                if not file.is_file():
+                    save_weights(file, solve(context, fmt, hessians))
+                advance()
+        if _nests(context) and not this.unit(NESTED).is_file():
+            write_tensors(this.unit(NESTED), _nest(context, this.folder, hessians))
         write_tensors(this.unit(SCALES_NAME), activation_scales(context))
     return this
 
@@ -51,6 +67,25 @@ def solve(context: Context, fmt: Format, hessians: Mapping[str, Tensor]) -> dict
     }
 
 
+def _nests(context: Context) -> bool:
+    """Whether layers may be stored in two planes: where both widths are candidates and a backend reads planes."""
+    return context.settings.layout == PLUGIN_LAYOUT and {NARROW.name, WIDE.name} <= set(context.settings.formats)
+
+
+def _nest(context: Context, folder: Path, hessians: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Planes of the layers that lose little when they are nested: "<module path>.<attribute of NestedWeight>"."""
+    narrow, wide = (load_weights(folder / weights_name(fmt.name), context.layers) for fmt in (NARROW, WIDE))
+    linears, tensors = context.adapter.quantizable_layers(), dict[str, Tensor]()
+    with progress("quantize: nested layers", len(linears)) as advance:
+        for layer, linear in linears.items():
+            damping, weight = context.settings.damping, linear.weight.detach()
+            planes = nest(weight, hessians[layer], narrow[layer], wide[layer], damping)
+            if planes is not None:
+                tensors |= {f"{layer}.{field.name}": getattr(planes, field.name) for field in fields(planes)}
+            advance()
+    return tensors or {"none": torch.zeros(0)}  # safetensors needs a tensor
+
+
 def activation_scales(context: Context) -> dict[str, Tensor]:
     """Static scales of the formats that have them: float32 [steps, layers]."""
     largest = read_tensors(calibrate.stage(context).folder / calibrate.STATISTICS)["largest"]
@@ -59,5 +94,17 @@ def activation_scales(context: Context) -> dict[str, Tensor]:
 
 
 def load(context: Context) -> FormatStore:
-    """What the stage wrote."""
-    return load_store(stage(context).folder, context.settings.formats, context.layers)
+    """What the stage wrote; nested layers have their planes in every format that reads them."""
+    folder = stage(context).folder
+    store = load_store(folder, context.settings.formats, context.layers)
+    if not _nests(context):
+        return store
+    tensors, weights = read_tensors(folder / NESTED), {name: dict(own) for name, own in store.weights.items()}
+    for layer in context.layers:
+        if f"{layer}.high" in tensors:
+            planes = NestedWeight(**{field.name: tensors[f"{layer}.{field.name}"] for field in fields(NestedWeight)})
+            weights[WIDE.name][layer] = planes.wide
+            for fmt in context.formats:
+                if fmt.weight == NARROW.weight:
+                    weights[fmt.name][layer] = planes.narrow
+    return FormatStore(weights, store.scales)

@@ -1,0 +1,122 @@
+"""Layout `plugin`: the command lines that compile its graph with enterprise TensorRT and the plugin library.
+
+Nothing here runs them: enterprise TensorRT is not among this package's dependencies, and its builder wants the GPU.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from adatsq_trt.engines.backends.base import BatchRange
+from adatsq_trt.engines.bundle import GRAPH_FOLDER
+from adatsq_trt.files import write_bytes
+from adatsq_trt.graph_index import GraphFile, TensorSignature
+
+COMMANDS_NAME = "build-plugin-engine.sh"
+LIBRARY = "libadatsq_plugins.so"
+PLAN = "plugin.plan"
+# "Now prioritizes using plugins over local functions": changelog of TensorRT OSS, 10.7.0.
+MINIMUM_PARSER = "10.7"
+_Shapes = dict[str, tuple[int, ...]]
+
+_SCRIPT = """\
+#!/bin/sh
+# Compiles this bundle's graph, in this folder and on the GPU that will run it. It needs enterprise TensorRT 10.13 to 11
+# and the library that 'adatsq-trt build plugins' makes. One of:
+#
+#     sh {name} polygraphy
+#     sh {name} trtexec
+#
+# {functions} is the same graph with local functions, for ONNX Runtime. TensorRT can read it too,
+# but parsers before {minimum}, and all where the library is not loaded, take the functions without a word. What is
+# compiled here has none, so it is refused then.
+set -eu
+case "${{1:-polygraphy}}" in
+polygraphy)
+    {polygraphy}
+    ;;
+trtexec)
+    {trtexec}
+    ;;
+*)
+    echo "got '$1', expected polygraphy or trtexec" >&2
+    exit 2
+    ;;
+esac
+"""
+
+
+def optimization_profiles(graph: GraphFile, assignments: int, batch: BatchRange) -> list[tuple[_Shapes, ...]]:
+    """Minimum, optimum and maximum shapes of the inputs, for each assignment: the k-th pins the selector to [1, k].
+
+    Args:
+        graph: with plugin nodes.
+        assignments: how many there are.
+        batch: what the dynamic axis of the other inputs may be.
+    """
+    assert graph.selector_input is not None
+    dynamic = [signature for signature in graph.inputs if _is_dynamic(signature)]
+    return [
+        tuple(
+            {**{s.name: _shape(s, rows) for s in dynamic}, graph.selector_input.name: (1, extent)}
+            for rows in (batch.minimum, batch.optimum, batch.maximum)
+        )
+        for extent in range(1, assignments + 1)
+    ]
+
+
+def _is_dynamic(signature: TensorSignature) -> bool:
+    return any(isinstance(size, str) for size in signature.shape)
+
+
+def _shape(signature: TensorSignature, rows: int) -> tuple[int, ...]:
+    return tuple(rows if isinstance(size, str) else size for size in signature.shape)
+
+
+def polygraphy_command(graph: GraphFile, profiles: Iterable[Sequence[_Shapes]]) -> list[str]:
+    """The words of `polygraphy convert`, to be run in the bundle's folder."""
+    words = ["polygraphy", "convert", f"{GRAPH_FOLDER}/{graph.plain_path}", "--convert-to", "trt", "--strongly-typed"]
+    words += ["--plugins", f"./{LIBRARY}"]
+    for shapes in profiles:
+        for kind, own in zip(("min", "opt", "max"), shapes, strict=True):
+            words.append(f"--trt-{kind}-shapes")
+            words += [f"{name}:[{','.join(map(str, shape))}]" for name, shape in own.items()]
+    return [*words, "--output", PLAN]
+
+
+def trtexec_command(graph: GraphFile, profiles: Iterable[Sequence[_Shapes]]) -> list[str]:
+    """The words of `trtexec`, to be run in the bundle's folder."""
+    words = ["trtexec", f"--onnx={GRAPH_FOLDER}/{graph.plain_path}", "--stronglyTyped", f"--dynamicPlugins=./{LIBRARY}"]
+    for index, shapes in enumerate(profiles):
+        words.append(f"--profile={index}")
+        for kind, own in zip(("min", "opt", "max"), shapes, strict=True):
+            listed = ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in own.items())
+            words.append(f"--{kind}Shapes={listed}")
+    return [*words, f"--saveEngine={PLAN}", "--skipInference"]
+
+
+def write_commands(folder: Path, graph: GraphFile, assignments: int, batch: BatchRange) -> Path:
+    """Write both command lines as a script into a bundle.
+
+    Args:
+        folder: the bundle's.
+        graph: its target graph.
+        assignments: how many there are.
+        batch: rows of an optimization profile.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    profiles = optimization_profiles(graph, assignments, batch)
+    path = folder / COMMANDS_NAME
+    text = _SCRIPT.format(
+        name=COMMANDS_NAME,
+        functions=f"{GRAPH_FOLDER}/{graph.path}",
+        minimum=MINIMUM_PARSER,
+        polygraphy=shlex.join(polygraphy_command(graph, profiles)),
+        trtexec=shlex.join(trtexec_command(graph, profiles)),
+    )
+    write_bytes(path, text.encode())
+    return path

@@ -1,0 +1,91 @@
+"""Layout `plugin` from the command line: its bundle is built, checked, run and shown."""
+
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+from safetensors import safe_open
+
+from adatsq_trt.engines import accuracy
+from adatsq_trt.engines.bundle import BundleFiles
+from adatsq_trt.formats import FORMAT_SETS
+from adatsq_trt.policy import Policy
+from adatsq_trt.zoo.loading import load_model
+from tests.cli.conftest import CommandLine
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small run of two assignments, without --target: its graph is the same for all."""
+    folder = tmp_path_factory.mktemp("plugin")
+    model, path = load_model("digits-flux"), folder / "run"
+    layers = list(model.adapter.quantizable_layers())
+    rows = [[FORMAT_SETS["hopper"][(i + step) % 4] for i in range(len(layers))] for step in range(2)]
+    Policy.from_steps("digits-flux", model.weights_sha256, layers, rows).save(folder / "policy.json")
+    arguments = ("build", "engine", "digits-flux", "--layout", "plugin", "--formats", "hopper", *CommandLine.small)
+    ended = CommandLine.process(*arguments, "--policy", folder / "policy.json", "--output", path)
+    assert ended.code == 0, ended.err
+    for tool in ("polygraphy convert", "trtexec --onnx="):
+        assert tool in ended.out
+    assert "inputs of plugin nodes" in ended.out
+    return path
+
+
+def test_the_bundle_has_graphs_and_commands_and_no_plans(run: Path) -> None:
+    bundle = BundleFiles.open(run)
+    assert (bundle.manifest.layout, bundle.manifest.backend) == ("plugin", "onnxruntime")
+    assert bundle.manifest.targets == ("sm90",)
+    assert bundle.manifest.plans == ()
+    script = (bundle.folder / "build-plugin-engine.sh").read_text()
+    assert "build-plugin-engine.sh" in bundle.manifest.files
+    assert script.count("--trt-opt-shapes") == len(bundle.policy.assignments)
+    assert f"--profile={len(bundle.policy.assignments) - 1} " in script
+
+
+def test_formats_are_stored_for_the_layers_that_use_them(run: Path, cli: CommandLine) -> None:
+    """A weight input has as many layers as the policy gives its format to; none of these is nested."""
+    policy, nested = Policy.load(run / "policy.json"), run / "quantize" / "nested.safetensors"
+    with safe_open(nested, "pt") as file:
+        planes = {name.removesuffix(".high") for name in file.keys() if name.endswith(".high")}  # noqa: SIM118
+    columns = dict(zip(policy.layers, zip(*policy.assignments, strict=True), strict=True))
+    wanted = {
+        "w4": sum("w4a8" in column for column in columns.values()),
+        "lo": sum({"w4a8", "w8a8"} <= set(column) for layer, column in columns.items() if layer in planes),
+        "w_fp8": sum("fp8" in column for column in columns.values()),
+        "w16": sum("bf16" in column for column in columns.values()),
+    }
+    wanted["w8"] = sum("w8a8" in column for column in columns.values()) - wanted["lo"]
+    sizes = json.loads(cli("inspect", run, "--json").out)["sizes"]
+    got = {row["name"]: row["layers"] for row in sizes["operands"]}
+    assert {name: got.get(name, 0) for name in wanted} == wanted
+    assert [row["layout"] for row in sizes["layouts"]] == ["plugin"]
+
+
+def test_check_and_generate_run_the_plugin_graph(run: Path, cli: CommandLine) -> None:
+    report = json.loads(cli("check", run, "--json").out)
+    layers = [row for row in report["rows"] if row["layer"] is not None]
+    assert report["passed"]
+    assert {row["format"] for row in layers} == {
+        name for row in Policy.load(run / "policy.json").assignments for name in row
+    }
+    assert cli("generate", run, "--samples", "1").code == 0
+
+
+def test_a_wrong_plane_fails_the_check(run: Path, cli: CommandLine, tmp_path: Path) -> None:
+    """The selector of another assignment: what a file whose profiles are out of order computes."""
+    bundle = BundleFiles.open(run)
+    path = bundle.graph_path(bundle.graph("cpu", None))
+    before = path.read_bytes()
+    model = onnx.load(path, load_external_data=False)
+    for function in model.functions:
+        for node in function.node:
+            if node.op_type == "Constant" and node.attribute[0].t.data_type == onnx.TensorProto.BOOL:
+                table = node.attribute[0].t
+                table.raw_data = bytes(1 - value for value in table.raw_data)
+    path.write_bytes(model.SerializeToString(deterministic=True))
+    try:
+        files = BundleFiles.open(run, verify=False)
+        assert not accuracy.check(files, tmp_path).passed
+    finally:
+        path.write_bytes(before)
