@@ -1,6 +1,6 @@
 """What one nested copy of a weight costs, in error, and saves, in bytes, beside two copies.
 
-    python -m benchmarks.nested.run [--document docs/plugin.md]
+    python -m benchmarks.nested.run [--document docs/plugin.md] [--from-results]
 
 Calibrates digits-flux in runs/bench-nested, stores its layers in every way, and measures tr(ΔW H ΔWᵀ) with the run's
 Hessians, relative to copies of their own, and the latent MSE of uniform policies. The same errors on synthetic layers,
@@ -38,7 +38,7 @@ from adatsq_trt.calibration.trajectory import final_latents
 from adatsq_trt.cli.options import open_run
 from adatsq_trt.cli.stages import calibrate
 from adatsq_trt.cli.stages.context import Context
-from adatsq_trt.files import read_tensors, write_bytes, write_json_model
+from adatsq_trt.files import read_json_model, read_tensors, write_bytes, write_json_model
 from adatsq_trt.formats import GROUP, Format
 from adatsq_trt.models.format_store import FormatStore
 from adatsq_trt.models.simulated import SimulatedModel
@@ -127,11 +127,13 @@ def main() -> None:
     """Measure, write, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--document", type=Path, help="Markdown file whose table is replaced")
+    parser.add_argument("--from-results", action="store_true", help="draw and print results.json, measure nothing")
     options = parser.parse_args()
-    command = [str(SCRIPT), "calibrate", "digits-flux", "--target", "sm90", "--layout", "plugin"]
-    subprocess.run([*command, "--formats", "w4a8,w8a8", "--output", str(RUN)], check=True)
-    results = measure(open_run(RUN))
-    write_json_model(RESULTS, results)
+    if not options.from_results:
+        command = [str(SCRIPT), "calibrate", "digits-flux", "--target", "sm90", "--layout", "plugin"]
+        subprocess.run([*command, "--formats", "w4a8,w8a8", "--output", str(RUN)], check=True)
+        write_json_model(RESULTS, measure(open_run(RUN)))
+    results = read_json_model(RESULTS, Results)
     _draw(results)
     table = _table(results)
     sys.stdout.write(table)
