@@ -45,19 +45,6 @@ def open_bundle(args: dict[str, str]) -> tuple[Bundle, dict[str, str]]:
         raise server.TritonModelException(str(error)) from error
 
 
-def _parameters(args: dict[str, str]) -> dict[str, str]:
-    """The parameters of config.pbtxt, without which there is no bundle to open."""
-    stated = json.loads(args["model_config"]).get("parameters", {})
-    parameters = {name: value["string_value"] for name, value in stated.items()}
-    missing = sorted({"bundle", "backend", "manifest_sha256"} - set(parameters))
-    if missing or parameters["backend"] not in ("onnxruntime", "rtx"):
-        what = f"no parameter '{missing[0]}'" if missing else f"backend '{parameters['backend']}', which there is not"
-        raise DamagedFileError(
-            f"config.pbtxt of model '{args['model_name']}' has {what}; run 'adatsq-trt deploy triton'"
-        )
-    return parameters
-
-
 def read_tensors(request: Any) -> dict[str, np.ndarray]:
     """A request's inputs by name, copied out of the server's memory, which is gone when the request is.
 
@@ -82,3 +69,16 @@ def _make_tensor(name: str, value: np.ndarray) -> Any:
 def refusal(message: str, code: int) -> Any:
     """A response that is an error with a sentence; `code` is one of TritonError's."""
     return server.InferenceResponse(error=server.TritonError(message, code))
+
+
+def _parameters(args: dict[str, str]) -> dict[str, str]:
+    """The parameters of config.pbtxt, without which there is no bundle to open."""
+    stated = json.loads(args["model_config"]).get("parameters", {})
+    parameters = {name: value["string_value"] for name, value in stated.items()}
+    missing = sorted({"bundle", "backend", "manifest_sha256"} - set(parameters))
+    if missing or parameters["backend"] not in ("onnxruntime", "rtx"):
+        what = f"no parameter '{missing[0]}'" if missing else f"backend '{parameters['backend']}', which there is not"
+        raise DamagedFileError(
+            f"config.pbtxt of model '{args['model_name']}' has {what}; run 'adatsq-trt deploy triton'"
+        )
+    return parameters
