@@ -31,9 +31,9 @@ def open_bundle(args: dict[str, str]) -> tuple[Bundle, dict[str, str]]:
     Raises:
         TritonModelException: the bundle is not the one that was deployed, or cannot be opened.
     """
-    parameters = {name: value["string_value"] for name, value in json.loads(args["model_config"])["parameters"].items()}
-    folder = Path(args["model_repository"], parameters["bundle"])
     try:
+        parameters = _parameters(args)
+        folder = Path(args["model_repository"], parameters["bundle"])
         got = sha256(folder / MANIFEST_NAME)
         if got != parameters["manifest_sha256"]:
             raise DamagedFileError(
@@ -69,3 +69,16 @@ def _make_tensor(name: str, value: np.ndarray) -> Any:
 def refusal(message: str, code: int) -> Any:
     """A response that is an error with a sentence; `code` is one of TritonError's."""
     return server.InferenceResponse(error=server.TritonError(message, code))
+
+
+def _parameters(args: dict[str, str]) -> dict[str, str]:
+    """The parameters of config.pbtxt, without which there is no bundle to open."""
+    stated = json.loads(args["model_config"]).get("parameters", {})
+    parameters = {name: value["string_value"] for name, value in stated.items()}
+    missing = sorted({"bundle", "backend", "manifest_sha256"} - set(parameters))
+    if missing or parameters["backend"] not in ("onnxruntime", "rtx"):
+        what = f"no parameter '{missing[0]}'" if missing else f"backend '{parameters['backend']}', which there is not"
+        raise DamagedFileError(
+            f"config.pbtxt of model '{args['model_name']}' has {what}; run 'adatsq-trt deploy triton'"
+        )
+    return parameters
