@@ -15,7 +15,17 @@ IMAGE_SIZE, CELL_SIZE, CELLS = 16, 8, 4
 # One row less than the digits have: it stays black, which tells the model where a cell ends.
 DIGIT_ROWS = 7
 RGB = np.array([(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1)], dtype=np.float32)
-FORMS = {"one": 0.2, "several": 0.2, "and": 0.3, "relation": 0.3}  # how often each occurs in training
+# Form of a prompt and whether it names colours → how often it occurs in training: what is hard more often.
+FORMS = {
+    ("one", False): 0.06,
+    ("one", True): 0.08,
+    ("several", False): 0.16,
+    ("several", True): 0.04,
+    ("and", False): 0.2,
+    ("and", True): 0.16,
+    ("relation", False): 0.25,
+    ("relation", True): 0.05,
+}
 # Digits by a fixed permutation: what the models see, what the judge learns from, what measures the judge.
 SPLITS = {"generator": slice(0, 700), "judge": slice(700, 1500), "held out": slice(1500, 1797)}
 
@@ -55,8 +65,8 @@ def _squeeze_rows(images: Floats) -> Floats:
 
 
 def draw_prompt(rng: np.random.Generator) -> Prompt:
-    """A training prompt, with colours in half of all cases."""
-    form, coloured = rng.choice(list(FORMS), p=list(FORMS.values())), rng.random() < 0.5
+    """A training prompt."""
+    form, coloured = list(FORMS)[rng.choice(len(FORMS), p=list(FORMS.values()))]
     digits = rng.choice(DIGITS, 2, replace=False).tolist()
     colours = rng.choice(COLOURS[:-1], 2, replace=False).tolist() if coloured else (None, None)
     first, second = map(Thing, digits, colours)

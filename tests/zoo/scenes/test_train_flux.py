@@ -87,7 +87,7 @@ def test_teacher_trajectories_end_where_the_loop_does(dev: FluxAdapter, scenes: 
     torch.testing.assert_close(latent, latents[-1])
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
@@ -101,7 +101,7 @@ def test_a_killed_training_ends_with_the_same_weights(
 
         def loss() -> torch.Tensor:
             if next(left, None) is None:
-                raise Killed
+                raise KilledError
             return train_flux.flow_matching_loss(adapter, scenes)
 
         training.Trainer(adapter, 1e-3, file).run(loss, 4)
@@ -111,7 +111,7 @@ def test_a_killed_training_ends_with_the_same_weights(
         torch.manual_seed(0)
         whole = run(tmp_path / "whole.safetensors", 4)
         torch.manual_seed(0)
-        with pytest.raises(Killed):
+        with pytest.raises(KilledError):
             run(tmp_path / "killed.safetensors", 2)
         torch.manual_seed(5)
         assert torch.equal(run(tmp_path / "killed.safetensors", 2), whole)
