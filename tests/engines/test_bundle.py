@@ -10,8 +10,8 @@ from adatsq_trt.engines.bundle import (
     MANIFEST_NAME,
     SCALES_NAME,
     BundleFiles,
-    read_arrays,
     prompt_number,
+    read_arrays,
     require_prompts,
     write_manifest,
 )
