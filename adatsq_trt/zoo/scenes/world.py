@@ -76,11 +76,15 @@ def draw_prompt(rng: np.random.Generator) -> Prompt:
 
 
 def draw_scene(prompt: Prompt, rng: np.random.Generator) -> Scene:
-    """A scene that the prompt describes, in random places; what has no colour in the prompt is white."""
+    """A scene that the prompt describes, in random places; what has no colour in the prompt is white.
+
+    Of two things without a relation the first comes first in reading order.
+    """
     things = [prompt.thing] * prompt.count + ([prompt.other] if prompt.other else [])
     while True:
         cells: list[Thing | None] = [None] * CELLS
-        for cell, thing in zip(rng.choice(CELLS, len(things), replace=False), things, strict=True):
+        places = rng.choice(CELLS, len(things), replace=False).tolist()
+        for cell, thing in zip(places if prompt.relation else sorted(places), things, strict=True):
             cells[cell] = Thing(thing.digit, thing.colour or WHITE)
         if satisfies(cells, prompt):
             return tuple(cells)
