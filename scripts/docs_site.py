@@ -23,7 +23,10 @@ ELSEWHERE = {
     "CHANGELOG.md": "changelog.md",
     "SECURITY.md": "security.md",
     "benchmarks/README.md": "benchmarks.md",
-    "adatsq_trt/zoo/weights/digits-flux/README.md": "digits-flux.md",
+    **{
+        f"adatsq_trt/zoo/weights/{name}/README.md": f"{name}.md"
+        for name in ("digits-flux", "scenes-flux-dev", "scenes-flux-schnell", "scenes-judge")
+    },
 }
 PAGES = {**ELSEWHERE, "docs/decisions": "decisions/index.md"}
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?:|#)([^)#\s]+)(#[^)\s]*)?\)")

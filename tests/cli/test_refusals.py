@@ -52,6 +52,10 @@ REQUESTS = {
     "negative budget": (("digits-flux", *SM120, "--budget-bits", "-6"), "cheapest is nvfp4 everywhere"),
     "NaN budget": (("digits-flux", *SM120, "--budget-bits", "nan"), "--budget-bits: got nan, expected a finite number"),
     "infinite budget": (("digits-flux", *SM120, "--budget-bits", "inf"), "--budget-bits: got inf"),
+    "no guidance": (
+        ("scenes-flux-schnell", *SM120, "--guidance", "2"),
+        "--guidance 2: model 'scenes-flux-schnell' takes no guidance; leave it out",
+    ),
     "guidance": (("digits-flux", *SM120, "--guidance", "nan"), "--guidance: got nan, expected a finite number"),
 }
 

@@ -15,6 +15,7 @@ from adatsq_trt.engines.bundle import (
     REFERENCE_NAME,
     SCALES_NAME,
     BundleFiles,
+    prompt_number,
     read_arrays,
     require_prompts,
     write_manifest,
@@ -236,3 +237,19 @@ def test_prompts_must_exist(tiny_bundle: BundleFiles) -> None:
     require_prompts(tiny_bundle, [0, 2])
     with pytest.raises(UserError, match="prompts 0 to 2"):
         require_prompts(tiny_bundle, [3])
+
+
+def test_prompts_are_found_by_text_and_by_number(own_bundle: BundleFiles) -> None:
+    edit_manifest(own_bundle, prompt_texts=["a 3", "1", "two 5"])
+    bundle = BundleFiles.open(own_bundle.folder)
+    assert [prompt_number(bundle, text) for text in ("a 3", "two 5", "2", "0")] == [0, 2, 2, 0]
+    with pytest.raises(UserError, match=r"prompt 'a 4': not one of the 3 .* \"prompt_texts\" in '.*manifest\.json'"):
+        prompt_number(bundle, "a 4")
+    with pytest.raises(UserError, match="prompts 0 to 2"):
+        prompt_number(bundle, "3")
+
+
+def test_a_bundle_with_guidance_has_two_branches(own_bundle: BundleFiles) -> None:
+    assert own_bundle.two_branches
+    own_bundle.__dict__["prompts"] = {"conditional.pooled": np.zeros((3, 16), np.float32)}
+    assert not own_bundle.two_branches

@@ -7,8 +7,9 @@ import torch
 from adatsq_trt.engines import runtime
 from adatsq_trt.engines.backends import onnxruntime
 from adatsq_trt.engines.bundle import BundleFiles, ImageSpec
-from adatsq_trt.engines.runtime import Bundle, Conditioning, StepResult
+from adatsq_trt.engines.runtime import Bundle, Conditioning, StepResult, require_inputs
 from adatsq_trt.errors import DamagedFileError, MismatchError, UserError
+from adatsq_trt.graph_index import TensorSignature
 from adatsq_trt.models.flux import pack
 from adatsq_trt.schedule import initial_noise
 from tests.engines.conftest import ASSIGNMENTS, GUIDANCE, SIGMAS, STEP_ASSIGNMENTS, TinyModel
@@ -136,9 +137,22 @@ def test_prompts_by_another_name(bundle: Bundle) -> None:
         bundle.conditioning([0])
 
 
-def test_decode_is_the_inverse_of_pack() -> None:
-    images = np.random.default_rng(0).random((2, 6, 6, 3), dtype=np.float32)
-    latent = pack(torch.from_numpy(images)).numpy()
-    spec = ImageSpec(patches=3, channels=3)
+def test_a_guidance_scale_is_an_input_where_the_graph_asks_for_it(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latents, conditioning = bundle.noise([1, 2]), Conditioning(bundle.conditioning([0, 1]).conditional)
+    assert "guidance" not in bundle.step_inputs(0, latents, conditioning, 3.5)
+    own = (*bundle.inputs, TensorSignature(name="guidance", dtype="float", shape=("rows",)))
+    monkeypatch.setattr(Bundle, "inputs", own)
+    given = bundle.step_inputs(0, latents, conditioning, 3.5)
+    assert given["guidance"].tolist() == [3.5, 3.5]
+    require_inputs(own, given)
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 3])
+def test_decode_is_the_inverse_of_pack(patch_size: int) -> None:
+    images = np.random.default_rng(0).random((2, 3 * patch_size, 3 * patch_size, 3), dtype=np.float32)
+    latent = pack(torch.from_numpy(images), patch_size).numpy()
+    spec = ImageSpec(patches=3, channels=3, patch_size=patch_size)
     np.testing.assert_allclose(spec.decode(latent), images, atol=1e-6)
     assert spec.decode(latent * 5).max() == 1.0

@@ -1,6 +1,7 @@
 """The model that ships: its layers, its size, its quality, and what happens when a file is damaged."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from adatsq_trt.zoo.loading import (
     CLASS_EMBEDDING,
     INDEX,
     SCHEDULER_CONFIG,
+    TEXT_ENCODER,
+    TEXT_ENCODER_CONFIG,
     TRANSFORMER_CONFIG,
     TRANSFORMER_WEIGHTS,
     LoadedModel,
@@ -23,6 +26,9 @@ from adatsq_trt.zoo.loading import (
     load_model,
     model_sha256,
 )
+from adatsq_trt.zoo.sampling import sample
+from adatsq_trt.zoo.scenes.judge import column_scores, load_judge
+from adatsq_trt.zoo.scenes.prompts import evaluation_prompts
 from adatsq_trt.zoo.train_digits_flux import TRAIN_IMAGES, digits
 
 
@@ -90,10 +96,10 @@ def test_other_truncated_files_are_named(own_zoo: Path, name: Path, kept: int) -
     assert str(file) in refusal()
 
 
-def refusal() -> str:
+def refusal(name: str = "digits-flux") -> str:
     """What a damaged model is answered with: one sentence that does not speak of stages."""
     with pytest.raises(DamagedFileError) as error:
-        load_model("digits-flux")
+        load_model(name)
     message = str(error.value)
     assert message.endswith("; install the package again")
     assert "\n" not in message
@@ -171,3 +177,58 @@ def test_missing_files_are_named(own_zoo: Path, name: Path) -> None:
     (own_zoo / name).unlink()
     with pytest.raises(MissingFileError, match=Path(name).name.replace(".", r"\.")):
         load_model("digits-flux")
+
+
+# ---------------------------------------------------------------------------------- models that take sentences
+
+
+@pytest.fixture
+def own_scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of scenes-flux-dev that may be damaged."""
+    folder = tmp_path / "scenes-flux-dev"
+    shutil.copytree(find_model("scenes-flux-dev"), folder)
+    monkeypatch.setattr(zoo, "ZOO_FOLDER", tmp_path)
+    return folder
+
+
+def test_dev_is_small_and_takes_sentences_and_a_guidance_scale() -> None:
+    model = load_model("scenes-flux-dev")
+    assert len(model.adapter.quantizable_layers()) == 34
+    assert (model.default_steps, model.adapter.latent_shape) == (50, (16, 48))
+    assert model.adapter.takes_guidance
+    assert {"a 3", "three 5"} <= set(model.adapter.prompts)
+    assert sum(file.stat().st_size for file in find_model("scenes-flux-dev").rglob("*.safetensors")) <= 6_000_000
+
+
+def test_samples_show_what_the_sentences_say() -> None:
+    """On 48 samples of 10 steps; the record has 600 of 50."""
+    model, prompts = load_model("scenes-flux-dev"), evaluation_prompts(48)
+    numbers = [model.adapter.prompts.index(str(prompt)) for prompt in prompts]
+    images = sample(model.adapter, numbers, 10, model.default_guidance, seed=2)
+    assert column_scores(load_judge(), images, prompts)["mean"] > 0.6
+
+
+@pytest.mark.parametrize("name", [TEXT_ENCODER, TEXT_ENCODER_CONFIG], ids=str)
+@pytest.mark.parametrize("kept", [0, 40, -3])
+def test_a_truncated_text_encoder_is_named(own_scenes: Path, name: Path, kept: int) -> None:
+    file = own_scenes / name
+    file.write_bytes(file.read_bytes()[:kept])
+    assert str(file) in refusal("scenes-flux-dev")
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "message"),
+    [
+        (TEXT_ENCODER_CONFIG, "prompts", ["a dog"], "unknown word 'dog'"),
+        (TEXT_ENCODER_CONFIG, "words", ["", "a"], "size mismatch|Error"),
+        (TEXT_ENCODER_CONFIG, "text_tokens", 7, "size mismatch|Error"),
+        (TEXT_ENCODER_CONFIG, "schema_version", 2, "schema"),
+        (INDEX, "patch_size", 3, "multiple"),
+    ],
+)
+def test_altered_settings_of_sentences_are_refused(
+    own_scenes: Path, name: Path, key: str, value: object, message: str
+) -> None:
+    content = json.loads((own_scenes / name).read_text())
+    (own_scenes / name).write_text(json.dumps({**content, key: value}))
+    assert re.search(message, refusal("scenes-flux-dev"))

@@ -20,7 +20,7 @@ from adatsq_trt.zoo import TextEncoderConfig
 from adatsq_trt.zoo.scenes.world import Painter, draw_prompt, draw_scene, load_split
 
 LOGGER = logging.getLogger(__name__)
-PATCH_SIZE, AVERAGE, WARM_UP, COOL_DOWN = 4, 0.999, 200, 0.3
+PATCH_SIZE, AVERAGE, WARM_UP, COOL_DOWN = 4, 0.999, 0.04, 0.3
 _SECONDS_BETWEEN_CHECKPOINTS, _ITERATIONS_BETWEEN_LINES = 120, 100
 
 
@@ -62,7 +62,7 @@ class Trainer:
         saved = start = time.monotonic()
         first = self._done
         for i in range(first, iterations):
-            rate = min(1, (i + 1) / WARM_UP, (iterations - i) / (COOL_DOWN * iterations))
+            rate = min(1, (i + 1) / (WARM_UP * iterations), (iterations - i) / (COOL_DOWN * iterations))
             self._optimizer.param_groups[0]["lr"] = self._rate * rate
             value = loss()
             self._optimizer.zero_grad()

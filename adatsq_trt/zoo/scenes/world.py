@@ -15,7 +15,17 @@ IMAGE_SIZE, CELL_SIZE, CELLS = 16, 8, 4
 # One row less than the digits have: it stays black, which tells the model where a cell ends.
 DIGIT_ROWS = 7
 RGB = np.array([(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1)], dtype=np.float32)
-FORMS = {"one": 0.2, "several": 0.2, "and": 0.3, "relation": 0.3}  # how often each occurs in training
+# Form of a prompt and whether it names colours → how often it occurs in training: what is hard more often.
+FORMS = {
+    ("one", False): 0.06,
+    ("one", True): 0.08,
+    ("several", False): 0.16,
+    ("several", True): 0.04,
+    ("and", False): 0.2,
+    ("and", True): 0.16,
+    ("relation", False): 0.25,
+    ("relation", True): 0.05,
+}
 # Digits by a fixed permutation: what the models see, what the judge learns from, what measures the judge.
 SPLITS = {"generator": slice(0, 700), "judge": slice(700, 1500), "held out": slice(1500, 1797)}
 
@@ -55,8 +65,8 @@ def _squeeze_rows(images: Floats) -> Floats:
 
 
 def draw_prompt(rng: np.random.Generator) -> Prompt:
-    """A training prompt, with colours in half of all cases."""
-    form, coloured = rng.choice(list(FORMS), p=list(FORMS.values())), rng.random() < 0.5
+    """A training prompt."""
+    form, coloured = list(FORMS)[rng.choice(len(FORMS), p=list(FORMS.values()))]
     digits = rng.choice(DIGITS, 2, replace=False).tolist()
     colours = rng.choice(COLOURS[:-1], 2, replace=False).tolist() if coloured else (None, None)
     first, second = map(Thing, digits, colours)
@@ -66,11 +76,15 @@ def draw_prompt(rng: np.random.Generator) -> Prompt:
 
 
 def draw_scene(prompt: Prompt, rng: np.random.Generator) -> Scene:
-    """A scene that the prompt describes, in random places; what has no colour in the prompt is white."""
+    """A scene that the prompt describes, in random places; what has no colour in the prompt is white.
+
+    Of two things without a relation the first comes first in reading order.
+    """
     things = [prompt.thing] * prompt.count + ([prompt.other] if prompt.other else [])
     while True:
         cells: list[Thing | None] = [None] * CELLS
-        for cell, thing in zip(rng.choice(CELLS, len(things), replace=False), things, strict=True):
+        places = rng.choice(CELLS, len(things), replace=False).tolist()
+        for cell, thing in zip(places if prompt.relation else sorted(places), things, strict=True):
             cells[cell] = Thing(thing.digit, thing.colour or WHITE)
         if satisfies(cells, prompt):
             return tuple(cells)
