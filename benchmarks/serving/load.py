@@ -209,10 +209,16 @@ class LoadRun:
 
     def _malformed(self, client: Client, model: str, rng: random.Random) -> str:
         values, sentence = MALFORMED[rng.choice(list(MALFORMED))]
+        own_stream = "model" in values  # with others in its stream, server 2.51 may abort; docs/serving.md
         try:
+            if own_stream:
+                client.close()
             client.latents(**{"model": model, **values})
         except RefusedError as error:
             return "refused" if re.search(sentence, str(error)) else "errors_without_message"
+        finally:
+            if own_stream:
+                client.close()
         return "wrong_answers"
 
 
