@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import reprlib
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 _CHUNK_BYTES = 1 << 20
+# Parsed JSON takes many times its size.
+MAX_JSON_BYTES = 1 << 26
 
 
 @contextmanager
@@ -74,16 +78,27 @@ def read_json_model(path: Path, kind: type[ModelT], advice: str | None = None) -
 
     Raises:
         MissingFileError: no such file.
-        DamagedFileError: not JSON, truncated, of another schema version, or with wrong fields.
+        DamagedFileError: too large, not JSON, truncated, of another schema version, or with wrong fields.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = _read_text(path)
     except FileNotFoundError as error:
         todo = advice or "run the stage that writes it, or check the path"
         raise MissingFileError(f"'{path}' does not exist; {todo}") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise DamagedFileError(f"'{path}' cannot be read as text: {error}; {advice or 'write it again'}") from error
     return parse_json_model(text, str(path), kind, advice)
+
+
+def _read_text(path: Path) -> str:
+    """A file's text; no more of it than may be parsed, also where it never ends."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("it is not a regular file")
+    with path.open("rb") as file:
+        content = file.read(MAX_JSON_BYTES + 1)
+    if len(content) > MAX_JSON_BYTES:
+        raise ValueError(f"it has more than {MAX_JSON_BYTES} bytes")
+    return content.decode("utf-8")
 
 
 def parse_json_model(text: str, source: str, kind: type[ModelT], advice: str | None = None) -> ModelT:
@@ -102,10 +117,16 @@ def parse_json_model(text: str, source: str, kind: type[ModelT], advice: str | N
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
         todo = advice or "delete it and run the stage again"
-        raise DamagedFileError(f"'{source}' is not a valid {kind.__name__}: {where}: {first['msg']}; {todo}") from error
+        raise DamagedFileError(f"'{source}' is not a valid {kind.__name__}: {_complaint(error)}; {todo}") from error
+
+
+def _complaint(error: ValidationError) -> str:
+    """Where a file is wrong first, what is there, and what was expected."""
+    first = error.errors()[0]
+    where, value = ".".join(str(part) for part in first["loc"]) or "the file", first["input"]
+    got = "" if isinstance(value, dict | list) else f"got {reprlib.repr(value)}: "
+    return f"{where}: {got}{first['msg'].removeprefix('Value error, ')}"
 
 
 def _require_schema(source: str, text: str, kind: type[BaseModel], advice: str | None) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
+
+from adatsq_trt.fields import Dimension, ModulePath
 
 INDEX_NAME = "index.json"
 WEIGHTS_NAME = "weights.data"
@@ -22,9 +24,9 @@ class TensorSignature(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
+    name: ModulePath
     dtype: str
-    shape: tuple[int | str, ...]
+    shape: tuple[Dimension, ...]
 
 
 class GraphFile(BaseModel):
@@ -46,8 +48,8 @@ class GraphFile(BaseModel):
     path: str
     variant: Literal["target", "cpu", "reference"]
     assignment: int | None
-    inputs: tuple[TensorSignature, ...]
-    outputs: tuple[TensorSignature, ...]
+    inputs: Annotated[tuple[TensorSignature, ...], Field(min_length=1)]
+    outputs: tuple[TensorSignature]
     scale_inputs: dict[str, TensorSignature]
     bucket_input: TensorSignature | None = None
 
@@ -70,7 +72,7 @@ class GraphIndex(BaseModel):
     graphs: tuple[GraphFile, ...]
     weights: str = WEIGHTS_NAME
     weight_bytes: int
-    blocks: tuple[str, ...]
+    blocks: tuple[ModulePath, ...]
 
     def find(self, variant: str, assignment: int | None) -> GraphFile:
         """The graph of an assignment in a variant, or with None the one of all assignments.

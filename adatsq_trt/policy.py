@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from adatsq_trt.errors import MismatchError
+from adatsq_trt.fields import Count
 from adatsq_trt.files import read_json_model, write_json_model
 from adatsq_trt.formats import FORMATS, Format
 
@@ -70,8 +71,8 @@ class Policy(BaseModel):
     schema_version: Literal[1] = SCHEMA_VERSION
     model: str
     weights_sha256: str
-    steps: int
-    layers: tuple[str, ...]
+    steps: Count
+    layers: Annotated[tuple[str, ...], Field(min_length=1)]
     assignments: tuple[tuple[str, ...], ...]
     step_assignments: tuple[int, ...]
 
@@ -79,6 +80,8 @@ class Policy(BaseModel):
     def _consistent(self) -> Policy:
         if len(self.step_assignments) != self.steps:
             raise ValueError(f"step_assignments has {len(self.step_assignments)} entries, steps is {self.steps}")
+        if len(set(self.layers)) != len(self.layers):
+            raise ValueError("layers names one twice")
         for row in self.assignments:
             if len(row) != len(self.layers):
                 raise ValueError(f"an assignment has {len(row)} entries for {len(self.layers)} layers")

@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, model_validator
 
 from adatsq_trt.errors import DamagedFileError, MissingFileError, UserError
+from adatsq_trt.fields import Count, Name
 from adatsq_trt.files import read_json_model, sha256, write_json_model
 from adatsq_trt.formats import Target
 from adatsq_trt.graph_index import INDEX_NAME, GraphFile, GraphIndex
@@ -29,6 +31,10 @@ PLAN_FOLDER = "plans"
 SCALES_NAME = "activation_scales.safetensors"
 PROMPTS_NAME = "prompts.safetensors"
 REFERENCE_NAME = "check/reference.safetensors"
+CONDITIONAL, UNCONDITIONAL = "conditional.", "unconditional."
+
+# Of one sample: a latent is allocated before any other part of the bundle confirms its shape.
+MAX_LATENT_ELEMENTS = 1 << 26
 
 Layout = Literal["embedded", "shared", "switch"]
 
@@ -50,18 +56,18 @@ class PlanFile(_Record):
         max_rows: most rows (samples times guidance branches) of its optimization profile.
     """
 
-    target: str
+    target: Name
     assignment: int | None
     path: str
     bytes: int
-    max_rows: int
+    max_rows: Count
 
 
 class ScheduleRecord(_Record):
     """A `Schedule` as text: sigmas (steps + 1), timesteps (steps) and the diffusers scheduler's configuration."""
 
-    sigmas: tuple[float, ...]
-    timesteps: tuple[float, ...]
+    sigmas: tuple[FiniteFloat, ...]
+    timesteps: tuple[FiniteFloat, ...]
     scheduler_config: dict[str, JsonValue]
 
 
@@ -73,8 +79,8 @@ class ImageSpec(_Record):
         channels: channels of the image.
     """
 
-    patches: int
-    channels: int
+    patches: Count
+    channels: Count
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Unpack 2x2 patches: [B, patches², 4c] in [-1, 1] → [B, 2 patches, 2 patches, c] in [0, 1], float32."""
@@ -106,21 +112,30 @@ class Manifest(_Record):
     """
 
     schema_version: Literal[2] = 2
-    model: str
-    architecture: str
-    backend: str
+    model: Name
+    architecture: Name
+    backend: Name
     layout: Layout = "embedded"
-    targets: tuple[str, ...]
+    targets: tuple[Name, ...]
     base_type: Literal["bfloat16", "float16", "float32"]
-    formats: tuple[str, ...]
+    formats: tuple[Name, ...]
     schedule: ScheduleRecord
-    guidance: float
-    latent_shape: tuple[int, ...]
+    guidance: FiniteFloat
+    latent_shape: Annotated[tuple[Count, ...], Field(min_length=1, max_length=8)]
     image: ImageSpec
-    prompts: int
+    prompts: Count
     plans: tuple[PlanFile, ...]
-    versions: dict[str, str]
+    versions: dict[Name, Name]
     files: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Manifest:
+        elements, pixels = prod(self.latent_shape), self.image.channels * (2 * self.image.patches) ** 2
+        if elements > MAX_LATENT_ELEMENTS:
+            raise ValueError(f"a latent of {elements} elements, the most is {MAX_LATENT_ELEMENTS}")
+        if elements != pixels:
+            raise ValueError(f"a latent has {elements} elements, its image {pixels}")
+        return self
 
 
 def plan_path(target: Target, assignment: int | None) -> str:
@@ -179,15 +194,15 @@ class BundleFiles:
             DamagedFileError: a file is not what the manifest says, or lies outside the bundle.
         """
         folder = _find(path)
-        manifest = read_json_model(folder / MANIFEST_NAME, Manifest)
+        manifest = read_json_model(folder / MANIFEST_NAME, Manifest, _REBUILD)
         _require_inside(folder, [*manifest.files, *(plan.path for plan in manifest.plans)])
         _require_listed(manifest, [POLICY_NAME, f"{GRAPH_FOLDER}/{INDEX_NAME}", *(p.path for p in manifest.plans)])
         if verify:
             _require_hashes(folder, manifest)
-        index = read_json_model(folder / GRAPH_FOLDER / INDEX_NAME, GraphIndex)
+        index = read_json_model(folder / GRAPH_FOLDER / INDEX_NAME, GraphIndex, _REBUILD)
         graphs = [f"{GRAPH_FOLDER}/{name}" for name in (index.weights, *(graph.path for graph in index.graphs))]
         _require_listed(manifest, graphs)
-        bundle = cls(folder, manifest, read_json_model(folder / POLICY_NAME, Policy), index)
+        bundle = cls(folder, manifest, read_json_model(folder / POLICY_NAME, Policy, _REBUILD), index)
         bundle._require_consistent()
         return bundle
 
@@ -198,6 +213,15 @@ class BundleFiles:
                 f"'{self.folder / MANIFEST_NAME}': the schedule has {len(record.timesteps)} timesteps and "
                 f"{len(record.sigmas)} sigmas, the policy has {steps} steps; {_REBUILD}"
             )
+        for graph in self.index.graphs:
+            strange = [f"a scale of layer '{layer}'" for layer in graph.scale_inputs if layer not in self.policy.layers]
+            if graph.assignment not in (None, *range(len(self.policy.assignments))):
+                strange.append(f"assignment {graph.assignment}")
+            if strange:
+                raise DamagedFileError(
+                    f"'{self.folder / GRAPH_FOLDER / INDEX_NAME}': '{graph.path}' has {strange[0]}, which the policy "
+                    f"does not have; {_REBUILD}"
+                )
 
     def schedule(self) -> Schedule:
         """The denoising schedule that the bundle was made for."""
@@ -222,6 +246,18 @@ class BundleFiles:
         """Where a graph's file lies."""
         return self.folder / GRAPH_FOLDER / graph.path
 
+    def file(self, name: str) -> Path:
+        """Where a file lies.
+
+        Args:
+            name: relative to the bundle.
+
+        Raises:
+            DamagedFileError: the manifest does not vouch for it.
+        """
+        _require_listed(self.manifest, [name])
+        return self.folder / name
+
     def scales(self, step: int) -> dict[str, np.ndarray]:
         """Activation scales that a step's graph takes as inputs.
 
@@ -240,11 +276,12 @@ class BundleFiles:
 
     def _scale(self, format_name: str, step: int, layer: str) -> np.ndarray:
         table = self._scale_tables.get(format_name)
-        if table is None or table.shape != (self.policy.steps, len(self.policy.layers)):
+        shape = (self.policy.steps, len(self.policy.layers))
+        if table is None or table.shape != shape or table.dtype != np.float32:
+            got = "nothing" if table is None else f"{table.dtype} {list(table.shape)}"
             raise DamagedFileError(
-                f"'{self.folder / SCALES_NAME}', format '{format_name}': got "
-                f"{'nothing' if table is None else list(table.shape)}, expected [{self.policy.steps}, "
-                f"{len(self.policy.layers)}] numbers; {_REBUILD}"
+                f"'{self.folder / SCALES_NAME}', format '{format_name}': got {got}, expected float32 {list(shape)}; "
+                f"{_REBUILD}"
             )
         value = table[step, self.policy.layers.index(layer)]
         if not (np.isfinite(value) and value > 0):
@@ -256,17 +293,29 @@ class BundleFiles:
 
     @cached_property
     def _scale_tables(self) -> dict[str, np.ndarray]:
-        return read_arrays(self.folder / SCALES_NAME)
+        return read_arrays(self.file(SCALES_NAME))
 
     @cached_property
     def prompts(self) -> dict[str, np.ndarray]:
-        """Stored conditioning: "conditional.<input>" [prompts, ...], "unconditional.<input>" [1, ...]."""
-        return read_arrays(self.folder / PROMPTS_NAME)
+        """Stored conditioning: "conditional.<input>" [prompts, ...], "unconditional.<input>" [1, ...], float32.
+
+        Raises:
+            DamagedFileError: another number of rows, or numbers that are not finite.
+        """
+        prompts = read_arrays(self.file(PROMPTS_NAME))
+        for name, value in prompts.items():
+            rows = 1 if name.startswith(UNCONDITIONAL) else self.manifest.prompts
+            if value.shape[:1] != (rows,) or value.dtype != np.float32 or not np.isfinite(value).all():
+                raise DamagedFileError(
+                    f"'{self.folder / PROMPTS_NAME}', '{name}': got {value.dtype} {list(value.shape)}, expected {rows} "
+                    f"rows of finite float32 numbers; {_REBUILD}"
+                )
+        return prompts
 
     @cached_property
     def reference(self) -> dict[str, np.ndarray]:
         """What PyTorch computed: "step_003.input.<graph input>" and "step_003.output" for every step."""
-        return read_arrays(self.folder / REFERENCE_NAME)
+        return read_arrays(self.file(REFERENCE_NAME))
 
 
 def _find(path: Path) -> Path:
@@ -324,7 +373,8 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise MissingFileError(f"the bundle's file '{path}' is gone; {_REBUILD}")
     try:
         return load_file(path)
-    except (SafetensorError, ValueError, OSError) as error:
+    # The last two where NumPy lacks the type of a tensor.
+    except (SafetensorError, ValueError, OSError, AttributeError, TypeError) as error:
         raise DamagedFileError(f"'{path}' is not a complete safetensors file ({error}); {_REBUILD}") from error
 
 

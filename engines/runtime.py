@@ -21,7 +21,7 @@ import numpy as np
 from adatsq_trt.engines.backends.base import StepRunner
 from adatsq_trt.engines.backends.onnxruntime import OnnxRuntimeSteps
 from adatsq_trt.engines.backends.rtx_steps import RtxSteps, plans_here
-from adatsq_trt.engines.bundle import BundleFiles, Manifest, require_prompts
+from adatsq_trt.engines.bundle import CONDITIONAL, UNCONDITIONAL, BundleFiles, Manifest, require_prompts
 from adatsq_trt.errors import DamagedFileError, MismatchError, UserError
 from adatsq_trt.formats import Format
 from adatsq_trt.graph_index import TensorSignature
@@ -29,7 +29,6 @@ from adatsq_trt.policy import Policy
 from adatsq_trt.schedule import Schedule, initial_noise
 
 TIME_INPUT = "timestep"
-_CONDITIONAL, _UNCONDITIONAL = "conditional.", "unconditional."
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -152,13 +151,13 @@ class Bundle:
             DamagedFileError: the stored prompts are not named as they should be.
         """
         require_prompts(self.files, prompts)
-        conditional = _starting(self.files.prompts, _CONDITIONAL)
+        conditional = _starting(self.files.prompts, CONDITIONAL)
         if not conditional:
             raise DamagedFileError(
                 f"the prompts of bundle '{self.files.folder}' are {sorted(self.files.prompts)}, expected names that "
-                f"start with '{_CONDITIONAL}'; run 'adatsq-trt build engine' again"
+                f"start with '{CONDITIONAL}'; run 'adatsq-trt build engine' again"
             )
-        unguided = _starting(self.files.prompts, _UNCONDITIONAL)
+        unguided = _starting(self.files.prompts, UNCONDITIONAL)
         return Conditioning(
             {name: value[list(prompts)] for name, value in conditional.items()},
             {name: np.repeat(value, len(prompts), axis=0) for name, value in unguided.items()} or None,

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and readers that say what is wrong."""
 
 import hashlib
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,6 +15,7 @@ from pydantic import BaseModel
 
 from adatsq_trt.errors import DamagedFileError, MissingFileError, OutputError
 from adatsq_trt.files import (
+    MAX_JSON_BYTES,
     atomic_path,
     read_json_model,
     read_tensors,
@@ -163,3 +165,26 @@ def test_hash_is_that_of_the_content(tmp_path: Path) -> None:
     content = bytes(range(256)) * 10_000
     write_bytes(tmp_path / "file", content)
     assert sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+def endless(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def too_large(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(MAX_JSON_BYTES + 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [(endless, "not a regular file"), (pipe, "not a regular file"), (too_large, "more than 67108864 bytes")],
+)
+def test_no_more_is_read_than_may_be_parsed(tmp_path: Path, make: Callable[[Path], None], message: str) -> None:
+    make(tmp_path / "file.json")
+    with pytest.raises(DamagedFileError, match=message):
+        read_json_model(tmp_path / "file.json", Note)

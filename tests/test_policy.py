@@ -103,6 +103,9 @@ def save_changed(path: Path, **changes: object) -> None:
         ({"step_assignments": [0, 5]}, "use every assignment"),
         ({"colour": "red"}, "colour"),
         ({"layers": None}, "layers"),
+        ({"layers": ["a", "b", "a"]}, "layers names one twice"),
+        ({"layers": [], "assignments": [[], []]}, "layers"),
+        ({"steps": 0, "assignments": [], "step_assignments": []}, "steps: got 0"),
     ],
 )
 def test_wrong_content_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:

@@ -46,17 +46,27 @@ class Deployment:
     max_samples: int = MAX_SAMPLES
     backend: Backend = "onnxruntime"
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names of its models."""
+        return (self.name, f"{self.name}_step") if self.step_model else (self.name,)
+
     def require_plans(self) -> None:
         """Refuse what its plans cannot do.
 
         Raises:
-            UserError: there are no plans, or they take fewer rows.
+            UserError: there are no plans, nobody knows what compiled them, or they take fewer rows.
         """
         rows = min((plan.max_rows for plan in self.files.manifest.plans), default=0)
         if self.backend == "rtx" and not rows:
             raise UserError(
                 f"'{self.files.folder}' has no plans for --backend rtx; build it with a GPU as --target, or deploy it "
                 "with --backend onnxruntime"
+            )
+        if self.backend == "rtx" and _RTX_LIBRARY not in self.files.manifest.versions:
+            raise UserError(
+                f"the manifest of '{self.files.folder}' does not say which version of {_RTX_LIBRARY} compiled its "
+                "plans; build it again"
             )
         if self.backend == "rtx" and 2 * self.max_samples > rows:
             raise UserError(
@@ -77,7 +87,7 @@ def write_repository(deployments: Sequence[Deployment], output: Path, link: bool
         UserError: names that the server does not take, or that are given twice; a backend that a bundle is not for.
         OutputError: the folder exists or cannot be written.
     """
-    _require_names([deployment.name for deployment in deployments])
+    _require_names([name for deployment in deployments for name in deployment.models])
     for deployment in deployments:
         deployment.require_plans()
     requirements = _requirements(deployments)
@@ -113,7 +123,7 @@ def _require_names(names: Sequence[str]) -> None:
         if not _NAME.fullmatch(name):
             raise UserError(f"--name '{name}': expected letters, digits, '_', '.' and '-'; choose such a name")
         if names.count(name) > 1:
-            raise UserError(f"two bundles would be served as '{name}'; give each a --name of its own")
+            raise UserError(f"two models would be served as '{name}'; give each bundle a --name of its own")
 
 
 def _write_models(deployment: Deployment, repository: Path, link: bool) -> None:
@@ -130,8 +140,8 @@ def _write_models(deployment: Deployment, repository: Path, link: bool) -> None:
     if deployment.step_model:
         rows = 2 * deployment.max_samples
         own = {"inputs": _step_inputs(deployment.files), "max_rows": rows, "delay_us": _QUEUE_DELAY_US}
-        name = f"{deployment.name}_step"
-        _write_model(repository / name, "step", {**common, **own, "name": name, "loop_name": deployment.name})
+        loop, name = deployment.models
+        _write_model(repository / name, "step", {**common, **own, "name": name, "loop_name": loop})
 
 
 def _write_model(folder: Path, kind: str, values: dict[str, object]) -> None:
@@ -168,7 +178,8 @@ def _step_inputs(bundle: BundleFiles) -> str:
 
 
 def _dims(shape: Sequence[int | str]) -> str:
-    return ", ".join(map(str, shape))
+    """Sizes in config.pbtxt, where -1 stands for any."""
+    return ", ".join("-1" if isinstance(size, str) else str(size) for size in shape)
 
 
 def _write_documents(deployments: Sequence[Deployment], requirements: str, repository: Path) -> None:

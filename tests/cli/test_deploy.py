@@ -21,7 +21,7 @@ def test_repository(cli, bundle: Path, tmp_path: Path) -> None:
 
 
 REFUSALS = {
-    "twice": (["{}", "{}"], "two bundles would be served as 'tiny'; give each a --name of its own"),
+    "twice": (["{}", "{}"], "two models would be served as 'tiny'; give each bundle a --name of its own"),
     "names": (["{}", "--name", "a", "--name", "b"], "got 2 times --name for 1 bundles"),
     "name": (["{}", "--name", "a b"], "--name 'a b': expected letters"),
     "plans": (["{}", "--backend", "rtx"], "has no plans for --backend rtx"),

@@ -60,9 +60,14 @@ def refused(deployments: list[Deployment], output: Path, message: str) -> None:
 
 def test_refusals_write_nothing(tiny_bundle: BundleFiles, tmp_path: Path) -> None:
     one, output = Deployment("tiny", tiny_bundle), tmp_path / "repository"
-    refused([one, one], output, "two bundles would be served as 'tiny'")
+    refused([one, one], output, "two models would be served as 'tiny'")
+    step = Deployment("tiny", tiny_bundle, step_model=True)
+    refused([step, Deployment("tiny_step", tiny_bundle)], output, "two models would be served as 'tiny_step'")
     refused([Deployment("a/b", tiny_bundle)], output, "--name 'a/b': expected letters")
     refused([Deployment("tiny", tiny_bundle, backend="rtx")], output, "has no plans for --backend rtx")
+    unknown = with_plans(tiny_bundle, 64, "1.7.1")
+    unknown.manifest.versions.clear()
+    refused([Deployment("tiny", unknown, backend="rtx")], output, "does not say which version of tensorrt-rtx")
     small = with_plans(tiny_bundle, 16, "1.7.1")
     refused([Deployment("tiny", small, backend="rtx")], output, "the plans take 16; pass --max-samples 8")
     versions = [
