@@ -28,6 +28,15 @@ def triton(
         Literal["onnxruntime", "rtx"],
         typer.Option("--backend", help="What runs the bundles: cpu graphs anywhere, or plans on a GPU."),
     ] = "onnxruntime",
+    pipeline: Annotated[
+        Path | None,
+        typer.Option(
+            "--pipeline",
+            help="Folder of the diffusers pipeline that the bundles' model comes from: its text encoders and VAE are "
+            "served too, so that requests can be text.",
+            show_default="prompts of the bundle only",
+        ),
+    ] = None,
 ) -> None:
     """Write a model repository that Triton server loads: the whole denoising loop of each bundle.
 
@@ -43,6 +52,10 @@ def triton(
     opened = [BundleFiles.open(path) for path in bundles]
     names = name or [files.manifest.model for files in opened]
     write_repository(
-        [Deployment(n, files, step_model, max_samples, backend) for n, files in zip(names, opened, strict=True)], output
+        [
+            Deployment(n, files, step_model, max_samples, backend, pipeline)
+            for n, files in zip(names, opened, strict=True)
+        ],
+        output,
     )
     typer.echo(f"{output}: {', '.join(names)}; start it as {output / 'README.md'} says")

@@ -6,8 +6,8 @@ import json
 import queue
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from types import TracebackType
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType, TracebackType
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -49,9 +49,11 @@ class HttpClient:
     def __init__(self, ports: Ports) -> None:
         self._address = f"http://{HOST}:{ports.http}/v2/models"
 
-    def generate(self, model: str, output: str = "latents", **values: Any) -> dict[str, Any]:
+    def generate(
+        self, model: str, output: str = "latents", parameters: Mapping[str, str] = MappingProxyType({}), **values: Any
+    ) -> dict[str, Any]:
         """The one message of a generation."""
-        body = json.dumps({**values, "parameters": {"output": output}}).encode()
+        body = json.dumps({**values, "parameters": {"output": output, **parameters}}).encode()
         request = urllib.request.Request(f"{self._address}/{model}/generate", data=body)
         try:
             with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:

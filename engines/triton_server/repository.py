@@ -15,6 +15,7 @@ from typing import Literal
 from adatsq_trt import __version__
 from adatsq_trt.engines.bundle import MANIFEST_NAME, BundleFiles
 from adatsq_trt.engines.runtime import TIME_INPUT
+from adatsq_trt.engines.triton_server.pipeline import copy_pipeline, require_pipeline
 from adatsq_trt.errors import OutputError, UserError
 from adatsq_trt.files import sha256
 
@@ -22,9 +23,12 @@ IMAGE = "nvcr.io/nvidia/tritonserver:25.10-py3"
 MAX_SAMPLES = 32
 Backend = Literal["onnxruntime", "rtx"]
 _REQUIREMENTS = "numpy onnxruntime-gpu pillow pydantic safetensors"
+_PIPELINE_REQUIREMENTS = "accelerate diffusers transformers"
 _RTX_LIBRARY = "tensorrt-rtx"
 _INSTANCES = {"onnxruntime": "kind: KIND_CPU", "rtx": "kind: KIND_GPU gpus: [ 0 ]"}
 _QUEUE_DELAY_US = 200
+_TEXT = 'Its parameter "text" is the prompt in words, the same for all samples, and then there is no input "prompt".'
+_NO_TEXT = "The prompts are those that the bundle holds."
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -38,6 +42,8 @@ class Deployment:
         step_model: also write a model for single steps, `name` + "_step"; it holds the weights once more.
         max_samples: most samples of one call of the denoiser.
         backend: "onnxruntime" runs the cpu graphs anywhere, "rtx" the plans on a GPU.
+        pipeline: folder of the diffusers pipeline that the model is the transformer of; its text encoders and VAE are
+            served with it.
     """
 
     name: str
@@ -45,6 +51,7 @@ class Deployment:
     step_model: bool = False
     max_samples: int = MAX_SAMPLES
     backend: Backend = "onnxruntime"
+    pipeline: Path | None = None
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -84,12 +91,15 @@ def write_repository(deployments: Sequence[Deployment], output: Path, link: bool
         link: link to the bundles instead of copying them.
 
     Raises:
-        UserError: names that the server does not take, or that are given twice; a backend that a bundle is not for.
+        UserError: names that the server does not take, or that are given twice; a backend or a pipeline that a bundle
+            is not for.
         OutputError: the folder exists or cannot be written.
     """
     _require_names([name for deployment in deployments for name in deployment.models])
     for deployment in deployments:
         deployment.require_plans()
+        if deployment.pipeline is not None:
+            require_pipeline(deployment.pipeline, deployment.files)
     requirements = _requirements(deployments)
     if output.exists():
         raise OutputError(f"'{output}' exists; pass another --output, or remove it first")
@@ -111,10 +121,11 @@ def write_repository(deployments: Sequence[Deployment], output: Path, link: bool
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def curl_line(name: str, address: str = "localhost:8000") -> str:
-    """A shell command that asks a loop model for a picture and writes picture.png."""
+def curl_line(name: str, address: str = "localhost:8000", text: bool = False) -> str:
+    """A shell command that asks a loop model, with a text or with a prompt's number, and writes picture.png."""
     decode = "import json, sys; sys.stdout.buffer.write(bytes(json.load(sys.stdin)['png']))"
-    ask = f"""curl --silent --data '{{"prompt": 0, "seed": 7}}' {address}/v2/models/{name}/generate"""
+    body = '{"seed": 7, "parameters": {"text": "a red bicycle"}}' if text else '{"prompt": 0, "seed": 7}'
+    ask = f"curl --silent --data '{body}' {address}/v2/models/{name}/generate"
     return f'{ask} | python3 -c "{decode}" > picture.png'
 
 
@@ -135,7 +146,8 @@ def _write_models(deployment: Deployment, repository: Path, link: bool) -> None:
         for name in (MANIFEST_NAME, *deployment.files.manifest.files):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, target / name)
-    common = _values(deployment)
+    pipeline_sha256 = copy_pipeline(deployment.pipeline, target.parent) if deployment.pipeline is not None else ""
+    common = {**_values(deployment), "pipeline_sha256": pipeline_sha256}
     _write_model(repository / deployment.name, "loop", common)
     if deployment.step_model:
         rows = 2 * deployment.max_samples
@@ -167,6 +179,7 @@ def _values(deployment: Deployment) -> dict[str, object]:
         "max_samples": deployment.max_samples,
         "backend": deployment.backend,
         "instances": _INSTANCES[deployment.backend],
+        "text": _TEXT if deployment.pipeline is not None else _NO_TEXT,
     }
 
 
@@ -190,7 +203,12 @@ def _write_documents(deployments: Sequence[Deployment], requirements: str, repos
         if deployment.step_model:
             rows.append(f"| `{deployment.name}_step` | one call of its denoiser, for clients that run the loop |")
     name, gpu = deployments[0].name, any(deployment.backend == "rtx" for deployment in deployments)
-    values = {"version": __version__, "models": "\n".join(rows), "name": name, "curl": curl_line(name)}
+    values = {
+        "version": __version__,
+        "models": "\n".join(rows),
+        "name": name,
+        "curl": curl_line(name, text=deployments[0].pipeline is not None),
+    }
     readme = _fill("README.md", {**values, "gpus": "--gpus all " if gpu else ""})
     (repository / "README.md").write_text(readme, encoding="utf-8")
     dockerfile = _fill("Dockerfile", {"image": IMAGE, "requirements": requirements})
@@ -205,7 +223,9 @@ def _requirements(deployments: Sequence[Deployment]) -> str:
             f"the bundles' plans are of TensorRT-RTX {' and '.join(sorted(versions))}, one image holds one; "
             "deploy them into repositories of their own, or build them again"
         )
-    return " ".join([_REQUIREMENTS, *(f"{_RTX_LIBRARY}=={version} torch" for version in versions)])
+    needed = [_REQUIREMENTS, *(f"{_RTX_LIBRARY}=={version}" for version in versions)]
+    pipelines = any(deployment.pipeline is not None for deployment in deployments)
+    return " ".join([*needed, *(["torch"] if versions or pipelines else []), *([_PIPELINE_REQUIREMENTS] * pipelines)])
 
 
 def _fill(template: str, values: Mapping[str, object]) -> str:

@@ -72,8 +72,8 @@ def test_latents_that_are_no_picture(bundle: Bundle) -> None:
 
 def test_outputs(bundle: Bundle) -> None:
     latents = bundle.noise([1, 2, 3])
-    assert render(bundle, latents, "latents") is latents
-    images = render(bundle, latents, "image")
+    assert render(bundle.decode, latents, "latents") is latents
+    images = render(bundle.decode, latents, "image")
     np.testing.assert_array_equal(images, bundle.decode(latents))
-    picture = np.asarray(Image.open(BytesIO(render(bundle, latents, "png").tobytes())))
+    picture = np.asarray(Image.open(BytesIO(render(bundle.decode, latents, "png").tobytes())))
     np.testing.assert_array_equal(picture, np.round(np.concatenate(images, axis=1) * 255).astype(np.uint8))
