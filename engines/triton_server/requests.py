@@ -57,6 +57,8 @@ def read_request(
     for name in sorted(set(tensors) - {"prompt", "seed"}):
         if tensors[name].size != 1:
             raise UserError(f"{name}: got {tensors[name].size} values, expected one for all samples of the request")
+    if "seed" not in tensors:  # the server lets some requests through that lack an input
+        raise UserError("the request has no seed; give one, 0 or more, for each sample")
     asked = json.loads(parameters or "{}")
     seeds = tensors["seed"].ravel().tolist()
     prompts = tensors["prompt"].ravel().tolist() if "prompt" in tensors else None

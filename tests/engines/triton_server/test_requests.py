@@ -62,6 +62,11 @@ def test_bad_requests(bundle: Bundle, name: str) -> None:
         read_request(tensors(**values), parameters, bundle, max_samples=2)
 
 
+def test_no_seed(bundle: Bundle) -> None:
+    with pytest.raises(UserError, match="the request has no seed; give one, 0 or more"):
+        read_request({"prompt": np.array([1])}, "", bundle, max_samples=2)
+
+
 def test_latents_that_are_no_picture(bundle: Bundle) -> None:
     image = ImageSpec(patches=1, channels=16)
     files = replace(bundle.files, manifest=bundle.manifest.model_copy(update={"image": image}))
