@@ -35,7 +35,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: the folder cannot be written or is full.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.parent / f".{path.name}.{os.getpid()}.part"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

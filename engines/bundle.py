@@ -31,14 +31,15 @@ PLAN_FOLDER = "plans"
 SCALES_NAME = "activation_scales.safetensors"
 PROMPTS_NAME = "prompts.safetensors"
 REFERENCE_NAME = "check/reference.safetensors"
-CONDITIONAL, UNCONDITIONAL = "conditional.", "unconditional."
+CONDITIONAL, UNCONDITIONAL = "conditional.", "unconditional."  # what the names of stored prompts start with
 
 # Of one sample: a latent is allocated before any other part of the bundle confirms its shape.
 MAX_LATENT_ELEMENTS = 1 << 26
 
 Layout = Literal["embedded", "shared", "switch"]
 
-_REBUILD = "run 'adatsq-trt build engine' again"
+# The next step that messages name.
+REBUILD = "run 'adatsq-trt build engine' again"
 
 
 class _Record(BaseModel):
@@ -75,18 +76,20 @@ class ImageSpec(_Record):
     """How a latent becomes an image.
 
     Attributes:
-        patches: patches along one side; each holds 2x2 pixels.
+        patches: patches along one side.
         channels: channels of the image.
+        patch_size: height and width of a patch in pixels.
     """
 
     patches: Count
     channels: Count
+    patch_size: Count = 2
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Unpack 2x2 patches: [B, patches², 4c] in [-1, 1] → [B, 2 patches, 2 patches, c] in [0, 1], float32."""
-        side, channels = self.patches, self.channels
-        grid = latents.reshape(-1, side, side, channels, 2, 2).transpose(0, 1, 4, 2, 5, 3)
-        return np.clip(grid.reshape(-1, 2 * side, 2 * side, channels) / 2 + 0.5, 0, 1)
+        """Unpack patches of p x p: [B, patches², p² c] in [-1, 1] → [B, p patches, p patches, c] in [0, 1], float32."""
+        side, channels, pixels = self.patches, self.channels, self.patch_size
+        grid = latents.reshape(-1, side, side, channels, pixels, pixels).transpose(0, 1, 4, 2, 5, 3)
+        return np.clip(grid.reshape(-1, pixels * side, pixels * side, channels) / 2 + 0.5, 0, 1)
 
 
 class Manifest(_Record):
@@ -102,10 +105,11 @@ class Manifest(_Record):
         base_type: 16-bit type of what is not quantized in the target graphs.
         formats: formats that the policy uses.
         schedule: sigmas and timesteps of the denoising loop.
-        guidance: weight of classifier-free guidance.
+        guidance: scale of guidance: weight of the branch with the prompt, or an input of models trained with it.
         latent_shape: shape of one sample's latent.
         image: how a latent becomes an image.
         prompts: how many prompts are stored.
+        prompt_texts: what they say.
         plans: compiled engines; none when the policy is only simulated.
         versions: library → version.
         files: path relative to the bundle → sha256 of every other file.
@@ -124,13 +128,15 @@ class Manifest(_Record):
     latent_shape: Annotated[tuple[Count, ...], Field(min_length=1, max_length=8)]
     image: ImageSpec
     prompts: Count
+    prompt_texts: tuple[str, ...] = ()
     plans: tuple[PlanFile, ...]
     versions: dict[Name, Name]
     files: dict[str, str] = {}
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
-        elements, pixels = prod(self.latent_shape), self.image.channels * (2 * self.image.patches) ** 2
+        elements = prod(self.latent_shape)
+        pixels = self.image.channels * (self.image.patch_size * self.image.patches) ** 2
         if elements > MAX_LATENT_ELEMENTS:
             raise ValueError(f"a latent of {elements} elements, the most is {MAX_LATENT_ELEMENTS}")
         if elements != pixels:
@@ -194,15 +200,15 @@ class BundleFiles:
             DamagedFileError: a file is not what the manifest says, or lies outside the bundle.
         """
         folder = _find(path)
-        manifest = read_json_model(folder / MANIFEST_NAME, Manifest, _REBUILD)
+        manifest = read_json_model(folder / MANIFEST_NAME, Manifest, REBUILD)
         _require_inside(folder, [*manifest.files, *(plan.path for plan in manifest.plans)])
         _require_listed(manifest, [POLICY_NAME, f"{GRAPH_FOLDER}/{INDEX_NAME}", *(p.path for p in manifest.plans)])
         if verify:
             _require_hashes(folder, manifest)
-        index = read_json_model(folder / GRAPH_FOLDER / INDEX_NAME, GraphIndex, _REBUILD)
+        index = read_json_model(folder / GRAPH_FOLDER / INDEX_NAME, GraphIndex, REBUILD)
         graphs = [f"{GRAPH_FOLDER}/{name}" for name in (index.weights, *(graph.path for graph in index.graphs))]
         _require_listed(manifest, graphs)
-        bundle = cls(folder, manifest, read_json_model(folder / POLICY_NAME, Policy, _REBUILD), index)
+        bundle = cls(folder, manifest, read_json_model(folder / POLICY_NAME, Policy, REBUILD), index)
         bundle._require_consistent()
         return bundle
 
@@ -211,7 +217,7 @@ class BundleFiles:
         if len(record.timesteps) != steps or len(record.sigmas) != steps + 1:
             raise DamagedFileError(
                 f"'{self.folder / MANIFEST_NAME}': the schedule has {len(record.timesteps)} timesteps and "
-                f"{len(record.sigmas)} sigmas, the policy has {steps} steps; {_REBUILD}"
+                f"{len(record.sigmas)} sigmas, the policy has {steps} steps; {REBUILD}"
             )
         for graph in self.index.graphs:
             strange = [f"a scale of layer '{layer}'" for layer in graph.scale_inputs if layer not in self.policy.layers]
@@ -220,7 +226,7 @@ class BundleFiles:
             if strange:
                 raise DamagedFileError(
                     f"'{self.folder / GRAPH_FOLDER / INDEX_NAME}': '{graph.path}' has {strange[0]}, which the policy "
-                    f"does not have; {_REBUILD}"
+                    f"does not have; {REBUILD}"
                 )
 
     def schedule(self) -> Schedule:
@@ -239,7 +245,7 @@ class BundleFiles:
         except KeyError as error:
             raise DamagedFileError(
                 f"'{self.folder / GRAPH_FOLDER / INDEX_NAME}' has no {variant} graph for assignment {assignment}; "
-                f"{_REBUILD}"
+                f"{REBUILD}"
             ) from error
 
     def graph_path(self, graph: GraphFile) -> Path:
@@ -281,13 +287,13 @@ class BundleFiles:
             got = "nothing" if table is None else f"{table.dtype} {list(table.shape)}"
             raise DamagedFileError(
                 f"'{self.folder / SCALES_NAME}', format '{format_name}': got {got}, expected float32 {list(shape)}; "
-                f"{_REBUILD}"
+                f"{REBUILD}"
             )
         value = table[step, self.policy.layers.index(layer)]
         if not (np.isfinite(value) and value > 0):
             raise DamagedFileError(
                 f"'{self.folder / SCALES_NAME}', format '{format_name}', step {step}, layer '{layer}': got {value}, "
-                f"expected a positive number; {_REBUILD}"
+                f"expected a positive number; {REBUILD}"
             )
         return np.asarray(value, dtype=np.float32)
 
@@ -308,9 +314,14 @@ class BundleFiles:
             if value.shape[:1] != (rows,) or value.dtype != np.float32 or not np.isfinite(value).all():
                 raise DamagedFileError(
                     f"'{self.folder / PROMPTS_NAME}', '{name}': got {value.dtype} {list(value.shape)}, expected {rows} "
-                    f"rows of finite float32 numbers; {_REBUILD}"
+                    f"rows of finite float32 numbers; {REBUILD}"
                 )
         return prompts
+
+    @property
+    def two_branches(self) -> bool:
+        """Whether guidance combines a prediction with the prompt and one without."""
+        return any(name.startswith(UNCONDITIONAL) for name in self.prompts)
 
     @cached_property
     def reference(self) -> dict[str, np.ndarray]:
@@ -344,18 +355,18 @@ def _require_inside(folder: Path, names: Iterable[str]) -> None:
 def _require_listed(manifest: Manifest, names: Iterable[str]) -> None:
     for name in names:
         if name not in manifest.files:
-            raise DamagedFileError(f"the bundle's manifest has no hash for '{name}', so it is not read; {_REBUILD}")
+            raise DamagedFileError(f"the bundle's manifest has no hash for '{name}', so it is not read; {REBUILD}")
 
 
 def _require_hashes(folder: Path, manifest: Manifest) -> None:
     for name, expected in manifest.files.items():
         path = folder / name
         if not path.is_file():
-            raise MissingFileError(f"the bundle's file '{path}' is gone; {_REBUILD}")
+            raise MissingFileError(f"the bundle's file '{path}' is gone; {REBUILD}")
         got = sha256(path)
         if got != expected:
             raise DamagedFileError(
-                f"the bundle's file '{path}' was altered: got sha256 {got}, expected {expected}; {_REBUILD}"
+                f"the bundle's file '{path}' was altered: got sha256 {got}, expected {expected}; {REBUILD}"
             )
 
 
@@ -370,12 +381,32 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file
 
     if not path.is_file():
-        raise MissingFileError(f"the bundle's file '{path}' is gone; {_REBUILD}")
+        raise MissingFileError(f"the bundle's file '{path}' is gone; {REBUILD}")
     try:
         return load_file(path)
     # The last two where NumPy lacks the type of a tensor.
     except (SafetensorError, ValueError, OSError, AttributeError, TypeError) as error:
-        raise DamagedFileError(f"'{path}' is not a complete safetensors file ({error}); {_REBUILD}") from error
+        raise DamagedFileError(f"'{path}' is not a complete safetensors file ({error}); {REBUILD}") from error
+
+
+def prompt_number(bundle: BundleFiles, prompt: str) -> int:
+    """The number of a prompt that is given by its text or by that number.
+
+    Raises:
+        UserError: the bundle holds no such prompt.
+    """
+    texts = bundle.manifest.prompt_texts
+    if prompt in texts:
+        return texts.index(prompt)
+    try:
+        number = int(prompt)
+    except ValueError:
+        raise UserError(
+            f"prompt '{prompt}': not one of the {bundle.manifest.prompts} that the bundle holds; choose one of "
+            f"\"prompt_texts\" in '{bundle.folder / MANIFEST_NAME}', or its number"
+        ) from None
+    require_prompts(bundle, [number])
+    return number
 
 
 def require_prompts(bundle: BundleFiles, prompts: Iterable[int]) -> None:

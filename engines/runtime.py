@@ -28,7 +28,7 @@ from adatsq_trt.graph_index import TensorSignature
 from adatsq_trt.policy import Policy
 from adatsq_trt.schedule import Schedule, initial_noise
 
-TIME_INPUT = "timestep"
+TIME_INPUT, GUIDANCE_INPUT = "timestep", "guidance"
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -204,7 +204,7 @@ class Bundle:
             conditioning: of every sample.
             steps: must be the policy's number of steps, if given.
             callback: told of every finished step; an exception that it raises ends the loop.
-            guidance: weight of classifier-free guidance; the bundle's own unless given.
+            guidance: scale of guidance; the bundle's own unless given.
             quantized: follow the policy; otherwise full precision.
 
         Returns:
@@ -216,7 +216,7 @@ class Bundle:
         schedule, scale = self.schedule, self.manifest.guidance if guidance is None else guidance
         self.require_steps(steps)
         for step in range(schedule.steps):
-            inputs = self.step_inputs(step, latents, conditioning)
+            inputs = self.step_inputs(step, latents, conditioning, scale)
             velocity = guide(self.predict(step, inputs, quantized), len(latents), scale)
             # Its arithmetic serves NumPy as well as the tensors that it is declared for.
             latents = schedule.advance(latents, velocity, step)  # type: ignore[arg-type, assignment]
@@ -252,21 +252,26 @@ class Bundle:
                 f"bundle with --steps {steps}"
             )
 
-    def step_inputs(self, step: int, latents: np.ndarray, conditioning: Conditioning) -> dict[str, np.ndarray]:
+    def step_inputs(
+        self, step: int, latents: np.ndarray, conditioning: Conditioning, guidance: float
+    ) -> dict[str, np.ndarray]:
         """What `predict` takes at a step: both branches of guidance in one batch, conditional rows first.
 
         Args:
             step: index in the loop.
             latents: float32 [samples, *latent_shape].
             conditioning: of every sample.
+            guidance: scale, for models that take it as an input.
         """
         halves = [conditioning.conditional, conditioning.unconditional or {}]
         condition = {
             name: np.concatenate([half[name] for half in halves if name in half]) for name in conditioning.conditional
         }
         branches = 1 if conditioning.unconditional is None else 2
-        time = np.full(branches * len(latents), self.schedule.model_time(step), np.float32)
-        return {self.latent_input: np.concatenate([latents] * branches), TIME_INPUT: time, **condition}
+        scalars = {TIME_INPUT: self.schedule.model_time(step), GUIDANCE_INPUT: guidance}
+        known = [signature.name for signature in self.inputs]
+        rows = {n: np.full(branches * len(latents), v, np.float32) for n, v in scalars.items() if n in known}
+        return {self.latent_input: np.concatenate([latents] * branches), **condition, **rows}
 
     def _runner(self, variant: str) -> StepRunner:
         if variant not in self._runners:

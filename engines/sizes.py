@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
+from google.protobuf.message import DecodeError
 from onnx import GraphProto
 from pydantic import BaseModel, ConfigDict
 
-from adatsq_trt.engines.bundle import BundleFiles, Layout
+from adatsq_trt.engines.bundle import REBUILD, BundleFiles, Layout
 from adatsq_trt.engines.store import initializers, weight_of
+from adatsq_trt.errors import DamagedFileError
 
 LAYOUTS: tuple[Layout, ...] = ("embedded", "shared", "switch")
 
@@ -49,11 +51,11 @@ class SizeReport(BaseModel):
 
 def size_report(files: BundleFiles) -> SizeReport | None:
     """Weigh a bundle; None when it has no target graphs, since then nothing of it goes to a GPU."""
-    graphs = {g.assignment: files.graph_path(g) for g in files.index.graphs if g.variant == "target"}
+    graphs = [g for g in files.index.graphs if g.variant == "target" and g.assignment is not None]
     if not graphs:
         return None
-    floor = constant_bytes(graphs.pop(None))
-    embedded = sum(constant_bytes(path) for path in graphs.values())
+    floor = constant_bytes(files.graph_path(files.graph("target", None)))
+    embedded = sum(constant_bytes(files.graph_path(graph)) for graph in graphs)
     weights: dict[Layout, int] = {"embedded": embedded, "shared": floor, "switch": floor}
     return SizeReport(
         floor_bytes=floor,
@@ -70,9 +72,16 @@ def size_report(files: BundleFiles) -> SizeReport | None:
 
 
 def constant_bytes(path: Path) -> int:
-    """Bytes of the constants that a graph and its subgraphs read, those in the weight file and those in the graph."""
-    graph: GraphProto = onnx.load(path, load_external_data=False).graph
-    large = {weight for tensor in initializers(graph) if (weight := weight_of(tensor)) is not None}
+    """Bytes of the constants that a graph and its subgraphs read, those in the weight file and those in the graph.
+
+    Raises:
+        DamagedFileError: the file is not an ONNX graph, or says nonsense about its weights.
+    """
+    try:
+        graph: GraphProto = onnx.load(path, load_external_data=False).graph
+        large = {weight for tensor in initializers(graph) if (weight := weight_of(tensor)) is not None}
+    except (DecodeError, ValueError) as error:
+        raise DamagedFileError(f"'{path}' is not a sound ONNX graph: {error}; {REBUILD}") from error
     small = sum(len(tensor.raw_data) for tensor in initializers(graph))
     return sum(weight.length for weight in large) + small
 

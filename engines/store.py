@@ -16,6 +16,7 @@ import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, TensorProto
 from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_tensor, uses_external_data
 
+from adatsq_trt.errors import DamagedFileError
 from adatsq_trt.files import atomic_path
 
 STORE_NAME = "store.safetensors"
@@ -75,11 +76,16 @@ def initializers(graph: GraphProto) -> Iterator[TensorProto]:
 
 
 def weight_of(tensor: TensorProto) -> Weight | None:
-    """A large tensor of a type that can be a network's input; None for the rest, which stays inside the plan."""
+    """A large tensor of a type that can be a network's input; None for the rest, which stays inside the plan.
+
+    Raises:
+        ValueError: the graph does not say, or says nonsense about, where it lies.
+    """
     if not uses_external_data(tensor) or tensor.data_type not in _TYPES:
         return None
     place = ExternalDataInfo(tensor)
-    assert place.length is not None, "the exporter writes it"
+    if place.length is None:
+        raise ValueError(f"tensor '{tensor.name}' has no length")
     return Weight(place.offset or 0, place.length, tensor.data_type, tuple(tensor.dims))
 
 
@@ -124,8 +130,14 @@ def write_store(path: Path, weights_file: Path, names: Mapping[Weight, str]) -> 
         Bytes of the weights, without padding and header.
 
     Raises:
+        DamagedFileError: the weight file ends before a weight does.
         OutputError: the folder cannot be written.
     """
+    needed, held = max((weight.offset + weight.length for weight in names), default=0), weights_file.stat().st_size
+    if needed > held:
+        raise DamagedFileError(
+            f"'{weights_file}': got {held} bytes, its graphs need {needed}; run 'adatsq-trt export' again"
+        )
     header, end = dict[str, object](), 0
     for weight, name in names.items():
         header[name] = _entry(_TYPES[weight.dtype], _stored_shape(weight), end, weight.length)

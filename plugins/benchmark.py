@@ -9,8 +9,10 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from errno import EISDIR
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +20,7 @@ import torch
 import triton
 from triton.testing import do_bench
 
-from adatsq_trt.errors import AdatsqError, DependencyError
+from adatsq_trt.errors import AdatsqError, DamagedFileError, DependencyError, OutputError
 from adatsq_trt.plugins.catalog import KERNELS, TARGETS
 from adatsq_trt.plugins.kernels import cases, quantize
 from adatsq_trt.plugins.kernels.cases import GEMMS, Problem
@@ -176,6 +178,35 @@ def measure(tiles: Tiles, target: str) -> list[Timing]:
     return timings
 
 
+@contextmanager
+def written_whole(output: Path) -> Iterator[Path]:
+    """Give a temporary name beside `output`, which gets its content at the end; an unfit place is told at once.
+
+    Raises:
+        OutputError: `output` is a folder, or cannot be written.
+    """
+    part = output.parent / f".{output.name}.part"
+    try:
+        if output.is_dir():
+            raise IsADirectoryError(EISDIR, "it is a folder")
+        part.touch()
+    except OSError as error:
+        raise OutputError(f"cannot write '{output}': {error.strerror}; choose a file in a writable folder") from error
+    try:
+        yield part
+        part.replace(output)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _require_complete(tiles: Tiles, target: str) -> None:
+    missing = [place for place in places(target) if place not in tiles]
+    if missing:
+        raise DamagedFileError(
+            f"the table of tiles has none for {missing[0].kernel} with group {missing[0].group} on {target}; add a row"
+        )
+
+
 def benchmark(output: Path, table: Path | None = None) -> None:
     """Check and time the kernels of this card and write the results; nothing is written when one of them is wrong.
 
@@ -185,21 +216,23 @@ def benchmark(output: Path, table: Path | None = None) -> None:
 
     Raises:
         DependencyError: there is no suitable GPU.
+        DamagedFileError: the table lacks a tile.
+        OutputError: the file cannot be written.
         AdatsqError: a kernel is wrong.
     """
     target = require_gpu()
     tiles = load_tiles(table) if table else load_tiles()
-    log.info("%d comparisons with PyTorch hold", check(tiles, target))
-    results = {
-        "schema_version": 1,
-        "measured": True,
-        "date": datetime.now(UTC).date().isoformat(),
-        "card": torch.cuda.get_device_name(),
-        "target": target,
-        "torch": torch.__version__,
-        "triton_language": triton.__version__,
-        "timings": [asdict(timing) for timing in measure(tiles, target)],
-    }
-    part = output.with_name(f".{output.name}.part")
-    part.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    part.replace(output)
+    _require_complete(tiles, target)
+    with written_whole(output) as part:
+        log.info("%d comparisons with PyTorch hold", check(tiles, target))
+        results = {
+            "schema_version": 1,
+            "measured": True,
+            "date": datetime.now(UTC).date().isoformat(),
+            "card": torch.cuda.get_device_name(),
+            "target": target,
+            "torch": torch.__version__,
+            "triton_language": triton.__version__,
+            "timings": [asdict(timing) for timing in measure(tiles, target)],
+        }
+        part.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -14,6 +14,7 @@ from adatsq_trt.errors import DamagedFileError, MissingFileError
 
 TABLE = Path(__file__).with_name("tuning.json")
 _SCHEMA_VERSION = 1
+_LARGEST = 1024  # of any number in a row
 _ADVICE = "restore the file that ships with the package, or write one with 'adatsq-trt benchmark kernels --tune'"
 
 
@@ -72,8 +73,11 @@ def load_tiles(path: Path = TABLE) -> Tiles:
     got = content.get("schema_version") if isinstance(content, dict) else None
     if got != _SCHEMA_VERSION:
         raise DamagedFileError(f"'{path}' has schema version {got}, expected {_SCHEMA_VERSION}; {_ADVICE}")
+    rows = content.get("tiles", [])
+    if not isinstance(rows, list):
+        raise DamagedFileError(f"'{path}': got {rows!r} as tiles, expected a list; {_ADVICE}")
     table: dict[Place, list[Tile]] = {}
-    for number, row in enumerate(content.get("tiles", ())):
+    for number, row in enumerate(rows):
         try:
             place, tile = _parse(row)
         except (TypeError, ValueError) as error:
@@ -88,9 +92,13 @@ def _parse(row: object) -> tuple[Place, Tile]:
     names = [field.name for field in fields(Place)]
     place = Place(**{name: value for name, value in row.items() if name in names})
     tile = Tile(**{name: value for name, value in row.items() if name not in names})
+    if not (isinstance(place.kernel, str) and isinstance(place.target, str) and type(place.group) is int):
+        raise TypeError(f"got {place}, expected two names and a number")
     for name, value in asdict(tile).items():
-        if type(value) is not int or value < 1 or (value & (value - 1) and name not in ("group_m", "num_stages")):
-            raise ValueError(f"{name}: got {value!r}, expected a power of two")
+        if type(value) is not int or not 1 <= value <= _LARGEST:
+            raise ValueError(f"{name}: got {value!r}, expected a number from 1 to {_LARGEST}")
+        if value & (value - 1) and name not in ("group_m", "num_stages"):
+            raise ValueError(f"{name}: got {value}, expected a power of two")
     if place.group and tile.block_k != place.group:
         raise ValueError(f"block_k: got {tile.block_k}, expected the group, {place.group}")
     return place, tile

@@ -68,6 +68,15 @@ def test_a_file_where_a_folder_should_be_is_an_output_error(tmp_path: Path) -> N
         write_bytes(tmp_path / "file" / "below", b"")
 
 
+@pytest.mark.parametrize("name", [".", "/", "folder"])
+def test_a_folder_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match="cannot write"):
+        write_bytes(Path(name), b"")
+    assert names(tmp_path) == ["folder"]
+
+
 @pytest.mark.parametrize("kind", ["bytes", "json", "tensors"])
 def test_full_disk_is_an_output_error_and_leaves_the_old_file(tmp_path: Path, full_disk: FullDisk, kind: str) -> None:
     path = tmp_path / "file"

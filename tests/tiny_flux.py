@@ -4,7 +4,9 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from torch import nn
 
+from adatsq_trt.models.adapter import ImageShape
 from adatsq_trt.models.flux import FluxAdapter
+from adatsq_trt.models.prompts import ClassEncoder
 
 
 def make_tiny_flux(width: int, patches: int, head: int = 32, shift: float = 1.0) -> FluxAdapter:
@@ -30,6 +32,5 @@ def make_tiny_flux(width: int, patches: int, head: int = 32, shift: float = 1.0)
             guidance_embeds=False,
             axes_dims_rope=(head // 4, 3 * head // 8, 3 * head // 8),
         )
-        return FluxAdapter(
-            transformer, nn.Embedding(11, width), FlowMatchEulerDiscreteScheduler(shift=shift), 2 * patches
-        )
+        encoder, scheduler = ClassEncoder(nn.Embedding(11, width)), FlowMatchEulerDiscreteScheduler(shift=shift)
+        return FluxAdapter(transformer, encoder, scheduler, ImageShape(patches, channels=1))

@@ -81,7 +81,7 @@ def backward_sweep(samples: Samples, latents: Tensor, adjoint: Tensor, last: int
 def _differentiable_step(samples: Samples, latent: Tensor, step: int) -> tuple[list[Tensor], Tensor]:
     """The model's inputs and x_{t+1}; all inputs ask for gradients, so layers that never see the latent are reached."""
     adapter, schedule, conditioning = samples.adapter, samples.schedule, samples.conditioning
-    inputs = adapter.guided_inputs(latent, schedule.model_time(step), conditioning)
+    inputs = adapter.guided_inputs(latent, schedule.model_time(step), conditioning, samples.guidance)
     inputs = {name: value if value.requires_grad else value.detach().requires_grad_() for name, value in inputs.items()}
     velocity = guide(adapter.predict(inputs), conditioning, samples.guidance)
     return list(inputs.values()), schedule.advance(latent, velocity, step)

@@ -23,8 +23,8 @@ class Samples:
     Attributes:
         adapter: the model.
         schedule: its steps.
-        guidance: classifier-free guidance scale.
-        prompts: one per sample (class ids for class-conditional models).
+        guidance: guidance scale.
+        prompts: one per sample: its index in the adapter's prompts.
         seeds: one per sample; decide the first latent.
     """
 
@@ -56,14 +56,14 @@ class Samples:
 
 
 def seeded_samples(
-    adapter: ModelAdapter, schedule: Schedule, guidance: float, count: int, first_seed: int, classes: int
+    adapter: ModelAdapter, schedule: Schedule, guidance: float, count: int, first_seed: int, prompts: int
 ) -> Samples:
-    """`count` samples with consecutive seeds and the classes in turn."""
+    """`count` samples with consecutive seeds and the first `prompts` of the model in turn."""
     return Samples(
         adapter,
         schedule,
         guidance,
-        tuple(i % classes for i in range(count)),
+        tuple(i % prompts for i in range(count)),
         tuple(range(first_seed, first_seed + count)),
     )
 

@@ -82,6 +82,8 @@ def main() -> None:
     except OSError as error:
         where = f"'{error.filename}': " if error.filename else ""
         _fail(f"{where}{error.strerror or error}; check the path, its permissions and the room on its disk", 2)
+    except MemoryError as error:
+        _fail(f"not enough memory: {error}; ask for fewer samples, or use a machine with more", 1)
     except Exception as error:
         advice = f"please report this with the output of 'adatsq-trt {_DEBUG} ...'"
         _fail(f"unexpected {type(error).__name__}: {error}; {advice}", 1)

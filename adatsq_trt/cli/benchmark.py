@@ -48,17 +48,18 @@ def _tune(output: Path, table: Path | None, jobs: int) -> None:
     import torch
 
     from adatsq_trt.cli.progress import progress
-    from adatsq_trt.files import write_bytes
+    from adatsq_trt.plugins.benchmark import written_whole
     from adatsq_trt.plugins.tiles import TABLE, dump_tiles, load_tiles
     from adatsq_trt.plugins.tune import tune
 
     known = load_tiles(table or TABLE)
     with ExitStack() as stack:
+        part = stack.enter_context(written_whole(output))
 
         def start(total: int) -> Callable[[], None]:
             return stack.enter_context(progress("tuning kernels", total))
 
         tuned = tune(jobs, start)
-    target = next(iter(tuned)).target
-    origin = f"{target} tuned on {torch.cuda.get_device_name()}, {datetime.now(UTC).date()}; the rest as before."
-    write_bytes(output, dump_tiles({**known, **tuned}, origin).encode())
+        target = next(iter(tuned)).target
+        origin = f"{target} tuned on {torch.cuda.get_device_name()}, {datetime.now(UTC).date()}; the rest as before."
+        part.write_text(dump_tiles({**known, **tuned}, origin), encoding="utf-8")

@@ -96,7 +96,7 @@ Guidance = Annotated[
     float | None,
     typer.Option(
         "--guidance",
-        help="Scale of classifier-free guidance.",
+        help="Scale of guidance.",
         show_default="the model's",
         rich_help_panel=_POLICY,
     ),

@@ -87,12 +87,13 @@ def _compare(bundle: BundleFiles, folder: Path, fail_above: float | None) -> Che
 def _layer_reference(path: Path, bundle: BundleFiles) -> LayerReference | None:
     """Layers of any step, computed by PyTorch's model, where the bundle lies in the run that made it."""
     from adatsq_trt.cli.options import open_run
-    from adatsq_trt.cli.stages import export
+    from adatsq_trt.cli.stages import export, summary
 
     try:
         context = open_run(path)
+        summary.read(context.run)
     except UserError:
-        return None  # a bundle alone: it holds the layers of each bucket's first step
+        return None  # a bundle alone, which holds the layers of each bucket's first step; or stages of another run
     return lambda step: {n: t.numpy() for n, t in export.layer_reference(context, bundle.policy, step).items()}
 
 

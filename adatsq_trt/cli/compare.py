@@ -34,5 +34,5 @@ def compare(
     for subject, solvers in errors.items():
         first = next(iter(solvers.values()))
         for name, error in solvers.items():
-            table.add_row(subject, name, f"{error:.4e}", f"{error / first:.3f} ×")
+            table.add_row(subject, name, f"{error:.4e}", f"{error / first:.3f} ×" if first else "")
     Console().print(table)

@@ -14,8 +14,10 @@ def generate(
     bundle: Annotated[Path, typer.Argument(help="A bundle or a run directory.")],
     samples: Annotated[int, typer.Option("--samples", min=1, max=10_000, help="How many pictures.")] = 40,
     prompt: Annotated[
-        list[int] | None,
-        typer.Option("--prompt", help="Number of a prompt of the model; may be repeated.", show_default="all in turn"),
+        list[str] | None,
+        typer.Option(
+            "--prompt", help="A prompt of the model or its number; may be repeated.", show_default="all in turn"
+        ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the first picture; the others follow.")] = 3_000_000,
     output: Annotated[
@@ -27,6 +29,7 @@ def generate(
     Example: adatsq-trt generate runs/demo --samples 10 --prompt 3 --prompt 7
     """
     from adatsq_trt.cli.progress import progress
+    from adatsq_trt.engines.bundle import prompt_number
     from adatsq_trt.engines.runtime import Bundle
     from adatsq_trt.report.contact_sheet import write_contact_sheet
 
@@ -34,7 +37,7 @@ def generate(
     file = output or opened.files.folder.parent / "samples.png"
     if file.suffix != ".png":
         raise UserError(f"--output '{file}': got '{file.suffix}', expected a name that ends in .png")
-    choices = prompt or list(range(opened.manifest.prompts))
+    choices = [prompt_number(opened.files, text) for text in prompt or ()] or range(opened.manifest.prompts)
     conditioning = opened.conditioning([choices[i % len(choices)] for i in range(samples)])
     noise, sheets = opened.noise(range(seed, seed + samples)), {}
     for name, quantized in (("quantized", True), ("full precision", False)):

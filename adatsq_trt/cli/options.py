@@ -106,8 +106,10 @@ def resolve(request: Request, choice: Choice, model: LoadedModel) -> Settings:
     """Fill in the model's defaults.
 
     Raises:
-        UserError: formats that do not suit the model's layers.
+        UserError: formats that do not suit the model's layers; a guidance scale for a model that takes none.
     """
+    if request.guidance is not None and not model.adapter.takes_guidance:
+        raise UserError(f"--guidance {request.guidance:g}: model '{request.model}' takes no guidance; leave it out")
     layers = model.adapter.quantizable_layers().items()
     require_shapes(choice.formats, [(name, layer.in_features) for name, layer in layers])
     return Settings(
@@ -194,6 +196,8 @@ def _settings_table(settings: Settings) -> Table:
 
 def summary_table(summary: Summary) -> Table:
     """The figures of a run beside those of simpler policies."""
+    from adatsq_trt.report.numbers import ratio
+
     table = Table("policy", "mean bits", "latent MSE", "of the chosen", box=None)
     rows = [("chosen", f"{summary.mean_bits:.3f}", summary.final_error)]
     static = summary.static_errors
@@ -205,8 +209,8 @@ def summary_table(summary: Summary) -> Table:
     rows += [(f"uniform {name}", "", error) for name, error in summary.uniform_errors.items()]
     for name, bits, error in rows:
         spread = f" ± {summary.final_standard_error:.0e}" if name == "chosen" else ""
-        ratio = f"{error / summary.final_error:.2f} ×" if summary.final_error else ""
-        table.add_row(name, bits, f"{error:.3e}{spread}", ratio)
+        times = ratio(error / summary.final_error) if summary.final_error else ""
+        table.add_row(name, bits, f"{error:.3e}{spread}", times)
     table.caption = (
         f"{summary.buckets} buckets, {summary.assignments} distinct assignments; errors on {summary.held_out_samples} "
         f"held-out samples; {summary.denoiser_calls} denoiser calls; engines {summary.engine_bytes / 1e6:.1f} MB"

@@ -38,12 +38,14 @@ class ImageShape:
     """What a latent decodes to.
 
     Attributes:
-        patches: 2x2 patches along one side of the square image.
+        patches: along one side of the square image; a latent token each.
         channels: of the image.
+        patch_size: height and width of a patch in pixels.
     """
 
     patches: int
     channels: int
+    patch_size: int = 2
 
 
 class ModelAdapter(ABC):
@@ -63,8 +65,13 @@ class ModelAdapter(ABC):
 
     @property
     @abstractmethod
-    def classes(self) -> int:
-        """Number of prompts that can be asked for."""
+    def prompts(self) -> tuple[str, ...]:
+        """All that can be asked for; elsewhere a prompt is its index in here."""
+
+    @property
+    @abstractmethod
+    def takes_guidance(self) -> bool:
+        """Whether a guidance scale changes anything."""
 
     @abstractmethod
     def quantizable_layers(self) -> dict[str, nn.Linear]:
@@ -76,11 +83,20 @@ class ModelAdapter(ABC):
 
     @abstractmethod
     def encode(self, prompts: Sequence[int]) -> Conditioning:
-        """Conditioning of a batch of prompts (class ids for class-conditional models)."""
+        """Conditioning of a batch of prompts, by their indices in `prompts`."""
 
     @abstractmethod
-    def model_inputs(self, latent: Tensor, model_time: float, condition: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The graph's inputs, by name, in the order of the trace module's arguments."""
+    def model_inputs(
+        self, latent: Tensor, model_time: float, condition: Mapping[str, Tensor], guidance: float
+    ) -> dict[str, Tensor]:
+        """The graph's inputs, by name, in the order of the trace module's arguments.
+
+        Args:
+            latent: [batch, *latent_shape].
+            model_time: of all samples.
+            condition: one of the branches of a `Conditioning`.
+            guidance: only models that were trained with the scale as an input make use of it.
+        """
 
     @abstractmethod
     def schedule(self, steps: int) -> Schedule:
@@ -94,15 +110,17 @@ class ModelAdapter(ABC):
     def decode(self, latent: Tensor) -> Tensor:
         """Latents [batch, *latent_shape] → images [batch, height, width, channels] in [0, 1]."""
 
-    def guided_inputs(self, latent: Tensor, model_time: float, conditioning: Conditioning) -> dict[str, Tensor]:
+    def guided_inputs(
+        self, latent: Tensor, model_time: float, conditioning: Conditioning, guidance: float
+    ) -> dict[str, Tensor]:
         """Both branches of classifier-free guidance in one batch: conditional first, then unconditional.
 
         One call serves both, so they share one assignment and one set of activation scales.
         """
-        inputs = self.model_inputs(latent, model_time, conditioning.conditional)
+        inputs = self.model_inputs(latent, model_time, conditioning.conditional, guidance)
         if conditioning.unconditional is None:
             return inputs
-        other = self.model_inputs(latent, model_time, conditioning.unconditional)
+        other = self.model_inputs(latent, model_time, conditioning.unconditional, guidance)
         return {name: torch.cat([inputs[name], other[name]]) for name in inputs}
 
     def predict(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -111,7 +129,8 @@ class ModelAdapter(ABC):
 
     def velocity(self, latent: Tensor, model_time: float, conditioning: Conditioning, guidance: float) -> Tensor:
         """Guided prediction v0 + guidance (v - v0), shape of the latent (Ho and Salimans 2022, eq. 6)."""
-        return guide(self.predict(self.guided_inputs(latent, model_time, conditioning)), conditioning, guidance)
+        inputs = self.guided_inputs(latent, model_time, conditioning, guidance)
+        return guide(self.predict(inputs), conditioning, guidance)
 
 
 def guide(prediction: Tensor, conditioning: Conditioning, guidance: float) -> Tensor:

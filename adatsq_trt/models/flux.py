@@ -10,6 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from torch import Tensor, nn
 
 from adatsq_trt.models.adapter import Conditioning, ImageShape, ModelAdapter
+from adatsq_trt.models.prompts import PromptEncoder
 from adatsq_trt.schedule import Schedule, make_schedule
 
 # Modulation (norm*.linear), embedders, norm_out and proj_out stay in high precision.
@@ -21,7 +22,7 @@ MIN_FEATURES = 16
 
 
 class FluxAdapter(ModelAdapter):
-    """A class-conditional Flux on square images cut in 2x2 patches, as Flux packs its latents."""
+    """A Flux with a closed set of prompts, on square images cut in patches, as Flux packs its latents."""
 
     architecture = "FluxTransformer2DModel"
     transformer: FluxTransformer2DModel
@@ -29,24 +30,28 @@ class FluxAdapter(ModelAdapter):
     def __init__(
         self,
         transformer: FluxTransformer2DModel,
-        class_embedding: nn.Embedding,
+        encoder: PromptEncoder,
         scheduler: FlowMatchEulerDiscreteScheduler,
-        image_size: int,
+        image: ImageShape,
+        guidance_distilled: bool = False,
     ) -> None:
         """Adapt a transformer.
 
         Args:
-            transformer: with in_channels = 4 * image channels and pooled_projection_dim = joint_attention_dim.
-            class_embedding: [classes + 1, joint_attention_dim]; the last row is "no class".
+            transformer: with in_channels = patch_size² * image channels and pooled_projection_dim =
+                joint_attention_dim = the encoder's width.
+            encoder: of the prompts.
             scheduler: its configuration decides the sigmas.
-            image_size: height and width in pixels, even.
+            image: what a latent decodes to.
+            guidance_distilled: the model needs no branch without a prompt.
         """
         self.transformer = transformer.float().eval()
-        self.class_embedding = class_embedding.float().eval()
+        self.encoder = encoder.float().eval()
         self.scheduler = scheduler
-        self.image = ImageShape(image_size // 2, transformer.config.in_channels // 4)
-        self.latent_shape = (self.image.patches**2, transformer.config.in_channels)
-        self._trace = FluxTrace(self.transformer, self.image.patches)
+        self.image = image
+        self.latent_shape = (image.patches**2, transformer.config.in_channels)
+        self._guidance_distilled = guidance_distilled
+        self._trace = FluxTrace(self.transformer, image.patches, encoder.text_tokens)
 
     def quantizable_layers(self) -> dict[str, nn.Linear]:
         """Attention and feed-forward linears of both kinds of block."""
@@ -64,22 +69,36 @@ class FluxAdapter(ModelAdapter):
         return tuple(f"{kind}.{i}" for kind in kinds for i in range(len(getattr(self.transformer, kind))))
 
     @property
-    def classes(self) -> int:
-        """Number of classes that can be asked for."""
-        return self.class_embedding.num_embeddings - 1
+    def prompts(self) -> tuple[str, ...]:
+        """Those of the encoder."""
+        return self.encoder.prompts
+
+    @property
+    def takes_guidance(self) -> bool:
+        """As a weight of two branches or as an input; a model like Flux schnell has neither."""
+        return bool(not self._guidance_distilled or self.transformer.config.guidance_embeds)
 
     def encode(self, prompts: Sequence[int]) -> Conditioning:
-        """Class ids → one text token and the pooled projection; the last embedding row is the unguided branch."""
-        ids = torch.as_tensor(list(prompts), dtype=torch.long)
-        return Conditioning(self._embed(ids), self._embed(torch.full_like(ids, self.classes)))
+        """Text tokens and the pooled projection; the unguided branch is given the empty prompt."""
+        unconditional = None if self._guidance_distilled else self._encode([None] * len(prompts))
+        return Conditioning(self._encode(prompts), unconditional)
 
-    def _embed(self, ids: Tensor) -> dict[str, Tensor]:
-        embedding = self.class_embedding(ids)
-        return {"encoder_hidden_states": embedding[:, None], "pooled_projections": embedding}
+    def _encode(self, prompts: Sequence[int | None]) -> dict[str, Tensor]:
+        tokens, pooled = self.encoder.encode(prompts)
+        return {"encoder_hidden_states": tokens, "pooled_projections": pooled}
 
-    def model_inputs(self, latent: Tensor, model_time: float, condition: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """hidden_states [B, tokens, C], encoder_hidden_states [B, 1, D], pooled_projections [B, D], timestep [B]."""
-        return {"hidden_states": latent, **condition, "timestep": torch.full((len(latent),), model_time)}
+    def model_inputs(
+        self, latent: Tensor, model_time: float, condition: Mapping[str, Tensor], guidance: float
+    ) -> dict[str, Tensor]:
+        """hidden_states [B, tokens, C], encoder_hidden_states [B, T, D], pooled_projections [B, D], timestep [B].
+
+        With a guidance embedding also guidance [B].
+        """
+        rows = len(latent)
+        inputs = {"hidden_states": latent, **condition, "timestep": torch.full((rows,), model_time)}
+        if self.transformer.config.guidance_embeds:
+            inputs["guidance"] = torch.full((rows,), guidance)
+        return inputs
 
     def schedule(self, steps: int) -> Schedule:
         """Flux's sigmas for this image size."""
@@ -90,42 +109,57 @@ class FluxAdapter(ModelAdapter):
         return self._trace
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Unpack 2x2 patches: [B, patches², 4c] → [B, size, size, c], from [-1, 1] to [0, 1]."""
-        side, channels = self.image.patches, self.image.channels
-        grid = latent.reshape(-1, side, side, channels, 2, 2)
-        image = grid.permute(0, 1, 4, 2, 5, 3).reshape(-1, 2 * side, 2 * side, channels)
+        """Unpack patches: [B, patches², p² c] → [B, size, size, c], from [-1, 1] to [0, 1]."""
+        side, channels, pixels = self.image.patches, self.image.channels, self.image.patch_size
+        grid = latent.reshape(-1, side, side, channels, pixels, pixels)
+        image = grid.permute(0, 1, 4, 2, 5, 3).reshape(-1, pixels * side, pixels * side, channels)
         return (image / 2 + 0.5).clamp(0, 1)
 
 
 class FluxTrace(nn.Module):
     """FluxTransformer2DModel with positional tensors only; image and text ids are buffers of the module."""
 
-    def __init__(self, transformer: FluxTransformer2DModel, patches: int) -> None:
-        """Wrap a transformer for images of `patches` x `patches` tokens and one text token."""
+    def __init__(self, transformer: FluxTransformer2DModel, patches: int, text_tokens: int) -> None:
+        """Wrap a transformer for images of `patches` x `patches` tokens and prompts of `text_tokens`."""
         super().__init__()
         self.transformer = transformer
         rows = torch.arange(patches, dtype=torch.float32)
         ids = torch.stack([torch.zeros(patches, patches), *torch.meshgrid(rows, rows, indexing="ij")], dim=-1)
         self.register_buffer("image_ids", ids.reshape(-1, 3), persistent=False)
-        self.register_buffer("text_ids", torch.zeros(1, 3), persistent=False)
+        self.register_buffer("text_ids", torch.zeros(text_tokens, 3), persistent=False)
 
     def forward(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor, timestep: Tensor
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        timestep: Tensor,
+        guidance: Tensor | None = None,
     ) -> Tensor:
-        """Predicted velocity, shape of `hidden_states`."""
+        """Predicted velocity, shape of `hidden_states`; `guidance` is for models with a guidance embedding."""
         return self.transformer(  # type: ignore[no-any-return]
             hidden_states=hidden_states,
             encoder_hidden_states=encoder_hidden_states,
             pooled_projections=pooled_projections,
             timestep=timestep,
+            guidance=guidance,
             img_ids=self.image_ids,
             txt_ids=self.text_ids,
             return_dict=False,
         )[0]
 
 
-def pack(images: Tensor) -> Tensor:
-    """[B, size, size, c] in [0, 1] → latents [B, patches², 4c] in [-1, 1]: the inverse of `FluxAdapter.decode`."""
+def pack(images: Tensor, patch_size: int = 2) -> Tensor:
+    """Images in [0, 1] → latents in [-1, 1]: the inverse of `FluxAdapter.decode`.
+
+    Args:
+        images: [B, size, size, c].
+        patch_size: p: height and width of a patch in pixels.
+
+    Returns:
+        [B, (size / p)², p² c].
+    """
     batch, size, _, channels = images.shape
-    grid = (images * 2 - 1).reshape(batch, size // 2, 2, size // 2, 2, channels)
-    return grid.permute(0, 1, 3, 5, 2, 4).reshape(batch, (size // 2) ** 2, 4 * channels)
+    side = size // patch_size
+    grid = (images * 2 - 1).reshape(batch, side, patch_size, side, patch_size, channels)
+    return grid.permute(0, 1, 3, 5, 2, 4).reshape(batch, side**2, channels * patch_size**2)

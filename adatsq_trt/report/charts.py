@@ -23,7 +23,7 @@ _SMALLEST = 1e-30
 def pareto(data: ReportData) -> Chart:
     """Mean bits against error of every policy that the search judged."""
     figure, axes = _figure()
-    judged = [policy for policy in data.judged if policy.error > 0]
+    judged = [policy for policy in data.judged if 0 < policy.error < np.inf]
     searched = [policy for policy in judged if policy.kind != "uniform"]
     uniform = sorted((policy for policy in judged if policy.kind == "uniform"), key=lambda policy: policy.mean_bits)
     # Up to the first one above the budget: those far off would leave the searched policies no room.
@@ -60,7 +60,7 @@ def pareto(data: ReportData) -> Chart:
 
 
 def _pareto_title(data: ReportData) -> str:
-    uniform = data.summary.uniform_errors[data.cheapest]
+    uniform = data.summary.uniform_errors.get(data.cheapest)
     if not uniform:
         return f"The chosen policy averages {data.summary.mean_bits:.2f} bits"
     bits = data.summary.mean_bits
@@ -91,7 +91,8 @@ def along_steps(data: ReportData) -> Chart:
     ends = []
     for name, curve in data.trajectory_errors.items():
         color, style = _line(name)
-        errors.plot(np.arange(1, len(curve)), np.clip(curve[1:], _SMALLEST, None), color=color, **style)
+        alone = "o" if len(curve) == 2 else None  # one point makes no line
+        errors.plot(np.arange(1, len(curve)), np.clip(curve[1:], _SMALLEST, None), color=color, marker=alone, **style)
         ends.append((float(max(curve[-1], _SMALLEST)), name, color))
     _log_axis(errors)
     _end_labels(errors, ends, len(data.timesteps))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from math import ceil, sqrt
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,8 @@ def write_contact_sheet(file: Path, panels: Mapping[str, np.ndarray], notes: Seq
     Raises:
         OutputError: the folder cannot be written.
     """
-    sheets = {title: grid(images) for title, images in panels.items()}
+    # Square at most: matplotlib draws no more than 2^16 pixels in one direction.
+    sheets = {title: grid(images, max(COLUMNS, ceil(sqrt(len(images))))) for title, images in panels.items()}
     aspect = sum(sheet.shape[0] / sheet.shape[1] for sheet in sheets.values())
     figure = Figure(figsize=(8, 8 * aspect + 0.5 * len(sheets)), layout="constrained")
     FigureCanvasAgg(figure)

@@ -18,7 +18,8 @@ from adatsq_trt.report.numbers import power_of_ten, scientific, share
 from adatsq_trt.report.theme import COLORMAP, INK, MUTED, WIDTH_INCHES, Chart, format_colors
 
 # Inches. Both maps have the same margins: a place in one is the same place in the other.
-_LEFT, _RIGHT, _TOP, _BOTTOM = 1.12, 0.06, 0.08, 0.98
+_LEFT, _RIGHT, _TOP = 1.12, 0.06, 0.08
+_KEY, _KEY_ROW, _KEY_COLUMNS = 0.68, 0.17, 3  # below the map: its legend or colour bar
 _HEIGHT_RANGE, _ROW = (1.2, 5.6), 0.095
 _MOST_NAMES = 24  # more layers than this are named by their block
 _SMALLEST = 1e-30
@@ -32,7 +33,8 @@ def policy_map(data: ReportData) -> Chart:
     palette = np.array([to_rgb(colors[name]) for name in formats])
     axes.imshow(palette[chosen.T], aspect="auto", interpolation="none")
     shares = np.bincount(chosen.ravel(), minlength=len(formats)) / chosen.size
-    _legend(figure, [(f"{name} {share(part)}", colors[name]) for name, part in zip(formats, shares, strict=True)])
+    top = _bottom(data) - _KEY
+    _legend(figure, top, [(f"{name} {share(part)}", colors[name]) for name, part in zip(formats, shares, strict=True)])
     most = int(shares.argmax())
     return Chart(
         "policy",
@@ -52,7 +54,12 @@ def sensitivity_map(data: ReportData) -> Chart:
     positive = np.clip(values, max(values[values > 0].min(initial=1.0), _SMALLEST), None)
     image = axes.imshow(positive.T, aspect="auto", interpolation="none", cmap=COLORMAP, norm=_norm(positive))
     height = figure.get_figheight()
-    box = _LEFT / WIDTH_INCHES, 0.3 / height, (WIDTH_INCHES - _LEFT - _RIGHT) / WIDTH_INCHES, 0.09 / height
+    box = (
+        _LEFT / WIDTH_INCHES,
+        (_bottom(data) - _KEY) / height,
+        (WIDTH_INCHES - _LEFT - _RIGHT) / WIDTH_INCHES,
+        0.09 / height,
+    )
     bar = figure.colorbar(image, cax=figure.add_axes(box), orientation="horizontal")
     bar.outline.set_visible(False)
     bar.ax.xaxis.set_major_locator(LogLocator(numticks=6))
@@ -80,9 +87,10 @@ def _canvas(data: ReportData) -> tuple[Figure, Axes]:
     """Axes for a map, with steps to the right and layers downwards."""
     layers, steps = data.policy.layers, data.policy.steps
     rows = float(np.clip(len(layers) * _ROW, *_HEIGHT_RANGE))
-    height = rows + _TOP + _BOTTOM
+    bottom = _bottom(data)
+    height = rows + _TOP + bottom
     figure = Figure(figsize=(WIDTH_INCHES, height))
-    box = _LEFT / WIDTH_INCHES, _BOTTOM / height, (WIDTH_INCHES - _LEFT - _RIGHT) / WIDTH_INCHES, rows / height
+    box = _LEFT / WIDTH_INCHES, bottom / height, (WIDTH_INCHES - _LEFT - _RIGHT) / WIDTH_INCHES, rows / height
     axes = figure.add_axes(box)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
@@ -94,6 +102,11 @@ def _canvas(data: ReportData) -> tuple[Figure, Axes]:
     for _, first, _ in groups[1:] if len(groups) < len(layers) else ():
         axes.axhline(first - 0.5, color="white", linewidth=1)
     return figure, axes
+
+
+def _bottom(data: ReportData) -> float:
+    """Room below a map, with that for a legend of all formats."""
+    return _KEY + 0.13 + _KEY_ROW * max((len(data.settings.formats) - 1) // _KEY_COLUMNS, 1)
 
 
 def _groups(layers: Sequence[str]) -> list[tuple[str, int, int]]:
@@ -124,12 +137,12 @@ def _step_ticks(steps: int) -> list[int]:
     return list(range(0, steps, max(1, -(-steps // 10))))
 
 
-def _legend(figure: Figure, entries: Sequence[tuple[str, str]]) -> None:
-    """Swatches below the map, three to a row."""
+def _legend(figure: Figure, top: float, entries: Sequence[tuple[str, str]]) -> None:
+    """Swatches below the map, from so many inches downwards."""
     height = figure.get_figheight()
     for index, (text, color) in enumerate(entries):
-        row, column = divmod(index, 3)
-        x, y = (_LEFT + column * 0.96) / WIDTH_INCHES, (0.3 - row * 0.17) / height
+        row, column = divmod(index, _KEY_COLUMNS)
+        x, y = (_LEFT + column * 0.96) / WIDTH_INCHES, (top - row * _KEY_ROW) / height
         swatch = Rectangle((x, y), 0.11 / WIDTH_INCHES, 0.11 / height, transform=figure.transFigure, facecolor=color)
         swatch.set(edgecolor=MUTED, linewidth=0.4)
         figure.add_artist(swatch)

@@ -25,7 +25,10 @@ from adatsq_trt.report.theme import STYLE, Chart, RenderedChart, format_colors, 
 
 FIGURES_FOLDER = "report"
 _MOST_COMPARISONS = 60
-_COUNTS = ("beam", "candidates", "calibration_samples", "selection_samples", "held_out_samples")
+_OPTIONS = (
+    *("budget_bits", "layout", "steps", "guidance", "seed"),
+    *("beam", "candidates", "calibration_samples", "selection_samples", "held_out_samples"),
+)
 
 
 @dataclass(frozen=True)
@@ -176,9 +179,8 @@ def commands(data: ReportData) -> list[list[str]]:
     for target in settings.targets:
         build += ["--target", target]
     build += ["--simulate"] if settings.simulate else []
-    build += ["--formats", settings.format_set, "--budget-bits", f"{settings.budget_bits:g}"]
-    build += ["--steps", str(settings.steps), "--guidance", f"{settings.guidance:g}", "--seed", str(settings.seed)]
-    for name in _COUNTS:
+    build += ["--formats", settings.format_set]
+    for name in _OPTIONS:
         build += [f"--{name.replace('_', '-')}", str(getattr(settings, name))]
     build += ["--policy", "policy.json"] if settings.policy is not None else []
     build += ["--output", run]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class StageFigures(BaseModel):
@@ -30,6 +30,7 @@ class Summary(BaseModel):
 
     Attributes:
         schema_version: of this file.
+        settings_sha256: of settings.json when the run was built: with another, other stages may have replaced these.
         model: name of the model.
         targets: what the bundle was built for.
         formats: candidate formats.
@@ -61,6 +62,7 @@ class Summary(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     schema_version: Literal[2] = 2
+    settings_sha256: str
     model: str
     targets: tuple[str, ...]
     formats: tuple[str, ...]
@@ -85,5 +87,5 @@ class Summary(BaseModel):
     onnx_bytes: int
     weight_bytes: int
     engine_bytes: int
-    stages: dict[str, StageFigures]
+    stages: Annotated[dict[str, StageFigures], Field(min_length=1)]
     versions: dict[str, str]

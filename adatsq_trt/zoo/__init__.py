@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal, Self
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from adatsq_trt.errors import UnknownNameError
 
@@ -33,12 +34,41 @@ class ZooIndex(BaseModel):
 
     Attributes:
         transformer: library and class of the transformer.
-        image_size: height and width in pixels, even.
+        text_encoder: module and class of the text encoder; without one there is a class embedding.
+        image_size: height and width in pixels, a multiple of the patch size.
+        patch_size: height and width of a latent token in pixels.
+        guidance_distilled: the model needs no second branch for guidance.
         default_steps: denoising steps when none are asked for.
-        default_guidance: classifier-free guidance scale when none is asked for.
+        default_guidance: guidance scale when none is asked for.
     """
 
     transformer: tuple[str, str]
-    image_size: int = Field(ge=2, multiple_of=2)
+    text_encoder: tuple[str, str] | None = None
+    image_size: int = Field(ge=2)
+    patch_size: int = Field(default=2, ge=1)
+    guidance_distilled: bool = False
     default_steps: int = Field(ge=1)
     default_guidance: float = Field(allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _whole_patches(self) -> Self:
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        return self
+
+
+class TextEncoderConfig(BaseModel):
+    """`config.json` of a zoo model's text encoder.
+
+    Attributes:
+        words: the vocabulary; word 0 is the empty one.
+        prompts: sentences that a bundle can be asked for.
+        text_tokens: most words of a sentence.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: Literal[1] = 1
+    words: tuple[str, ...]
+    prompts: tuple[str, ...] = Field(min_length=1)
+    text_tokens: int = Field(ge=1)

@@ -1,4 +1,4 @@
-"""Load a model of the zoo: a folder in diffusers' layout with a class embedding beside the transformer."""
+"""Load a model of the zoo: a folder in diffusers' layout, with a text encoder or a class embedding."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ from torch import nn
 
 from adatsq_trt.errors import DamagedFileError
 from adatsq_trt.files import read_json_model, read_tensors, sha256
-from adatsq_trt.models.adapter import ModelAdapter
+from adatsq_trt.models.adapter import ImageShape, ModelAdapter
 from adatsq_trt.models.flux import FluxAdapter
-from adatsq_trt.zoo import ZooIndex, find_model
+from adatsq_trt.models.prompts import ClassEncoder, PromptEncoder, TextEncoder
+from adatsq_trt.zoo import TextEncoderConfig, ZooIndex, find_model
 
 INDEX = Path("model_index.json")
 TRANSFORMER_WEIGHTS = Path("transformer") / "diffusion_pytorch_model.safetensors"
 TRANSFORMER_CONFIG = Path("transformer") / "config.json"
 SCHEDULER_CONFIG = Path("scheduler") / "scheduler_config.json"
 CLASS_EMBEDDING = Path("class_embedding") / "model.safetensors"
+TEXT_ENCODER = Path("text_encoder") / "model.safetensors"
+TEXT_ENCODER_CONFIG = Path("text_encoder") / "config.json"
 _TRAINING_RECORD = "training.json"
 _ADVICE = "install the package again"
 
@@ -64,15 +67,19 @@ def load_model(name: str) -> LoadedModel:
     folder = find_model(name)
     index = _index(folder / INDEX)
     transformer = _transformer(folder)
-    embedding = _class_embedding(folder / CLASS_EMBEDDING, transformer.config.joint_attention_dim)
+    encoder = _encoder(folder, index, transformer.config.joint_attention_dim)
     read_json_model(folder / SCHEDULER_CONFIG, _Config, _ADVICE)
     with _refusing(folder / SCHEDULER_CONFIG):
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
-        adapter = FluxAdapter(transformer, embedding, scheduler, index.image_size)
+        image = ImageShape(
+            index.image_size // index.patch_size,
+            transformer.config.in_channels // index.patch_size**2,
+            index.patch_size,
+        )
+        adapter = FluxAdapter(transformer, encoder, scheduler, image, index.guidance_distilled)
         adapter.schedule(index.default_steps)  # some settings are first looked at here
     with _refusing(folder / TRANSFORMER_CONFIG), torch.no_grad():  # and some in a prediction
-        condition = adapter.encode([0]).conditional
-        adapter.predict(adapter.model_inputs(torch.zeros(1, *adapter.latent_shape), 1.0, condition))
+        adapter.velocity(torch.zeros(1, *adapter.latent_shape), 1.0, adapter.encode([0]), index.default_guidance)
     return LoadedModel(
         name,
         adapter,
@@ -118,14 +125,31 @@ def _transformer(folder: Path) -> FluxTransformer2DModel:
     return transformer.requires_grad_(False)
 
 
-def _class_embedding(file: Path, width: int) -> nn.Embedding:
+def _encoder(folder: Path, index: ZooIndex, width: int) -> PromptEncoder:
+    encoder = (
+        _class_encoder(folder / CLASS_EMBEDDING, width) if index.text_encoder is None else _text_encoder(folder, width)
+    )
+    return encoder.requires_grad_(False)
+
+
+def _text_encoder(folder: Path, width: int) -> TextEncoder:
+    config = read_json_model(folder / TEXT_ENCODER_CONFIG, TextEncoderConfig, _ADVICE)
+    tensors = read_tensors(folder / TEXT_ENCODER, _ADVICE)
+    with _refusing(folder / TEXT_ENCODER):
+        encoder = TextEncoder(config.words, config.prompts, config.text_tokens, width)
+        encoder.load_state_dict(tensors)
+    with _refusing(folder / TEXT_ENCODER_CONFIG):
+        encoder.word_indices(config.prompts)
+    return encoder
+
+
+def _class_encoder(file: Path, width: int) -> ClassEncoder:
     tensors = read_tensors(file, _ADVICE)
     shape = tuple(tensors["weight"].shape) if "weight" in tensors else None
     if shape is None or len(shape) != 2 or shape[1] != width:
         got = f"'weight' of shape {shape}" if shape else f"no tensor 'weight' but {sorted(tensors)}"
         raise DamagedFileError(f"'{file}' holds {got}, expected 'weight' of shape (classes + 1, {width}); {_ADVICE}")
-    embedding: nn.Embedding = nn.Embedding.from_pretrained(tensors["weight"].float())
-    return embedding
+    return ClassEncoder(nn.Embedding.from_pretrained(tensors["weight"].float()))
 
 
 @contextmanager

@@ -84,8 +84,8 @@ def make_bundle(name: str, folder: Path) -> BundleFiles:
             name: {layer: quantize_nearest(linear.weight.detach(), FORMATS[name]) for layer, linear in layers.items()}
             for name in SHARES
         }
-        encoded = adapter.encode(range(adapter.classes))
-        inputs = adapter.guided_inputs(torch.randn(adapter.classes, *adapter.latent_shape), 0.5, encoded)
+        encoded = adapter.encode(range(len(adapter.prompts)))
+        inputs = adapter.guided_inputs(torch.randn(len(adapter.prompts), *adapter.latent_shape), 0.5, encoded, 2.0)
         traced = trace(adapter.trace_module(), inputs, "velocity", torch.bfloat16)
         graphs = folder / GRAPH_FOLDER
         index = export_graphs(traced, policy, weights, graphs, "bfloat16", adapter.blocks(), ("target", "cpu"))
@@ -108,7 +108,7 @@ def make_bundle(name: str, folder: Path) -> BundleFiles:
         guidance=1.0,
         latent_shape=adapter.latent_shape,
         image=ImageSpec(patches=PATCHES, channels=adapter.image.channels),
-        prompts=adapter.classes,
+        prompts=len(adapter.prompts),
         plans=(),
         versions={},
     )

@@ -22,7 +22,7 @@ TYPES = {
     "steps": ("INT32", np.int32),
     **dict.fromkeys(("quantized", "progress", "preview"), ("BOOL", bool)),
 }
-TIMEOUT_SECONDS = 60
+TIMEOUT_SECONDS = 60  # of an answer, unless a client is told otherwise
 
 
 class RefusedError(Exception):
@@ -73,8 +73,8 @@ class HttpClient:
 class GrpcClient:
     """Asks through a stream, which carries messages until the last."""
 
-    def __init__(self, ports: Ports) -> None:
-        self._address = f"{HOST}:{ports.grpc}"
+    def __init__(self, ports: Ports, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
+        self._address, self._timeout_seconds = f"{HOST}:{ports.grpc}", timeout_seconds
         self._client: triton.InferenceServerClient | None = None
         self._messages: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
 
@@ -106,9 +106,9 @@ class GrpcClient:
         """What the server sends, up to the last message."""
         while True:
             try:
-                result, error = self._messages.get(timeout=TIMEOUT_SECONDS)
+                result, error = self._messages.get(timeout=self._timeout_seconds)
             except queue.Empty as late:
-                raise self._failed(TimeoutError(f"no answer in {TIMEOUT_SECONDS} s")) from late
+                raise self._failed(TimeoutError(f"no answer in {self._timeout_seconds} s")) from late
             if error is not None:
                 raise self._failed(error)
             yield result

@@ -31,9 +31,8 @@ def check_loop(bundle: BundleFiles, folder: Path, fail_above: float | None) -> L
     reference = Reference(bundle)
     expected, full = reference.loop("quantized"), reference.loop("full_precision")
     own = [graph_tolerance(bundle.policy.assignments[i]) for i in bundle.policy.step_assignments]
-    limits = dict(
-        zip(map(_name, range(len(own))), loop_tolerances(expected, own, bundle.manifest.guidance), strict=True)
-    )
+    guidance = bundle.manifest.guidance if bundle.two_branches else 1.0
+    limits = dict(zip(map(_name, range(len(own))), loop_tolerances(expected, own, guidance), strict=True))
     got, failure = _latents(bundle, reference)
     arrays = [{_name(t): latents[t + 1] for t in range(len(latents) - 1)} for latents in (got, expected, full)]
     saved = SavedArrays(folder, "loop")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 from xml.etree import ElementTree
@@ -11,6 +12,8 @@ from pydantic import BaseModel, ConfigDict
 from adatsq_trt.files import write_bytes, write_json_model
 
 REPORT_NAME = "check.json"
+# Libraries colour their messages with what XML 1.0 cannot hold.
+_NOT_XML = re.compile(r"[^\t\n\r\x20-\uD7FF\uE000-\uFFFD\U00010000-\U0010FFFF]")
 
 
 class _Record(BaseModel):
@@ -212,4 +215,5 @@ def _suite(root: ElementTree.Element, name: str) -> ElementTree.Element:
 def _case(suite: ElementTree.Element, kind: str, name: str, failure: str | None, details: str) -> None:
     case = ElementTree.SubElement(suite, "testcase", classname=f"adatsq_trt.check.{kind}", name=name)
     if failure is not None:
-        ElementTree.SubElement(case, "failure", message=failure).text = details
+        message, text = (_NOT_XML.sub("\N{REPLACEMENT CHARACTER}", part) for part in (failure, details))
+        ElementTree.SubElement(case, "failure", message=message).text = text

@@ -98,7 +98,7 @@ def loop_tolerances(latents: np.ndarray, steps: Sequence[Tolerance], guidance: f
     Args:
         latents: [steps + 1, ...], the reference's.
         steps: every step's own tolerance.
-        guidance: scale of classifier-free guidance.
+        guidance: scale of classifier-free guidance; 1 when there is one branch.
     """
     moved = np.array([np.linalg.norm(after - before) for before, after in pairwise(latents)])
     allowed = np.sqrt(np.cumsum((np.array([own.relative for own in steps]) * moved) ** 2))

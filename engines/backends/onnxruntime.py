@@ -10,7 +10,7 @@ import numpy as np
 
 from adatsq_trt.engines.backends.base import Backend, Runner, StepRunner
 from adatsq_trt.engines.bundle import BundleFiles
-from adatsq_trt.errors import DamagedFileError, DependencyError
+from adatsq_trt.errors import AdatsqError, DamagedFileError, DependencyError
 from adatsq_trt.graph_index import GraphFile
 
 PROVIDER = "CPUExecutionProvider"
@@ -25,6 +25,7 @@ class OnnxRuntimeRunner(Runner):
         """Load a graph; see `OnnxRuntimeBackend.load`."""
         import onnxruntime
 
+        self._path = path
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _LOG_ERRORS
         options.use_deterministic_compute = True
@@ -41,9 +42,18 @@ class OnnxRuntimeRunner(Runner):
         _return_freed_memory()
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Compute all outputs."""
+        """Compute all outputs.
+
+        Raises:
+            AdatsqError: the graph does not take these inputs, or there is not enough memory; in the library's words.
+        """
         names = [output.name for output in self._session.get_outputs()]
-        return dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
+        try:
+            return dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
+        except Exception as error:
+            raise AdatsqError(
+                f"ONNX Runtime cannot run '{self._path}' with inputs {sorted(inputs)}: {error}; run 'adatsq-trt check'"
+            ) from error
 
     def close(self) -> None:
         """Free the session."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from adatsq_trt.engines.backends.base import StepRunner
 from adatsq_trt.engines.backends.rtx import RtxBackend, make_logger
-from adatsq_trt.engines.bundle import PLAN_FOLDER, BundleFiles, Manifest, PlanFile
+from adatsq_trt.engines.bundle import PLAN_FOLDER, REBUILD, BundleFiles, Manifest, PlanFile
 from adatsq_trt.engines.store import STORE_NAME
 from adatsq_trt.errors import AdatsqError, DamagedFileError, DependencyError, MismatchError, OutputError
 from adatsq_trt.files import write_bytes
@@ -101,7 +101,7 @@ class RtxSteps(StepRunner):
         self._cache: trt.IRuntimeCache | None = None
         self._contexts = {assignment: self._context(engine) for assignment, engine in self._engines.items()}
         shared = files.manifest.layout == "shared"
-        self._weights = load_store(files.folder / PLAN_FOLDER / STORE_NAME) if shared else {}
+        self._weights = load_store(files.file(f"{PLAN_FOLDER}/{STORE_NAME}")) if shared else {}
         self._buffers: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
 
     def _deserialize(self, path: Path) -> trt.ICudaEngine:
@@ -189,8 +189,18 @@ def load_store(path: Path, device: str = "cuda") -> dict[str, torch.Tensor]:
 
     Returns:
         Name → its bytes, uint8.
+
+    Raises:
+        DamagedFileError: truncated or not safetensors.
     """
     import torch
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np"):
+            pass  # the library has held the header to the file: what it says can be relied upon
+    except (SafetensorError, OSError) as error:
+        raise DamagedFileError(f"'{path}' is not a complete safetensors file ({error}); {REBUILD}") from error
 
     content = np.memmap(path, np.uint8, "c")  # PyTorch warns of arrays that it cannot write to
     start = 8 + int.from_bytes(content[:8].tobytes(), "little")

@@ -24,7 +24,7 @@ class Generation:
     Attributes:
         latents: float32 [samples, *latent_shape], after `step` steps.
         conditioning: of every sample.
-        guidance: weight of classifier-free guidance.
+        guidance: scale of guidance.
         quantized: follow the policy; otherwise full precision.
         step: the step that comes next.
     """
@@ -83,7 +83,7 @@ class StepBatcher:
     def advance(self, chosen: Sequence[Generation]) -> None:
         """Advance generations that `choose` gave by a step each, with one call of the denoiser."""
         bundle = self._bundle
-        parts = [bundle.step_inputs(g.step, g.latents, g.conditioning) for g in chosen]
+        parts = [bundle.step_inputs(g.step, g.latents, g.conditioning, g.guidance) for g in chosen]
         inputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         prediction = bundle.predict(chosen[0].step, inputs, chosen[0].quantized)
         ends = np.cumsum([len(part[bundle.latent_input]) for part in parts])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import urllib.error
 import urllib.request
 from contextlib import suppress
+from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from string import Template
@@ -78,7 +80,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """A generation: what Triton server says is passed on as it comes."""
-        length = int(self.headers.get("Content-Length") or 0)
+        stated = self.headers.get("Content-Length", "")
+        length = int(stated) if stated.isdecimal() and len(stated) < 10 else 0
         if self.path != "/generate" or not 0 < length <= _MAX_REQUEST_BYTES:
             self.send_error(400)
             return
@@ -87,11 +90,12 @@ class _Handler(BaseHTTPRequestHandler):
             answer = urllib.request.urlopen(request)
         except urllib.error.HTTPError as error:
             answer = error  # its body is Triton server's sentence
-        except urllib.error.URLError as error:
-            self.send_error(502, f"Triton server does not answer: {error.reason}")
+        except (OSError, HTTPException) as error:
+            self._begin(502, "application/json")
+            self.wfile.write(json.dumps({"error": f"Triton server does not answer: {error}"}).encode())
             return
         with answer, suppress(ConnectionError):  # the browser may leave
-            self._begin(200, "text/event-stream")
+            self._begin(answer.status, "text/event-stream")
             for line in answer:
                 self.wfile.write(line)
 

@@ -54,17 +54,18 @@ def read_request(
     Raises:
         UserError: says which input is wrong.
     """
+    sizes = {name: value.size for name, value in tensors.items()}
     for name in sorted(set(tensors) - {"prompt", "seed"}):
-        if tensors[name].size != 1:
-            raise UserError(f"{name}: got {tensors[name].size} values, expected one for all samples of the request")
-    if "seed" not in tensors:  # the server lets some requests through that lack an input
+        if sizes[name] != 1:
+            raise UserError(f"{name}: got {sizes[name]} values, expected one for all samples of the request")
+    if "seed" not in sizes:  # the server lets some requests through that lack an input
         raise UserError("the request has no seed; give one, 0 or more, for each sample")
+    if sizes.get("prompt", sizes["seed"]) != sizes["seed"] or not 0 < sizes["seed"] <= max_samples:
+        count = f"{sizes['prompt']} prompts and " if "prompt" in sizes else ""
+        raise UserError(f"got {count}{sizes['seed']} seeds, expected one seed for every prompt, 1 to {max_samples}")
     asked = json.loads(parameters or "{}")
     seeds = tensors["seed"].ravel().tolist()
     prompts = tensors["prompt"].ravel().tolist() if "prompt" in tensors else None
-    if len(seeds if prompts is None else prompts) != len(seeds) or not 0 < len(seeds) <= max_samples:
-        count = f"{len(prompts)} prompts and " if prompts is not None else ""
-        raise UserError(f"got {count}{len(seeds)} seeds, expected one seed for every prompt, 1 to {max_samples}")
     if min(seeds) < 0:
         raise UserError(f"seed: got {min(seeds)}, expected 0 to {np.iinfo(np.int64).max}")
     guidance = float(_only(tensors, "guidance", bundle.manifest.guidance))

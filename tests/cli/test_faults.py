@@ -15,6 +15,7 @@ import pytest
 
 from adatsq_trt.files import read_tensors
 from adatsq_trt.run import RunDirectory
+from tests.engines.conftest import make_bundle
 
 STAGES = ("calibrate", "quantize", "search", "export", "bundle")
 
@@ -58,6 +59,22 @@ def test_disk_full_in_a_command(cli, copy: Path, full_disk, command: str) -> Non
     require_whole(copy)
     assert not (copy / "check" / "check.json").exists()
     assert not (copy / "samples.png").exists()
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+def test_not_enough_memory(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+
+    def noise(*_: object) -> None:
+        raise MemoryError("Unable to allocate 3.64 TiB")
+
+    monkeypatch.setattr("adatsq_trt.engines.runtime.Bundle.noise", noise)
+    ended = cli("generate", bundle.folder)
+    assert (ended.code, ended.out) == (1, "")
+    assert ended.err.startswith("adatsq-trt: not enough memory: Unable to allocate 3.64 TiB; ask for fewer samples")
+    assert list(tmp_path.iterdir()) == [bundle.folder]
 
 
 # -------------------------------------------------------------------------------------------- read-only folders

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from adatsq_trt.files import read_tensors
+from adatsq_trt.files import read_tensors, write_tensors
 
 SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -57,9 +57,35 @@ def test_runs_that_do_not_hold_together_are_refused(cli, copy: Path, tmp_path: P
     policy["step_assignments"] = [0, 1]
     (copy / "search" / "policy.json").write_text(json.dumps(policy))
     assert "is not the policy of the search" in cli("report", copy).refusal
+    settings = (copy / "settings.json").read_text()
+    (copy / "settings.json").write_text(settings.replace('"seed": 0', '"seed": 1'))
+    assert "is of a later command than the build in this folder" in cli("report", copy).refusal
+    (copy / "settings.json").write_text(settings)
     (copy / "stages" / "bundle.json").unlink()
     assert "stage 'bundle'" in cli("report", copy).refusal
     assert not (copy / "report.html").exists()
+
+
+def test_a_table_of_other_places_is_refused(cli, copy: Path) -> None:
+    file = copy / "search" / "sensitivity.safetensors"
+    errors = read_tensors(file)["errors"]
+    for damaged in ({"errors": errors[:, :1]}, {"errors": errors * float("nan")}, {"other": errors}):
+        write_tensors(file, damaged)
+        assert "sensitivity.safetensors', 'errors': got" in cli("report", copy).refusal
+
+
+def test_a_loop_that_fails_is_shown(cli, reported: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(reported, tmp_path / "run"))
+    check = json.loads((run / "check" / "check.json").read_text())
+    check["loop"] |= {"fail_above": 1e-9, "passed": False}
+    check["loop"]["rows"][0] |= {"passed": False, "error": None}
+    (run / "check" / "check.json").write_text(json.dumps({**check, "passed": False}))
+    assert cli("report", run).code == 0
+    page = (run / "report.html").read_text()
+    total = len(check["rows"]) + len(check["loop"]["rows"]) + 1
+    assert f"2 of {total} comparisons leave their limits" in page
+    assert "loop, latent so far" in page
+    assert "loop, last latent" in page
 
 
 # ------------------------------------------------------------------------------------------- in a browser

@@ -1,8 +1,16 @@
 """What layouts weigh, counted by hand on the tiny bundle."""
 
+from collections.abc import Callable
+from dataclasses import replace
+
+import onnx
+import pytest
+
 from adatsq_trt.engines.build import build_plans
 from adatsq_trt.engines.bundle import BundleFiles, Layout, write_manifest
 from adatsq_trt.engines.sizes import constant_bytes, size_report
+from adatsq_trt.engines.store import initializers
+from adatsq_trt.errors import DamagedFileError
 from adatsq_trt.formats import TARGETS
 from tests.engines.conftest import ASSIGNMENTS, WIDTH
 
@@ -45,3 +53,34 @@ def test_a_bundle_without_target_graphs_has_no_report(own_bundle: BundleFiles) -
     graphs = tuple(graph for graph in own_bundle.index.graphs if graph.variant != "target")
     index = own_bundle.index.model_copy(update={"graphs": graphs})
     assert size_report(BundleFiles(own_bundle.folder, own_bundle.manifest, own_bundle.policy, index)) is None
+
+
+def negative_offset(content: bytes) -> bytes:
+    model = onnx.ModelProto.FromString(content)
+    for tensor in initializers(model.graph):
+        for entry in tensor.external_data:
+            entry.value = "-5" if entry.key == "offset" else entry.value
+    return model.SerializeToString()
+
+
+def without_length(content: bytes) -> bytes:
+    return content.replace(b"length", b"LENGTH")
+
+
+@pytest.mark.filterwarnings("ignore:Ignoring unknown external data")
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(negative_offset, "got -5"), (without_length, "has no length"), (lambda _: b"\xff" * 9, "not a sound ONNX graph")],
+)
+def test_graphs_that_say_nonsense(own_bundle: BundleFiles, damage: Callable[[bytes], bytes], message: str) -> None:
+    path = own_bundle.graph_path(own_bundle.graph("target", None))
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DamagedFileError, match=message):
+        size_report(own_bundle)
+
+
+def test_a_bundle_without_the_graph_of_all_assignments(own_bundle: BundleFiles) -> None:
+    graphs = tuple(graph for graph in own_bundle.index.graphs if graph.assignment is not None)
+    index = own_bundle.index.model_copy(update={"graphs": graphs})
+    with pytest.raises(DamagedFileError, match="has no target graph for assignment None"):
+        size_report(replace(own_bundle, index=index))

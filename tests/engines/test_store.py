@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from adatsq_trt.engines.accuracy.references import Reference
 from adatsq_trt.engines.bundle import BundleFiles
 from adatsq_trt.engines.store import ALIGNMENT_BYTES, Weight, name_weights, without_weights, write_store
+from adatsq_trt.errors import DamagedFileError
 from tests.engines.conftest import ASSIGNMENTS, LAYERS
 
 
@@ -57,6 +58,13 @@ def test_padding_and_four_bit_types(tmp_path: Path) -> None:
     stored = load_file(tmp_path / "store")
     assert stored["a"].tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
     np.testing.assert_array_equal(stored["b"], numbers)
+
+
+def test_weights_beyond_the_end_of_their_file(tmp_path: Path) -> None:
+    (tmp_path / "data").write_bytes(bytes(8))
+    with pytest.raises(DamagedFileError, match=r"got 8 bytes, its graphs need 4611686018427387908"):
+        write_store(tmp_path / "store", tmp_path / "data", {Weight(4, 1 << 62, TensorProto.INT8, (1,)): "a"})
+    assert not (tmp_path / "store").exists()
 
 
 @pytest.mark.parametrize("assignment", range(len(ASSIGNMENTS)))

@@ -91,7 +91,7 @@ def small_flux() -> FluxAdapter:
 def flux_inputs(small_flux: FluxAdapter) -> dict[str, Tensor]:
     latent = torch.randn(3, *small_flux.latent_shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        return small_flux.guided_inputs(latent, 0.7, small_flux.encode([1, 2, 3]))
+        return small_flux.guided_inputs(latent, 0.7, small_flux.encode([1, 2, 3]), 2.0)
 
 
 @pytest.fixture(scope="session")

@@ -33,9 +33,13 @@ def commands() -> dict[tuple[str, ...], Any]:
 
     from adatsq_trt.cli import app
 
-    root: Any = get_command(app)
-    found = {(name,): command for name, command in root.commands.items() if name != "build"}
-    return found | {("build", name): command for name, command in root.commands["build"].commands.items()}
+    def found(command: Any, words: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+        members = getattr(command, "commands", None)
+        if members is None:
+            return {words: command}
+        return {w: c for name, member in members.items() for w, c in found(member, (*words, name)).items()}
+
+    return found(get_command(app))
 
 
 @st.composite
@@ -48,6 +52,9 @@ def command_lines(draw: st.DrawFn) -> list[str]:
     for parameter in parameters:
         if parameter.param_type_name == "argument":
             line.append(draw(st.just("digits-flux" if parameter.name == "model" else "bundle") | anything))
+    for option in options:
+        if option.required:
+            line += [option.opts[0], draw(st.sampled_from(("out", "out/new", "file")) | anything)]
     if any(option.name == "target" for option in options):
         line += ["--target", draw(st.sampled_from(("sm120", "sm80", "cpu")))]
     for option in draw(st.lists(st.sampled_from(options), max_size=3)) if options else ():
@@ -62,11 +69,17 @@ def command_lines(draw: st.DrawFn) -> list[str]:
 def test_command_lines(cli: CommandLine, go_on: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from adatsq_trt.cli.stages import bundle, calibrate, export, quantize, search
 
-    def stop(_context: Any) -> None:
+    def stop(*_: object) -> None:
         raise UserError("the request is sound")
 
     for stage in (calibrate, quantize, search, export, bundle):
         monkeypatch.setattr(stage, "run", stop)
+    for long in (
+        "plugins.build.compile_kernels",
+        "plugins.benchmark.require_gpu",
+        "engines.triton_server.server.Server",
+    ):
+        monkeypatch.setattr(f"adatsq_trt.{long}", stop)
     monkeypatch.chdir(tmp_path)
     make_bundle(tmp_path / "bundle")
     (tmp_path / "file").write_text("years of work")

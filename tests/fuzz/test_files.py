@@ -13,6 +13,8 @@ from pydantic import BaseModel
 
 from adatsq_trt.engines.accuracy import CheckReport, check
 from adatsq_trt.engines.bundle import MANIFEST_NAME, PROMPTS_NAME, BundleFiles, Manifest, read_arrays, write_manifest
+from adatsq_trt.engines.runtime import Bundle
+from adatsq_trt.engines.sizes import size_report
 from adatsq_trt.errors import UserError
 from adatsq_trt.files import parse_json_model, read_tensors, write_tensors
 from adatsq_trt.graph_index import GraphIndex
@@ -151,5 +153,7 @@ def use(folder: Path) -> None:
         graph = opened.graph("cpu", opened.policy.step_assignments[step])
         assert opened.graph_path(graph).resolve().is_relative_to(folder.resolve())
         opened.scales(step)
-    assert opened.prompts is not None
-    opened.schedule()
+    bundle = Bundle(opened)
+    inputs = bundle.step_inputs(0, bundle.noise([0, 1]), bundle.conditioning([0, opened.manifest.prompts - 1]))
+    assert bundle.decode(inputs[bundle.latent_input]).ndim == 4
+    size_report(opened)

@@ -5,6 +5,7 @@ import torch
 
 from adatsq_trt.models.adapter import Conditioning, guide
 from adatsq_trt.models.flux import FluxAdapter, pack
+from adatsq_trt.zoo.scenes.train_flux import make_adapter
 
 
 def latents(adapter: FluxAdapter, batch: int) -> torch.Tensor:
@@ -39,7 +40,7 @@ def test_every_quantizable_layer_takes_part_in_a_prediction(untrained_flux: Flux
 @torch.no_grad()
 def test_guided_inputs_hold_both_branches_in_one_batch(untrained_flux: FluxAdapter) -> None:
     latent, conditioning = latents(untrained_flux, 3), untrained_flux.encode([0, 5, 9])
-    inputs = untrained_flux.guided_inputs(latent, 0.5, conditioning)
+    inputs = untrained_flux.guided_inputs(latent, 0.5, conditioning, 2.0)
     shapes = {name: tuple(value.shape) for name, value in inputs.items()}
     assert shapes == {
         "hidden_states": (6, 16, 4),
@@ -49,13 +50,15 @@ def test_guided_inputs_hold_both_branches_in_one_batch(untrained_flux: FluxAdapt
     }
     assert torch.equal(inputs["hidden_states"][:3], inputs["hidden_states"][3:])
     assert inputs["timestep"].tolist() == [0.5] * 6
-    table = untrained_flux.class_embedding.weight
+    table = untrained_flux.encoder.embedding.weight
     assert torch.equal(inputs["pooled_projections"], table[[0, 5, 9, 10, 10, 10]])
 
 
 @torch.no_grad()
 def test_inputs_come_in_the_order_of_the_traced_arguments(untrained_flux: FluxAdapter) -> None:
-    inputs = untrained_flux.model_inputs(latents(untrained_flux, 2), 0.5, untrained_flux.encode([1, 2]).conditional)
+    inputs = untrained_flux.model_inputs(
+        latents(untrained_flux, 2), 0.5, untrained_flux.encode([1, 2]).conditional, 2.0
+    )
     by_name = untrained_flux.trace_module()(**inputs)
     assert torch.equal(untrained_flux.predict(inputs), by_name)
     assert by_name.shape == inputs["hidden_states"].shape
@@ -63,7 +66,9 @@ def test_inputs_come_in_the_order_of_the_traced_arguments(untrained_flux: FluxAd
 
 @torch.no_grad()
 def test_trace_module_is_the_transformer_with_flux_position_ids(untrained_flux: FluxAdapter) -> None:
-    inputs = untrained_flux.model_inputs(latents(untrained_flux, 2), 0.5, untrained_flux.encode([1, 2]).conditional)
+    inputs = untrained_flux.model_inputs(
+        latents(untrained_flux, 2), 0.5, untrained_flux.encode([1, 2]).conditional, 2.0
+    )
     # As the Flux pipeline numbers its tokens: (0, row, column), text tokens all zero.
     ids = torch.tensor([[0.0, row, column] for row in range(4) for column in range(4)])
     expected = untrained_flux.transformer(**inputs, img_ids=ids, txt_ids=torch.zeros(1, 3), return_dict=False)[0]
@@ -73,9 +78,9 @@ def test_trace_module_is_the_transformer_with_flux_position_ids(untrained_flux: 
 @torch.no_grad()
 def test_guidance_extrapolates_from_the_unguided_branch(untrained_flux: FluxAdapter) -> None:
     latent, conditioning = latents(untrained_flux, 2), untrained_flux.encode([4, 7])
-    conditional = untrained_flux.predict(untrained_flux.model_inputs(latent, 0.7, conditioning.conditional))
+    conditional = untrained_flux.predict(untrained_flux.model_inputs(latent, 0.7, conditioning.conditional, 2.0))
     assert conditioning.unconditional is not None
-    other = untrained_flux.predict(untrained_flux.model_inputs(latent, 0.7, conditioning.unconditional))
+    other = untrained_flux.predict(untrained_flux.model_inputs(latent, 0.7, conditioning.unconditional, 2.0))
     for guidance, expected in ((1.0, conditional), (0.0, other), (2.0, 2 * conditional - other)):
         velocity = untrained_flux.velocity(latent, 0.7, conditioning, guidance)
         torch.testing.assert_close(velocity, expected, rtol=1e-4, atol=1e-5)
@@ -115,3 +120,39 @@ def test_a_token_is_a_patch_of_two_by_two_pixels(untrained_flux: FluxAdapter) ->
 @pytest.mark.parametrize("steps", [1, 20])
 def test_schedule_is_that_of_the_adapters_scheduler(untrained_flux: FluxAdapter, steps: int) -> None:
     assert untrained_flux.schedule(steps).steps == steps
+
+
+@pytest.fixture(scope="module")
+def distilled() -> FluxAdapter:
+    """A Flux dev in small: sentences, a guidance embedding, patches of 4x4 pixels."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make_adapter(guidance_embeds=True)
+
+
+@torch.no_grad()
+def test_a_guidance_embedding_takes_the_scale_and_needs_one_branch(distilled: FluxAdapter) -> None:
+    latent, conditioning = latents(distilled, 2), distilled.encode([0, 7])
+    assert conditioning.unconditional is None
+    inputs = distilled.guided_inputs(latent, 0.5, conditioning, 3.5)
+    assert list(inputs) == ["hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance"]
+    assert inputs["encoder_hidden_states"].shape == (2, 8, 64)
+    assert inputs["guidance"].tolist() == [3.5] * 2
+    ids = torch.tensor([[0.0, row, column] for row in range(4) for column in range(4)])
+    expected = distilled.transformer(**inputs, img_ids=ids, txt_ids=torch.zeros(8, 3), return_dict=False)[0]
+    assert torch.equal(distilled.velocity(latent, 0.5, conditioning, 3.5), expected)
+    assert (distilled.velocity(latent, 0.5, conditioning, 1.0) - expected).abs().max() > 1e-3
+
+
+def test_decode_undoes_pack_for_other_patches(distilled: FluxAdapter) -> None:
+    images = torch.rand(5, 16, 16, 3, generator=torch.Generator().manual_seed(0))
+    packed = pack(images, 4)
+    assert packed.shape == (5, *distilled.latent_shape)
+    torch.testing.assert_close(distilled.decode(packed), images)
+    torch.testing.assert_close(packed[:, 1 * 4 + 2].mean(1), images[:, 4:8, 8:12].mean((1, 2, 3)) * 2 - 1)
+
+
+def test_who_takes_a_guidance_scale(untrained_flux: FluxAdapter, distilled: FluxAdapter) -> None:
+    assert untrained_flux.takes_guidance
+    assert distilled.takes_guidance
+    assert not make_adapter(guidance_embeds=False).takes_guidance

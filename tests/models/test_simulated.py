@@ -36,7 +36,7 @@ def model(untrained_flux: FluxAdapter, store: FormatStore) -> SimulatedModel:
 
 def inputs(adapter: FluxAdapter) -> dict[str, Tensor]:
     latent = torch.randn(2, *adapter.latent_shape, generator=torch.Generator().manual_seed(0))
-    return adapter.guided_inputs(latent, 0.6, adapter.encode([2, 7]))
+    return adapter.guided_inputs(latent, 0.6, adapter.encode([2, 7]), 2.0)
 
 
 @torch.no_grad()

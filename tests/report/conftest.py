@@ -31,6 +31,7 @@ def data() -> ReportData:
         budget_bits=7.0,
     )
     summary = Summary(
+        settings_sha256="c" * 64,
         model="digits-flux",
         targets=("sm89", "sm120"),
         formats=FORMATS,

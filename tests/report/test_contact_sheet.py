@@ -49,6 +49,13 @@ def test_a_sheet_is_a_png_with_a_panel_per_model(tmp_path: Path) -> None:
     assert list(file.parent.iterdir()) == [file]
 
 
+def test_as_many_samples_as_generate_draws(tmp_path: Path) -> None:
+    many = np.zeros((10_000, 2, 2, 1), np.float32)
+    write_contact_sheet(tmp_path / "s.png", {"quantized": many, "full precision": many}, ["", ""])
+    with Image.open(tmp_path / "s.png") as image:
+        assert image.height < 3 * image.width
+
+
 def test_each_panel_has_a_note(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="zip"):
         write_contact_sheet(tmp_path / "s.png", {"a": np.zeros((1, 2, 2, 1), np.float32)}, [])

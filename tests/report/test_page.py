@@ -6,16 +6,23 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from adatsq_trt.cli import app
 from adatsq_trt.errors import OutputError, UserError
+from adatsq_trt.formats import FORMATS as ALL_FORMATS
+from adatsq_trt.policy import Policy
+from adatsq_trt.report.charts import along_steps
 from adatsq_trt.report.data import Check, Comparison, ReportData
+from adatsq_trt.report.maps import policy_map, sensitivity_map
 from adatsq_trt.report.page import bucket_rows, commands, draw, page, write_report
+from tests.report.conftest import FORMATS, ROWS
 
 NAMES = ["policy", "sensitivity", "pareto", "steps", "check", "stages"]
 
@@ -118,10 +125,50 @@ def test_errors_of_zero_are_drawn(data: ReportData) -> None:
     assert "digits-flux" in text(zeros)
 
 
+def with_formats(data: ReportData, formats: tuple[str, ...]) -> ReportData:
+    settings = data.settings.model_copy(update={"formats": formats})
+    return replace(data, settings=settings, sensitivity=np.ones((len(formats), 4, 3)))
+
+
+def test_maps_have_one_size_and_room_for_the_names_of_all_formats(data: ReportData) -> None:
+    for formats in (FORMATS, tuple(ALL_FORMATS)):
+        maps = [chart(with_formats(data, formats)).figure for chart in (policy_map, sensitivity_map)]
+        assert maps[0].axes[0].get_position().bounds == maps[1].axes[0].get_position().bounds
+        legend = maps[0].texts
+        assert len(legend) == len(formats)
+        assert min(text.get_position()[1] for text in legend) > 0
+        assert max(text.get_position()[1] for text in legend) < maps[0].axes[0].get_position().y0
+
+
+def test_one_step_is_a_mark(data: ReportData) -> None:
+    policy = Policy.from_steps("digits-flux", "a" * 64, data.policy.layers, [ROWS[0]])
+    errors = {"chosen": np.array([0, 1e-3])}
+    chart = along_steps(replace(data, policy=policy, timesteps=(1000.0,), trajectory_errors=errors))
+    assert [line.get_marker() for line in chart.figure.axes[0].lines] == ["o"]
+
+
+def test_figures_that_are_missing_in_an_altered_summary(data: ReportData) -> None:
+    shown = text(replace(data, summary=data.summary.model_copy(update={"uniform_errors": {}, "versions": {}})))
+    assert "The chosen policy averages 6.50 bits" in shown
+
+
 def test_bucket_rows_follow_the_steps(data: ReportData) -> None:
     rows = [(row.steps, row.assignment, row.shares, row.engine_bytes) for row in bucket_rows(data)]
     assert rows[0] == ("0-1", 0, (("nvfp4", 2), ("fp8", 1)), 10_000_000)
     assert rows[2] == ("3", 2, (("nvfp4", 3),), 10_000_000)
+
+
+def test_the_build_command_says_everything_that_it_can(data: ReportData) -> None:
+    """An option that it leaves out would fall back to a default that the run may not have had."""
+    settings = data.settings.model_copy(update={"budget_bits": 20 / 3, "layout": "switch"})
+    words = commands(replace(data, settings=settings))[0]
+    build: Any = get_command(app)
+    for name in ("build", "engine"):
+        build = build.commands[name]
+    options = {option.opts[0] for option in build.params if option.param_type_name == "option"}
+    assert options - set(words) == {"--simulate", "--policy", "--until"}
+    assert words[words.index("--budget-bits") + 1] == "6.666666666666667"
+    assert words[words.index("--layout") + 1] == "switch"
 
 
 def test_commands_are_ones_that_the_command_line_takes(data: ReportData) -> None:

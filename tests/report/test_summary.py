@@ -12,6 +12,7 @@ from adatsq_trt.report.summary import StageFigures, StaticErrors, Summary
 
 def example() -> Summary:
     return Summary(
+        settings_sha256="c" * 64,
         model="digits-flux",
         targets=("sm120",),
         formats=("nvfp4", "fp8", "bf16"),

@@ -145,7 +145,7 @@ def infer_input(name: str, value: np.ndarray) -> tritonclient.http.InferInput:
 
 
 def step_request(bundle: Bundle, step: int, seed: int) -> dict[str, np.ndarray]:
-    inputs = bundle.step_inputs(step, bundle.noise([seed]), bundle.conditioning([1]))
+    inputs = bundle.step_inputs(step, bundle.noise([seed]), bundle.conditioning([1]), 2.0)
     del inputs["timestep"]
     return {"step": np.full((2, 1), step, np.int32), **inputs}
 
@@ -159,7 +159,7 @@ def test_step_model_groups_a_batch_by_bucket(
     pending = [http.async_infer(name, request) for request in requests]
     answers = [one.get_result().as_numpy("velocity") for one in pending]
     for (step, seed), answer in zip(places, answers, strict=True):
-        inputs = bundle.step_inputs(step, bundle.noise([seed]), bundle.conditioning([1]))
+        inputs = bundle.step_inputs(step, bundle.noise([seed]), bundle.conditioning([1]), 2.0)
         np.testing.assert_array_equal(answer, bundle.predict(step, inputs))
     statistics = http.get_inference_statistics(name)["model_stats"][0]
     assert int(statistics["execution_count"]) < 64

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 
@@ -99,8 +100,9 @@ def _manifest(context: Context, index: GraphIndex, policy: Policy, plans: tuple[
         ),
         guidance=context.settings.guidance,
         latent_shape=adapter.latent_shape,
-        image=ImageSpec(patches=adapter.image.patches, channels=adapter.image.channels),
-        prompts=adapter.classes,
+        image=ImageSpec(**asdict(adapter.image)),
+        prompts=len(adapter.prompts),
+        prompt_texts=adapter.prompts,
         plans=plans,
         versions=library_versions(),
     )

@@ -77,7 +77,7 @@ class Context:
     def _samples(self, count: int, offset: int) -> Samples:
         first = self.settings.seed * _SEEDS_PER_RUN + offset
         adapter = self.adapter
-        return seeded_samples(adapter, self.schedule, self.settings.guidance, count, first, adapter.classes)
+        return seeded_samples(adapter, self.schedule, self.settings.guidance, count, first, len(adapter.prompts))
 
     def inputs(self, names: Sequence[str]) -> dict[str, Json]:
         """Some of the settings, for a stage's key."""

@@ -74,7 +74,8 @@ def run(context: Context) -> Stage:
 
 def _graphs(context: Context, policy: Policy, folder: Path) -> None:
     samples, base = context.calibration.part(slice(0, CHECK_SAMPLES)), base_type(context)
-    inputs = context.adapter.guided_inputs(samples.noise(), context.schedule.model_time(0), samples.conditioning)
+    time, guidance = context.schedule.model_time(0), samples.guidance
+    inputs = context.adapter.guided_inputs(samples.noise(), time, samples.conditioning, guidance)
     weights = quantize.load(context).weights
     names = variants(context)
     with progress("export", 2 + (len(policy.assignments) + 1) * len(names)) as advance:
@@ -105,7 +106,8 @@ def _reference(context: Context, policy: Policy, folder: Path) -> None:
 
 def _one_step(context: Context, samples: Samples, latent: Tensor, step: int, with_layers: bool) -> dict[str, Tensor]:
     """Inputs and output of a step; on demand every layer's output, for the first sample of each guidance branch."""
-    inputs = context.adapter.guided_inputs(latent, context.schedule.model_time(step), samples.conditioning)
+    time, guidance = context.schedule.model_time(step), samples.guidance
+    inputs = context.adapter.guided_inputs(latent, time, samples.conditioning, guidance)
     tensors = {f"input.{name}": value.clone() for name, value in inputs.items()}
     layers = {name: context.adapter.transformer.get_submodule(name) for name in context.layers}
     with captured_outputs(layers if with_layers else {}) as outputs:
@@ -128,7 +130,7 @@ def layer_reference(context: Context, policy: Policy, step: int) -> dict[str, Te
 @torch.no_grad()
 def _prompts(context: Context) -> dict[str, Tensor]:
     """Conditioning of every prompt of the model, and of the unguided branch."""
-    everything: Conditioning = context.adapter.encode(range(context.adapter.classes))
+    everything: Conditioning = context.adapter.encode(range(len(context.adapter.prompts)))
     tensors = {f"conditional.{name}": value.clone() for name, value in everything.conditional.items()}
     for name, value in (everything.unconditional or {}).items():
         tensors[f"unconditional.{name}"] = value[:1].clone()

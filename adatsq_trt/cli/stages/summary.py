@@ -7,11 +7,14 @@ from pathlib import Path
 from adatsq_trt.cli.stages import bundle, calibrate, export, quantize, search
 from adatsq_trt.cli.stages.context import Context, layer_shapes
 from adatsq_trt.engines.bundle import Manifest
-from adatsq_trt.files import read_json_model, read_tensors, write_bytes, write_json_model
+from adatsq_trt.errors import MismatchError
+from adatsq_trt.files import read_json_model, read_tensors, sha256, write_bytes, write_json_model
 from adatsq_trt.graph_index import INDEX_NAME, GraphIndex
 from adatsq_trt.policy import Policy, resident_weight_bytes
 from adatsq_trt.report.summary import StageFigures, StaticErrors, Summary
+from adatsq_trt.run import RunDirectory
 from adatsq_trt.search.select import SearchResult
+from adatsq_trt.settings import SETTINGS_NAME
 
 SUMMARY_NAME, POLICY_NAME = "summary.json", "policy.json"
 _STAGES = (calibrate, quantize, search, export, bundle)
@@ -26,6 +29,24 @@ def write(context: Context) -> Summary:
     return summary
 
 
+def read(run: RunDirectory) -> Summary:
+    """The summary of a finished build.
+
+    Raises:
+        MissingFileError: the build has not run to its end.
+        MismatchError: a later command had other settings, so that stages may no longer be those of the build.
+        DamagedFileError: the summary is truncated or of another schema version.
+    """
+    run.record(bundle.NAME)
+    summary = read_json_model(run.path / SUMMARY_NAME, Summary)
+    if sha256(run.path / SETTINGS_NAME) != summary.settings_sha256:
+        raise MismatchError(
+            f"'{run.path / SETTINGS_NAME}' is of a later command than the build in this folder, whose stages it may "
+            "have replaced; run 'adatsq-trt build engine' to its end again"
+        )
+    return summary
+
+
 def _summary(context: Context, policy: Policy) -> Summary:
     settings, result = context.settings, read_json_model(search.stage(context).folder / search.RESULT, SearchResult)
     statistics = read_tensors(calibrate.stage(context).folder / calibrate.STATISTICS)
@@ -36,6 +57,7 @@ def _summary(context: Context, policy: Policy) -> Summary:
     manifest = read_json_model(bundle.stage(context).folder / "manifest.json", Manifest)
     chosen = result.points[result.chosen]
     return Summary(
+        settings_sha256=sha256(context.run.path / SETTINGS_NAME),
         model=settings.model,
         targets=settings.targets,
         formats=settings.formats,

@@ -38,3 +38,11 @@ def test_failures_carry_figures_and_command(report: CheckReport, tmp_path: Path)
     assert failure.get("message") == wrong.finding
     assert wrong.command in (failure.text or "")
     assert second.get("name") == "quantization error"
+
+
+def test_colours_of_a_library_s_message_do_not_break_the_file(report: CheckReport, tmp_path: Path) -> None:
+    wrong = report.rows[0].model_copy(update={"passed": False, "failure": "\x1b[31mno kernel\x1b[0m\ud800\n"})
+    write_junit(tmp_path / "check.xml", report.model_copy(update={"rows": (wrong,), "passed": False}))
+    failure = ElementTree.parse(tmp_path / "check.xml").getroot().find(".//failure")
+    assert failure is not None
+    assert "[31mno kernel" in (failure.get("message") or "")

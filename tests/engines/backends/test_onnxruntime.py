@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from adatsq_trt.engines.backends.onnxruntime import OnnxRuntimeBackend
-from adatsq_trt.errors import DamagedFileError, DependencyError
+from adatsq_trt.errors import AdatsqError, DamagedFileError, DependencyError
 
 K, N = 64, 8
 
@@ -74,3 +74,10 @@ def test_a_build_without_the_cpu_provider(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["Other"])
     with pytest.raises(DependencyError, match="only Other"):
         OnnxRuntimeBackend().require()
+
+
+def test_inputs_that_the_graph_does_not_take(tmp_path: Path) -> None:
+    write_int8_product(tmp_path / "g.onnx")
+    runner = OnnxRuntimeBackend().load(tmp_path / "g.onnx")
+    with pytest.raises(AdatsqError, match=r"cannot run '.*g\.onnx' with inputs \['other'\]: .*adatsq-trt check"):
+        runner.run({"other": np.zeros((1, K), np.float32)})

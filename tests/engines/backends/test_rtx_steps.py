@@ -11,7 +11,7 @@ from adatsq_trt.engines.backends.rtx_steps import load_store, plans_here, runnab
 from adatsq_trt.engines.bundle import BundleFiles, Manifest, PlanFile
 from adatsq_trt.engines.runtime import Bundle
 from adatsq_trt.engines.store import Weight, write_store
-from adatsq_trt.errors import DependencyError, MismatchError, UserError
+from adatsq_trt.errors import DamagedFileError, DependencyError, MismatchError, UserError
 
 
 @pytest.fixture
@@ -68,3 +68,10 @@ def test_store_in_one_block(tmp_path: Path) -> None:
     assert loaded["a"].numpy().tobytes() == content[:300]
     assert loaded["b"].numpy().tobytes() == content[500:]
     assert loaded["b"].data_ptr() - loaded["a"].data_ptr() == 512
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 8, (1 << 40).to_bytes(8, "little"), b"\x02" + bytes(7) + b"{}x"])
+def test_a_store_that_is_none(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "store").write_bytes(content)
+    with pytest.raises(DamagedFileError, match="not a complete safetensors"):
+        load_store(tmp_path / "store", "cpu")

@@ -67,6 +67,14 @@ def test_no_seed(bundle: Bundle) -> None:
         read_request({"prompt": np.array([1])}, "", bundle, max_samples=2)
 
 
+@pytest.mark.parametrize("name", ["prompt", "seed", "guidance"])
+def test_large_requests_are_refused_by_their_size_alone(bundle: Bundle, name: str) -> None:
+    endless = np.broadcast_to(np.int64(0), (10**15,))
+    for others in ({}, {"prompt": endless, "seed": endless}):
+        with pytest.raises(UserError, match=r"got .*1000000000000000"):
+            read_request({**tensors(), **others, name: endless}, "", bundle, max_samples=2)
+
+
 def test_latents_that_are_no_picture(bundle: Bundle) -> None:
     image = ImageSpec(patches=1, channels=16)
     files = replace(bundle.files, manifest=bundle.manifest.model_copy(update={"image": image}))

@@ -1,5 +1,6 @@
 """The GPU script as far as a CPU carries it: its refusal, and its comparisons in the interpreter."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from adatsq_trt.errors import AdatsqError, DependencyError
+from adatsq_trt.errors import AdatsqError, DamagedFileError, DependencyError, OutputError
 from adatsq_trt.plugins import benchmark
 from adatsq_trt.plugins.kernels import cases, quantize
-from adatsq_trt.plugins.tiles import Tile, load_tiles, tile_for
+from adatsq_trt.plugins.tiles import Tile, dump_tiles, load_tiles, tile_for
 
 ROOT = Path(__file__).parents[3]
 TILES = {place: (Tile(16, 16, place.group or 32, 2, 4, 2),) for place in benchmark.places("sm90")}
@@ -52,6 +53,40 @@ def test_without_a_gpu_nothing_is_written(tmp_path: Path) -> None:
     assert "needs an NVIDIA GPU" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """As if there were a GPU; what was done on it."""
+    done: list[str] = []
+    monkeypatch.setattr(benchmark, "require_gpu", lambda: "sm90")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(benchmark, "check", lambda *_: done.append("check"))
+    monkeypatch.setattr(benchmark, "measure", lambda *_: done.append("measure") or [])
+    return done
+
+
+def test_results_are_written_whole(measured: list[str], tmp_path: Path) -> None:
+    benchmark.benchmark(tmp_path / "results.json")
+    assert json.loads((tmp_path / "results.json").read_text())["card"] == "a card"
+    assert (measured, len(list(tmp_path.iterdir()))) == (["check", "measure"], 1)
+
+
+@pytest.mark.parametrize("name", [".", "missing/results.json"])
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_measured(
+    measured: list[str], tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(OutputError, match="cannot write"):
+        benchmark.benchmark(tmp_path / name)
+    assert measured == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_table_without_a_tile_of_this_card(measured: list[str], tmp_path: Path) -> None:
+    (tmp_path / "tuning.json").write_text(dump_tiles({}, "empty"))
+    with pytest.raises(DamagedFileError, match="has none for gemm_w8a8 with group 0 on sm90"):
+        benchmark.benchmark(tmp_path / "results.json", tmp_path / "tuning.json")
+    assert measured == []
 
 
 @pytest.mark.gpu

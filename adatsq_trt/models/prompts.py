@@ -1,0 +1,96 @@
+"""What turns a prompt into the tensors that steer a small Flux: a table of classes, or a text encoder."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from adatsq_trt.errors import UserError
+
+
+class PromptEncoder(nn.Module, ABC):
+    """Encodes the prompts of a closed set.
+
+    Attributes:
+        prompts: all that can be asked for; elsewhere a prompt is its index in here.
+        text_tokens: tokens of an encoded prompt.
+        width: of a token.
+    """
+
+    prompts: tuple[str, ...]
+    text_tokens: int
+    width: int
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[int | None]) -> tuple[Tensor, Tensor]:
+        """Tokens [B, text_tokens, width] and their pooled projection [B, width]; None is the empty prompt."""
+
+
+class ClassEncoder(PromptEncoder):
+    """One token per class, which is the pooled projection too."""
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        """Take an embedding [classes + 1, width] with the empty prompt last."""
+        super().__init__()
+        self.embedding = embedding
+        self.prompts = tuple(map(str, range(embedding.num_embeddings - 1)))
+        self.text_tokens, self.width = 1, embedding.embedding_dim
+
+    def encode(self, prompts: Sequence[int | None]) -> tuple[Tensor, Tensor]:
+        """Rows of the table."""
+        rows = self.embedding(torch.tensor([len(self.prompts) if p is None else p for p in prompts]))
+        return rows[:, None], rows
+
+
+class TextEncoder(PromptEncoder):
+    """Word and place embeddings and one transformer layer; the mean over the words is the pooled projection."""
+
+    def __init__(self, words: Sequence[str], prompts: Sequence[str], text_tokens: int, width: int) -> None:
+        """Make an untrained encoder.
+
+        Args:
+            words: the vocabulary; word 0 is the empty one, which fills short prompts up.
+            prompts: sentences of these words.
+            text_tokens: most words of a sentence.
+            width: of a token, a multiple of 16.
+        """
+        super().__init__()
+        self.vocabulary, self.prompts, self.text_tokens, self.width = tuple(words), tuple(prompts), text_tokens, width
+        self.words = nn.Embedding(len(words), width)
+        self.places = nn.Embedding(text_tokens, width)
+        self.layer = nn.TransformerEncoderLayer(
+            width, width // 16, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, words: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices into the vocabulary, int64 [B, text_tokens] → tokens [B, text_tokens, width], pooled [B, width]."""
+        encoded = self.norm(self.layer(self.words(words) + self.places.weight))
+        return encoded, encoded.mean(1)
+
+    def encode(self, prompts: Sequence[int | None]) -> tuple[Tensor, Tensor]:
+        """The sentences' words, encoded."""
+        sentences = ["" if prompt is None else self.prompts[prompt] for prompt in prompts]
+        encoded: tuple[Tensor, Tensor] = self(self.word_indices(sentences))
+        return encoded
+
+    def word_indices(self, sentences: Sequence[str]) -> Tensor:
+        """Indices into the vocabulary, int64 [B, text_tokens].
+
+        Raises:
+            UserError: a word that is not in the vocabulary, or too many words.
+        """
+        return torch.tensor([self._indices(sentence) for sentence in sentences])
+
+    def _indices(self, sentence: str) -> list[int]:
+        words = sentence.split()
+        unknown = [word for word in words if word not in self.vocabulary]
+        if unknown:
+            known = " ".join(self.vocabulary[1:])
+            raise UserError(f"prompt '{sentence}': unknown word '{unknown[0]}', expected words of: {known}")
+        if len(words) > self.text_tokens:
+            raise UserError(f"prompt '{sentence}': got {len(words)} words, expected at most {self.text_tokens}")
+        return [self.vocabulary.index(word) for word in words] + [0] * (self.text_tokens - len(words))

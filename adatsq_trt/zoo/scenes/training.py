@@ -1,0 +1,136 @@
+"""What trainings on scenes share: the data, the loop with its average of the weights, checkpoints, the saved model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from adatsq_trt.files import read_tensors, write_bytes, write_json_model, write_tensors
+from adatsq_trt.models.flux import FluxAdapter, pack
+from adatsq_trt.models.prompts import TextEncoder
+from adatsq_trt.zoo import TextEncoderConfig
+from adatsq_trt.zoo.scenes.world import Painter, draw_prompt, draw_scene, load_split
+
+LOGGER = logging.getLogger(__name__)
+PATCH_SIZE, AVERAGE, WARM_UP, COOL_DOWN = 4, 0.999, 200, 0.3
+_SECONDS_BETWEEN_CHECKPOINTS, _ITERATIONS_BETWEEN_LINES = 120, 100
+
+
+@dataclass(frozen=True)
+class SceneSet:
+    """Scenes with the prompts that describe them.
+
+    Attributes:
+        latents: float32 [N, 16, 48].
+        words: int64 [N, 8].
+    """
+
+    latents: Tensor
+    words: Tensor
+
+
+def make_scenes(count: int, seed: int, encoder: TextEncoder) -> SceneSet:
+    """Draw scenes with the generator's digits; the encoder knows the words."""
+    rng, painter = np.random.default_rng(seed), Painter(load_split("generator"))
+    prompts = [draw_prompt(rng) for _ in range(count)]
+    images = np.stack([painter.paint(draw_scene(prompt, rng), rng) for prompt in prompts])
+    return SceneSet(pack(torch.from_numpy(images), PATCH_SIZE), encoder.word_indices(list(map(str, prompts))))
+
+
+class Trainer:
+    """AdamW with warm-up, a constant rate and a linear cool-down; an exponential average of the weights."""
+
+    def __init__(self, adapter: FluxAdapter, rate: float, file: Path) -> None:
+        """Take up the checkpoint in `file` where there is one."""
+        self._parameters = [*adapter.encoder.parameters(), *adapter.transformer.parameters()]
+        self._optimizer = torch.optim.AdamW(self._parameters, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
+        self._rate, self._file, self._done = rate, file, 0
+        self._average = [p.detach().clone() for p in self._parameters]
+        if file.is_file():
+            self._load()
+
+    def run(self, loss: Callable[[], Tensor], iterations: int) -> None:
+        """Minimise a loss that draws its own batch; the weights are the average at the end."""
+        saved = start = time.monotonic()
+        first = self._done
+        for i in range(first, iterations):
+            rate = min(1, (i + 1) / WARM_UP, (iterations - i) / (COOL_DOWN * iterations))
+            self._optimizer.param_groups[0]["lr"] = self._rate * rate
+            value = loss()
+            self._optimizer.zero_grad()
+            value.backward()
+            nn.utils.clip_grad_norm_(self._parameters, 1.0)
+            self._optimizer.step()
+            decay = min(AVERAGE, (i + 1) / (i + 10))  # the first weights are soon forgotten
+            torch._foreach_lerp_(self._average, [p.detach() for p in self._parameters], 1 - decay)
+            self._done = i + 1
+            if self._done % _ITERATIONS_BETWEEN_LINES == 0:
+                seconds = (time.monotonic() - start) / (self._done - first)
+                LOGGER.info("%d of %d, loss %.4f, %.3f s each", self._done, iterations, value.item(), seconds)
+            if time.monotonic() - saved > _SECONDS_BETWEEN_CHECKPOINTS:
+                self._save()
+                saved = time.monotonic()
+        self._save()
+        with torch.no_grad():
+            for parameter, mean in zip(self._parameters, self._average, strict=True):
+                parameter.copy_(mean)
+
+    def _save(self) -> None:
+        tensors = {"iterations": torch.tensor(self._done), "random": torch.get_rng_state()}
+        for i, (parameter, mean) in enumerate(zip(self._parameters, self._average, strict=True)):
+            state = self._optimizer.state[parameter]
+            tensors |= {f"{i}.{name}": state[name].clone() for name in ("step", "exp_avg", "exp_avg_sq")}
+            tensors |= {f"{i}.parameter": parameter.detach().clone(), f"{i}.average": mean.clone()}
+        write_tensors(self._file, tensors)
+
+    @torch.no_grad()
+    def _load(self) -> None:
+        tensors = read_tensors(self._file)
+        self._done = int(tensors["iterations"])
+        torch.set_rng_state(tensors["random"])
+        for i, (parameter, mean) in enumerate(zip(self._parameters, self._average, strict=True)):
+            names = ("step", "exp_avg", "exp_avg_sq")
+            self._optimizer.state[parameter] = {name: tensors[f"{i}.{name}"] for name in names}
+            parameter.copy_(tensors[f"{i}.parameter"])
+            mean.copy_(tensors[f"{i}.average"])
+
+
+@torch.no_grad()
+def save_model(adapter: FluxAdapter, folder: Path, steps: int, guidance: float) -> None:
+    """Diffusers' folder layout, bfloat16 safetensors; the adapter's weights become exact in bfloat16.
+
+    Args:
+        adapter: with a `TextEncoder`.
+        folder: receives the model.
+        steps: default number of denoising steps.
+        guidance: default guidance scale.
+    """
+    encoder = adapter.encoder
+    assert isinstance(encoder, TextEncoder)
+    adapter.transformer.bfloat16().save_pretrained(folder / "transformer")
+    adapter.transformer.float()
+    adapter.scheduler.save_pretrained(folder / "scheduler")
+    write_tensors(folder / "text_encoder" / "model.safetensors", encoder.bfloat16().state_dict())
+    encoder.float()
+    config = TextEncoderConfig(words=encoder.vocabulary, prompts=encoder.prompts, text_tokens=encoder.text_tokens)
+    write_json_model(folder / "text_encoder" / "config.json", config)
+    index = {
+        "_class_name": "ScenesFluxPipeline",
+        "transformer": ["diffusers", "FluxTransformer2DModel"],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["adatsq_trt.models.prompts", "TextEncoder"],
+        "image_size": adapter.image.patches * adapter.image.patch_size,
+        "patch_size": adapter.image.patch_size,
+        "guidance_distilled": True,
+        "default_steps": steps,
+        "default_guidance": guidance,
+    }
+    write_bytes(folder / "model_index.json", (json.dumps(index, indent=2) + "\n").encode())
