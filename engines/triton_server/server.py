@@ -35,7 +35,7 @@ _START_SECONDS, _POLL_SECONDS = 300, 0.1
 # Given to what it has accepted. A client's open stream uses up all of it, and the server may hang afterwards.
 _FINISH_SECONDS, _STOP_SECONDS = 10, 15
 _SHARED_MEMORY = Path("/dev/shm")
-_FRAME = re.compile(r"\s*\d+# 0x")  # of the stack that a server writes when it crashes
+_FRAME = re.compile(r"\s*\d+# ")  # of the stack that a server writes when it crashes
 # Below those that the kernel gives to outgoing connections: a client that asks one of these again and again, while
 # nobody listens there, would in the end connect to itself and hold the port.
 _FREE_PORTS = range(20_000, 32_768)
