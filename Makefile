@@ -69,9 +69,10 @@ $(SERVING): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(SERVER) nvidia-pytriton==0.7.0
 	touch $@
 
-# Against the real Triton server: HTTP, gRPC, streams, load and unload, the web page, and a load run.
+# Against the real Triton server: HTTP, gRPC, streams, load and unload, the web page, and a load run. PyTorch's threads
+# spin, and would take the processors from the server and its clients.
 test-serving: $(SERVING)
-	$(BIN)/python -m pytest -m serving tests/serving
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m serving tests/serving
 
 # What serving costs and what batching gains; benchmarks/serving/results.json. Serves the bundle of `make demo`.
 bench-serving: $(SERVING)

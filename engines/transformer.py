@@ -23,8 +23,8 @@ from adatsq_trt.engines.runtime import TIME_INPUT, Bundle
 from adatsq_trt.errors import MismatchError
 
 ARCHITECTURES = ("FluxTransformer2DModel",)
-# A pipeline in bfloat16 rounds its timesteps to eight significant bits.
-_TIME_TOLERANCE = 2.0**-8
+# A pipeline in bfloat16 rounds its timesteps to eight significant bits, before it divides them by 1000 and afterwards.
+_TIME_TOLERANCE = 2 * 2.0**-8
 
 
 class AdatsqTransformer(nn.Module):

@@ -25,9 +25,13 @@ def triton(
         int, typer.Option("--max-samples", min=1, help="Most samples that run together, and most of one request.")
     ] = 32,
     backend: Annotated[
-        Literal["onnxruntime", "rtx"],
-        typer.Option("--backend", help="What runs the bundles: cpu graphs anywhere, or plans on a GPU."),
+        Literal["onnxruntime", "rtx", "tensorrt"],
+        typer.Option("--backend", help="Cpu graphs anywhere, or plans on a GPU; tensorrt serves single steps only."),
     ] = "onnxruntime",
+    pipeline: Annotated[
+        Path | None,
+        typer.Option("--pipeline", help="Saved diffusers pipeline of the model; requests can be text then."),
+    ] = None,
 ) -> None:
     """Write a model repository that Triton server loads: the whole denoising loop of each bundle.
 
@@ -36,13 +40,18 @@ def triton(
     Example: adatsq-trt deploy triton runs/demo --output model_repository
     """
     from adatsq_trt.engines.bundle import BundleFiles
+    from adatsq_trt.engines.triton_server.plan_models import write_plan_repository
     from adatsq_trt.engines.triton_server.repository import Deployment, write_repository
 
     if name and len(name) != len(bundles):
         raise UserError(f"got {len(name)} times --name for {len(bundles)} bundles; give one for each, or none")
     opened = [BundleFiles.open(path) for path in bundles]
     names = name or [files.manifest.model for files in opened]
-    write_repository(
-        [Deployment(n, files, step_model, max_samples, backend) for n, files in zip(names, opened, strict=True)], output
-    )
+    served = list(zip(names, opened, strict=True))
+    if backend == "tensorrt":
+        if step_model or pipeline is not None:
+            raise UserError("--backend tensorrt serves single steps only; leave --step-model and --pipeline out")
+        write_plan_repository(served, output)
+    else:
+        write_repository([Deployment(*one, step_model, max_samples, backend, pipeline) for one in served], output)
     typer.echo(f"{output}: {', '.join(names)}; start it as {output / 'README.md'} says")

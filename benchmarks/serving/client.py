@@ -6,8 +6,8 @@ import json
 import queue
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from types import TracebackType
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType, TracebackType
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -22,7 +22,7 @@ TYPES = {
     "steps": ("INT32", np.int32),
     **dict.fromkeys(("quantized", "progress", "preview"), ("BOOL", bool)),
 }
-TIMEOUT_SECONDS = 60
+TIMEOUT_SECONDS = 60  # of an answer, unless a client is told otherwise
 
 
 class RefusedError(Exception):
@@ -49,9 +49,11 @@ class HttpClient:
     def __init__(self, ports: Ports) -> None:
         self._address = f"http://{HOST}:{ports.http}/v2/models"
 
-    def generate(self, model: str, output: str = "latents", **values: Any) -> dict[str, Any]:
+    def generate(
+        self, model: str, output: str = "latents", parameters: Mapping[str, str] = MappingProxyType({}), **values: Any
+    ) -> dict[str, Any]:
         """The one message of a generation."""
-        body = json.dumps({**values, "parameters": {"output": output}}).encode()
+        body = json.dumps({**values, "parameters": {"output": output, **parameters}}).encode()
         request = urllib.request.Request(f"{self._address}/{model}/generate", data=body)
         try:
             with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
@@ -71,8 +73,8 @@ class HttpClient:
 class GrpcClient:
     """Asks through a stream, which carries messages until the last."""
 
-    def __init__(self, ports: Ports) -> None:
-        self._address = f"{HOST}:{ports.grpc}"
+    def __init__(self, ports: Ports, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
+        self._address, self._timeout_seconds = f"{HOST}:{ports.grpc}", timeout_seconds
         self._client: triton.InferenceServerClient | None = None
         self._messages: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
 
@@ -104,9 +106,9 @@ class GrpcClient:
         """What the server sends, up to the last message."""
         while True:
             try:
-                result, error = self._messages.get(timeout=TIMEOUT_SECONDS)
+                result, error = self._messages.get(timeout=self._timeout_seconds)
             except queue.Empty as late:
-                raise self._failed(TimeoutError(f"no answer in {TIMEOUT_SECONDS} s")) from late
+                raise self._failed(TimeoutError(f"no answer in {self._timeout_seconds} s")) from late
             if error is not None:
                 raise self._failed(error)
             yield result

@@ -34,6 +34,7 @@ from benchmarks.serving.load import LoadResult, LoadRun, metric
 
 RESULTS = Path(__file__).with_name("results.json")
 NAME, MID_SIZE, CLIENTS, LOAD_CLIENTS, WARM_UP = "model", "flux-mid", 8, 16, 2
+MID_SIZE_SECONDS = 600  # for one generation on a slow machine
 SINGLE = {"prompt": 0, "seed": 1}
 
 
@@ -178,7 +179,7 @@ def mid_size(work: Path, installation: Installation, rounds: int) -> dict[str, f
     make_bundle(MID_SIZE, work / MID_SIZE)
     with ExitStack() as stack:
         bundle, server, _ = served(work / MID_SIZE, installation, stack, step_model=False)
-        with GrpcClient(server.ports) as grpc:
+        with GrpcClient(server.ports, MID_SIZE_SECONDS) as grpc:
             ways = {"loop": lambda: loop(bundle), "grpc": lambda: grpc.latents(NAME, **SINGLE)}
             return milliseconds(ways, rounds)
 

@@ -21,7 +21,13 @@ import numpy as np
 import triton_python_backend_utils as server
 
 from adatsq_trt.engines.triton_server.batching import Generation, StepBatcher
-from adatsq_trt.engines.triton_server.python_backend import make_response, open_bundle, read_tensors, refusal
+from adatsq_trt.engines.triton_server.python_backend import (
+    make_response,
+    open_bundle,
+    open_pipeline,
+    read_tensors,
+    refusal,
+)
 from adatsq_trt.engines.triton_server.requests import Request, read_request, render
 from adatsq_trt.errors import UserError
 
@@ -46,12 +52,14 @@ class TritonPythonModel:
     """What the Python backend loads: requests in, messages out."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Open the bundle and start the thread that runs it.
+        """Open the bundle, and the pipeline around it if there is one, and start the thread that runs them.
 
         Raises:
-            TritonModelException: the bundle cannot be opened; with the sentence that says why.
+            TritonModelException: they cannot be opened; with the sentence that says why.
         """
         self._bundle, parameters = open_bundle(args)
+        self._pipeline = open_pipeline(args, parameters, self._bundle)
+        self._decode = self._bundle.decode if self._pipeline is None else self._pipeline.decode
         self._steps = self._bundle.policy.steps
         self._max_samples = int(parameters["max_samples"])
         self._batcher = StepBatcher(self._bundle, self._max_samples)
@@ -67,9 +75,14 @@ class TritonPythonModel:
         for request in requests:
             sender = request.get_response_sender()
             try:
-                accepted = read_request(read_tensors(request), request.parameters(), self._bundle, self._max_samples)
+                accepted = read_request(
+                    read_tensors(request), request.parameters(), self._bundle, self._max_samples, self._pipeline
+                )
             except UserError as error:
                 _send(sender, refusal(str(error), server.TritonError.INVALID_ARG), _FINAL)
+            except Exception as error:  # whatever the text encoders raise: the server goes on
+                log.exception("a request failed")
+                _send(sender, refusal(f"the request failed: {error}", server.TritonError.INTERNAL), _FINAL)
             else:
                 self._arrived.put(_Job(accepted, sender))
 
@@ -140,7 +153,7 @@ class TritonPythonModel:
         done = generation.step - 1
         tensors = {"step": np.array([done], np.int32), "bucket": np.array([self._bundle.bucket(done)], np.int32)}
         if finished or request.preview:
-            tensors[request.output] = render(self._bundle, generation.latents, request.output)
+            tensors[request.output] = render(self._decode, generation.latents, request.output)
         if finished:
             self._end(generation, make_response(tensors))
         else:

@@ -16,6 +16,7 @@ import triton_python_backend_utils as server
 
 from adatsq_trt.engines.bundle import MANIFEST_NAME
 from adatsq_trt.engines.runtime import Bundle
+from adatsq_trt.engines.triton_server.pipeline import Pipeline
 from adatsq_trt.errors import AdatsqError, DamagedFileError
 from adatsq_trt.files import sha256
 
@@ -41,6 +42,26 @@ def open_bundle(args: dict[str, str]) -> tuple[Bundle, dict[str, str]]:
                 "run 'adatsq-trt deploy triton' again"
             )
         return Bundle.open(folder, cast(Literal["onnxruntime", "rtx"], parameters["backend"])), parameters
+    except AdatsqError as error:
+        raise server.TritonModelException(str(error)) from error
+
+
+def open_pipeline(args: dict[str, str], parameters: Mapping[str, str], bundle: Bundle) -> Pipeline | None:
+    """Load the text encoders and the VAE that a model was deployed with, if it was.
+
+    Args:
+        args: what the server gives to `initialize`.
+        parameters: of config.pbtxt.
+        bundle: the transformer.
+
+    Raises:
+        TritonModelException: they are not what was deployed, or cannot be loaded.
+    """
+    if not parameters["pipeline_sha256"]:
+        return None
+    device = "cuda" if parameters["backend"] == "rtx" else "cpu"
+    try:
+        return Pipeline(Path(args["model_repository"], "1"), parameters["pipeline_sha256"], bundle, device)
     except AdatsqError as error:
         raise server.TritonModelException(str(error)) from error
 

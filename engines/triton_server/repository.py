@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
-from string import Template
-from tempfile import mkdtemp
 from typing import Literal
 
 from adatsq_trt import __version__
 from adatsq_trt.engines.bundle import MANIFEST_NAME, BundleFiles
 from adatsq_trt.engines.runtime import TIME_INPUT
-from adatsq_trt.errors import OutputError, UserError
+from adatsq_trt.engines.triton_server.pipeline import copy_pipeline, require_pipeline
+from adatsq_trt.engines.triton_server.writing import dims, fill, require_names, whole_folder
+from adatsq_trt.errors import UserError
 from adatsq_trt.files import sha256
 
 IMAGE = "nvcr.io/nvidia/tritonserver:25.10-py3"
 MAX_SAMPLES = 32
 Backend = Literal["onnxruntime", "rtx"]
 _REQUIREMENTS = "numpy onnxruntime-gpu pillow pydantic safetensors"
+_PIPELINE_REQUIREMENTS = "accelerate diffusers transformers"
 _RTX_LIBRARY = "tensorrt-rtx"
 _INSTANCES = {"onnxruntime": "kind: KIND_CPU", "rtx": "kind: KIND_GPU gpus: [ 0 ]"}
 _QUEUE_DELAY_US = 200
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_TEXT = 'Its parameter "text" is the prompt in words, the same for all samples, and then there is no input "prompt".'
+_NO_TEXT = "The prompts are those that the bundle holds."
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class Deployment:
         step_model: also write a model for single steps, `name` + "_step"; it holds the weights once more.
         max_samples: most samples of one call of the denoiser.
         backend: "onnxruntime" runs the cpu graphs anywhere, "rtx" the plans on a GPU.
+        pipeline: folder of the diffusers pipeline that the model is the transformer of; its text encoders and VAE are
+            served with it.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Deployment:
     step_model: bool = False
     max_samples: int = MAX_SAMPLES
     backend: Backend = "onnxruntime"
+    pipeline: Path | None = None
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -84,46 +87,28 @@ def write_repository(deployments: Sequence[Deployment], output: Path, link: bool
         link: link to the bundles instead of copying them.
 
     Raises:
-        UserError: names that the server does not take, or that are given twice; a backend that a bundle is not for.
+        UserError: names that the server does not take, or that are given twice; a backend or a pipeline that a bundle
+            is not for.
         OutputError: the folder exists or cannot be written.
     """
-    _require_names([name for deployment in deployments for name in deployment.models])
+    require_names([name for deployment in deployments for name in deployment.models])
     for deployment in deployments:
         deployment.require_plans()
+        if deployment.pipeline is not None:
+            require_pipeline(deployment.pipeline, deployment.files)
     requirements = _requirements(deployments)
-    if output.exists():
-        raise OutputError(f"'{output}' exists; pass another --output, or remove it first")
-    scratch = None
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    with whole_folder(output) as scratch:
         for deployment in deployments:
             _write_models(deployment, scratch, link)
         _write_documents(deployments, requirements, scratch)
-        scratch.chmod(0o755)
-        scratch.rename(output)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write '{output}': {error.strerror or error}; choose a folder that is writable and has room"
-        ) from error
-    finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
 
 
-def curl_line(name: str, address: str = "localhost:8000") -> str:
-    """A shell command that asks a loop model for a picture and writes picture.png."""
+def curl_line(name: str, address: str = "localhost:8000", text: bool = False) -> str:
+    """A shell command that asks a loop model, with a text or with a prompt's number, and writes picture.png."""
     decode = "import json, sys; sys.stdout.buffer.write(bytes(json.load(sys.stdin)['png']))"
-    ask = f"""curl --silent --data '{{"prompt": 0, "seed": 7}}' {address}/v2/models/{name}/generate"""
+    body = '{"seed": 7, "parameters": {"text": "a red bicycle"}}' if text else '{"prompt": 0, "seed": 7}'
+    ask = f"curl --silent --data '{body}' {address}/v2/models/{name}/generate"
     return f'{ask} | python3 -c "{decode}" > picture.png'
-
-
-def _require_names(names: Sequence[str]) -> None:
-    for name in names:
-        if not _NAME.fullmatch(name):
-            raise UserError(f"--name '{name}': expected letters, digits, '_', '.' and '-'; choose such a name")
-        if names.count(name) > 1:
-            raise UserError(f"two models would be served as '{name}'; give each bundle a --name of its own")
 
 
 def _write_models(deployment: Deployment, repository: Path, link: bool) -> None:
@@ -135,7 +120,8 @@ def _write_models(deployment: Deployment, repository: Path, link: bool) -> None:
         for name in (MANIFEST_NAME, *deployment.files.manifest.files):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, target / name)
-    common = _values(deployment)
+    pipeline_sha256 = copy_pipeline(deployment.pipeline, target.parent) if deployment.pipeline is not None else ""
+    common = {**_values(deployment), "pipeline_sha256": pipeline_sha256}
     _write_model(repository / deployment.name, "loop", common)
     if deployment.step_model:
         rows = 2 * deployment.max_samples
@@ -146,7 +132,7 @@ def _write_models(deployment: Deployment, repository: Path, link: bool) -> None:
 
 def _write_model(folder: Path, kind: str, values: dict[str, object]) -> None:
     (folder / "1").mkdir(parents=True, exist_ok=True)
-    (folder / "config.pbtxt").write_text(_fill(f"{kind}.pbtxt", values), encoding="utf-8")
+    (folder / "config.pbtxt").write_text(fill(f"{kind}.pbtxt", values), encoding="utf-8")
     module = f"adatsq_trt.engines.triton_server.{kind}_model"
     text = f'"""What Triton server loads."""\n\nfrom {module} import TritonPythonModel as TritonPythonModel\n'
     (folder / "1" / "model.py").write_text(text, encoding="utf-8")
@@ -162,24 +148,20 @@ def _values(deployment: Deployment) -> dict[str, object]:
         "buckets": len(policy.buckets),
         "last_prompt": manifest.prompts - 1,
         "guidance": f"{manifest.guidance:g}",
-        "latent_dims": _dims(manifest.latent_shape),
+        "latent_dims": dims(manifest.latent_shape),
         "manifest_sha256": sha256(deployment.files.folder / MANIFEST_NAME),
         "max_samples": deployment.max_samples,
         "backend": deployment.backend,
         "instances": _INSTANCES[deployment.backend],
+        "text": _TEXT if deployment.pipeline is not None else _NO_TEXT,
     }
 
 
 def _step_inputs(bundle: BundleFiles) -> str:
     """The denoiser's inputs; its time follows from the step."""
     signatures = [s for s in bundle.graph("cpu", None).inputs if s.name != TIME_INPUT]
-    lines = [f'  {{ name: "{s.name}" data_type: TYPE_FP32 dims: [ {_dims(s.shape[1:])} ] }}' for s in signatures]
+    lines = [f'  {{ name: "{s.name}" data_type: TYPE_FP32 dims: [ {dims(s.shape[1:])} ] }}' for s in signatures]
     return ",\n".join(lines)
-
-
-def _dims(shape: Sequence[int | str]) -> str:
-    """Sizes in config.pbtxt, where -1 stands for any."""
-    return ", ".join("-1" if isinstance(size, str) else str(size) for size in shape)
 
 
 def _write_documents(deployments: Sequence[Deployment], requirements: str, repository: Path) -> None:
@@ -190,10 +172,15 @@ def _write_documents(deployments: Sequence[Deployment], requirements: str, repos
         if deployment.step_model:
             rows.append(f"| `{deployment.name}_step` | one call of its denoiser, for clients that run the loop |")
     name, gpu = deployments[0].name, any(deployment.backend == "rtx" for deployment in deployments)
-    values = {"version": __version__, "models": "\n".join(rows), "name": name, "curl": curl_line(name)}
-    readme = _fill("README.md", {**values, "gpus": "--gpus all " if gpu else ""})
+    values = {
+        "version": __version__,
+        "models": "\n".join(rows),
+        "name": name,
+        "curl": curl_line(name, text=deployments[0].pipeline is not None),
+    }
+    readme = fill("README.md", {**values, "gpus": "--gpus all " if gpu else ""})
     (repository / "README.md").write_text(readme, encoding="utf-8")
-    dockerfile = _fill("Dockerfile", {"image": IMAGE, "requirements": requirements})
+    dockerfile = fill("Dockerfile", {"image": IMAGE, "requirements": requirements})
     (repository / "Dockerfile").write_text(dockerfile, encoding="utf-8")
 
 
@@ -205,9 +192,6 @@ def _requirements(deployments: Sequence[Deployment]) -> str:
             f"the bundles' plans are of TensorRT-RTX {' and '.join(sorted(versions))}, one image holds one; "
             "deploy them into repositories of their own, or build them again"
         )
-    return " ".join([_REQUIREMENTS, *(f"{_RTX_LIBRARY}=={version} torch" for version in versions)])
-
-
-def _fill(template: str, values: Mapping[str, object]) -> str:
-    text = files("adatsq_trt.engines.triton_server").joinpath("templates", template).read_text(encoding="utf-8")
-    return Template(text).substitute(values)
+    needed = [_REQUIREMENTS, *(f"{_RTX_LIBRARY}=={version}" for version in versions)]
+    pipelines = any(deployment.pipeline is not None for deployment in deployments)
+    return " ".join([*needed, *(["torch"] if versions or pipelines else []), *([_PIPELINE_REQUIREMENTS] * pipelines)])

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, Literal, get_args
 
 import numpy as np
 
-from adatsq_trt.engines.runtime import Bundle
+from adatsq_trt.engines.runtime import Bundle, Conditioning
 from adatsq_trt.engines.triton_server.batching import Generation
+from adatsq_trt.engines.triton_server.pipeline import Pipeline
 from adatsq_trt.errors import UnknownNameError, UserError
 
 OutputName = Literal["png", "image", "latents"]
@@ -34,14 +35,21 @@ class Request:
     preview: bool
 
 
-def read_request(tensors: Mapping[str, np.ndarray], parameters: str, bundle: Bundle, max_samples: int) -> Request:
+def read_request(
+    tensors: Mapping[str, np.ndarray],
+    parameters: str,
+    bundle: Bundle,
+    max_samples: int,
+    pipeline: Pipeline | None = None,
+) -> Request:
     """Turn a request's tensors into the start of a generation.
 
     Args:
-        tensors: `prompt` and `seed`, int64 [samples], and any of the optional inputs, [1], that config.pbtxt lists.
-        parameters: JSON object that comes with the request, of which `output` is read.
+        tensors: `seed` and `prompt`, int64 [samples], and any of the optional inputs, [1], that config.pbtxt lists.
+        parameters: JSON object that comes with the request, of which `output` and `text` are read.
         bundle: what runs it.
         max_samples: most samples of one request.
+        pipeline: what understands `text`, if anything does; no `prompt` then.
 
     Raises:
         UserError: says which input is wrong.
@@ -50,23 +58,25 @@ def read_request(tensors: Mapping[str, np.ndarray], parameters: str, bundle: Bun
     for name in sorted(set(tensors) - {"prompt", "seed"}):
         if sizes[name] != 1:
             raise UserError(f"{name}: got {sizes[name]} values, expected one for all samples of the request")
-    if sizes["prompt"] != sizes["seed"] or not 0 < sizes["seed"] <= max_samples:
-        raise UserError(
-            f"got {sizes['prompt']} prompts and {sizes['seed']} seeds, expected one seed for every prompt, "
-            f"1 to {max_samples}"
-        )
-    prompts, seeds = tensors["prompt"].ravel().tolist(), tensors["seed"].ravel().tolist()
+    if "seed" not in sizes:  # the server lets some requests through that lack an input
+        raise UserError("the request has no seed; give one, 0 or more, for each sample")
+    if sizes.get("prompt", sizes["seed"]) != sizes["seed"] or not 0 < sizes["seed"] <= max_samples:
+        count = f"{sizes['prompt']} prompts and " if "prompt" in sizes else ""
+        raise UserError(f"got {count}{sizes['seed']} seeds, expected one seed for every prompt, 1 to {max_samples}")
+    asked = json.loads(parameters or "{}")
+    seeds = tensors["seed"].ravel().tolist()
+    prompts = tensors["prompt"].ravel().tolist() if "prompt" in tensors else None
     if min(seeds) < 0:
         raise UserError(f"seed: got {min(seeds)}, expected 0 to {np.iinfo(np.int64).max}")
     guidance = float(_only(tensors, "guidance", bundle.manifest.guidance))
     if not np.isfinite(guidance):
         raise UserError(f"guidance: got {guidance}, expected a finite number; leave it out for the bundle's own")
     bundle.require_steps(int(_only(tensors, "steps", bundle.policy.steps)))
-    outputs = _outputs(bundle)
-    output = json.loads(parameters or "{}").get("output", outputs[0])
+    outputs = _outputs(bundle, pipeline)
+    output = asked.get("output", outputs[0])
     if output not in outputs:
         raise UnknownNameError("output", str(output), outputs)
-    conditioning = bundle.conditioning(prompts)
+    conditioning = _conditioning(prompts, asked.get("text"), len(seeds), bundle, pipeline)
     return Request(
         Generation(bundle.noise(seeds), conditioning, guidance, quantized=bool(_only(tensors, "quantized", True))),
         output=output,
@@ -75,24 +85,41 @@ def read_request(tensors: Mapping[str, np.ndarray], parameters: str, bundle: Bun
     )
 
 
-def _outputs(bundle: Bundle) -> tuple[OutputName, ...]:
+def _conditioning(
+    prompts: list[int] | None, text: object, samples: int, bundle: Bundle, pipeline: Pipeline | None
+) -> Conditioning:
+    """What the prompts or the text mean to the denoiser."""
+    if text is None and prompts is not None:
+        return bundle.conditioning(prompts)
+    stored = f"'prompt', 0 to {bundle.manifest.prompts - 1}"
+    if pipeline is None:
+        what = "the request has no prompt" if text is None else "text: this model has no text encoder"
+        raise UserError(f"{what}; ask with {stored}")
+    if text is None or prompts is not None:
+        raise UserError(f"got {'both' if text is not None else 'neither'}, expected the parameter 'text' or {stored}")
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"text: got {text!r}, expected words")
+    return pipeline.conditioning(text, samples)
+
+
+def _outputs(bundle: Bundle, pipeline: Pipeline | None) -> tuple[OutputName, ...]:
     """What a request may ask for, the default first; a PNG has 1, 3 or 4 channels."""
     names: tuple[OutputName, ...] = get_args(OutputName)
-    return names if bundle.manifest.image.channels in (1, 3, 4) else names[1:]
+    return names if pipeline is not None or bundle.manifest.image.channels in (1, 3, 4) else names[1:]
 
 
-def render(bundle: Bundle, latents: np.ndarray, output: OutputName) -> np.ndarray:
+def render(decode: Callable[[np.ndarray], np.ndarray], latents: np.ndarray, output: OutputName) -> np.ndarray:
     """Latents in the form that a client asked for.
 
     Args:
-        bundle: what made them.
+        decode: makes images, float32 [samples, height, width, channels] in [0, 1].
         latents: float32 [samples, *latent_shape].
         output: "latents" as they are; "image" float32 [samples, height, width, channels] in [0, 1]; "png" the bytes of
             one picture with all samples side by side, uint8 [bytes].
     """
     if output == "latents":
         return latents
-    images = bundle.decode(latents)
+    images = decode(latents)
     return images if output == "image" else _png(np.concatenate(images, axis=1))
 
 

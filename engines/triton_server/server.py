@@ -6,16 +6,20 @@ import importlib.util
 import json
 import logging
 import os
+import random
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import sysconfig
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from tempfile import mkdtemp
 from types import TracebackType
@@ -30,6 +34,11 @@ _INSTALLED = Path("/opt/tritonserver/bin/tritonserver")  # in the vendor's image
 _START_SECONDS, _POLL_SECONDS = 300, 0.1
 # Given to what it has accepted. A client's open stream uses up all of it, and the server may hang afterwards.
 _FINISH_SECONDS, _STOP_SECONDS = 10, 15
+_SHARED_MEMORY = Path("/dev/shm")
+_FRAME = re.compile(r"\s*\d+# ")  # of the stack that a server writes when it crashes
+# Below those that the kernel gives to outgoing connections: a client that asks one of these again and again, while
+# nobody listens there, would in the end connect to itself and hold the port.
+_FREE_PORTS = range(20_000, 32_768)
 
 
 @dataclass(frozen=True)
@@ -130,7 +139,8 @@ class Server:
         arguments = [f"{name}={value}" for name, value in zip(addresses, values, strict=True)]
         # One model that does not load must not end the server.
         arguments += [f"--model-repository={repository.resolve()}", "--exit-on-error=false"]
-        arguments += [f"--exit-timeout-secs={_FINISH_SECONDS}", *options]
+        arguments += [f"--exit-timeout-secs={_FINISH_SECONDS}"]
+        arguments += [f"--backend-config=python,shm-region-prefix-name={self._scratch.name}", *options]
         with self.log_file.open("wb") as output:
             # The folder it runs in comes first in the models' module search path.
             self.process = subprocess.Popen(
@@ -166,7 +176,8 @@ class Server:
             for name in models:
                 if states.get(name, {}).get("state") == "UNAVAILABLE":
                     raise AdatsqError(f"model '{name}' does not load: {states[name].get('reason')}")
-            if all(states.get(name, {}).get("state") == "READY" for name in models):
+            # The endpoints start one after another, metrics last.
+            if all(states.get(name, {}).get("state") == "READY" for name in models) and self._measures():
                 return
             time.sleep(_POLL_SECONDS)
         raise AdatsqError(f"Triton server was not ready after {_START_SECONDS} seconds: {self._last_words()}")
@@ -182,16 +193,16 @@ class Server:
 
     def _states(self) -> dict[str, dict[str, Any]]:
         """Name → entry of the server's model index; empty while it does not listen."""
-        request = urllib.request.Request(f"http://{HOST}:{self.ports.http}/v2/repository/index", data=b"{}")
-        try:
-            with urllib.request.urlopen(request, timeout=10) as response:
-                return {entry["name"]: entry for entry in json.load(response)}
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            return {}
+        answer = _ask(f"http://{HOST}:{self.ports.http}/v2/repository/index", b"{}")
+        return {entry["name"]: entry for entry in json.loads(answer or b"[]")}
+
+    def _measures(self) -> bool:
+        return _ask(f"http://{HOST}:{self.ports.metrics}/metrics") is not None
 
     def _last_words(self) -> str:
         lines = self.log_file.read_text(errors="replace").splitlines()
-        return " ".join(line.strip() for line in lines[-3:]) or "it wrote nothing"
+        said = [line.strip() for line in lines if line.strip() and not _FRAME.match(line)]
+        return " ".join(said[-3:]) or "it wrote nothing"
 
     def stop(self) -> None:
         """End the server: what it has accepted is finished first."""
@@ -200,21 +211,28 @@ class Server:
             self.process.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:
             log.warning("Triton server did not end within %d seconds and is killed", _STOP_SECONDS)
-            self.process.kill()
-            self.process.wait()
+        # The models' processes outlive a server that was killed or has crashed, wait for it and keep their memory.
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        for region in _SHARED_MEMORY.glob(f"{self._scratch.name}*"):
+            region.unlink(missing_ok=True)
         shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+def _ask(address: str, body: bytes | None = None) -> bytes | None:
+    """What a server answers; None while it does not."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, data=body), timeout=10) as response:
+            return bytes(response.read())
+    except (OSError, HTTPException):
+        return None
 
 
 def free_ports() -> Ports:
     """Three ports that nobody uses right now."""
-    sockets = [socket.socket() for _ in range(3)]
-    try:
-        for one in sockets:
-            one.bind((HOST, 0))
-        return Ports(*(one.getsockname()[1] for one in sockets))
-    finally:
-        for one in sockets:
-            one.close()
+    free = (port for port in random.sample(_FREE_PORTS, len(_FREE_PORTS)) if _refusal(port) is None)
+    return Ports(next(free), next(free), next(free))
 
 
 def require_free(port: int) -> None:
@@ -223,9 +241,15 @@ def require_free(port: int) -> None:
     Raises:
         UserError: says which.
     """
+    if error := _refusal(port):
+        raise UserError(f"port {port} on {HOST} cannot be used: {error.strerror}; choose another") from error
+
+
+def _refusal(port: int) -> OSError | None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
         except OSError as error:
-            raise UserError(f"port {port} on {HOST} cannot be used: {error.strerror}; choose another") from error
+            return error
+    return None

@@ -25,6 +25,13 @@ REFUSALS = {
     "names": (["{}", "--name", "a", "--name", "b"], "got 2 times --name for 1 bundles"),
     "name": (["{}", "--name", "a b"], "--name 'a b': expected letters"),
     "plans": (["{}", "--backend", "rtx"], "has no plans for --backend rtx"),
+    "plans of tensorrt": (["{}", "--backend", "tensorrt"], "the server's TensorRT backend runs those of tensorrt only"),
+    "steps of tensorrt": (
+        ["{}", "--backend", "tensorrt", "--step-model"],
+        "serves single steps only; leave --step-model",
+    ),
+    "tensorrt twice": (["{}", "{}", "--backend", "tensorrt"], "two models would be served as 'tiny'"),
+    "pipeline": (["{}", "--pipeline", "{}"], "model_index.json' does not exist; name the folder of a pipeline"),
     "no bundle": (["{}/onnx"], "is not a bundle and holds none"),
 }
 

@@ -7,77 +7,18 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
-from adatsq_trt.engines.bundle import (
-    GRAPH_FOLDER,
-    POLICY_NAME,
-    PROMPTS_NAME,
-    SCALES_NAME,
-    BundleFiles,
-    ImageSpec,
-    Manifest,
-    ScheduleRecord,
-    write_manifest,
-)
+from adatsq_trt.engines.bundle import BundleFiles
 from adatsq_trt.engines.runtime import Conditioning
 from adatsq_trt.engines.transformer import AdatsqTransformer
 from adatsq_trt.errors import MismatchError
-from adatsq_trt.export import export_graphs, trace
-from adatsq_trt.files import write_tensors
-from adatsq_trt.formats import FORMATS
-from adatsq_trt.models.flux import FluxAdapter
-from adatsq_trt.policy import Policy
-from adatsq_trt.quantize import quantize_nearest
-from tests.tiny_flux import make_tiny_flux
+from tests.tiny_pipeline import GUIDANCE, PATCHES, STEPS, make_adapter, make_flux_bundle
 
-STEPS, GUIDANCE, PATCHES, WIDTH = 4, 2.0, 4, 32
 PIXELS = 16 * PATCHES  # what the pipeline calls its height: without a VAE it assumes 8 pixels per latent pixel
-
-
-def make_adapter() -> FluxAdapter:
-    return make_tiny_flux(WIDTH, PATCHES, shift=3.0)
 
 
 @pytest.fixture(scope="module")
 def flux_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three buckets over two assignments, with weights rounded to nearest."""
-    folder, adapter = tmp_path_factory.mktemp("flux") / "bundle", make_adapter()
-    layers = adapter.quantizable_layers()
-    rows = [["fp8"] * len(layers), [("bf16", "fp8")[i % 2] for i in range(len(layers))]]
-    policy = Policy.from_steps("flux", "0" * 64, list(layers), [rows[step in (1, 2)] for step in range(STEPS)])
-    weights = {
-        name: {layer: quantize_nearest(module.weight.detach(), FORMATS[name]) for layer, module in layers.items()}
-        for name in ("fp8", "bf16")
-    }
-    with torch.no_grad():
-        encoded = adapter.encode(range(len(adapter.prompts)))
-        inputs = adapter.guided_inputs(torch.randn(11 - 1, *adapter.latent_shape), 0.5, encoded, 2.0)
-    traced = trace(adapter.trace_module(), inputs, "velocity", torch.bfloat16)
-    index = export_graphs(traced, policy, weights, folder / GRAPH_FOLDER, "bfloat16", adapter.blocks(), ("cpu",))
-    policy.save(folder / POLICY_NAME)
-    write_tensors(folder / SCALES_NAME, {"fp8": torch.full((STEPS, len(layers)), 1 / 64)})
-    prompts = {f"conditional.{name}": value.clone() for name, value in encoded.conditional.items()}
-    prompts |= {f"unconditional.{name}": value[:1].clone() for name, value in (encoded.unconditional or {}).items()}
-    write_tensors(folder / PROMPTS_NAME, prompts)
-    schedule = adapter.schedule(STEPS)
-    manifest = Manifest(
-        model="flux",
-        architecture=adapter.architecture,
-        backend="onnxruntime",
-        targets=("sm120",),
-        base_type=index.base_type,
-        formats=("bf16", "fp8"),
-        schedule=ScheduleRecord(
-            sigmas=schedule.sigmas, timesteps=schedule.timesteps, scheduler_config=schedule.scheduler_config
-        ),
-        guidance=GUIDANCE,
-        latent_shape=adapter.latent_shape,
-        image=ImageSpec(patches=PATCHES, channels=1),
-        prompts=len(adapter.prompts),
-        plans=(),
-        versions={},
-    )
-    write_manifest(folder, manifest)
-    return folder
+    return make_flux_bundle(tmp_path_factory.mktemp("flux") / "bundle").folder
 
 
 @pytest.fixture

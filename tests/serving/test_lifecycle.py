@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import tritonclient.http
 from tritonclient.utils import InferenceServerException
@@ -105,11 +107,20 @@ def test_ports_in_use_and_no_server(server: Server, repository: Path, installati
         Installation.find(tmp_path)
 
 
-def test_a_server_that_dies_is_reported(repository: Path, start: Callable[..., Server]) -> None:
+def test_a_server_that_dies_is_reported_and_comes_back(repository: Path, start: Callable[..., Server]) -> None:
     server = start(repository, (TINY,))
-    server.process.kill()
-    with pytest.raises(AdatsqError, match="Triton server ended with code -9"):
+    models = psutil.Process(server.process.pid).children(recursive=True)
+    regions = f"{server.log_file.parent.name}*"
+    assert models
+    assert list(Path("/dev/shm").glob(regions))
+    server.process.send_signal(signal.SIGABRT)  # what it does to itself when an assertion fails
+    with pytest.raises(AdatsqError, match=r"Triton server ended with code -6: .*Signal \(6\) received\.$"):
         server.wait()
+    server.stop()
+    assert psutil.wait_procs(models, 10)[1] == []
+    assert not list(Path("/dev/shm").glob(regions))
+    again = start(repository, (TINY,), ports=server.ports)
+    assert len(HttpClient(again.ports).latents(TINY, prompt=0, seed=1)) == 64
 
 
 def test_the_repository_and_the_wheel_are_enough(repository: Path, digits: BundleFiles, tmp_path: Path) -> None:

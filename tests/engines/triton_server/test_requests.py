@@ -62,6 +62,11 @@ def test_bad_requests(bundle: Bundle, name: str) -> None:
         read_request(tensors(**values), parameters, bundle, max_samples=2)
 
 
+def test_no_seed(bundle: Bundle) -> None:
+    with pytest.raises(UserError, match="the request has no seed; give one, 0 or more"):
+        read_request({"prompt": np.array([1])}, "", bundle, max_samples=2)
+
+
 @pytest.mark.parametrize("name", ["prompt", "seed", "guidance"])
 def test_large_requests_are_refused_by_their_size_alone(bundle: Bundle, name: str) -> None:
     endless = np.broadcast_to(np.int64(0), (10**15,))
@@ -80,8 +85,8 @@ def test_latents_that_are_no_picture(bundle: Bundle) -> None:
 
 def test_outputs(bundle: Bundle) -> None:
     latents = bundle.noise([1, 2, 3])
-    assert render(bundle, latents, "latents") is latents
-    images = render(bundle, latents, "image")
+    assert render(bundle.decode, latents, "latents") is latents
+    images = render(bundle.decode, latents, "image")
     np.testing.assert_array_equal(images, bundle.decode(latents))
-    picture = np.asarray(Image.open(BytesIO(render(bundle, latents, "png").tobytes())))
+    picture = np.asarray(Image.open(BytesIO(render(bundle.decode, latents, "png").tobytes())))
     np.testing.assert_array_equal(picture, np.round(np.concatenate(images, axis=1) * 255).astype(np.uint8))

@@ -1,0 +1,145 @@
+"""A bundle of the tiny Flux, and the rest of a FluxPipeline in diffusers' own classes, all with random weights."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FluxPipeline
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+
+from adatsq_trt.engines.bundle import (
+    GRAPH_FOLDER,
+    POLICY_NAME,
+    PROMPTS_NAME,
+    SCALES_NAME,
+    BundleFiles,
+    ImageSpec,
+    Manifest,
+    ScheduleRecord,
+    write_manifest,
+)
+from adatsq_trt.export import export_graphs, trace
+from adatsq_trt.files import write_tensors
+from adatsq_trt.formats import FORMATS
+from adatsq_trt.models.flux import FluxAdapter
+from adatsq_trt.policy import Policy
+from adatsq_trt.quantize import quantize_nearest
+from tests.tiny_flux import make_tiny_flux
+
+STEPS, GUIDANCE, PATCHES, WIDTH, TEXT_TOKENS, PROMPTS = 4, 2.0, 4, 32, 8, 10
+WORDS = ("a", "red", "three", "and", "green", "seven")
+
+
+def make_adapter() -> FluxAdapter:
+    return make_tiny_flux(WIDTH, PATCHES, shift=3.0)
+
+
+def make_flux_bundle(folder: Path) -> BundleFiles:
+    """Three buckets over two assignments, with weights rounded to nearest."""
+    adapter = make_adapter()
+    layers = adapter.quantizable_layers()
+    rows = [["fp8"] * len(layers), [("bf16", "fp8")[i % 2] for i in range(len(layers))]]
+    policy = Policy.from_steps("flux", "0" * 64, list(layers), [rows[step in (1, 2)] for step in range(STEPS)])
+    weights = {
+        name: {layer: quantize_nearest(module.weight.detach(), FORMATS[name]) for layer, module in layers.items()}
+        for name in ("fp8", "bf16")
+    }
+    index = export_graphs(
+        _trace(adapter), policy, weights, folder / GRAPH_FOLDER, "bfloat16", adapter.blocks(), ("cpu",)
+    )
+    policy.save(folder / POLICY_NAME)
+    write_tensors(folder / SCALES_NAME, {"fp8": torch.full((STEPS, len(layers)), 1 / 64)})
+    conditional, unconditional = _condition(PROMPTS, seed=1), _condition(1, seed=2)
+    prompts = {f"conditional.{name}": value for name, value in conditional.items()}
+    write_tensors(folder / PROMPTS_NAME, prompts | {f"unconditional.{name}": v for name, v in unconditional.items()})
+    schedule = adapter.schedule(STEPS)
+    manifest = Manifest(
+        model="flux",
+        architecture=adapter.architecture,
+        backend="onnxruntime",
+        targets=("sm120",),
+        base_type=index.base_type,
+        formats=("bf16", "fp8"),
+        schedule=ScheduleRecord(
+            sigmas=schedule.sigmas, timesteps=schedule.timesteps, scheduler_config=schedule.scheduler_config
+        ),
+        guidance=GUIDANCE,
+        latent_shape=adapter.latent_shape,
+        image=ImageSpec(patches=PATCHES, channels=1),
+        prompts=PROMPTS,
+        plans=(),
+        versions={},
+    )
+    write_manifest(folder, manifest)
+    return BundleFiles.open(folder)
+
+
+def _trace(adapter: FluxAdapter):
+    module, rows = adapter.trace_module(), 20  # no other dimension has this size
+    module.text_ids = torch.zeros(TEXT_TOKENS, 3)
+    latents = torch.randn(rows, *adapter.latent_shape, generator=torch.Generator().manual_seed(0))
+    inputs = {"hidden_states": latents, **_condition(rows, seed=0), "timestep": torch.full((rows,), 0.5)}
+    return trace(module, inputs, "velocity", torch.bfloat16)
+
+
+def _condition(prompts: int, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "encoder_hidden_states": torch.randn(prompts, TEXT_TOKENS, WIDTH, generator=generator),
+        "pooled_projections": torch.randn(prompts, WIDTH, generator=generator),
+    }
+
+
+def save_pipeline(folder: Path) -> Path:
+    """The folder of a FluxPipeline that the bundle's transformer comes from."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        adapter = make_adapter()
+        clip_tokenizer, t5_tokenizer = _tokenizers()
+        common = {"vocab_size": len(t5_tokenizer), "num_heads": 2, "num_layers": 1}
+        clip = CLIPTextConfig(
+            vocab_size=len(clip_tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=WIDTH,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            bos_token_id=clip_tokenizer.bos_token_id,
+            eos_token_id=clip_tokenizer.eos_token_id,
+        )
+        vae = AutoencoderKL(
+            latent_channels=1,
+            block_out_channels=(4, 4),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=2,
+            scaling_factor=0.5,
+            shift_factor=0.1,
+        )
+        pipe = FluxPipeline(
+            adapter.scheduler,
+            vae,
+            CLIPTextModel(clip),
+            clip_tokenizer,
+            T5EncoderModel(T5Config(d_model=WIDTH, d_kv=16, d_ff=WIDTH, **common)),
+            t5_tokenizer,
+            adapter.transformer,
+        )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def _tokenizers() -> tuple[CLIPTokenizer, T5TokenizerFast]:
+    """One token for each of the words, and merges of two symbols that build CLIP's."""
+    vocabulary, merges = {"<|startoftext|>": 0, "<|endoftext|>": 1}, []
+    for word in WORDS:
+        symbols = [*word[:-1], f"{word[-1]}</w>"]
+        for symbol in (*map(str, "abcdefghijklmnopqrstuvwxyz"), *symbols):
+            vocabulary.setdefault(symbol, len(vocabulary))
+        while len(symbols) > 1:
+            pair = (symbols[0], symbols[1])
+            if pair not in merges:
+                merges.append(pair)
+            symbols[:2] = ["".join(pair)]
+            vocabulary.setdefault(symbols[0], len(vocabulary))
+    clip = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=16)
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{word}", -1.0) for word in WORDS)]
+    return clip, T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=TEXT_TOKENS)
