@@ -9,7 +9,7 @@ import pytest
 @pytest.mark.slow
 def test_sentences_and_a_guidance_embedding_go_all_the_way(cli, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    built = cli("build", "engine", "scenes-flux-dev", "--target", "cpu", *cli.small, "--output", run)
+    built = cli("build", "engine", "scenes-flux-dev", "--target", "sm120", *cli.small, "--steps", "4", "--output", run)
     assert built.code == 0, built.err
     manifest = json.loads((run / "bundle" / "manifest.json").read_text())
     assert "a 7" in manifest["prompt_texts"]
