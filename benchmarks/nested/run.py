@@ -235,20 +235,22 @@ def _synthetic(decay: float) -> tuple[Tensor, Tensor]:
 
 
 def _draw(results: Results) -> None:
-    """Relative error against bytes, both widths; digits-flux."""
+    """A row for each way, the lightest first: relative errors of both widths; digits-flux."""
     largest = results.ways[COPIES].bytes
+    ways = sorted(results.ways.items(), key=lambda item: (item[1].bytes, item[0]))
+    rows, narrow, wide = range(len(ways)), [w.narrow for _, w in ways], [w.wide for _, w in ways]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.6, 3.0), layout="constrained")
+        figure = Figure(figsize=(5.2, 2.6), layout="constrained")
         axes = figure.add_subplot()
-        for label, color, marker in (("4 bits", ACCENT, "o"), ("8 bits", CONTRAST, "s")):
-            errors = [way.narrow if label == "4 bits" else way.wide for way in results.ways.values()]
-            axes.scatter([w.bytes / largest for w in results.ways.values()], errors, 22, color, marker, label=label)
-        for name, way in results.ways.items():
-            place = way.bytes / largest, max(way.narrow, way.wide)
-            axes.annotate(name, place, (0, 5), textcoords="offset points", ha="center", fontsize=6, color=MUTED)
-        axes.axhline(LIMIT, color=MUTED, linewidth=0.8, linestyle="--")
-        axes.set(yscale="log", xlim=(0.6, 1.08), xlabel="bytes, of two copies", ylabel="error, of two copies")
-        axes.legend(frameon=False, loc="lower left")
+        axes.hlines(rows, [*map(min, narrow, wide)], [*map(max, narrow, wide)], MUTED, linewidth=0.8)
+        axes.scatter(narrow, rows, 26, ACCENT, marker="o", label="4 bits", zorder=3)
+        axes.scatter(wide, rows, 26, CONTRAST, marker="s", label="8 bits", zorder=3)
+        axes.axvline(LIMIT, color=MUTED, linewidth=0.8, linestyle="--")
+        axes.set(xscale="log", xlim=(0.85, 14), xlabel="error, of two copies", ylim=(len(ways) - 0.5, -0.5))
+        axes.set_xticks([1, 2, 3, 5, 10], ["1", "2", "3", "5", "10"])
+        axes.set_xticks([], minor=True)
+        axes.set_yticks(rows, [f"{name}: {way.bytes / largest:.2f} × the bytes" for name, way in ways])
+        axes.legend(frameon=False, loc="lower right")
         caption = f"Geometric mean over the layers of digits-flux; dashed: the limit of {LIMIT:g}."
         drawn = render(Chart("nested", "One copy for two widths: error against bytes", caption, figure))
     for kind, content in (("svg", drawn.svg), ("png", drawn.png)):
