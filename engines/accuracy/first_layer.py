@@ -11,15 +11,14 @@ from collections.abc import Callable, Iterable, Sequence
 from math import inf
 from pathlib import Path
 
-from adatsq_trt.engines.accuracy.block_cut import load_graph, module_of
 from adatsq_trt.engines.accuracy.comparison import Arrays
 from adatsq_trt.engines.accuracy.report import CheckReport, CheckRow, FirstLayer, write_report
 from adatsq_trt.engines.accuracy.rows import check_layers
+from adatsq_trt.engines.accuracy.written_formats import mismatched_layer, written_formats
 from adatsq_trt.engines.bundle import BundleFiles
 
 # Step → module path → PyTorch's output of the layer, for evenly spaced rows of the step's inputs.
 LayerReference = Callable[[int], Arrays]
-_FORMAT_KEY = "adatsq.format"
 
 
 def bisect(
@@ -42,7 +41,7 @@ def bisect(
         candidates = [r for r in report.rows if (r.step, r.variant) == (step, row.variant)]
         if row.variant == "cpu" and layer_reference is not None and not any(r.layer for r in candidates):
             candidates = check_layers(bundle, step, layer_reference(step), folder)
-        layer = _mismatched_format(bundle, row) or _origin(candidates)
+        layer = mismatched_layer(bundle, row.variant, step) or _origin(candidates)
         if layer is not None:
             found.append(_first_layer(bundle, row, layer))
     complete = report.model_copy(update={"first_layers": tuple(found)})
@@ -75,26 +74,9 @@ def _origin(rows: Sequence[CheckRow]) -> str | None:
     return layers[growth.index(max(growth))].layer
 
 
-def _mismatched_format(bundle: BundleFiles, row: CheckRow) -> str | None:
-    """The first layer, in the order of execution, that the graph computes in another format than the policy says."""
-    formats = bundle.policy.formats_at(row.step)
-    for layer, names in graph_formats(bundle, row).items():
-        if layer in formats and formats[layer].name not in names:
-            return layer
-    return None
-
-
-def graph_formats(bundle: BundleFiles, row: CheckRow) -> dict[str, list[str]]:
-    """Layer → formats as a row's graph was written, in the order of execution; several where they take turns."""
-    graph = bundle.cpu_graph(row.step) if row.variant == "cpu" else bundle.graph(row.variant, row.assignment)
-    nodes = load_graph(bundle.graph_path(graph)).graph.node
-    formats = ((module_of(node), {e.key: e.value for e in node.metadata_props}.get(_FORMAT_KEY)) for node in nodes)
-    return {layer: names.split(",") for layer, names in formats if names is not None}
-
-
 def _first_layer(bundle: BundleFiles, row: CheckRow, layer: str) -> FirstLayer:
     fmt = bundle.policy.formats_at(row.step)[layer]
-    written = graph_formats(bundle, row).get(layer, [fmt.name])
+    written = written_formats(bundle, row.variant, row.step).get(layer, [fmt.name])
     scales = bundle.scales(row.step)
     signature = bundle.cpu_graph(row.step).scale_inputs.get(layer)
     return FirstLayer(

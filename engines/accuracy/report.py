@@ -38,9 +38,9 @@ class CheckRow(_Record):
         median_tolerance: its limit.
         relative_error: |got - expected| / |got|, Euclidean norms over all elements; None likewise.
         relative_tolerance: its limit.
-        passed: both limits hold.
-        failure: why nothing was computed; None when something was.
-        command: repeats the row when run in the report's folder; exit code 0 if it passes.
+        passed: both limits hold, and the layer is written in the policy's format.
+        failure: why nothing was computed, or that a layer is written in another format; None otherwise.
+        command: repeats the figures when run in the report's folder; exit code 0 if the limits hold.
     """
 
     bucket: int

@@ -16,6 +16,7 @@ from adatsq_trt.engines.accuracy.loop import check_loop
 from adatsq_trt.engines.accuracy.references import OUTPUT_SUFFIX, Reference
 from adatsq_trt.engines.accuracy.report import REPORT_NAME, CheckReport, CheckRow, write_report
 from adatsq_trt.engines.accuracy.tolerances import Tolerance, block_tolerance, graph_tolerance
+from adatsq_trt.engines.accuracy.written_formats import written_formats
 from adatsq_trt.engines.bundle import MANIFEST_NAME, BundleFiles
 from adatsq_trt.errors import AdatsqError, UserError
 from adatsq_trt.files import read_json_model, sha256
@@ -205,7 +206,17 @@ def _check_blocks(bundle: BundleFiles, reference: Reference, assignment: int, fo
         except AdatsqError as error:
             yield [comparison.failed({}, {}, str(error))]
         else:
-            yield comparison.rows(run.inputs, run.got, run.expected, marked=True)
+            rows = comparison.rows(run.inputs, run.got, run.expected, marked=True)
+            written = written_formats(bundle, "target", step)
+            yield [_with_written_format(row, written) for row in rows]
+
+
+def _with_written_format(row: CheckRow, written: Mapping[str, Sequence[str]]) -> CheckRow:
+    """Fail a layer that is written in another format than the policy says: in 16 bits the figures may not show it."""
+    names = written.get(row.layer or "", ())
+    if not names or row.format in names:
+        return row
+    return row.model_copy(update={"passed": False, "failure": f"the graph computes the layer in {', '.join(names)}"})
 
 
 def _bucket(bundle: BundleFiles, step: int) -> int:

@@ -70,7 +70,7 @@ def _capability(target: Target) -> trt.ComputeCapability:
 
     capability = trt.ComputeCapability.__members__.get(f"SM{target.compute_capability}")
     if capability is None:
-        gpus = [name for name, t in TARGETS.items() if t.compute_capability is not None]
+        gpus = [name for name, t in TARGETS.items() if t.compute_capability is not None and t.formats]
         raise UserError(f"TensorRT-RTX does not compile for target '{target.name}'; choose one of: {', '.join(gpus)}")
     return capability
 

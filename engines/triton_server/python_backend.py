@@ -95,7 +95,7 @@ def refusal(message: str, code: int) -> Any:
 def _parameters(args: dict[str, str]) -> dict[str, str]:
     """The parameters of config.pbtxt, without which there is no bundle to open."""
     stated = json.loads(args["model_config"]).get("parameters", {})
-    parameters = {name: value["string_value"] for name, value in stated.items()}
+    parameters = {name: value.get("string_value", "") for name, value in stated.items()}
     missing = sorted({"bundle", "backend", "manifest_sha256"} - set(parameters))
     if missing or parameters["backend"] not in ("onnxruntime", "rtx"):
         what = f"no parameter '{missing[0]}'" if missing else f"backend '{parameters['backend']}', which there is not"

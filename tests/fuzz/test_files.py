@@ -154,6 +154,7 @@ def use(folder: Path) -> None:
         assert opened.graph_path(graph).resolve().is_relative_to(folder.resolve())
         opened.scales(step)
     bundle = Bundle(opened)
-    inputs = bundle.step_inputs(0, bundle.noise([0, 1]), bundle.conditioning([0, opened.manifest.prompts - 1]))
+    conditioning = bundle.conditioning([0, opened.manifest.prompts - 1])
+    inputs = bundle.step_inputs(0, bundle.noise([0, 1]), conditioning, opened.manifest.guidance)
     assert bundle.decode(inputs[bundle.latent_input]).ndim == 4
     size_report(opened)

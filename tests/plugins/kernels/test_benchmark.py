@@ -61,7 +61,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     done: list[str] = []
     monkeypatch.setattr(benchmark, "require_gpu", lambda: "sm90")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
-    monkeypatch.setattr(benchmark, "check", lambda *_: done.append("check"))
+    monkeypatch.setattr(benchmark, "check", lambda *_: done.append("check") or 3)
     monkeypatch.setattr(benchmark, "measure", lambda *_: done.append("measure") or [])
     return done
 
