@@ -5,16 +5,24 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+DEVELOPED := $(VENV)/.developed
 DEMO := runs/demo
 
 .PHONY: install demo test lint format docs docs-figures clean
 
-install: $(INSTALLED)
+install: $(DEVELOPED)
 
-# An interrupted installation leaves no stamp, so the next `make` finishes it.
+# An interrupted installation leaves no stamp, so the next `make` finishes it. Python compiles what it imports; compiling
+# all of torch beforehand would take a minute.
+PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 $(INSTALLED): pyproject.toml constraints.txt
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
+	$(PIP) --editable .
+	touch $@
+
+# What a contributor needs beside it.
+$(DEVELOPED): $(INSTALLED)
+	$(PIP) --editable '.[dev,docs]'
 	touch $@
 
 demo: $(INSTALLED)
@@ -22,21 +30,21 @@ demo: $(INSTALLED)
 	$(BIN)/adatsq-trt check $(DEMO)
 	$(BIN)/adatsq-trt generate $(DEMO)
 
-test: $(INSTALLED)
+test: $(DEVELOPED)
 	$(BIN)/python -m pytest -n 2
 
-lint: $(INSTALLED)
+lint: $(DEVELOPED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	BIN=$(BIN) scripts/typecheck
 	BIN=$(BIN) scripts/check-cpp-format
 
-format: $(INSTALLED)
+format: $(DEVELOPED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 # The documentation site, in build/site. A warning is an error.
-docs: $(INSTALLED)
+docs: $(DEVELOPED)
 	scripts/link-package build/package
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
@@ -64,9 +72,9 @@ bench-nested: $(INSTALLED)
 SERVER := $(VENV)/tritonserver
 SERVING := $(VENV)/.serving-installed
 .PHONY: test-serving bench-serving
-$(SERVING): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[serving]'
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(SERVER) nvidia-pytriton==0.7.0
+$(SERVING): $(DEVELOPED)
+	$(PIP) --editable '.[serving]'
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps --upgrade --target $(SERVER) nvidia-pytriton==0.7.0
 	touch $@
 
 # Against the real Triton server: HTTP, gRPC, streams, load and unload, the web page, and a load run. PyTorch's threads
@@ -86,5 +94,5 @@ clean:
 # Damaged files and odd command lines for a while; the test suite runs one short round of the same.
 SECONDS ?= 60
 .PHONY: fuzz
-fuzz: $(INSTALLED)
+fuzz: $(DEVELOPED)
 	FUZZ_SECONDS=$(SECONDS) $(BIN)/python -m pytest tests/fuzz -x
