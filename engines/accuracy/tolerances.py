@@ -7,8 +7,8 @@ to the other neighbour. Two figures follow:
 - The *median* error over the elements. A coarse grid has few values near a tie, so a row that nothing has touched shows
   float32's own error, below 1e-6. But attention hands a flip in any token on to all tokens of its sample, in small
   parts: in the deeper layers of a text stream up to 2.7e-4 was measured (nvfp4, one text token), on a 16-bit grid,
-  where every row sees flips of one unit of 2^-8, up to 2^-11. The limit is 2^-10 for both. Where nothing is rounded it is
-  1e-5. A wrong scale, weight or bias moves nearly all elements, mostly by more than 2^-10.
+  where every row sees flips of one unit of 2^-8, up to 2^-11. The limit is 2^-10 for both, and 1e-5 where nothing is
+  rounded. A wrong scale, weight or bias moves nearly all elements, mostly by more than 2^-10.
 - The *relative* error over the batch, which sees a defect that hits only some rows. The rows that flip differ by no
   more than one step of the coarsest grid in use, relative to the largest magnitude on it (integers: 1 / qmax) or to
   the value itself (2^-mantissa bits - 1). That step is the limit.
