@@ -12,8 +12,11 @@ DEMO := runs/demo
 
 install: $(DEVELOPED)
 
-# An interrupted installation leaves no stamp, so the next `make` finishes it. Python compiles what it imports; compiling
-# all of torch beforehand would take a minute.
+# Python compiles what it imports and keeps that, also where the environment says otherwise; compiling all of torch
+# beforehand would take a minute, and compiling its imports in every process 15 seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
+# An interrupted installation leaves no stamp, so the next `make` finishes it.
 PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 $(INSTALLED): pyproject.toml constraints.txt
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
