@@ -22,13 +22,20 @@ def options(http: int, grpc: int, metrics: int) -> list[str]:
     return ["--server", str(SERVER_FOLDER), *(str(part) for item in ports.items() for part in item)]
 
 
+def _listen_to_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
 def test_the_printed_curl_line_makes_a_picture(digits: BundleFiles, tmp_path: Path, end: signal.Signals) -> None:
     ports = free_ports()
     arguments = ["serve", str(digits.folder), *options(ports.http, ports.grpc, ports.metrics)]
     said = tmp_path / "said"
     with said.open("w") as output:
-        process = subprocess.Popen([CommandLine.script, *arguments], stdout=output, stderr=output)
+        # A shell that runs the tests in the background ignores SIGINT, and so would what it starts.
+        process = subprocess.Popen(
+            [CommandLine.script, *arguments], stdout=output, stderr=output, preexec_fn=_listen_to_interrupts
+        )
     deadline = time.monotonic() + 120
     while "Ctrl-C ends it" not in said.read_text():
         assert process.poll() is None, said.read_text()
