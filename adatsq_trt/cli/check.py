@@ -139,13 +139,20 @@ def _table(report: CheckReport, folder: Path) -> Table:
 
 
 def _worst(rows: list[CheckRow]) -> tuple[str, str, str, str]:
-    """Largest figures beside their limits."""
+    """The figures that come nearest to their limits, beside these."""
+    medians = [(row.median_error, row.median_tolerance) for row in rows if row.median_tolerance is not None]
+    return *_nearest(medians), *_nearest([(row.relative_error, row.relative_tolerance) for row in rows])
+
+
+def _nearest(figures: list[tuple[float | None, float]]) -> tuple[str, str]:
+    """The error that is the largest part of its limit; one that is not known counts as the largest."""
     from adatsq_trt.engines.accuracy.report import figure
 
-    medians, relatives = [row.median_error for row in rows], [row.relative_error for row in rows]
-    median = None if None in medians else max(m for m in medians if m is not None)
-    relative = None if None in relatives else max(r for r in relatives if r is not None)
-    return figure(median), figure(rows[0].median_tolerance), figure(relative), figure(rows[0].relative_tolerance)
+    def part(pair: tuple[float | None, float]) -> float:
+        return float("inf") if pair[0] is None or not pair[1] else pair[0] / pair[1]
+
+    error, limit = max(figures, key=part, default=(None, None))
+    return figure(error), figure(limit)
 
 
 def _verdict(rows: list[CheckRow]) -> str:

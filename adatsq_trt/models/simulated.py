@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -109,6 +110,25 @@ class SimulatedModel:
             for layer, linear in self._linears.items():
                 _replace(self.adapter.transformer, layer, linear.original)
 
+    @contextmanager
+    def disturbed(self, level: float, seed: int) -> Iterator[None]:
+        """Add noise to every layer's input, to see how far small differences spread.
+
+        The noise differs by feature and is the same for all tokens, so that equal tokens stay equal. Layers that share
+        an input share its noise.
+
+        Args:
+            level: standard deviation, relative to the token's root mean square.
+            seed: of the noise.
+        """
+        noise = _Noise(level, torch.Generator().manual_seed(seed))
+        handles = [linear.register_forward_pre_hook(noise) for linear in self._linears.values()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def assign(self, formats: Mapping[str, Format] | None, step: int) -> None:
         """Choose the formats of the next calls.
 
@@ -120,6 +140,24 @@ class SimulatedModel:
             linear.active = formats[layer] if formats is not None else None
             if linear.active is not None and linear.active.static_activation:
                 linear.scale = self._scales[linear.active.name][step, index]
+
+
+class _Noise:
+    """A hook before a layer's forward, the same for all layers of a model."""
+
+    def __init__(self, level: float, generator: torch.Generator) -> None:
+        self._level, self._generator = level, generator
+        self._given: Tensor | None = None
+        self._disturbed: Tensor | None = None
+
+    def __call__(self, _layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        """The layer's input [..., K] with noise."""
+        (x,) = inputs
+        if x is not self._given or self._disturbed is None:
+            size = x.square().mean(dim=-1, keepdim=True).sqrt()
+            noise = torch.randn(x.shape[-1], generator=self._generator)
+            self._given, self._disturbed = x, x + self._level * size * noise
+        return (self._disturbed,)
 
 
 def _replace(root: nn.Module, path: str, module: nn.Module) -> None:

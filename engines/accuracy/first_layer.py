@@ -60,15 +60,17 @@ def _first_wrong_steps(rows: Iterable[CheckRow]) -> list[tuple[int, CheckRow]]:
 
 
 def _origin(rows: Sequence[CheckRow]) -> str | None:
-    """Up to the first layer that leaves its tolerance, the layer at which the error grows most.
+    """The first layer that leaves its tolerance; in a target block the one, up to that, at which the error grows most.
 
-    That is mostly the same layer. But a defect that hits few rows, such as a scale that is too small, may pass where it
-    is and fail where attention has spread it.
+    In a target block a layer passes its error on to the next, so that a defect that hits few rows, such as a scale that
+    is too small, may pass where it is and fail where attention has spread it.
     """
     layers = [row for row in rows if row.layer is not None]
     failed = next((index for index, row in enumerate(layers) if not row.passed), None)
     if failed is None:
         return None
+    if layers[failed].separated:
+        return layers[failed].layer
     errors = [inf if row.relative_error is None else row.relative_error for row in layers[: failed + 1]]
     growth = [error - max(errors[:index], default=0.0) for index, error in enumerate(errors)]
     return layers[growth.index(max(growth))].layer

@@ -9,7 +9,7 @@ import numpy as np
 from adatsq_trt.engines.accuracy.comparison import CPU_NAME, Figures, SavedArrays, compare
 from adatsq_trt.engines.accuracy.references import Reference
 from adatsq_trt.engines.accuracy.report import LoopReport, LoopRow
-from adatsq_trt.engines.accuracy.tolerances import graph_tolerance, loop_tolerances
+from adatsq_trt.engines.accuracy.tolerances import loop_tolerances
 from adatsq_trt.engines.bundle import BundleFiles
 from adatsq_trt.engines.runtime import Bundle
 
@@ -30,9 +30,9 @@ def check_loop(bundle: BundleFiles, folder: Path, fail_above: float | None) -> L
     """
     reference = Reference(bundle)
     expected, full = reference.loop("quantized"), reference.loop("full_precision")
-    own = [graph_tolerance(bundle.policy.assignments[i]) for i in bundle.policy.step_assignments]
-    guidance = bundle.manifest.guidance if bundle.two_branches else 1.0
-    limits = dict(zip(map(_name, range(len(own))), loop_tolerances(expected, own, guidance), strict=True))
+    formats = {name for row in bundle.policy.assignments for name in row}
+    own = loop_tolerances(formats, reference.loop_spread())
+    limits = {_name(step): tolerance for step, tolerance in enumerate(own)}
     got, failure = _latents(bundle, reference)
     arrays = [{_name(t): latents[t + 1] for t in range(len(latents) - 1)} for latents in (got, expected, full)]
     saved = SavedArrays(folder, "loop")

@@ -38,9 +38,23 @@ class Reference:
             inputs = {name: value[:: max(len(value) // rows, 1)] for name, value in inputs.items()}
         return {**inputs, **self.bundle.controls(graph, step)}
 
-    def output(self, step: int) -> np.ndarray:
-        """The fake-quantized model's output for all rows of a step's inputs."""
-        return self._array(f"step_{step:03d}.output")
+    def output(self, step: int, rows: int | None = None) -> np.ndarray:
+        """The fake-quantized model's output for a step's inputs; `rows` as in `feed`."""
+        output = self._array(f"step_{step:03d}.output")
+        return output if rows is None else output[:: max(len(output) // rows, 1)]
+
+    def output_spread(self, step: int) -> float:
+        """Relative error of a step's output under noise at every layer's input; the largest of the exporter's runs."""
+        return float(self._numbers("spread.outputs", self.bundle.policy.steps)[step])
+
+    def loop_spread(self) -> list[float]:
+        """The same of the latent after every step of the loop."""
+        return [float(error) for error in self._numbers("spread.loop", self.bundle.policy.steps)]
+
+    def in_features(self, layer: str) -> int:
+        """How many inputs a layer sums."""
+        layers = self.bundle.policy.layers
+        return int(self._numbers("in_features", len(layers))[layers.index(layer)])
 
     def layers(self, step: int) -> dict[str, np.ndarray]:
         """Module path → output of the layer, for the first sample of each guidance branch; first steps of buckets."""
@@ -49,6 +63,15 @@ class Reference:
     def loop(self, name: str) -> np.ndarray:
         """Of the loop: "quantized" and "full_precision" latents [steps + 1, samples, ...], "prompts", "seeds"."""
         return self._array(f"loop.{name}")
+
+    def _numbers(self, name: str, count: int) -> np.ndarray:
+        numbers = self._array(name)
+        if numbers.shape != (count,) or not (np.isfinite(numbers) & (numbers >= 0)).all():
+            raise DamagedFileError(
+                f"'{self.bundle.folder / REFERENCE_NAME}': '{name}' must hold {count} numbers from 0, got "
+                f"{numbers.tolist()!r:.80}; run 'adatsq-trt build engine' again"
+            )
+        return numbers
 
     def _array(self, name: str) -> np.ndarray:
         if name not in self.bundle.reference:

@@ -29,13 +29,14 @@ class CheckRow(_Record):
         assignment: index into the policy's assignments.
         variant: which graph is checked.
         block: module path of the block that was cut out; None for the whole graph.
+        separated: whether every layer was given what the reference computed before it.
         layer: module path of the layer whose output is compared; None for the output of the graph or block.
         format: the layer's format by the policy; None likewise.
         computed_by: what ran the checked graph.
         reference: what it was compared with.
         median_error: median |got - expected| over the elements, in units of the expected output's root mean square;
             None when the outputs have other shapes, are not finite or were not computed.
-        median_tolerance: its limit.
+        median_tolerance: its limit; None where the median says nothing.
         relative_error: |got - expected| / |got|, Euclidean norms over all elements; None likewise.
         relative_tolerance: its limit.
         passed: both limits hold, and the layer is written in the policy's format.
@@ -48,12 +49,13 @@ class CheckRow(_Record):
     assignment: int
     variant: Literal["cpu", "target"]
     block: str | None
+    separated: bool = False
     layer: str | None
     format: str | None
     computed_by: str
     reference: str
     median_error: float | None
-    median_tolerance: float
+    median_tolerance: float | None
     relative_error: float | None
     relative_tolerance: float
     passed: bool
@@ -63,7 +65,7 @@ class CheckRow(_Record):
     @property
     def subject(self) -> str:
         """What is compared, for people."""
-        part = self.layer or self.block
+        part = self.layer or self.block or ("behind the last layer" if self.separated else "")
         return f"step {self.step}, {self.variant} graph of assignment {self.assignment}" + (f", {part}" if part else "")
 
     @property
@@ -71,10 +73,10 @@ class CheckRow(_Record):
         """The figures beside their limits, or why there are none."""
         if self.failure is not None:
             return self.failure
-        return (
-            f"median {figure(self.median_error)} (limit {figure(self.median_tolerance)}), "
-            f"relative {figure(self.relative_error)} (limit {figure(self.relative_tolerance)})"
-        )
+        relative = f"relative {figure(self.relative_error)} (limit {figure(self.relative_tolerance)})"
+        if self.median_tolerance is None:
+            return relative
+        return f"median {figure(self.median_error)} (limit {figure(self.median_tolerance)}), {relative}"
 
 
 class LoopRow(_Record):
@@ -158,7 +160,7 @@ class CheckReport(_Record):
         first_layers: where wrong graphs begin to be wrong; filled by `bisect`.
     """
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     model: str
     manifest_sha256: str
     passed: bool

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +15,14 @@ from adatsq_trt.engines.accuracy.comparison import CPU_NAME, Arrays, SavedArrays
 from adatsq_trt.engines.accuracy.loop import check_loop
 from adatsq_trt.engines.accuracy.references import OUTPUT_SUFFIX, Reference
 from adatsq_trt.engines.accuracy.report import REPORT_NAME, CheckReport, CheckRow, write_report
-from adatsq_trt.engines.accuracy.tolerances import Tolerance, block_tolerance, graph_tolerance
+from adatsq_trt.engines.accuracy.separate_layers import given_inputs, write_separated
+from adatsq_trt.engines.accuracy.tolerances import (
+    FLOAT32,
+    Tolerance,
+    block_tolerance,
+    layer_tolerance,
+    output_tolerance,
+)
 from adatsq_trt.engines.accuracy.written_formats import written_formats
 from adatsq_trt.engines.bundle import MANIFEST_NAME, BundleFiles
 from adatsq_trt.errors import AdatsqError, UserError
@@ -34,6 +41,7 @@ class Subject:
         assignment: index into the policy's assignments.
         variant: which graph is checked.
         block: module path; None for the whole graph.
+        separated: whether every layer is given what the reference computed before it.
     """
 
     bucket: int
@@ -41,6 +49,7 @@ class Subject:
     assignment: int
     variant: Literal["cpu", "target"]
     block: str | None = None
+    separated: bool = False
 
 
 def work_units(bundle: BundleFiles) -> int:
@@ -121,16 +130,12 @@ def _check_steps(bundle: BundleFiles, reference: Reference, assignment: int, fol
     policy = bundle.policy
     firsts = [bucket.first for bucket in policy.buckets if bucket.assignment == assignment]
     steps = [step for step, used in enumerate(policy.step_assignments) if used == assignment]
-    graph = bundle.cpu_graph(steps[0])
-    runs = [
-        *(_CpuRun(_subject(bundle, step), reference.layers(step), ".layers") for step in firsts),
-        *(_CpuRun(_subject(bundle, step), {graph.outputs[0].name: reference.output(step)}) for step in steps),
-    ]
-    yield from _run_cpu(bundle, runs, folder)
+    yield from _run_layers(bundle, {step: reference.layers(step) for step in firsts}, folder)
+    yield from _run_outputs(bundle, steps, folder)
 
 
 def check_layers(bundle: BundleFiles, step: int, expected: Arrays, folder: Path) -> list[CheckRow]:
-    """All layers of a step's cpu graph, in the order of execution.
+    """All layers of a step's cpu graph, each by itself, in the order of execution.
 
     Args:
         bundle: opened.
@@ -138,56 +143,95 @@ def check_layers(bundle: BundleFiles, step: int, expected: Arrays, folder: Path)
         expected: module path → PyTorch's output of the layer, for evenly spaced rows of the step's inputs.
         folder: the report's.
     """
-    return next(_run_cpu(bundle, [_CpuRun(_subject(bundle, step), expected, ".layers")], folder))
+    return next(_run_layers(bundle, {step: expected}, folder))
 
 
-def _subject(bundle: BundleFiles, step: int) -> Subject:
-    return Subject(_bucket(bundle, step), step, bundle.policy.step_assignments[step], "cpu")
+def _run_layers(bundle: BundleFiles, steps: Mapping[int, Arrays], folder: Path) -> Iterator[list[CheckRow]]:
+    """Run the layers of an assignment's cpu graph, each on PyTorch's outputs of the layers before it.
 
-
-@dataclass(frozen=True)
-class _CpuRun:
-    """A run of a cpu graph: where it belongs and what PyTorch computed, by layer or by name of the graph's output."""
-
-    subject: Subject
-    expected: Arrays
-    suffix: str = ""
-
-
-def _run_cpu(bundle: BundleFiles, runs: Sequence[_CpuRun], folder: Path) -> Iterator[list[CheckRow]]:
-    """Run a cpu graph, once for each of `runs`, with one session that gives out all layers."""
-    reference, graph = Reference(bundle), bundle.cpu_graph(runs[0].subject.step)
-    path, layers = bundle.graph_path(graph), bundle.policy.layers
-    feeds = [reference.feed(run.subject.step, len(next(iter(run.expected.values())))) for run in runs]
-    names = {name: name for name in (graph.outputs[0].name, *(f"{layer}{OUTPUT_SUFFIX}" for layer in layers))}
-    failure, results = None, [dict[str, np.ndarray]() for _ in runs]
+    Args:
+        bundle: opened.
+        steps: step → module path → PyTorch's output.
+        folder: the report's.
+    """
+    reference, first = Reference(bundle), next(iter(steps))
+    graph = bundle.cpu_graph(first)
+    path, output = bundle.graph_path(graph), graph.outputs[0].name
+    separated = folder / f"assignment_{bundle.policy.step_assignments[first]:03d}.layers.onnx"
+    feeds = [_layer_feed(reference, step, layers) for step, layers in steps.items()]
+    names = {f"{layer}{OUTPUT_SUFFIX}": layer for layer in bundle.policy.layers}
+    failure, results = None, [dict[str, np.ndarray]() for _ in feeds]
     try:
-        names = _outputs(path, layers, graph.outputs[0].name)
-        results = run_in_onnxruntime(path, feeds, list(names))
+        names = _in_order(path, names)
+        write_separated(path, steps[first], output, separated)
+        results = run_in_onnxruntime(separated, feeds)
+    except UserError:
+        raise
     except AdatsqError as error:
         failure = str(error)
-    for run, feed, got in zip(runs, feeds, results, strict=True):
-        expected = {output: run.expected[key] for output, key in names.items() if key in run.expected}
-        comparison = _Comparison(bundle, run.subject, folder, f"step_{run.subject.step:03d}{run.suffix}", path)
+    for (step, layers), feed, got in zip(steps.items(), feeds, results, strict=True):
+        rows = len(next(iter(layers.values())))
+        expected = {value: layers[layer] for value, layer in names.items()} | {output: reference.output(step, rows)}
+        tolerances = {value: _layer_tolerance(reference, step, layer, layers) for value, layer in names.items()}
+        tolerances[output] = FLOAT32
+        run = _Comparison(
+            bundle, _subject(bundle, step, separated=True), folder, f"step_{step:03d}.layers", separated, tolerances
+        )
         if failure is not None:
-            yield [comparison.failed(feed, expected, failure)]
+            yield [replace(run, graph=path).failed(feed, expected, failure)]
         else:
-            computed = {output: got[output] for output in expected if output in got}
-            yield comparison.rows(feed, computed, expected, marked=bool(run.suffix))
+            yield run.rows(feed, {value: got[value] for value in expected if value in got}, expected, marked=True)
 
 
-def _outputs(graph: Path, layers: Sequence[str], output: str) -> dict[str, str]:
-    """Value → layer or graph output, in the order in which the graph computes them.
+def _layer_feed(reference: Reference, step: int, layers: Arrays) -> Arrays:
+    """Inputs of a separated graph."""
+    return {**reference.feed(step, len(next(iter(layers.values())))), **given_inputs(layers)}
+
+
+def _layer_tolerance(reference: Reference, step: int, layer: str, layers: Arrays) -> Tolerance:
+    fmt = reference.bundle.policy.formats_at(step)[layer]
+    tokens = layers[layer].size // layers[layer].shape[-1]
+    return layer_tolerance(fmt.activation, tokens, reference.in_features(layer))
+
+
+def _run_outputs(bundle: BundleFiles, steps: Sequence[int], folder: Path) -> Iterator[list[CheckRow]]:
+    """Run an assignment's whole cpu graph at its every step, with one session."""
+    reference, graph = Reference(bundle), bundle.cpu_graph(steps[0])
+    path, output = bundle.graph_path(graph), graph.outputs[0].name
+    feeds = [reference.feed(step) for step in steps]
+    failure, results = None, [dict[str, np.ndarray]() for _ in feeds]
+    try:
+        results = run_in_onnxruntime(path, feeds)
+    except AdatsqError as error:
+        failure = str(error)
+    for step, feed, got in zip(steps, feeds, results, strict=True):
+        expected = reference.output(step)
+        formats = bundle.policy.assignments[bundle.policy.step_assignments[step]]
+        tolerances = {output: output_tolerance(formats, reference.output_spread(step))}
+        run = _Comparison(bundle, _subject(bundle, step), folder, f"step_{step:03d}", path, tolerances)
+        if failure is not None:
+            yield [run.failed(feed, {output: expected}, failure)]
+        else:
+            yield run.rows(
+                feed, {name: got[name] for name in (output,) if name in got}, {output: expected}, marked=False
+            )
+
+
+def _subject(bundle: BundleFiles, step: int, separated: bool = False) -> Subject:
+    return Subject(_bucket(bundle, step), step, bundle.policy.step_assignments[step], "cpu", separated=separated)
+
+
+def _in_order(graph: Path, names: Mapping[str, str]) -> dict[str, str]:
+    """Value → layer, in the order in which the graph computes them.
 
     Raises:
         AdatsqError: the file is not an ONNX graph, or a layer's output is not in it.
     """
     place = {name: index for index, node in enumerate(load_graph(graph).graph.node) for name in node.output}
-    values = {f"{layer}{OUTPUT_SUFFIX}": layer for layer in layers} | {output: output}
-    missing = [value for value in values if value not in place]
+    missing = [value for value in names if value not in place]
     if missing:
         raise AdatsqError(f"'{graph}' computes no '{missing[0]}'; run 'adatsq-trt build engine' again")
-    return {value: values[value] for value in sorted(values, key=place.__getitem__)}
+    return {value: names[value] for value in sorted(names, key=place.__getitem__)}
 
 
 def _check_blocks(bundle: BundleFiles, reference: Reference, assignment: int, folder: Path) -> Iterator[list[CheckRow]]:
@@ -198,7 +242,7 @@ def _check_blocks(bundle: BundleFiles, reference: Reference, assignment: int, fo
         subject = Subject(_bucket(bundle, step), step, assignment, "target", block)
         name = f"assignment_{assignment:03d}.{block}"
         path = folder / f"{name}.onnx"
-        comparison = _Comparison(bundle, subject, folder, name, path)
+        comparison = _Comparison(bundle, subject, folder, name, path, {})
         try:
             run = pair.run(block, path)
         except UserError:
@@ -206,7 +250,9 @@ def _check_blocks(bundle: BundleFiles, reference: Reference, assignment: int, fo
         except AdatsqError as error:
             yield [comparison.failed({}, {}, str(error))]
         else:
-            rows = comparison.rows(run.inputs, run.got, run.expected, marked=True)
+            tolerance = block_tolerance(bundle.policy.assignments[assignment], bundle.index.base_type)
+            compared = replace(comparison, tolerances=dict.fromkeys(run.expected, tolerance))
+            rows = compared.rows(run.inputs, run.got, run.expected, marked=True)
             written = written_formats(bundle, "target", step)
             yield [_with_written_format(row, written) for row in rows]
 
@@ -233,6 +279,7 @@ class _Comparison:
         folder: the report's.
         name: what the names of the saved arrays begin with.
         graph: ONNX file that ONNX Runtime ran.
+        tolerances: output → its limits.
     """
 
     bundle: BundleFiles
@@ -240,14 +287,7 @@ class _Comparison:
     folder: Path
     name: str
     graph: Path
-
-    @property
-    def tolerance(self) -> Tolerance:
-        """What all outputs are held to."""
-        formats = self.bundle.policy.assignments[self.subject.assignment]
-        if self.subject.variant == "cpu":
-            return graph_tolerance(formats)
-        return block_tolerance(formats, self.bundle.index.base_type)
+    tolerances: Mapping[str, Tolerance]
 
     def rows(self, inputs: Arrays, got: Arrays, expected: Arrays, marked: bool) -> list[CheckRow]:
         """Save the arrays and compare each output.
@@ -260,8 +300,7 @@ class _Comparison:
         """
         saved = SavedArrays(self.folder, self.name)
         saved.save(inputs, got, expected, *self._names)
-        tolerance = self.tolerance
-        figures = compare(got, expected, dict.fromkeys(expected, tolerance))
+        figures = compare(got, expected, self.tolerances)
         return [
             self._row(
                 output=output,
@@ -269,7 +308,7 @@ class _Comparison:
                 relative=figures[output].relative,
                 passed=figures[output].passed,
                 failure=None,
-                command=saved.run_command(self.graph, output, marked, value, tolerance),
+                command=saved.run_command(self.graph, output, marked, value, self.tolerances[output]),
             )
             for output, value in expected.items()
         ]
@@ -279,7 +318,7 @@ class _Comparison:
         saved = SavedArrays(self.folder, self.name)
         saved.save(inputs, {}, expected, *self._names)
         output, value = next(iter(expected.items()), ("", np.zeros(1, np.float32)))
-        command = saved.run_command(self.graph, output, False, value, self.tolerance)
+        command = saved.run_command(self.graph, output, False, value, self.tolerances.get(output, FLOAT32))
         return self._row(output="", median=None, relative=None, passed=False, failure=failure, command=command)
 
     @property
@@ -296,20 +335,22 @@ class _Comparison:
             zip(self.bundle.policy.layers, self.bundle.policy.assignments[subject.assignment], strict=True)
         )
         layer = output.removesuffix(OUTPUT_SUFFIX)
+        tolerance = self.tolerances.get(output, Tolerance(None, 0.0))
         return CheckRow(
             bucket=subject.bucket,
             step=subject.step,
             assignment=subject.assignment,
             variant=subject.variant,
             block=subject.block,
+            separated=subject.separated,
             layer=layer if layer in formats else None,
             format=formats.get(layer),
             computed_by=CPU_NAME if whole else REFERENCE_NAME,
             reference=PYTORCH_NAME if whole else f"the cpu graph in {CPU_NAME}",
             median_error=median,
-            median_tolerance=self.tolerance.median or 0.0,
+            median_tolerance=tolerance.median,
             relative_error=relative,
-            relative_tolerance=self.tolerance.relative,
+            relative_tolerance=tolerance.relative,
             passed=passed,
             failure=failure,
             command=command,

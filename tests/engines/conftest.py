@@ -44,6 +44,7 @@ ASSIGNMENTS = (("fp8", "w8a8s"), ("w8a8s", "fp8"), ("bf16", "fp8"))
 STEP_ASSIGNMENTS = (0, 1, 2, 0)
 SIGMAS = (1.0, 0.8, 0.6, 0.3, 0.0)
 GUIDANCE = 2.0
+NOISE = 2.0**-16  # as the exporter's
 _INPUTS = {"hidden_states": ("batch", TOKENS, WIDTH), "pooled": ("batch", WIDTH), "timestep": ("batch",)}
 
 
@@ -64,10 +65,11 @@ class TinyModel:
         row: tuple[str, ...] | None,
         fixed: list[float] | None = None,
         outputs: dict[str, np.ndarray] | None = None,
+        noise: float = 0.0,
     ) -> tuple[np.ndarray, list[float]]:
         """Output and static activation scales (0 where a format has none), measured unless they are given.
 
-        Layer outputs go into `outputs`.
+        Layer outputs go into `outputs`; `noise` disturbs the layers' inputs.
         """
         given = {name: torch.from_numpy(value) for name, value in inputs.items()}
         x, scales = given["hidden_states"] + (given["pooled"] * given["timestep"][:, None])[:, None], []
@@ -81,7 +83,10 @@ class TinyModel:
                     measured = static_activation_scale(x.abs().max(), fmt.activation)
                     scale = measured if fixed is None else torch.tensor(fixed[i])
                 weight = dequantize_weight(self.codes(i, row[i]), fmt)
-                activation = fake_quantize_activation(x, fmt.activation, scale)
+                disturbed = x + noise * x.square().mean(-1, keepdim=True).sqrt() * torch.randn(
+                    WIDTH, generator=torch.Generator().manual_seed(i)
+                )
+                activation = fake_quantize_activation(disturbed, fmt.activation, scale)
                 scales[i] = 0.0 if scale is None else float(scale)
             output = activation @ weight.T + self.biases[i]
             if outputs is not None:
@@ -289,7 +294,8 @@ def make_bundle(folder: Path) -> BundleFiles:
 
 def _write_tensors(folder: Path, model: TinyModel) -> None:
     rng = np.random.default_rng(1)
-    reference, steps = {}, len(STEP_ASSIGNMENTS)
+    reference, steps = {"in_features": np.full(len(LAYERS), WIDTH)}, len(STEP_ASSIGNMENTS)
+    spread = np.zeros(steps, np.float32)
     scales = {name: np.full((steps, len(LAYERS)), np.nan, np.float32) for name in ("fp8", "w8a8s")}
     for step, assignment in enumerate(STEP_ASSIGNMENTS):
         inputs = {
@@ -305,8 +311,10 @@ def _write_tensors(folder: Path, model: TinyModel) -> None:
                 scales[name][step, i] = used[i]
         reference.update({f"step_{step:03d}.input.{name}": value for name, value in inputs.items()})
         reference[f"step_{step:03d}.output"] = output
+        spread[step] = _relative(model.run(inputs, row, noise=NOISE)[0], output)
         # Every step is the first of its bucket.
         reference.update({f"step_{step:03d}.layer.{name}": value[::2].copy() for name, value in layers.items()})
+    reference["spread.outputs"] = spread
     prompts = {
         "conditional.pooled": rng.standard_normal((PROMPTS, WIDTH), dtype=np.float32),
         "unconditional.pooled": rng.standard_normal((1, WIDTH), dtype=np.float32),
@@ -324,18 +332,25 @@ def _loop_reference(
     prompts, seeds = np.array([0, 2]), np.array([5, 6])
     pooled = np.concatenate([conditional[prompts], np.repeat(unconditional, 2, axis=0)])
     loops = {}
-    for name in ("quantized", "full_precision"):
+    for name in ("quantized", "full_precision", "disturbed"):
         latents = [initial_noise(seeds.tolist(), (TOKENS, WIDTH))]
         for step, assignment in enumerate(STEP_ASSIGNMENTS):
-            row = ASSIGNMENTS[assignment] if name == "quantized" else None
+            row = ASSIGNMENTS[assignment] if name != "full_precision" else None
             fixed = [float(scales[f][step, i]) if f in scales else 0.0 for i, f in enumerate(row or ())]
             time = np.full(4, SIGMAS[step], np.float32)
             inputs = {"hidden_states": np.concatenate([latents[-1]] * 2), "pooled": pooled, "timestep": time}
-            guided, free = np.split(model.run(inputs, row, fixed)[0], 2)
+            noise = NOISE if name == "disturbed" else 0.0
+            guided, free = np.split(model.run(inputs, row, fixed, noise=noise)[0], 2)
             velocity = free + np.float32(GUIDANCE) * (guided - free)
             latents.append(latents[-1] + np.float32(SIGMAS[step + 1] - SIGMAS[step]) * velocity)
         loops[f"loop.{name}"] = np.stack(latents)
-    return {**loops, "loop.prompts": prompts, "loop.seeds": seeds}
+    pairs = zip(loops.pop("loop.disturbed")[1:], loops["loop.quantized"][1:], strict=True)
+    spread = np.array([_relative(*pair) for pair in pairs], np.float32)
+    return {**loops, "loop.prompts": prompts, "loop.seeds": seeds, "spread.loop": spread}
+
+
+def _relative(got: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
 
 
 @pytest.fixture(scope="session")

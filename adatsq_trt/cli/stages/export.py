@@ -27,7 +27,9 @@ NAME = "export"
 GRAPHS, PROMPTS, REFERENCE = "onnx", "prompts.safetensors", "check/reference.safetensors"
 OUTPUT_NAME = "velocity"
 CHECK_SAMPLES = 2
-_REFERENCE_CONTENT = "steps, layers, loop"  # a part of the stage's key: exports that hold less are made again
+# Noise that is sixteen times what float32 sums differ by, and how often it is drawn.
+NOISE, NOISE_DRAWS = 2.0**-16, 4
+_REFERENCE_CONTENT = "steps, layers, loop, spread"  # a part of the stage's key: exports that hold less are made again
 _TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 BaseName = Literal["bfloat16", "float16", "float32"]
 
@@ -108,8 +110,38 @@ def _reference(context: Context, policy: Policy, folder: Path) -> None:
         for step in range(policy.steps):
             model.assign(policy.formats_at(step), step)
             tensors |= _one_step(context, samples, latents[step], step, with_layers=step in layered)
-        tensors["loop.quantized"] = trajectory(samples, lambda step: model.assign(policy.formats_at(step), step))
+        tensors["loop.quantized"] = _loop(model, samples, policy)
+        spread = [_disturbed(context, model, policy, samples, latents, seed) for seed in range(NOISE_DRAWS)]
+    outputs = torch.stack([tensors[f"step_{step:03d}.output"] for step in range(policy.steps)])
+    tensors["spread.outputs"] = _largest_error([draw[0] for draw in spread], outputs)
+    tensors["spread.loop"] = _largest_error([draw[1][1:] for draw in spread], tensors["loop.quantized"][1:])
+    linears = context.adapter.quantizable_layers()
+    tensors["in_features"] = torch.tensor([linears[name].in_features for name in context.layers])
     write_tensors(folder / REFERENCE, tensors)
+
+
+def _loop(model: SimulatedModel, samples: Samples, policy: Policy) -> Tensor:
+    return trajectory(samples, lambda step: model.assign(policy.formats_at(step), step))
+
+
+def _disturbed(
+    context: Context, model: SimulatedModel, policy: Policy, samples: Samples, latents: Tensor, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Outputs of all steps [steps, ...] and latents of the loop [steps + 1, ...] under noise at every layer's input."""
+    outputs = []
+    with model.disturbed(NOISE, seed):
+        for step in range(policy.steps):
+            model.assign(policy.formats_at(step), step)
+            outputs.append(
+                _one_step(context, samples, latents[step], step, with_layers=False)[f"step_{step:03d}.output"]
+            )
+        return torch.stack(outputs), _loop(model, samples, policy)
+
+
+def _largest_error(draws: list[Tensor], expected: Tensor) -> Tensor:
+    """Largest relative error of each step among the draws, float32 [steps]."""
+    size = expected.flatten(1).norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.stack([(draw - expected).flatten(1).norm(dim=1) / size for draw in draws]).amax(dim=0)
 
 
 def _one_step(context: Context, samples: Samples, latent: Tensor, step: int, with_layers: bool) -> dict[str, Tensor]:

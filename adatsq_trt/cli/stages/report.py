@@ -126,5 +126,5 @@ def _comparison(row: CheckRow) -> Comparison:
     )
 
 
-def _part(error: float | None, limit: float) -> float | None:
+def _part(error: float | None, limit: float | None) -> float | None:
     return None if error is None or not limit else error / limit
