@@ -66,14 +66,14 @@ def test_a_sound_bundle_passes(checked: tuple[CheckReport, Path]) -> None:
     layers = ("blocks.0.linear", "blocks.1.linear")
     blocks = (("blocks.0", layers[0]), ("blocks.0", None), ("blocks.1", layers[1]), ("blocks.1", None))
     cpu = [
-        ("cpu", step, assignment, None, layer)
+        ("cpu", step, assignment, None, separated, layer)
         for step, assignment in enumerate((0, 1, 2, 0))
-        for layer in (*layers, None)
+        for separated, layer in (*((True, name) for name in layers), (True, None), (False, None))
     ]
-    target = [("target", step, step, block, layer) for step in range(3) for block, layer in blocks]
-    got = [(row.variant, row.step, row.assignment, row.block, row.layer) for row in report.rows]
+    target = [("target", step, step, block, False, layer) for step in range(3) for block, layer in blocks]
+    got = [(row.variant, row.step, row.assignment, row.block, row.separated, row.layer) for row in report.rows]
     assert sorted(got, key=str) == sorted([*cpu, *target], key=str)
-    assert got[:7] == [*cpu[:3], *target[:4]]  # by bucket, layers in the order of execution
+    assert got[:8] == [*cpu[:4], *target[:4]]  # by bucket, layers in the order of execution
     assert {row.format for row in report.rows if row.step == 2} == {"bf16", "fp8", None}
     assert [row.step for row in report.loop.rows] == [0, 1, 2, 3]
     assert read_json_model(folder / REPORT_NAME, CheckReport) == report
@@ -165,9 +165,44 @@ def test_a_defect_in_a_few_rows_only(own_bundle: BundleFiles, tmp_path: Path) ->
     save_file({**reference, "step_001.output": output}, own_bundle.folder / REFERENCE_NAME)
     report = check(BundleFiles.open(own_bundle.folder, verify=False), tmp_path)
     assert failed(report) == [("cpu", 1, 1)]
-    (row,) = (row for row in report.rows if not row.passed)
+    behind, whole = (row for row in report.rows if not row.passed)
+    assert (behind.separated, whole.separated) == (True, False)
+    assert behind.median_error is not None
+    assert behind.median_tolerance is not None
+    assert behind.median_error < behind.median_tolerance
+
+
+def test_a_wrong_layer_does_not_make_others_wrong(own_bundle: BundleFiles, tmp_path: Path) -> None:
+    """Every layer is given PyTorch's outputs of the layers before it."""
+    edit_graph(own_bundle, "cpu", 1, multiply("blocks.0.linear.bias", 0.0))
+    rows = [row for row in check(own_bundle, tmp_path).rows if (row.variant, row.step) == ("cpu", 1)]
+    assert [(row.separated, row.layer) for row in rows if not row.passed] == [(True, "blocks.0.linear"), (False, None)]
+    assert [row.layer for row in rows if row.passed] == ["blocks.1.linear", None]
+
+
+def test_one_wrong_output_of_a_layer_is_seen(own_bundle: BundleFiles, tmp_path: Path) -> None:
+    """A sixteenth of the elements, in the coarsest format of the bundle; the median does not see it."""
+
+    def change(model: ModelProto) -> None:
+        (tensor,) = (t for t in model.graph.initializer if t.name == "blocks.0.linear.bias")
+        bias = numpy_helper.to_array(tensor).copy()
+        bias[3] = -bias[3]
+        tensor.CopyFrom(numpy_helper.from_array(bias, tensor.name))
+
+    edit_graph(own_bundle, "cpu", 0, change)
+    row = next(row for row in check(own_bundle, tmp_path).rows if not row.passed)
+    assert (row.layer, row.format) == ("blocks.0.linear", "fp8")
     assert row.median_error is not None
+    assert row.median_tolerance is not None
     assert row.median_error < row.median_tolerance
+
+
+@pytest.mark.parametrize("numbers", [[0.1], [0.1, 0.1, np.nan, 0.1], [0.1, 0.1, -1.0, 0.1]])
+def test_a_spread_that_is_no_limit(own_bundle: BundleFiles, tmp_path: Path, numbers: list[float]) -> None:
+    changed = {**own_bundle.reference, "spread.loop": np.array(numbers, np.float32)}
+    save_file(changed, own_bundle.folder / REFERENCE_NAME)
+    with pytest.raises(DamagedFileError, match=r"'spread\.loop' must hold 4 numbers from 0"):
+        check(BundleFiles.open(own_bundle.folder, verify=False), tmp_path)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
@@ -238,8 +273,8 @@ def test_a_graph_of_all_assignments_that_does_not_load(own_bundle: BundleFiles, 
 def test_the_commands_repeat_the_rows(checked: tuple[CheckReport, Path]) -> None:
     """By hand, from the saved files, with the same figures."""
     report, folder = checked
-    rows = {(row.variant, row.layer is None): row for row in report.rows if row.assignment == 2}
-    assert len(rows) == 4
+    rows = {(row.variant, row.separated, row.layer is None): row for row in report.rows if row.assignment == 2}
+    assert len(rows) == 5
     for row in rows.values():
         code, (figures,) = run_command(row.command, folder)
         assert code == 0
@@ -270,7 +305,8 @@ def run_command(command: str, folder: Path) -> tuple[int, list[tuple[float | Non
     results = AccuracyResults.load(str(folder / "accuracy.json"))
     outputs = [next(iter(result.values()))[0] for result in results]
     medians = {name: row.median_absdiff for name, row in outputs[0].items()} if len(outputs) == 2 else {}
-    expected = load_json(str(folder / words[words.index("--load-outputs") + (1 if medians else 2)]))[0][1][0]
+    place = words.index("--load-outputs") + (1 if "--onnxrt" in words else 2)
+    expected = load_json(str(folder / words[place]))[0][1][0]
     relatives = {name: 10 ** (-row.snr / 20) for name, row in outputs[-1].items()}
     sizes = {name: float(np.sqrt(np.mean(np.square(expected[name], dtype=np.float64)))) for name in relatives}
     return ended.returncode, [

@@ -1,0 +1,53 @@
+"""`check` passes on every model of the zoo, for every kind of bundle, with every format that the target has."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from adatsq_trt.engines.accuracy import CheckReport
+from adatsq_trt.engines.bundle import BundleFiles
+from adatsq_trt.formats import FORMAT_SETS
+from adatsq_trt.policy import Policy
+from adatsq_trt.zoo.loading import load_model
+
+STEPS = 3
+# What is built → its options and the formats that take turns in the policy.
+BUNDLES = {
+    "sm120": (("--target", "sm120"), FORMAT_SETS["blackwell"]),
+    "cpu": (("--target", "cpu"), FORMAT_SETS["cpu"]),
+    "plugin": (("--layout", "plugin", "--formats", "hopper"), FORMAT_SETS["hopper"]),
+}
+MODELS = ("digits-flux", "scenes-flux-dev", "scenes-flux-schnell")
+CHEAPEST = ("scenes-flux-dev", "cpu")  # the model on which one flip changes most
+CASES = [
+    pytest.param(model, kind, marks=() if (model, kind) == CHEAPEST else pytest.mark.slow)
+    for model in MODELS
+    for kind in BUNDLES
+]
+
+
+def write_policy(path: Path, name: str, formats: tuple[str, ...]) -> None:
+    """Formats take turns by layer and step, so that each meets every kind of layer."""
+    model = load_model(name)
+    layers = tuple(model.adapter.quantizable_layers())
+    rows = [tuple(formats[(i + step) % len(formats)] for i in range(len(layers))) for step in range(STEPS)]
+    Policy.from_steps(name, model.weights_sha256, layers, rows).save(path)
+
+
+@pytest.mark.parametrize(("model", "kind"), CASES)
+def test_every_model_passes(cli, tmp_path: Path, model: str, kind: str) -> None:
+    options, formats = BUNDLES[kind]
+    policy, run = tmp_path / "policy.json", tmp_path / "run"
+    write_policy(policy, model, formats)
+    small = (*cli.small, "--steps", str(STEPS))
+    built = cli("build", "engine", model, *options, *small, "--policy", policy, "--output", run)
+    assert built.code == 0, built.err
+    ended = cli("check", run, "--json")
+    assert ended.code == 0, ended.err
+    report = CheckReport.model_validate_json(ended.out)
+    bundle = BundleFiles.open(run)
+    alone = [row for row in report.rows if row.separated and row.layer is not None]
+    assert {row.layer for row in alone} == set(bundle.policy.layers)
+    assert {row.format for row in alone} == set(formats)
+    assert json.loads((run / "check" / "check.json").read_text())["passed"]
