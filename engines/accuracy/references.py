@@ -58,7 +58,14 @@ class Reference:
 
     def layers(self, step: int) -> dict[str, np.ndarray]:
         """Module path → output of the layer, for the first sample of each guidance branch; first steps of buckets."""
-        return {layer: self._array(f"step_{step:03d}.layer.{layer}") for layer in self.bundle.policy.layers}
+        outputs = {layer: self._array(f"step_{step:03d}.layer.{layer}") for layer in self.bundle.policy.layers}
+        for layer, output in outputs.items():
+            if output.ndim < 2 or not output.size:
+                raise DamagedFileError(
+                    f"'{self.bundle.folder / REFERENCE_NAME}': the output of layer '{layer}' must hold rows of "
+                    f"features, got shape {output.shape}; run 'adatsq-trt build engine' again"
+                )
+        return outputs
 
     def loop(self, name: str) -> np.ndarray:
         """Of the loop: "quantized" and "full_precision" latents [steps + 1, samples, ...], "prompts", "seeds"."""

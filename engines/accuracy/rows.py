@@ -29,6 +29,7 @@ from adatsq_trt.errors import AdatsqError, UserError
 from adatsq_trt.files import read_json_model, sha256
 
 PYTORCH_NAME = "PyTorch, fake-quantized"
+_NO_OUTPUT = ""  # of a graph that does not run and has no known outputs
 
 
 @dataclass(frozen=True)
@@ -212,9 +213,7 @@ def _run_outputs(bundle: BundleFiles, steps: Sequence[int], folder: Path) -> Ite
         if failure is not None:
             yield [run.failed(feed, {output: expected}, failure)]
         else:
-            yield run.rows(
-                feed, {name: got[name] for name in (output,) if name in got}, {output: expected}, marked=False
-            )
+            yield run.rows(feed, got, {output: expected}, marked=False)
 
 
 def _subject(bundle: BundleFiles, step: int, separated: bool = False) -> Subject:
@@ -238,11 +237,12 @@ def _check_blocks(bundle: BundleFiles, reference: Reference, assignment: int, fo
     """All blocks of a target graph, at the assignment's first step, for one row of each guidance branch."""
     step = bundle.policy.step_assignments.index(assignment)
     pair = BlockPair(bundle, assignment, reference.feed(step, rows=2))
+    tolerance = block_tolerance(bundle.policy.assignments[assignment], bundle.index.base_type)
     for block in bundle.index.blocks:
         subject = Subject(_bucket(bundle, step), step, assignment, "target", block)
         name = f"assignment_{assignment:03d}.{block}"
         path = folder / f"{name}.onnx"
-        comparison = _Comparison(bundle, subject, folder, name, path, {})
+        comparison = _Comparison(bundle, subject, folder, name, path, {_NO_OUTPUT: tolerance})
         try:
             run = pair.run(block, path)
         except UserError:
@@ -250,7 +250,6 @@ def _check_blocks(bundle: BundleFiles, reference: Reference, assignment: int, fo
         except AdatsqError as error:
             yield [comparison.failed({}, {}, str(error))]
         else:
-            tolerance = block_tolerance(bundle.policy.assignments[assignment], bundle.index.base_type)
             compared = replace(comparison, tolerances=dict.fromkeys(run.expected, tolerance))
             rows = compared.rows(run.inputs, run.got, run.expected, marked=True)
             written = written_formats(bundle, "target", step)
@@ -317,9 +316,10 @@ class _Comparison:
         """The row of a graph that does not run; its command fails in the same way."""
         saved = SavedArrays(self.folder, self.name)
         saved.save(inputs, {}, expected, *self._names)
-        output, value = next(iter(expected.items()), ("", np.zeros(1, np.float32)))
-        command = saved.run_command(self.graph, output, False, value, self.tolerances.get(output, FLOAT32))
-        return self._row(output="", median=None, relative=None, passed=False, failure=failure, command=command)
+        output, value = next(iter(expected.items()), (_NO_OUTPUT, np.zeros(1, np.float32)))
+        command = saved.run_command(self.graph, output, False, value, self.tolerances[output])
+        row = self._row(output=output, median=None, relative=None, passed=False, failure=failure, command=command)
+        return row.model_copy(update={"layer": None, "format": None, "separated": False})  # it is about the graph
 
     @property
     def _names(self) -> tuple[str, str]:
@@ -335,7 +335,7 @@ class _Comparison:
             zip(self.bundle.policy.layers, self.bundle.policy.assignments[subject.assignment], strict=True)
         )
         layer = output.removesuffix(OUTPUT_SUFFIX)
-        tolerance = self.tolerances.get(output, Tolerance(None, 0.0))
+        tolerance = self.tolerances[output]
         return CheckRow(
             bucket=subject.bucket,
             step=subject.step,

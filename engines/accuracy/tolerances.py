@@ -86,7 +86,7 @@ def layer_tolerance(grid: Grid, tokens: int, in_features: int) -> Tolerance:
     if not step:
         return FLOAT32
     probability = 2 * _FLOAT32_NOISE * _UNEVEN_TIES / step
-    inputs = tokens * in_features
+    inputs = max(tokens * in_features, 1)
     expected = inputs * probability
     flips = expected + 4 * expected**0.5 + 4
     if grid.element is Element.E2M1:

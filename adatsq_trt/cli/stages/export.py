@@ -132,9 +132,8 @@ def _disturbed(
     with model.disturbed(NOISE, seed):
         for step in range(policy.steps):
             model.assign(policy.formats_at(step), step)
-            outputs.append(
-                _one_step(context, samples, latents[step], step, with_layers=False)[f"step_{step:03d}.output"]
-            )
+            tensors = _one_step(context, samples, latents[step], step, with_layers=False)
+            outputs.append(tensors[f"step_{step:03d}.output"])
         return torch.stack(outputs), _loop(model, samples, policy)
 
 
