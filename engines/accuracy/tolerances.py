@@ -21,7 +21,7 @@ v = 2^-20 what float32 sums differ by, relative to a token's root mean square:
 Whole graphs and the loop against PyTorch. How far flips spread is a property of the model. The exporter measures it: it
 runs the fake-quantized PyTorch model again, with noise of 2^-16 at every layer's input, four times. That is 16 v, so
 that flips are sure to happen, and where they have once spread, more of them change little. The limit is twice the
-largest relative error among the four.
+largest relative error among the four; for a graph's output never more than the assignment's coarsest step.
 
 Blocks and layers of the `target` variant against the `cpu` variant. Both get the same inputs, but the target block
 rounds to 16 bit after every operator. Two effects add up, with u the root mean square of a 16-bit rounding (2^-9 for
@@ -103,9 +103,10 @@ def output_tolerance(formats: Sequence[str], spread: float) -> Tolerance:
         formats: an assignment's format names.
         spread: relative error that the exporter measured under noise.
     """
-    if not coarsest_step(formats):
+    step = coarsest_step(formats)
+    if not step:
         return FLOAT32
-    return Tolerance(None, max(_SPREAD_MARGIN * spread, FLOAT32_ERROR))
+    return Tolerance(None, min(max(_SPREAD_MARGIN * spread, FLOAT32_ERROR), step))
 
 
 def loop_tolerances(formats: Iterable[str], spread: Sequence[float]) -> list[Tolerance]:

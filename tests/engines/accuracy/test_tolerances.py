@@ -62,6 +62,7 @@ def test_noise_of_float32_stays_within_the_limits(name: str, outliers: float) ->
 
 def test_whole_graphs_and_loops_may_err_twice_as_much_as_noise_spreads() -> None:
     assert output_tolerance(["nvfp4", "bf16"], 0.01).relative == 0.02
+    assert output_tolerance(["nvfp4", "bf16"], 1.0).relative == coarsest_step(["nvfp4"])
     assert output_tolerance(["nvfp4"], 0.0).relative == FLOAT32_ERROR
     assert output_tolerance(["fp32"], 0.01) == FLOAT32
     assert [t.relative for t in loop_tolerances(["fp8"], [0.0, 0.01])] == [FLOAT32_ERROR, 0.02]
