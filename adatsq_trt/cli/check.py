@@ -129,6 +129,7 @@ def _table(report: CheckReport, folder: Path) -> Table:
         table.add_row("all", "loop", str(len(loop.rows)), "", "", figure(worst.error), figure(worst.tolerance), verdict)
     lines = [f"{row.subject}: {row.finding}" for row in report.rows if not row.passed][:_SHOWN_FAILURES]
     lines += [layer.sentence for layer in report.first_layers]
+    lines += [f"the first of them again, in '{folder}': {row.command}" for row in report.rows if not row.passed][:1]
     last_error = figure(loop.rows[-1].quantization_error) if loop.rows else "none"
     limit = "" if loop.fail_above is None else f" (limit {loop.fail_above:g})"
     lines.append(f"relative error of the last latent against full precision: {last_error}{limit}")

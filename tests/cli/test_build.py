@@ -308,6 +308,7 @@ def test_failed_check_says_where_and_ends_with_1(
     shown = cli("check", built, "--again").out
     assert "FAILED" in shown
     assert "step 1, cpu graph of assignment 0: median none" in shown
+    assert "polygraphy run" in " ".join(shown.split())
 
 
 def test_compare_prints_the_solvers(cli, built: Path) -> None:

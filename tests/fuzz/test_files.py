@@ -5,14 +5,24 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
+from safetensors.numpy import save
 
-from adatsq_trt.engines.accuracy import CheckReport, check
-from adatsq_trt.engines.bundle import MANIFEST_NAME, PROMPTS_NAME, BundleFiles, Manifest, read_arrays, write_manifest
+from adatsq_trt.engines.accuracy import CheckReport, bisect, check
+from adatsq_trt.engines.bundle import (
+    MANIFEST_NAME,
+    PROMPTS_NAME,
+    REFERENCE_NAME,
+    BundleFiles,
+    Manifest,
+    read_arrays,
+    write_manifest,
+)
 from adatsq_trt.engines.runtime import Bundle
 from adatsq_trt.engines.sizes import size_report
 from adatsq_trt.errors import UserError
@@ -142,6 +152,46 @@ def test_bundles(go_on: Callable, bundle: BundleFiles) -> None:
         finally:
             for path, original in sound.items():
                 (bundle.folder / path).write_bytes(original)
+
+    go_on(one_round)
+
+
+def test_checks_of_damaged_bundles(go_on: Callable, bundle: BundleFiles, tmp_path: Path) -> None:
+    """Graphs, their weights and PyTorch's arrays, damaged under a manifest that vouches for them."""
+    graphs = sorted(path.relative_to(bundle.folder).as_posix() for path in (bundle.folder / "onnx").glob("*.onnx"))
+    sound = {name: (bundle.folder / name).read_bytes() for name in (*graphs, "onnx/weights.data", REFERENCE_NAME)}
+    arrays = read_arrays(bundle.folder / REFERENCE_NAME)
+
+    @st.composite
+    def damaged_arrays(draw: st.DrawFn) -> bytes:
+        name = draw(st.sampled_from(sorted(arrays)))
+        value = arrays[name]
+        others = [value[:0], value[:1], value.reshape(-1), value[None], np.full_like(value, draw(st.integers(-1, 9)))]
+        if np.issubdtype(value.dtype, np.floating):
+            others.append(np.full_like(value, np.nan))
+        return save({**arrays, name: np.ascontiguousarray(draw(st.sampled_from(others)))})
+
+    @st.composite
+    def damage(draw: st.DrawFn) -> tuple[str, bytes]:
+        name = draw(st.sampled_from(list(sound)))
+        return name, draw(damaged_arrays() if name == REFERENCE_NAME else mutated_bytes(sound[name]))
+
+    @settings(FUZZ, max_examples=FUZZ.max_examples // 4)
+    @given(damage())
+    def one_round(damaged: tuple[str, bytes]) -> None:
+        name, content = damaged
+        before = {path.name for path in tmp_path.parent.iterdir()}
+        try:
+            (bundle.folder / name).write_bytes(content)
+            write_manifest(bundle.folder, bundle.manifest)
+            report = check(BundleFiles.open(bundle.folder), tmp_path / "check")
+            assert {row.step for row in report.rows} == set(range(bundle.policy.steps))
+            bisect(bundle, report, tmp_path / "check")
+        except UserError:
+            pass
+        finally:
+            (bundle.folder / name).write_bytes(sound[name])
+        assert {path.name for path in tmp_path.parent.iterdir()} == before
 
     go_on(one_round)
 

@@ -146,3 +146,33 @@ def test_static_scales_are_told_apart() -> None:
     grid = FORMATS["fp8"].activation
     coarse, fine = (shared.round(x, grid, torch.tensor(s)) for s in (0.5, 0.01))
     assert not torch.equal(coarse, fine)
+
+
+@torch.no_grad()
+def test_noise_is_of_its_size_the_same_for_equal_tokens_and_ends_with_the_block(model: SimulatedModel) -> None:
+    x = torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(1)).expand(1, 4, 64)
+    with model.installed():
+        linear = model.adapter.transformer.get_submodule(LAYER)
+        seen: list[Tensor] = []
+        linear.register_forward_hook(lambda _layer, inputs, _output: seen.append(inputs[0]))
+        before = linear(x)
+        with model.disturbed(2.0**-8, seed=0):
+            linear(x)
+            linear(x)
+        assert torch.equal(linear(x), before)
+    assert torch.equal(seen[1], seen[2])  # layers that share an input share its noise
+    assert torch.equal(seen[1], seen[1][:, :1].expand_as(x))
+    noise = (seen[1] - x)[0, 0] / x.square().mean().sqrt()
+    assert float(noise.square().mean().sqrt()) == pytest.approx(2.0**-8, rel=0.5)
+
+
+@torch.no_grad()
+def test_noise_that_crosses_ties_spreads(model: SimulatedModel) -> None:
+    given = inputs(model.adapter)
+    with model.installed():
+        model.assign(dict.fromkeys(model.layers, FORMATS["nvfp4"]), 0)
+        expected = model.adapter.predict(given)
+        with model.disturbed(2.0**-16, seed=0):
+            got = model.adapter.predict(given)
+    error = float((got - expected).norm() / expected.norm())
+    assert error > 2.0**-16
