@@ -13,6 +13,9 @@ import typer
 
 def serve(
     bundle: Annotated[Path, typer.Argument(help="A bundle or a run directory.")],
+    name: Annotated[
+        str | None, typer.Option("--name", help="What it is served as.", show_default="the model's name")
+    ] = None,
     http_port: Annotated[int, typer.Option("--http-port", min=1, max=65535)] = 8000,
     grpc_port: Annotated[int, typer.Option("--grpc-port", min=1, max=65535)] = 8001,
     metrics_port: Annotated[int, typer.Option("--metrics-port", min=1, max=65535)] = 8002,
@@ -39,7 +42,7 @@ def serve(
     from adatsq_trt.engines.triton_server.server import HOST, Installation, Ports, Server
 
     files, installation = BundleFiles.open(bundle), Installation.find(server)
-    name = files.manifest.model
+    name = name or files.manifest.model
     with ExitStack() as stack:
         repository = Path(stack.enter_context(TemporaryDirectory(prefix="adatsq-serve-")), "models")
         write_repository([Deployment(name, files)], repository, link=True)

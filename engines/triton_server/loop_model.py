@@ -22,6 +22,7 @@ import triton_python_backend_utils as server
 
 from adatsq_trt.engines.triton_server.batching import Generation, StepBatcher
 from adatsq_trt.engines.triton_server.python_backend import (
+    failure,
     make_response,
     open_bundle,
     open_pipeline,
@@ -67,6 +68,7 @@ class TritonPythonModel:
         self._arrived: SimpleQueue[_Job | None] = SimpleQueue()
         self._waiting: deque[_Job] = deque()
         self._running: dict[Generation, _Job] = {}
+        self._stopping = False
         self._thread = Thread(target=self._work, name="denoiser")
         self._thread.start()
 
@@ -81,8 +83,7 @@ class TritonPythonModel:
             except UserError as error:
                 _send(sender, refusal(str(error), server.TritonError.INVALID_ARG), _FINAL)
             except Exception as error:  # whatever the text encoders raise: the server goes on
-                log.exception("a request failed")
-                _send(sender, refusal(f"the request failed: {error}", server.TritonError.INTERNAL), _FINAL)
+                _send(sender, failure("reading the request", error), _FINAL)
             else:
                 self._arrived.put(_Job(accepted, sender))
 
@@ -94,26 +95,35 @@ class TritonPythonModel:
 
     def _work(self) -> None:
         """Receive, admit, advance, answer, until `finalize`."""
-        stopping = False
-        while self._running or self._waiting or not stopping:
-            stopping |= self._receive(block=not (self._running or self._waiting))
-            self._admit()
-            self._drop_cancelled()
-            if self._running:
-                self._advance()
+        while self._running or self._waiting or not self._stopping:
+            try:
+                self._receive(block=not (self._running or self._waiting))
+                self._admit()
+                self._drop_cancelled()
+                if self._running:
+                    self._advance()
+            except Exception as error:  # without this thread nobody would be answered any more
+                self._give_up(error)
         self._metrics.flush()
 
-    def _receive(self, block: bool) -> bool:
-        """Take in what has arrived; whether the model is to stop."""
+    def _give_up(self, error: Exception) -> None:
+        """Answer all that has been accepted."""
+        for job in (*self._running.values(), *self._waiting):
+            _send(job.sender, failure("the request", error), _FINAL)
+        self._running.clear()
+        self._waiting.clear()
+
+    def _receive(self, block: bool) -> None:
+        """Take in what has arrived; the last is None."""
         if block:
             self._metrics.flush()
         try:
             while (job := self._arrived.get(block)) is not None:
                 self._waiting.append(job)
                 block = False
+            self._stopping = True
         except Empty:
-            return False
-        return True
+            pass
 
     def _admit(self) -> None:
         """First come, first served, while all samples that run fit into one call."""
@@ -137,10 +147,9 @@ class TritonPythonModel:
             for generation in chosen:
                 self._report(generation)
         except Exception as error:  # whatever the libraries below raise: the server goes on
-            log.exception("step %d failed", steps[0])
             for generation in chosen:
                 if generation in self._running:
-                    self._end(generation, refusal(f"step {steps[0]} failed: {error}", server.TritonError.INTERNAL))
+                    self._end(generation, failure(f"step {steps[0]}", error))
 
     def _assignment(self, generation: Generation, step: int) -> str:
         return str(self._bundle.policy.step_assignments[step]) if generation.quantized else "full precision"
@@ -197,11 +206,13 @@ class _Metrics:
             self.flush()
 
     def flush(self) -> None:
-        """Send what has been noted."""
-        for key, value in self._pending.items():
-            if key not in self._metrics:
-                labels = {"model": self._model, "assignment": key[1]}
-                self._metrics[key] = self._families[key[0]].Metric(labels=labels)
-            self._metrics[key].increment(value)
-        self._pending.clear()
-        self._sent = monotonic()
+        """Send what has been noted; counters that cannot be sent must not cost anybody a picture."""
+        pending, self._pending, self._sent = self._pending, Counter(), monotonic()
+        try:
+            for key, value in pending.items():
+                if key not in self._metrics:
+                    labels = {"model": self._model, "assignment": key[1]}
+                    self._metrics[key] = self._families[key[0]].Metric(labels=labels)
+                self._metrics[key].increment(value)
+        except Exception:
+            log.exception("counters could not be sent")

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
+from collections import Counter
 from contextlib import suppress
+from dataclasses import asdict
 from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.resources import files
-from string import Template
 from threading import Thread
 from types import TracebackType
 from typing import Self
 
 from adatsq_trt.engines.bundle import BundleFiles
 from adatsq_trt.engines.triton_server.server import HOST, require_free
+from adatsq_trt.engines.triton_server.writing import fill
 
 _MAX_REQUEST_BYTES = 100_000
 
@@ -36,12 +37,7 @@ class Page:
             UserError: the port is in use.
         """
         require_free(port)
-        template = files("adatsq_trt.engines.triton_server").joinpath("templates", "page.html").read_text("utf-8")
-        steps = [f"{bucket.first}-{bucket.last}" for bucket in bundle.policy.buckets]
-        values = {"name": name, "steps": bundle.policy.steps, "buckets": ", ".join(steps)}
-        text = Template(template).substitute(
-            values, last_prompt=bundle.manifest.prompts - 1, guidance=f"{bundle.manifest.guidance:g}"
-        )
+        text = page_text(bundle, name)
 
         class Handler(_Handler):
             page = text.encode()
@@ -62,6 +58,27 @@ class Page:
         """End."""
         self._server.shutdown()
         self._server.server_close()
+
+
+def page_text(bundle: BundleFiles, name: str) -> str:
+    """The page of a bundle, which knows its prompts, its buckets and their formats."""
+    manifest, policy = bundle.manifest, bundle.policy
+    assignments = [Counter(row).most_common() for row in policy.assignments]
+    formats = [", ".join(f"{count} × {name}" for name, count in row) for row in assignments]
+    data = {
+        "steps": policy.steps,
+        "buckets": [{**asdict(bucket), "formats": formats[bucket.assignment]} for bucket in policy.buckets],
+        "prompts": manifest.prompt_texts,
+        "last_prompt": manifest.prompts - 1,
+    }
+    buckets = f"{len(policy.buckets)} buckets" if len(policy.buckets) > 1 else "one bucket"
+    values = {
+        "name": name,
+        "summary": f"{policy.steps} steps in {buckets} (steps with the same formats), {policy.mean_bits:.2f} mean bits",
+        "guidance": f"{manifest.guidance:g}",
+        "data": json.dumps(data).replace("<", r"\u003c"),  # a prompt cannot end the script
+    }
+    return fill("page.html", values)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -20,6 +21,7 @@ from adatsq_trt.engines.triton_server.pipeline import Pipeline
 from adatsq_trt.errors import AdatsqError, DamagedFileError
 from adatsq_trt.files import sha256
 
+log = logging.getLogger(__name__)
 _TAKEN = ctypes.c_char_p(b"used_dltensor")
 
 
@@ -90,6 +92,18 @@ def _make_tensor(name: str, value: np.ndarray) -> Any:
 def refusal(message: str, code: int) -> Any:
     """A response that is an error with a sentence; `code` is one of TritonError's."""
     return server.InferenceResponse(error=server.TritonError(message, code))
+
+
+def failure(what: str, error: Exception) -> Any:
+    """A response for what nobody foresaw, be it a library's error or ours: a sentence for the client, the rest logged.
+
+    Args:
+        what: has failed.
+        error: as it was raised.
+    """
+    log.error("%s failed", what, exc_info=error)
+    reason = str(error) if isinstance(error, AdatsqError) else f"{type(error).__name__}: {error}"
+    return refusal(f"{what} failed: {reason}; the server's log says more", server.TritonError.INTERNAL)
 
 
 def _parameters(args: dict[str, str]) -> dict[str, str]:

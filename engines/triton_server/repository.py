@@ -25,7 +25,7 @@ _RTX_LIBRARY = "tensorrt-rtx"
 _INSTANCES = {"onnxruntime": "kind: KIND_CPU", "rtx": "kind: KIND_GPU gpus: [ 0 ]"}
 _QUEUE_DELAY_US = 200
 _TEXT = 'Its parameter "text" is the prompt in words, the same for all samples, and then there is no input "prompt".'
-_NO_TEXT = "The prompts are those that the bundle holds."
+_STORED = 'Its parameter "text" may be the text of a prompt that the bundle holds; then there is no input "prompt".'
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _values(deployment: Deployment) -> dict[str, object]:
         "max_samples": deployment.max_samples,
         "backend": deployment.backend,
         "instances": _INSTANCES[deployment.backend],
-        "text": _TEXT if deployment.pipeline is not None else _NO_TEXT,
+        "text": _TEXT if deployment.pipeline is not None else _STORED,
     }
 
 
@@ -176,6 +176,7 @@ def _write_documents(deployments: Sequence[Deployment], requirements: str, repos
         "version": __version__,
         "models": "\n".join(rows),
         "name": name,
+        "image": IMAGE,
         "curl": curl_line(name, text=deployments[0].pipeline is not None),
     }
     readme = fill("README.md", {**values, "gpus": "--gpus all " if gpu else ""})

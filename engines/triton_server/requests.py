@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from io import BytesIO
 from typing import Any, Literal, get_args
 
@@ -49,7 +50,7 @@ def read_request(
         parameters: JSON object that comes with the request, of which `output` and `text` are read.
         bundle: what runs it.
         max_samples: most samples of one request.
-        pipeline: what understands `text`, if anything does; no `prompt` then.
+        pipeline: what understands any `text`; without it, `text` is that of a prompt of the bundle.
 
     Raises:
         UserError: says which input is wrong.
@@ -92,14 +93,18 @@ def _conditioning(
     if text is None and prompts is not None:
         return bundle.conditioning(prompts)
     stored = f"'prompt', 0 to {bundle.manifest.prompts - 1}"
-    if pipeline is None:
-        what = "the request has no prompt" if text is None else "text: this model has no text encoder"
-        raise UserError(f"{what}; ask with {stored}")
     if text is None or prompts is not None:
         raise UserError(f"got {'both' if text is not None else 'neither'}, expected the parameter 'text' or {stored}")
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"text: got {text!r}, expected words")
-    return pipeline.conditioning(text, samples)
+    if pipeline is not None:
+        return pipeline.conditioning(text, samples)
+    texts = bundle.manifest.prompt_texts
+    if text not in texts:
+        near = get_close_matches(text, texts) or texts[:3]
+        known = f", such as {', '.join(map(repr, near))}; ask for one of them or" if near else "; ask"
+        raise UserError(f"text {text!r}: not one of the bundle's {len(texts)} texts{known} with {stored}")
+    return bundle.conditioning([texts.index(text)] * samples)
 
 
 def _outputs(bundle: Bundle, pipeline: Pipeline | None) -> tuple[OutputName, ...]:

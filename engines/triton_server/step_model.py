@@ -13,7 +13,13 @@ import triton_python_backend_utils as server
 
 from adatsq_trt.engines.runtime import TIME_INPUT
 from adatsq_trt.engines.triton_server.batching import interchangeable_steps
-from adatsq_trt.engines.triton_server.python_backend import make_response, open_bundle, read_tensors, refusal
+from adatsq_trt.engines.triton_server.python_backend import (
+    failure,
+    make_response,
+    open_bundle,
+    read_tensors,
+    refusal,
+)
 from adatsq_trt.errors import UserError
 
 
@@ -42,8 +48,8 @@ class TritonPythonModel:
                 groups.setdefault(self._groups[step], []).append((index, step, inputs))
         for group in groups.values():
             indices, steps, inputs = zip(*group, strict=True)
-            for index, velocity in zip(indices, self._predict(steps[0], inputs), strict=True):
-                responses[index] = make_response({"velocity": velocity})
+            for index, answer in zip(indices, self._answers(steps[0], inputs), strict=True):
+                responses[index] = answer
         return responses
 
     def finalize(self) -> None:
@@ -65,6 +71,13 @@ class TritonPythonModel:
         step, rows = int(steps[0]), len(next(iter(tensors.values())))
         time = np.full(rows, self._bundle.schedule.model_time(step), np.float32)
         return step, {**tensors, TIME_INPUT: time}
+
+    def _answers(self, step: int, inputs: tuple[dict[str, np.ndarray], ...]) -> list[Any]:
+        """Responses to requests that share a call."""
+        try:
+            return [make_response({"velocity": velocity}) for velocity in self._predict(step, inputs)]
+        except Exception as error:  # whatever the libraries below raise: the rest of the batch is answered
+            return [failure(f"step {step}", error) for _ in inputs]
 
     def _predict(self, step: int, inputs: tuple[dict[str, np.ndarray], ...]) -> list[np.ndarray]:
         """Velocities of requests that share a call, in one call."""

@@ -1,7 +1,8 @@
 """The real Triton server with two bundles, started once for the tests that leave it as it is."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +13,7 @@ from adatsq_trt.engines.bundle import BundleFiles
 from adatsq_trt.engines.triton_server.repository import Deployment, write_repository
 from adatsq_trt.engines.triton_server.server import Installation, Ports, Server, free_ports
 from adatsq_trt.policy import Policy
+from adatsq_trt.zoo import zoo_models
 from tests.cli.conftest import CommandLine
 from tests.engines.conftest import make_bundle
 
@@ -20,6 +22,7 @@ collect_ignore_glob = [] if find_spec("tritonclient") and find_spec("aiohttp") e
 TINY, DIGITS = "tiny", "digits-flux"
 # One bucket with scales at every step, and one without, in which requests meet at any step.
 DIGITS_POLICY = ("fp8", "fp8", "int4wo", "int4wo", "int4wo", "int4wo")
+ZOO_POLICY = ("fp8", "fp8", "bf16")
 SERVER_FOLDER = Path(sys.prefix) / "tritonserver"  # where make test-serving puts the wheel
 
 
@@ -31,24 +34,32 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> BundleFiles:
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> BundleFiles:
-    """The zoo's model with a policy of two buckets, built by the console script."""
-    folder = tmp_path_factory.mktemp("digits")
-    save_policy(folder / "policy.json")
-    options = ("--simulate", "--formats", "fp8,int4wo", "--steps", "6", *CommandLine.samples)
-    ended = CommandLine.process(
-        "build", "engine", DIGITS, *options, "--policy", folder / "policy.json", "--output", folder / "run"
-    )
-    assert ended.code == 0, ended.err
-    return BundleFiles.open(folder / "run")
+    """The zoo's smallest model with a policy of two buckets."""
+    return build(DIGITS, DIGITS_POLICY, tmp_path_factory.mktemp("digits"))
 
 
-def save_policy(path: Path) -> None:
+@pytest.fixture(scope="session")
+def zoo(digits: BundleFiles, tmp_path_factory: pytest.TempPathFactory) -> dict[str, BundleFiles]:
+    """Every model that ships with the package, two built at a time."""
+    others = [name for name in zoo_models() if name != DIGITS]
+    with ThreadPoolExecutor(2) as pool:
+        built = pool.map(lambda name: build(name, ZOO_POLICY, tmp_path_factory.mktemp(name)), others)
+        return {DIGITS: digits, **dict(zip(others, built, strict=True))}
+
+
+def build(name: str, policy: Sequence[str], folder: Path) -> BundleFiles:
+    """A model of the zoo with one format at each step, built by the console script."""
     from adatsq_trt.zoo.loading import load_model
 
-    model = load_model(DIGITS)
+    model = load_model(name)
     layers = list(model.adapter.quantizable_layers())
-    rows = [[name] * len(layers) for name in DIGITS_POLICY]
-    Policy.from_steps(DIGITS, model.weights_sha256, layers, rows).save(path)
+    rows = [[fmt] * len(layers) for fmt in policy]
+    Policy.from_steps(name, model.weights_sha256, layers, rows).save(folder / "policy.json")
+    options = ("--simulate", "--formats", ",".join(dict.fromkeys(policy)), "--steps", str(len(policy)))
+    files = ("--policy", folder / "policy.json", "--output", folder / "run")
+    ended = CommandLine.process("build", "engine", name, *options, *CommandLine.samples, *files)
+    assert ended.code == 0, ended.err
+    return BundleFiles.open(folder / "run")
 
 
 @pytest.fixture(scope="session")

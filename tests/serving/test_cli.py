@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import time
+import urllib.request
 from pathlib import Path
 
 import psutil
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from adatsq_trt.engines.bundle import BundleFiles
-from adatsq_trt.engines.triton_server.server import Server, free_ports
+from adatsq_trt.engines.triton_server.server import HOST, Server, free_ports
 from tests.cli.conftest import CommandLine
 from tests.serving.conftest import SERVER_FOLDER
 
@@ -28,8 +29,9 @@ def _listen_to_interrupts() -> None:
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
 def test_the_printed_curl_line_makes_a_picture(digits: BundleFiles, tmp_path: Path, end: signal.Signals) -> None:
-    ports = free_ports()
-    arguments = ["serve", str(digits.folder), *options(ports.http, ports.grpc, ports.metrics)]
+    ports, page = free_ports(), str(free_ports().http)
+    named = ("--name", "small", "--ui", "--ui-port", page)
+    arguments = ["serve", str(digits.folder), *named, *options(ports.http, ports.grpc, ports.metrics)]
     said = tmp_path / "said"
     with said.open("w") as output:
         # A shell that runs the tests in the background ignores SIGINT, and so would what it starts.
@@ -43,7 +45,10 @@ def test_the_printed_curl_line_makes_a_picture(digits: BundleFiles, tmp_path: Pa
         time.sleep(0.2)
     lines = said.read_text().splitlines()
     curl = next(line for line in lines if line.strip().startswith("curl"))
+    assert "/v2/models/small/generate" in curl
     subprocess.run(["bash", "-c", curl], cwd=tmp_path, check=True)
+    with urllib.request.urlopen(f"http://{HOST}:{page}", timeout=60) as answer:
+        assert b"<title>small" in answer.read()
     assert Image.open(tmp_path / "picture.png").size == (8, 8)
     below = psutil.Process(process.pid).children(recursive=True)
     assert any(one.name() == "tritonserver" for one in below)
@@ -58,3 +63,5 @@ def test_refusals(digits: BundleFiles, server: Server, tmp_path: Path) -> None:
     assert refusal.startswith(f"port {server.ports.http} on 127.0.0.1 cannot be used: Address already in use")
     assert "no Triton server in" in CommandLine.process("serve", digits.folder, "--server", tmp_path).refusal
     assert "is not a bundle" in CommandLine.process("serve", tmp_path).refusal
+    unnamed = CommandLine.process("serve", digits.folder, "--server", SERVER_FOLDER, "--name", "a/b").refusal
+    assert unnamed.startswith("--name 'a/b': expected letters")

@@ -2,14 +2,15 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import psutil
@@ -21,7 +22,7 @@ from adatsq_trt.engines.bundle import BundleFiles
 from adatsq_trt.engines.runtime import Bundle
 from adatsq_trt.engines.triton_server.server import HOST, Installation, Server
 from adatsq_trt.errors import AdatsqError, DependencyError, UserError
-from benchmarks.serving.client import HttpClient, RefusedError
+from benchmarks.serving.client import GrpcClient, HttpClient, RefusedError
 from tests.serving.conftest import DIGITS, SERVER_FOLDER, TINY
 
 pytestmark = pytest.mark.serving
@@ -61,23 +62,23 @@ def test_load_and_unload(repository: Path, tiny: BundleFiles, start: Callable[..
     expected = bundle.denoise(bundle.noise([1]), bundle.conditioning([0])).ravel()
     np.testing.assert_array_equal(client.latents(TINY, prompt=0, seed=1), expected)
 
-    def ask(number: int) -> str:
-        time.sleep(0.002 * number)
-        try:
-            np.testing.assert_array_equal(client.latents(TINY, prompt=0, seed=1), expected)
-        except RefusedError as error:
-            return str(error)
-        return "answered"
+    answered = Event()
+
+    def ask_until_refused() -> str:
+        for _ in range(100_000):
+            try:
+                np.testing.assert_array_equal(client.latents(TINY, prompt=0, seed=1), expected)
+                answered.set()
+            except RefusedError as error:
+                return str(error)
+        raise AssertionError("the model is never unloaded")
 
     with ThreadPoolExecutor(8) as pool:
-        answers = [pool.submit(ask, number) for number in range(100)]
-        time.sleep(0.02)
+        refusals = [pool.submit(ask_until_refused) for _ in range(8)]
+        assert answered.wait(60)
         admin.unload_model(TINY)
-        ends = [answer.result() for answer in answers]
-    assert "answered" in ends
-    refusals = {end for end in ends if end != "answered"}
-    assert refusals
-    assert all("'tiny'" in refusal and "unknown model" in refusal for refusal in refusals), refusals
+        for refusal in refusals:
+            assert re.search("'tiny'.*unknown model|unknown model: 'tiny'", refusal.result())
     assert len(client.latents(DIGITS, prompt=0, seed=1)) == 64
 
 
@@ -92,6 +93,20 @@ def test_a_changed_file_is_not_loaded_and_the_rest_is(own: Path, start: Callable
         path.write_bytes(content)
     assert len(HttpClient(server.ports).latents(DIGITS, prompt=0, seed=1)) == 64
     connect(server).load_model(TINY)
+
+
+def test_a_graph_that_goes_while_it_is_served(own: Path, tiny: BundleFiles, start: Callable[..., Server]) -> None:
+    """Full precision is read when it is first asked for."""
+    server = start(own, (TINY, f"{TINY}_step"))
+    (own / TINY / "1" / "bundle" / "onnx" / "reference.cpu.onnx").unlink()
+    for client in (HttpClient(server.ports), GrpcClient(server.ports)):
+        with pytest.raises(RefusedError, match=r"^step 0 failed: .*reference.cpu.onnx.*; the server's log says more$"):
+            client.latents(TINY, prompt=0, seed=1, quantized=False)
+        bundle = Bundle(tiny)
+        expected = bundle.denoise(bundle.noise([1]), bundle.conditioning([0])).ravel()
+        np.testing.assert_array_equal(client.latents(TINY, prompt=0, seed=1), expected)
+        client.close()
+    assert "Traceback" in server.log_file.read_text()
 
 
 def test_the_command_line_is_told_why_a_model_does_not_load(own: Path, start: Callable[..., Server]) -> None:

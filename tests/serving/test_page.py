@@ -47,7 +47,7 @@ def address(server: Server, digits: BundleFiles) -> Iterator[str]:
 @contextmanager
 def browser(folder: Path) -> Iterator[int]:
     """A headless Chromium; gives the port of its DevTools."""
-    options = ("--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0", "--window-size=900,760")
+    options = ("--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0", "--window-size=900,860")
     process = subprocess.Popen(
         [str(CHROMIUM), *options, f"--user-data-dir={folder}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from http.client import HTTPConnection, HTTPResponse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,7 +13,7 @@ from threading import Thread
 import pytest
 
 from adatsq_trt.engines.bundle import BundleFiles
-from adatsq_trt.engines.triton_server.page import Page
+from adatsq_trt.engines.triton_server.page import Page, page_text
 from adatsq_trt.engines.triton_server.server import HOST, free_ports
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -38,6 +39,17 @@ def test_the_page_is_all_that_can_be_read(connection: HTTPConnection) -> None:
     assert (answer.status, b"<title>tiny" in answer.read()) == (200, True)
     connection.request("GET", "/../page.py")
     assert connection.getresponse().status == 404
+
+
+def test_the_page_knows_the_bundle(tiny_bundle: BundleFiles) -> None:
+    texts = ("</script><b>", "a 7", "two 4")
+    manifest = tiny_bundle.manifest.model_copy(update={"prompt_texts": texts})
+    text = page_text(replace(tiny_bundle, manifest=manifest), "tiny")
+    data = json.loads(text.split("last_prompt } = ")[1].splitlines()[0].rstrip(";"))
+    assert data["prompts"] == list(texts)
+    assert data["buckets"][0] == {"first": 0, "last": 0, "assignment": 0, "formats": "1 × fp8, 1 × w8a8s"}
+    assert text.count("</script>") == 1
+    assert "4 steps in 4 buckets (steps with the same formats), " in text
 
 
 @pytest.mark.parametrize("length", ["", "0", "-1", "two", "1e3", "100001", "9" * 5000])

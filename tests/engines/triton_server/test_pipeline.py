@@ -146,8 +146,7 @@ def test_requests(bundle: Bundle, saved: Path, tmp_path: Path) -> None:
     for tensors, parameters, with_text, message in (
         (seeds | prompts, {"text": TEXT}, True, "got both, expected the parameter 'text' or 'prompt', 0 to 9"),
         (seeds, {}, True, "got neither"),
-        (seeds, {"text": TEXT}, False, "text: this model has no text encoder; ask with 'prompt', 0 to 9"),
-        (seeds, {}, False, "the request has no prompt; ask with"),
+        (seeds, {"text": TEXT}, False, f"text '{TEXT}': not one of the bundle's 0 texts; ask with 'prompt', 0 to 9"),
         (seeds, {"text": " "}, True, "text: got ' ', expected words"),
         (seeds, {"text": 3}, True, "text: got 3, expected words"),
         ({"seed": np.arange(3)}, {"text": TEXT}, True, "got 3 seeds, expected one seed for every prompt, 1 to 2"),

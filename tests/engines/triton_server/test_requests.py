@@ -1,5 +1,6 @@
 """What a request may ask, and the sentence for what it may not."""
 
+import json
 from dataclasses import replace
 from io import BytesIO
 
@@ -60,6 +61,22 @@ def test_bad_requests(bundle: Bundle, name: str) -> None:
     values, parameters, message = BAD[name]
     with pytest.raises(UserError, match=message):
         read_request(tensors(**values), parameters, bundle, max_samples=2)
+
+
+def test_texts_of_stored_prompts(bundle: Bundle) -> None:
+    manifest = bundle.manifest.model_copy(update={"prompt_texts": ("a 7", "a 9 above a 3", "two 4")})
+    known, seeds = Bundle(replace(bundle.files, manifest=manifest)), {"seed": np.array([7, 8])}
+    got = read_request(seeds, '{"text": "two 4"}', known, max_samples=2).generation.conditioning
+    expected = bundle.conditioning([2, 2]).conditional["pooled"]
+    np.testing.assert_array_equal(got.conditional["pooled"], expected)
+    for text, message in (
+        ("a 8", "text 'a 8': not one of the bundle's 3 texts, such as 'a 7'; ask for one of them or with 'prompt'"),
+        ("wxyz", "such as 'a 7', 'a 9 above a 3', 'two 4'; ask for one of them or with 'prompt', 0 to 2"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_request(seeds, json.dumps({"text": text}), known, max_samples=2)
+    with pytest.raises(UserError, match="got neither, expected the parameter 'text' or 'prompt', 0 to 2"):
+        read_request(seeds, "", known, max_samples=2)
 
 
 def test_no_seed(bundle: Bundle) -> None:
