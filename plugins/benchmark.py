@@ -30,7 +30,7 @@ log = logging.getLogger("adatsq_trt.plugins.benchmark")
 
 # (N, K) of the linear layers of Flux-dev, and tokens: prompts, small and full pictures; few, where memory decides.
 LAYERS = ((3072, 3072), (12288, 3072), (3072, 12288), (21504, 3072))
-TOKENS = (16, 64, 512, 1024, 4608)
+_TIMED_SHAPES = tuple((m, n, k) for m in (16, 64, 512, 1024, 4608) for n, k in LAYERS)
 _CHECKED_SHAPES = ((1, 64, 128), (17, 80, 256), (130, 336, 1152), (333, 1040, 3072))
 _CEILING_SIZE = 8192
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -46,7 +46,7 @@ class Timing:
         median_ms: of repetitions over at least 100 ms, after 25 ms of warm-up, the L2 cache emptied before each.
         p20_ms, p80_ms: their spread.
         of_bf16: time of torch.matmul in bf16 divided by this one: above 1 is faster.
-        of_ceiling: operations per second, divided by those of the fastest torch.matmul in bf16 seen on this card.
+        of_ceiling: operations per second, divided by those of a large torch.matmul in bf16 on this card, at its best.
     """
 
     what: str
@@ -142,39 +142,54 @@ def _check_quantizers(wrong: list[str], target: str, device: str) -> int:
     return count
 
 
-def _candidates(tiles: Tiles, target: str, m: int, n: int, k: int) -> Iterator[tuple[str, Callable[[], object]]]:
+def _candidates(
+    tiles: Tiles, target: str, device: str, m: int, n: int, k: int
+) -> Iterator[tuple[str, Callable[[], object]]]:
     """What is timed on one shape, torch.matmul first; weights and activations are quantized beforehand."""
-    x, w = (torch.randn(rows, k, device="cuda", dtype=torch.bfloat16) for rows in (m, n))
+    x, w = (torch.randn(rows, k, device=device, dtype=torch.bfloat16) for rows in (m, n))
     yield "torch.matmul bf16", lambda: x @ w.T
-    codes, w_codes = (torch.randint(-127, 128, (rows, k), device="cuda", dtype=torch.int8) for rows in (m, n))
+    codes, w_codes = (torch.randint(-127, 128, (rows, k), device=device, dtype=torch.int8) for rows in (m, n))
     if m > 16:  # a condition of torch._int_mm
         yield "torch._int_mm", lambda: torch._int_mm(codes, w_codes.T)
     if target in KERNELS["gemm_fp8"].targets:
-        one, (a, b) = torch.ones((), device="cuda"), (t.to(torch.float8_e4m3fn) for t in (x, w))
+        one, (a, b) = torch.ones((), device=device), (t.to(torch.float8_e4m3fn) for t in (x, w))
         yield "torch._scaled_mm", lambda: torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16)
     for even_odd in (False, True):
         order = "even-odd" if even_odd else "natural"
         yield f"quantize_tokens {order}", partial(cases.quantize_tokens, x, None, 127.0, even_odd)
     for place in places(target):
-        case = GEMMS[place.kernel](Problem(m, n, k, torch.bfloat16, device="cuda"), place.group)
+        case = GEMMS[place.kernel](Problem(m, n, k, torch.bfloat16, device=device), place.group)
         tile, name = tile_for(tiles[place], m), f"{place.kernel} {place.group or ''}".strip()
         yield name, partial(case.launch, tile)
 
 
-def measure(tiles: Tiles, target: str) -> list[Timing]:
-    """Time everything on every shape."""
-    size = torch.randn(_CEILING_SIZE, _CEILING_SIZE, device="cuda", dtype=torch.bfloat16)
-    ceiling = _CEILING_SIZE**3 / do_bench(lambda: size @ size, return_mode="min")
+def measure(
+    tiles: Tiles,
+    target: str,
+    device: str = "cuda",
+    shapes: Sequence[tuple[int, int, int]] = _TIMED_SHAPES,
+    largest: int = _CEILING_SIZE,
+) -> list[Timing]:
+    """Time everything on every shape.
+
+    Args:
+        tiles: how the kernels are cut.
+        target: whose kernels.
+        device: where they run: "cpu" is for the interpreter.
+        shapes: (M, N, K).
+        largest: rows and columns of the square matrices whose multiplication is taken for the card's ceiling.
+    """
+    square = torch.randn(largest, largest, device=device, dtype=torch.bfloat16)
+    ceiling = largest**3 / do_bench(lambda: square @ square, return_mode="min")
     timings = []
-    for m in TOKENS:
-        for n, k in LAYERS:
-            bf16 = math.nan
-            for what, run in _candidates(tiles, target, m, n, k):
-                median, low, high = do_bench(run, quantiles=[0.5, 0.2, 0.8])
-                bf16 = median if what.startswith("torch.matmul") else bf16
-                rate = m * n * k / median / ceiling
-                timings.append(Timing(what, m, n, k, median, low, high, bf16 / median, rate))
-                log.info("%-24s M %5d N %5d K %5d: %.4f ms, %.2f × bf16", what, m, n, k, median, bf16 / median)
+    for m, n, k in shapes:
+        bf16 = math.nan
+        for what, run in _candidates(tiles, target, device, m, n, k):
+            median, low, high = do_bench(run, quantiles=[0.5, 0.2, 0.8])
+            bf16 = median if what.startswith("torch.matmul") else bf16
+            rate = m * n * k / median / ceiling
+            timings.append(Timing(what, m, n, k, median, low, high, bf16 / median, rate))
+            log.info("%-24s M %5d N %5d K %5d: %.4f ms, %.2f × bf16", what, m, n, k, median, bf16 / median)
     return timings
 
 

@@ -73,13 +73,13 @@ def _sound(compiled: Iterable[Future[tuple[CompiledVariant, bytes]]]) -> bool:
         return False
 
 
-def _milliseconds(place: Place, tile: Tile, band: Band) -> float:
+def milliseconds(place: Place, tile: Tile, band: Band, device: str = "cuda") -> float:
     """Geometric mean over the band's tokens and the layers."""
     import torch
 
     logarithms = []
     for m, (n, k) in itertools.product(band.tokens, LAYERS):
-        case = GEMMS[place.kernel](Problem(m, n, k, torch.bfloat16, device="cuda"), place.group)
+        case = GEMMS[place.kernel](Problem(m, n, k, torch.bfloat16, device=device), place.group)
         logarithms.append(math.log(do_bench(lambda case=case: case.launch(tile), return_mode="median")))
     return math.exp(sum(logarithms) / len(logarithms))
 
@@ -100,6 +100,6 @@ def tune(jobs: int, start: Callable[[int], Callable[[], None]] = lambda _total: 
     found: dict[Place, tuple[Tile, ...]] = {}
     with compiler_pool(jobs) as pool:
         for place, band in searches:
-            found[place] = (*found.get(place, ()), fastest(place, band, pool, _milliseconds))
+            found[place] = (*found.get(place, ()), fastest(place, band, pool, milliseconds))
             advance()
     return found

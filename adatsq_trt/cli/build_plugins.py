@@ -66,9 +66,10 @@ def plugins(
 
 def _print(table: KernelTable) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    rows = Table("cubin", "warps", "registers", "shared memory", "spills", box=None)
+    name = Column("cubin", overflow="fold")  # a name that is cut off names no file
+    rows = Table(name, "warps", "registers", "shared memory", "spills", box=None)
     for entry in table.kernels:
         shared, spills = f"{entry.shared_bytes / 1024:.1f} KiB", f"{entry.spill_bytes} B"
         rows.add_row(entry.file, str(entry.num_warps), str(entry.registers), shared, spills)

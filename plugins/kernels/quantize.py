@@ -22,6 +22,8 @@ def _load_smoothed(x_row, smooth, inner, k, has_smooth):
 def quantize_tokens(x, smooth, q, scale, k, maximum, has_smooth, EVEN_ODD: tl.constexpr, BLOCK_K: tl.constexpr):
     """One token per program: q = round(x / smooth / scale), scale = max |x / smooth| / maximum.
 
+    A token that holds a NaN or an infinity gets the scale NaN, which its whole result then is: nothing hides it.
+
     Args:
         x: [M, K] float16 or bfloat16.
         smooth: [K] float32; not read when has_smooth is 0.
@@ -39,8 +41,10 @@ def quantize_tokens(x, smooth, q, scale, k, maximum, has_smooth, EVEN_ODD: tl.co
     largest = tl.zeros((BLOCK_K,), tl.float32)
     for start in range(0, k, BLOCK_K):
         values = _load_smoothed(x_row, smooth, start + tl.arange(0, BLOCK_K), k, has_smooth)
-        largest = tl.maximum(largest, tl.abs(values))
-    step = tl.maximum(tl.div_rn(tl.max(largest, axis=0), maximum), _SMALLEST)
+        largest = tl.maximum(largest, tl.abs(values), propagate_nan=tl.PropagateNan.ALL)
+    # The maximum of a block drops NaN. The difference is zero, or NaN where a value is not finite.
+    highest = tl.max(largest, axis=0) + tl.sum(largest - largest, axis=0)
+    step = tl.maximum(tl.div_rn(highest, maximum), _SMALLEST, propagate_nan=tl.PropagateNan.ALL)
     tl.store(scale + token, step)
     for start in range(0, k, BLOCK_K):
         inner = start + tl.arange(0, BLOCK_K)
@@ -57,7 +61,7 @@ def quantize_tokens(x, smooth, q, scale, k, maximum, has_smooth, EVEN_ODD: tl.co
 
 @triton.jit
 def quantize_fp8(x, scale, q, k, BLOCK_K: tl.constexpr):
-    """One token per program: q = x / scale, rounded to e4m3 and saturating at 448.
+    """One token per program: q = x / scale, rounded to e4m3 and saturating at 448; NaN stays NaN.
 
     Args:
         x: [M, K] float16 or bfloat16.
@@ -71,8 +75,8 @@ def quantize_fp8(x, scale, q, k, BLOCK_K: tl.constexpr):
     for start in range(0, k, BLOCK_K):
         inner = start + tl.arange(0, BLOCK_K)
         values = tl.load(x + token * k + inner, mask=inner < k, other=0.0).to(tl.float32)
-        codes = tl.clamp(tl.div_rn(values, step), -_E4M3_MAX, _E4M3_MAX).to(tl.float8e4nv)
-        tl.store(q + token * k + inner, codes, mask=inner < k)
+        kept = tl.clamp(tl.div_rn(values, step), -_E4M3_MAX, _E4M3_MAX, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(q + token * k + inner, kept.to(tl.float8e4nv), mask=inner < k)
 
 
 def even_odd(codes: Tensor) -> Tensor:

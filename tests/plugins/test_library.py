@@ -53,6 +53,48 @@ def build(kernels: Path, folder: Path, *options: str) -> Path:
     return folder / "libadatsq_plugins.so"
 
 
+def configure_with_fetched_headers(folder: Path, tag: str) -> subprocess.CompletedProcess[str]:
+    """CMake's first step, while the address of NVIDIA's repository stands for a small one on this disk."""
+    (folder / "kernels").mkdir(exist_ok=True)
+    (folder / "kernels" / "kernels.json").touch()
+    cuda = folder / "cuda" / "include"
+    cuda.mkdir(parents=True, exist_ok=True)
+    for header in ("cuda.h", "cuda_runtime_api.h"):
+        (cuda / header).touch()
+    options = [f"-DADATSQ_KERNELS={folder / 'kernels'}", f"-DADATSQ_FETCH_TENSORRT_HEADERS={tag}"]
+    options += [f"-DCUDA_INCLUDE_DIR={cuda}", f"-DPython3_EXECUTABLE={sys.executable}"]
+    address = {
+        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_KEY_0": f"url.file://{folder / 'TensorRT'}.insteadOf",
+        "GIT_CONFIG_VALUE_0": "https://github.com/NVIDIA/TensorRT.git",
+    }
+    command = ["cmake", "-S", PROJECT, "-B", folder / "build", *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **address})
+
+
+@pytest.mark.skipif(not all(map(shutil.which, ("cmake", "g++", "git"))), reason="no cmake, no g++ or no git")
+def test_headers_are_downloaded_and_nothing_else(tmp_path: Path) -> None:
+    repository = tmp_path / "TensorRT"
+    for name, text in {
+        "include/NvInferRuntime.h": "",
+        "include/NvInferVersion.h": "#define NV_TENSORRT_MAJOR 10\n#define NV_TENSORRT_MINOR 13\n",
+        "samples/large.bin": "not wanted",
+    }.items():
+        (repository / name).parent.mkdir(parents=True, exist_ok=True)
+        (repository / name).write_text(text)
+    git = ["git", "-C", repository, "-c", "user.name=a", "-c", "user.email=a@example.com"]
+    for words in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "headers"], ["tag", "v10.13.3"]):
+        subprocess.run([*git, *words], check=True)
+    fetched = configure_with_fetched_headers(tmp_path, "v10.13.3")
+    assert fetched.returncode == 0, fetched.stderr
+    assert "TensorRT headers: 10.13 in" in fetched.stdout
+    files = {path.name for path in (tmp_path / "build" / "tensorrt-v10.13.3").iterdir()}
+    assert files == {".git", "include"}
+    refused = configure_with_fetched_headers(tmp_path, "v99")
+    assert refused.returncode != 0
+    assert "cannot download the headers of tag 'v99'" in " ".join(refused.stderr.split())
+
+
 def run_harness(folder: Path, library: Path, way: str, driver: bool) -> str:
     path = str(folder / "test" / "driver") if driver else ""
     environment = {**os.environ, "LD_LIBRARY_PATH": path}

@@ -90,16 +90,19 @@ CUcontext currentContext() {
     return context;
 }
 
-std::optional<std::int32_t> currentCapability() {
+std::optional<Device> currentDevice() {
     if (!currentContext()) return std::nullopt;
     const Driver& driver = requireDriver();
     CUdevice device{};
-    int major = 0;
-    int minor = 0;
     driver.check(driver.ctxGetDevice(&device), "current device");
-    driver.check(driver.deviceGetAttribute(&major, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device), "capability");
-    driver.check(driver.deviceGetAttribute(&minor, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device), "capability");
-    return 10 * major + minor;
+    const auto attribute = [&](CUdevice_attribute which) {
+        int value = 0;
+        driver.check(driver.deviceGetAttribute(&value, which, device), "device attribute");
+        return value;
+    };
+    const int major = attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR);
+    const int minor = attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR);
+    return Device{10 * major + minor, attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)};
 }
 
 CUfunction functionOf(const Kernel& kernel) {

@@ -7,6 +7,7 @@
 
 namespace adatsq {
 
+struct Device;
 struct Kernel;
 
 /// The functions of the CUDA driver that the library calls, found in libcuda.so.1 at run time. CUDA 12 or newer.
@@ -33,8 +34,8 @@ const Driver* findDriver();
 /// The context that is current in this thread, if any.
 CUcontext currentContext();
 
-/// Compute capability of the current context's device, e.g. 89; none without a driver or a context.
-std::optional<std::int32_t> currentCapability();
+/// The current context's device; none without a driver or a context. Throws Error.
+std::optional<Device> currentDevice();
 
 /// The kernel as a function of the current context, loaded there. Thread-safe. Throws Error.
 ///

@@ -36,9 +36,9 @@ std::optional<std::int32_t> newest(std::string_view family, std::int32_t device)
     std::string list;
     for (const std::int32_t capability : known)
         list.append(list.empty() ? "sm" : ", sm").append(std::to_string(capability));
-    fail("no cubin of '", wanted.family, "' runs on compute capability ", wanted.capability / 10, ".",
-         wanted.capability % 10, "; embedded are ", list.empty() ? "none" : list,
-         "; build the library with --targets sm", wanted.capability);
+    const std::int32_t capability = wanted.device.capability;
+    fail("no cubin of '", wanted.family, "' runs on compute capability ", capability / 10, ".", capability % 10,
+         "; embedded are ", list.empty() ? "none" : list, "; build the library with --targets sm", capability);
 }
 
 /// Sizes can be unsuitable for a specialised kernel; alignment of pointers is checked at the launch.
@@ -56,13 +56,13 @@ bool holdsSizes(const Kernel& kernel, const Wanted& wanted) {
 bool isVariant(const Kernel& kernel, const Wanted& wanted, std::int32_t capability) {
     return kernel.family == std::string_view(wanted.family) && kernel.capability == capability &&
            kernel.element == wanted.element && kernel.group == wanted.group &&
-           (!wanted.order || kernel.order == *wanted.order);
+           (!wanted.order || kernel.order == *wanted.order) && kernel.sharedBytes <= wanted.device.sharedBytes;
 }
 
 }  // namespace
 
 std::vector<const Kernel*> candidates(const Wanted& wanted) {
-    const auto capability = newest(wanted.family, wanted.capability);
+    const auto capability = newest(wanted.family, wanted.device.capability);
     if (!capability) failWithoutArchitecture(wanted);
     std::vector<const Kernel*> found;
     for (std::size_t i = 0; i < kKernelCount; ++i) {
@@ -72,7 +72,8 @@ std::vector<const Kernel*> candidates(const Wanted& wanted) {
     if (found.empty()) {
         fail("no embedded kernel of '", wanted.family, "' for sm", *capability, " has group ", wanted.group, " and ",
              wanted.element == Element::kFp16 ? "fp16" : "bf16", " and takes M = ", wanted.m, ", N = ", wanted.n,
-             ", K = ", wanted.k, "; most take only N and K that are multiples of 16");
+             ", K = ", wanted.k, " with ", wanted.device.sharedBytes,
+             " bytes of shared memory; most take only N and K that are multiples of 16");
     }
     return found;
 }

@@ -62,10 +62,16 @@ extern const Kernel kKernels[];
 extern const std::size_t kKernelCount;
 extern const char* const kKernelsDigest;  ///< sha256 of kernels.json
 
+/// Where it is launched.
+struct Device {
+    std::int32_t capability;   ///< 89 for 8.9
+    std::int32_t sharedBytes;  ///< that a block can have: devices of one family differ
+};
+
 /// What a launch asks of a kernel.
 struct Wanted {
     const char* family;
-    std::int32_t capability;
+    Device device;
     Element element;
     std::int32_t group;
     std::optional<Order> order;  ///< none: any

@@ -95,21 +95,21 @@ std::size_t workspaceBytes(std::int64_t m, std::int64_t k) {
     return scalesOffset(m, k) + static_cast<std::size_t>(m) * sizeof(float);
 }
 
-std::vector<const Kernel*> gemmCandidates(const Layer& layer, const Problem& problem, std::int32_t capability) {
+std::vector<const Kernel*> gemmCandidates(const Layer& layer, const Problem& problem, const Device& device) {
     const Operands operands = layer.operands(problem.format);
-    return candidates({operands.gemm, capability, elementOf(problem), operands.grouped ? layer.groupSize() : 0,
+    return candidates({operands.gemm, device, elementOf(problem), operands.grouped ? layer.groupSize() : 0,
                        std::nullopt, problem.m, problem.n, problem.k});
 }
 
 LaunchPlan makePlan(const Layer& layer, const Problem& problem, std::int32_t tactic) {
-    const auto capability = currentCapability();
-    if (!capability) fail("there is no CUDA context in this thread");
+    const auto device = currentDevice();
+    if (!device) fail("there is no CUDA context in this thread");
     LaunchPlan plan{currentContext(), nullptr, nullptr, nullptr, nullptr};
-    plan.gemm = &choose(gemmCandidates(layer, problem, *capability), problem.m, tactic);
+    plan.gemm = &choose(gemmCandidates(layer, problem, *device), problem.m, tactic);
     plan.gemmFunction = functionOf(*plan.gemm);
     if (const char* quantizer = layer.operands(problem.format).quantizer) {
-        const Wanted wanted{quantizer,        *capability, elementOf(problem), 0,
-                            plan.gemm->order, problem.m,   problem.n,          problem.k};
+        const Wanted wanted{quantizer,        *device,   elementOf(problem), 0,
+                            plan.gemm->order, problem.m, problem.n,          problem.k};
         plan.quantizer = candidates(wanted).front();
         plan.quantizerFunction = functionOf(*plan.quantizer);
     }

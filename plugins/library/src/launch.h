@@ -16,7 +16,7 @@ namespace adatsq {
 std::size_t workspaceBytes(std::int64_t m, std::int64_t k);
 
 /// GEMM kernels that can do the problem on a device, tiles ascending: the tactics. Throws Error when there is none.
-std::vector<const Kernel*> gemmCandidates(const Layer& layer, const Problem& problem, std::int32_t capability);
+std::vector<const Kernel*> gemmCandidates(const Layer& layer, const Problem& problem, const Device& device);
 
 /// What one enqueue launches, loaded into one context.
 struct LaunchPlan {

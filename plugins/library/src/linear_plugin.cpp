@@ -133,9 +133,9 @@ std::size_t LinearPlugin::getWorkspaceSize(const DynamicPluginTensorDesc* inputs
 }
 
 std::int32_t LinearPlugin::countTactics() const {
-    const auto capability = currentCapability();
-    if (!problem_ || !capability) return 0;  // the default tactic alone
-    const auto count = static_cast<std::int32_t>(gemmCandidates(layer_, *problem_, *capability).size());
+    const auto device = currentDevice();
+    if (!problem_ || !device) return 0;  // the default tactic alone
+    const auto count = static_cast<std::int32_t>(gemmCandidates(layer_, *problem_, *device).size());
     return count > 1 ? count : 0;
 }
 

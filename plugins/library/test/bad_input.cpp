@@ -107,6 +107,11 @@ void checkDevices(const Session& session) {
     expectLogged(!launchOn(75), "runs on compute capability 7.5; embedded are sm80, sm90", "a GPU without a cubin");
     expectLogged(!launchOn(100), "runs on compute capability 10.0", "a later GPU without a cubin");
     expect(launchOn(89), "8.9 takes the cubin of sm80, its family");
+    const auto tacticsOn = [&](int capability) {
+        session.setCapability(capability);
+        return build(*plugin).getNbTactics();
+    };
+    expect(tacticsOn(80) == 2 && tacticsOn(89) == 0, "8.9 has no shared memory for the larger tile of sm80");
 
     const Node fp8{"fp8", "x,selector,w_fp8,w_fp8_scale,x_fp8_scale"};
     const auto fp8Plugin = fp8.fields().create(session, TensorRTPhase::kBUILD);

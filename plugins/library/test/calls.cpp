@@ -178,7 +178,7 @@ std::string expectedLaunches(const Node& node, const std::string& format, std::i
     }
     const std::int64_t tiles = ((m + blockM - 1) / blockM) * ((node.n + 63) / 64);
     text << gemm << variant << "_g" << (grouped ? node.groupSize : 0) << "_m" << blockM << " grid=" << tiles
-         << " threads=" << (blockM == 16 ? 128 : 256) << " shared=" << (blockM == 16 ? 8192 : 65536);
+         << " threads=" << (blockM == 16 ? 128 : 256) << " shared=" << (blockM == 16 ? 8192 : 131072);
     pointer("stream", stream);
     tokens || format == "fp8" ? pointer("x", kWorkspace) : input("x", "x");
     if (tokens) pointer("x_scale", scaleAddress);

@@ -42,9 +42,14 @@ CUresult ctxGetDevice(CUdevice* device) {
 }
 
 CUresult deviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice) {
-    *value =
-        attribute == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR ? currentCapability / 10 : currentCapability % 10;
-    return CUDA_SUCCESS;
+    switch (attribute) {
+    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *value = currentCapability / 10; return CUDA_SUCCESS;
+    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: *value = currentCapability % 10; return CUDA_SUCCESS;
+    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN:
+        *value = (currentCapability == 89 ? 99 : 163) * 1024;
+        return CUDA_SUCCESS;
+    default: return CUDA_ERROR_INVALID_VALUE;
+    }
 }
 
 CUresult getErrorString(CUresult, const char** words) {

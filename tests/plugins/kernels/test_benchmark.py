@@ -1,13 +1,17 @@
 """The GPU script as far as a CPU carries it: its refusal, and its comparisons in the interpreter."""
 
 import json
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+import adatsq_trt
 from adatsq_trt.errors import AdatsqError, DamagedFileError, DependencyError, OutputError
 from adatsq_trt.plugins import benchmark
 from adatsq_trt.plugins.kernels import cases, quantize
@@ -53,6 +57,52 @@ def test_without_a_gpu_nothing_is_written(tmp_path: Path) -> None:
     assert "needs an NVIDIA GPU" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def run_once(run: Callable[[], object], quantiles: Sequence[float] = (), **_: str) -> float | list[float]:
+    """In the place of the GPU's clock: one run, and a time that rises with each."""
+    run()
+    run_once.runs += 1  # type: ignore[attr-defined]
+    median = float(run_once.runs)  # type: ignore[attr-defined]
+    return [median, median - 0.5, median + 0.5] if quantiles else median
+
+
+@pytest.fixture
+def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole script on the CPU: the kernels run in the interpreter, on small shapes, beside a clock that lies."""
+    monkeypatch.setattr(run_once, "runs", 0, raising=False)
+    monkeypatch.setattr(benchmark, "do_bench", run_once)
+    monkeypatch.setattr(benchmark, "require_gpu", lambda: "sm90")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "no card")
+    monkeypatch.setattr(benchmark, "check", partial(benchmark.check, device="cpu", shapes=SHAPES))
+    timed = partial(benchmark.measure, device="cpu", shapes=((16, 32, 128), (17, 32, 128)), largest=8)
+    monkeypatch.setattr(benchmark, "measure", timed)
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_the_script_checks_and_times_every_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tuning.json").write_text(dump_tiles(TILES, "for the interpreter"))
+    files = ["--output", str(tmp_path / "results.json"), "--tuning", str(tmp_path / "tuning.json")]
+    monkeypatch.setattr(sys, "argv", ["run.py", *files])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(adatsq_trt, "__path__", [*adatsq_trt.__path__])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "benchmarks" / "kernels" / "run.py"), run_name="__main__")
+    assert ended.value.code == 0
+    timings = json.loads((tmp_path / "results.json").read_text())["timings"]
+    kernels = {f"{place.kernel} {place.group or ''}".strip() for place in TILES}
+    quantizers = {"quantize_tokens natural", "quantize_tokens even-odd"}
+    torchs = {"torch.matmul bf16", "torch._int_mm", "torch._scaled_mm"}
+    for m in (16, 17):
+        rows = [row for row in timings if row["m"] == m]
+        refused = {"torch._int_mm"} if m == 16 else set()
+        assert {row["what"] for row in rows} == kernels | quantizers | torchs - refused
+        bf16, *others = rows
+        assert (bf16["what"], bf16["of_bf16"]) == ("torch.matmul bf16", 1)
+        for row in others:
+            assert row["of_bf16"] == bf16["median_ms"] / row["median_ms"]
+            assert row["of_ceiling"] == m * 32 * 128 / row["median_ms"] / 8**3
+            assert row["p20_ms"] < row["median_ms"] < row["p80_ms"]
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Activation quantizers in the interpreter: every bit as PyTorch has it, since all their operations are IEEE's."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -51,6 +52,24 @@ def test_a_token_of_zeros_stays_zero_and_finite() -> None:
     codes, scale = cases.quantize_tokens(torch.zeros(1, 40, dtype=torch.float16), None, 127.0, False)
     assert not codes.any()
     assert 0 < float(scale) < 1e-11
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("smooth", [False, True])
+def test_a_token_that_is_not_finite_does_not_pass_for_one_that_is(value: float, smooth: bool) -> None:
+    x = torch.ones(3, 1500, dtype=torch.bfloat16)
+    x[1, 1400] = value
+    with np.errstate(invalid="ignore"):  # its codes are of no account
+        codes, scale = cases.quantize_tokens(x, torch.ones(1500) if smooth else None, 127.0, False)
+    assert scale.isnan().tolist() == [False, True, False]
+    assert (codes[[0, 2]] == 127).all()
+
+
+def test_fp8_keeps_nan_and_saturates_infinities() -> None:
+    x = torch.tensor([[torch.nan, torch.inf, -torch.inf, 1.0]], dtype=torch.float16)
+    codes = cases.quantize_fp8(x, torch.ones(1)).float()
+    assert codes[0, 0].isnan()
+    assert codes[0, 1:].tolist() == [448.0, -448.0, 1.0]
 
 
 def test_ties_go_to_even() -> None:

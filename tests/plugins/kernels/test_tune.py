@@ -4,6 +4,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future
 
 import pytest
+from torch import Tensor
 
 from adatsq_trt.errors import AdatsqError, DependencyError
 from adatsq_trt.plugins import tune
@@ -46,6 +47,24 @@ def test_the_fastest_that_compiles_without_spills_wins() -> None:
 
     best = tune.fastest(PLACE, tune.BANDS[0], Compiler(widest=128), wide_is_fast)
     assert (best.block_n, best.num_warps, best.num_stages) == (128, 4, 3)
+
+
+def test_a_tile_is_timed_on_every_layer_and_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that gives the number of products, after it has run the kernel in the interpreter."""
+    shapes: list[tuple[int, ...]] = []
+
+    def clock(run: Callable[[], Tensor], return_mode: str) -> float:
+        assert return_mode == "median"
+        y = run()
+        assert y.isfinite().all()
+        shapes.append(tuple(y.shape))
+        return 10.0 if len(shapes) % 2 else 1000.0
+
+    monkeypatch.setattr(tune, "do_bench", clock)
+    monkeypatch.setattr(tune, "LAYERS", ((32, 64), (48, 128)))
+    took = tune.milliseconds(PLACE, Tile(16, 16, 64, 2, 4, 2), tune.Band((16,), (16, 20)), "cpu")
+    assert shapes == [(16, 32), (16, 48), (20, 32), (20, 48)]
+    assert took == pytest.approx(100)  # the geometric mean
 
 
 def test_nothing_that_fits_is_said() -> None:
