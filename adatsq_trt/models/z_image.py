@@ -27,6 +27,7 @@ class ZImageAdapter(PromptedAdapter):
 
     architecture = "ZImageTransformer2DModel"
     model_class = ZImageTransformer2DModel
+    text_width = "cap_feat_dim"
     transformer: ZImageTransformer2DModel
     quantizable = re.compile(
         r"(noise_refiner|context_refiner|layers)\.\d+\.(attention\.(to_[qkv]|to_out\.0)|feed_forward\.w[123])"
