@@ -54,9 +54,7 @@ class Schedule:
         return latent + (self.sigmas[step + 1] - self.sigmas[step]) * velocity
 
 
-def make_schedule(
-    scheduler: FlowMatchEulerDiscreteScheduler, steps: int, image_tokens: int | None = None
-) -> Schedule:
+def make_schedule(scheduler: FlowMatchEulerDiscreteScheduler, steps: int, image_tokens: int | None = None) -> Schedule:
     """The schedule that diffusers' pipelines use with this scheduler.
 
     Flux and Z-Image ask for the sigmas 1 to 1/steps, shifted as the scheduler says. Wan takes the scheduler's own

@@ -94,9 +94,7 @@ def test_cpu_graphs_are_the_fake_quantized_model(exported, adapter, store, input
 
 def test_the_reference_is_the_full_precision_model(exported, adapter, inputs, run_cpu) -> None:
     folder, index, _ = exported
-    got = run_cpu(
-        str(folder / "onnx" / index.find("reference", None).path), {n: v.numpy() for n, v in inputs.items()}
-    )
+    got = run_cpu(str(folder / "onnx" / index.find("reference", None).path), {n: v.numpy() for n, v in inputs.items()})
     with torch.no_grad():
         wanted = adapter.predict(inputs).numpy()
     np.testing.assert_allclose(got, wanted, atol=1e-5 * np.abs(wanted).max())
@@ -115,10 +113,9 @@ def test_the_time_has_more_than_eight_bits_in_target_graphs(exported) -> None:
     assert kinds["timestep"] == "float"
 
 
+@pytest.mark.parametrize("exported", ["target"], indirect=True)
 def test_target_graphs_compile(exported) -> None:
     folder, index, policy = exported
-    if not any(graph.variant == "target" for graph in index.graphs):
-        pytest.skip("cpu graphs only")
     plans = build_plans(folder, index, [TARGETS["sm120"]], 4)
     assert [plan.assignment for plan in plans] == list(range(len(policy.assignments)))
     assert all(plan.bytes > 100_000 for plan in plans)

@@ -3,8 +3,8 @@
     python -m adatsq_trt.zoo.scenes.train_z_image --work runs/z-image --output adatsq_trt/zoo/weights
 
 Flow matching at the states of the usual mix of noise levels, but the target is the guided velocity of the teacher
-instead of noise - x0: it has no variance, and the student needs no second branch (Meng et al. 2023). The text encoder is
-the teacher's. Stopped and started again, the training goes on at its last checkpoint.
+instead of noise - x0: it has no variance, and the student needs no second branch (Meng et al. 2023). The text encoder
+is the teacher's. Stopped and started again, the training goes on at its last checkpoint.
 """
 
 from __future__ import annotations
