@@ -1,7 +1,6 @@
 """Unmodified pipelines of Z-Image and Wan, with their own text encoders and a bundle in the transformer's place."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,16 +40,17 @@ class Case:
     pipe: DiffusionPipeline
     request: dict[str, object]
 
+    @torch.no_grad()
     def condition(self, prompts: list[str]) -> dict[str, np.ndarray]:
         """What the pipeline's text encoder makes of prompts, filled up with zeros to the bundle's length."""
         encoded, _ = self.pipe.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=LENGTH)
         rows = [functional.pad(tokens, (0, 0, 0, LENGTH - len(tokens))) for tokens in encoded]
         return {"encoder_hidden_states": torch.stack(rows).numpy()}
 
-    def run(self, latents: np.ndarray, **changes: object) -> np.ndarray:
+    def run(self, noise: np.ndarray, **changes: object) -> np.ndarray:
         request = {
             "prompt": list(TEXT),
-            "latents": torch.from_numpy(latents),
+            "latents": torch.from_numpy(noise),
             "height": HEIGHT,
             "width": WIDTH,
             "num_inference_steps": STEPS,

@@ -9,9 +9,6 @@ is the teacher's. Stopped and started again, the training goes on at its last ch
 
 from __future__ import annotations
 
-import argparse
-import json
-import logging
 from pathlib import Path
 
 import torch
@@ -19,7 +16,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
 from torch import Tensor
 from torch.nn import functional
 
-from adatsq_trt.files import write_bytes
 from adatsq_trt.image import ImageShape
 from adatsq_trt.models.flux import FluxAdapter
 from adatsq_trt.models.prompts import TextEncoder
@@ -29,10 +25,17 @@ from adatsq_trt.zoo.sampling import sample
 from adatsq_trt.zoo.scenes.judge import column_scores, load_judge
 from adatsq_trt.zoo.scenes.prompts import evaluation_prompts
 from adatsq_trt.zoo.scenes.train_flux import GUIDANCE, PROMPTS, SCENES, SHIFT, velocity
-from adatsq_trt.zoo.scenes.training import PATCH_SIZE, SceneSet, Trainer, make_scenes, noisy_batch, save_model
+from adatsq_trt.zoo.scenes.training import (
+    PATCH_SIZE,
+    SceneSet,
+    Trainer,
+    finish,
+    make_scenes,
+    noisy_batch,
+    parse_arguments,
+)
 from adatsq_trt.zoo.scenes.world import IMAGE_SIZE
 
-LOGGER = logging.getLogger(__name__)
 NAME, STEPS, BATCH, ITERATIONS, RATE = "scenes-z-image", 10, 32, 2400, 1e-3
 # Z-Image cuts its latents in patches of 2 x 2, so a place of the latent is half of the teacher's patch wide.
 PIXELS = PATCH_SIZE // 2
@@ -88,24 +91,18 @@ def train(work: Path, iterations: int) -> ZImageAdapter:
     return student
 
 
+def measure(adapter: ZImageAdapter) -> dict[str, float]:
+    """The judge's scores in the six columns, over `PROMPTS` samples."""
+    prompts = evaluation_prompts(PROMPTS)
+    numbers = [adapter.prompts.index(str(prompt)) for prompt in prompts]
+    return column_scores(load_judge(), sample(adapter, numbers, STEPS, 1.0, seed=1), prompts)
+
+
 def main() -> None:
     """Train, save, measure."""
-    parser = argparse.ArgumentParser(description=f"Train {NAME}.")
-    parser.add_argument("--work", type=Path, required=True, help="checkpoints")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the zoo")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--iterations", type=int, default=ITERATIONS)
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    torch.manual_seed(arguments.seed)
-    adapter, prompts = train(arguments.work, arguments.iterations), evaluation_prompts(PROMPTS)
-    folder = arguments.output / NAME
-    save_model(adapter, folder, STEPS, 1.0)
-    numbers = [adapter.prompts.index(str(prompt)) for prompt in prompts]
-    scores = column_scores(load_judge(), sample(adapter, numbers, STEPS, 1.0, seed=1), prompts)
-    record = {"seed": arguments.seed, "iterations": arguments.iterations, "scores": scores}
-    write_bytes(folder / "training.json", (json.dumps(record, indent=2) + "\n").encode())
-    LOGGER.info("%s", json.dumps(record))
+    arguments = parse_arguments(NAME, ITERATIONS)
+    adapter = train(arguments.work, arguments.iterations)
+    finish(adapter, NAME, STEPS, 1.0, measure, arguments)
 
 
 if __name__ == "__main__":

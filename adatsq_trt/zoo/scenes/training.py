@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from adatsq_trt.models.prompts import TextEncoder
 from adatsq_trt.zoo import TextEncoderConfig
 from adatsq_trt.zoo.scenes.world import Painter, draw_prompt, draw_scene, load_split
 
+AdapterT = TypeVar("AdapterT", bound=PromptedAdapter)
 LOGGER = logging.getLogger(__name__)
 SIGMA_MEAN, SIGMA_STD = 0.8, 1.2
 PATCH_SIZE, AVERAGE, WARM_UP, COOL_DOWN = 4, 0.999, 0.04, 0.3
@@ -167,3 +170,49 @@ def save_model(adapter: PromptedAdapter, folder: Path, steps: int, guidance: flo
         **({} if adapter.image.frames is None else {"frames": adapter.image.frames}),
     }
     write_bytes(folder / "model_index.json", (json.dumps(index, indent=2) + "\n").encode())
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a training is told.
+
+    Attributes:
+        work: folder of the checkpoint.
+        output: folder of the zoo.
+        seed: of weights, batches and noise.
+        iterations: in all, those before a checkpoint included.
+    """
+
+    work: Path
+    output: Path
+    seed: int
+    iterations: int
+
+
+def parse_arguments(name: str, iterations: int) -> Arguments:
+    """Read the command line of a training of one stage, and set logging and the seed accordingly."""
+    parser = argparse.ArgumentParser(description=f"Train {name}.")
+    parser.add_argument("--work", type=Path, required=True, help="checkpoints")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the zoo")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--iterations", type=int, default=iterations)
+    arguments = Arguments(**vars(parser.parse_args()))
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.manual_seed(arguments.seed)
+    return arguments
+
+
+def finish(
+    adapter: AdapterT,
+    name: str,
+    steps: int,
+    guidance: float,
+    measure: Callable[[AdapterT], dict[str, float]],
+    arguments: Arguments,
+) -> None:
+    """Save a trained model and the record of its training, with its scores as it will be loaded."""
+    folder = arguments.output / name
+    save_model(adapter, folder, steps, guidance)
+    record = {"seed": arguments.seed, "iterations": arguments.iterations, "scores": measure(adapter)}
+    write_bytes(folder / "training.json", (json.dumps(record, indent=2) + "\n").encode())
+    LOGGER.info("%s: %s", name, json.dumps(record))
