@@ -56,7 +56,7 @@ class WanAdapter(PromptedAdapter):
         return make_schedule(self.scheduler, steps)
 
 
-class RealRotaryProcessor(WanAttnProcessor):
+class RealRotaryProcessor(WanAttnProcessor):  # type: ignore[misc]
     """Wan's attention without assignments to slices, which the exporter would turn into scatters."""
 
     def __call__(
@@ -74,7 +74,8 @@ class RealRotaryProcessor(WanAttnProcessor):
         if rotary_emb is not None:
             cosines, sines = rotary_emb  # every angle twice
             query, key = (rotate_pairs(x, cosines[..., ::2], sines[..., ::2]).type_as(x) for x in (query, key))
-        mixed = functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)))
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        mixed = functional.scaled_dot_product_attention(query, key, value)
         return attn.to_out[0](mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
