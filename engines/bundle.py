@@ -20,6 +20,7 @@ from adatsq_trt.fields import Count, Name
 from adatsq_trt.files import read_json_model, sha256, write_json_model
 from adatsq_trt.formats import Target
 from adatsq_trt.graph_index import INDEX_NAME, GraphFile, GraphIndex
+from adatsq_trt.image import ImageShape
 from adatsq_trt.policy import Policy
 from adatsq_trt.schedule import Schedule
 
@@ -73,23 +74,30 @@ class ScheduleRecord(_Record):
 
 
 class ImageSpec(_Record):
-    """How a latent becomes an image.
+    """An `ImageShape` as text.
 
     Attributes:
-        patches: patches along one side.
-        channels: channels of the image.
+        patches: from top to bottom.
+        channels: of the image.
         patch_size: height and width of a patch in pixels.
+        columns: patches from left to right; as many as from top to bottom unless given.
+        frames: of a video; None for an image.
     """
 
     patches: Count
     channels: Count
     patch_size: Count = 2
+    columns: Count | None = None
+    frames: Count | None = None
+
+    @property
+    def shape(self) -> ImageShape:
+        """What decodes latents."""
+        return ImageShape(**self.model_dump())
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Unpack patches of p x p: [B, patches², p² c] in [-1, 1] → [B, p patches, p patches, c] in [0, 1], float32."""
-        side, channels, pixels = self.patches, self.channels, self.patch_size
-        grid = latents.reshape(-1, side, side, channels, pixels, pixels).transpose(0, 1, 4, 2, 5, 3)
-        return np.clip(grid.reshape(-1, pixels * side, pixels * side, channels) / 2 + 0.5, 0, 1)
+        """Latents → images or videos in [0, 1], as `ImageShape.decode`."""
+        return self.shape.decode(latents)
 
 
 class Manifest(_Record):
@@ -136,8 +144,7 @@ class Manifest(_Record):
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
-        elements = prod(self.latent_shape)
-        pixels = self.image.channels * (self.image.patch_size * self.image.patches) ** 2
+        elements, pixels = prod(self.latent_shape), self.image.shape.elements
         if elements > MAX_LATENT_ELEMENTS:
             raise ValueError(f"a latent of {elements} elements, the most is {MAX_LATENT_ELEMENTS}")
         if elements != pixels:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import onnx_ir as ir
@@ -17,7 +17,9 @@ import torch
 from onnx_ir.passes import common
 from torch import Tensor, nn
 
+from adatsq_trt.errors import AdatsqError
 from adatsq_trt.export.name_nodes import NameNodes
+from adatsq_trt.export.widen_convolutions import WidenConvolutions
 
 # FP4 needs opset 23, but with it the exporter writes attention as one `Attention` node, which TensorRT-RTX 1.7 refuses
 # wherever it has no fused kernel. Every operator that opset 21 exports means the same in 23.
@@ -25,7 +27,13 @@ OPSET = 21
 BATCH_AXIS = "batch"
 
 
-def trace(module: nn.Module, inputs: Mapping[str, Tensor], output: str, base: torch.dtype) -> ir.Model:
+def trace(
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    output: str,
+    base: torch.dtype,
+    float32_inputs: Collection[str] = (),
+) -> ir.Model:
     """Export a module once, with a dynamic batch.
 
     Args:
@@ -33,19 +41,24 @@ def trace(module: nn.Module, inputs: Mapping[str, Tensor], output: str, base: to
         inputs: an example, name → [batch, ...] float32, in the order of the module's arguments.
         output: name of the graph's output.
         base: bfloat16, float16 or float32: type of the parameters, inputs and output.
+        float32_inputs: names of inputs that stay float32.
 
     Returns:
         An opset 21 graph. Its nodes are named by module path, which they also carry as metadata (`name_nodes`).
+
+    Raises:
+        AdatsqError: the module computes with the number of rows as a constant.
     """
     twin = copy.deepcopy(module).eval()
     # Buffers keep their type: they hold position ids and frequencies, which forward casts where it wants to.
-    for parameter in twin.parameters():
-        parameter.data = parameter.data.to(base)
+    for name, parameter in twin.named_parameters():
+        if not _stays_float32(twin, name):
+            parameter.data = parameter.data.to(base)
     batch = torch.export.Dim(BATCH_AXIS)
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             twin,
-            tuple(_example(value, base) for value in inputs.values()),
+            tuple(_example(v, torch.float32 if n in float32_inputs else base) for n, v in inputs.items()),
             dynamo=True,
             opset_version=OPSET,
             input_names=list(inputs),
@@ -55,8 +68,26 @@ def trace(module: nn.Module, inputs: Mapping[str, Tensor], output: str, base: to
         )
     assert program is not None, "the exporter was given no file, so it returns the program"
     model = program.model
-    ir.passes.Sequential(NameNodes(_wrapper_prefix(module)), common.RemoveUnusedNodesPass())(model)
+    _require_dynamic_batch(model)
+    tidy = (NameNodes(_wrapper_prefix(module)), WidenConvolutions(), common.RemoveUnusedNodesPass())
+    ir.passes.Sequential(*tidy)(model)
     return model
+
+
+def _require_dynamic_batch(model: ir.Model) -> None:
+    """The exporter does not complain when a module turns the batch into a number, by len() or int()."""
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.shape is None or isinstance(value.shape[0], int):
+            raise AdatsqError(
+                f"'{value.name}' has the shape {value.shape} in the traced graph, expected any number of rows; use "
+                "x.shape[0] or -1 in the trace module where it uses len(x) or a number"
+            )
+
+
+def _stays_float32(module: nn.Module, parameter: str) -> bool:
+    """Whether diffusers keeps a parameter in float32 when it loads the model in 16 bits."""
+    kept = [name for child in module.children() for name in getattr(child, "_keep_in_fp32_modules", None) or ()]
+    return any(part in kept for part in parameter.split("."))
 
 
 def _example(value: Tensor, base: torch.dtype) -> Tensor:
