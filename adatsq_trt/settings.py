@@ -9,12 +9,35 @@ from pydantic import BaseModel, ConfigDict
 SETTINGS_NAME = "settings.json"
 
 
+class PipelineSettings(BaseModel):
+    """A checkpoint that the user brought, and what it draws.
+
+    Attributes:
+        path: absolute path of a pipeline, a transformer or a single file; or the hub id of a pipeline.
+        base: path or hub id of the pipeline that a transformer or a single file belongs to.
+        loras: FILE:SCALE of what is fused into the transformer.
+        height: in pixels; None until the pipeline's default is known.
+        width: in pixels; None likewise.
+        prompts: what calibration draws, and what the bundle can be asked for.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str
+    base: str | None = None
+    loras: tuple[str, ...] = ()
+    height: int | None = None
+    width: int | None = None
+    prompts: tuple[str, ...]
+
+
 class Settings(BaseModel):
     """The resolved settings of `build engine`.
 
     Attributes:
         schema_version: of this file.
         model: name of the model.
+        pipeline: where it comes from, if it is none of the zoo.
         weights_sha256: hash of its transformer's weights.
         model_sha256: hash of all its configurations and weights.
         format_set: what the user asked for.
@@ -42,6 +65,7 @@ class Settings(BaseModel):
 
     schema_version: Literal[1] = 1
     model: str
+    pipeline: PipelineSettings | None = None
     weights_sha256: str
     model_sha256: str
     format_set: str

@@ -30,6 +30,7 @@ GRAPH_FOLDER = "onnx"
 PLAN_FOLDER = "plans"
 SCALES_NAME = "activation_scales.safetensors"
 PROMPTS_NAME = "prompts.safetensors"
+VAE_FOLDER = "vae"
 REFERENCE_NAME = "check/reference.safetensors"
 CONDITIONAL, UNCONDITIONAL = "conditional.", "unconditional."  # what the names of stored prompts start with
 
@@ -76,20 +77,33 @@ class ImageSpec(_Record):
     """How a latent becomes an image.
 
     Attributes:
-        patches: patches along one side.
-        channels: channels of the image.
-        patch_size: height and width of a patch in pixels.
+        patches: patches from the upper to the lower edge.
+        channels: channels of the image, or of the VAE's latent.
+        patch_size: height and width of a patch in pixels, or in cells of the VAE's latent.
+        columns: patches from left to right; None for a square image.
+        vae: what the patches make up is the latent of the bundle's VAE.
     """
 
     patches: Count
     channels: Count
     patch_size: Count = 2
+    columns: Count | None = None
+    vae: bool = False
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.patches, self.columns or self.patches
+
+    def unpack(self, latents: np.ndarray) -> np.ndarray:
+        """Patches of p x p: [B, rows * columns, p² c] → [B, p rows, p columns, c]."""
+        (rows, columns), channels, pixels = self.grid, self.channels, self.patch_size
+        grid = latents.reshape(-1, rows, columns, channels, pixels, pixels).transpose(0, 1, 4, 2, 5, 3)
+        return grid.reshape(-1, pixels * rows, pixels * columns, channels)
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Unpack patches of p x p: [B, patches², p² c] in [-1, 1] → [B, p patches, p patches, c] in [0, 1], float32."""
-        side, channels, pixels = self.patches, self.channels, self.patch_size
-        grid = latents.reshape(-1, side, side, channels, pixels, pixels).transpose(0, 1, 4, 2, 5, 3)
-        return np.clip(grid.reshape(-1, pixels * side, pixels * side, channels) / 2 + 0.5, 0, 1)
+        """Patches in [-1, 1] → images in [0, 1], float32, of a bundle without VAE."""
+        return np.clip(self.unpack(latents) / 2 + 0.5, 0, 1)
 
 
 class Manifest(_Record):
@@ -137,7 +151,7 @@ class Manifest(_Record):
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
         elements = prod(self.latent_shape)
-        pixels = self.image.channels * (self.image.patch_size * self.image.patches) ** 2
+        pixels = self.image.channels * self.image.patch_size**2 * prod(self.image.grid)
         if elements > MAX_LATENT_ELEMENTS:
             raise ValueError(f"a latent of {elements} elements, the most is {MAX_LATENT_ELEMENTS}")
         if elements != pixels:

@@ -136,11 +136,11 @@ class AdatsqTransformer(nn.Module):
 
     def _require_positions(self, img_ids: Tensor, txt_ids: Tensor) -> None:
         """Positions are constants of the graph, so the pipeline's must be the same."""
-        side = self.bundle.manifest.image.patches
-        rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+        height, width = self.bundle.manifest.image.grid
+        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         wanted = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
         if txt_ids.any() or img_ids.shape != wanted.shape or not torch.equal(img_ids.cpu().long(), wanted):
             raise MismatchError(
-                f"positions: got {len(img_ids)} image tokens, the bundle was exported for {side} x {side} and text "
+                f"positions: got {len(img_ids)} image tokens, the bundle was exported for {height} x {width} and text "
                 "positions of zero; call the pipeline with that height and width"
             )

@@ -94,7 +94,7 @@ def save_pipeline(folder: Path) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         adapter = make_adapter()
-        clip_tokenizer, t5_tokenizer = _tokenizers()
+        clip_tokenizer, t5_tokenizer = tokenizers()
         common = {"vocab_size": len(t5_tokenizer), "num_heads": 2, "num_layers": 1}
         clip = CLIPTextConfig(
             vocab_size=len(clip_tokenizer),
@@ -127,7 +127,7 @@ def save_pipeline(folder: Path) -> Path:
     return folder
 
 
-def _tokenizers() -> tuple[CLIPTokenizer, T5TokenizerFast]:
+def tokenizers() -> tuple[CLIPTokenizer, T5TokenizerFast]:
     """One token for each of the words, and merges of two symbols that build CLIP's."""
     vocabulary, merges = {"<|startoftext|>": 0, "<|endoftext|>": 1}, []
     for word in WORDS:

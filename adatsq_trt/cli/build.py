@@ -30,11 +30,58 @@ class LayoutName(StrEnum):
     PLUGIN = "plugin"
 
 
-_POLICY, _EFFORT = "The policy", "The effort"
+_CHECKPOINT, _POLICY, _EFFORT = "A checkpoint of your own", "The policy", "The effort"
 # Each batch of samples has a million seeds of its own; a scheduler has a thousand timesteps.
 _MOST_SAMPLES, _MOST_STEPS, _MOST_PATHS = 1_000_000, 1000, 1000
 
-Model = Annotated[str, typer.Argument(help="Name of a model: see 'adatsq-trt models'.", show_default=False)]
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="Name of a model (see 'adatsq-trt models'), folder of a diffusers pipeline or transformer, .safetensors "
+        "file of a transformer, or hub id of a pipeline.",
+        show_default=False,
+    ),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        help="Folder or hub id of the pipeline that a transformer or a single file belongs to.",
+        show_default="none",
+        rich_help_panel=_CHECKPOINT,
+    ),
+]
+Lora = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        metavar="FILE[:SCALE]",
+        help="LoRA to fuse into the transformer first; may be repeated.",
+        show_default="none",
+        rich_help_panel=_CHECKPOINT,
+    ),
+]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompts",
+        help="File with what calibration draws, a prompt in each line.",
+        show_default="128 prompts of this package",
+        rich_help_panel=_CHECKPOINT,
+    ),
+]
+Height = Annotated[
+    int | None,
+    typer.Option(
+        "--height", min=1, help="Of the picture, in pixels.", show_default="the model's", rich_help_panel=_CHECKPOINT
+    ),
+]
+Width = Annotated[
+    int | None,
+    typer.Option(
+        "--width", min=1, help="Of the picture, in pixels.", show_default="the model's", rich_help_panel=_CHECKPOINT
+    ),
+]
 TargetOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -178,6 +225,11 @@ def engine(
     calibration_samples: Calibration = None,
     selection_samples: Selection = None,
     held_out_samples: HeldOut = None,
+    base: Base = None,
+    lora: Lora = None,
+    prompts: Prompts = None,
+    height: Height = None,
+    width: Width = None,
     until: Annotated[StageName, typer.Option(hidden=True)] = StageName.BUNDLE,
 ) -> None:
     """Run all stages: from a model to TensorRT engines in a bundle.
@@ -186,6 +238,7 @@ def engine(
 
     Example: adatsq-trt build engine digits-flux --target sm120 -o runs/demo
     """
+    from adatsq_trt.cli.loading import ModelRequest
     from adatsq_trt.cli.options import Request, run_stages
 
     counts = {
@@ -196,7 +249,7 @@ def engine(
         "held_out_samples": held_out_samples,
     }
     request = Request(
-        model=model,
+        model=ModelRequest(model, base, tuple(lora or ()), prompts, height, width),
         targets=tuple(dict.fromkeys(target or ())),
         output=output,
         formats=formats,

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from adatsq_trt.cli.build import StageName
+from adatsq_trt.cli.loading import ModelRequest, OpenedModel, open_model, reopen_model, require_model
 from adatsq_trt.errors import UserError
 from adatsq_trt.formats import (
     PLUGIN_LAYOUT,
@@ -25,13 +26,11 @@ from adatsq_trt.formats import (
 )
 from adatsq_trt.policy import GIVEN_POLICY_ADVICE, Policy
 from adatsq_trt.settings import SETTINGS_NAME, Settings
-from adatsq_trt.zoo import find_model
 
 if TYPE_CHECKING:
     from adatsq_trt.cli.stages.context import Context
     from adatsq_trt.engines.sizes import SizeReport
     from adatsq_trt.report.summary import Summary
-    from adatsq_trt.zoo.loading import LoadedModel
 
 SIMULATED_SET = "paper-fine"  # what --simulate without a target studies
 PLUGIN_TARGET = "sm90"  # of layout `plugin` without a target: its graph is the same for all
@@ -41,7 +40,7 @@ PLUGIN_TARGET = "sm90"  # of layout `plugin` without a target: its graph is the 
 class Request:
     """The command line's options; None stands for "the default"."""
 
-    model: str
+    model: ModelRequest
     targets: tuple[str, ...]
     output: Path | None
     formats: str | None
@@ -80,7 +79,7 @@ def choose(request: Request) -> Choice:
     Raises:
         UserError: names, formats, targets, numbers or files that do not go together.
     """
-    find_model(request.model)
+    require_model(request.model)
     names = request.targets
     if request.layout == PLUGIN_LAYOUT:
         names = names or (PLUGIN_TARGET,)
@@ -111,18 +110,20 @@ def _policy_text(path: Path | None) -> str | None:
     return Policy.load(path, GIVEN_POLICY_ADVICE).model_dump_json()
 
 
-def resolve(request: Request, choice: Choice, model: LoadedModel) -> Settings:
+def resolve(request: Request, choice: Choice, opened: OpenedModel) -> Settings:
     """Fill in the model's defaults.
 
     Raises:
         UserError: formats that do not suit the model's layers; a guidance scale for a model that takes none.
     """
+    model = opened.outline
     if request.guidance is not None and not model.adapter.takes_guidance:
-        raise UserError(f"--guidance {request.guidance:g}: model '{request.model}' takes no guidance; leave it out")
+        raise UserError(f"--guidance {request.guidance:g}: model '{model.name}' takes no guidance; leave it out")
     layers = model.adapter.quantizable_layers().items()
     require_shapes(choice.formats, [(name, layer.in_features) for name, layer in layers])
     return Settings(
-        model=request.model,
+        model=model.name,
+        pipeline=opened.settings,
         weights_sha256=model.weights_sha256,
         model_sha256=model.model_sha256,
         format_set=choice.format_set,
@@ -149,14 +150,13 @@ def run_stages(request: Request, until: StageName) -> None:
     from adatsq_trt.engines.sizes import size_report
     from adatsq_trt.files import write_json_model
     from adatsq_trt.run import RunDirectory
-    from adatsq_trt.zoo.loading import load_model
 
-    model = load_model(request.model)
-    settings = resolve(request, choice, model)
-    search.require_possible(settings, model)
+    opened = open_model(request.model)
+    settings = resolve(request, choice, opened)
+    search.require_possible(settings, opened.outline)
     console = Console()
     # A simulated run gets a folder of its own, so that it never replaces a run with engines.
-    names = [request.model, *choice.targets, *(["simulated"] if request.simulate else [])]
+    names = [settings.model, *choice.targets, *(["simulated"] if request.simulate else [])]
     output = request.output or Path("runs") / "-".join(names)
     stages = {
         StageName.CALIBRATE: calibrate.run,
@@ -167,8 +167,8 @@ def run_stages(request: Request, until: StageName) -> None:
     }
     with RunDirectory.open(output) as run:
         console.print(_settings_table(settings))
-        context = Context(run, settings, model)
         write_json_model(run.path / SETTINGS_NAME, settings)
+        context = Context(run, settings, opened.load(run))
         result = stages[until](context).folder
         if until is StageName.BUNDLE:
             console.print(summary_table(summary.write(context)))
@@ -191,19 +191,19 @@ def open_run(path: Path) -> Context:
     from adatsq_trt.cli.stages.context import Context
     from adatsq_trt.files import read_json_model
     from adatsq_trt.run import RunDirectory
-    from adatsq_trt.zoo.loading import load_model
 
     run = RunDirectory.existing(path)
     settings = read_json_model(run.path / SETTINGS_NAME, Settings)
-    return Context(run, settings, load_model(settings.model))
+    return Context(run, settings, reopen_model(settings, run))
 
 
 def _settings_table(settings: Settings) -> Table:
     table = Table("setting", "value", box=None, title="settings", title_justify="left")
-    for name, value in settings.model_dump().items():
-        if name not in ("schema_version", "weights_sha256", "model_sha256", "policy"):
-            shown = ", ".join(value) if isinstance(value, tuple) else str(value)
-            table.add_row(name, shown)
+    values = settings.model_dump(exclude={"schema_version", "weights_sha256", "model_sha256", "policy", "pipeline"})
+    if settings.pipeline is not None:
+        values |= settings.pipeline.model_dump(exclude={"prompts"}) | {"prompts": len(settings.pipeline.prompts)}
+    for name, value in values.items():
+        table.add_row(name, ", ".join(value) if isinstance(value, tuple) else str(value))
     return table
 
 

@@ -38,14 +38,23 @@ class ImageShape:
     """What a latent decodes to.
 
     Attributes:
-        patches: along one side of the square image; a latent token each.
-        channels: of the image.
-        patch_size: height and width of a patch in pixels.
+        patches: from the upper to the lower edge; a latent token each.
+        channels: of the image, or of the VAE's latent.
+        patch_size: height and width of a patch in pixels, or in cells of the VAE's latent.
+        columns: patches from left to right; None for a square image.
+        vae: what the patches make up is not the image but the latent that a VAE decodes.
     """
 
     patches: int
     channels: int
     patch_size: int = 2
+    columns: int | None = None
+    vae: bool = False
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.patches, self.columns or self.patches
 
 
 class ModelAdapter(ABC):
@@ -108,7 +117,10 @@ class ModelAdapter(ABC):
 
     @abstractmethod
     def decode(self, latent: Tensor) -> Tensor:
-        """Latents [batch, *latent_shape] → images [batch, height, width, channels] in [0, 1]."""
+        """Latents [batch, *latent_shape] → images [batch, height, width, channels] in [0, 1].
+
+        With a VAE they are what it decodes, not scaled: [batch, height, width, channels] of its own latent.
+        """
 
     def guided_inputs(
         self, latent: Tensor, model_time: float, conditioning: Conditioning, guidance: float

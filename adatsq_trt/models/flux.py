@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from math import prod
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
@@ -22,7 +23,7 @@ MIN_FEATURES = 16
 
 
 class FluxAdapter(ModelAdapter):
-    """A Flux with a closed set of prompts, on square images cut in patches, as Flux packs its latents."""
+    """A Flux with a closed set of prompts, on images cut in patches, as Flux packs its latents."""
 
     architecture = "FluxTransformer2DModel"
     transformer: FluxTransformer2DModel
@@ -38,8 +39,7 @@ class FluxAdapter(ModelAdapter):
         """Adapt a transformer.
 
         Args:
-            transformer: with in_channels = patch_size² * image channels and pooled_projection_dim =
-                joint_attention_dim = the encoder's width.
+            transformer: with in_channels = patch_size² * channels of the image or of the VAE's latent.
             encoder: of the prompts.
             scheduler: its configuration decides the sigmas.
             image: what a latent decodes to.
@@ -49,9 +49,9 @@ class FluxAdapter(ModelAdapter):
         self.encoder = encoder.float().eval()
         self.scheduler = scheduler
         self.image = image
-        self.latent_shape = (image.patches**2, transformer.config.in_channels)
+        self.latent_shape = (prod(image.grid), transformer.config.in_channels)
         self._guidance_distilled = guidance_distilled
-        self._trace = FluxTrace(self.transformer, image.patches, encoder.text_tokens)
+        self._trace = FluxTrace(self.transformer, image.grid, encoder.text_tokens)
 
     def quantizable_layers(self) -> dict[str, nn.Linear]:
         """Attention and feed-forward linears of both kinds of block."""
@@ -109,22 +109,22 @@ class FluxAdapter(ModelAdapter):
         return self._trace
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Unpack patches: [B, patches², p² c] → [B, size, size, c], from [-1, 1] to [0, 1]."""
-        side, channels, pixels = self.image.patches, self.image.channels, self.image.patch_size
-        grid = latent.reshape(-1, side, side, channels, pixels, pixels)
-        image = grid.permute(0, 1, 4, 2, 5, 3).reshape(-1, pixels * side, pixels * side, channels)
-        return (image / 2 + 0.5).clamp(0, 1)
+        """Unpack patches: [B, rows * columns, p² c] → [B, p rows, p columns, c]; an image from [-1, 1] to [0, 1]."""
+        (rows, columns), channels, pixels = self.image.grid, self.image.channels, self.image.patch_size
+        grid = latent.reshape(-1, rows, columns, channels, pixels, pixels)
+        image = grid.permute(0, 1, 4, 2, 5, 3).reshape(-1, pixels * rows, pixels * columns, channels)
+        return image if self.image.vae else (image / 2 + 0.5).clamp(0, 1)
 
 
 class FluxTrace(nn.Module):
     """FluxTransformer2DModel with positional tensors only; image and text ids are buffers of the module."""
 
-    def __init__(self, transformer: FluxTransformer2DModel, patches: int, text_tokens: int) -> None:
-        """Wrap a transformer for images of `patches` x `patches` tokens and prompts of `text_tokens`."""
+    def __init__(self, transformer: FluxTransformer2DModel, grid: tuple[int, int], text_tokens: int) -> None:
+        """Wrap a transformer for images of rows x columns tokens and prompts of `text_tokens`."""
         super().__init__()
         self.transformer = transformer
-        rows = torch.arange(patches, dtype=torch.float32)
-        ids = torch.stack([torch.zeros(patches, patches), *torch.meshgrid(rows, rows, indexing="ij")], dim=-1)
+        rows, columns = (torch.arange(count, dtype=torch.float32) for count in grid)
+        ids = torch.stack([torch.zeros(grid), *torch.meshgrid(rows, columns, indexing="ij")], dim=-1)
         self.register_buffer("image_ids", ids.reshape(-1, 3), persistent=False)
         self.register_buffer("text_ids", torch.zeros(text_tokens, 3), persistent=False)
 

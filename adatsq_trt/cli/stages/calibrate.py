@@ -11,6 +11,7 @@ from adatsq_trt.calibration.fisher import backward_sweep, projections, squared_w
 from adatsq_trt.calibration.hessian import second_moment
 from adatsq_trt.calibration.trajectory import trajectory
 from adatsq_trt.cli.progress import progress
+from adatsq_trt.cli.stages import embed
 from adatsq_trt.cli.stages.context import Context
 from adatsq_trt.files import read_tensors, write_tensors
 from adatsq_trt.models.capture import captured
@@ -26,7 +27,8 @@ Advance = Callable[[], None]
 
 def stage(context: Context) -> Stage:
     """The stage for these settings."""
-    return context.run.stage(NAME, context.inputs(_SETTINGS))
+    encodings = [] if context.settings.pipeline is None else [embed.encodings_file(context.run)]
+    return context.run.stage(NAME, context.inputs(_SETTINGS), encodings)
 
 
 def run(context: Context) -> Stage:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from adatsq_trt.cli.stages import bundle, calibrate, export, quantize, search
+from adatsq_trt.cli.stages import bundle, calibrate, embed, export, quantize, search
 from adatsq_trt.cli.stages.context import Context, layer_shapes
 from adatsq_trt.engines.bundle import Manifest
 from adatsq_trt.errors import MismatchError
@@ -85,9 +85,15 @@ def _summary(context: Context, policy: Policy) -> Summary:
         onnx_bytes=sum(_size(graphs / graph.path) for graph in index.graphs),
         weight_bytes=index.weight_bytes,
         engine_bytes=sum(plan.bytes for plan in manifest.plans),
-        stages={module.NAME: _figures(context, module.NAME) for module in _STAGES},
+        stages={name: _figures(context, name) for name in _stages(context)},
         versions=manifest.versions,
     )
+
+
+def _stages(context: Context) -> list[str]:
+    """Names of the stages that this run has."""
+    own = [] if context.settings.pipeline is None else [embed.NAME]
+    return [*own, *(module.NAME for module in _STAGES)]
 
 
 def _held_out(result: SearchResult, index: int) -> float:

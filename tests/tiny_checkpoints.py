@@ -1,0 +1,67 @@
+"""Pipelines as users have them: diffusers' and transformers' own classes with random weights, saved by themselves."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+from tests.tiny_pipeline import tokenizers
+
+# Of a picture in pixels, not square; a token is 16 x 16 pixels.
+HEIGHT, WIDTH = 64, 48
+T5_WIDTH, CLIP_WIDTH, LATENT_CHANNELS = 32, 48, 16
+
+
+def make_flux_transformer(guidance_embeds: bool = True) -> FluxTransformer2DModel:
+    """One block of either kind."""
+    return FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4 * LATENT_CHANNELS,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=32,
+        num_attention_heads=2,
+        joint_attention_dim=T5_WIDTH,
+        pooled_projection_dim=CLIP_WIDTH,
+        guidance_embeds=guidance_embeds,
+        axes_dims_rope=(8, 12, 12),
+    )
+
+
+def make_flux_pipeline(guidance_embeds: bool = True) -> FluxPipeline:
+    """Flux dev in small: a VAE with Flux's 16 channels and factor 8, CLIP and T5, sigmas that depend on the size."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        clip_tokenizer, t5_tokenizer = tokenizers()
+        clip = CLIPTextConfig(
+            vocab_size=len(clip_tokenizer),
+            hidden_size=CLIP_WIDTH,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            bos_token_id=clip_tokenizer.bos_token_id,
+            eos_token_id=clip_tokenizer.eos_token_id,
+        )
+        t5 = T5Config(
+            vocab_size=len(t5_tokenizer), d_model=T5_WIDTH, d_kv=16, d_ff=T5_WIDTH, num_heads=2, num_layers=1
+        )
+        vae = AutoencoderKL(
+            latent_channels=LATENT_CHANNELS,
+            block_out_channels=(4,) * 4,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            norm_num_groups=2,
+            layers_per_block=1,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+        )
+        return FluxPipeline(
+            FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+            vae,
+            CLIPTextModel(clip),
+            clip_tokenizer,
+            T5EncoderModel(t5),
+            t5_tokenizer,
+            make_flux_transformer(guidance_embeds),
+        )
