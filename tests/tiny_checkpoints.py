@@ -1,11 +1,13 @@
 """Pipelines as users have them: diffusers' and transformers' own classes with random weights, saved by themselves."""
 
+import json
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+from adatsq_trt.files import read_tensors, write_tensors
 from tests.tiny_pipeline import tokenizers
 
 # Of a picture in pixels, not square; a token is 16 x 16 pixels.
@@ -43,9 +45,7 @@ def make_flux_pipeline(guidance_embeds: bool = True) -> FluxPipeline:
             bos_token_id=clip_tokenizer.bos_token_id,
             eos_token_id=clip_tokenizer.eos_token_id,
         )
-        t5 = T5Config(
-            vocab_size=len(t5_tokenizer), d_model=T5_WIDTH, d_kv=16, d_ff=T5_WIDTH, num_heads=2, num_layers=1
-        )
+        t5 = T5Config(vocab_size=len(t5_tokenizer), d_model=T5_WIDTH, d_kv=16, d_ff=T5_WIDTH, num_heads=2, num_layers=1)
         vae = AutoencoderKL(
             latent_channels=LATENT_CHANNELS,
             block_out_channels=(4,) * 4,
@@ -65,3 +65,36 @@ def make_flux_pipeline(guidance_embeds: bool = True) -> FluxPipeline:
             t5_tokenizer,
             make_flux_transformer(guidance_embeds),
         )
+
+
+def save_lora(file: Path, seed: int = 0, width: int = 64, rank: int = 4) -> Path:
+    """Low-rank changes of three layers, named as diffusers saves them."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = (
+        "transformer_blocks.0.attn.to_q",
+        "transformer_blocks.0.attn.to_out.0",
+        "single_transformer_blocks.0.attn.to_k",
+    )
+    tensors = {}
+    for layer in layers:
+        for part, shape in (("A", (rank, width)), ("B", (width, rank))):
+            tensors[f"transformer.{layer}.lora_{part}.weight"] = torch.randn(shape, generator=generator) * 0.1
+    write_tensors(file, tensors)
+    return file
+
+
+def shard(folder: Path, count: int = 3) -> list[Path]:
+    """Spread a component's weights over several files with an index, as large models are saved."""
+    whole = folder / "diffusion_pytorch_model.safetensors"
+    tensors, parts = read_tensors(whole), []
+    for index in range(count):
+        file = folder / f"diffusion_pytorch_model-{index + 1:05d}-of-{count:05d}.safetensors"
+        write_tensors(file, {name: tensors[name] for name in sorted(tensors)[index::count]})
+        parts.append(file)
+    where = {name: parts[i % count].name for i, name in enumerate(sorted(tensors))}
+    size = sum(value.nbytes for value in tensors.values())
+    index_file = folder / f"{whole.name}.index.json"
+    index_file.write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": where}))
+    del tensors
+    whole.unlink()
+    return parts

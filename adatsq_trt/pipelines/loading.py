@@ -29,7 +29,13 @@ from adatsq_trt.pipelines.weights import (
 from adatsq_trt.settings import PipelineSettings
 from adatsq_trt.zoo.loading import LoadedModel
 
-_SUFFIXES = (".json", ".model", ".safetensors", ".txt", ".jinja")  # of encoders and tokenizers: neither pickles nor code
+_SUFFIXES = (
+    ".json",
+    ".model",
+    ".safetensors",
+    ".txt",
+    ".jinja",
+)  # of encoders and tokenizers: neither pickles nor code
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,10 @@ class OpenedPipeline:
                     source.transformer, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
                 )
             loaded = kind.from_single_file(
-                str(source.transformer), config=str(source.config.parent), torch_dtype=torch.float32, local_files_only=True
+                str(source.transformer),
+                config=str(source.config.parent),
+                torch_dtype=torch.float32,
+                local_files_only=True,
             )
         except Exception as error:  # what is raised depends on the file
             raise DamagedFileError(f"'{source.transformer}' does not load ({_reason(error)}); {AGAIN}") from error
@@ -95,8 +104,8 @@ class OpenedPipeline:
         empty = [name for name, value in loaded.state_dict().items() if value.is_meta]
         if empty:
             raise MismatchError(
-                f"'{source.transformer}' has no '{empty[0]}', which the base's '{source.config}' expects; name the base "
-                "that it was trained from"
+                f"'{source.transformer}' has no '{empty[0]}', which the base's '{source.config}' expects; name the "
+                "base that it was trained from"
             )
         return loaded
 
@@ -158,10 +167,10 @@ def open_pipeline(settings: PipelineSettings) -> OpenedPipeline:
     config = read_json_model(source.config, JsonObject, AGAIN).root
     _refuse_quantized(source.config, config)
     outline = opened._outline
-    if source.single_file:
-        read_headers([source.transformer])
-    else:
-        require_shapes(find_weights(source.transformer), outline, source.config)
+    weights = opened._weights
+    # A single file in another layout than diffusers' is first understood when it is converted.
+    if not source.single_file or set(weights.shapes) & set(outline.state_dict()):
+        require_shapes(weights, outline, source.config)
     scale = vae_scale(source)
     find_weights(source.folder / "vae")
     default, multiple = source.kind.default_canvas(scale), source.kind.multiple(outline, scale)
@@ -225,4 +234,3 @@ def _silence() -> None:
 
 def _reason(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
-

@@ -77,7 +77,9 @@ def fuse(kind: PipelineKind, transformer: Any, lora: Lora) -> None:
     if others:
         log.warning("--lora '%s': its changes of %s are left out; only the transformer's are fused", lora.file, others)
     if not own:
-        raise MismatchError(f"--lora '{lora.file}' changes nothing in a {kind.transformer}; give one that was trained for it")
+        raise MismatchError(
+            f"--lora '{lora.file}' changes nothing in a {kind.transformer}; give one that was trained for it"
+        )
     modules = dict(transformer.named_modules())
     strange = sorted({key.removeprefix("transformer.").split(".lora")[0] for key in own} - set(modules))
     if strange:

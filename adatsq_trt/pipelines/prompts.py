@@ -34,7 +34,9 @@ def read_prompts(file: Path) -> tuple[str, ...]:
     try:
         content = file.read_bytes()
     except FileNotFoundError as error:
-        raise MissingFileError(f"--prompts '{file}' does not exist; give a text file with a prompt in each line") from error
+        raise MissingFileError(
+            f"--prompts '{file}' does not exist; give a text file with a prompt in each line"
+        ) from error
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -79,8 +79,8 @@ def find_source(text: str, base: str | None) -> Source:
         folder, kind = _base(base, place, "a transformer alone has no text encoders")
         if kind is not own:
             raise MismatchError(
-                f"'{place}' is a {own.transformer}, --base '{folder}' a {kind.pipeline} with a {kind.transformer}; name "
-                f"a {own.pipeline}"
+                f"'{place}' is a {own.transformer}, --base '{folder}' a {kind.pipeline} with a "
+                f"{kind.transformer}; name a {own.pipeline}"
             )
         return Source(_name(text), kind, folder, place, place / "config.json")
     for file in sorted(place.glob("*")):

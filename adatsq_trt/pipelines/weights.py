@@ -115,7 +115,7 @@ def read_headers(files: Sequence[Path]) -> WeightFiles:
     """Names and shapes of the tensors in some safetensors files.
 
     Raises:
-        DamagedFileError: a file is truncated or not safetensors.
+        DamagedFileError: a file is truncated or not safetensors, or two hold the same tensor.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -124,6 +124,8 @@ def read_headers(files: Sequence[Path]) -> WeightFiles:
         try:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 - not a dict
+                    if name in places:
+                        raise DamagedFileError(f"'{file}' holds '{name}', as does '{places[name].name}'; {_AGAIN}")
                     part = opened.get_slice(name)
                     shapes[name], places[name], dtypes[name] = tuple(part.get_shape()), file, part.get_dtype()
         except (SafetensorError, OSError) as error:

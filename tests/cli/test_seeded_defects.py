@@ -44,7 +44,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run, built once."""
     from adatsq_trt.cli.build import StageName
     from adatsq_trt.cli.loading import ModelRequest
-from adatsq_trt.cli.options import Request, run_stages
+    from adatsq_trt.cli.options import Request, run_stages
     from adatsq_trt.cli.stages import bundle as bundle_stage
     from adatsq_trt.zoo.loading import load_model
 

@@ -14,7 +14,15 @@ from adatsq_trt.cli.stages import export, search
 from adatsq_trt.cli.stages.context import Context
 from adatsq_trt.engines.backends.base import BatchRange
 from adatsq_trt.engines.build import build_plans
-from adatsq_trt.engines.bundle import POLICY_NAME, VAE_FOLDER, ImageSpec, Manifest, PlanFile, ScheduleRecord, write_manifest
+from adatsq_trt.engines.bundle import (
+    POLICY_NAME,
+    VAE_FOLDER,
+    ImageSpec,
+    Manifest,
+    PlanFile,
+    ScheduleRecord,
+    write_manifest,
+)
 from adatsq_trt.engines.plugin_commands import write_commands
 from adatsq_trt.errors import MissingFileError
 from adatsq_trt.files import atomic_path, read_json_model

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from adatsq_trt.calibration.finite import require_finite_trajectory
 from adatsq_trt.calibration.fisher import backward_sweep, projections, squared_weight_gradient, temporal_weights
 from adatsq_trt.calibration.hessian import second_moment
 from adatsq_trt.calibration.trajectory import trajectory
@@ -50,7 +51,9 @@ def run(context: Context) -> Stage:
 def _trajectory(context: Context, this: Stage, advance: Advance) -> Tensor:
     file = this.unit(TRAJECTORY)
     if not file.is_file():
-        write_tensors(file, {"latents": trajectory(context.calibration, on_step=advance)})
+        latents = trajectory(context.calibration, on_step=advance)
+        require_finite_trajectory(context.calibration, latents)
+        write_tensors(file, {"latents": latents})
     return read_tensors(file)["latents"]
 
 
