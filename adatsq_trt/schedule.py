@@ -37,7 +37,7 @@ class Schedule:
         return len(self.timesteps)
 
     def model_time(self, step: int) -> float:
-        """What a Flux-like transformer is given at `step`: timestep / 1000, in (0, 1]."""
+        """What a trace module is given at `step`: timestep / 1000, in (0, 1]."""
         return self.timesteps[step] / TRAIN_TIMESTEPS
 
     def advance(self, latent: torch.Tensor, velocity: torch.Tensor, step: int) -> torch.Tensor:
@@ -54,20 +54,29 @@ class Schedule:
         return latent + (self.sigmas[step + 1] - self.sigmas[step]) * velocity
 
 
-def make_schedule(scheduler: FlowMatchEulerDiscreteScheduler, steps: int, image_tokens: int) -> Schedule:
-    """The schedule that diffusers' Flux pipelines use: sigmas 1 to 1/steps, shifted as the scheduler says.
+def make_schedule(scheduler: FlowMatchEulerDiscreteScheduler, steps: int, image_tokens: int | None = None) -> Schedule:
+    """The schedule that diffusers' pipelines use with this scheduler.
+
+    Flux and Z-Image ask for the sigmas 1 to 1/steps, shifted as the scheduler says. Wan takes the scheduler's own
+    spacing, which ends at its smallest sigma.
 
     Args:
-        scheduler: with or without dynamic shifting.
+        scheduler: with or without dynamic shifting, which needs the image tokens.
         steps: number of denoising steps, at least 1.
-        image_tokens: length of the image sequence; dynamic shifting depends on it.
+        image_tokens: length of the image sequence; dynamic shifting depends on it. None for the scheduler's spacing.
 
     Raises:
-        UserError: fewer than one step.
+        UserError: fewer than one step, or dynamic shifting without image tokens.
     """
     if steps < 1:
         raise UserError(f"steps: got {steps}, expected at least 1; pass --steps with a positive number")
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps).tolist(), mu=_shift(scheduler, image_tokens))
+    if image_tokens is not None:
+        sigmas = np.linspace(1.0, 1.0 / steps, steps).tolist()
+        scheduler.set_timesteps(sigmas=sigmas, mu=_shift(scheduler, image_tokens))
+    elif scheduler.config.use_dynamic_shifting:
+        raise UserError("the scheduler shifts dynamically, expected a fixed shift; set use_dynamic_shifting to false")
+    else:
+        scheduler.set_timesteps(steps)
     return Schedule(
         sigmas=tuple(float(s) for s in scheduler.sigmas),
         timesteps=tuple(float(t) for t in scheduler.timesteps),

@@ -18,6 +18,8 @@ class PipelineSettings(BaseModel):
         loras: FILE:SCALE of what is fused into the transformer.
         height: in pixels; None until the pipeline's default is known.
         width: in pixels; None likewise.
+        frames: of a video; None likewise, and for pictures.
+        guided: guidance takes a second branch, with the empty prompt.
         prompts: what calibration draws, and what the bundle can be asked for.
     """
 
@@ -28,6 +30,8 @@ class PipelineSettings(BaseModel):
     loras: tuple[str, ...] = ()
     height: int | None = None
     width: int | None = None
+    frames: int | None = None
+    guided: bool = True
     prompts: tuple[str, ...]
 
 

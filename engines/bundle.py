@@ -20,6 +20,7 @@ from adatsq_trt.fields import Count, Name
 from adatsq_trt.files import read_json_model, sha256, write_json_model
 from adatsq_trt.formats import Target
 from adatsq_trt.graph_index import INDEX_NAME, GraphFile, GraphIndex
+from adatsq_trt.image import ImageShape
 from adatsq_trt.policy import Policy
 from adatsq_trt.schedule import Schedule
 
@@ -74,36 +75,32 @@ class ScheduleRecord(_Record):
 
 
 class ImageSpec(_Record):
-    """How a latent becomes an image.
+    """An `ImageShape` as text.
 
     Attributes:
-        patches: patches from the upper to the lower edge.
-        channels: channels of the image, or of the VAE's latent.
+        patches: from top to bottom.
+        channels: of the image, or of the VAE's latent.
         patch_size: height and width of a patch in pixels, or in cells of the VAE's latent.
-        columns: patches from left to right; None for a square image.
-        vae: what the patches make up is the latent of the bundle's VAE.
+        columns: patches from left to right; as many as from top to bottom unless given.
+        frames: of a video, or of its latent; None for an image.
+        vae: what the patches make up is the latent of the VAE that the bundle carries.
     """
 
     patches: Count
     channels: Count
     patch_size: Count = 2
     columns: Count | None = None
+    frames: Count | None = None
     vae: bool = False
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        return self.patches, self.columns or self.patches
-
-    def unpack(self, latents: np.ndarray) -> np.ndarray:
-        """Patches of p x p: [B, rows * columns, p² c] → [B, p rows, p columns, c]."""
-        (rows, columns), channels, pixels = self.grid, self.channels, self.patch_size
-        grid = latents.reshape(-1, rows, columns, channels, pixels, pixels).transpose(0, 1, 4, 2, 5, 3)
-        return grid.reshape(-1, pixels * rows, pixels * columns, channels)
+    def shape(self) -> ImageShape:
+        """What decodes latents."""
+        return ImageShape(**self.model_dump())
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Patches in [-1, 1] → images in [0, 1], float32, of a bundle without VAE."""
-        return np.clip(self.unpack(latents) / 2 + 0.5, 0, 1)
+        """Latents → images or videos in [0, 1], or what the VAE decodes, as `ImageShape.decode`."""
+        return self.shape.decode(latents)
 
 
 class Manifest(_Record):
@@ -150,8 +147,7 @@ class Manifest(_Record):
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
-        elements = prod(self.latent_shape)
-        pixels = self.image.channels * self.image.patch_size**2 * prod(self.image.grid)
+        elements, pixels = prod(self.latent_shape), self.image.shape.elements
         if elements > MAX_LATENT_ELEMENTS:
             raise ValueError(f"a latent of {elements} elements, the most is {MAX_LATENT_ELEMENTS}")
         if elements != pixels:

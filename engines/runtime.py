@@ -167,18 +167,18 @@ class Bundle:
         )
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Latents → images, float32 [samples, height, width, channels] in [0, 1].
+        """Latents → images, float32 [samples, (frames,) height, width, channels] in [0, 1].
 
         Raises:
             DamagedFileError: the bundle's VAE cannot be loaded.
             DependencyError: it needs diffusers, which is not installed.
         """
-        image = self.manifest.image
-        if not image.vae:
-            return image.decode(latents)
+        images = self.manifest.image.decode(latents)
+        if not self.manifest.image.vae:
+            return images
         if self._vae is None:
             self._vae = Vae(self.files.folder / VAE_FOLDER)
-        return self._vae.decode(image.unpack(latents))
+        return self._vae.decode(images)
 
     # ---------------------------------------------------------------------------------------------- running it
 

@@ -136,7 +136,7 @@ class AdatsqTransformer(nn.Module):
 
     def _require_positions(self, img_ids: Tensor, txt_ids: Tensor) -> None:
         """Positions are constants of the graph, so the pipeline's must be the same."""
-        height, width = self.bundle.manifest.image.grid
+        height, width = self.bundle.manifest.image.shape.grid
         rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         wanted = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
         if txt_ids.any() or img_ids.shape != wanted.shape or not torch.equal(img_ids.cpu().long(), wanted):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import JsonValue, RootModel
@@ -11,7 +11,10 @@ from pydantic import JsonValue, RootModel
 from adatsq_trt.errors import DamagedFileError, DependencyError
 from adatsq_trt.files import read_json_model
 
-_CLASSES = ("AutoencoderKL",)
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_CLASSES = ("AutoencoderKL", "AutoencoderKLWan")
 _AGAIN = "run 'adatsq-trt build engine' again"
 
 
@@ -47,13 +50,19 @@ class Vae:
             raise DamagedFileError(f"'{folder}' does not load ({error}); {_AGAIN}") from error
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Latents, float32 [B, height, width, channels] → images, float32 [B, height, width, 3] in [0, 1]."""
+        """Latents, float32 [B, (frames,) height, width, channels] → images, float32, likewise, 3 channels in [0, 1]."""
         import torch
 
-        config = self._vae.config
         images = []
         with torch.inference_mode():
             for latent in torch.from_numpy(np.ascontiguousarray(latents)):
-                scaled = latent.permute(2, 0, 1)[None] / config.scaling_factor + (config.shift_factor or 0.0)
-                images.append(self._vae.decode(scaled, return_dict=False)[0][0].permute(1, 2, 0))
+                scaled = self._unscaled(latent).movedim(-1, 0)[None]
+                images.append(self._vae.decode(scaled, return_dict=False)[0][0].movedim(0, -1))
         return np.asarray((torch.stack(images) / 2 + 0.5).clamp(0, 1))
+
+    def _unscaled(self, latent: Tensor) -> Tensor:
+        """From what the transformer sees, about unit variance, to the VAE's own numbers; channels last."""
+        config = self._vae.config
+        if "latents_std" in config and config.latents_std is not None:
+            return latent * latent.new_tensor(config.latents_std) + latent.new_tensor(config.latents_mean)
+        return latent / config.scaling_factor + (config.shift_factor or 0.0)  # type: ignore[no-any-return]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import onnx_ir as ir
@@ -25,7 +25,13 @@ OPSET = 21
 BATCH_AXIS = "batch"
 
 
-def trace(module: nn.Module, inputs: Mapping[str, Tensor], output: str, base: torch.dtype) -> ir.Model:
+def trace(
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    output: str,
+    base: torch.dtype,
+    float32_inputs: Collection[str] = (),
+) -> ir.Model:
     """Export a module once, with a dynamic batch.
 
     Args:
@@ -33,19 +39,21 @@ def trace(module: nn.Module, inputs: Mapping[str, Tensor], output: str, base: to
         inputs: an example, name → [batch, ...] float32, in the order of the module's arguments.
         output: name of the graph's output.
         base: bfloat16, float16 or float32: type of the parameters, inputs and output.
+        float32_inputs: names of inputs that stay float32.
 
     Returns:
         An opset 21 graph. Its nodes are named by module path, which they also carry as metadata (`name_nodes`).
     """
     twin = copy.deepcopy(module).eval()
     # Buffers keep their type: they hold position ids and frequencies, which forward casts where it wants to.
-    for parameter in twin.parameters():
-        parameter.data = parameter.data.to(base)
+    for name, parameter in twin.named_parameters():
+        if not _stays_float32(twin, name):
+            parameter.data = parameter.data.to(base)
     batch = torch.export.Dim(BATCH_AXIS)
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             twin,
-            tuple(_example(value, base) for value in inputs.values()),
+            tuple(_example(v, torch.float32 if n in float32_inputs else base) for n, v in inputs.items()),
             dynamo=True,
             opset_version=OPSET,
             input_names=list(inputs),
@@ -57,6 +65,12 @@ def trace(module: nn.Module, inputs: Mapping[str, Tensor], output: str, base: to
     model = program.model
     ir.passes.Sequential(NameNodes(_wrapper_prefix(module)), common.RemoveUnusedNodesPass())(model)
     return model
+
+
+def _stays_float32(module: nn.Module, parameter: str) -> bool:
+    """Whether diffusers keeps a parameter in float32 when it loads the model in 16 bits."""
+    kept = [name for child in module.children() for name in getattr(child, "_keep_in_fp32_modules", None) or ()]
+    return any(part in kept for part in parameter.split("."))
 
 
 def _example(value: Tensor, base: torch.dtype) -> Tensor:

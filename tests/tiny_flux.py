@@ -4,7 +4,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from torch import nn
 
-from adatsq_trt.models.adapter import ImageShape
+from adatsq_trt.image import ImageShape
 from adatsq_trt.models.flux import FluxAdapter
 from adatsq_trt.models.prompts import ClassEncoder
 

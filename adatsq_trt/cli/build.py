@@ -82,6 +82,10 @@ Width = Annotated[
         "--width", min=1, help="Of the picture, in pixels.", show_default="the model's", rich_help_panel=_CHECKPOINT
     ),
 ]
+Frames = Annotated[
+    int | None,
+    typer.Option("--frames", min=1, help="Of a video.", show_default="the model's", rich_help_panel=_CHECKPOINT),
+]
 TargetOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -230,6 +234,7 @@ def engine(
     prompts: Prompts = None,
     height: Height = None,
     width: Width = None,
+    frames: Frames = None,
     until: Annotated[StageName, typer.Option(hidden=True)] = StageName.BUNDLE,
 ) -> None:
     """Run all stages: from a model to TensorRT engines in a bundle.
@@ -249,7 +254,7 @@ def engine(
         "held_out_samples": held_out_samples,
     }
     request = Request(
-        model=ModelRequest(model, base, tuple(lora or ()), prompts, height, width),
+        model=ModelRequest(model, base, tuple(lora or ()), prompts, height, width, frames, guidance),
         targets=tuple(dict.fromkeys(target or ())),
         output=output,
         formats=formats,

@@ -27,6 +27,8 @@ class ModelRequest:
         prompts: file with a prompt in each line.
         height: in pixels.
         width: in pixels.
+        frames: of a video.
+        guidance: scale; 1 is no guidance, which spares models the branch with the empty prompt.
     """
 
     name: str
@@ -35,6 +37,8 @@ class ModelRequest:
     prompts: Path | None = None
     height: int | None = None
     width: int | None = None
+    frames: int | None = None
+    guidance: float | None = None
 
 
 def require_model(request: ModelRequest) -> None:
@@ -52,6 +56,7 @@ def require_model(request: ModelRequest) -> None:
         "--prompts": request.prompts,
         "--height": request.height,
         "--width": request.width,
+        "--frames": request.frames,
     }
     given = [option for option, value in options.items() if value]
     if given:
@@ -106,6 +111,8 @@ def open_model(request: ModelRequest) -> OpenedModel:
             loras=request.loras,
             height=request.height,
             width=request.width,
+            frames=request.frames,
+            guided=request.guidance is None or request.guidance != 1.0,
             prompts=default_prompts() if request.prompts is None else read_prompts(request.prompts),
         )
     )

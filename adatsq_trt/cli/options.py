@@ -117,7 +117,8 @@ def resolve(request: Request, choice: Choice, opened: OpenedModel) -> Settings:
         UserError: formats that do not suit the model's layers; a guidance scale for a model that takes none.
     """
     model = opened.outline
-    if request.guidance is not None and not model.adapter.takes_guidance:
+    unguided = opened.settings is not None and request.guidance == 1.0
+    if request.guidance is not None and not model.adapter.takes_guidance and not unguided:
         raise UserError(f"--guidance {request.guidance:g}: model '{model.name}' takes no guidance; leave it out")
     layers = model.adapter.quantizable_layers().items()
     require_shapes(choice.formats, [(name, layer.in_features) for name, layer in layers])

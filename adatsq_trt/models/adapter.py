@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from adatsq_trt.image import ImageShape
 from adatsq_trt.schedule import Schedule
 
 
@@ -33,44 +34,23 @@ class Conditioning:
         )
 
 
-@dataclass(frozen=True)
-class ImageShape:
-    """What a latent decodes to.
-
-    Attributes:
-        patches: from the upper to the lower edge; a latent token each.
-        channels: of the image, or of the VAE's latent.
-        patch_size: height and width of a patch in pixels, or in cells of the VAE's latent.
-        columns: patches from left to right; None for a square image.
-        vae: what the patches make up is not the image but the latent that a VAE decodes.
-    """
-
-    patches: int
-    channels: int
-    patch_size: int = 2
-    columns: int | None = None
-    vae: bool = False
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        return self.patches, self.columns or self.patches
-
-
 class ModelAdapter(ABC):
     """A diffusion transformer with its layers, inputs, guidance and trace.
 
     Attributes:
         transformer: the diffusers module, in evaluation mode, float32 arithmetic.
         architecture: the diffusers class name.
-        latent_shape: shape of one sample's latent, without the batch: (tokens, channels).
-        image: shape of the image that it decodes to.
+        latent_shape: shape of one sample's latent, without the batch: (tokens, channels), (channels, rows, columns) or
+            (channels, frames, rows, columns).
+        image: shape of the image or video that it decodes to.
+        float32_inputs: inputs of the trace module that stay float32 in target graphs, because 16 bits are too few.
     """
 
     architecture: str
     transformer: nn.Module
     latent_shape: tuple[int, ...]
     image: ImageShape
+    float32_inputs: tuple[str, ...] = ()
 
     @property
     @abstractmethod
@@ -115,12 +95,9 @@ class ModelAdapter(ABC):
     def trace_module(self) -> nn.Module:
         """A module of real arithmetic and plain tensors for the exporter: positional inputs, one output."""
 
-    @abstractmethod
     def decode(self, latent: Tensor) -> Tensor:
-        """Latents [batch, *latent_shape] → images [batch, height, width, channels] in [0, 1].
-
-        With a VAE they are what it decodes, not scaled: [batch, height, width, channels] of its own latent.
-        """
+        """Latents [batch, *latent_shape] → images in [0, 1], as `ImageShape.decode`."""
+        return torch.from_numpy(self.image.decode(latent.detach().numpy()))
 
     def guided_inputs(
         self, latent: Tensor, model_time: float, conditioning: Conditioning, guidance: float

@@ -53,16 +53,16 @@ class StoredPrompts(PromptEncoder):
 
         Args:
             prompts: their texts.
-            tokens: [prompts, text_tokens, width].
-            pooled: [prompts, width of the pooled projection].
+            tokens: [prompts + 1, text_tokens, width], the empty prompt last.
+            pooled: [prompts + 1, width of the pooled projection].
         """
         super().__init__()
         self.prompts, self._tokens, self._pooled = tuple(prompts), tokens, pooled
         self.text_tokens, self.width = tokens.shape[1:]
 
     def encode(self, prompts: Sequence[int | None]) -> tuple[Tensor, Tensor]:
-        """The stored rows; models that take their prompts from here have no branch without one."""
-        rows = torch.tensor([p for p in prompts if p is not None])
+        """The stored rows."""
+        rows = torch.tensor([len(self.prompts) if p is None else p for p in prompts])
         return self._tokens[rows].float(), self._pooled[rows].float()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from adatsq_trt.errors import DamagedFileError, MismatchError, UserError
 from adatsq_trt.files import read_json_model
-from adatsq_trt.pipelines.kinds import AGAIN, Canvas, JsonObject, Parts
+from adatsq_trt.models.architectures import ADAPTERS
+from adatsq_trt.models.prompts import StoredPrompts
+from adatsq_trt.pipelines.kinds import AGAIN, Canvas, JsonObject
 from adatsq_trt.pipelines.lora import Lora, fuse, parse_lora
 from adatsq_trt.pipelines.source import Source, find_source
 from adatsq_trt.pipelines.weights import (
@@ -55,9 +57,13 @@ class OpenedPipeline:
     @cached_property
     def outline(self) -> LoadedModel:
         """The model without weights and encodings: its layers and settings, on the meta device."""
-        module = self._outline
-        encodings = self.source.kind.outline_encodings(module, len(self.settings.prompts))
-        return self._model(module, encodings)
+        rows, kind = len(self.settings.prompts) + 1, self.source.kind
+        width, pooled = kind.widths(self._config)
+        empty = {
+            "tokens": torch.empty(rows, kind.text_tokens, width, device="meta"),
+            "pooled": torch.empty(rows, pooled, device="meta"),
+        }
+        return self._model(self._outline, empty)
 
     def load(self, encodings: Mapping[str, Tensor]) -> LoadedModel:
         """Load the transformer in float32 and fuse the LoRA files.
@@ -77,10 +83,14 @@ class OpenedPipeline:
         return self._model(transformer.requires_grad_(False), encodings)
 
     @cached_property
+    def _config(self) -> dict[str, JsonValue]:
+        return read_json_model(self.source.config, JsonObject, AGAIN).root
+
+    @cached_property
     def _outline(self) -> nn.Module:
         config = self.source.config
         try:
-            return self.source.kind.make_outline(read_json_model(config, JsonObject, AGAIN).root)
+            return self.source.kind.make_outline(self._config)
         except (TypeError, ValueError, AttributeError, ZeroDivisionError, RuntimeError) as error:
             raise DamagedFileError(f"'{config}' does not describe a model ({_reason(error)}); {AGAIN}") from error
 
@@ -113,10 +123,12 @@ class OpenedPipeline:
         source, settings, kind = self.source, self.settings, self.source.kind
         assert settings.height is not None
         assert settings.width is not None
-        canvas = Canvas(settings.height, settings.width)
+        canvas = Canvas(settings.height, settings.width, settings.frames)
+        image = kind.image(transformer, canvas, kind.vae_scale(source.folder))
+        prompts = StoredPrompts(settings.prompts, encodings["tokens"], encodings["pooled"])
         scheduler = kind.make_scheduler(source.folder)
-        adapter = kind.adapter(Parts(transformer, scheduler, settings.prompts, encodings, canvas, vae_scale(source)))
-        steps, guidance = kind.defaults(transformer)
+        adapter = ADAPTERS[kind.transformer](transformer, prompts, scheduler, image, not settings.guided)
+        steps, guidance = kind.defaults(self._config)
         return LoadedModel(
             source.name, adapter, self.weights_sha256, self.model_sha256, steps, guidance, source.folder / "vae"
         )
@@ -143,7 +155,8 @@ class OpenedPipeline:
         source, settings = self.source, self.settings
         files = [source.config, *_files(source.folder / "scheduler")]
         lines = [f"{file.name} {verified_sha256(file)}" for file in files]
-        lines += [self.weights_sha256, self.encoders_sha256, f"{settings.height} {settings.width}", *settings.prompts]
+        lines += [self.weights_sha256, self.encoders_sha256, repr((settings.height, settings.width))]
+        lines += [repr((settings.frames, settings.guided)), *settings.prompts]
         return _digest(lines)
 
     @cached_property
@@ -164,45 +177,50 @@ def open_pipeline(settings: PipelineSettings) -> OpenedPipeline:
     _silence()
     source = find_source(settings.path, settings.base)
     opened = OpenedPipeline(settings, source, tuple(parse_lora(text) for text in settings.loras))
-    config = read_json_model(source.config, JsonObject, AGAIN).root
-    _refuse_quantized(source.config, config)
+    _refuse_quantized(source.config, opened._config)
     outline = opened._outline
     weights = opened._weights
     # A single file in another layout than diffusers' is first understood when it is converted.
     if not source.single_file or set(weights.shapes) & set(outline.state_dict()):
         require_shapes(weights, outline, source.config)
-    scale = vae_scale(source)
     find_weights(source.folder / "vae")
-    default, multiple = source.kind.default_canvas(scale), source.kind.multiple(outline, scale)
-    height, width = settings.height or default.height, settings.width or default.width
+    canvas = _canvas(settings, source)
+    places = {"path": _absolute(settings.path), "base": settings.base and _absolute(settings.base)}
+    loras = tuple(f"{lora.file}:{lora.scale!r}" for lora in opened.loras)
+    update = {**places, "loras": loras, **asdict(canvas)}
+    resolved = settings.model_copy(update={**update, "guided": settings.guided and source.kind.guided})
+    return OpenedPipeline(resolved, source, opened.loras)
+
+
+def _canvas(settings: PipelineSettings, source: Source) -> Canvas:
+    """The size that was asked for, or the pipeline's.
+
+    Raises:
+        UserError: it does not fit the transformer's tokens or the VAE's cells.
+    """
+    kind, scale = source.kind, source.kind.vae_scale(source.folder)
+    multiple = kind.patch * scale.pixels
+    height, width = settings.height or kind.canvas.height, settings.width or kind.canvas.width
     for option, value in (("--height", height), ("--width", width)):
         if value % multiple:
             raise UserError(
                 f"{option} {value}: expected a multiple of {multiple} pixels for '{source.name}'; pass "
                 f"{option} {max(value // multiple, 1) * multiple}"
             )
-    places = {"path": _absolute(settings.path), "base": settings.base and _absolute(settings.base)}
-    loras = tuple(f"{lora.file}:{lora.scale!r}" for lora in opened.loras)
-    resolved = settings.model_copy(update={**places, "loras": loras, "height": height, "width": width})
-    return OpenedPipeline(resolved, source, opened.loras)
+    frames = settings.frames or kind.canvas.frames
+    if scale.frames is None and frames is not None:
+        raise UserError(f"--frames {frames}: '{source.name}' draws pictures; leave --frames out")
+    if scale.frames is not None and frames is not None and frames % scale.frames != 1 % scale.frames:
+        raise UserError(
+            f"--frames {frames}: expected 1 more than a multiple of {scale.frames} for '{source.name}'; pass --frames "
+            f"{max(frames // scale.frames, 1) * scale.frames + 1}"
+        )
+    return Canvas(height, width, frames)
 
 
 def _absolute(text: str) -> str:
     """A path means the same from everywhere; a hub id stays one."""
     return str(Path(text).absolute()) if Path(text).exists() else text
-
-
-def vae_scale(source: Source) -> int:
-    """Pixels along one side of a cell of the VAE's latent.
-
-    Raises:
-        DamagedFileError: the VAE's configuration does not say it.
-    """
-    config = source.folder / "vae" / "config.json"
-    blocks = read_json_model(config, JsonObject, AGAIN).root.get("block_out_channels")
-    if not isinstance(blocks, list) or not blocks:
-        raise DamagedFileError(f"'{config}' has no list 'block_out_channels'; {AGAIN}")
-    return int(2 ** (len(blocks) - 1))
 
 
 def _refuse_quantized(file: Path, config: Mapping[str, JsonValue]) -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional
 
 from adatsq_trt.errors import DamagedFileError, MissingFileError, UserError
-from adatsq_trt.pipelines.kinds import AGAIN, Encodings
+from adatsq_trt.pipelines.kinds import AGAIN
 from adatsq_trt.pipelines.source import Source
 from adatsq_trt.pipelines.weights import find_weights
 
@@ -50,7 +52,7 @@ def read_prompts(file: Path) -> tuple[str, ...]:
     return prompts
 
 
-def encode_prompts(source: Source, prompts: tuple[str, ...], on_prompt: Callable[[], None]) -> Encodings:
+def encode_prompts(source: Source, prompts: tuple[str, ...], on_prompt: Callable[[], None]) -> dict[str, Tensor]:
     """Encode prompts with the pipeline's text encoders, which are gone from memory afterwards.
 
     Args:
@@ -59,25 +61,31 @@ def encode_prompts(source: Source, prompts: tuple[str, ...], on_prompt: Callable
         on_prompt: called after each.
 
     Returns:
-        "conditional.<graph input>" [prompts, ...] and, for guided models, "unconditional.<graph input>" [1, ...], in
-        the type that the encoders have on disk (bfloat16 for 16 bits).
+        "tokens" [prompts + 1, tokens, width] and "pooled" [prompts + 1, width], the empty prompt last, in the type
+        that the encoders have on disk (bfloat16 for 16 bits). Short prompts are filled up with zeros.
 
     Raises:
         DamagedFileError: diffusers or transformers cannot load a part.
         MissingFileError: an encoder has no weights.
     """
-    pipe = _load_encoders(source)
-    with torch.inference_mode():
-        encoded = source.kind.encode_all(pipe, prompts, on_prompt)
+    pipe, tokens, pooled = _load_encoders(source), list[Tensor](), list[Tensor]()
+    with torch.no_grad():
+        for prompt in (*prompts, ""):
+            encoded = source.kind.encode(pipe, prompt)
+            if not all(bool(value.isfinite().all()) for value in encoded):
+                raise DamagedFileError(
+                    f"'{source.folder}': the encoding of the prompt '{prompt}' has NaN or infinite numbers; its text "
+                    f"encoders are damaged; {AGAIN}"
+                )
+            tokens.append(encoded[0])
+            pooled.append(encoded[1])
+            on_prompt()
     del pipe
     gc.collect()
-    for name, value in encoded.items():
-        if not bool(value.isfinite().all()):
-            raise DamagedFileError(
-                f"'{source.folder}': encoding the prompts gave NaN or infinite numbers in '{name}'; its text encoders "
-                f"are damaged; {AGAIN}"
-            )
-    return {name: value.clone().contiguous() for name, value in encoded.items()}
+    length = max(map(len, tokens))
+    length += -length % source.kind.token_multiple
+    filled = [functional.pad(rows, (0, 0, 0, length - len(rows))) for rows in tokens]
+    return {"tokens": torch.stack(filled), "pooled": torch.stack(pooled)}
 
 
 def _load_encoders(source: Source) -> Any:

@@ -15,7 +15,8 @@ from torch import nn
 
 from adatsq_trt.errors import DamagedFileError
 from adatsq_trt.files import read_json_model, read_tensors, sha256
-from adatsq_trt.models.adapter import ImageShape, ModelAdapter
+from adatsq_trt.image import ImageShape
+from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.models.flux import FluxAdapter
 from adatsq_trt.models.prompts import ClassEncoder, PromptEncoder, TextEncoder
 from adatsq_trt.zoo import TextEncoderConfig, ZooIndex, find_model

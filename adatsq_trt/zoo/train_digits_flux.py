@@ -22,7 +22,7 @@ from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 from torch import Tensor, nn
 
-from adatsq_trt.models.adapter import ImageShape
+from adatsq_trt.image import ImageShape
 from adatsq_trt.models.flux import FluxAdapter, pack
 from adatsq_trt.models.prompts import ClassEncoder
 from adatsq_trt.zoo.sampling import sample

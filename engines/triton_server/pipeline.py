@@ -126,7 +126,7 @@ class Pipeline:
             ).to(device)
         except Exception as error:  # what diffusers raises depends on the file
             raise DamagedFileError(f"'{folder / PIPELINE_NAME}' does not load ({error}); {_AGAIN}") from error
-        self._grid = bundle.manifest.image.grid
+        self._grid = bundle.manifest.image.shape.grid
         self._text_tokens = next(int(s.shape[1]) for s in bundle.inputs if s.name == _TEXT)
         self._empty = self._encode("") if bundle.conditioning([0]).unconditional else None
 

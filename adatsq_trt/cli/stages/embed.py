@@ -33,7 +33,7 @@ def run(run: RunDirectory, pipeline: OpenedPipeline) -> dict[str, Tensor]:
     this = stage(run, pipeline)
     if not this.done:
         prompts = pipeline.settings.prompts
-        with this.run(), progress("embed: prompts", len(prompts)) as advance:
+        with this.run(), progress("embed: prompts", len(prompts) + 1) as advance:
             write_tensors(this.unit(ENCODINGS), encode_prompts(pipeline.source, prompts, advance))
     return read_tensors(this.unit(ENCODINGS))
 

@@ -84,9 +84,10 @@ def _graphs(context: Context, policy: Policy, folder: Path) -> None:
     names, in_plugin = variants(context), context.settings.layout == PLUGIN_LAYOUT
     count = PLUGIN_GRAPHS if in_plugin else 1 + (len(policy.assignments) + 1) * len(names)
     with progress("export", 1 + count) as advance:
-        traced = trace(context.adapter.trace_module(), inputs, OUTPUT_NAME, _TYPES[base])
+        adapter = context.adapter
+        traced = trace(adapter.trace_module(), inputs, OUTPUT_NAME, _TYPES[base], adapter.float32_inputs)
         advance()
-        blocks, graphs = context.adapter.blocks(), folder / GRAPHS
+        blocks, graphs = adapter.blocks(), folder / GRAPHS
         if in_plugin:
             export_plugin_graphs(traced, policy, weights, graphs, base, blocks, advance)
         else:

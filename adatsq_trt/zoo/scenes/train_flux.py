@@ -20,7 +20,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from torch import Tensor
 
 from adatsq_trt.files import read_tensors, write_bytes, write_tensors
-from adatsq_trt.models.adapter import ImageShape
+from adatsq_trt.image import ImageShape
 from adatsq_trt.models.flux import FluxAdapter
 from adatsq_trt.models.prompts import TextEncoder
 from adatsq_trt.zoo.sampling import sample

@@ -1,0 +1,122 @@
+"""Wan 2.1: diffusers' WanTransformer3DModel, text to video."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from math import prod
+
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
+from torch import Tensor, nn
+from torch.nn import functional
+
+from adatsq_trt.errors import UnsupportedFormatError
+from adatsq_trt.models.prompted import PromptedAdapter
+from adatsq_trt.models.rotary import rotate_pairs
+from adatsq_trt.schedule import TRAIN_TIMESTEPS, Schedule, make_schedule
+
+
+class WanAdapter(PromptedAdapter):
+    """A Wan with a closed set of prompts; latents are [channels, frames, rows, columns].
+
+    The schedule is that of FlowMatchEulerDiscreteScheduler with its own sigmas, as a WanPipeline with that scheduler
+    uses it. UniPC, which Wan's pipelines come with, combines the predictions of several steps: it is not supported.
+    """
+
+    architecture = "WanTransformer3DModel"
+    model_class = WanTransformer3DModel
+    transformer: WanTransformer3DModel
+    quantizable = re.compile(r"blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|ffn\.net\.(0\.proj|2))")
+    block_lists = ("blocks",)
+    float32_inputs = ("timestep",)
+
+    def find_latent_shape(self) -> tuple[int, ...]:
+        """(channels, frames, rows, columns)."""
+        return (self.transformer.config.in_channels, self.image.frames or 1, *self.image.grid)
+
+    def make_trace(self) -> nn.Module:
+        """The transformer with constant rotations."""
+        return WanTrace(self.transformer, self.latent_shape)
+
+    def condition(self, tokens: Tensor, pooled: Tensor) -> dict[str, Tensor]:
+        """Text tokens; rows of zeros, which fill short prompts up, are seen like any other, as in diffusers."""
+        return {"encoder_hidden_states": tokens}
+
+    def model_inputs(
+        self, latent: Tensor, model_time: float, condition: Mapping[str, Tensor], guidance: float
+    ) -> dict[str, Tensor]:
+        """hidden_states [B, C, F, H, W], encoder_hidden_states [B, T, D], timestep [B] in (0, 1]."""
+        return {"hidden_states": latent, **condition, "timestep": torch.full((len(latent),), model_time)}
+
+    def schedule(self, steps: int) -> Schedule:
+        """The scheduler's own sigmas, which do not depend on the size."""
+        return make_schedule(self.scheduler, steps)
+
+
+class RealRotaryProcessor(WanAttnProcessor):
+    """Wan's attention without assignments to slices, which the exporter would turn into scatters."""
+
+    def __call__(
+        self,
+        attn: WanAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Attention of [B, S, width], over itself or over a text [B, T, width]."""
+        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(source)), attn.to_v(source)
+        query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
+        if rotary_emb is not None:
+            cosines, sines = rotary_emb  # every angle twice
+            query, key = (rotate_pairs(x, cosines[..., ::2], sines[..., ::2]).type_as(x) for x in (query, key))
+        mixed = functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)))
+        return attn.to_out[0](mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class WanTrace(nn.Module):
+    """WanTransformer3DModel on one video size, with the rotations of its tokens as constants."""
+
+    def __init__(self, transformer: WanTransformer3DModel, latent_shape: tuple[int, ...]) -> None:
+        """Wrap a transformer.
+
+        Args:
+            transformer: text to video; its attention gets a processor without scatters.
+            latent_shape: (channels, frames, rows, columns).
+
+        Raises:
+            UnsupportedFormatError: a transformer that also takes images.
+        """
+        super().__init__()
+        if transformer.config.image_dim is not None or transformer.config.added_kv_proj_dim is not None:
+            raise UnsupportedFormatError("this Wan takes images as a condition, expected one that takes text only")
+        self.transformer = transformer
+        for module in transformer.modules():
+            if isinstance(module, WanAttention):
+                module.set_processor(RealRotaryProcessor())
+        cosines, sines = transformer.rope(torch.empty(1, *latent_shape, device="meta"))
+        self.register_buffer("cosines", cosines.clone(), persistent=False)
+        self.register_buffer("sines", sines.clone(), persistent=False)
+        sides = transformer.config.patch_size
+        self.sides = sides
+        self.grid = tuple(size // side for size, side in zip(latent_shape[1:], sides, strict=True))
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor) -> Tensor:
+        """Predicted velocity, shape of `hidden_states`; `timestep` is a fraction of the 1,000 of the training."""
+        model = self.transformer
+        embedding, modulation, text, _ = model.condition_embedder(timestep * TRAIN_TIMESTEPS, encoder_hidden_states)
+        modulation = modulation.unflatten(1, (6, -1))
+        tokens = model.patch_embedding(hidden_states).flatten(2).transpose(1, 2)
+        for block in model.blocks:
+            tokens = block(tokens, text, modulation, (self.cosines, self.sines))
+        shift, scale = (model.scale_shift_table + embedding[:, None]).chunk(2, dim=1)
+        tokens = (model.norm_out(tokens.float()) * (1 + scale) + shift).type_as(tokens)
+        return self._unpatchify(model.proj_out(tokens))
+
+    def _unpatchify(self, tokens: Tensor) -> Tensor:
+        """[B, tokens, pt ph pw C] → [B, C, F, H, W]."""
+        grid = tokens.reshape(-1, *self.grid, *self.sides, tokens.shape[-1] // prod(self.sides))
+        return grid.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)

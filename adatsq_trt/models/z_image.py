@@ -1,0 +1,151 @@
+"""Z-Image: diffusers' ZImageTransformer2DModel."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from diffusers import ZImageTransformer2DModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF, ZSingleStreamAttnProcessor
+from torch import Tensor, nn
+from torch.nn import functional
+
+from adatsq_trt.models.prompted import PromptedAdapter
+from adatsq_trt.models.rotary import rotate_pairs
+from adatsq_trt.schedule import Schedule, make_schedule
+
+
+class ZImageAdapter(PromptedAdapter):
+    """A Z-Image with a closed set of prompts.
+
+    Latents are [channels, rows, columns]. Captions have a fixed length, a multiple of 32: shorter ones are filled up
+    with the learned pad token. diffusers fills up to the next multiple only, so a caption is treated exactly as there
+    when it has at most 31 tokens less than the length. A guidance scale here is one more than the pipeline's.
+    """
+
+    architecture = "ZImageTransformer2DModel"
+    model_class = ZImageTransformer2DModel
+    transformer: ZImageTransformer2DModel
+    quantizable = re.compile(
+        r"(noise_refiner|context_refiner|layers)\.\d+\.(attention\.(to_[qkv]|to_out\.0)|feed_forward\.w[123])"
+    )
+    block_lists = ("noise_refiner", "context_refiner", "layers")
+    float32_inputs = ("timestep",)
+
+    def find_latent_shape(self) -> tuple[int, ...]:
+        """(channels, rows, columns)."""
+        return (self.transformer.config.in_channels, *self.image.grid)
+
+    def make_trace(self) -> nn.Module:
+        """The transformer on batches of one shape."""
+        length = -(-self.encoder.text_tokens // SEQ_MULTI_OF) * SEQ_MULTI_OF
+        return ZImageTrace(self.transformer, self.latent_shape, length)
+
+    def condition(self, tokens: Tensor, pooled: Tensor) -> dict[str, Tensor]:
+        """Caption features; rows of zeros stand for pad tokens, up to a multiple of 32 rows."""
+        return {"encoder_hidden_states": functional.pad(tokens, (0, 0, 0, -tokens.shape[1] % SEQ_MULTI_OF))}
+
+    def model_inputs(
+        self, latent: Tensor, model_time: float, condition: Mapping[str, Tensor], guidance: float
+    ) -> dict[str, Tensor]:
+        """hidden_states [B, C, H, W], encoder_hidden_states [B, T, D], timestep [B]."""
+        return {"hidden_states": latent, **condition, "timestep": torch.full((len(latent),), model_time)}
+
+    def schedule(self, steps: int) -> Schedule:
+        """Z-Image's sigmas for this image size."""
+        _, rows, columns = self.latent_shape
+        return make_schedule(self.scheduler, steps, (rows // 2) * (columns // 2))
+
+
+class RealRotaryProcessor(ZSingleStreamAttnProcessor):
+    """Z-Image's attention with real numbers: `freqs_cis` are cosines and sines, each [S, 1, D / 2]."""
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        freqs_cis: Tensor | tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Self-attention [B, S, width] → the same shape; complex frequencies are diffusers' business."""
+        if not isinstance(freqs_cis, tuple):
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, freqs_cis)  # type: ignore[no-any-return]
+        projected = [
+            layer(hidden_states).unflatten(-1, (attn.heads, -1)) for layer in (attn.to_q, attn.to_k, attn.to_v)
+        ]
+        query, key, value = projected
+        if attn.norm_q is not None and attn.norm_k is not None:
+            query, key = attn.norm_q(query), attn.norm_k(key)
+        query, key = (rotate_pairs(x.float(), *freqs_cis).type_as(x) for x in (query, key))
+        mixed = functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)))
+        return attn.to_out[0](mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class ZImageTrace(nn.Module):
+    """ZImageTransformer2DModel on one image size and caption length: batches instead of lists, real instead of complex.
+
+    Without padding between samples every sequence has the same length, so there is no attention mask.
+    """
+
+    def __init__(self, transformer: ZImageTransformer2DModel, latent_shape: tuple[int, ...], length: int) -> None:
+        """Wrap a transformer.
+
+        Args:
+            transformer: with one patch size; its attention gets a processor that also takes real rotations.
+            latent_shape: (channels, rows, columns).
+            length: of a caption in tokens, a multiple of 32.
+        """
+        super().__init__()
+        (self.patch,) = transformer.config.all_patch_size
+        self.transformer, self.channels = transformer, latent_shape[0]
+        self.grid = (latent_shape[1] // self.patch, latent_shape[2] // self.patch)
+        tokens = self.grid[0] * self.grid[1]
+        self.padding = -tokens % SEQ_MULTI_OF
+        for module in transformer.modules():
+            if isinstance(module, Attention):
+                module.set_processor(RealRotaryProcessor())
+        # As diffusers counts: captions from 1, then the image as one plane; pad tokens of the image are at the origin.
+        zero = torch.zeros(1, dtype=torch.int64)
+        caption = torch.cartesian_prod(torch.arange(1, length + 1), zero, zero)
+        image = torch.cartesian_prod(zero + length + 1, *map(torch.arange, self.grid))
+        ids = torch.cat([image, zero.expand(self.padding, 3), caption])
+        rotations = transformer.rope_embedder(ids)
+        self.register_buffer("cosines", rotations.real[:, None].contiguous(), persistent=False)
+        self.register_buffer("sines", rotations.imag[:, None].contiguous(), persistent=False)
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor) -> Tensor:
+        """Predicted velocity, shape of `hidden_states`; Z-Image itself predicts its opposite, at 1 - timestep."""
+        model, key = self.transformer, f"{self.patch}-1"
+        modulation = model.t_embedder((1 - timestep) * model.t_scale).type_as(hidden_states)
+        image = model.all_x_embedder[key](self._patchify(hidden_states))
+        padding = model.x_pad_token.expand(len(image), self.padding, -1)
+        image = torch.cat([image, padding], dim=1)
+        split = image.shape[1]
+        both = (self.cosines, self.sines)
+        for block in model.noise_refiner:
+            image = block(image, None, tuple(x[:split] for x in both), modulation)
+        caption = model.cap_embedder(encoder_hidden_states)
+        real = encoder_hidden_states.abs().amax(-1, keepdim=True) > 0
+        caption = torch.where(real, caption, model.cap_pad_token)
+        for block in model.context_refiner:
+            caption = block(caption, None, tuple(x[split:] for x in both))
+        unified = torch.cat([image, caption], dim=1)
+        for block in model.layers:
+            unified = block(unified, None, both, modulation)
+        tokens = unified[:, : split - self.padding]
+        return -self._unpatchify(model.all_final_layer[key](tokens, c=modulation))
+
+    def _patchify(self, latent: Tensor) -> Tensor:
+        """[B, C, H, W] → [B, tokens, p² C]."""
+        (rows, columns), side = self.grid, self.patch
+        grid = latent.reshape(-1, self.channels, rows, side, columns, side)
+        return grid.permute(0, 2, 4, 3, 5, 1).reshape(-1, rows * columns, side * side * self.channels)
+
+    def _unpatchify(self, tokens: Tensor) -> Tensor:
+        """The inverse."""
+        (rows, columns), side = self.grid, self.patch
+        grid = tokens.reshape(-1, rows, columns, side, side, self.channels)
+        return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.channels, rows * side, columns * side)

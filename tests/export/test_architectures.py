@@ -1,0 +1,120 @@
+"""Z-Image and Wan through trace, Q/DQ, ONNX Runtime and TensorRT-RTX, as Flux in the other tests."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+
+from adatsq_trt.engines.build import build_plans
+from adatsq_trt.export import export_graphs, trace
+from adatsq_trt.formats import FORMATS, TARGETS
+from adatsq_trt.graph_index import GraphIndex
+from adatsq_trt.models.adapter import ModelAdapter
+from adatsq_trt.models.capture import captured
+from adatsq_trt.models.format_store import FormatStore
+from adatsq_trt.models.simulated import SimulatedModel
+from adatsq_trt.policy import Policy
+from adatsq_trt.quantize import quantize_nearest, static_activation_scale
+from tests.tiny_wan import make_tiny_wan
+from tests.tiny_z_image import make_tiny_z_image
+
+MAKERS = {"z-image": make_tiny_z_image, "wan": make_tiny_wan}
+BLACKWELL = ("nvfp4", "fp8", "bf16", "int4wo")
+ROWS = {"target": [("fp8",), BLACKWELL], "cpu": [tuple(FORMATS)]}  # formats of an assignment, in turn over the layers
+Inputs = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module", params=MAKERS)
+def adapter(request: pytest.FixtureRequest) -> ModelAdapter:
+    return MAKERS[request.param]()
+
+
+@pytest.fixture(scope="module")
+def inputs(adapter: ModelAdapter) -> Inputs:
+    latent = torch.randn(2, *adapter.latent_shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return adapter.guided_inputs(latent, 0.7, adapter.encode([0, 2]), 2.0)
+
+
+@pytest.fixture(scope="module")
+def store(adapter: ModelAdapter, inputs: Inputs) -> FormatStore:
+    layers = adapter.quantizable_layers()
+    weights = {
+        name: {layer: quantize_nearest(module.weight.detach(), fmt) for layer, module in layers.items()}
+        for name, fmt in FORMATS.items()
+    }
+    with captured(layers) as capture, torch.no_grad():
+        adapter.predict(inputs)
+    largest = torch.stack([capture.inputs[layer].abs().amax() for layer in layers])
+    static = {name: fmt for name, fmt in FORMATS.items() if fmt.static_activation}
+    return FormatStore(weights, {n: static_activation_scale(largest, f.activation)[None] for n, f in static.items()})
+
+
+@pytest.fixture(scope="module")
+def traced(adapter: ModelAdapter, inputs: Inputs) -> ir.Model:
+    return trace(adapter.trace_module(), inputs, "velocity", torch.bfloat16, adapter.float32_inputs)
+
+
+@pytest.fixture(scope="module", params=ROWS)
+def exported(
+    request: pytest.FixtureRequest, traced, adapter, store, tmp_path_factory
+) -> tuple[Path, GraphIndex, Policy]:
+    """Target graphs with the cpu graphs made of them; cpu graphs alone with every format that there is."""
+    layers, folder = list(adapter.quantizable_layers()), tmp_path_factory.mktemp("bundle")
+    rows = [[names[i % len(names)] for i in range(len(layers))] for names in ROWS[request.param]]
+    policy = Policy.from_steps("tiny", "0" * 64, layers, rows)
+    variants = ("target", "cpu") if request.param == "target" else ("cpu",)
+    index = export_graphs(traced, policy, store.weights, folder / "onnx", "bfloat16", adapter.blocks(), variants)
+    return folder, index, policy
+
+
+def test_cpu_graphs_are_the_fake_quantized_model(exported, adapter, store, inputs, run_cpu) -> None:
+    folder, index, policy = exported
+    for number, row in enumerate(policy.assignments):
+        graph = index.find("cpu", number)
+        formats = {layer: FORMATS[name] for layer, name in zip(policy.layers, row, strict=True)}
+        feed = {name: value.numpy() for name, value in inputs.items()}
+        for place, (layer, fmt) in enumerate(formats.items()):
+            if fmt.static_activation:
+                feed[graph.scale_inputs[layer].name] = store.scales[fmt.name][0, place].numpy()
+        got = run_cpu(str(folder / "onnx" / graph.path), feed)
+        with SimulatedModel(adapter, store).installed() as model, torch.no_grad():
+            model.assign(formats, 0)
+            wanted = adapter.predict(inputs).numpy()
+        error = np.abs(got - wanted) / wanted.std()
+        # Limits of the same comparison for Flux.
+        assert np.quantile(error, 0.5) < 2e-5
+        assert error.max() < 2e-3
+
+
+def test_the_reference_is_the_full_precision_model(exported, adapter, inputs, run_cpu) -> None:
+    folder, index, _ = exported
+    got = run_cpu(str(folder / "onnx" / index.find("reference", None).path), {n: v.numpy() for n, v in inputs.items()})
+    with torch.no_grad():
+        wanted = adapter.predict(inputs).numpy()
+    np.testing.assert_allclose(got, wanted, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_graphs_have_neither_complex_nor_double_numbers_nor_scatters(traced: ir.Model) -> None:
+    proto = ir.to_proto(traced)
+    types = {value.type.tensor_type.elem_type for value in (*proto.graph.value_info, *proto.graph.input)}
+    assert not types & {onnx.TensorProto.DOUBLE, onnx.TensorProto.COMPLEX64, onnx.TensorProto.COMPLEX128}
+    assert not {node.op_type for node in proto.graph.node} & {"ScatterND", "ScatterElements", "Loop", "If"}
+
+
+def test_the_time_has_more_than_eight_bits_in_target_graphs(exported) -> None:
+    _, index, _ = exported
+    kinds = {signature.name: signature.dtype for graph in index.graphs for signature in graph.inputs}
+    assert kinds["timestep"] == "float"
+
+
+def test_target_graphs_compile(exported) -> None:
+    folder, index, policy = exported
+    if not any(graph.variant == "target" for graph in index.graphs):
+        pytest.skip("cpu graphs only")
+    plans = build_plans(folder, index, [TARGETS["sm120"]], 4)
+    assert [plan.assignment for plan in plans] == list(range(len(policy.assignments)))
+    assert all(plan.bytes > 100_000 for plan in plans)
