@@ -26,11 +26,7 @@ BATCH_AXIS = "batch"
 
 
 def trace(
-    module: nn.Module,
-    inputs: Mapping[str, Tensor],
-    output: str,
-    base: torch.dtype,
-    float32_inputs: Collection[str] = (),
+    module: nn.Module, inputs: Mapping[str, Tensor], output: str, base: torch.dtype, float32_inputs: Collection[str] = ()
 ) -> ir.Model:
     """Export a module once, with a dynamic batch.
 

@@ -4,8 +4,29 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from adatsq_trt.files import read_tensors, write_tensors
 from tests.tiny_pipeline import tokenizers
@@ -13,6 +34,20 @@ from tests.tiny_pipeline import tokenizers
 # Of a picture in pixels, not square; a token is 16 x 16 pixels.
 HEIGHT, WIDTH = 64, 48
 T5_WIDTH, CLIP_WIDTH, LATENT_CHANNELS = 32, 48, 16
+
+
+def make_vae() -> AutoencoderKL:
+    """Of 16 channels and 8 pixels to a cell, as Flux and Z-Image have it."""
+    return AutoencoderKL(
+        latent_channels=LATENT_CHANNELS,
+        block_out_channels=(4,) * 4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=2,
+        layers_per_block=1,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+    )
 
 
 def make_flux_transformer(guidance_embeds: bool = True) -> FluxTransformer2DModel:
@@ -46,25 +81,77 @@ def make_flux_pipeline(guidance_embeds: bool = True) -> FluxPipeline:
             eos_token_id=clip_tokenizer.eos_token_id,
         )
         t5 = T5Config(vocab_size=len(t5_tokenizer), d_model=T5_WIDTH, d_kv=16, d_ff=T5_WIDTH, num_heads=2, num_layers=1)
-        vae = AutoencoderKL(
-            latent_channels=LATENT_CHANNELS,
-            block_out_channels=(4,) * 4,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            norm_num_groups=2,
-            layers_per_block=1,
-            scaling_factor=0.3611,
-            shift_factor=0.1159,
-        )
         return FluxPipeline(
             FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-            vae,
+            make_vae(),
             CLIPTextModel(clip),
             clip_tokenizer,
             T5EncoderModel(t5),
             t5_tokenizer,
             make_flux_transformer(guidance_embeds),
         )
+
+
+def make_z_image_pipeline() -> ZImagePipeline:
+    """Z-Image in small, with a Qwen3 and a chat template."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        clip, _ = tokenizers()
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=clip.backend_tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+        )
+        tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+        language_model = Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=T5_WIDTH,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+        )
+        transformer = ZImageTransformer2DModel(
+            in_channels=LATENT_CHANNELS,
+            dim=64,
+            n_layers=1,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=T5_WIDTH,
+            axes_dims=[8, 12, 12],
+            axes_lens=[64, 16, 16],
+        )
+        for token in (transformer.x_pad_token, transformer.cap_pad_token):
+            torch.nn.init.normal_(token)
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        return ZImagePipeline(scheduler, make_vae(), Qwen3Model(language_model), tokenizer, transformer)
+
+
+def make_wan_pipeline() -> WanPipeline:
+    """Wan 2.1 in small, with a UMT5 and the scheduler that Wan's pipelines come with."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        _, tokenizer = tokenizers()
+        tokenizer.model_max_length = 512
+        umt5 = UMT5Config(
+            vocab_size=len(tokenizer), d_model=T5_WIDTH, d_kv=16, d_ff=T5_WIDTH, num_heads=2, num_layers=1
+        )
+        vae = AutoencoderKLWan(base_dim=4, z_dim=LATENT_CHANNELS, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+        transformer = WanTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=32,
+            in_channels=LATENT_CHANNELS,
+            out_channels=LATENT_CHANNELS,
+            text_dim=T5_WIDTH,
+            freq_dim=32,
+            ffn_dim=128,
+            num_layers=1,
+            rope_max_seq_len=32,
+        )
+        scheduler = UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
+        )
+        return WanPipeline(tokenizer, UMT5EncoderModel(umt5), vae, scheduler, transformer)
 
 
 def save_lora(file: Path, seed: int = 0, width: int = 64, rank: int = 4) -> Path:

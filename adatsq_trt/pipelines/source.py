@@ -152,6 +152,11 @@ def _pipeline_kind(folder: Path) -> PipelineKind:
             f"'{folder}': got the transformer {_class_of(index.get('transformer'))}, expected {kind.transformer}; "
             "choose another checkpoint"
         )
+    if _class_of(index.get("transformer_2")) is not None:
+        raise MismatchError(
+            f"'{folder}' has a second transformer, expected one that denoises all steps; choose another checkpoint, "
+            "such as Wan 2.1"
+        )
     return kind
 
 

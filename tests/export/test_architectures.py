@@ -92,7 +92,9 @@ def test_cpu_graphs_are_the_fake_quantized_model(exported, adapter, store, input
 
 def test_the_reference_is_the_full_precision_model(exported, adapter, inputs, run_cpu) -> None:
     folder, index, _ = exported
-    got = run_cpu(str(folder / "onnx" / index.find("reference", None).path), {n: v.numpy() for n, v in inputs.items()})
+    got = run_cpu(
+        str(folder / "onnx" / index.find("reference", None).path), {n: v.numpy() for n, v in inputs.items()}
+    )
     with torch.no_grad():
         wanted = adapter.predict(inputs).numpy()
     np.testing.assert_allclose(got, wanted, atol=1e-5 * np.abs(wanted).max())

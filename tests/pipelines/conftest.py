@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_checkpoints import make_flux_pipeline
+from tests.tiny_checkpoints import make_flux_pipeline, make_wan_pipeline, make_z_image_pipeline
 
 
 @pytest.fixture(scope="session")
@@ -13,6 +13,22 @@ def saved_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For reading."""
     folder = tmp_path_factory.mktemp("checkpoints") / "tiny-flux"
     make_flux_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def saved_z_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For reading."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny-z-image"
+    make_z_image_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def saved_wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For reading."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny-wan"
+    make_wan_pipeline().save_pretrained(folder)
     return folder
 
 

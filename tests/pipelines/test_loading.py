@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, WanPipeline, ZImagePipeline
 
 from adatsq_trt.calibration.trajectory import Samples, trajectory
 from adatsq_trt.errors import UserError
@@ -58,6 +58,48 @@ def test_the_loop_ends_in_the_pipelines_latents(loaded: LoadedModel, pipe: FluxP
     ).images
     assert samples.noise().shape == (2, HEIGHT // 16 * WIDTH // 16, 64)
     torch.testing.assert_close(trajectory(samples)[-1], expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("guidance", [3.0, 1.0])
+def test_the_loop_ends_in_z_images_latents(saved_z_image: Path, guidance: float) -> None:
+    """A scale of 1 is no guidance: the branch with the empty prompt is spared. The pipeline counts from 0."""
+    opened = open_pipeline(settings(saved_z_image, guided=guidance != 1.0))
+    adapter, steps = load(opened).adapter, 3
+    samples = Samples(adapter, adapter.schedule(steps), guidance, prompts=(1, 0), seeds=(4, 5))
+    assert (samples.conditioning.unconditional is None) == (guidance == 1.0)
+    pipe = ZImagePipeline.from_pretrained(saved_z_image, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe(
+        [PROMPTS[1], PROMPTS[0]],
+        height=HEIGHT,
+        width=WIDTH,
+        num_inference_steps=steps,
+        guidance_scale=guidance - 1,
+        latents=samples.noise(),
+        output_type="latent",
+    ).images
+    assert expected.shape == (2, 16, HEIGHT // 8, WIDTH // 8)
+    torch.testing.assert_close(trajectory(samples)[-1], expected, atol=1e-4, rtol=1e-3)
+
+
+def test_the_loop_ends_in_wans_latents(saved_wan: Path) -> None:
+    """With Euler's method in the place of UniPC."""
+    adapter, steps, guidance = load(open_pipeline(settings(saved_wan, frames=5))).adapter, 3, 4.0
+    samples = Samples(adapter, adapter.schedule(steps), guidance, prompts=(1, 0), seeds=(4, 5))
+    pipe = WanPipeline.from_pretrained(saved_wan, local_files_only=True, scheduler=adapter.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe(
+        [PROMPTS[1], PROMPTS[0]],
+        height=HEIGHT,
+        width=WIDTH,
+        num_frames=5,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        latents=samples.noise(),
+        output_type="latent",
+    ).frames
+    assert expected.shape == (2, 16, 2, HEIGHT // 8, WIDTH // 8)
+    torch.testing.assert_close(trajectory(samples)[-1], expected, atol=1e-4, rtol=1e-3)
 
 
 def test_dynamic_shift_follows_the_size(saved_flux: Path, loaded: LoadedModel) -> None:
@@ -272,10 +314,25 @@ def test_a_checkpoint_that_cannot_work_is_one_sentence(own_flux: Path, spoil: Ca
 
 @pytest.mark.parametrize(
     ("size", "message"),
-    [({"height": 40}, "--height 40: expected a multiple of 16 pixels"), ({"width": 8}, "pass --width 16")],
+    [
+        ({"height": 40}, "--height 40: expected a multiple of 16 pixels"),
+        ({"width": 8}, "pass --width 16"),
+        ({"frames": 5}, "--frames 5: 'tiny-flux' draws pictures; leave --frames out"),
+    ],
 )
 def test_sizes_that_do_not_fit(saved_flux: Path, size: dict[str, int], message: str) -> None:
     assert message in refusal(lambda: open_pipeline(settings(saved_flux, **size)))
+
+
+def test_lengths_of_videos_that_do_not_fit(saved_wan: Path) -> None:
+    message = refusal(lambda: open_pipeline(settings(saved_wan, frames=8)))
+    assert "--frames 8: expected 1 more than a multiple of 4 for 'tiny-wan'; pass --frames 9" in message
+
+
+def test_a_wan_with_two_transformers(saved_wan: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(saved_wan, tmp_path / "wan"))
+    edit_json(folder / "model_index.json", transformer_2=["diffusers", "WanTransformer3DModel"])
+    assert "has a second transformer, expected one" in refusal(lambda: open_pipeline(settings(folder)))
 
 
 def test_what_a_base_is_needed_for(saved_flux: Path, tmp_path: Path) -> None:
@@ -322,7 +379,9 @@ def test_encoders_that_are_not_finite_are_refused(own_flux: Path) -> None:
     file = own_flux / "text_encoder_2" / "model.safetensors"
     tensors = read_tensors(file)
     write_tensors(file, {name: value * float("nan") for name, value in tensors.items()})
-    assert "gave NaN or infinite numbers in" in refusal(lambda: load(open_pipeline(settings(own_flux))))
+    assert "the encoding of the prompt 'a red' has NaN or infinite numbers" in refusal(
+        lambda: load(open_pipeline(settings(own_flux)))
+    )
 
 
 def test_a_file_that_is_not_what_the_hub_published(own_flux: Path) -> None:
