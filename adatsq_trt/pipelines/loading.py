@@ -59,8 +59,10 @@ class OpenedPipeline:
         """The model without weights and encodings: its layers and settings, on the meta device."""
         rows, kind = len(self.settings.prompts) + 1, self.source.kind
         width, pooled = kind.widths(self._config)
+        # How long the longest prompt is shows when it is encoded.
+        length = kind.token_multiple if kind.token_multiple > 1 else kind.text_tokens
         empty = {
-            "tokens": torch.empty(rows, kind.text_tokens, width, device="meta"),
+            "tokens": torch.empty(rows, length, width, device="meta"),
             "pooled": torch.empty(rows, pooled, device="meta"),
         }
         return self._model(self._outline, empty)
@@ -126,8 +128,7 @@ class OpenedPipeline:
         canvas = Canvas(settings.height, settings.width, settings.frames)
         image = kind.image(transformer, canvas, kind.vae_scale(source.folder))
         prompts = StoredPrompts(settings.prompts, encodings["tokens"], encodings["pooled"])
-        scheduler = kind.make_scheduler(source.folder)
-        adapter = ADAPTERS[kind.transformer](transformer, prompts, scheduler, image, not settings.guided)
+        adapter = ADAPTERS[kind.transformer](transformer, prompts, self._scheduler, image, not settings.guided)
         steps, guidance = kind.defaults(self._config)
         return LoadedModel(
             source.name, adapter, self.weights_sha256, self.model_sha256, steps, guidance, source.folder / "vae"
@@ -158,6 +159,10 @@ class OpenedPipeline:
         lines += [self.weights_sha256, self.encoders_sha256, repr((settings.height, settings.width))]
         lines += [repr((settings.frames, settings.guided)), *settings.prompts]
         return _digest(lines)
+
+    @cached_property
+    def _scheduler(self) -> Any:
+        return self.source.kind.make_scheduler(self.source.folder)
 
     @cached_property
     def _weights(self) -> WeightFiles:

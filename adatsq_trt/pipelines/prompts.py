@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -94,15 +95,17 @@ def _load_encoders(source: Source) -> Any:
     weights = [find_weights(source.folder / part) for part in kind.encoders if part.startswith("text_encoder")]
     wide = any("F32" in files.dtypes.values() for files in weights)
     try:
-        return kind.load_class(kind.pipeline).from_pretrained(
-            source.folder,
-            transformer=None,
-            vae=None,
-            torch_dtype=torch.float32 if wide else torch.bfloat16,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of a newer name for torch_dtype, which older ones lack
+            return kind.load_class(kind.pipeline).from_pretrained(
+                source.folder,
+                transformer=None,
+                vae=None,
+                torch_dtype=torch.float32 if wide else torch.bfloat16,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
     except Exception as error:  # what is raised depends on the part and the library
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise DamagedFileError(f"'{source.folder}': its text encoders do not load ({reason}); {AGAIN}") from error
