@@ -51,7 +51,10 @@ class Settings(BaseModel):
         layout: how plans and weights are arranged.
         steps: denoising steps.
         guidance: classifier-free guidance scale.
-        budget_bits: largest mean of (weight bits + activation bits) / 2 over (step, layer).
+        budget_bits: largest mean of (weight bits + activation bits) / 2 over (step, layer); None for no such limit.
+        budget_bytes: most bytes of quantized weights, each distinct weight format of a layer once; None likewise.
+        budget_ms: most milliseconds per sample; None likewise.
+        times: where milliseconds come from: a card's name, or the text of a measured table.
         policy: text of a given policy file, which replaces the search; None to search.
         seed: of calibration prompts, noise and projections.
         calibration_samples: trajectories that Hessians, sensitivities and the beam are measured on.
@@ -79,7 +82,10 @@ class Settings(BaseModel):
     layout: Literal["embedded", "shared", "switch", "plugin"] = "embedded"
     steps: int
     guidance: float
-    budget_bits: float
+    budget_bits: float | None
+    budget_bytes: float | None = None
+    budget_ms: float | None = None
+    times: str | None = None
     policy: str | None = None
     seed: int = 0
     calibration_samples: int = 64

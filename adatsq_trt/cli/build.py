@@ -128,7 +128,36 @@ Budget = Annotated[
     typer.Option(
         "--budget-bits",
         help="Largest mean over steps and layers of (weight bits + activation bits) / 2.",
-        show_default="by format set",
+        show_default="by format set, unless there is another budget",
+        rich_help_panel=_POLICY,
+    ),
+]
+BudgetBytes = Annotated[
+    str | None,
+    typer.Option(
+        "--budget-bytes",
+        metavar="SIZE",
+        help="Most bytes of quantized weights, each weight format of a layer once: a number, or one with kB, MB or GB.",
+        show_default="no limit",
+        rich_help_panel=_POLICY,
+    ),
+]
+BudgetMs = Annotated[
+    float | None,
+    typer.Option(
+        "--budget-ms",
+        help="Most milliseconds per sample on the card that --gpu names.",
+        show_default="no limit",
+        rich_help_panel=_POLICY,
+    ),
+]
+Gpu = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu",
+        help="Card of --budget-ms: a name, for a roofline of its published rates, or a file that "
+        "'adatsq-trt benchmark kernels' wrote there.",
+        show_default="none",
         rich_help_panel=_POLICY,
     ),
 ]
@@ -218,6 +247,9 @@ def engine(
     output: Output = None,
     formats: Formats = None,
     budget_bits: Budget = None,
+    budget_bytes: BudgetBytes = None,
+    budget_ms: BudgetMs = None,
+    gpu: Gpu = None,
     simulate: Simulate = False,
     layout: Layout = LayoutName.EMBEDDED,
     steps: Steps = None,
@@ -243,6 +275,7 @@ def engine(
 
     Example: adatsq-trt build engine digits-flux --target sm120 -o runs/demo
     """
+    from adatsq_trt.cli.budgets import BudgetRequest
     from adatsq_trt.cli.loading import ModelRequest
     from adatsq_trt.cli.options import Request, run_stages
 
@@ -258,7 +291,7 @@ def engine(
         targets=tuple(dict.fromkeys(target or ())),
         output=output,
         formats=formats,
-        budget_bits=budget_bits,
+        budgets=BudgetRequest(budget_bits, budget_bytes, budget_ms, gpu),
         simulate=simulate,
         layout=layout.value,
         steps=steps,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from rich.console import Console
 from rich.table import Table
 
+from adatsq_trt.cli.budgets import BudgetChoice, BudgetRequest, choose_budgets, require_finite
 from adatsq_trt.cli.build import StageName
 from adatsq_trt.cli.loading import ModelRequest, OpenedModel, open_model, reopen_model, require_model
 from adatsq_trt.errors import UserError
@@ -18,7 +18,6 @@ from adatsq_trt.formats import (
     PLUGIN_LAYOUT,
     TARGETS,
     Format,
-    default_budget,
     require_accelerated,
     require_shapes,
     resolve_formats,
@@ -44,7 +43,7 @@ class Request:
     targets: tuple[str, ...]
     output: Path | None
     formats: str | None
-    budget_bits: float | None
+    budgets: BudgetRequest
     simulate: bool
     layout: Literal["embedded", "shared", "switch", "plugin"]
     steps: int | None
@@ -62,14 +61,14 @@ class Choice:
         targets: names of the targets.
         format_set: a set's name or a list of formats.
         formats: its members, cheapest first.
-        budget_bits: largest mean of (weight bits + activation bits) / 2.
+        budgets: what the policy may spend.
         policy: text of the given policy file.
     """
 
     targets: tuple[str, ...]
     format_set: str
     formats: tuple[Format, ...]
-    budget_bits: float
+    budgets: BudgetChoice
     policy: str | None
 
 
@@ -92,15 +91,9 @@ def choose(request: Request) -> Choice:
     formats = resolve_formats(format_set)
     if not request.simulate:
         require_accelerated(formats, targets, request.layout)
-    budget_bits = default_budget(format_set) if request.budget_bits is None else request.budget_bits
-    _require_finite("--budget-bits", budget_bits)
-    _require_finite("--guidance", request.guidance)
-    return Choice(names, format_set, formats, budget_bits, _policy_text(request.policy))
-
-
-def _require_finite(option: str, value: float | None) -> None:
-    if value is not None and not math.isfinite(value):
-        raise UserError(f"{option}: got {value}, expected a finite number; pass such a number or leave the option out")
+    budgets = choose_budgets(request.budgets, format_set)
+    require_finite("--guidance", request.guidance)
+    return Choice(names, format_set, formats, budgets, _policy_text(request.policy))
 
 
 def _policy_text(path: Path | None) -> str | None:
@@ -134,7 +127,10 @@ def resolve(request: Request, choice: Choice, opened: OpenedModel) -> Settings:
         layout=request.layout,
         steps=request.steps or model.default_steps,
         guidance=model.default_guidance if request.guidance is None else request.guidance,
-        budget_bits=choice.budget_bits,
+        budget_bits=choice.budgets.bits,
+        budget_bytes=choice.budgets.bytes,
+        budget_ms=choice.budgets.ms,
+        times=choice.budgets.times,
         policy=choice.policy,
         seed=request.seed,
         **request.counts,
@@ -198,9 +194,12 @@ def open_run(path: Path) -> Context:
     return Context(run, settings, reopen_model(settings, run))
 
 
+_NOT_SHOWN = {"schema_version", "weights_sha256", "model_sha256", "policy", "pipeline", "times"}
+
+
 def _settings_table(settings: Settings) -> Table:
     table = Table("setting", "value", box=None, title="settings", title_justify="left")
-    values = settings.model_dump(exclude={"schema_version", "weights_sha256", "model_sha256", "policy", "pipeline"})
+    values = settings.model_dump(exclude=_NOT_SHOWN)
     if settings.pipeline is not None:
         values |= settings.pipeline.model_dump(exclude={"prompts"}) | {"prompts": len(settings.pipeline.prompts)}
     for name, value in values.items():
@@ -216,7 +215,7 @@ def summary_table(summary: Summary) -> Table:
     rows = [("chosen", f"{summary.mean_bits:.3f}", summary.final_error)]
     static = summary.static_errors
     rows += [
-        (name, f"≤ {summary.budget_bits:g}", error)
+        (name, "" if summary.budget_bits is None else f"≤ {summary.budget_bits:g}", error)
         for name, error in (("best layer-only", static.layer_only), ("best time-only", static.time_only))
         if error is not None
     ]
@@ -229,6 +228,13 @@ def summary_table(summary: Summary) -> Table:
         f"{summary.buckets} buckets, {summary.assignments} distinct assignments; errors on {summary.held_out_samples} "
         f"held-out samples; {summary.denoiser_calls} denoiser calls; engines {summary.engine_bytes / 1e6:.1f} MB"
     )
+    if summary.budget_bytes is not None:
+        resident, most = summary.resident_weight_bytes / 1e6, summary.budget_bytes / 1e6
+        table.caption += f"\nquantized weights {resident:.4g} MB of a budget of {most:.4g} MB"
+    if summary.budget_ms is not None:
+        table.caption += (
+            f"\n{summary.ms:.4g} ms per sample of a budget of {summary.budget_ms:g} ms: {summary.ms_source}"
+        )
     return table
 
 

@@ -73,7 +73,9 @@ class RealRotaryProcessor(ZSingleStreamAttnProcessor):
         """Self-attention [B, S, width] → the same shape; complex frequencies are diffusers' business."""
         if not isinstance(freqs_cis, tuple):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, freqs_cis)  # type: ignore[no-any-return]
-        projected = [layer(hidden_states).unflatten(-1, (attn.heads, -1)) for layer in (attn.to_q, attn.to_k, attn.to_v)]
+        projected = [
+            layer(hidden_states).unflatten(-1, (attn.heads, -1)) for layer in (attn.to_q, attn.to_k, attn.to_v)
+        ]
         query, key, value = projected
         if attn.norm_q is not None and attn.norm_k is not None:
             query, key = attn.norm_q(query), attn.norm_k(key)

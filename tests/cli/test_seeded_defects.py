@@ -42,6 +42,7 @@ def write_model(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run, built once."""
+    from adatsq_trt.cli.budgets import BudgetRequest
     from adatsq_trt.cli.build import StageName
     from adatsq_trt.cli.loading import ModelRequest
     from adatsq_trt.cli.options import Request, run_stages
@@ -62,7 +63,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
             targets=("sm120",),
             output=base / "run",
             formats="nvfp4,fp8,int4wo,bf16",
-            budget_bits=16,
+            budgets=BudgetRequest(bits=16),
             simulate=False,
             layout="embedded",
             steps=3,
