@@ -1,4 +1,4 @@
-"""What a latent without an autoencoder decodes to: patches of pixels, put together to an image or a video."""
+"""What a latent decodes to: patches of pixels, or of a VAE's own latent, put together to an image or a video."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ class ImageShape:
 
     Attributes:
         patches: from top to bottom.
-        channels: of the image.
-        patch_size: height and width of a patch in pixels.
+        channels: of the image, or of the VAE's latent.
+        patch_size: height and width of a patch in pixels, or in cells of the VAE's latent.
         columns: patches from left to right; as many as from top to bottom unless given.
-        frames: of a video; None for an image.
+        frames: of a video, or of its latent; None for an image.
+        vae: what the patches make up is not the image but the latent that a VAE decodes.
     """
 
     patches: int
@@ -25,6 +26,7 @@ class ImageShape:
     patch_size: int = 2
     columns: int | None = None
     frames: int | None = None
+    vae: bool = False
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -37,7 +39,7 @@ class ImageShape:
         return prod((self.frames or 1, *self.grid, self.channels, self.patch_size**2))
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Put patches together, from [-1, 1] to [0, 1].
+        """Put patches together, from [-1, 1] to [0, 1]; what a VAE decodes stays as it is.
 
         Args:
             latents: float32: of images as tokens [B, patches, channels], as Flux packs them, or as planes [B, channels,
@@ -51,5 +53,5 @@ class ImageShape:
         planes = np.moveaxis(latents, -1, 1) if latents.ndim == 3 else latents
         grid = planes.reshape(len(latents), self.channels, side, side, self.frames or 1, rows, columns)
         pixels = grid.transpose(0, 4, 5, 2, 6, 3, 1).reshape(-1, rows * side, columns * side, self.channels)
-        images: np.ndarray = np.clip(pixels / 2 + 0.5, 0, 1)
+        images: np.ndarray = pixels if self.vae else np.clip(pixels / 2 + 0.5, 0, 1)
         return images if self.frames is None else images.reshape(len(latents), self.frames, *images.shape[1:])

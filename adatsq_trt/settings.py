@@ -9,12 +9,39 @@ from pydantic import BaseModel, ConfigDict
 SETTINGS_NAME = "settings.json"
 
 
+class PipelineSettings(BaseModel):
+    """A checkpoint that the user brought, and what it draws.
+
+    Attributes:
+        path: absolute path of a pipeline, a transformer or a single file; or the hub id of a pipeline.
+        base: path or hub id of the pipeline that a transformer or a single file belongs to.
+        loras: FILE:SCALE of what is fused into the transformer.
+        height: in pixels; None until the pipeline's default is known.
+        width: in pixels; None likewise.
+        frames: of a video; None likewise, and for pictures.
+        guided: guidance takes a second branch, with the empty prompt.
+        prompts: what calibration draws, and what the bundle can be asked for.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str
+    base: str | None = None
+    loras: tuple[str, ...] = ()
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+    guided: bool = True
+    prompts: tuple[str, ...]
+
+
 class Settings(BaseModel):
     """The resolved settings of `build engine`.
 
     Attributes:
         schema_version: of this file.
         model: name of the model.
+        pipeline: where it comes from, if it is none of the zoo.
         weights_sha256: hash of its transformer's weights.
         model_sha256: hash of all its configurations and weights.
         format_set: what the user asked for.
@@ -24,7 +51,10 @@ class Settings(BaseModel):
         layout: how plans and weights are arranged.
         steps: denoising steps.
         guidance: classifier-free guidance scale.
-        budget_bits: largest mean of (weight bits + activation bits) / 2 over (step, layer).
+        budget_bits: largest mean of (weight bits + activation bits) / 2 over (step, layer); None for no such limit.
+        budget_bytes: most bytes of quantized weights, each distinct weight format of a layer once; None likewise.
+        budget_ms: most milliseconds per sample; None likewise.
+        times: where milliseconds come from: a card's name, or the text of a measured table.
         policy: text of a given policy file, which replaces the search; None to search.
         seed: of calibration prompts, noise and projections.
         calibration_samples: trajectories that Hessians, sensitivities and the beam are measured on.
@@ -42,6 +72,7 @@ class Settings(BaseModel):
 
     schema_version: Literal[1] = 1
     model: str
+    pipeline: PipelineSettings | None = None
     weights_sha256: str
     model_sha256: str
     format_set: str
@@ -51,7 +82,10 @@ class Settings(BaseModel):
     layout: Literal["embedded", "shared", "switch", "plugin"] = "embedded"
     steps: int
     guidance: float
-    budget_bits: float
+    budget_bits: float | None
+    budget_bytes: float | None = None
+    budget_ms: float | None = None
+    times: str | None = None
     policy: str | None = None
     seed: int = 0
     calibration_samples: int = 64

@@ -31,6 +31,7 @@ GRAPH_FOLDER = "onnx"
 PLAN_FOLDER = "plans"
 SCALES_NAME = "activation_scales.safetensors"
 PROMPTS_NAME = "prompts.safetensors"
+VAE_FOLDER = "vae"
 REFERENCE_NAME = "check/reference.safetensors"
 CONDITIONAL, UNCONDITIONAL = "conditional.", "unconditional."  # what the names of stored prompts start with
 
@@ -78,10 +79,11 @@ class ImageSpec(_Record):
 
     Attributes:
         patches: from top to bottom.
-        channels: of the image.
-        patch_size: height and width of a patch in pixels.
+        channels: of the image, or of the VAE's latent.
+        patch_size: height and width of a patch in pixels, or in cells of the VAE's latent.
         columns: patches from left to right; as many as from top to bottom unless given.
-        frames: of a video; None for an image.
+        frames: of a video, or of its latent; None for an image.
+        vae: what the patches make up is the latent of the VAE that the bundle carries.
     """
 
     patches: Count
@@ -89,6 +91,7 @@ class ImageSpec(_Record):
     patch_size: Count = 2
     columns: Count | None = None
     frames: Count | None = None
+    vae: bool = False
 
     @property
     def shape(self) -> ImageShape:
@@ -96,7 +99,7 @@ class ImageSpec(_Record):
         return ImageShape(**self.model_dump())
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Latents → images or videos in [0, 1], as `ImageShape.decode`."""
+        """Latents → images or videos in [0, 1], or what the VAE decodes, as `ImageShape.decode`."""
         return self.shape.decode(latents)
 
 

@@ -21,7 +21,8 @@ import numpy as np
 from adatsq_trt.engines.backends.base import StepRunner
 from adatsq_trt.engines.backends.onnxruntime import OnnxRuntimeSteps
 from adatsq_trt.engines.backends.rtx_steps import RtxSteps, plans_here
-from adatsq_trt.engines.bundle import CONDITIONAL, UNCONDITIONAL, BundleFiles, Manifest, require_prompts
+from adatsq_trt.engines.bundle import CONDITIONAL, UNCONDITIONAL, VAE_FOLDER, BundleFiles, Manifest, require_prompts
+from adatsq_trt.engines.vae import Vae
 from adatsq_trt.errors import DamagedFileError, MismatchError, UserError
 from adatsq_trt.formats import Format
 from adatsq_trt.graph_index import TensorSignature
@@ -77,6 +78,7 @@ class Bundle:
         self._max_rows = min((plan.max_rows for plan in plans), default=None)
         self._resources = ExitStack()
         self._runners: dict[str, StepRunner] = {}
+        self._vae: Vae | None = None
 
     @classmethod
     def open(cls, path: Path | str, backend: Literal["onnxruntime", "rtx"] = "onnxruntime") -> Self:
@@ -108,6 +110,7 @@ class Bundle:
         """Give the memory back; sessions are made anew when they are needed again."""
         self._resources.close()
         self._runners.clear()
+        self._vae = None
 
     # ------------------------------------------------------------------------------------------- what it holds
 
@@ -164,8 +167,18 @@ class Bundle:
         )
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Latents → images, float32 [samples, height, width, channels] in [0, 1]."""
-        return self.manifest.image.decode(latents)
+        """Latents → images, float32 [samples, (frames,) height, width, channels] in [0, 1].
+
+        Raises:
+            DamagedFileError: the bundle's VAE cannot be loaded.
+            DependencyError: it needs diffusers, which is not installed.
+        """
+        images = self.manifest.image.decode(latents)
+        if not self.manifest.image.vae:
+            return images
+        if self._vae is None:
+            self._vae = Vae(self.files.folder / VAE_FOLDER)
+        return self._vae.decode(images)
 
     # ---------------------------------------------------------------------------------------------- running it
 

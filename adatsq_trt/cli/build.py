@@ -30,11 +30,62 @@ class LayoutName(StrEnum):
     PLUGIN = "plugin"
 
 
-_POLICY, _EFFORT = "The policy", "The effort"
+_CHECKPOINT, _POLICY, _EFFORT = "A checkpoint of your own", "The policy", "The effort"
 # Each batch of samples has a million seeds of its own; a scheduler has a thousand timesteps.
 _MOST_SAMPLES, _MOST_STEPS, _MOST_PATHS = 1_000_000, 1000, 1000
 
-Model = Annotated[str, typer.Argument(help="Name of a model: see 'adatsq-trt models'.", show_default=False)]
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="Name of a model (see 'adatsq-trt models'), folder of a diffusers pipeline or transformer, .safetensors "
+        "file of a transformer, or hub id of a pipeline.",
+        show_default=False,
+    ),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        help="Folder or hub id of the pipeline that a transformer or a single file belongs to.",
+        show_default="none",
+        rich_help_panel=_CHECKPOINT,
+    ),
+]
+Lora = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        metavar="FILE[:SCALE]",
+        help="LoRA to fuse into the transformer first; may be repeated.",
+        show_default="none",
+        rich_help_panel=_CHECKPOINT,
+    ),
+]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompts",
+        help="File with what calibration draws, a prompt in each line.",
+        show_default="128 prompts of this package",
+        rich_help_panel=_CHECKPOINT,
+    ),
+]
+Height = Annotated[
+    int | None,
+    typer.Option(
+        "--height", min=1, help="Of the picture, in pixels.", show_default="the model's", rich_help_panel=_CHECKPOINT
+    ),
+]
+Width = Annotated[
+    int | None,
+    typer.Option(
+        "--width", min=1, help="Of the picture, in pixels.", show_default="the model's", rich_help_panel=_CHECKPOINT
+    ),
+]
+Frames = Annotated[
+    int | None,
+    typer.Option("--frames", min=1, help="Of a video.", show_default="the model's", rich_help_panel=_CHECKPOINT),
+]
 TargetOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -77,7 +128,36 @@ Budget = Annotated[
     typer.Option(
         "--budget-bits",
         help="Largest mean over steps and layers of (weight bits + activation bits) / 2.",
-        show_default="by format set",
+        show_default="by format set, unless there is another budget",
+        rich_help_panel=_POLICY,
+    ),
+]
+BudgetBytes = Annotated[
+    str | None,
+    typer.Option(
+        "--budget-bytes",
+        metavar="SIZE",
+        help="Most bytes of quantized weights, each weight format of a layer once: a number, or one with kB, MB or GB.",
+        show_default="no limit",
+        rich_help_panel=_POLICY,
+    ),
+]
+BudgetMs = Annotated[
+    float | None,
+    typer.Option(
+        "--budget-ms",
+        help="Most milliseconds per sample on the card that --gpu names.",
+        show_default="no limit",
+        rich_help_panel=_POLICY,
+    ),
+]
+Gpu = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu",
+        help="Card of --budget-ms: a name, for a roofline of its published rates, or a file that "
+        "'adatsq-trt benchmark kernels' wrote there.",
+        show_default="none",
         rich_help_panel=_POLICY,
     ),
 ]
@@ -167,6 +247,9 @@ def engine(
     output: Output = None,
     formats: Formats = None,
     budget_bits: Budget = None,
+    budget_bytes: BudgetBytes = None,
+    budget_ms: BudgetMs = None,
+    gpu: Gpu = None,
     simulate: Simulate = False,
     layout: Layout = LayoutName.EMBEDDED,
     steps: Steps = None,
@@ -178,6 +261,12 @@ def engine(
     calibration_samples: Calibration = None,
     selection_samples: Selection = None,
     held_out_samples: HeldOut = None,
+    base: Base = None,
+    lora: Lora = None,
+    prompts: Prompts = None,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
     until: Annotated[StageName, typer.Option(hidden=True)] = StageName.BUNDLE,
 ) -> None:
     """Run all stages: from a model to TensorRT engines in a bundle.
@@ -186,6 +275,8 @@ def engine(
 
     Example: adatsq-trt build engine digits-flux --target sm120 -o runs/demo
     """
+    from adatsq_trt.cli.budgets import BudgetRequest
+    from adatsq_trt.cli.loading import ModelRequest
     from adatsq_trt.cli.options import Request, run_stages
 
     counts = {
@@ -196,11 +287,11 @@ def engine(
         "held_out_samples": held_out_samples,
     }
     request = Request(
-        model=model,
+        model=ModelRequest(model, base, tuple(lora or ()), prompts, height, width, frames, guidance),
         targets=tuple(dict.fromkeys(target or ())),
         output=output,
         formats=formats,
-        budget_bits=budget_bits,
+        budgets=BudgetRequest(budget_bits, budget_bytes, budget_ms, gpu),
         simulate=simulate,
         layout=layout.value,
         steps=steps,

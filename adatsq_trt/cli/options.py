@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,14 @@ from typing import TYPE_CHECKING, Literal
 from rich.console import Console
 from rich.table import Table
 
+from adatsq_trt.cli.budgets import BudgetChoice, BudgetRequest, choose_budgets, require_finite
 from adatsq_trt.cli.build import StageName
+from adatsq_trt.cli.loading import ModelRequest, OpenedModel, open_model, reopen_model, require_model
 from adatsq_trt.errors import UserError
 from adatsq_trt.formats import (
     PLUGIN_LAYOUT,
     TARGETS,
     Format,
-    default_budget,
     require_accelerated,
     require_shapes,
     resolve_formats,
@@ -25,13 +25,11 @@ from adatsq_trt.formats import (
 )
 from adatsq_trt.policy import GIVEN_POLICY_ADVICE, Policy
 from adatsq_trt.settings import SETTINGS_NAME, Settings
-from adatsq_trt.zoo import find_model
 
 if TYPE_CHECKING:
     from adatsq_trt.cli.stages.context import Context
     from adatsq_trt.engines.sizes import SizeReport
     from adatsq_trt.report.summary import Summary
-    from adatsq_trt.zoo.loading import LoadedModel
 
 SIMULATED_SET = "paper-fine"  # what --simulate without a target studies
 PLUGIN_TARGET = "sm90"  # of layout `plugin` without a target: its graph is the same for all
@@ -41,11 +39,11 @@ PLUGIN_TARGET = "sm90"  # of layout `plugin` without a target: its graph is the 
 class Request:
     """The command line's options; None stands for "the default"."""
 
-    model: str
+    model: ModelRequest
     targets: tuple[str, ...]
     output: Path | None
     formats: str | None
-    budget_bits: float | None
+    budgets: BudgetRequest
     simulate: bool
     layout: Literal["embedded", "shared", "switch", "plugin"]
     steps: int | None
@@ -63,14 +61,14 @@ class Choice:
         targets: names of the targets.
         format_set: a set's name or a list of formats.
         formats: its members, cheapest first.
-        budget_bits: largest mean of (weight bits + activation bits) / 2.
+        budgets: what the policy may spend.
         policy: text of the given policy file.
     """
 
     targets: tuple[str, ...]
     format_set: str
     formats: tuple[Format, ...]
-    budget_bits: float
+    budgets: BudgetChoice
     policy: str | None
 
 
@@ -80,7 +78,7 @@ def choose(request: Request) -> Choice:
     Raises:
         UserError: names, formats, targets, numbers or files that do not go together.
     """
-    find_model(request.model)
+    require_model(request.model)
     names = request.targets
     if request.layout == PLUGIN_LAYOUT:
         names = names or (PLUGIN_TARGET,)
@@ -93,15 +91,9 @@ def choose(request: Request) -> Choice:
     formats = resolve_formats(format_set)
     if not request.simulate:
         require_accelerated(formats, targets, request.layout)
-    budget_bits = default_budget(format_set) if request.budget_bits is None else request.budget_bits
-    _require_finite("--budget-bits", budget_bits)
-    _require_finite("--guidance", request.guidance)
-    return Choice(names, format_set, formats, budget_bits, _policy_text(request.policy))
-
-
-def _require_finite(option: str, value: float | None) -> None:
-    if value is not None and not math.isfinite(value):
-        raise UserError(f"{option}: got {value}, expected a finite number; pass such a number or leave the option out")
+    budgets = choose_budgets(request.budgets, format_set)
+    require_finite("--guidance", request.guidance)
+    return Choice(names, format_set, formats, budgets, _policy_text(request.policy))
 
 
 def _policy_text(path: Path | None) -> str | None:
@@ -111,18 +103,21 @@ def _policy_text(path: Path | None) -> str | None:
     return Policy.load(path, GIVEN_POLICY_ADVICE).model_dump_json()
 
 
-def resolve(request: Request, choice: Choice, model: LoadedModel) -> Settings:
+def resolve(request: Request, choice: Choice, opened: OpenedModel) -> Settings:
     """Fill in the model's defaults.
 
     Raises:
         UserError: formats that do not suit the model's layers; a guidance scale for a model that takes none.
     """
-    if request.guidance is not None and not model.adapter.takes_guidance:
-        raise UserError(f"--guidance {request.guidance:g}: model '{request.model}' takes no guidance; leave it out")
+    model = opened.outline
+    unguided = opened.settings is not None and request.guidance == 1.0
+    if request.guidance is not None and not model.adapter.takes_guidance and not unguided:
+        raise UserError(f"--guidance {request.guidance:g}: model '{model.name}' takes no guidance; leave it out")
     layers = model.adapter.quantizable_layers().items()
     require_shapes(choice.formats, [(name, layer.in_features) for name, layer in layers])
     return Settings(
-        model=request.model,
+        model=model.name,
+        pipeline=opened.settings,
         weights_sha256=model.weights_sha256,
         model_sha256=model.model_sha256,
         format_set=choice.format_set,
@@ -132,7 +127,10 @@ def resolve(request: Request, choice: Choice, model: LoadedModel) -> Settings:
         layout=request.layout,
         steps=request.steps or model.default_steps,
         guidance=model.default_guidance if request.guidance is None else request.guidance,
-        budget_bits=choice.budget_bits,
+        budget_bits=choice.budgets.bits,
+        budget_bytes=choice.budgets.bytes,
+        budget_ms=choice.budgets.ms,
+        times=choice.budgets.times,
         policy=choice.policy,
         seed=request.seed,
         **request.counts,
@@ -149,14 +147,13 @@ def run_stages(request: Request, until: StageName) -> None:
     from adatsq_trt.engines.sizes import size_report
     from adatsq_trt.files import write_json_model
     from adatsq_trt.run import RunDirectory
-    from adatsq_trt.zoo.loading import load_model
 
-    model = load_model(request.model)
-    settings = resolve(request, choice, model)
-    search.require_possible(settings, model)
+    opened = open_model(request.model)
+    settings = resolve(request, choice, opened)
+    search.require_possible(settings, opened.outline)
     console = Console()
     # A simulated run gets a folder of its own, so that it never replaces a run with engines.
-    names = [request.model, *choice.targets, *(["simulated"] if request.simulate else [])]
+    names = [settings.model, *choice.targets, *(["simulated"] if request.simulate else [])]
     output = request.output or Path("runs") / "-".join(names)
     stages = {
         StageName.CALIBRATE: calibrate.run,
@@ -167,8 +164,8 @@ def run_stages(request: Request, until: StageName) -> None:
     }
     with RunDirectory.open(output) as run:
         console.print(_settings_table(settings))
-        context = Context(run, settings, model)
         write_json_model(run.path / SETTINGS_NAME, settings)
+        context = Context(run, settings, opened.load(run))
         result = stages[until](context).folder
         if until is StageName.BUNDLE:
             console.print(summary_table(summary.write(context)))
@@ -191,19 +188,22 @@ def open_run(path: Path) -> Context:
     from adatsq_trt.cli.stages.context import Context
     from adatsq_trt.files import read_json_model
     from adatsq_trt.run import RunDirectory
-    from adatsq_trt.zoo.loading import load_model
 
     run = RunDirectory.existing(path)
     settings = read_json_model(run.path / SETTINGS_NAME, Settings)
-    return Context(run, settings, load_model(settings.model))
+    return Context(run, settings, reopen_model(settings, run))
+
+
+_NOT_SHOWN = {"schema_version", "weights_sha256", "model_sha256", "policy", "pipeline", "times"}
 
 
 def _settings_table(settings: Settings) -> Table:
     table = Table("setting", "value", box=None, title="settings", title_justify="left")
-    for name, value in settings.model_dump().items():
-        if name not in ("schema_version", "weights_sha256", "model_sha256", "policy"):
-            shown = ", ".join(value) if isinstance(value, tuple) else str(value)
-            table.add_row(name, shown)
+    values = settings.model_dump(exclude=_NOT_SHOWN)
+    if settings.pipeline is not None:
+        values |= settings.pipeline.model_dump(exclude={"prompts"}) | {"prompts": len(settings.pipeline.prompts)}
+    for name, value in values.items():
+        table.add_row(name, ", ".join(value) if isinstance(value, tuple) else str(value))
     return table
 
 
@@ -215,7 +215,7 @@ def summary_table(summary: Summary) -> Table:
     rows = [("chosen", f"{summary.mean_bits:.3f}", summary.final_error)]
     static = summary.static_errors
     rows += [
-        (name, f"≤ {summary.budget_bits:g}", error)
+        (name, "" if summary.budget_bits is None else f"≤ {summary.budget_bits:g}", error)
         for name, error in (("best layer-only", static.layer_only), ("best time-only", static.time_only))
         if error is not None
     ]
@@ -228,6 +228,13 @@ def summary_table(summary: Summary) -> Table:
         f"{summary.buckets} buckets, {summary.assignments} distinct assignments; errors on {summary.held_out_samples} "
         f"held-out samples; {summary.denoiser_calls} denoiser calls; engines {summary.engine_bytes / 1e6:.1f} MB"
     )
+    if summary.budget_bytes is not None:
+        resident, most = summary.resident_weight_bytes / 1e6, summary.budget_bytes / 1e6
+        table.caption += f"\nquantized weights {resident:.4g} MB of a budget of {most:.4g} MB"
+    if summary.budget_ms is not None:
+        table.caption += (
+            f"\n{summary.ms:.4g} ms per sample of a budget of {summary.budget_ms:g} ms: {summary.ms_source}"
+        )
     return table
 
 

@@ -45,6 +45,27 @@ class ClassEncoder(PromptEncoder):
         return rows[:, None], rows
 
 
+class StoredPrompts(PromptEncoder):
+    """Prompts that were encoded before, by text encoders that are no longer in memory."""
+
+    def __init__(self, prompts: Sequence[str], tokens: Tensor, pooled: Tensor) -> None:
+        """Take the encodings in whichever type they were stored; they become float32 where they are used.
+
+        Args:
+            prompts: their texts.
+            tokens: [prompts + 1, text_tokens, width], the empty prompt last.
+            pooled: [prompts + 1, width of the pooled projection].
+        """
+        super().__init__()
+        self.prompts, self._tokens, self._pooled = tuple(prompts), tokens, pooled
+        self.text_tokens, self.width = tokens.shape[1:]
+
+    def encode(self, prompts: Sequence[int | None]) -> tuple[Tensor, Tensor]:
+        """The stored rows."""
+        rows = torch.tensor([len(self.prompts) if p is None else p for p in prompts])
+        return self._tokens[rows].float(), self._pooled[rows].float()
+
+
 class TextEncoder(PromptEncoder):
     """Word and place embeddings and one transformer layer; the mean over the words is the pooled projection."""
 

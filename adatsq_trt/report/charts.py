@@ -27,13 +27,15 @@ def pareto(data: ReportData) -> Chart:
     searched = [policy for policy in judged if policy.kind != "uniform"]
     uniform = sorted((policy for policy in judged if policy.kind == "uniform"), key=lambda policy: policy.mean_bits)
     # Up to the first one above the budget: those far off would leave the searched policies no room.
-    beyond = [policy for policy in uniform if policy.mean_bits > data.settings.budget_bits][1:]
+    budget = data.settings.budget_bits
+    beyond = [policy for policy in uniform if budget is not None and policy.mean_bits > budget][1:]
     shown = [policy for policy in judged if policy not in beyond]
     axes.scatter(*_places([policy for policy in searched if not policy.chosen]), s=9, color=MUTED, linewidth=0)
     front = sorted(_coordinates([policy for policy in shown if policy.on_front]))
     axes.plot(*np.array(front).reshape(-1, 2).T, color=MUTED, linewidth=0.8, drawstyle="steps-post", zorder=1)
-    axes.axvline(data.settings.budget_bits, color=LINE, linewidth=1.2, zorder=0)
-    axes.text(data.settings.budget_bits, 0.02, " budget", color=MUTED, transform=axes.get_xaxis_transform())
+    if budget is not None:
+        axes.axvline(budget, color=LINE, linewidth=1.2, zorder=0)
+        axes.text(budget, 0.02, " budget", color=MUTED, transform=axes.get_xaxis_transform())
     for policies, color, marker, area in (
         ([policy for policy in shown if policy.kind == "uniform"], CONTRAST, "D", 30),
         ([policy for policy in shown if policy.chosen], ACCENT, "*", 110),

@@ -37,7 +37,11 @@ class Summary(BaseModel):
         simulate: whether plans were left out.
         steps: denoising steps.
         guidance: classifier-free guidance scale.
-        budget_bits: what was asked for.
+        budget_bits: what was asked for, None for no limit.
+        budget_bytes: likewise, of `resident_weight_bytes`.
+        budget_ms: likewise, of `ms`.
+        ms: per sample, where there is such a budget.
+        ms_source: where milliseconds come from: a roofline or measured times.
         buckets: runs of steps with one assignment.
         assignments: distinct assignments.
         mean_bits: unweighted mean over (step, layer) of (nominal weight bits + nominal activation bits) / 2.
@@ -69,7 +73,11 @@ class Summary(BaseModel):
     simulate: bool
     steps: int
     guidance: float
-    budget_bits: float
+    budget_bits: float | None
+    budget_bytes: float | None = None
+    budget_ms: float | None = None
+    ms: float | None = None
+    ms_source: str | None = None
     buckets: int
     assignments: int
     mean_bits: float

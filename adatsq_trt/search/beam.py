@@ -49,6 +49,9 @@ class Problem(Protocol[StateT]):
     def error(self, state: StateT, step: int) -> float:
         """Final error that the state after `step` steps is expected to lead to."""
 
+    def fits(self, assignments: Sequence[Assignment]) -> bool:
+        """Whether a prefix leaves enough of budgets that do not add up to one cost; others are `remaining_error`'s."""
+
     def remaining_error(self, step: int, bits: float) -> float:
         """What the bits spent so far add to or take from that; infinite when the budget cannot hold the rest."""
 
@@ -117,7 +120,8 @@ def expand(problem: Problem[StateT], paths: Sequence[Path[StateT]], step: int) -
     successors = []
     for path in paths:
         options = problem.candidates(step, path.assignments[-1] if path.assignments else None)
-        feasible = [option for option in options if _rest(problem, path, option, step) < math.inf]
+        affordable = [option for option in options if _rest(problem, path, option, step) < math.inf]
+        feasible = [option for option in affordable if problem.fits((*path.assignments, option))]
         for assignment in feasible or [problem.cheapest]:
             state = problem.advance(path.state, step, assignment)
             error = problem.error(state, step + 1)

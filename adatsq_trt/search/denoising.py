@@ -12,6 +12,7 @@ from torch import Tensor
 from adatsq_trt.calibration.trajectory import Samples, final_latents, latent_mse, trajectory
 from adatsq_trt.formats import Format
 from adatsq_trt.models.simulated import SimulatedModel
+from adatsq_trt.search.budgets import Budgets
 from adatsq_trt.search.candidates import Assignment
 from adatsq_trt.search.plan import Plan
 
@@ -90,11 +91,47 @@ class DenoisingProblem:
         projected = projected_error(state, self.reference[step], self.adjoints[step])
         return self.plan.expected_error(projected, step)
 
+    def fits(self, assignments: Sequence[Assignment]) -> bool:
+        """Mean bits add up."""
+        return True
+
     def remaining_error(self, step: int, bits: float) -> float:
         """What the path's other spending than planned means for the rest; infinite when the budget cannot hold."""
         left = self.budget * self.steps * len(self.model.layers) - bits
         own = sum(self.bits(row) for row in self.plan.policies[0][step:])
         return self.plan.deviation_error(step, left, own)
+
+
+@dataclass
+class PricedProblem(DenoisingProblem):
+    """The same under several budgets: what a path costs is counted at their prices.
+
+    Attributes:
+        budgets: all of them.
+        cost: of one step at the prices: [formats, layers], infinite where a layer does not store a format.
+    """
+
+    budgets: Budgets = field(kw_only=True)
+    cost: np.ndarray = field(kw_only=True)
+
+    @property
+    def cheapest(self) -> Assignment:
+        """The least cost of every layer; a path that no candidate fits goes on with it."""
+        return tuple(int(i) for i in np.argmin(self.cost, axis=0))
+
+    def bits(self, assignment: Assignment) -> float:
+        """Sum over layers of what their formats cost."""
+        return float(self.cost[list(assignment), np.arange(len(assignment))].sum())
+
+    def fits(self, assignments: Sequence[Assignment]) -> bool:
+        """Whether the plan's own rest or the cheapest keeps every budget."""
+        return self.budgets.fits(assignments, [self.plan.policies[0], [self.cheapest] * self.steps])
+
+    def remaining_error(self, step: int, bits: float) -> float:
+        """As the plan expects it for what is left of the cost of the plan's own policy."""
+        total, own = (sum(map(self.bits, self.plan.policies[0][first:])) for first in (0, step))
+        deviation = self.plan.deviation_error(step, max(total - bits, float(self.plan.tail_bits[step, 0])), own)
+        return deviation if math.isfinite(bits) else math.inf
 
 
 def as_formats(layers: Sequence[str], assignment: Assignment, formats: Sequence[Format]) -> dict[str, Format]:

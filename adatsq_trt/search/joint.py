@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from adatsq_trt.search.candidates import Array, spend_the_rest, steepest_price, tiers
+from adatsq_trt.search.candidates import Array, spend_the_rest, steepest_price
 
 SWEEPS = 6
 Choice = NDArray[np.int64]
@@ -56,6 +56,7 @@ class Items:
         layers: [items]: the layer of each, from 0.
         bits: [formats], ascending.
         weight: [items]: how many (step, layer) an item stands for.
+        cost: [formats, items]: what is paid instead of weight * bits, infinite where a format may not be taken.
     """
 
     contributions: Array
@@ -63,6 +64,12 @@ class Items:
     layers: NDArray[np.int64]
     bits: Array
     weight: Array
+    cost: Array | None = None
+
+    @property
+    def costs(self) -> Array:
+        """[formats, items]: what is paid."""
+        return self.bits[:, None] * self.weight if self.cost is None else self.cost
 
 
 def descend(items: Items, price: float, trust: Trust) -> Choice:
@@ -70,18 +77,19 @@ def descend(items: Items, price: float, trust: Trust) -> Choice:
 
     Args:
         items: what is allocated.
-        price: error per bit.
+        price: error per bit, or per unit of the items' own cost.
         trust: see the module.
 
     Returns:
         [items] format indices.
     """
     contributions, places = items.contributions, np.arange(len(items.layers))
-    chosen = tiers(items.errors, items.bits, items.weight, price)
+    paid = price * items.costs
+    chosen: Choice = np.argmin(items.errors + paid, axis=0)
     total = contributions[chosen, places].sum(axis=0)
     layers = np.zeros((items.layers.max(initial=0) + 1, contributions.shape[2]))
     np.add.at(layers, items.layers, contributions[chosen, places])
-    fixed = trust.alone * items.errors + price * items.bits[:, None] * items.weight
+    fixed = trust.alone * items.errors + paid
     order = np.random.default_rng(0).permutation(places)
     for _ in range(SWEEPS):
         changed = False

@@ -8,14 +8,16 @@ more at one step and less at another, and what that does is measured on real lat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from adatsq_trt.search.budgets import Budgets
 from adatsq_trt.search.candidates import Array, Assignment, allocate
 from adatsq_trt.search.joint import Choice, Items, Trust, allocate_jointly, descend
+from adatsq_trt.search.priced import Scope, accumulated_errors, allocate_within, choose_sets
 from adatsq_trt.search.sensitivity import Sensitivity
 
 Rows = tuple[Assignment, ...]
@@ -93,28 +95,99 @@ def make_plan(sensitivity: Sensitivity, bits: Array, budget: float, candidates: 
         budget: mean bits per (step, layer); at least the cheapest format's.
         candidates: distinct assignments per step, as far as there are so many.
     """
+    items, (steps, layers) = _items(sensitivity, bits), sensitivity.contributions.shape[1:3]
+    total = budget * steps * layers
+    (own, price), *others = (allocate_jointly(items, total, trust) for trust in TRUSTS)
+    hedges = [*(choice for choice, _ in others), allocate(items.errors, bits, items.weight, total)]
+    cost = np.repeat(bits[:, None], layers, axis=1)
+    return _complete(sensitivity, Allocation(items, price, own, np.zeros_like(own)), hedges, cost, candidates)
+
+
+def make_priced_plan(sensitivity: Sensitivity, bits: Array, budgets: Budgets, candidates: int) -> tuple[Plan, Array]:
+    """The same under any budgets.
+
+    Args:
+        sensitivity: measured contributions.
+        bits: [formats], ascending.
+        budgets: to be kept by the plan and its hedges.
+        candidates: distinct assignments per step, as far as there are so many.
+
+    Returns:
+        The plan, and what a format costs a layer at one step at the prices of the budgets: [formats, layers], infinite
+        where the layer does not store the format. A path's bits are counted in it.
+
+    Raises:
+        BudgetError: the budgets cannot be kept together.
+    """
+    items, layers = _items(sensitivity, bits), sensitivity.contributions.shape[2]
+    scope = Scope.each(budgets, len(bits), layers)
+    sets = choose_sets(accumulated_errors(items), scope)
+    (own, priced), *others = (allocate_within(items, scope, sets, trust) for trust in TRUSTS)
+    cost = priced.costs[:, :layers]
+    # What a path goes on with when it can afford no candidate.
+    floor = np.tile(np.argmin(cost, axis=0), budgets.steps)
+    hedges = [*(choice for choice, _ in others), sets.chosen]
+    return _complete(sensitivity, Allocation(priced, 1.0, own, floor), hedges, cost, candidates), cost
+
+
+def _items(sensitivity: Sensitivity, bits: Array) -> Items:
+    """An item for each (step, layer)."""
     saturated = sensitivity.saturated()
     contributions, errors = saturated.contributions.double().numpy(), saturated.smoothed_errors().numpy()
     steps, layers = contributions.shape[1:3]
-    ones, total = np.ones(steps * layers), budget * steps * layers
-    items = Items(
+    return Items(
         contributions.reshape(len(bits), steps * layers, -1),
         errors.reshape(len(bits), -1),
         np.tile(np.arange(layers), steps),
         bits,
-        ones,
+        np.ones(steps * layers),
     )
-    (own, price), *others = (allocate_jointly(items, total, trust) for trust in TRUSTS)
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What a plan is made from.
+
+    Attributes:
+        items: of all steps.
+        price: at which they were allocated.
+        own: the allocation.
+        floor: the cheapest allocation.
+    """
+
+    items: Items
+    price: float
+    own: Choice
+    floor: Choice
+
+
+def _complete(
+    sensitivity: Sensitivity, allocation: Allocation, hedges: Sequence[Choice], cost: Array, candidates: int
+) -> Plan:
+    """Candidates, the front and the curves of the rest, from allocations at other prices.
+
+    Args:
+        sensitivity: measured contributions.
+        allocation: the plan's own.
+        hedges: other allocations of the same budget.
+        cost: [formats, layers]: of one step.
+        candidates: distinct assignments per step.
+    """
+    (steps, layers), own = sensitivity.contributions.shape[1:3], allocation.own
 
     def at(multiple: float) -> Choice:
-        return descend(items, price * multiple, TRUSTS[0])
+        return descend(allocation.items, allocation.price * multiple, TRUSTS[0])
 
-    hedges = [*(choice for choice, _ in others), allocate(items.errors, bits, ones, total)]
-    curve = [*(at(multiple) for multiple in _CURVE), np.zeros_like(own), own]
+    curve = [*(at(multiple) for multiple in _CURVE), allocation.floor, own]
     policies = tuple(_rows(choice, steps) for choice in (own, *(curve[_CURVE.index(m)] for m in _FRONT)))
     chosen = np.stack([choice.reshape(steps, layers) for choice in (own, *curve)])
-    tails = _Tails.of(contributions, errors, chosen)
-    bits_left = np.stack([_suffix_sums(bits[c].sum(axis=1)) for c in chosen[1:]])
+    items = allocation.items
+    tails = _Tails.of(
+        items.contributions.reshape(len(cost), steps, layers, -1),
+        items.errors.reshape(len(cost), steps, layers),
+        chosen,
+    )
+    bits_left = np.stack([_suffix_sums(cost[c, np.arange(layers)].sum(axis=1)) for c in chosen[1:]])
     return Plan(
         policies,
         _columns(own, at, steps, candidates),

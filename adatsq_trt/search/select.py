@@ -105,8 +105,8 @@ def judge(
     return [p.model_copy(update={"on_front": i in best}) for i, p in enumerate(points)]
 
 
-def finalists(points: Sequence[Point], budget: float) -> list[int]:
-    """Indices of the points that deserve a second look: the best few of each kind of search within the budget.
+def finalists(points: Sequence[Point], within_budget: Callable[[Point], bool]) -> list[int]:
+    """Indices of the points that deserve a second look: the best few of each kind of search within the budgets.
 
     A handful of samples that flip to another picture decide a mean over a small batch, so near ties on the screening
     batch are settled on a larger one, with a cap on what one sample counts; the static rivals get the same.
@@ -118,7 +118,7 @@ def finalists(points: Sequence[Point], budget: float) -> list[int]:
     )
     chosen: list[int] = []
     for kinds, count in groups:
-        within = [i for i, p in enumerate(points) if p.kind in kinds and p.mean_bits <= budget + 1e-9]
+        within = [i for i, p in enumerate(points) if p.kind in kinds and within_budget(p)]
         chosen += sorted(within, key=lambda i: (points[i].rank_error, points[i].buckets, i))[:count]
     return chosen
 

@@ -48,6 +48,7 @@ class LoadedModel:
         model_sha256: hash of all its configurations and weights.
         default_steps: denoising steps when none are asked for.
         default_guidance: guidance scale when none is asked for.
+        vae: folder of the VAE that decodes its latents, if there is one.
     """
 
     name: str
@@ -56,6 +57,7 @@ class LoadedModel:
     model_sha256: str
     default_steps: int
     default_guidance: float
+    vae: Path | None = None
 
 
 def load_model(name: str) -> LoadedModel:

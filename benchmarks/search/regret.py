@@ -163,6 +163,10 @@ class SmallProblem:
             return float(projected @ projected)
         return self.dynamics.plan(self.count).expected_error(projected, step)
 
+    def fits(self, assignments: Sequence[Assignment]) -> bool:
+        """Bits are all that is counted."""
+        return True
+
     def remaining_error(self, step: int, bits: float) -> float:
         """The plan's, or only whether the budget can hold."""
         left = self.dynamics.budget * STEPS * LAYERS - bits

@@ -126,7 +126,7 @@ class Pipeline:
             ).to(device)
         except Exception as error:  # what diffusers raises depends on the file
             raise DamagedFileError(f"'{folder / PIPELINE_NAME}' does not load ({error}); {_AGAIN}") from error
-        self._patches = bundle.manifest.image.patches
+        self._grid = bundle.manifest.image.shape.grid
         self._text_tokens = next(int(s.shape[1]) for s in bundle.inputs if s.name == _TEXT)
         self._empty = self._encode("") if bundle.conditioning([0]).unconditional else None
 
@@ -145,9 +145,9 @@ class Pipeline:
         import torch
 
         pipe, vae = self._pipe, self._pipe.vae
-        side = self._patches * _PIXELS_PER_PATCH * pipe.vae_scale_factor
+        height, width = (patches * _PIXELS_PER_PATCH * pipe.vae_scale_factor for patches in self._grid)
         with torch.inference_mode():
-            unpacked = pipe._unpack_latents(torch.from_numpy(latents), side, side, pipe.vae_scale_factor)
+            unpacked = pipe._unpack_latents(torch.from_numpy(latents), height, width, pipe.vae_scale_factor)
             scaled = unpacked / vae.config.scaling_factor + vae.config.shift_factor
             images = vae.decode(scaled.to(vae.device, vae.dtype), return_dict=False)[0]
             return np.asarray(pipe.image_processor.postprocess(images, output_type="np"))

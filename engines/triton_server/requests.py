@@ -110,7 +110,8 @@ def _conditioning(
 def _outputs(bundle: Bundle, pipeline: Pipeline | None) -> tuple[OutputName, ...]:
     """What a request may ask for, the default first; a PNG has 1, 3 or 4 channels."""
     names: tuple[OutputName, ...] = get_args(OutputName)
-    return names if pipeline is not None or bundle.manifest.image.channels in (1, 3, 4) else names[1:]
+    image = bundle.manifest.image
+    return names if pipeline is not None or image.vae or image.channels in (1, 3, 4) else names[1:]
 
 
 def render(decode: Callable[[np.ndarray], np.ndarray], latents: np.ndarray, output: OutputName) -> np.ndarray:

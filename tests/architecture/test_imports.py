@@ -23,6 +23,7 @@ ALLOWED = {
     "meter": DATA | {"meter"},
     "run": DATA | {"meter", "run"},
     "settings": DATA | {"settings"},
+    "pipelines": MODELS | {"pipelines", "settings"},
     "calibration": CALIBRATION,
     "search": CALIBRATION | {"search"},
     "export": TENSORS | {"export"},

@@ -42,7 +42,9 @@ def write_model(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run, built once."""
+    from adatsq_trt.cli.budgets import BudgetRequest
     from adatsq_trt.cli.build import StageName
+    from adatsq_trt.cli.loading import ModelRequest
     from adatsq_trt.cli.options import Request, run_stages
     from adatsq_trt.cli.stages import bundle as bundle_stage
     from adatsq_trt.zoo.loading import load_model
@@ -57,11 +59,11 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = [early, early, ("fp8",) * len(layers)]
         Policy.from_steps(MODEL, model.weights_sha256, layers, rows).save(base / "policy.json")
         request = Request(
-            model=MODEL,
+            model=ModelRequest(MODEL),
             targets=("sm120",),
             output=base / "run",
             formats="nvfp4,fp8,int4wo,bf16",
-            budget_bits=16,
+            budgets=BudgetRequest(bits=16),
             simulate=False,
             layout="embedded",
             steps=3,

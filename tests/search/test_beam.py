@@ -150,6 +150,9 @@ class Refusing:
     def error(self, state: int, step: int) -> float:
         return float(state)
 
+    def fits(self, assignments: Sequence[Assignment]) -> bool:
+        return True
+
     def remaining_error(self, step: int, bits: float) -> float:
         return 0.0 if bits + (self.steps - step) <= 6 else float("inf")
 

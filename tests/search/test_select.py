@@ -114,7 +114,7 @@ def test_finalists_keep_the_budget_and_leave_room_for_the_rivals() -> None:
         point("time_only", 3.9, 20.0),
         point("uniform", 4, 0.2),
     ]
-    found = finalists(points, 4.0)
+    found = finalists(points, lambda point: point.mean_bits <= 4.0)
     assert sorted(found) == [0, 1, 2, 7, 8, 9, 11]
 
 

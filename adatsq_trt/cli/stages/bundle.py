@@ -14,12 +14,21 @@ from adatsq_trt.cli.stages import export, search
 from adatsq_trt.cli.stages.context import Context
 from adatsq_trt.engines.backends.base import BatchRange
 from adatsq_trt.engines.build import build_plans
-from adatsq_trt.engines.bundle import POLICY_NAME, ImageSpec, Manifest, PlanFile, ScheduleRecord, write_manifest
+from adatsq_trt.engines.bundle import (
+    POLICY_NAME,
+    VAE_FOLDER,
+    ImageSpec,
+    Manifest,
+    PlanFile,
+    ScheduleRecord,
+    write_manifest,
+)
 from adatsq_trt.engines.plugin_commands import write_commands
 from adatsq_trt.errors import MissingFileError
 from adatsq_trt.files import atomic_path, read_json_model
 from adatsq_trt.formats import PLUGIN_LAYOUT
 from adatsq_trt.graph_index import INDEX_NAME, GraphIndex
+from adatsq_trt.pipelines.weights import find_weights
 from adatsq_trt.policy import Policy
 from adatsq_trt.run import Stage
 
@@ -34,7 +43,7 @@ def stage(context: Context) -> Stage:
     """The stage for these settings."""
     inputs = context.inputs(("model", "targets", "simulate", "layout", "steps", "guidance"))
     versions = dict(library_versions())
-    files = [export.stage(context).folder, search.stage(context).folder / search.POLICY]
+    files = [export.stage(context).folder, search.stage(context).folder / search.POLICY, *_vae_files(context)]
     return context.run.stage(NAME, {**inputs, "versions": versions}, files)
 
 
@@ -62,9 +71,17 @@ def run(context: Context) -> Stage:
             _copy(context.run.path / name, folder / PurePosixPath(name).relative_to(export.NAME))
         policy_file = search.stage(context).folder / search.POLICY
         _copy(policy_file, folder / POLICY_NAME)
+        for file in _vae_files(context):
+            _copy(file, folder / VAE_FOLDER / file.name)
         index = read_json_model(folder / export.GRAPHS / INDEX_NAME, GraphIndex)
         write_manifest(folder, _manifest(context, index, Policy.load(policy_file), _plans(context, folder, index)))
     return this
+
+
+def _vae_files(context: Context) -> list[Path]:
+    """Configuration and weights of the VAE, which the bundle carries; none for a model that draws pixels."""
+    folder = context.model.vae
+    return [] if folder is None else [folder / "config.json", *find_weights(folder).all_files]
 
 
 def _copy(source: Path, destination: Path) -> None:

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from adatsq_trt.calibration.finite import require_finite_trajectory
 from adatsq_trt.calibration.fisher import backward_sweep, projections, squared_weight_gradient, temporal_weights
 from adatsq_trt.calibration.hessian import second_moment
 from adatsq_trt.calibration.trajectory import trajectory
 from adatsq_trt.cli.progress import progress
+from adatsq_trt.cli.stages import embed
 from adatsq_trt.cli.stages.context import Context
 from adatsq_trt.files import read_tensors, write_tensors
 from adatsq_trt.models.capture import captured
@@ -26,7 +28,8 @@ Advance = Callable[[], None]
 
 def stage(context: Context) -> Stage:
     """The stage for these settings."""
-    return context.run.stage(NAME, context.inputs(_SETTINGS))
+    encodings = [] if context.settings.pipeline is None else [embed.encodings_file(context.run)]
+    return context.run.stage(NAME, context.inputs(_SETTINGS), encodings)
 
 
 def run(context: Context) -> Stage:
@@ -48,7 +51,9 @@ def run(context: Context) -> Stage:
 def _trajectory(context: Context, this: Stage, advance: Advance) -> Tensor:
     file = this.unit(TRAJECTORY)
     if not file.is_file():
-        write_tensors(file, {"latents": trajectory(context.calibration, on_step=advance)})
+        latents = trajectory(context.calibration, on_step=advance)
+        require_finite_trajectory(context.calibration, latents)
+        write_tensors(file, {"latents": latents})
     return read_tensors(file)["latents"]
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from adatsq_trt.calibration.fisher import projections
 from adatsq_trt.cli.progress import progress
-from adatsq_trt.cli.stages import calibrate, quantize
+from adatsq_trt.cli.stages import budget, calibrate, quantize
 from adatsq_trt.cli.stages.context import Context
 from adatsq_trt.errors import BudgetError, MismatchError
 from adatsq_trt.files import parse_json_model, read_tensors, write_json_model, write_tensors
@@ -19,8 +21,8 @@ from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.policy import GIVEN_POLICY_ADVICE, Policy
 from adatsq_trt.run import Stage
 from adatsq_trt.search.beam import Pruning
-from adatsq_trt.search.denoising import DenoisingProblem, format_bits, trajectory_errors
-from adatsq_trt.search.plan import make_plan
+from adatsq_trt.search.denoising import DenoisingProblem, PricedProblem, format_bits, trajectory_errors
+from adatsq_trt.search.plan import Plan, make_plan, make_priced_plan
 from adatsq_trt.search.resume import Scorer, measure_sensitivity, search_columns
 from adatsq_trt.search.select import (
     Kind,
@@ -34,7 +36,7 @@ from adatsq_trt.search.select import (
     second_look,
 )
 from adatsq_trt.search.sensitivity import Sensitivity
-from adatsq_trt.search.static import layer_only, time_only, uniform
+from adatsq_trt.search.static import layer_only, priced_layer_only, priced_time_only, time_only, uniform
 from adatsq_trt.settings import Settings
 from adatsq_trt.zoo.loading import LoadedModel
 
@@ -47,7 +49,8 @@ SENSITIVITY, TRAJECTORY_ERRORS = "sensitivity.safetensors", "trajectory_errors.s
 KINDS: tuple[Kind, ...] = ("given", "beam", "plan", "layer_only", "time_only")
 STATIC_KINDS: tuple[Kind, Kind] = ("layer_only", "time_only")
 _SETTINGS = (
-    *("model", "weights_sha256", "model_sha256", "formats", "steps", "guidance", "budget_bits", "policy", "seed"),
+    *("model", "weights_sha256", "model_sha256", "formats", "steps", "guidance", "policy", "seed"),
+    *("budget_bits", "budget_bytes", "budget_ms", "times"),
     *("calibration_samples", "projections", "selection_samples", "held_out_samples", "beam", "candidates", "slack"),
 )
 
@@ -69,8 +72,9 @@ def require_possible(settings: Settings, model: LoadedModel) -> None:
     if settings.policy is not None:
         _given_policy(settings, tuple(model.adapter.quantizable_layers()))
         return
+    budget.require_bytes(settings, model.adapter)
     cheapest = format_named(settings.formats[0])
-    if not settings.budget_bits >= cheapest.bits:
+    if settings.budget_bits is not None and not settings.budget_bits >= cheapest.bits:
         raise BudgetError(
             f"--budget-bits {settings.budget_bits:g}: no policy of these formats is that small; the cheapest is "
             f"{cheapest.name} everywhere with a mean of {cheapest.bits:g} bits; raise the budget or add a format"
@@ -112,21 +116,50 @@ def _search(context: Context, folder: Path) -> SearchResult:
         with SimulatedModel(context.adapter, store).installed() as model:
             return _judge(context, model, [_given_proposal(context), *_uniforms(context)], 0, folder)
     sensitivity, adjoints, latents = _sensitivity(context, store, folder)
-    bits, budget = format_bits(context.formats), context.settings.budget_bits
-    plan = make_plan(sensitivity, bits, budget, context.settings.candidates)
+    plan, make_problem, static = _plans(context, sensitivity)
     with SimulatedModel(context.adapter, store).installed() as model:
-        problem = DenoisingProblem(context.calibration, model, context.formats, latents, adjoints, plan, budget)
+        problem = make_problem(context.calibration, model, context.formats, latents, adjoints, plan)
         with progress("search: beam", context.settings.steps) as advance:
             pruning = Pruning(context.settings.beam, context.settings.slack)
             paths = search_columns(problem, pruning, folder, advance)
         proposals = [
             *(Proposal("beam", path.assignments) for path in paths),
             *(Proposal("plan", rows) for rows in (*plan.policies, *plan.hedges)),
-            *(Proposal("layer_only", rows) for rows in layer_only(sensitivity, bits, budget)),
-            *(Proposal("time_only", rows) for rows in time_only(sensitivity, bits, budget)),
+            *static,
             *_uniforms(context),
         ]
         return _judge(context, model, proposals, problem.calls, folder)
+
+
+def _plans(context: Context, sensitivity: Sensitivity) -> tuple[Plan, Callable[..., DenoisingProblem], list[Proposal]]:
+    """The plan, what makes the beam's problem of it, and the static policies; for bits alone or for other budgets."""
+    bits, count = format_bits(context.formats), context.settings.candidates
+    if budget.priced(context.settings):
+        all_budgets = budget.budgets(context)
+        plan, cost = make_priced_plan(sensitivity, bits, all_budgets, count)
+        by_layer = priced_layer_only(sensitivity, bits, all_budgets)
+        by_step = priced_time_only(sensitivity, bits, all_budgets)
+        make_problem: Callable[..., DenoisingProblem] = partial(
+            PricedProblem, budget=math.inf, budgets=all_budgets, cost=cost
+        )
+    else:
+        mean = context.settings.budget_bits
+        assert mean is not None
+        plan = make_plan(sensitivity, bits, mean, count)
+        by_layer, by_step = layer_only(sensitivity, bits, mean), time_only(sensitivity, bits, mean)
+        make_problem = partial(DenoisingProblem, budget=mean)
+    static = [*(Proposal("layer_only", rows) for rows in by_layer), *(Proposal("time_only", rows) for rows in by_step)]
+    return plan, make_problem, static
+
+
+def _within_budget(context: Context) -> Callable[[Point], bool]:
+    """Whether a judged policy keeps every budget."""
+    settings, index = context.settings, {fmt.name: i for i, fmt in enumerate(context.formats)}
+    if settings.policy is not None or not budget.priced(settings):
+        most = math.inf if settings.budget_bits is None else settings.budget_bits
+        return lambda point: point.mean_bits <= most + 1e-9
+    limits = budget.budgets(context)
+    return lambda point: limits.holds([tuple(index[name] for name in row) for row in point.formats])
 
 
 def _sensitivity(context: Context, store: FormatStore, folder: Path) -> tuple[Sensitivity, Tensor, Tensor]:
@@ -170,7 +203,7 @@ def _judge(
     with progress("search: screening", len(set(proposals))) as advance:
         points = judge(proposals, formats, scorers[0], advance)
     given = [i for i, point in enumerate(points) if point.kind == "given"]
-    wanted = given or finalists(points, settings.budget_bits)
+    wanted = given or finalists(points, _within_budget(context))
     second = [points[i] for i in wanted] if len(scorers) == 2 else []
     if second:
         with progress("search: finalists", len(wanted)) as advance:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from adatsq_trt.cli.stages import bundle, calibrate, export, quantize, search
-from adatsq_trt.cli.stages.context import Context, layer_shapes
+from adatsq_trt.cli.stages import budget, bundle, calibrate, embed, export, quantize, search
+from adatsq_trt.cli.stages.context import Context
 from adatsq_trt.engines.bundle import Manifest
 from adatsq_trt.errors import MismatchError
-from adatsq_trt.files import read_json_model, read_tensors, sha256, write_bytes, write_json_model
+from adatsq_trt.files import read_json_model, sha256, write_bytes, write_json_model
 from adatsq_trt.graph_index import INDEX_NAME, GraphIndex
 from adatsq_trt.policy import Policy, resident_weight_bytes
 from adatsq_trt.report.summary import StageFigures, StaticErrors, Summary
@@ -49,13 +49,11 @@ def read(run: RunDirectory) -> Summary:
 
 def _summary(context: Context, policy: Policy) -> Summary:
     settings, result = context.settings, read_json_model(search.stage(context).folder / search.RESULT, SearchResult)
-    statistics = read_tensors(calibrate.stage(context).folder / calibrate.STATISTICS)
-    tokens = dict(zip(context.layers, (int(n) for n in statistics["tokens"]), strict=True))
-    shapes = layer_shapes(context.adapter, tokens)
+    shapes = budget.shapes_of(context)
     graphs = export.stage(context).folder / export.GRAPHS
     index = read_json_model(graphs / INDEX_NAME, GraphIndex)
     manifest = read_json_model(bundle.stage(context).folder / "manifest.json", Manifest)
-    chosen = result.points[result.chosen]
+    chosen, times = result.points[result.chosen], budget.sample_times(context)
     return Summary(
         settings_sha256=sha256(context.run.path / SETTINGS_NAME),
         model=settings.model,
@@ -65,6 +63,10 @@ def _summary(context: Context, policy: Policy) -> Summary:
         steps=settings.steps,
         guidance=settings.guidance,
         budget_bits=settings.budget_bits,
+        budget_bytes=settings.budget_bytes,
+        budget_ms=settings.budget_ms,
+        ms=None if times is None else times.policy_ms(policy),
+        ms_source=None if times is None else times.model.source,
         buckets=len(policy.buckets),
         assignments=len(policy.assignments),
         mean_bits=policy.mean_bits,
@@ -85,9 +87,15 @@ def _summary(context: Context, policy: Policy) -> Summary:
         onnx_bytes=sum(_size(graphs / graph.path) for graph in index.graphs),
         weight_bytes=index.weight_bytes,
         engine_bytes=sum(plan.bytes for plan in manifest.plans),
-        stages={module.NAME: _figures(context, module.NAME) for module in _STAGES},
+        stages={name: _figures(context, name) for name in _stages(context)},
         versions=manifest.versions,
     )
+
+
+def _stages(context: Context) -> list[str]:
+    """Names of the stages that this run has."""
+    own = [] if context.settings.pipeline is None else [embed.NAME]
+    return [*own, *(module.NAME for module in _STAGES)]
 
 
 def _held_out(result: SearchResult, index: int) -> float:

@@ -1,0 +1,118 @@
+"""Budgets in bits, bytes and milliseconds: what a policy spends of each, and whether a prefix can still keep them.
+
+Bits and milliseconds add up over steps and layers. Bytes do not: a layer's weight in one format is stored once, however
+many steps use it, so a policy costs, for every layer, the sum over the distinct weight formats that it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adatsq_trt.formats import Format
+from adatsq_trt.policy import LayerShape
+from adatsq_trt.search.candidates import Array, Assignment
+
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class Additive:
+    """A budget for a cost that adds up.
+
+    Attributes:
+        unit: "bits" or "ms".
+        cost: of one step: [formats, layers].
+        limit: of the whole policy.
+    """
+
+    unit: str
+    cost: Array
+    limit: float
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A budget for stored weights.
+
+    Attributes:
+        grids: [formats]: which formats share a weight grid, as an index.
+        bytes: [grids, layers].
+        limit: of the whole policy.
+    """
+
+    grids: NDArray[np.int64]
+    bytes: Array
+    limit: float
+
+    @classmethod
+    def of(cls, formats: Sequence[Format], shapes: Sequence[LayerShape], limit: float) -> Storage:
+        """From shapes: `resident_weight_bytes` counts the same."""
+        distinct = list(dict.fromkeys(fmt.weight for fmt in formats))
+        grids = np.array([distinct.index(fmt.weight) for fmt in formats])
+        one = [formats[int(np.flatnonzero(grids == g)[0])] for g in range(len(distinct))]
+        sizes = [
+            [f.stored_weight_bits(s.in_features) / 8 * s.in_features * s.out_features for s in shapes] for f in one
+        ]
+        return cls(grids, np.array(sizes), limit)
+
+    def used(self, rows: NDArray[np.int64]) -> float:
+        """Bytes of a policy [steps, layers]."""
+        total = 0.0
+        for grid, sizes in enumerate(self.bytes):
+            total += float(sizes[(self.grids[rows] == grid).any(axis=0)].sum())
+        return total
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """All budgets of a search.
+
+    Attributes:
+        steps: of the loop.
+        additive: in bits and milliseconds, as far as they were asked for.
+        storage: in bytes, likewise.
+    """
+
+    steps: int
+    additive: tuple[Additive, ...]
+    storage: Storage | None = None
+
+    def spent(self, rows: Sequence[Assignment]) -> dict[str, float]:
+        """Unit → what a policy, or the first steps of one, costs."""
+        array = np.array(rows, dtype=np.int64)
+        layers = np.arange(array.shape[1])
+        result = {item.unit: float(item.cost[array, layers].sum()) for item in self.additive}
+        if self.storage is not None:
+            result["bytes"] = self.storage.used(array)
+        return result
+
+    def limits(self) -> dict[str, float]:
+        """Unit → budget."""
+        result = {item.unit: item.limit for item in self.additive}
+        return result if self.storage is None else {**result, "bytes": self.storage.limit}
+
+    def holds(self, rows: Sequence[Assignment]) -> bool:
+        """Whether a policy keeps every budget."""
+        limits = self.limits()
+        return all(cost <= limits[unit] * (1 + _ROUNDING) for unit, cost in self.spent(rows).items())
+
+    def fits(self, prefix: Sequence[Assignment], rests: Sequence[Sequence[Assignment]]) -> bool:
+        """Whether one of several known rests of the trajectory completes a prefix within every budget.
+
+        Args:
+            prefix: assignments of the first steps.
+            rests: whole policies; the prefix is completed with their last steps.
+        """
+        return any(self.holds([*prefix, *rest[len(prefix) :]]) for rest in rests)
+
+    def cheapest(self, unit: str) -> float:
+        """The least that any policy costs in one unit."""
+        if unit == "bytes":
+            assert self.storage is not None
+            return float(self.storage.bytes.min(axis=0).sum())
+        cost = next(item.cost for item in self.additive if item.unit == unit)
+        return self.steps * float(cost.min(axis=0).sum())

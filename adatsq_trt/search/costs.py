@@ -1,0 +1,215 @@
+"""What a step costs in time: from a roofline of a card's published rates, or from times that were measured on it.
+
+Roofline: a layer takes the longer of its operations at the rate of its number format and its bytes (weights, input,
+output in 16 bits) at the memory's rate. Nothing overlaps, nothing is fused, and no card reaches its published rates:
+the result is a lower bound that ranks formats, and everything that shows it calls it a roofline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import log
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, Field, FiniteFloat
+
+from adatsq_trt.errors import UnknownNameError, UnsupportedFormatError, UserError
+from adatsq_trt.files import parse_json_model, read_json_model
+from adatsq_trt.formats import Element, Format
+from adatsq_trt.policy import LayerShape
+from adatsq_trt.search.candidates import Array
+
+_ADVICE = "write it with 'adatsq-trt benchmark kernels'"
+_OUTPUT_BYTES = 2
+
+
+@dataclass(frozen=True)
+class Card:
+    """Published rates of a card: dense matrix products, accumulated in 32 bits.
+
+    Attributes:
+        name: as on the command line.
+        title: as its vendor calls it.
+        memory_gbs: bandwidth in GB/s.
+        tops: element of the layer's input → 10^12 operations per second, an addition and a multiplication each.
+    """
+
+    name: str
+    title: str
+    memory_gbs: float
+    tops: dict[Element, float]
+
+
+def _card(name: str, title: str, memory: float, half: float, **others: float) -> Card:
+    names = {"int8": Element.INT, "fp8": Element.E4M3, "fp4": Element.E2M1}
+    tops = {Element.BF16: half, Element.FP16: half} | {names[other]: rate for other, rate in others.items()}
+    return Card(name, title, memory, tops)
+
+
+# NVIDIA's data sheets and architecture whitepapers, without sparsity.
+CARDS = {
+    card.name: card
+    for card in (
+        _card("a100", "NVIDIA A100 80GB SXM", 2039, 312, int8=624),
+        _card("a10", "NVIDIA A10", 600, 125, int8=250),
+        _card("rtx-3090", "NVIDIA GeForce RTX 3090", 936, 71, int8=284),
+        _card("rtx-4090", "NVIDIA GeForce RTX 4090", 1008, 165.2, int8=660.6, fp8=330.3),
+        _card("l40s", "NVIDIA L40S", 864, 362, int8=733, fp8=733),
+        _card("h100", "NVIDIA H100 SXM", 3350, 989, int8=1979, fp8=1979),
+        _card("h200", "NVIDIA H200 SXM", 4800, 989, int8=1979, fp8=1979),
+        _card("rtx-5090", "NVIDIA GeForce RTX 5090", 1792, 209.5, int8=838, fp8=419, fp4=1676),
+    )
+}
+
+
+class _Timing(BaseModel):
+    """One row of a measured table; what else is there is not needed."""
+
+    what: str
+    m: int = Field(ge=1)
+    n: int = Field(ge=1)
+    k: int = Field(ge=1)
+    median_ms: FiniteFloat = Field(gt=0)
+
+
+class TimeTable(BaseModel):
+    """What `adatsq-trt benchmark kernels` writes."""
+
+    schema_version: Literal[1] = 1
+    measured: Literal[True]
+    card: str
+    timings: tuple[_Timing, ...] = Field(min_length=1)
+
+
+# Format → how the table names the kernels that run it, one after the other.
+_KERNELS = {
+    "bf16": ("torch.matmul",),
+    "fp16": ("torch.matmul",),
+    "fp8": ("gemm_fp8",),
+    "w8a8": ("quantize_tokens natural", "gemm_int8"),
+    "w4a8": ("quantize_tokens even-odd", "gemm_int4"),
+}
+
+
+@dataclass(frozen=True)
+class TimeModel:
+    """Where times come from: a card's published rates or a measured table.
+
+    Attributes:
+        card: for a roofline.
+        table: measured times.
+    """
+
+    card: Card | None = None
+    table: TimeTable | None = None
+
+    @property
+    def source(self) -> str:
+        """What every output calls the times."""
+        if self.table is not None:
+            return f"measured on {self.table.card}"
+        assert self.card is not None
+        return f"roofline of {self.card.title}'s published rates"
+
+    def layer_ms(self, fmt: Format, shape: LayerShape) -> float:
+        """Milliseconds of one layer in one step of one sample.
+
+        Raises:
+            UnsupportedFormatError: the card has no rate, or the table no time, for this format.
+        """
+        if self.table is not None:
+            return sum(_nearest(self.table, kernel, fmt, shape) for kernel in _kernels(self.table, fmt))
+        assert self.card is not None
+        # Weight-only formats compute in 16 bits; simulated grids would need units that no card has.
+        rate = self.card.tops.get(fmt.activation.element)
+        if rate is None or (fmt.activation.element is Element.INT and fmt.activation.bits != 8):
+            raise UnsupportedFormatError(
+                f"--budget-ms: the roofline of {self.card.title} has no rate for format '{fmt.name}'; leave it out of "
+                "--formats, or choose another card with --gpu"
+            )
+        weights = fmt.stored_weight_bits(shape.in_features) / 8 * shape.in_features * shape.out_features
+        inputs = fmt.moved_activation_bits(shape.in_features) / 8 * shape.tokens * shape.in_features
+        moved = weights + inputs + _OUTPUT_BYTES * shape.tokens * shape.out_features
+        return max(_operations(shape) / (rate * 1e9), moved / (self.card.memory_gbs * 1e6))
+
+    def rest_ms(self, operations: float) -> float:
+        """Milliseconds of everything that is not quantized, in one step: 0 where only layers were measured.
+
+        Args:
+            operations: additions and multiplications, in 16 bits.
+        """
+        return 0.0 if self.card is None else operations / (self.card.tops[Element.BF16] * 1e9)
+
+    def table_of(self, formats: Sequence[Format], shapes: Sequence[LayerShape]) -> Array:
+        """`layer_ms` of all, float64 [formats, layers]."""
+        return np.array([[self.layer_ms(fmt, shape) for shape in shapes] for fmt in formats])
+
+
+def time_model(gpu: str) -> tuple[TimeModel, str]:
+    """The model for a card's name or a file of measured times, and its text for the settings.
+
+    Raises:
+        UnknownNameError: no such card.
+        UserError: the file cannot be read.
+    """
+    if gpu in CARDS:
+        return TimeModel(card=CARDS[gpu]), gpu
+    file = Path(gpu)
+    if not file.suffix and not file.exists():
+        raise UnknownNameError("card", gpu, CARDS)
+    table = read_json_model(file, TimeTable, _ADVICE)
+    return TimeModel(table=table), table.model_dump_json()
+
+
+def stored_time_model(text: str) -> TimeModel:
+    """The model that `time_model` gave this text for."""
+    if text in CARDS:
+        return TimeModel(card=CARDS[text])
+    return TimeModel(table=parse_json_model(text, "settings.json", TimeTable))
+
+
+def _operations(shape: LayerShape) -> float:
+    return 2.0 * shape.tokens * shape.in_features * shape.out_features
+
+
+def _kernels(table: TimeTable, fmt: Format) -> tuple[str, ...]:
+    kernels = _KERNELS.get(fmt.name, ())
+    known = [kernel for kernel in kernels if any(timing.what.startswith(kernel) for timing in table.timings)]
+    if not kernels or len(known) < len(kernels):
+        raise UnsupportedFormatError(
+            f"--budget-ms: the table measured on {table.card} has no time for format '{fmt.name}'; leave it out of "
+            "--formats, or name a card with --gpu"
+        )
+    return kernels
+
+
+def _nearest(table: TimeTable, kernel: str, fmt: Format, shape: LayerShape) -> float:
+    """The time of the measured shape that is nearest in the logarithm, scaled by the number of operations."""
+    group = f" {fmt.weight.group_size}" if fmt.weight.group_size else ""
+    rows = [t for t in table.timings if t.what.startswith(kernel)]
+    rows = [t for t in rows if t.what.startswith(kernel + group)] or rows
+
+    def distance(timing: _Timing) -> float:
+        pairs = ((timing.m, shape.tokens), (timing.n, shape.out_features), (timing.k, shape.in_features))
+        return sum(abs(log(a / b)) for a, b in pairs)
+
+    best = min(rows, key=distance)
+    return best.median_ms * _operations(shape) / (2.0 * best.m * best.n * best.k)
+
+
+def require_one_unit(gpu: str | None, budget_ms: float | None) -> None:
+    """A budget in milliseconds needs a card, and a card is there for such a budget.
+
+    Raises:
+        UserError: one is given without the other.
+    """
+    if budget_ms is not None and gpu is None:
+        raise UserError(
+            f"--budget-ms {budget_ms:g}: on which card? pass --gpu with one of {', '.join(CARDS)} (a roofline of its "
+            "published rates) or with a file that 'adatsq-trt benchmark kernels' wrote (measured)"
+        )
+    if gpu is not None and budget_ms is None:
+        raise UserError(f"--gpu {gpu}: it says where --budget-ms is spent; pass --budget-ms too, or leave --gpu out")

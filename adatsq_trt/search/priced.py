@@ -1,0 +1,277 @@
+"""Allocation under several budgets at once, one of which, bytes, does not add up over steps.
+
+Every unit has a price μ. At given prices a layer's set S of stored weight formats is worth
+
+    value(l, S) = Σ_t min_{f in S} (error[f, t, l] + μ_bits bits[f] + μ_ms ms[f, l]) + μ_bytes bytes(l, S),
+
+so each layer takes the best of its few sets exactly, by enumeration: this is the Lagrangian relaxation, in which layers
+no longer depend on each other. Prices rise one after the other until each budget is kept. Within the sets that come
+out, which keep the bytes whatever the steps do, formats are allocated jointly (`joint`), at the same ratio of prices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import product
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adatsq_trt.errors import BudgetError
+from adatsq_trt.search.budgets import Budgets
+from adatsq_trt.search.candidates import Array
+from adatsq_trt.search.joint import Choice, Items, Trust, descend
+
+_ROUNDS, _BISECTIONS = 6, 40
+_RELATIVE = 1e-12  # the lowest price that is tried, of the highest
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What budgets mean to a set of items.
+
+    Attributes:
+        costs: for each additive budget [formats, items].
+        limits: theirs.
+        groups: [items]: whose stored weights an item uses.
+        grids: [formats]: the stored weight of a format.
+        bytes: [grids, groups]; zeros without a budget in bytes.
+        most_bytes: the budget in bytes; infinite without one.
+    """
+
+    costs: tuple[Array, ...]
+    limits: tuple[float, ...]
+    groups: NDArray[np.int64]
+    grids: NDArray[np.int64]
+    bytes: Array
+    most_bytes: float
+
+    @classmethod
+    def each(cls, budgets: Budgets, formats: int, layers: int) -> Scope:
+        """An item for each (step, layer), in this order."""
+        costs = tuple(np.tile(item.cost, (1, budgets.steps)) for item in budgets.additive)
+        return cls._make(budgets, costs, np.tile(np.arange(layers), budgets.steps), formats, layers)
+
+    @classmethod
+    def by_layer(cls, budgets: Budgets, formats: int, layers: int) -> Scope:
+        """An item for each layer: the same format at all steps."""
+        costs = tuple(item.cost * budgets.steps for item in budgets.additive)
+        return cls._make(budgets, costs, np.arange(layers), formats, layers)
+
+    @classmethod
+    def by_step(cls, budgets: Budgets, formats: int, layers: int) -> Scope:
+        """An item for each step: the same format for all layers."""
+        costs = tuple(np.tile(item.cost.sum(axis=1)[:, None], budgets.steps) for item in budgets.additive)
+        scope = cls._make(budgets, costs, np.zeros(budgets.steps, dtype=np.int64), formats, layers)
+        return replace(scope, bytes=scope.bytes.sum(axis=1, keepdims=True))
+
+    @classmethod
+    def _make(
+        cls, budgets: Budgets, costs: tuple[Array, ...], groups: NDArray[np.int64], formats: int, layers: int
+    ) -> Scope:
+        limits, storage = tuple(item.limit for item in budgets.additive), budgets.storage
+        if storage is None:
+            return cls(costs, limits, groups, np.arange(formats), np.zeros((formats, layers)), np.inf)
+        return cls(costs, limits, groups, storage.grids, storage.bytes, storage.limit)
+
+    def priced(self, prices: Array) -> Array:
+        """[formats, items]: what the additive costs are worth."""
+        total = np.zeros((len(self.grids), len(self.groups)))
+        for price, cost in zip(prices, self.costs, strict=False):
+            total += price * cost
+        return total
+
+    def used(self, chosen: Choice) -> Array:
+        """What a choice costs of each additive budget and, last, in bytes."""
+        places = np.arange(len(chosen))
+        present = np.zeros_like(self.bytes, dtype=bool)
+        present[self.grids[chosen], self.groups] = True
+        return np.array([*(cost[chosen, places].sum() for cost in self.costs), (self.bytes * present).sum()])
+
+    def holds(self, chosen: Choice) -> bool:
+        """Whether a choice keeps every budget."""
+        most = np.array([*self.limits, self.most_bytes])
+        return bool((self.used(chosen) <= most * (1 + 1e-9)).all())
+
+
+def accumulated_errors(items: Items) -> Array:
+    """[formats, items]: single errors, scaled so that half of each is a share of what its layer accumulates.
+
+    A format that a layer keeps at all steps errs the same way at each; the relaxation, which looks at single errors,
+    would not see that.
+    """
+    groups = items.layers.max(initial=0) + 1
+    result = np.empty_like(items.errors)
+    for fmt, contributions in enumerate(items.contributions):
+        summed = np.zeros((groups, contributions.shape[1]))
+        np.add.at(summed, items.layers, contributions)
+        single = np.bincount(items.layers, weights=items.errors[fmt], minlength=groups)
+        ratio = np.square(summed).sum(axis=1) / np.maximum(single, np.finfo(np.float64).tiny)
+        result[fmt] = items.errors[fmt] * (1 + ratio[items.layers]) / 2
+    return result
+
+
+@dataclass(frozen=True)
+class Sets:
+    """The stored formats of every group.
+
+    Attributes:
+        prices: of the additive budgets and, last, of bytes.
+        allowed: [formats, items].
+        chosen: [items]: the best formats if errors were single; they keep every budget.
+    """
+
+    prices: Array
+    allowed: NDArray[np.bool_]
+    chosen: Choice
+
+
+def choose_sets(errors: Array, scope: Scope) -> Sets:
+    """Prices at which every budget is kept, and the formats that each group stores.
+
+    Args:
+        errors: [formats, items].
+        scope: the budgets.
+
+    Raises:
+        BudgetError: the budgets cannot be kept together.
+    """
+    relaxed = _Relaxation(errors, scope)
+    most = np.array([*scope.limits, scope.most_bytes])
+    prices = np.zeros(len(most))
+    for _ in range(_ROUNDS):
+        for unit in range(len(most)):
+            if np.isfinite(most[unit]):
+                prices[unit] = relaxed.least_price(prices, unit, most[unit])
+        sets = relaxed.solve(prices)
+        if scope.holds(sets.chosen):
+            return relaxed.spend_bytes(sets)
+    for _ in range(60):  # the units pull in different directions: all prices together
+        prices = np.where(np.isfinite(most), np.maximum(prices * 2, relaxed.highest * _RELATIVE), 0.0)
+        sets = relaxed.solve(prices)
+        if scope.holds(sets.chosen):
+            return relaxed.spend_bytes(sets)
+    raise BudgetError(
+        "no policy was found that keeps all budgets at once, although each can be kept alone; raise one of them or add "
+        "a format"
+    )
+
+
+class _Relaxation:
+    """The Lagrangian relaxation: enumerates the sets of stored formats of each group."""
+
+    def __init__(self, errors: Array, scope: Scope) -> None:
+        self.errors, self.scope = errors, scope
+        grids = len(scope.bytes)
+        masks = [np.array(mask) for mask in product((False, True), repeat=grids) if any(mask)]
+        # Without a budget in bytes every format is at hand.
+        self.masks = masks if np.isfinite(scope.most_bytes) else [np.ones(grids, dtype=bool)]
+        self.members = [mask[scope.grids] for mask in self.masks]  # [formats]
+        self.bytes = np.stack([(scope.bytes * mask[:, None]).sum(axis=0) for mask in self.masks])  # [sets, groups]
+        smallest = [np.diff(np.unique(cost)).min(initial=np.inf) for cost in scope.costs] + [
+            np.diff(np.unique(self.bytes)).min(initial=np.inf)
+        ]
+        steps = np.array([s if np.isfinite(s) and s > 0 else 1.0 for s in smallest])
+        self.highest = 8 * float(errors.sum()) / steps + 1e-30
+
+    def values(self, prices: Array) -> Array:
+        """[sets, groups]: error and additive costs, without bytes."""
+        total, groups = self.errors + self.scope.priced(prices), self.bytes.shape[1]
+        best = [np.where(members[:, None], total, np.inf).min(axis=0) for members in self.members]
+        return np.stack([np.bincount(self.scope.groups, weights=row, minlength=groups) for row in best])
+
+    def solve(self, prices: Array) -> Sets:
+        """The best sets and formats at some prices."""
+        return self._with_sets(prices, np.argmin(self.values(prices) + prices[-1] * self.bytes, axis=0))
+
+    def _with_sets(self, prices: Array, which: NDArray[np.int64]) -> Sets:
+        """The best formats within a set for each group [groups]."""
+        allowed = np.stack(self.members)[which][self.scope.groups].T
+        total = np.where(allowed, self.errors + self.scope.priced(prices), np.inf)
+        return Sets(prices, allowed, np.argmin(total, axis=0))
+
+    def least_price(self, prices: Array, unit: int, most: float) -> float:
+        """The lowest price of a unit, among the others, at which its budget is kept."""
+
+        def kept(price: float) -> bool:
+            trial = prices.copy()
+            trial[unit] = price
+            return bool(self.scope.used(self.solve(trial).chosen)[unit] <= most * (1 + 1e-9))
+
+        if kept(0.0):
+            return 0.0
+        high = float(self.highest[unit])
+        low = high * _RELATIVE
+        for _ in range(_BISECTIONS):
+            middle = float(np.sqrt(low * high))
+            low, high = (low, middle) if kept(middle) else (middle, high)
+        return high
+
+    def spend_bytes(self, sets: Sets) -> Sets:
+        """Larger sets where they save most error per byte, while they fit: a price alone leaves some unspent."""
+        if not np.isfinite(self.scope.most_bytes):
+            return sets
+        values, groups = self.values(sets.prices), self.bytes.shape[1]
+        which = np.argmin(values + sets.prices[-1] * self.bytes, axis=0)
+        everywhere, left = np.arange(groups), self.scope.most_bytes - self.bytes[which, np.arange(groups)].sum()
+        while True:
+            cost, saved = self.bytes - self.bytes[which, everywhere], values[which, everywhere] - values
+            fits = (cost > 0) & (cost <= left) & (saved > 0)
+            if not fits.any():
+                return sets
+            ratio = np.where(fits, saved / np.where(fits, cost, 1.0), -np.inf)
+            chosen, group = np.unravel_index(int(ratio.argmax()), ratio.shape)
+            left -= cost[chosen, group]
+            which[group] = chosen
+            trial = self._with_sets(sets.prices, which)
+            # With more to choose from, a layer may cost more of another budget: joint allocation sees to that.
+            if not self.scope.holds(trial.chosen):
+                return sets
+            sets = trial
+
+
+def allocate_within(items: Items, scope: Scope, sets: Sets, trust: Trust) -> tuple[Choice, Items]:
+    """Formats within the stored sets, allocated jointly.
+
+    Args:
+        items: what is allocated; its bits and weights are not looked at.
+        scope: the budgets.
+        sets: what each group stores, and the prices.
+        trust: see `joint`.
+
+    Returns:
+        The choice, and the items with the cost at whose price of 1 it was made.
+    """
+    cost = np.where(sets.allowed, scope.priced(sets.prices), np.inf)
+    if not sets.prices[:-1].any():
+        priced = replace(items, cost=cost)
+        return descend(priced, 1.0, trust), priced
+    low, high, best, scale = 1e-3, 1e3, sets.chosen, 1.0
+    for _ in range(16):
+        middle = float(np.sqrt(low * high))
+        trial = descend(replace(items, cost=cost), middle, trust)
+        if scope.holds(trial):
+            best, scale, high = trial, middle, middle
+        else:
+            low = middle
+    priced = replace(items, cost=cost * scale)
+    return spend(items.errors, scope, sets.allowed, best), priced
+
+
+def spend(errors: Array, scope: Scope, allowed: NDArray[np.bool_], chosen: Choice) -> Choice:
+    """Single upgrades within the stored sets, those first that save most error for their part of the budgets."""
+    chosen, places = chosen.copy(), np.arange(errors.shape[1])
+    left = np.array(scope.limits) - scope.used(chosen)[:-1]
+    while True:
+        saved = errors[chosen, places] - errors
+        costs = [cost - cost[chosen, places] for cost in scope.costs]
+        fits = allowed & (saved > 0)
+        for cost, rest in zip(costs, left, strict=True):
+            fits &= cost <= rest
+        if not fits.any():
+            return chosen
+        relative = sum((np.maximum(c, 0) / limit for c, limit in zip(costs, scope.limits, strict=True)), 1e-12)
+        ratio = np.where(fits, saved / relative, -np.inf)
+        fmt, item = np.unravel_index(int(ratio.argmax()), ratio.shape)
+        left -= np.array([cost[fmt, item] for cost in costs])
+        chosen[item] = fmt

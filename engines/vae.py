@@ -1,0 +1,68 @@
+"""A VAE that a bundle carries: from the latent that a denoising loop ends in to pictures, by diffusers' own class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import JsonValue, RootModel
+
+from adatsq_trt.errors import DamagedFileError, DependencyError
+from adatsq_trt.files import read_json_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_CLASSES = ("AutoencoderKL", "AutoencoderKLWan")
+_AGAIN = "run 'adatsq-trt build engine' again"
+
+
+class _Config(RootModel[dict[str, JsonValue]]):
+    """A configuration of diffusers'."""
+
+
+class Vae:
+    """Decodes one sample at a time, in float32: a VAE's activations are many times as large as its pictures."""
+
+    def __init__(self, folder: Path) -> None:
+        """Load the VAE of a bundle whose files were verified.
+
+        Raises:
+            DamagedFileError: it is of another class, or diffusers cannot load it.
+            DependencyError: diffusers is not installed.
+        """
+        try:
+            import diffusers
+            import torch
+        except ImportError as error:
+            raise DependencyError(
+                "pictures of this bundle are decoded by its VAE, which needs diffusers and torch; install them"
+            ) from error
+        name = read_json_model(folder / "config.json", _Config, _AGAIN).root.get("_class_name")
+        if name not in _CLASSES:
+            raise DamagedFileError(f"'{folder}' is a {name}, expected one of {', '.join(_CLASSES)}; {_AGAIN}")
+        try:
+            self._vae: Any = getattr(diffusers, str(name)).from_pretrained(
+                folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
+            )
+        except Exception as error:  # what diffusers raises depends on the file
+            raise DamagedFileError(f"'{folder}' does not load ({error}); {_AGAIN}") from error
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Latents, float32 [B, (frames,) height, width, channels] → images, float32, likewise, 3 channels in [0, 1]."""
+        import torch
+
+        images = []
+        with torch.inference_mode():
+            for latent in torch.from_numpy(np.ascontiguousarray(latents)):
+                scaled = self._unscaled(latent).movedim(-1, 0)[None]
+                images.append(self._vae.decode(scaled, return_dict=False)[0][0].movedim(0, -1))
+        return np.asarray((torch.stack(images) / 2 + 0.5).clamp(0, 1))
+
+    def _unscaled(self, latent: Tensor) -> Tensor:
+        """From what the transformer sees, about unit variance, to the VAE's own numbers; channels last."""
+        config = self._vae.config
+        if "latents_std" in config and config.latents_std is not None:
+            return latent * latent.new_tensor(config.latents_std) + latent.new_tensor(config.latents_mean)
+        return latent / config.scaling_factor + (config.shift_factor or 0.0)  # type: ignore[no-any-return]

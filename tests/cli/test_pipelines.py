@@ -1,0 +1,194 @@
+"""Checkpoints as users bring them go from a folder to engines with one command."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FluxPipeline
+from PIL import Image
+
+from adatsq_trt.engines.bundle import BundleFiles
+from adatsq_trt.engines.runtime import Bundle
+from adatsq_trt.files import read_tensors, write_tensors
+from adatsq_trt.pipelines.prompts import default_prompts
+from tests.tiny_checkpoints import (
+    HEIGHT,
+    WIDTH,
+    make_flux_pipeline,
+    make_wan_pipeline,
+    make_z_image_pipeline,
+    save_lora,
+)
+
+PROMPTS = ("a red and green", "three", "seven red")
+WEIGHTS = Path("transformer") / "diffusion_pytorch_model.safetensors"
+
+
+class Checkpoint:
+    """A saved pipeline, a file of prompts, and the options of a small build."""
+
+    def __init__(self, folder: Path, pipe: DiffusionPipeline, *options: str | Path) -> None:
+        self.folder, self.prompts = folder / "tiny", folder / "prompts.txt"
+        pipe.save_pretrained(self.folder)
+        self.prompts.write_text("\n".join(PROMPTS) + "\n\n", encoding="utf-8")
+        size = ("--height", str(HEIGHT), "--width", str(WIDTH), "--prompts", self.prompts)
+        effort = ("--steps", "2", "--beam", "1", "--candidates", "1", "--calibration-samples", "2")
+        judged = ("--selection-samples", "1", "--held-out-samples", "1")
+        self.options = (*size, "--formats", "fp8,bf16", *effort, *judged, *options)
+
+    def build(self, *more: str | Path) -> tuple[str | Path, ...]:
+        """Arguments of the command that builds plans for Blackwell."""
+        return ("build", "engine", self.folder, "--target", "sm120", *self.options, *more)
+
+
+@pytest.fixture(scope="session")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return Checkpoint(tmp_path_factory.mktemp("flux"), make_flux_pipeline())
+
+
+@pytest.fixture(scope="session")
+def flux_run(flux: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built by the console script, with a LoRA."""
+    from tests.cli.conftest import CommandLine
+
+    folder = tmp_path_factory.mktemp("flux-run")
+    lora = save_lora(folder / "style.safetensors")
+    ended = CommandLine.process(*flux.build("--lora", f"{lora}:0.5", "--output", folder / "run"))
+    assert ended.code == 0, ended.err
+    return folder / "run"
+
+
+def plans(run: Path) -> list[Path]:
+    return [file for file in (run / "bundle" / "plans" / "sm120").glob("*.plan") if file.stat().st_size]
+
+
+def test_a_flux_pipeline_with_a_lora_goes_from_folder_to_engines(cli, flux: Checkpoint, flux_run: Path) -> None:
+    assert plans(flux_run)
+    settings = json.loads((flux_run / "settings.json").read_text())
+    assert (settings["model"], settings["pipeline"]["path"]) == ("tiny", str(flux.folder))
+    assert settings["pipeline"]["loras"] == [f"{flux_run.parent / 'style.safetensors'}:0.5"]
+    assert json.loads((flux_run / "summary.json").read_text())["stages"]["embed"]["seconds"] > 0
+    manifest = BundleFiles.open(flux_run).manifest
+    assert manifest.prompt_texts == PROMPTS
+    assert {"vae/config.json", "vae/diffusion_pytorch_model.safetensors"} <= set(manifest.files)
+
+
+def test_pictures_are_decoded_by_the_vae(cli, flux: Checkpoint, flux_run: Path, tmp_path: Path) -> None:
+    """The bundle's full-precision loop draws what the pipeline with its fused LoRA draws."""
+    with Bundle.open(flux_run) as bundle:
+        latents = bundle.denoise(bundle.noise([7]), bundle.conditioning([1]), quantized=False)
+        image = bundle.decode(latents)[0]
+        noise = bundle.noise([7])
+    assert image.shape == (HEIGHT, WIDTH, 3)
+    pipe = FluxPipeline.from_pretrained(flux.folder, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw() -> np.ndarray:
+        size, loop = {"height": HEIGHT, "width": WIDTH}, {"num_inference_steps": 2, "guidance_scale": 3.5}
+        return pipe(PROMPTS[1], **size, **loop, latents=torch.from_numpy(noise), output_type="np").images[0]
+
+    without = draw()
+    pipe.load_lora_weights(flux_run.parent, weight_name="style.safetensors", local_files_only=True)
+    pipe.fuse_lora(lora_scale=0.5, components=["transformer"])
+    expected = draw()
+    assert np.abs(image - expected).max() < 0.01  # weights in bfloat16
+    assert np.abs(image - expected).mean() < np.abs(image - without).mean() / 4
+
+    sheet = tmp_path / "sheet.png"
+    assert cli("generate", flux_run, "--samples", "2", "--prompt", PROMPTS[2], "--output", sheet).code == 0
+    assert Image.open(sheet).size[0] > 0
+
+
+def test_report_and_inspect_read_such_a_run(cli, flux_run: Path, tmp_path: Path) -> None:
+    assert cli("report", flux_run, "--output", tmp_path / "report.html").code == 0
+    assert "tiny" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert cli("inspect", flux_run).code == 0
+
+
+def test_a_second_build_runs_no_stage(cli, flux: Checkpoint, flux_run: Path) -> None:
+    before = cli.state(flux_run / "embed") | cli.state(flux_run / "bundle")
+    lora = f"{flux_run.parent / 'style.safetensors'}:0.5"
+    assert cli(*flux.build("--lora", lora, "--output", flux_run)).warnings == []
+    assert cli.state(flux_run / "embed") | cli.state(flux_run / "bundle") == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["z-image", "wan"])
+def test_other_pipelines_go_from_folder_to_engines(cli, name: str, tmp_path: Path) -> None:
+    checkpoint = (
+        Checkpoint(tmp_path, make_z_image_pipeline())
+        if name == "z-image"
+        else Checkpoint(tmp_path, make_wan_pipeline(), "--frames", "5")
+    )
+    run = tmp_path / "run"
+    ended = cli(*checkpoint.build("--output", run))
+    assert ended.code == 0, ended.err
+    assert plans(run)
+    with Bundle.open(run) as bundle:
+        images = bundle.decode(bundle.denoise(bundle.noise([1]), bundle.conditioning([0])))
+    assert images.shape == ((1, HEIGHT, WIDTH, 3) if name == "z-image" else (1, 5, HEIGHT, WIDTH, 3))
+    assert cli("generate", run, "--samples", "1").code == 0
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+def test_options_of_checkpoints_are_refused_for_a_model_of_the_zoo(cli, tmp_path: Path) -> None:
+    for option in (("--height", "64"), ("--lora", "x.safetensors"), ("--base", "x"), ("--frames", "5")):
+        ended = cli(*cli.build, *option, "--output", tmp_path / "run")
+        assert f"{option[0]}: model 'digits-flux' of the zoo is complete and takes none" in ended.refusal
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "holds no prompt; write one in each line"),
+        (b" \n\n\t\n", "holds no prompt; write one in each line"),
+        (b"a red\nf\xfcnf\n", "line 2: byte 0xfc is not UTF-8"),
+        (None, "does not exist; give a text file"),
+    ],
+)
+def test_prompt_files_that_cannot_work(
+    cli, flux: Checkpoint, tmp_path: Path, content: bytes | None, message: str
+) -> None:
+    file = tmp_path / "prompts.txt"
+    if content is not None:
+        file.write_bytes(content)
+    ended = cli(*flux.build("--prompts", file, "--output", tmp_path / "run"))
+    assert message in ended.refusal
+    assert not (tmp_path / "run").exists()
+
+
+def test_damaged_weights_leave_no_run(cli, tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path, make_flux_pipeline())
+    file = checkpoint.folder / WEIGHTS
+    file.write_bytes(file.read_bytes()[:-9])
+    assert "is not a complete safetensors file" in cli(*checkpoint.build("--output", tmp_path / "run")).refusal
+    assert not (tmp_path / "run").exists()
+
+
+def test_activations_that_are_not_finite_name_layer_and_step_and_the_run_goes_on(cli, tmp_path: Path) -> None:
+    checkpoint, run = Checkpoint(tmp_path, make_flux_pipeline()), tmp_path / "run"
+    file = checkpoint.folder / WEIGHTS
+    whole, tensors = file.read_bytes(), read_tensors(file)
+    tensors["single_transformer_blocks.0.attn.to_k.weight"] *= 1e30
+    tensors["transformer_blocks.0.ff.net.2.weight"] *= 1e30
+    write_tensors(file, tensors)
+    message = cli("calibrate", *checkpoint.build("--output", run)[2:]).refusal
+    assert "step 0: in full precision layer '" in message
+    assert "gives NaN or infinite activations for the prompt 'a red and green'" in message
+    assert not (run / "calibrate" / "trajectory.safetensors").exists()
+    encodings = cli.state(run / "embed")
+    file.write_bytes(whole)
+    assert cli("calibrate", *checkpoint.build("--output", run)[2:]).code == 0
+    assert cli.state(run / "embed") == encodings
+
+
+def test_there_are_128_different_prompts() -> None:
+    prompts = default_prompts()
+    assert len(prompts) == len(set(prompts)) == 128
+    assert all(prompt == prompt.strip() and prompt.isascii() for prompt in prompts)
+    assert max(len(prompt.split()) for prompt in prompts) > 4 * min(len(prompt.split()) for prompt in prompts)
