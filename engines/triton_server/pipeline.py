@@ -112,10 +112,10 @@ class Pipeline:
             DamagedFileError: a file is not the one that was recorded, or diffusers cannot load it.
             MissingFileError: a file is gone.
         """
+        _require_hashes(folder, record_sha256)  # before the imports, which take longer than a refusal should
         import torch
         from diffusers import FluxPipeline
 
-        _require_hashes(folder, record_sha256)
         try:
             self._pipe = FluxPipeline.from_pretrained(
                 folder / PIPELINE_NAME,

@@ -15,15 +15,14 @@ from threading import Event
 import numpy as np
 import psutil
 import pytest
-import tritonclient.http
 from tritonclient.utils import InferenceServerException
 
 from adatsq_trt.engines.bundle import BundleFiles
 from adatsq_trt.engines.runtime import Bundle
-from adatsq_trt.engines.triton_server.server import HOST, Installation, Server
+from adatsq_trt.engines.triton_server.server import Installation, Server
 from adatsq_trt.errors import AdatsqError, DependencyError, UserError
 from benchmarks.serving.client import GrpcClient, HttpClient, RefusedError
-from tests.serving.conftest import DIGITS, SERVER_FOLDER, TINY
+from tests.serving.conftest import DIGITS, SERVER_FOLDER, TINY, connect, infer_inputs, step_request
 
 pytestmark = pytest.mark.serving
 ROOT = Path(__file__).parents[2]
@@ -45,10 +44,6 @@ with Server(Path(sys.argv[1]), free_ports(), Installation.find(Path(sys.argv[2])
 def own(repository: Path, tmp_path: Path) -> Path:
     """A copy of the repository, for writing."""
     return Path(shutil.copytree(repository, tmp_path / "repository"))
-
-
-def connect(server: Server) -> tritonclient.http.InferenceServerClient:
-    return tritonclient.http.InferenceServerClient(f"{HOST}:{server.ports.http}", concurrency=4)
 
 
 def test_load_and_unload(repository: Path, tiny: BundleFiles, start: Callable[..., Server]) -> None:
@@ -96,11 +91,15 @@ def test_a_changed_file_is_not_loaded_and_the_rest_is(own: Path, start: Callable
 
 
 def test_a_graph_that_goes_while_it_is_served(own: Path, tiny: BundleFiles, start: Callable[..., Server]) -> None:
-    """Full precision is read when it is first asked for."""
-    server = start(own, (TINY, f"{TINY}_step"))
-    (own / TINY / "1" / "bundle" / "onnx" / "reference.cpu.onnx").unlink()
+    """Full precision, and all that the step model runs, is read when it is first asked for."""
+    server, graphs = start(own, (TINY, f"{TINY}_step")), own / TINY / "1" / "bundle" / "onnx"
+    for name in ("reference.cpu.onnx", "switch.cpu.onnx"):
+        (graphs / name).unlink()
+    lost = r"^(\[500\] )?step 0 failed: .*{}.cpu.onnx.*; the server's log says more$"
+    with pytest.raises(InferenceServerException, match=lost.format("switch")):
+        connect(server).infer(f"{TINY}_step", infer_inputs(step_request(Bundle(tiny), step=0, seed=1)))
     for client in (HttpClient(server.ports), GrpcClient(server.ports)):
-        with pytest.raises(RefusedError, match=r"^step 0 failed: .*reference.cpu.onnx.*; the server's log says more$"):
+        with pytest.raises(RefusedError, match=lost.format("reference")):
             client.latents(TINY, prompt=0, seed=1, quantized=False)
         bundle = Bundle(tiny)
         expected = bundle.denoise(bundle.noise([1]), bundle.conditioning([0])).ravel()

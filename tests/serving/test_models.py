@@ -17,7 +17,7 @@ from adatsq_trt.engines.runtime import Bundle, StepResult
 from adatsq_trt.engines.triton_server.server import HOST, Server
 from benchmarks.serving.client import GrpcClient, HttpClient, RefusedError
 from benchmarks.serving.load import metric
-from tests.serving.conftest import DIGITS, TINY
+from tests.serving.conftest import DIGITS, TINY, infer_inputs, step_request
 
 pytestmark = pytest.mark.serving
 
@@ -153,23 +153,12 @@ def test_requests_at_different_steps_of_a_bucket_share_calls(server: Server, dig
     assert gained["joined_places"] > 0
 
 
-def infer_input(name: str, value: np.ndarray) -> tritonclient.http.InferInput:
-    kind = {"f": "FP32", "i": "INT32"}[value.dtype.kind]
-    return tritonclient.http.InferInput(name, value.shape, kind).set_data_from_numpy(value)
-
-
-def step_request(bundle: Bundle, step: int, seed: int) -> dict[str, np.ndarray]:
-    inputs = bundle.step_inputs(step, bundle.noise([seed]), bundle.conditioning([1]), 2.0)
-    del inputs["timestep"]
-    return {"step": np.full((2, 1), step, np.int32), **inputs}
-
-
 def test_step_model_groups_a_batch_by_bucket(
     http: tritonclient.http.InferenceServerClient, digits: BundleFiles
 ) -> None:
     bundle, name = Bundle(digits), f"{DIGITS}_step"
     places = [(2 + number % 4, number) for number in range(64)]
-    requests = [[infer_input(*item) for item in step_request(bundle, *place).items()] for place in places]
+    requests = [infer_inputs(step_request(bundle, *place)) for place in places]
     pending = [http.async_infer(name, request) for request in requests]
     answers = [one.get_result().as_numpy("velocity") for one in pending]
     for (step, seed), answer in zip(places, answers, strict=True):
@@ -195,8 +184,8 @@ def test_bad_steps(http: tritonclient.http.InferenceServerClient, digits: Bundle
     change, message = BAD_STEPS[name]
     good = step_request(Bundle(digits), 0, 1)
     with pytest.raises(InferenceServerException, match=message):
-        http.infer(f"{DIGITS}_step", [infer_input(*item) for item in {**good, **change}.items()])
-    http.infer(f"{DIGITS}_step", [infer_input(*item) for item in good.items()])
+        http.infer(f"{DIGITS}_step", infer_inputs({**good, **change}))
+    http.infer(f"{DIGITS}_step", infer_inputs(good))
 
 
 # ----------------------------------------------------------------------------------------------------- refusals

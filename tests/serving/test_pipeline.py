@@ -7,15 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tritonclient.http
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from adatsq_trt.engines.runtime import Bundle
 from adatsq_trt.engines.triton_server.pipeline import Pipeline, copy_pipeline
 from adatsq_trt.engines.triton_server.repository import Deployment, write_repository
-from adatsq_trt.engines.triton_server.server import HOST, Server
+from adatsq_trt.engines.triton_server.server import Server
 from benchmarks.serving.client import HttpClient, RefusedError
+from tests.serving.conftest import connect
 from tests.tiny_pipeline import make_flux_bundle, save_pipeline
 
 pytestmark = pytest.mark.serving
@@ -42,7 +42,7 @@ def test_words_go_in_and_a_picture_comes_out(start: Callable[..., Server], tmp_p
 
     settings = repository / NAME / "1" / "pipeline" / "vae" / "config.json"
     settings.write_text(settings.read_text() + " ")
-    admin = tritonclient.http.InferenceServerClient(f"{HOST}:{server.ports.http}")
+    admin = connect(server)
     admin.unload_model(NAME)
     with pytest.raises(InferenceServerException, match=r"vae/config.json' was altered: got sha256"):
         admin.load_model(NAME)
