@@ -20,7 +20,8 @@ IMAGE = "nvcr.io/nvidia/tritonserver:25.10-py3"
 MAX_SAMPLES = 32
 Backend = Literal["onnxruntime", "rtx"]
 _REQUIREMENTS = "numpy onnxruntime-gpu pillow pydantic safetensors"
-_PIPELINE_REQUIREMENTS = "accelerate diffusers transformers"
+_VAE_REQUIREMENTS = "accelerate diffusers"
+_PIPELINE_REQUIREMENTS = f"{_VAE_REQUIREMENTS} transformers"
 _RTX_LIBRARY = "tensorrt-rtx"
 _INSTANCES = {"onnxruntime": "kind: KIND_CPU", "rtx": "kind: KIND_GPU gpus: [ 0 ]"}
 _QUEUE_DELAY_US = 200
@@ -140,6 +141,7 @@ def _write_model(folder: Path, kind: str, values: dict[str, object]) -> None:
 
 def _values(deployment: Deployment) -> dict[str, object]:
     manifest, policy = deployment.files.manifest, deployment.files.policy
+    axes = ["samples", *(["frames"] if manifest.image.frames else []), "height", "width", "channels"]
     return {
         "name": deployment.name,
         "model": manifest.model,
@@ -149,6 +151,8 @@ def _values(deployment: Deployment) -> dict[str, object]:
         "last_prompt": manifest.prompts - 1,
         "guidance": f"{manifest.guidance:g}",
         "latent_dims": dims(manifest.latent_shape),
+        "image_dims": dims(axes),
+        "image_axes": f"[{', '.join(axes)}]",
         "manifest_sha256": sha256(deployment.files.folder / MANIFEST_NAME),
         "max_samples": deployment.max_samples,
         "backend": deployment.backend,
@@ -194,5 +198,10 @@ def _requirements(deployments: Sequence[Deployment]) -> str:
             "deploy them into repositories of their own, or build them again"
         )
     needed = [_REQUIREMENTS, *(f"{_RTX_LIBRARY}=={version}" for version in versions)]
-    pipelines = any(deployment.pipeline is not None for deployment in deployments)
-    return " ".join([*needed, *(["torch"] if versions or pipelines else []), *([_PIPELINE_REQUIREMENTS] * pipelines)])
+    diffusers = ""
+    if any(deployment.pipeline is not None for deployment in deployments):
+        diffusers = _PIPELINE_REQUIREMENTS
+    elif any(deployment.files.manifest.image.vae for deployment in deployments):
+        diffusers = _VAE_REQUIREMENTS
+    torch = "torch" if versions or diffusers else ""
+    return " ".join(filter(None, [*needed, torch, diffusers]))

@@ -118,15 +118,22 @@ def render(decode: Callable[[np.ndarray], np.ndarray], latents: np.ndarray, outp
     """Latents in the form that a client asked for.
 
     Args:
-        decode: makes images, float32 [samples, height, width, channels] in [0, 1].
+        decode: makes images, float32 [samples, (frames,) height, width, channels] in [0, 1].
         latents: float32 [samples, *latent_shape].
-        output: "latents" as they are; "image" float32 [samples, height, width, channels] in [0, 1]; "png" the bytes of
-            one picture with all samples side by side, uint8 [bytes].
+        output: "latents" as they are; "image" what `decode` makes; "png" the bytes of one picture with all samples side
+            by side, uint8 [bytes]. A video's frames are side by side, and samples below each other.
     """
     if output == "latents":
         return latents
     images = decode(latents)
-    return images if output == "image" else _png(np.concatenate(images, axis=1))
+    return images if output == "image" else _png(_sheet(images))
+
+
+def _sheet(images: np.ndarray) -> np.ndarray:
+    """Images [samples, height, width, channels], or videos with frames as the second axis, as one picture."""
+    if images.ndim == 5:
+        return np.concatenate([np.concatenate(frames, axis=1) for frames in images])
+    return np.concatenate(images, axis=1)
 
 
 def _png(image: np.ndarray) -> np.ndarray:

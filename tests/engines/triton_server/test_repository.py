@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from adatsq_trt.engines.bundle import MANIFEST_NAME, BundleFiles, PlanFile
+from adatsq_trt.engines.bundle import MANIFEST_NAME, BundleFiles, ImageSpec, PlanFile
 from adatsq_trt.engines.triton_server.repository import Deployment, curl_line, write_repository
 from adatsq_trt.errors import OutputError, UserError
 
@@ -49,6 +49,16 @@ def test_plans_on_a_gpu(tiny_bundle: BundleFiles, tmp_path: Path) -> None:
     assert "kind: KIND_GPU" in (tmp_path / "r" / "tiny" / "config.pbtxt").read_text()
     assert "tensorrt-rtx==1.7.1 torch" in (tmp_path / "r" / "Dockerfile").read_text()
     assert "docker run --rm --gpus all --publish" in (tmp_path / "r" / "README.md").read_text()
+
+
+def test_videos_that_a_vae_decodes(tiny_bundle: BundleFiles, tmp_path: Path) -> None:
+    image = ImageSpec(patches=2, channels=1, frames=4, vae=True)
+    manifest = tiny_bundle.manifest.model_copy(update={"image": image})
+    files = BundleFiles(tiny_bundle.folder, manifest, tiny_bundle.policy, tiny_bundle.index)
+    write_repository([Deployment("tiny", files)], tmp_path / "r")
+    config = (tmp_path / "r" / "tiny" / "config.pbtxt").read_text()
+    assert "dims: [ -1, -1, -1, -1, -1 ] },          # [samples, frames, height, width, channels], 0 to 1" in config
+    assert "pydantic safetensors torch accelerate diffusers \\" in (tmp_path / "r" / "Dockerfile").read_text()
 
 
 def refused(deployments: list[Deployment], output: Path, message: str) -> None:

@@ -107,3 +107,11 @@ def test_outputs(bundle: Bundle) -> None:
     np.testing.assert_array_equal(images, bundle.decode(latents))
     picture = np.asarray(Image.open(BytesIO(render(bundle.decode, latents, "png").tobytes())))
     np.testing.assert_array_equal(picture, np.round(np.concatenate(images, axis=1) * 255).astype(np.uint8))
+
+
+def test_videos_are_strips_of_their_frames() -> None:
+    videos = np.random.default_rng(0).random((2, 3, 4, 5, 3), dtype=np.float32)
+    picture = np.asarray(Image.open(BytesIO(render(lambda _: videos, videos, "png").tobytes())))
+    assert picture.shape == (2 * 4, 3 * 5, 3)
+    np.testing.assert_array_equal(picture[4:, 5:10], np.round(videos[1, 1] * 255).astype(np.uint8))
+    assert render(lambda _: videos, videos, "image") is videos
