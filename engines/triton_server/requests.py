@@ -120,13 +120,18 @@ def render(decode: Callable[[np.ndarray], np.ndarray], latents: np.ndarray, outp
     Args:
         decode: makes images, float32 [samples, height, width, channels] in [0, 1].
         latents: float32 [samples, *latent_shape].
-        output: "latents" as they are; "image" float32 [samples, height, width, channels] in [0, 1]; "png" the bytes of
-            one picture with all samples side by side, uint8 [bytes].
+        output: "latents" as they are; "image" float32 [samples, height, width, channels] in [0, 1], of videos [samples,
+            frames, height, width, channels]; "png" the bytes of one picture, uint8 [bytes]: all samples side by side, of
+            videos one below the other with the frames side by side.
     """
     if output == "latents":
         return latents
     images = decode(latents)
-    return images if output == "image" else _png(np.concatenate(images, axis=1))
+    if output == "image":
+        return images
+    grid = images if images.ndim == 5 else images[None]
+    rows, columns, height, width, channels = grid.shape
+    return _png(grid.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels))
 
 
 def _png(image: np.ndarray) -> np.ndarray:

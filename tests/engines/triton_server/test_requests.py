@@ -107,3 +107,10 @@ def test_outputs(bundle: Bundle) -> None:
     np.testing.assert_array_equal(images, bundle.decode(latents))
     picture = np.asarray(Image.open(BytesIO(render(bundle.decode, latents, "png").tobytes())))
     np.testing.assert_array_equal(picture, np.round(np.concatenate(images, axis=1) * 255).astype(np.uint8))
+
+
+def test_a_video_is_drawn_as_a_strip_of_its_frames() -> None:
+    videos = np.random.default_rng(0).uniform(0, 1, (2, 3, 4, 5, 3)).astype(np.float32)
+    picture = np.asarray(Image.open(BytesIO(render(lambda latents: latents, videos, "png").tobytes())))
+    assert picture.shape == (2 * 4, 3 * 5, 3)
+    np.testing.assert_array_equal(picture[4:8, 5:10], np.round(videos[1, 1] * 255))
