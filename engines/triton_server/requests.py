@@ -121,8 +121,8 @@ def render(decode: Callable[[np.ndarray], np.ndarray], latents: np.ndarray, outp
         decode: makes images, float32 [samples, height, width, channels] in [0, 1].
         latents: float32 [samples, *latent_shape].
         output: "latents" as they are; "image" float32 [samples, height, width, channels] in [0, 1], of videos [samples,
-            frames, height, width, channels]; "png" the bytes of one picture, uint8 [bytes]: all samples side by side, of
-            videos one below the other with the frames side by side.
+            frames, height, width, channels]; "png" the bytes of one picture, uint8 [bytes]: all samples side by
+            side, of videos one below the other with the frames side by side.
     """
     if output == "latents":
         return latents
