@@ -51,13 +51,13 @@ class AdatsqTransformer(nn.Module):
         self.config = FrozenDict(self._settings())
 
     @classmethod
-    def from_bundle(cls, path: Path | str) -> AdatsqTransformer:
-        """Open a bundle, or the bundle of a run directory.
+    def from_bundle(cls, bundle: Bundle | Path | str) -> AdatsqTransformer:
+        """Wrap a bundle that is open, or open one, or the one of a run directory.
 
         Raises:
             UserError: as `Bundle.open`, or a model that no supported pipeline has.
         """
-        bundle = Bundle.open(path)
+        bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         kinds = {kind.architecture: kind for kind in (AdatsqFlux, AdatsqZImage, AdatsqWan)}
         if bundle.manifest.architecture not in kinds:
             raise MismatchError(
@@ -102,8 +102,11 @@ class AdatsqTransformer(nn.Module):
                 f"latents: got {list(latents.shape[1:])}, the bundle was exported for {list(wanted)}; call the "
                 "pipeline with that size"
             )
-        arrays = {n: v.detach().float().cpu().numpy() for n, v in {**inputs, TIME_INPUT: model_time}.items()}
-        return torch.from_numpy(self.bundle.predict(self._step(arrays[TIME_INPUT]), arrays)).to(latents)
+        step = self._step(model_time.detach().float().cpu().numpy())
+        arrays = {name: value.detach().float().cpu().numpy() for name, value in inputs.items()}
+        # The step's own time: the pipeline's is the same but for the rounding on its way.
+        arrays[TIME_INPUT] = np.full(len(latents), self.bundle.schedule.model_time(step), np.float32)
+        return torch.from_numpy(self.bundle.predict(step, arrays)).to(latents)
 
     def _step(self, timestep: np.ndarray) -> int:
         """The step of the bundle's schedule that a timestep belongs to."""

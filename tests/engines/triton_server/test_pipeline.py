@@ -11,7 +11,7 @@ from diffusers import FluxPipeline
 
 from adatsq_trt.engines.bundle import BundleFiles
 from adatsq_trt.engines.runtime import Bundle
-from adatsq_trt.engines.transformer import AdatsqFlux
+from adatsq_trt.engines.transformer import AdatsqTransformer
 from adatsq_trt.engines.triton_server.pipeline import Pipeline, copy_pipeline, require_pipeline
 from adatsq_trt.engines.triton_server.repository import Deployment, write_repository
 from adatsq_trt.engines.triton_server.requests import read_request
@@ -43,7 +43,7 @@ def test_pictures_are_those_of_the_pipeline(bundle: Bundle, saved: Path, tmp_pat
     pipeline, noise = Pipeline(tmp_path, copy_pipeline(saved, tmp_path), bundle), bundle.noise([1, 2])
     images = pipeline.decode(bundle.denoise(noise, pipeline.conditioning(TEXT, 2)))
     pipe = FluxPipeline.from_pretrained(saved, transformer=None, torch_dtype=torch.bfloat16)
-    pipe.transformer, decode = AdatsqFlux(bundle), pipe.vae.decode
+    pipe.transformer, decode = AdatsqTransformer.from_bundle(bundle), pipe.vae.decode
     pipe.vae.decode = lambda latents, **options: decode(latents.bfloat16(), **options)
     with torch.no_grad():
         texts = [pipe.encode_prompt(text, None, max_sequence_length=TEXT_TOKENS)[:2] for text in (TEXT, "")]
@@ -61,7 +61,7 @@ def test_pictures_are_those_of_the_pipeline(bundle: Bundle, saved: Path, tmp_pat
 
 def test_the_pipeline_runs_in_16_bits_throughout(bundle: Bundle, saved: Path) -> None:
     pipe = FluxPipeline.from_pretrained(saved, transformer=None, torch_dtype=torch.bfloat16)
-    pipe.transformer = AdatsqFlux(bundle)
+    pipe.transformer = AdatsqTransformer.from_bundle(bundle)
     sizes = {"height": 16, "width": 16, "num_inference_steps": STEPS, "max_sequence_length": TEXT_TOKENS}
     images = pipe(TEXT, **sizes, output_type="np").images  # its timesteps are rounded twice
     assert images.std() > 0.05
