@@ -3,64 +3,68 @@
     pipe.transformer = AdatsqTransformer.from_bundle("runs/demo")
     pipe(prompt, num_inference_steps=20, …)
 
-The pipeline stays as it is: it keeps its scheduler, its guidance and its loop. So far this serves FluxPipeline.
+The pipeline stays as it is: it keeps its scheduler, its guidance and its loop. This serves FluxPipeline, ZImagePipeline
+and WanPipeline; the scheduler is FlowMatchEulerDiscreteScheduler, which a WanPipeline has to be given:
+
+    config = pipe.transformer.bundle.schedule.scheduler_config
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
+from torch.nn import functional
 
 from adatsq_trt.engines.runtime import TIME_INPUT, Bundle
 from adatsq_trt.errors import MismatchError
+from adatsq_trt.schedule import TRAIN_TIMESTEPS
 
-ARCHITECTURES = ("FluxTransformer2DModel",)
 # A pipeline in bfloat16 rounds its timesteps to eight significant bits, before it divides them by 1000 and afterwards.
 _TIME_TOLERANCE = 2 * 2.0**-8
+_TEXT = "encoder_hidden_states"
 
 
 class AdatsqTransformer(nn.Module):
-    """Stands in for FluxTransformer2DModel; the step, and with it the formats, follow from the timestep.
+    """Stands in for a transformer; the step, and with it the formats, follow from the timestep.
 
     Attributes:
+        architecture: diffusers' class that it stands in for.
         bundle: what computes.
         config: the settings of the transformer that pipelines look at.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
-        """Wrap a bundle.
+    architecture: ClassVar[str]
 
-        Raises:
-            MismatchError: its model is none that a supported pipeline has.
-        """
+    def __init__(self, bundle: Bundle) -> None:
+        """Wrap a bundle of this architecture; see `from_bundle`, which finds the class."""
         super().__init__()
-        if bundle.manifest.architecture not in ARCHITECTURES:
-            raise MismatchError(
-                f"bundle '{bundle.files.folder}' holds a {bundle.manifest.architecture}; pipelines are supported for "
-                f"{', '.join(ARCHITECTURES)}; run this one with Bundle.denoise"
-            )
         self.bundle = bundle
-        names = [signature.name for signature in bundle.inputs]
-        self.config = FrozenDict(
-            {"in_channels": bundle.manifest.latent_shape[-1], "guidance_embeds": "guidance" in names}
-        )
+        self.config = FrozenDict(self._settings())
 
     @classmethod
-    def from_bundle(cls, path: Path | str) -> Self:
+    def from_bundle(cls, path: Path | str) -> AdatsqTransformer:
         """Open a bundle, or the bundle of a run directory.
 
         Raises:
             UserError: as `Bundle.open`, or a model that no supported pipeline has.
         """
-        return cls(Bundle.open(path))
+        bundle = Bundle.open(path)
+        kinds = {kind.architecture: kind for kind in (AdatsqFlux, AdatsqZImage, AdatsqWan)}
+        if bundle.manifest.architecture not in kinds:
+            raise MismatchError(
+                f"bundle '{bundle.files.folder}' holds a {bundle.manifest.architecture}; pipelines are supported for "
+                f"{', '.join(kinds)}; run this one with Bundle.denoise"
+            )
+        return kinds[bundle.manifest.architecture](bundle)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -73,9 +77,57 @@ class AdatsqTransformer(nn.Module):
         return torch.device("cpu")
 
     @contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
+    def cache_context(self, name: str, **_about: Any) -> Iterator[None]:
         """What pipelines announce a guidance branch with; both branches of a step have the same formats."""
         yield
+
+    def _settings(self) -> dict[str, Any]:
+        """The configuration."""
+        return {"in_channels": self.bundle.manifest.latent_shape[0]}
+
+    def _velocity(self, inputs: Mapping[str, Tensor], model_time: Tensor) -> Tensor:
+        """The bundle's prediction, of the latents' type.
+
+        Args:
+            inputs: the graph's inputs but for the time.
+            model_time: [rows], timestep / 1000; one step for all rows.
+
+        Raises:
+            UserError: a time that is none of the bundle's steps; other names or shapes.
+        """
+        latents = inputs[self.bundle.latent_input]
+        wanted = self.bundle.manifest.latent_shape
+        if latents.shape[1:] != wanted:
+            raise MismatchError(
+                f"latents: got {list(latents.shape[1:])}, the bundle was exported for {list(wanted)}; call the "
+                "pipeline with that size"
+            )
+        arrays = {n: v.detach().float().cpu().numpy() for n, v in {**inputs, TIME_INPUT: model_time}.items()}
+        return torch.from_numpy(self.bundle.predict(self._step(arrays[TIME_INPUT]), arrays)).to(latents)
+
+    def _step(self, timestep: np.ndarray) -> int:
+        """The step of the bundle's schedule that a timestep belongs to."""
+        schedule = self.bundle.schedule
+        times = np.asarray([schedule.model_time(step) for step in range(schedule.steps)])
+        step = int(np.abs(times - timestep.flat[0]).argmin())
+        if np.abs(timestep - times[step]).max() > _TIME_TOLERANCE * times[step]:
+            raise MismatchError(
+                f"timestep: got {timestep.min():.6g} to {timestep.max():.6g}, the nearest step of the bundle is "
+                f"{times[step]:.6g}; call the pipeline with num_inference_steps={schedule.steps}, the scheduler that "
+                "the bundle was built with and the image size that it was exported for"
+            )
+        return step
+
+
+class AdatsqFlux(AdatsqTransformer):
+    """Stands in for FluxTransformer2DModel."""
+
+    architecture = "FluxTransformer2DModel"
+
+    def _settings(self) -> dict[str, Any]:
+        """The channels of a token, and whether the guidance scale is an input."""
+        names = [signature.name for signature in self.bundle.inputs]
+        return {"in_channels": self.bundle.manifest.latent_shape[-1], "guidance_embeds": "guidance" in names}
 
     def forward(
         self,
@@ -105,34 +157,16 @@ class AdatsqTransformer(nn.Module):
         Raises:
             UserError: a timestep that is none of the bundle's steps; other positions, names or shapes.
         """
-        if joint_attention_kwargs:
-            raise MismatchError(f"joint_attention_kwargs {sorted(joint_attention_kwargs)}: a bundle takes none")
+        _require_no("joint_attention_kwargs", joint_attention_kwargs)
         self._require_positions(img_ids, txt_ids)
-        given = {
-            self.bundle.latent_input: hidden_states,
-            "encoder_hidden_states": encoder_hidden_states,
+        inputs = {
+            "hidden_states": hidden_states,
+            _TEXT: encoder_hidden_states,
             "pooled_projections": pooled_projections,
-            TIME_INPUT: timestep,
+            **({} if guidance is None else {"guidance": guidance}),
         }
-        if guidance is not None:
-            given["guidance"] = guidance
-        inputs = {name: value.detach().float().cpu().numpy() for name, value in given.items()}
-        velocity = self.bundle.predict(self._step(inputs[TIME_INPUT]), inputs)
-        sample = torch.from_numpy(velocity).to(hidden_states)
+        sample = self._velocity(inputs, timestep)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
-
-    def _step(self, timestep: np.ndarray) -> int:
-        """The step of the bundle's schedule that a timestep belongs to."""
-        schedule = self.bundle.schedule
-        times = np.asarray([schedule.model_time(step) for step in range(schedule.steps)])
-        step = int(np.abs(times - timestep.flat[0]).argmin())
-        if np.abs(timestep - times[step]).max() > _TIME_TOLERANCE * times[step]:
-            raise MismatchError(
-                f"timestep: got {timestep.min():.6g} to {timestep.max():.6g}, the nearest step of the bundle is "
-                f"{times[step]:.6g}; call the pipeline with num_inference_steps={schedule.steps}, the scheduler that "
-                "the bundle was built with and the image size that it was exported for"
-            )
-        return step
 
     def _require_positions(self, img_ids: Tensor, txt_ids: Tensor) -> None:
         """Positions are constants of the graph, so the pipeline's must be the same."""
@@ -144,3 +178,88 @@ class AdatsqTransformer(nn.Module):
                 f"positions: got {len(img_ids)} image tokens, the bundle was exported for {height} x {width} and text "
                 "positions of zero; call the pipeline with that height and width"
             )
+
+
+class AdatsqZImage(AdatsqTransformer):
+    """Stands in for ZImageTransformer2DModel; the pipeline's guidance_scale is the bundle's less one."""
+
+    architecture = "ZImageTransformer2DModel"
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of a latent."""
+        return int(self.config["in_channels"])
+
+    def forward(
+        self,
+        x: Sequence[Tensor],
+        t: Tensor,
+        cap_feats: Sequence[Tensor],
+        return_dict: bool = True,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> Transformer2DModelOutput | tuple[list[Tensor]]:
+        """The opposite of the predicted velocity, with the arguments of ZImageTransformer2DModel.
+
+        Args:
+            x: latents [channels, 1, height, width], one for each row.
+            t: [rows], 1 - timestep / 1000; one step for all rows.
+            cap_feats: captions [tokens, width], of as many tokens as the bundle was exported for or fewer.
+            return_dict: whether to wrap the result.
+            joint_attention_kwargs: must be empty.
+
+        Raises:
+            UserError: a timestep that is none of the bundle's steps; captions that are too long; other shapes.
+        """
+        _require_no("joint_attention_kwargs", joint_attention_kwargs)
+        length = next(int(signature.shape[1]) for signature in self.bundle.inputs if signature.name == _TEXT)
+        longest = max(map(len, cap_feats))
+        if longest > length:
+            raise MismatchError(
+                f"caption: got {longest} tokens, the bundle was exported for {length}; call the pipeline with "
+                f"max_sequence_length={length} or a shorter prompt"
+            )
+        captions = [functional.pad(caption, (0, 0, 0, length - len(caption))) for caption in cap_feats]
+        inputs = {self.bundle.latent_input: torch.cat(list(x), dim=1).transpose(0, 1), _TEXT: torch.stack(captions)}
+        sample = list(-self._velocity(inputs, 1 - t.float())[:, :, None])
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+
+class AdatsqWan(AdatsqTransformer):
+    """Stands in for WanTransformer3DModel."""
+
+    architecture = "WanTransformer3DModel"
+
+    def _settings(self) -> dict[str, Any]:
+        """No size is ruled out here: those that the bundle was not exported for are refused with the latents."""
+        return {**super()._settings(), "patch_size": (1, 1, 1)}
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predicted velocity, with the arguments of WanTransformer3DModel.
+
+        Args:
+            hidden_states: [rows, channels, frames, height, width].
+            timestep: [rows], in (0, 1000]; one step for all rows.
+            encoder_hidden_states: [rows, text tokens, width].
+            return_dict: whether to wrap the result.
+            attention_kwargs: must be empty.
+
+        Raises:
+            UserError: a timestep that is none of the bundle's steps; other shapes.
+        """
+        _require_no("attention_kwargs", attention_kwargs)
+        inputs = {self.bundle.latent_input: hidden_states, _TEXT: encoder_hidden_states}
+        sample = self._velocity(inputs, timestep.float() / TRAIN_TIMESTEPS)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+
+def _require_no(name: str, settings: Mapping[str, Any] | None) -> None:
+    """Refuse settings of the attention, which a compiled graph cannot follow."""
+    if settings:
+        raise MismatchError(f"{name} {sorted(settings)}: a bundle takes none")

@@ -17,7 +17,9 @@ import torch
 from onnx_ir.passes import common
 from torch import Tensor, nn
 
+from adatsq_trt.errors import AdatsqError
 from adatsq_trt.export.name_nodes import NameNodes
+from adatsq_trt.export.widen_convolutions import WidenConvolutions
 
 # FP4 needs opset 23, but with it the exporter writes attention as one `Attention` node, which TensorRT-RTX 1.7 refuses
 # wherever it has no fused kernel. Every operator that opset 21 exports means the same in 23.
@@ -26,7 +28,11 @@ BATCH_AXIS = "batch"
 
 
 def trace(
-    module: nn.Module, inputs: Mapping[str, Tensor], output: str, base: torch.dtype, float32_inputs: Collection[str] = ()
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    output: str,
+    base: torch.dtype,
+    float32_inputs: Collection[str] = (),
 ) -> ir.Model:
     """Export a module once, with a dynamic batch.
 
@@ -39,6 +45,9 @@ def trace(
 
     Returns:
         An opset 21 graph. Its nodes are named by module path, which they also carry as metadata (`name_nodes`).
+
+    Raises:
+        AdatsqError: the module computes with the number of rows as a constant.
     """
     twin = copy.deepcopy(module).eval()
     # Buffers keep their type: they hold position ids and frequencies, which forward casts where it wants to.
@@ -59,8 +68,20 @@ def trace(
         )
     assert program is not None, "the exporter was given no file, so it returns the program"
     model = program.model
-    ir.passes.Sequential(NameNodes(_wrapper_prefix(module)), common.RemoveUnusedNodesPass())(model)
+    _require_dynamic_batch(model)
+    tidy = (NameNodes(_wrapper_prefix(module)), WidenConvolutions(), common.RemoveUnusedNodesPass())
+    ir.passes.Sequential(*tidy)(model)
     return model
+
+
+def _require_dynamic_batch(model: ir.Model) -> None:
+    """The exporter does not complain when a module turns the batch into a number, by len() or int()."""
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.shape is None or isinstance(value.shape[0], int):
+            raise AdatsqError(
+                f"'{value.name}' has the shape {value.shape} in the traced graph, expected any number of rows; use "
+                "x.shape[0] or -1 in the trace module where it uses len(x) or a number"
+            )
 
 
 def _stays_float32(module: nn.Module, parameter: str) -> bool:

@@ -6,26 +6,13 @@ import torch
 from diffusers import AutoencoderKL, FluxPipeline
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
-from adatsq_trt.engines.bundle import (
-    GRAPH_FOLDER,
-    POLICY_NAME,
-    PROMPTS_NAME,
-    SCALES_NAME,
-    BundleFiles,
-    ImageSpec,
-    Manifest,
-    ScheduleRecord,
-    write_manifest,
-)
-from adatsq_trt.export import export_graphs, trace
-from adatsq_trt.files import write_tensors
-from adatsq_trt.formats import FORMATS
+from adatsq_trt.engines.bundle import BundleFiles
+from adatsq_trt.models.adapter import Conditioning
 from adatsq_trt.models.flux import FluxAdapter
-from adatsq_trt.policy import Policy
-from adatsq_trt.quantize import quantize_nearest
+from tests.tiny_bundle import write_bundle
 from tests.tiny_flux import make_tiny_flux
 
-STEPS, GUIDANCE, PATCHES, WIDTH, TEXT_TOKENS, PROMPTS = 4, 2.0, 4, 32, 8, 10
+PATCHES, WIDTH, TEXT_TOKENS, PROMPTS = 4, 32, 8, 10
 WORDS = ("a", "red", "three", "and", "green", "seven")
 
 
@@ -34,51 +21,12 @@ def make_adapter() -> FluxAdapter:
 
 
 def make_flux_bundle(folder: Path) -> BundleFiles:
-    """Three buckets over two assignments, with weights rounded to nearest."""
-    adapter = make_adapter()
-    layers = adapter.quantizable_layers()
-    rows = [["fp8"] * len(layers), [("bf16", "fp8")[i % 2] for i in range(len(layers))]]
-    policy = Policy.from_steps("flux", "0" * 64, list(layers), [rows[step in (1, 2)] for step in range(STEPS)])
-    weights = {
-        name: {layer: quantize_nearest(module.weight.detach(), FORMATS[name]) for layer, module in layers.items()}
-        for name in ("fp8", "bf16")
-    }
-    index = export_graphs(
-        _trace(adapter), policy, weights, folder / GRAPH_FOLDER, "bfloat16", adapter.blocks(), ("cpu",)
-    )
-    policy.save(folder / POLICY_NAME)
-    write_tensors(folder / SCALES_NAME, {"fp8": torch.full((STEPS, len(layers)), 1 / 64)})
-    conditional, unconditional = _condition(PROMPTS, seed=1), _condition(1, seed=2)
-    prompts = {f"conditional.{name}": value for name, value in conditional.items()}
-    write_tensors(folder / PROMPTS_NAME, prompts | {f"unconditional.{name}": v for name, v in unconditional.items()})
-    schedule = adapter.schedule(STEPS)
-    manifest = Manifest(
-        model="flux",
-        architecture=adapter.architecture,
-        backend="onnxruntime",
-        targets=("sm120",),
-        base_type=index.base_type,
-        formats=("bf16", "fp8"),
-        schedule=ScheduleRecord(
-            sigmas=schedule.sigmas, timesteps=schedule.timesteps, scheduler_config=schedule.scheduler_config
-        ),
-        guidance=GUIDANCE,
-        latent_shape=adapter.latent_shape,
-        image=ImageSpec(patches=PATCHES, channels=1),
-        prompts=PROMPTS,
-        plans=(),
-        versions={},
-    )
-    write_manifest(folder, manifest)
-    return BundleFiles.open(folder)
-
-
-def _trace(adapter: FluxAdapter):
-    module, rows = adapter.trace_module(), 20  # no other dimension has this size
-    module.text_ids = torch.zeros(TEXT_TOKENS, 3)
+    """For prompts of `TEXT_TOKENS` tokens, as the pipeline's text encoders make them."""
+    adapter, rows = make_adapter(), 20
+    adapter.trace_module().text_ids = torch.zeros(TEXT_TOKENS, 3)
     latents = torch.randn(rows, *adapter.latent_shape, generator=torch.Generator().manual_seed(0))
     inputs = {"hidden_states": latents, **_condition(rows, seed=0), "timestep": torch.full((rows,), 0.5)}
-    return trace(module, inputs, "velocity", torch.bfloat16)
+    return write_bundle(folder, adapter, inputs, Conditioning(_condition(PROMPTS, seed=1), _condition(1, seed=2)))
 
 
 def _condition(prompts: int, seed: int) -> dict[str, torch.Tensor]:

@@ -18,6 +18,7 @@ class ModelRow:
         name: what commands call it.
         architecture: diffusers class of the transformer.
         image_size: height and width in pixels.
+        frames: of a video; None for images.
         weight_bytes: size of all its safetensors.
         default_steps: denoising steps when none are asked for.
         default_guidance: guidance scale when none is asked for.
@@ -27,6 +28,7 @@ class ModelRow:
     name: str
     architecture: str
     image_size: int
+    frames: int | None
     weight_bytes: int
     default_steps: int
     default_guidance: float
@@ -53,6 +55,7 @@ def _row(name: str, folder: Path) -> ModelRow:
         name=name,
         architecture=index.transformer[1],
         image_size=index.image_size,
+        frames=index.frames,
         weight_bytes=sum(path.stat().st_size for path in folder.rglob("*.safetensors")),
         default_steps=index.default_steps,
         default_guidance=index.default_guidance,
@@ -73,7 +76,7 @@ def models(
         return
     table = Table("name", "architecture", "pixels", "weights", "steps", "guidance", box=None)
     for row in rows:
-        size = f"{row.image_size} x {row.image_size}"
+        size = f"{row.image_size} x {row.image_size}" + (f" x {row.frames}" if row.frames else "")
         weights = f"{row.weight_bytes / 1e6:.2f} MB"
         table.add_row(row.name, row.architecture, size, weights, str(row.default_steps), f"{row.default_guidance:g}")
     Console().print(table)

@@ -18,6 +18,7 @@ class FluxAdapter(PromptedAdapter):
 
     architecture = "FluxTransformer2DModel"
     model_class = FluxTransformer2DModel
+    text_width = "joint_attention_dim"
     transformer: FluxTransformer2DModel
     quantizable = re.compile(
         r"(transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.net\.(0\.proj|2))"

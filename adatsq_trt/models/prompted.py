@@ -22,12 +22,14 @@ class PromptedAdapter(ModelAdapter):
 
     Attributes:
         model_class: diffusers' class of the transformer.
+        text_width: which of the transformer's settings is the width of a text token.
         quantizable: module paths of the linear layers that a policy may quantize. Modulation, embedders, norm_out and
             the final projection stay in high precision.
         block_lists: the module lists that hold the transformer's blocks, in the order of execution.
     """
 
     model_class: ClassVar[type[ModelMixin]]
+    text_width: ClassVar[str]
     quantizable: ClassVar[re.Pattern[str]]
     block_lists: ClassVar[tuple[str, ...]]
     transformer: ModelMixin

@@ -27,6 +27,7 @@ class WanAdapter(PromptedAdapter):
 
     architecture = "WanTransformer3DModel"
     model_class = WanTransformer3DModel
+    text_width = "text_dim"
     transformer: WanTransformer3DModel
     quantizable = re.compile(r"blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|ffn\.net\.(0\.proj|2))")
     block_lists = ("blocks",)
@@ -55,7 +56,7 @@ class WanAdapter(PromptedAdapter):
         return make_schedule(self.scheduler, steps)
 
 
-class RealRotaryProcessor(WanAttnProcessor):
+class RealRotaryProcessor(WanAttnProcessor):  # type: ignore[misc]
     """Wan's attention without assignments to slices, which the exporter would turn into scatters."""
 
     def __call__(
@@ -73,12 +74,13 @@ class RealRotaryProcessor(WanAttnProcessor):
         if rotary_emb is not None:
             cosines, sines = rotary_emb  # every angle twice
             query, key = (rotate_pairs(x, cosines[..., ::2], sines[..., ::2]).type_as(x) for x in (query, key))
-        mixed = functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)))
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        mixed = functional.scaled_dot_product_attention(query, key, value)
         return attn.to_out[0](mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
 class WanTrace(nn.Module):
-    """WanTransformer3DModel on one video size, with the rotations of its tokens as constants."""
+    """WanTransformer3DModel on one video size: constant rotations, no convolution."""
 
     def __init__(self, transformer: WanTransformer3DModel, latent_shape: tuple[int, ...]) -> None:
         """Wrap a transformer.
@@ -101,7 +103,7 @@ class WanTrace(nn.Module):
         self.register_buffer("cosines", cosines.clone(), persistent=False)
         self.register_buffer("sines", sines.clone(), persistent=False)
         sides = transformer.config.patch_size
-        self.sides = sides
+        self.sides = tuple(sides)
         self.grid = tuple(size // side for size, side in zip(latent_shape[1:], sides, strict=True))
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor) -> Tensor:
@@ -109,12 +111,21 @@ class WanTrace(nn.Module):
         model = self.transformer
         embedding, modulation, text, _ = model.condition_embedder(timestep * TRAIN_TIMESTEPS, encoder_hidden_states)
         modulation = modulation.unflatten(1, (6, -1))
-        tokens = model.patch_embedding(hidden_states).flatten(2).transpose(1, 2)
+        # The patch embedding's stride is its kernel, so it is a linear layer; ONNX has no bfloat16 convolution.
+        kernel = model.patch_embedding.weight.flatten(1)
+        tokens = functional.linear(self._patchify(hidden_states), kernel, model.patch_embedding.bias)
         for block in model.blocks:
             tokens = block(tokens, text, modulation, (self.cosines, self.sines))
         shift, scale = (model.scale_shift_table + embedding[:, None]).chunk(2, dim=1)
         tokens = (model.norm_out(tokens.float()) * (1 + scale) + shift).type_as(tokens)
         return self._unpatchify(model.proj_out(tokens))
+
+    def _patchify(self, latent: Tensor) -> Tensor:
+        """[B, C, F, H, W] → [B, tokens, C pt ph pw]."""
+        channels = latent.shape[1]
+        sizes = [size for pair in zip(self.grid, self.sides, strict=True) for size in pair]
+        grid = latent.reshape(-1, channels, *sizes).permute(0, 2, 4, 6, 1, 3, 5, 7)
+        return grid.reshape(-1, prod(self.grid), channels * prod(self.sides))
 
     def _unpatchify(self, tokens: Tensor) -> Tensor:
         """[B, tokens, pt ph pw C] → [B, C, F, H, W]."""

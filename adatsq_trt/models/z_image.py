@@ -27,6 +27,7 @@ class ZImageAdapter(PromptedAdapter):
 
     architecture = "ZImageTransformer2DModel"
     model_class = ZImageTransformer2DModel
+    text_width = "cap_feat_dim"
     transformer: ZImageTransformer2DModel
     quantizable = re.compile(
         r"(noise_refiner|context_refiner|layers)\.\d+\.(attention\.(to_[qkv]|to_out\.0)|feed_forward\.w[123])"
@@ -59,7 +60,7 @@ class ZImageAdapter(PromptedAdapter):
         return make_schedule(self.scheduler, steps, (rows // 2) * (columns // 2))
 
 
-class RealRotaryProcessor(ZSingleStreamAttnProcessor):
+class RealRotaryProcessor(ZSingleStreamAttnProcessor):  # type: ignore[misc]
     """Z-Image's attention with real numbers: `freqs_cis` are cosines and sines, each [S, 1, D / 2]."""
 
     def __call__(
@@ -73,14 +74,13 @@ class RealRotaryProcessor(ZSingleStreamAttnProcessor):
         """Self-attention [B, S, width] → the same shape; complex frequencies are diffusers' business."""
         if not isinstance(freqs_cis, tuple):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, freqs_cis)  # type: ignore[no-any-return]
-        projected = [
-            layer(hidden_states).unflatten(-1, (attn.heads, -1)) for layer in (attn.to_q, attn.to_k, attn.to_v)
-        ]
-        query, key, value = projected
+        projections = (attn.to_q, attn.to_k, attn.to_v)
+        query, key, value = (layer(hidden_states).unflatten(-1, (attn.heads, -1)) for layer in projections)
         if attn.norm_q is not None and attn.norm_k is not None:
             query, key = attn.norm_q(query), attn.norm_k(key)
         query, key = (rotate_pairs(x.float(), *freqs_cis).type_as(x) for x in (query, key))
-        mixed = functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)))
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        mixed = functional.scaled_dot_product_attention(query, key, value)
         return attn.to_out[0](mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
@@ -89,6 +89,9 @@ class ZImageTrace(nn.Module):
 
     Without padding between samples every sequence has the same length, so there is no attention mask.
     """
+
+    cosines: Tensor
+    sines: Tensor
 
     def __init__(self, transformer: ZImageTransformer2DModel, latent_shape: tuple[int, ...], length: int) -> None:
         """Wrap a transformer.
@@ -121,7 +124,7 @@ class ZImageTrace(nn.Module):
         model, key = self.transformer, f"{self.patch}-1"
         modulation = model.t_embedder((1 - timestep) * model.t_scale).type_as(hidden_states)
         image = model.all_x_embedder[key](self._patchify(hidden_states))
-        padding = model.x_pad_token.expand(len(image), self.padding, -1)
+        padding = model.x_pad_token.expand(image.shape[0], self.padding, -1)
         image = torch.cat([image, padding], dim=1)
         split = image.shape[1]
         both = (self.cosines, self.sines)

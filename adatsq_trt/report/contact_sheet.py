@@ -19,9 +19,14 @@ COLUMNS = 10
 def grid(images: np.ndarray, columns: int = COLUMNS) -> np.ndarray:
     """Arrange [B, H, W, C] in rows with a one-pixel white frame; grey images become RGB.
 
+    Of videos [B, F, H, W, C] each is a strip of its frames.
+
     Returns:
         float32 [rows * (H + 1) + 1, columns * (W + 1) + 1, 3].
     """
+    if images.ndim == 5:
+        frames, images = images.shape[1], _strips(images)
+        columns = max(1, columns // frames)
     count, height, width, channels = images.shape
     columns = min(columns, count)
     rows = -(-count // columns)
@@ -32,12 +37,18 @@ def grid(images: np.ndarray, columns: int = COLUMNS) -> np.ndarray:
     return sheet
 
 
+def _strips(videos: np.ndarray) -> np.ndarray:
+    """[B, F, H, W, C] → [B, H, F W, C]."""
+    count, frames, height, width, channels = videos.shape
+    return videos.transpose(0, 2, 1, 3, 4).reshape(count, height, frames * width, channels)
+
+
 def write_contact_sheet(file: Path, panels: Mapping[str, np.ndarray], notes: Sequence[str]) -> None:
     """Write the panels one below the other as PNG, whole or not at all.
 
     Args:
         file: where.
-        panels: title → images, float32 [B, H, W, C] in [0, 1].
+        panels: title → images, float32 [B, H, W, C] in [0, 1], or videos [B, F, H, W, C].
         notes: one per panel, added to its title.
 
     Raises:

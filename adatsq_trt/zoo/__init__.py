@@ -36,7 +36,8 @@ class ZooIndex(BaseModel):
         transformer: library and class of the transformer.
         text_encoder: module and class of the text encoder; without one there is a class embedding.
         image_size: height and width in pixels, a multiple of the patch size.
-        patch_size: height and width of a latent token in pixels.
+        patch_size: height and width in pixels of a place of the latent.
+        frames: of a video; None for images.
         guidance_distilled: the model needs no second branch for guidance.
         default_steps: denoising steps when none are asked for.
         default_guidance: guidance scale when none is asked for.
@@ -46,6 +47,7 @@ class ZooIndex(BaseModel):
     text_encoder: tuple[str, str] | None = None
     image_size: int = Field(ge=2)
     patch_size: int = Field(default=2, ge=1)
+    frames: int | None = Field(default=None, ge=1)
     guidance_distilled: bool = False
     default_steps: int = Field(ge=1)
     default_guidance: float = Field(allow_inf_nan=False)

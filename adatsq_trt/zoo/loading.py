@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, ModelMixin
 from pydantic import JsonValue, RootModel
 from torch import nn
 
@@ -17,7 +17,8 @@ from adatsq_trt.errors import DamagedFileError
 from adatsq_trt.files import read_json_model, read_tensors, sha256
 from adatsq_trt.image import ImageShape
 from adatsq_trt.models.adapter import ModelAdapter
-from adatsq_trt.models.flux import FluxAdapter
+from adatsq_trt.models.architectures import ADAPTERS
+from adatsq_trt.models.prompted import PromptedAdapter
 from adatsq_trt.models.prompts import ClassEncoder, PromptEncoder, TextEncoder
 from adatsq_trt.zoo import TextEncoderConfig, ZooIndex, find_model
 
@@ -69,8 +70,9 @@ def load_model(name: str) -> LoadedModel:
     """
     folder = find_model(name)
     index = _index(folder / INDEX)
-    transformer = _transformer(folder)
-    encoder = _encoder(folder, index, transformer.config.joint_attention_dim)
+    kind = ADAPTERS[index.transformer[1]]
+    transformer = _transformer(folder, kind)
+    encoder = _encoder(folder, index, transformer.config[kind.text_width])
     read_json_model(folder / SCHEDULER_CONFIG, _Config, _ADVICE)
     with _refusing(folder / SCHEDULER_CONFIG):
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
@@ -78,8 +80,9 @@ def load_model(name: str) -> LoadedModel:
             index.image_size // index.patch_size,
             transformer.config.in_channels // index.patch_size**2,
             index.patch_size,
+            frames=index.frames,
         )
-        adapter = FluxAdapter(transformer, encoder, scheduler, image, index.guidance_distilled)
+        adapter = kind(transformer, encoder, scheduler, image, index.guidance_distilled)
         adapter.schedule(index.default_steps)  # some settings are first looked at here
     with _refusing(folder / TRANSFORMER_CONFIG), torch.no_grad():  # and some in a prediction
         adapter.velocity(torch.zeros(1, *adapter.latent_shape), 1.0, adapter.encode([0]), index.default_guidance)
@@ -105,20 +108,20 @@ def model_sha256(folder: Path) -> str:
 
 def _index(file: Path) -> ZooIndex:
     index = read_json_model(file, ZooIndex, _ADVICE)
-    if index.transformer[1] != FluxAdapter.architecture:
+    if index.transformer[1] not in ADAPTERS:
         raise DamagedFileError(
-            f"'{file}' names the transformer '{index.transformer[1]}', expected '{FluxAdapter.architecture}'; {_ADVICE}"
+            f"'{file}' names the transformer '{index.transformer[1]}', expected one of {', '.join(ADAPTERS)}; {_ADVICE}"
         )
     return index
 
 
-def _transformer(folder: Path) -> FluxTransformer2DModel:
+def _transformer(folder: Path, kind: type[PromptedAdapter]) -> ModelMixin:
     """The transformer, frozen; its file is read beforehand, because diffusers' own errors do not name it."""
     weights, config = folder / TRANSFORMER_WEIGHTS, folder / TRANSFORMER_CONFIG
     read_tensors(weights, _ADVICE)
     read_json_model(config, _Config, _ADVICE)
     with _refusing(config):
-        transformer, found = FluxTransformer2DModel.from_pretrained(
+        transformer, found = kind.model_class.from_pretrained(
             folder / "transformer", torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
     # Diffusers only warns of these, and fills what is missing with random numbers.

@@ -1,9 +1,16 @@
-"""A model with sentences and a guidance embedding, through all commands."""
+"""Models that take sentences, through all commands."""
 
 import json
 from pathlib import Path
 
 import pytest
+import torch
+
+from adatsq_trt import zoo
+from adatsq_trt.zoo.loading import load_model
+from adatsq_trt.zoo.scenes import train_wan, train_z_image
+from adatsq_trt.zoo.scenes.clips import clip_prompts
+from adatsq_trt.zoo.scenes.training import save_model
 
 
 @pytest.mark.slow
@@ -17,3 +24,26 @@ def test_sentences_and_a_guidance_embedding_go_all_the_way(cli, tmp_path: Path) 
     assert cli("check", run).code == 0
     assert cli("generate", run, "--samples", "2", "--prompt", "a 7", "--prompt", "5").code == 0
     assert "prompt 'a dog': not one of" in cli("generate", run, "--prompt", "a dog").refusal
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", [train_z_image, train_wan], ids=lambda module: module.NAME)
+def test_other_architectures_go_all_the_way(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module) -> None:
+    """With random weights: every command works on planes and on videos as it does on Flux's tokens."""
+    torch.manual_seed(0)
+    if module is train_wan:
+        adapter, prompt = train_wan.make_adapter(), str(clip_prompts()[0])
+    else:
+        adapter, prompt = train_z_image.make_adapter(load_model("scenes-flux-dev").adapter.encoder), "a 7"
+    save_model(adapter, tmp_path / "zoo" / module.NAME, module.STEPS, 1.0)
+    monkeypatch.setattr(zoo, "ZOO_FOLDER", tmp_path / "zoo")
+    assert adapter.architecture in cli("models").out
+    run = tmp_path / "run"
+    built = cli("build", "engine", module.NAME, "--target", "sm120", *cli.small, "--steps", "4", "--output", run)
+    assert built.code == 0, built.err
+    manifest = json.loads((run / "bundle" / "manifest.json").read_text())
+    assert tuple(manifest["latent_shape"]) == adapter.latent_shape
+    assert manifest["image"]["frames"] == adapter.image.frames
+    checked = cli("check", run)
+    assert checked.code == 0, checked.err
+    assert cli("generate", run, "--samples", "2", "--prompt", prompt, "--output", tmp_path / "sheet.png").code == 0

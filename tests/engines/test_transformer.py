@@ -11,7 +11,8 @@ from adatsq_trt.engines.bundle import BundleFiles
 from adatsq_trt.engines.runtime import Conditioning
 from adatsq_trt.engines.transformer import AdatsqTransformer
 from adatsq_trt.errors import MismatchError
-from tests.tiny_pipeline import GUIDANCE, PATCHES, STEPS, make_adapter, make_flux_bundle
+from tests.tiny_bundle import GUIDANCE, STEPS
+from tests.tiny_pipeline import PATCHES, make_adapter, make_flux_bundle
 
 PIXELS = 16 * PATCHES  # what the pipeline calls its height: without a VAE it assumes 8 pixels per latent pixel
 

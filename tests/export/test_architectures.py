@@ -55,7 +55,9 @@ def store(adapter: ModelAdapter, inputs: Inputs) -> FormatStore:
 
 @pytest.fixture(scope="module")
 def traced(adapter: ModelAdapter, inputs: Inputs) -> ir.Model:
-    return trace(adapter.trace_module(), inputs, "velocity", torch.bfloat16, adapter.float32_inputs)
+    """With another number of rows than the graphs will run with."""
+    example = {name: value[:3] for name, value in inputs.items()}
+    return trace(adapter.trace_module(), example, "velocity", torch.bfloat16, adapter.float32_inputs)
 
 
 @pytest.fixture(scope="module", params=ROWS)
@@ -84,17 +86,17 @@ def test_cpu_graphs_are_the_fake_quantized_model(exported, adapter, store, input
         with SimulatedModel(adapter, store).installed() as model, torch.no_grad():
             model.assign(formats, 0)
             wanted = adapter.predict(inputs).numpy()
-        error = np.abs(got - wanted) / wanted.std()
-        # Limits of the same comparison for Flux.
-        assert np.quantile(error, 0.5) < 2e-5
-        assert error.max() < 2e-3
+            model.assign(None, 0)
+            plain = adapter.predict(inputs).numpy()
+        # Sums in another order push a value over a rounding border here and there. Attention hands that on, so a few
+        # outputs move; most do not, and all moves together are small beside what the formats themselves do.
+        assert np.quantile(np.abs(got - wanted), 0.5) < 2e-5 * wanted.std()
+        assert np.square(got - wanted).mean() < 1e-2 * np.square(plain - wanted).mean()
 
 
 def test_the_reference_is_the_full_precision_model(exported, adapter, inputs, run_cpu) -> None:
     folder, index, _ = exported
-    got = run_cpu(
-        str(folder / "onnx" / index.find("reference", None).path), {n: v.numpy() for n, v in inputs.items()}
-    )
+    got = run_cpu(str(folder / "onnx" / index.find("reference", None).path), {n: v.numpy() for n, v in inputs.items()})
     with torch.no_grad():
         wanted = adapter.predict(inputs).numpy()
     np.testing.assert_allclose(got, wanted, atol=1e-5 * np.abs(wanted).max())
@@ -113,10 +115,9 @@ def test_the_time_has_more_than_eight_bits_in_target_graphs(exported) -> None:
     assert kinds["timestep"] == "float"
 
 
+@pytest.mark.parametrize("exported", ["target"], indirect=True)
 def test_target_graphs_compile(exported) -> None:
     folder, index, policy = exported
-    if not any(graph.variant == "target" for graph in index.graphs):
-        pytest.skip("cpu graphs only")
     plans = build_plans(folder, index, [TARGETS["sm120"]], 4)
     assert [plan.assignment for plan in plans] == list(range(len(policy.assignments)))
     assert all(plan.bytes > 100_000 for plan in plans)

@@ -1,8 +1,11 @@
 import copy
 
 import onnx_ir as ir
+import pytest
 import torch
+from torch import nn
 
+from adatsq_trt.errors import AdatsqError
 from adatsq_trt.export import trace
 from adatsq_trt.export.name_nodes import MODULE
 from adatsq_trt.export.normalize_linears import NormalizeLinears
@@ -44,3 +47,15 @@ def test_every_quantizable_layer_of_flux_is_found(traced_flux, small_flux):
 def test_flux_keeps_its_rotary_and_timestep_arithmetic_in_float32(traced_flux):
     kinds = {node.op_type: node.outputs[0].dtype for node in traced_flux.graph if node.op_type in ("Sin", "Cos", "Pow")}
     assert kinds == dict.fromkeys(("Sin", "Cos", "Pow"), ir.DataType.FLOAT)
+
+
+class Counted(nn.Module):
+    """Makes a number of the batch."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.ones(1, 2).expand(len(x), 2)
+
+
+def test_a_module_that_makes_a_number_of_the_batch_is_refused():
+    with pytest.raises(AdatsqError, match=r"'x' has the shape.*expected any number of rows"):
+        trace(Counted(), {"x": torch.zeros(3, 2)}, "y", torch.float32)

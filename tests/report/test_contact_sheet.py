@@ -66,3 +66,12 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, full_disk: Callable[[], Abst
     with pytest.raises(OutputError, match=r"samples\.png"), full_disk():
         write_contact_sheet(tmp_path / "samples.png", {"noise": images}, [""])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_video_is_a_strip_of_its_frames() -> None:
+    videos = np.random.default_rng(0).uniform(0, 0.9, (3, 4, 2, 5, 3)).astype(np.float32)
+    sheet = grid(videos, columns=10)
+    assert sheet.shape == (2 * 3 + 1, 2 * 21 + 1, 3)  # two videos of 20 pixels beside each other
+    assert np.array_equal(sheet[1:3, 22 + 5 : 22 + 10], videos[1, 1])
+    assert np.array_equal(sheet[4:6, 1:6], videos[2, 0])
+    assert grid(videos, columns=3).shape == (3 * 3 + 1, 21 + 1, 3)

@@ -37,6 +37,11 @@ class Judge(nn.Module):
         hue = mean / mean.amax(1, keepdim=True).clamp(min=1e-6)
         return self.digit(cells.amax(1, keepdim=True)), self.colour(hue)
 
+    def features(self, cells: Tensor) -> Tensor:
+        """Cells [N, 3, 8, 8] in [0, 1] → what the classifier of digits decides by, [N, 1024]."""
+        features: Tensor = self.digit[:-2](cells.amax(1, keepdim=True))
+        return features
+
     @torch.no_grad()
     def read(self, images: Tensor) -> list[Scene]:
         """What images [B, 16, 16, 3] in [0, 1] show."""

@@ -26,7 +26,7 @@ from adatsq_trt.models.prompts import TextEncoder
 from adatsq_trt.zoo.sampling import sample
 from adatsq_trt.zoo.scenes.judge import column_scores, load_judge
 from adatsq_trt.zoo.scenes.prompts import LONGEST, WORDS, evaluation_prompts
-from adatsq_trt.zoo.scenes.training import PATCH_SIZE, SceneSet, Trainer, make_scenes, save_model
+from adatsq_trt.zoo.scenes.training import PATCH_SIZE, SceneSet, Trainer, make_scenes, noisy_batch, save_model
 from adatsq_trt.zoo.scenes.world import IMAGE_SIZE
 
 LOGGER = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ WIDTH, BATCH, DROP_PROMPT = 64, 64, 0.1
 SCENES, PROMPTS, TRAJECTORIES = 65_536, 600, 2_048
 ITERATIONS, RATES = (6900, 260, 500), (1e-3, 5e-4, 5e-4)
 GUIDANCE, LARGEST_GUIDANCE = 3.0, 4.0
-SIGMA_MEAN, SIGMA_STD, SHIFT = 0.8, 1.2, 3.0
+SHIFT = 3.0
 DEV_STEPS, SCHNELL_STEPS, TEACHER_STEPS = 50, 4, 16
 
 
@@ -67,35 +67,23 @@ def velocity(adapter: FluxAdapter, latent: Tensor, words: Tensor, sigma: Tensor,
     return adapter.trace_module()(latent, *adapter.encoder(words), sigma, guidance)  # type: ignore[no-any-return]
 
 
-def noisy_batch(scenes: SceneSet) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x[sigma], noise - x0, word indices and sigma of a batch; sigmas logit-normal as in Stable Diffusion 3.
-
-    What is drawn where is decided above sigma 0.8, so these are drawn more often than usual.
-    """
-    pick = torch.randint(0, len(scenes.latents), (BATCH,))
-    x0, noise = scenes.latents[pick], torch.randn(BATCH, *scenes.latents.shape[1:])
-    sigma = (SIGMA_MEAN + SIGMA_STD * torch.randn(BATCH)).sigmoid()
-    mix = sigma[:, None, None]
-    return (1 - mix) * x0 + mix * noise, noise - x0, scenes.words[pick], sigma
-
-
 def flow_matching_loss(adapter: FluxAdapter, scenes: SceneSet) -> Tensor:
     """Fit v(x[sigma]) to noise - x0; a guidance scale of 1 stands for none."""
-    latent, target, words, sigma = noisy_batch(scenes)
-    words = torch.where(torch.rand(BATCH, 1) < DROP_PROMPT, 0, words)
-    return (velocity(adapter, latent, words, sigma, torch.ones(BATCH)) - target).square().mean()
+    batch = noisy_batch(scenes, BATCH)
+    words = torch.where(torch.rand(BATCH, 1) < DROP_PROMPT, 0, batch.words)
+    return (velocity(adapter, batch.latent, words, batch.sigma, torch.ones(BATCH)) - batch.velocity).square().mean()
 
 
 def guidance_loss(student: FluxAdapter, teacher: FluxAdapter, scenes: SceneSet) -> Tensor:
     """Fit v(x[sigma], w) to v0 + w (v - v0) of the teacher, w uniform (Meng et al. 2023, section 3.1)."""
-    latent, _, words, sigma = noisy_batch(scenes)
+    batch = noisy_batch(scenes, BATCH)
     scale = 1 + (LARGEST_GUIDANCE - 1) * torch.rand(BATCH)
     with torch.no_grad():
-        both = torch.cat([words, torch.zeros_like(words)])
-        guided = velocity(teacher, latent.repeat(2, 1, 1), both, sigma.repeat(2), torch.ones(2 * BATCH))
+        both = torch.cat([batch.words, torch.zeros_like(batch.words)])
+        guided = velocity(teacher, batch.latent.repeat(2, 1, 1), both, batch.sigma.repeat(2), torch.ones(2 * BATCH))
         conditional, unconditional = guided.chunk(2)
         target = unconditional + scale[:, None, None] * (conditional - unconditional)
-    return (velocity(student, latent, words, sigma, scale) - target).square().mean()
+    return (velocity(student, batch.latent, batch.words, batch.sigma, scale) - target).square().mean()
 
 
 @torch.no_grad()

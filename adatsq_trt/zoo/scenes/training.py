@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from adatsq_trt.files import read_tensors, write_bytes, write_json_model, write_tensors
-from adatsq_trt.models.flux import FluxAdapter, pack
+from adatsq_trt.models.flux import pack
+from adatsq_trt.models.prompted import PromptedAdapter
 from adatsq_trt.models.prompts import TextEncoder
 from adatsq_trt.zoo import TextEncoderConfig
 from adatsq_trt.zoo.scenes.world import Painter, draw_prompt, draw_scene, load_split
 
+AdapterT = TypeVar("AdapterT", bound=PromptedAdapter)
 LOGGER = logging.getLogger(__name__)
+SIGMA_MEAN, SIGMA_STD = 0.8, 1.2
 PATCH_SIZE, AVERAGE, WARM_UP, COOL_DOWN = 4, 0.999, 0.04, 0.3
 _SECONDS_BETWEEN_CHECKPOINTS, _ITERATIONS_BETWEEN_LINES = 120, 100
 
@@ -29,8 +34,8 @@ class SceneSet:
     """Scenes with the prompts that describe them.
 
     Attributes:
-        latents: float32 [N, 16, 48].
-        words: int64 [N, 8].
+        latents: float32 [N, *latent_shape].
+        words: int64 [N, text tokens].
     """
 
     latents: Tensor
@@ -45,12 +50,42 @@ def make_scenes(count: int, seed: int, encoder: TextEncoder) -> SceneSet:
     return SceneSet(pack(torch.from_numpy(images), PATCH_SIZE), encoder.word_indices(list(map(str, prompts))))
 
 
+@dataclass(frozen=True)
+class NoisyBatch:
+    """What flow matching learns from.
+
+    Attributes:
+        latent: x[sigma] = (1 - sigma) x0 + sigma noise, float32 [B, *latent_shape].
+        velocity: noise - x0, the same shape.
+        words: int64 [B, text tokens].
+        sigma: float32 [B].
+    """
+
+    latent: Tensor
+    velocity: Tensor
+    words: Tensor
+    sigma: Tensor
+
+
+def noisy_batch(scenes: SceneSet, batch: int) -> NoisyBatch:
+    """Draw scenes, noise and noise levels; these are logit-normal, as in Stable Diffusion 3.
+
+    What is drawn where is decided above sigma 0.8, so such levels are drawn more often than usual.
+    """
+    pick = torch.randint(0, len(scenes.latents), (batch,))
+    x0, noise = scenes.latents[pick], torch.randn(batch, *scenes.latents.shape[1:])
+    sigma = (SIGMA_MEAN + SIGMA_STD * torch.randn(batch)).sigmoid()
+    mix = sigma.reshape(-1, *[1] * (x0.dim() - 1))
+    return NoisyBatch((1 - mix) * x0 + mix * noise, noise - x0, scenes.words[pick], sigma)
+
+
 class Trainer:
     """AdamW with warm-up, a constant rate and a linear cool-down; an exponential average of the weights."""
 
-    def __init__(self, adapter: FluxAdapter, rate: float, file: Path) -> None:
-        """Take up the checkpoint in `file` where there is one."""
-        self._parameters = [*adapter.encoder.parameters(), *adapter.transformer.parameters()]
+    def __init__(self, adapter: PromptedAdapter, rate: float, file: Path) -> None:
+        """Take up the checkpoint in `file` where there is one; frozen parameters are left as they are."""
+        parameters = [*adapter.encoder.parameters(), *adapter.transformer.parameters()]
+        self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(self._parameters, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
         self._rate, self._file, self._done = rate, file, 0
         self._average = [p.detach().clone() for p in self._parameters]
@@ -104,7 +139,7 @@ class Trainer:
 
 
 @torch.no_grad()
-def save_model(adapter: FluxAdapter, folder: Path, steps: int, guidance: float) -> None:
+def save_model(adapter: PromptedAdapter, folder: Path, steps: int, guidance: float) -> None:
     """Diffusers' folder layout, bfloat16 safetensors; the adapter's weights become exact in bfloat16.
 
     Args:
@@ -123,14 +158,61 @@ def save_model(adapter: FluxAdapter, folder: Path, steps: int, guidance: float) 
     config = TextEncoderConfig(words=encoder.vocabulary, prompts=encoder.prompts, text_tokens=encoder.text_tokens)
     write_json_model(folder / "text_encoder" / "config.json", config)
     index = {
-        "_class_name": "ScenesFluxPipeline",
-        "transformer": ["diffusers", "FluxTransformer2DModel"],
+        "_class_name": f"Scenes{adapter.architecture.partition('Transformer')[0]}Pipeline",
+        "transformer": ["diffusers", adapter.architecture],
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
         "text_encoder": ["adatsq_trt.models.prompts", "TextEncoder"],
         "image_size": adapter.image.patches * adapter.image.patch_size,
         "patch_size": adapter.image.patch_size,
-        "guidance_distilled": True,
+        "guidance_distilled": adapter.guidance_distilled,
         "default_steps": steps,
         "default_guidance": guidance,
+        **({} if adapter.image.frames is None else {"frames": adapter.image.frames}),
     }
     write_bytes(folder / "model_index.json", (json.dumps(index, indent=2) + "\n").encode())
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a training is told.
+
+    Attributes:
+        work: folder of the checkpoint.
+        output: folder of the zoo.
+        seed: of weights, batches and noise.
+        iterations: in all, those before a checkpoint included.
+    """
+
+    work: Path
+    output: Path
+    seed: int
+    iterations: int
+
+
+def parse_arguments(name: str, iterations: int) -> Arguments:
+    """Read the command line of a training of one stage, and set logging and the seed accordingly."""
+    parser = argparse.ArgumentParser(description=f"Train {name}.")
+    parser.add_argument("--work", type=Path, required=True, help="checkpoints")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the zoo")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--iterations", type=int, default=iterations)
+    arguments = Arguments(**vars(parser.parse_args()))
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.manual_seed(arguments.seed)
+    return arguments
+
+
+def finish(
+    adapter: AdapterT,
+    name: str,
+    steps: int,
+    guidance: float,
+    measure: Callable[[AdapterT], dict[str, float]],
+    arguments: Arguments,
+) -> None:
+    """Save a trained model and the record of its training, with its scores as it will be loaded."""
+    folder = arguments.output / name
+    save_model(adapter, folder, steps, guidance)
+    record = {"seed": arguments.seed, "iterations": arguments.iterations, "scores": measure(adapter)}
+    write_bytes(folder / "training.json", (json.dumps(record, indent=2) + "\n").encode())
+    LOGGER.info("%s: %s", name, json.dumps(record))

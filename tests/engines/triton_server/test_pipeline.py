@@ -16,7 +16,8 @@ from adatsq_trt.engines.triton_server.pipeline import Pipeline, copy_pipeline, r
 from adatsq_trt.engines.triton_server.repository import Deployment, write_repository
 from adatsq_trt.engines.triton_server.requests import read_request
 from adatsq_trt.errors import DamagedFileError, MismatchError, MissingFileError, UserError
-from tests.tiny_pipeline import GUIDANCE, STEPS, TEXT_TOKENS, make_flux_bundle, save_pipeline
+from tests.tiny_bundle import GUIDANCE, STEPS
+from tests.tiny_pipeline import TEXT_TOKENS, make_flux_bundle, save_pipeline
 
 TEXT = "a red three and a green seven"
 

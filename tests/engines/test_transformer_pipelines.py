@@ -1,0 +1,136 @@
+"""Unmodified pipelines of Z-Image and Wan, with their own text encoders and a bundle in the transformer's place."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+from torch.nn import functional
+
+from adatsq_trt.engines.runtime import Conditioning
+from adatsq_trt.engines.transformer import AdatsqTransformer
+from adatsq_trt.errors import MismatchError
+from adatsq_trt.image import ImageShape
+from adatsq_trt.models.prompts import TextEncoder
+from adatsq_trt.models.wan import WanAdapter
+from adatsq_trt.models.z_image import ZImageAdapter
+from tests.tiny_bundle import GUIDANCE, STEPS, write_bundle
+from tests.tiny_checkpoints import HEIGHT, LATENT_CHANNELS, T5_WIDTH, WIDTH, make_wan_pipeline, make_z_image_pipeline
+from tests.tiny_z_image import PROMPTS, WORDS
+
+TEXT, LENGTH = ["a red three", "seven and a green three and a red seven"], 32
+FRAMES = 9  # of which Wan's VAE makes three
+KINDS = {
+    "z-image": (make_z_image_pipeline, ZImageAdapter, None, {"guidance_scale": GUIDANCE - 1}),
+    "wan": (make_wan_pipeline, WanAdapter, 3, {"guidance_scale": GUIDANCE, "num_frames": FRAMES}),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pipeline with a bundle in it.
+
+    Attributes:
+        pipe: the pipeline.
+        request: what its call is given beside the usual arguments.
+    """
+
+    pipe: DiffusionPipeline
+    request: dict[str, object]
+
+    @torch.no_grad()
+    def condition(self, prompts: list[str]) -> dict[str, np.ndarray]:
+        """What the pipeline's text encoder makes of prompts, filled up with zeros to the bundle's length."""
+        encoded, _ = self.pipe.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=LENGTH)
+        rows = [functional.pad(tokens, (0, 0, 0, LENGTH - len(tokens))) for tokens in encoded]
+        return {"encoder_hidden_states": torch.stack(rows).numpy()}
+
+    def run(self, noise: np.ndarray, **changes: object) -> np.ndarray:
+        request = {
+            "prompt": list(TEXT),
+            "latents": torch.from_numpy(noise),
+            "height": HEIGHT,
+            "width": WIDTH,
+            "num_inference_steps": STEPS,
+            "max_sequence_length": LENGTH,
+            "output_type": "latent",
+            "return_dict": False,
+            **self.request,
+            **changes,
+        }
+        output: Tensor = self.pipe(**request)[0]
+        return output.numpy()
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    make, kind, frames, arguments = KINDS[request.param]
+    pipe = make()
+    pipe.set_progress_bar_config(disable=True)
+    encoder, scheduler = TextEncoder(WORDS, PROMPTS, LENGTH, T5_WIDTH), FlowMatchEulerDiscreteScheduler(shift=3.0)
+    image = ImageShape(HEIGHT // 8, LATENT_CHANNELS, patch_size=1, columns=WIDTH // 8, frames=frames)
+    adapter = kind(pipe.transformer, encoder, scheduler, image)
+    latents = torch.randn(7, *adapter.latent_shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        prompts = adapter.encode([i % len(PROMPTS) for i in range(7)])
+        inputs = adapter.model_inputs(latents, 0.5, prompts.conditional, GUIDANCE)
+        stored = adapter.encode(range(len(PROMPTS)))
+    unguided = {name: value[:1].clone() for name, value in (stored.unconditional or {}).items()}
+    folder = tmp_path_factory.mktemp(request.param) / "bundle"
+    stored = type(stored)({n: v.contiguous() for n, v in stored.conditional.items()}, unguided)
+    pipe.transformer = AdatsqTransformer.from_bundle(write_bundle(folder, adapter, inputs, stored).folder)
+    config = pipe.transformer.bundle.schedule.scheduler_config
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+    return Case(pipe, arguments)
+
+
+def test_a_guided_pipeline_gives_what_the_bundles_own_loop_gives(case: Case) -> None:
+    bundle = case.pipe.transformer.bundle
+    noise = bundle.noise([1, 2])
+    condition = Conditioning(case.condition(list(TEXT)), case.condition(["", ""]))
+    wanted, got = bundle.denoise(noise, condition), case.run(noise)
+    assert np.std(wanted - noise) > 0.01
+    # The pipelines combine the guidance branches in another order, and Wan's calls the transformer for each.
+    assert np.linalg.norm(got - wanted) < 1e-4 * np.linalg.norm(wanted - noise)
+    other = bundle.denoise(noise, Conditioning(case.condition(TEXT[::-1]), condition.unconditional))
+    assert np.linalg.norm(other - wanted) > 1e-2 * np.linalg.norm(wanted - noise)
+
+
+def test_formats_follow_the_timestep(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle, steps = case.pipe.transformer.bundle, []
+    predict = bundle.predict
+    monkeypatch.setattr(bundle, "predict", lambda step, inputs: steps.append(step) or predict(step, inputs))
+    case.run(bundle.noise([1, 2]))
+    assert sorted(set(steps)) == list(range(STEPS))
+    assert steps == sorted(steps)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_inference_steps": STEPS + 1}, "call the pipeline with num_inference_steps=4"),
+        ({"height": 2 * HEIGHT, "latents": None}, "call the pipeline with that size"),
+    ],
+)
+def test_requests_that_the_bundle_was_not_made_for(case: Case, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(MismatchError, match=message):
+        case.run(case.pipe.transformer.bundle.noise([1, 2]), **changes)
+
+
+@pytest.mark.parametrize("case", ["z-image"], indirect=True)
+def test_a_caption_that_is_too_long(case: Case) -> None:
+    with pytest.raises(MismatchError, match=r"got 40 tokens.*max_sequence_length=32"):
+        case.run(case.pipe.transformer.bundle.noise([1]), prompt=["red " * 40], max_sequence_length=40)
+
+
+@pytest.mark.parametrize("case", ["wan"], indirect=True)
+def test_the_scheduler_that_wan_comes_with_is_refused(case: Case) -> None:
+    own = make_wan_pipeline().scheduler
+    bundled, case.pipe.scheduler = case.pipe.scheduler, own
+    try:
+        with pytest.raises(MismatchError, match="the scheduler that the bundle was built with"):
+            case.run(case.pipe.transformer.bundle.noise([1, 2]))
+    finally:
+        case.pipe.scheduler = bundled

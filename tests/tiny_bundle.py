@@ -1,0 +1,74 @@
+"""A bundle of a tiny model, without a search: for what runs bundles."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from adatsq_trt.engines.bundle import (
+    GRAPH_FOLDER,
+    POLICY_NAME,
+    PROMPTS_NAME,
+    SCALES_NAME,
+    BundleFiles,
+    ImageSpec,
+    Manifest,
+    ScheduleRecord,
+    write_manifest,
+)
+from adatsq_trt.export import export_graphs, trace
+from adatsq_trt.files import write_tensors
+from adatsq_trt.formats import FORMATS
+from adatsq_trt.models.adapter import Conditioning, ModelAdapter
+from adatsq_trt.policy import Policy
+from adatsq_trt.quantize import quantize_nearest
+
+STEPS, GUIDANCE = 4, 2.0
+
+
+def write_bundle(
+    folder: Path, adapter: ModelAdapter, inputs: Mapping[str, Tensor], prompts: Conditioning
+) -> BundleFiles:
+    """Three buckets over two assignments, with weights rounded to nearest.
+
+    Args:
+        folder: receives the bundle.
+        adapter: the model.
+        inputs: an example for the trace; no other dimension has the size of its batch.
+        prompts: what the bundle stores; one row for the unguided branch.
+    """
+    layers = adapter.quantizable_layers()
+    rows = [["fp8"] * len(layers), [("bf16", "fp8")[i % 2] for i in range(len(layers))]]
+    policy = Policy.from_steps("tiny", "0" * 64, list(layers), [rows[step in (1, 2)] for step in range(STEPS)])
+    weights = {
+        name: {layer: quantize_nearest(module.weight.detach(), FORMATS[name]) for layer, module in layers.items()}
+        for name in ("fp8", "bf16")
+    }
+    traced = trace(adapter.trace_module(), inputs, "velocity", torch.bfloat16, adapter.float32_inputs)
+    index = export_graphs(traced, policy, weights, folder / GRAPH_FOLDER, "bfloat16", adapter.blocks(), ("cpu",))
+    policy.save(folder / POLICY_NAME)
+    write_tensors(folder / SCALES_NAME, {"fp8": torch.full((STEPS, len(layers)), 1 / 64)})
+    stored = {f"conditional.{name}": value for name, value in prompts.conditional.items()}
+    stored |= {f"unconditional.{name}": value for name, value in (prompts.unconditional or {}).items()}
+    write_tensors(folder / PROMPTS_NAME, stored)
+    schedule = adapter.schedule(STEPS)
+    manifest = Manifest(
+        model="tiny",
+        architecture=adapter.architecture,
+        backend="onnxruntime",
+        targets=("sm120",),
+        base_type=index.base_type,
+        formats=("bf16", "fp8"),
+        schedule=ScheduleRecord(
+            sigmas=schedule.sigmas, timesteps=schedule.timesteps, scheduler_config=schedule.scheduler_config
+        ),
+        guidance=GUIDANCE,
+        latent_shape=adapter.latent_shape,
+        image=ImageSpec(**vars(adapter.image)),
+        prompts=len(next(iter(prompts.conditional.values()))),
+        plans=(),
+        versions={},
+    )
+    write_manifest(folder, manifest)
+    return BundleFiles.open(folder)
