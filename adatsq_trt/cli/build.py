@@ -45,6 +45,17 @@ class HardwareName(StrEnum):
     AMPERE_PLUS = "ampere_plus"
 
 
+class TransformName(StrEnum):
+    """What can happen to weights and inputs before they are rounded."""
+
+    SMOOTH = "smooth"
+    HADAMARD = "hadamard"
+    BALANCE = "balance"
+    LOW_RANK = "low-rank"
+    HADAMARD_LOW_RANK = "hadamard-low-rank"
+    BALANCE_LOW_RANK = "balance-low-rank"
+
+
 _CHECKPOINT, _POLICY, _EFFORT = "A checkpoint of your own", "The policy", "The effort"
 _ENTERPRISE = "Enterprise TensorRT"
 # Each batch of samples has a million seeds of its own; a scheduler has a thousand timesteps.
@@ -174,8 +185,20 @@ Formats = Annotated[
     str | None,
     typer.Option(
         "--formats",
-        help="Candidates: a set (paper, paper-fine, blackwell, ada, hopper, ampere, cpu) or a list such as nvfp4,fp8.",
+        help="Candidates: a set (paper, paper-fine, paper-low, paper-pairs, blackwell, ada, hopper, ampere, cpu) or a "
+        "list such as nvfp4,fp8.",
         show_default="the target's set",
+        rich_help_panel=_POLICY,
+    ),
+]
+TransformOption = Annotated[
+    TransformName | None,
+    typer.Option(
+        "--transform",
+        help="What happens to weights and inputs before they are rounded; simulated only. smooth: SmoothQuant; "
+        "hadamard: QuaRot's rotation; balance: ViDiT-Q's scaling and rotation; low-rank: SVDQuant's smoothing and "
+        "16-bit branch; hadamard-low-rank and balance-low-rank: two of these.",
+        show_default="nothing",
         rich_help_panel=_POLICY,
     ),
 ]
@@ -313,6 +336,7 @@ def engine(
     target: TargetOption = None,
     output: Output = None,
     formats: Formats = None,
+    transform: TransformOption = None,
     budget_bits: Budget = None,
     budget_bytes: BudgetBytes = None,
     budget_ms: BudgetMs = None,
@@ -359,6 +383,7 @@ def engine(
         targets=tuple(dict.fromkeys(target or ())),
         output=output,
         formats=formats,
+        transform=None if transform is None else transform.value,
         budgets=BudgetRequest(budget_bits, budget_bytes, budget_ms, gpu),
         max_assignments=max_assignments,
         simulate=simulate,

@@ -143,7 +143,7 @@ def _search(context: Context, folder: Path) -> SearchResult:
             *(Proposal("plan", rows) for rows in (*plan.policies, *plan.hedges)),
             *(Proposal("merged", rows) for rows in _merged(context, sensitivity, starts)),
             *static,
-            *_uniforms(context),
+            *(_uniforms(context) if context.settings.held_out_samples else ()),
         ]
         return _judge(context, model, proposals, within, problem.calls, folder)
 
@@ -245,9 +245,11 @@ def _judge(
     static = [best_of(points, wanted, (kind,)) for kind in STATIC_KINDS]
     uniforms = [i for i, point in enumerate(points) if point.kind == "uniform"]
     reported = list(dict.fromkeys([chosen, unlimited, *(i for i in static if i is not None), *uniforms]))
-    with progress("search: held-out samples", len(reported)) as advance:
-        points = measure_held_out(points, reported, formats, Scorer(model, formats, context.held_out, folder), advance)
-    _keep_trajectory_errors(context, model, [points[i] for i in reported], folder / TRAJECTORY_ERRORS)
+    if settings.held_out_samples:
+        with progress("search: held-out samples", len(reported)) as advance:
+            scorer = Scorer(model, formats, context.held_out, folder)
+            points = measure_held_out(points, reported, formats, scorer, advance)
+        _keep_trajectory_errors(context, model, [points[i] for i in reported], folder / TRAJECTORY_ERRORS)
     return SearchResult(
         points=tuple(points),
         chosen=chosen,

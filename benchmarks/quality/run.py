@@ -1,0 +1,246 @@
+"""The comparison of quantization methods on all models of the zoo's worlds, and what each part of the method adds.
+
+    python -m benchmarks.quality.run [--quick] [--models NAME ...] [--from-cells] [--document docs/quality.md]
+
+Cells are kept in runs/bench-quality (quick: runs/bench-quality-quick) and reused; an interrupted run goes on. Writes
+results.json (a list of cells) and comparisons.json (intervals, differences, ablation) beside this file, figures in
+docs/figures, and tables between the markers of the document. `--from-cells` measures nothing and writes what is there.
+A quick run measures the models of few steps with few samples and writes into its own folder only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from adatsq_trt.cli.stages.evaluate import Cell, Effort, Evaluation
+from adatsq_trt.cli.stages.quality import Difference, difference, intervals
+from adatsq_trt.errors import MismatchError
+from adatsq_trt.evaluation.methods import ABLATIONS, BITS, FULL_BITS, FULL_PRECISION, METHODS, Method
+from adatsq_trt.evaluation.scores import Interval
+from adatsq_trt.files import write_bytes, write_json_model
+from adatsq_trt.zoo import zoo_models
+from adatsq_trt.zoo.loading import load_model
+from benchmarks.quality.figures import draw
+from benchmarks.quality.tables import tables
+
+ROOT = Path(__file__).parents[2]
+RUNS, QUICK_RUNS = ROOT / "runs" / "bench-quality", ROOT / "runs" / "bench-quality-quick"
+FIGURES = ROOT / "docs" / "figures"
+BEGIN, END = "<!-- quality:begin -->", "<!-- quality:end -->"
+OURS = ("adatsq", "adatsq-fine", "adatsq-best")
+ABLATED = "scenes-flux-schnell"
+FEW_STEPS, QUICK_STEPS = 10, 4
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured.
+
+    Attributes:
+        samples: pictures of a cell.
+        calibration: trajectories that methods are calibrated on.
+        selection: trajectories that decide between policies.
+    """
+
+    samples: int
+    calibration: int
+    selection: int
+
+
+QUICK, FULL, MANY_STEPS = Sizes(24, 8, 8), Sizes(600, 32, 32), Sizes(600, 16, 16)
+# The parts of the method, with the whole beside them, on fewer samples: PSNR tells them apart.
+ABLATION = Sizes(60, 16, 16)
+CLIPS = 120  # of a cell
+
+
+class CellInterval(BaseModel):
+    """Where a cell's figures may lie.
+
+    Attributes:
+        model: its name.
+        method: of the cell.
+        bits: of the cell.
+        score: 95 % bootstrap interval of the mean score; None without a judge.
+        psnr_db: the same of the mean PSNR; None for full precision.
+        worst_psnr_db: 5th percentile over samples: samples that became another picture.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str
+    method: str
+    bits: str
+    score: tuple[float, float] | None
+    psnr_db: tuple[float, float] | None
+    worst_psnr_db: float | None
+
+
+class Comparisons(BaseModel):
+    """What comparisons.json holds.
+
+    Attributes:
+        efforts: what the cells of each model have in common.
+        intervals: of all cells in results.json.
+        differences: our methods less every other one at the same bits, paired.
+        ablation_effort: what the cells of the ablation have in common.
+        ablation: those cells.
+        ablation_intervals: of those.
+        missing: cells that were not measured, as "model method bits".
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = 1
+    efforts: tuple[Effort, ...]
+    intervals: tuple[CellInterval, ...]
+    differences: tuple[Difference, ...]
+    ablation_effort: Effort | None
+    ablation: tuple[Cell, ...]
+    ablation_intervals: tuple[CellInterval, ...]
+    missing: tuple[str, ...]
+
+
+def wanted(methods: Iterable[Method]) -> Iterator[tuple[Method, str]]:
+    """The cells of a model: full precision first."""
+    yield METHODS[FULL_PRECISION], FULL_BITS
+    for bits in BITS:
+        yield from ((method, bits) for method in methods if method.name != FULL_PRECISION)
+
+
+def open_evaluation(model: str, folder: Path, sizes: Sizes) -> Evaluation:
+    """The evaluation of a model, begun or gone on with; clips are more work than pictures."""
+    loaded = load_model(model)
+    samples = sizes.samples if loaded.adapter.image.frames is None else min(sizes.samples, CLIPS)
+    effort = Effort(
+        model=model,
+        model_sha256=loaded.model_sha256,
+        samples=samples,
+        seed=0,
+        steps=loaded.default_steps,
+        guidance=loaded.default_guidance,
+        calibration_samples=sizes.calibration,
+        selection_samples=sizes.selection,
+    )
+    return Evaluation(folder, effort, loaded)
+
+
+@dataclass
+class Measured:
+    """An evaluation and those of its cells that there are.
+
+    Attributes:
+        evaluation: of one model.
+        cells: in the order of the tables.
+        missing: cells that were not measured, as "model method bits".
+    """
+
+    evaluation: Evaluation
+    cells: list[Cell] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    def fill(self, methods: Iterable[Method], only_found: bool) -> None:
+        """Measure the cells of these methods, or take those that are there."""
+        for method, bits in wanted(methods):
+            if only_found and not self.evaluation.has(method, bits):
+                self.missing.append(f"{self.evaluation.effort.model} {method.name} {bits}")
+            else:
+                self.cells.append(self.evaluation.cell(method, bits))
+
+    @property
+    def bounds(self) -> list[CellInterval]:
+        """Intervals of all cells."""
+        return [self._interval(cell) for cell in self.cells]
+
+    def _interval(self, cell: Cell) -> CellInterval:
+        score, psnr = intervals(self.evaluation, cell)
+        worst = float(np.quantile(self.evaluation.outcomes(cell.method, cell.bits)[1], 0.05))
+        return CellInterval(
+            model=cell.model,
+            method=cell.method,
+            bits=cell.bits,
+            score=_bounds(score),
+            psnr_db=_bounds(psnr),
+            worst_psnr_db=None if psnr is None else worst,
+        )
+
+    @property
+    def differences(self) -> list[Difference]:
+        """Our methods, and full precision, less every other one at the same bits."""
+        rows = [cell for cell in self.cells if cell.method != FULL_PRECISION]
+        pairs = [(a, b) for a in rows if a.method in OURS for b in rows if a.bits == b.bits and a.method != b.method]
+        pairs += [(exact, b) for exact in self.cells if exact.method == FULL_PRECISION for b in rows]
+        return [difference(self.evaluation, *pair) for pair in pairs]
+
+
+def _bounds(interval: Interval | None) -> tuple[float, float] | None:
+    return None if interval is None else (interval.low, interval.high)
+
+
+def insert(document: Path, text: str) -> None:
+    """Replace what stands between the markers of a file."""
+    before, begin, rest = document.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise MismatchError(f"'{document}': expected a line '{BEGIN}' and a later line '{END}'; add them")
+    write_bytes(document, f"{before}{BEGIN}\n{text}{END}{after}".encode())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compare quantization methods on the models of the zoo.")
+    parser.add_argument("--quick", action="store_true", help="few samples, models of few steps, no ablation")
+    parser.add_argument("--models", nargs="+", help="some of the zoo's models")
+    parser.add_argument("--from-cells", action="store_true", help="measure nothing, write what was measured")
+    parser.add_argument("--document", type=Path, help="Markdown file whose tables are replaced")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    runs = QUICK_RUNS if options.quick else RUNS
+    names = options.models or [name for name in zoo_models() if name.startswith("scenes-")]
+    steps = {name: load_model(name).default_steps for name in names}
+    models = []
+    for name in names:
+        if options.quick and steps[name] > QUICK_STEPS:
+            continue
+        sizes = QUICK if options.quick else FULL if steps[name] <= FEW_STEPS else MANY_STEPS
+        models.append(Measured(open_evaluation(name, runs / name, sizes)))
+        models[-1].fill(METHODS.values(), options.from_cells)
+    ablation = None
+    if not options.quick and ABLATED in names:
+        ablation = Measured(open_evaluation(ABLATED, runs / f"{ABLATED}-ablation", ABLATION))
+        ablation.fill([*METHODS.values(), *ABLATIONS.values()], options.from_cells)
+    write(models, ablation, runs if options.quick else Path(__file__).parent, options.document)
+
+
+def write(models: Sequence[Measured], ablation: Measured | None, folder: Path, document: Path | None) -> None:
+    """All that is made from cells."""
+    comparisons = Comparisons(
+        efforts=tuple(model.evaluation.effort for model in models),
+        intervals=tuple(interval for model in models for interval in model.bounds),
+        differences=tuple(row for model in models for row in model.differences),
+        ablation_effort=None if ablation is None else ablation.evaluation.effort,
+        ablation=() if ablation is None else tuple(ablation.cells),
+        ablation_intervals=() if ablation is None else tuple(ablation.bounds),
+        missing=tuple(name for model in (*models, *([ablation] if ablation else [])) for name in model.missing),
+    )
+    cells = [cell for model in models for cell in model.cells]
+    text = json.dumps([cell.model_dump(mode="json") for cell in cells], indent=2)
+    write_bytes(folder / "results.json", f"{text}\n".encode())
+    write_json_model(folder / "comparisons.json", comparisons)
+    shown = tables(cells, comparisons)
+    print(shown)
+    if document is not None:
+        insert(document, shown)
+        for model in models:
+            draw(model.evaluation, model.cells, FIGURES)
+
+
+if __name__ == "__main__":
+    main()
