@@ -264,7 +264,7 @@ def _settings_table(settings: Settings) -> Table:
     if settings.pipeline is not None:
         values |= settings.pipeline.model_dump(exclude={"prompts"}) | {"prompts": len(settings.pipeline.prompts)}
     for name, value in values.items():
-        table.add_row(name, ", ".join(value) if isinstance(value, tuple) else str(value))
+        table.add_row(name, ", ".join(map(str, value)) if isinstance(value, tuple) else str(value))
     return table
 
 
