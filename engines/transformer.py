@@ -102,8 +102,11 @@ class AdatsqTransformer(nn.Module):
                 f"latents: got {list(latents.shape[1:])}, the bundle was exported for {list(wanted)}; call the "
                 "pipeline with that size"
             )
-        arrays = {n: v.detach().float().cpu().numpy() for n, v in {**inputs, TIME_INPUT: model_time}.items()}
-        return torch.from_numpy(self.bundle.predict(self._step(arrays[TIME_INPUT]), arrays)).to(latents)
+        step = self._step(model_time.detach().float().cpu().numpy())
+        arrays = {name: value.detach().float().cpu().numpy() for name, value in inputs.items()}
+        # The step's own time: the pipeline's is the same but for the rounding on its way.
+        arrays[TIME_INPUT] = np.full(len(latents), self.bundle.schedule.model_time(step), np.float32)
+        return torch.from_numpy(self.bundle.predict(step, arrays)).to(latents)
 
     def _step(self, timestep: np.ndarray) -> int:
         """The step of the bundle's schedule that a timestep belongs to."""

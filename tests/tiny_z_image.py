@@ -8,7 +8,7 @@ from adatsq_trt.models.prompts import TextEncoder
 from adatsq_trt.models.z_image import ZImageAdapter
 
 WORDS = ("", "a", "red", "three", "and", "green", "seven")
-PROMPTS = ("a red three", "seven", "a three and a green seven", "green", "a seven and a red three and a green three")
+PROMPTS = ("a red three", "seven", "a three and a green seven", "green", "a seven and a red three and a three")
 
 
 def make_tiny_z_image(guidance_distilled: bool = False, shift: float = 3.0) -> ZImageAdapter:

@@ -69,6 +69,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     make, kind, frames, arguments = KINDS[request.param]
     pipe = make()
     pipe.set_progress_bar_config(disable=True)
+    pipe.text_encoder.eval()
     encoder, scheduler = TextEncoder(WORDS, PROMPTS, LENGTH, T5_WIDTH), FlowMatchEulerDiscreteScheduler(shift=3.0)
     image = ImageShape(HEIGHT // 8, LATENT_CHANNELS, patch_size=1, columns=WIDTH // 8, frames=frames)
     adapter = kind(pipe.transformer, encoder, scheduler, image)
