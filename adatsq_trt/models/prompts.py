@@ -1,4 +1,4 @@
-"""What turns a prompt into the tensors that steer a small Flux: a table of classes, or a text encoder."""
+"""What turns a prompt into the tensors that steer a model: a table of classes, or a text encoder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ class PromptEncoder(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, prompts: Sequence[int | None]) -> tuple[Tensor, Tensor]:
-        """Tokens [B, text_tokens, width] and their pooled projection [B, width]; None is the empty prompt."""
+        """Tokens [B, text_tokens, width] and their pooled projection [B, width]; None is the empty prompt.
+
+        A token of zeros stands for none: short prompts are filled up with them.
+        """
 
 
 class ClassEncoder(PromptEncoder):

@@ -124,8 +124,9 @@ class ZImageTrace(nn.Module):
         model, key = self.transformer, f"{self.patch}-1"
         modulation = model.t_embedder((1 - timestep) * model.t_scale).type_as(hidden_states)
         image = model.all_x_embedder[key](self._patchify(hidden_states))
-        padding = model.x_pad_token.expand(image.shape[0], self.padding, -1)
-        image = torch.cat([image, padding], dim=1)
+        if self.padding:
+            padding = model.x_pad_token.expand(image.shape[0], self.padding, -1)
+            image = torch.cat([image, padding], dim=1)
         split = image.shape[1]
         both = (self.cosines, self.sines)
         for block in model.noise_refiner:

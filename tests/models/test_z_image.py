@@ -7,7 +7,7 @@ import torch
 from diffusers import ZImageTransformer2DModel
 from torch import Tensor
 
-from adatsq_trt.models.z_image import ZImageAdapter
+from adatsq_trt.models.z_image import ZImageAdapter, ZImageTrace
 from tests.tiny_z_image import make_tiny_z_image
 
 
@@ -28,6 +28,16 @@ def original(adapter: ZImageAdapter, latent: Tensor, captions: list[Tensor], tim
 
 def latents(adapter: ZImageAdapter, batch: int) -> Tensor:
     return torch.randn(batch, *adapter.latent_shape, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def test_images_whose_tokens_need_no_padding(adapter: ZImageAdapter) -> None:
+    """8 x 4 tokens are a multiple of 32, as those of most real sizes are."""
+    generator = torch.Generator().manual_seed(1)
+    latent, caption = torch.randn(1, 4, 16, 8, generator=generator), torch.randn(32, 32, generator=generator)
+    got = ZImageTrace(adapter.transformer, (4, 16, 8), 32)(latent, caption[None], torch.tensor([0.3]))
+    wanted = original(adapter, latent, [caption], 0.3)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
 
 
 @torch.no_grad()
