@@ -51,13 +51,13 @@ class AdatsqTransformer(nn.Module):
         self.config = FrozenDict(self._settings())
 
     @classmethod
-    def from_bundle(cls, path: Path | str) -> AdatsqTransformer:
-        """Open a bundle, or the bundle of a run directory.
+    def from_bundle(cls, bundle: Bundle | Path | str) -> AdatsqTransformer:
+        """Wrap a bundle that is open, or open one, or the one of a run directory.
 
         Raises:
             UserError: as `Bundle.open`, or a model that no supported pipeline has.
         """
-        bundle = Bundle.open(path)
+        bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         kinds = {kind.architecture: kind for kind in (AdatsqFlux, AdatsqZImage, AdatsqWan)}
         if bundle.manifest.architecture not in kinds:
             raise MismatchError(
