@@ -11,13 +11,16 @@ Rules:
        broadcast along its axis or over its blocks.
     6. DequantizeLinear → Transpose of an int8 weight whose layer has a static int8 input: Transpose →
        DequantizeLinear, the order that ONNX Runtime fuses to an integer matrix product. (On x86 without VNNI that
-       product saturates unless the session option "session.x64quantprecision" is "1".)
+       product saturates unless the session option "session.x64quantprecision" is "1". It moves codes by 128, and where
+       the product is not fused it would give the weight one zero point for all columns, which is refused. So the zero
+       points are written down.)
     7. The MatMul of a layer whose activation format is a plain 16-bit type: its input is rounded by Cast to that type
        and Cast back.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir import DataType
 
@@ -204,7 +207,11 @@ def _transpose_first(node: ir.Node) -> None:
     codes = node.inputs[0]
     assert codes is not None
     emit = Emitter(node, f"{node.name}.")
+    assert codes.shape is not None and isinstance(codes.shape[0], int)
+    zeros = emit.constant("ZeroPoints", ir.tensor(np.zeros(codes.shape[0], np.int8)))
     node.replace_input_with(0, emit.op("Transpose", "Transpose", [codes], INT8, perm=[1, 0]))
+    node.resize_inputs(3)
+    node.replace_input_with(2, zeros)
     node.attributes["axis"] = ir.AttrInt64("axis", 1)
     _replace(transpose, node.outputs[0])
 

@@ -13,7 +13,9 @@ Rules:
     6. Activation scales are inputs of the whole graph, one for each layer that has one in some format.
     7. Where it is asked for, constants and what is computed from constants alone go to the trunk instead: ONNX Runtime
        computes them once there and frees what it has packed for the processor, while in a branch it keeps both.
-       TensorRT wants them in the branch. A DequantizeLinear stays where its product is, to be fused with it.
+       TensorRT wants them in the branch. A DequantizeLinear stays where its product is, to be fused with it, with its
+       constants and with scalars: ONNX Runtime fuses an integer product if the zero point of its input is in the same
+       graph, and if the weight is not, the product saturates on x86 without VNNI, whatever its options say.
 """
 
 from __future__ import annotations
@@ -136,12 +138,14 @@ class _Joined:
         for value in (*made, *constants):
             value.name = f"{value.name}@{name}"
         if self._constants_outside:
-            constant = _constant_nodes(nodes, constants)
+            moved = _constant_nodes(nodes, constants)
+            inside = [v for v in constants if not any(user in moved for user, _ in v.uses()) and _stays(v)]
             for value in constants:
-                self._trunk.register_initializer(value)
-            for node in reversed(constant):
+                if value not in inside:
+                    self._trunk.register_initializer(value)
+            for node in reversed(moved):
                 self._trunk.insert_before(self._trunk[0], node)
-            nodes, constants = [node for node in nodes if node not in constant], []
+            nodes, constants = [node for node in nodes if node not in moved], inside
         return ir.Graph([], [output], nodes=nodes, initializers=constants, name=f"{layer}@{name}")
 
     def _outer(self, value: ir.Value) -> ir.Value:
@@ -185,11 +189,23 @@ def _is_own(value: ir.Value, nodes: Collection[ir.Node]) -> bool:
     return value.is_initializer() and all(user in nodes for user, _ in value.uses())
 
 
+def _stays(value: ir.Value) -> bool:
+    """Whether a constant is a scalar, or read for a DequantizeLinear only."""
+    scalar = value.const_value is not None and value.const_value.size == 1
+    return scalar or all(_dequantizes(user) for user, _ in value.uses())
+
+
+def _dequantizes(node: ir.Node) -> bool:
+    """Whether a node is a DequantizeLinear, or computes what only one reads."""
+    users = [user for user, _ in node.outputs[0].uses()]
+    return node.op_type == "DequantizeLinear" or (bool(users) and all(map(_dequantizes, users)))
+
+
 def _constant_nodes(nodes: Sequence[ir.Node], constants: Collection[ir.Value]) -> list[ir.Node]:
-    """Nodes that read constants and each other only, in order, but for those that stay with their product."""
+    """Nodes that read constants and each other only, in order, but for those that dequantize."""
     known, found = set(constants), []
     for node in nodes:
-        if node.op_type != "DequantizeLinear" and all(value is None or value in known for value in node.inputs):
+        if not _dequantizes(node) and all(value is None or value in known for value in node.inputs):
             known.update(node.outputs)
             found.append(node)
     return found

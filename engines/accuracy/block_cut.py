@@ -13,10 +13,10 @@ from pathlib import Path
 
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto
-from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
+from onnx import ModelProto, NodeProto, ValueInfoProto
 from onnx.helper import make_empty_tensor_value_info, make_graph, make_model
 
+from adatsq_trt.engines.store import self_contained
 from adatsq_trt.errors import AdatsqError
 
 MODULE_KEY = "adatsq.module"
@@ -77,7 +77,8 @@ class GraphView:
         needed = self._needed_nodes(given, outputs)
         used = {name for node in needed for name in node.input}
         inputs += [value for value in self.graph.input if value.name in used - given]
-        weights = [self._loaded(tensor) for name, tensor in self.initializers.items() if name in used]
+        constants = [tensor for name, tensor in self.initializers.items() if name in used]
+        weights = [self_contained(tensor, self.path.parent) for tensor in constants]
         results = [self.types.get(name) or make_empty_tensor_value_info(name) for name in outputs]
         graph = make_graph(needed, "block", inputs, results, weights)
         return make_model(
@@ -98,15 +99,6 @@ class GraphView:
             needed.add(node.output[0])
             pending.extend(node.input)
         return [node for node in self.graph.node if node.output[0] in needed]
-
-    def _loaded(self, tensor: TensorProto) -> TensorProto:
-        copy = TensorProto()
-        copy.CopyFrom(tensor)
-        if uses_external_data(copy):
-            load_external_data_for_tensor(copy, str(self.path.parent))
-            copy.ClearField("external_data")
-            copy.data_location = TensorProto.DEFAULT
-        return copy
 
 
 def find_cut(target: GraphView, cpu: GraphView, block: str) -> Cut:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import logging
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,9 +16,15 @@ from adatsq_trt.engines.bundle import BundleFiles
 from adatsq_trt.errors import AdatsqError, DamagedFileError, DependencyError
 from adatsq_trt.graph_index import GraphFile
 
+if TYPE_CHECKING:
+    import onnxruntime
+
+log = logging.getLogger(__name__)
 PROVIDER = "CPUExecutionProvider"
 # Errors only: the library warns about GPUs that it does not find, which nobody asked for.
 _LOG_ERRORS = 3
+# Graphs over larger weight files are folded; loading smaller ones needs little memory anyway.
+_FOLDED_BYTES = 1 << 24
 
 
 class OnnxRuntimeRunner(Runner):
@@ -26,14 +35,9 @@ class OnnxRuntimeRunner(Runner):
         import onnxruntime
 
         self._path = path
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = _LOG_ERRORS
-        options.use_deterministic_compute = True
-        # Without VNNI instructions the fused unsigned-by-signed INT8 product saturates in 16 bit and is plainly wrong.
-        options.add_session_config_entry("session.x64quantprecision", "1")
         # The library documents no common base for its exceptions.
         try:
-            self._session = onnxruntime.InferenceSession(path, options, providers=[PROVIDER])
+            self._session = _folded_session(path)
         except Exception as error:
             raise DamagedFileError(
                 f"ONNX Runtime {onnxruntime.__version__} cannot load '{path}': {error}; "
@@ -58,6 +62,32 @@ class OnnxRuntimeRunner(Runner):
     def close(self) -> None:
         """Free the session."""
         del self._session
+
+
+def _folded_session(path: Path) -> onnxruntime.InferenceSession:
+    """A session whose constants were computed one by one, where that matters and the disk has room for them."""
+    from adatsq_trt.engines.backends.fold import fold, weight_file_bytes
+
+    if weight_file_bytes(path) < _FOLDED_BYTES:
+        return _session(path)
+    # The session keeps what it has mapped, also when the files have lost their names.
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            return _session(fold(path, Path(scratch)))
+        except OSError as error:
+            log.warning("no room for the weights of '%s' in '%s' (%s); loading takes more memory", path, scratch, error)
+    return _session(path)
+
+
+def _session(path: Path) -> onnxruntime.InferenceSession:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _LOG_ERRORS
+    options.use_deterministic_compute = True
+    # Without VNNI instructions the fused unsigned-by-signed INT8 product saturates in 16 bit and is plainly wrong.
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    return onnxruntime.InferenceSession(path, options, providers=[PROVIDER])
 
 
 def _return_freed_memory() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 
 from adatsq_trt.engines.backends.base import BatchRange
@@ -85,6 +86,23 @@ def test_every_weight_and_every_product_is_there_once(exported, variant):
     branches = {f"{layer}/MatMul@{name}" for layer, formats in names.items() for name in formats}
     assert {name for name in products if "@" in name} == branches
     assert set(products.values()) == {1}
+
+
+def test_onnx_runtime_fuses_integer_products_in_branches(traced_toy, toy_layers, tmp_path):
+    names = ("w8a8s", "fp32")
+    weights = {
+        name: {layer: quantize_nearest(m.weight.detach(), FORMATS[name]) for layer, m in toy_layers.items()}
+        for name in names
+    }
+    policy = Policy.from_steps("toy", "0" * 64, list(toy_layers), [[name] * 3 for name in names])
+    index = export_graphs(traced_toy, policy, weights, tmp_path, "bfloat16", [], ("cpu",))
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    ort.InferenceSession(tmp_path / index.find("cpu", None).path, options, providers=["CPUExecutionProvider"])
+    graphs = subgraphs(onnx.load(tmp_path / "optimized.onnx").graph)
+    fused = Counter(node.op_type for graph in graphs for node in graph.node)
+    # The third has an input of two dimensions: its product and bias become a Gemm first, with or without a choice.
+    assert fused["MatMulIntegerToFloat"] == 2
 
 
 def test_no_choice_stands_inside_another(exported):
