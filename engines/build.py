@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict
 from adatsq_trt.engines.backends.base import BatchRange, Compiler
 from adatsq_trt.engines.backends.rtx import RtxBackend
 from adatsq_trt.engines.bundle import GRAPH_FOLDER, PLAN_FOLDER, Layout, PlanFile, plan_path
-from adatsq_trt.engines.store import STORE_NAME, Weight, name_weights, without_weights, write_store
+from adatsq_trt.engines.store import STORE_NAME, Weight, name_weights, pack_plan, without_weights, write_store
 from adatsq_trt.errors import AdatsqError
 from adatsq_trt.files import read_json_model, sha256, write_bytes, write_json_model
 from adatsq_trt.formats import Target
@@ -36,13 +36,15 @@ class BuiltPlan(BaseModel):
 
     Attributes:
         key: hash of everything that goes into it.
-        sha256: hash of the plan itself.
+        sha256: hash of the file.
+        unpacked_bytes: size of the plan where the file holds it compressed.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     key: str
     sha256: str
+    unpacked_bytes: int | None = None
 
 
 class BuildRecord(BaseModel):
@@ -62,7 +64,7 @@ def build_plans(
     bundle_folder: Path,
     index: GraphIndex,
     targets: Sequence[Target],
-    max_batch: int,
+    max_batch: int | BatchRange,
     on_plan: Callable[[int, int], None] | None = None,
     compiler: Compiler | None = None,
     layout: Layout = "embedded",
@@ -74,7 +76,8 @@ def build_plans(
         bundle_folder: holds `onnx/`; receives `plans/`.
         index: the graphs.
         targets: `cpu` needs no plans and is passed over.
-        max_batch: most rows (samples times guidance branches) that a plan accepts; it is tuned for that many.
+        max_batch: most rows (samples times guidance branches) that a plan accepts; it is tuned for that many. Or the
+            optimization profiles.
         on_plan: called with (plans done, plans in all).
         compiler: TensorRT-RTX unless another is given.
         layout: "embedded", "shared" (with the store beside the plans) or "switch".
@@ -91,13 +94,15 @@ def build_plans(
     compiler = compiler or RtxBackend()
     graphs = [g for g in index.graphs if g.variant == "target" and (g.assignment is None) == (layout == "switch")]
     work = [(target, graph) for target in targets if target.compute_capability is not None for graph in graphs]
-    _remove_others(bundle_folder, [plan_path(target, graph.assignment) for target, graph in work])
+    packed = layout == "shared"
+    _remove_others(bundle_folder, [plan_path(target, graph.assignment, packed) for target, graph in work])
     if not work:
         return ()
     compiler.require()
     jobs = min(jobs, len(work))
     with _compile(compiler, jobs) as compile_graph, _mapping(jobs) as mapping:
-        batch, plans = BatchRange(1, max_batch, max_batch), []
+        batch = max_batch if isinstance(max_batch, BatchRange) else BatchRange(1, max_batch, max_batch)
+        plans = []
         job = _Job(bundle_folder, index, compiler, batch, layout, compile_graph)
         for done, plan in enumerate(mapping(lambda item: job.plan(*item), work), start=1):
             plans.append(plan)
@@ -135,7 +140,7 @@ def _leave_interrupts_to_the_parent() -> None:
 
 def _remove_others(folder: Path, wanted: Sequence[str]) -> None:
     """Take away what an earlier build left for other targets, assignments or layouts."""
-    for path in [*(folder / PLAN_FOLDER).rglob("*.plan"), folder / PLAN_FOLDER / STORE_NAME]:
+    for path in [*(folder / PLAN_FOLDER).rglob("*.plan*"), folder / PLAN_FOLDER / STORE_NAME]:
         if path.relative_to(folder).as_posix() not in wanted:
             path.unlink(missing_ok=True)
 
@@ -163,13 +168,15 @@ class _Job:
 
     def plan(self, target: Target, graph: GraphFile) -> PlanFile:
         """Compile one graph unless its plan is there already."""
-        folder, name = self._folder, plan_path(target, graph.assignment)
+        packed = self._layout == "shared"
+        folder, name = self._folder, plan_path(target, graph.assignment, packed)
         key, record_path = self._key(target, graph), folder / PLAN_FOLDER / target.name / RECORD_NAME
-        record = _read_record(record_path)
-        if not _is_built(folder / name, record.plans.get(name), key):
+        built = _read_record(record_path).plans.get(name)
+        if built is None or not _is_built(folder / name, built, key):
             with self._source(graph) as path:
-                write_bytes(folder / name, self._compile(path, target, self._batch))
-            built = BuiltPlan(key=key, sha256=sha256(folder / name))
+                plan = self._compile(path, target, self._batch)
+            write_bytes(folder / name, pack_plan(plan) if packed else plan)
+            built = BuiltPlan(key=key, sha256=sha256(folder / name), unpacked_bytes=len(plan) if packed else None)
             with self._recording:
                 plans = {**_read_record(record_path).plans, name: built}
                 write_json_model(record_path, BuildRecord(plans=dict(sorted(plans.items()))))
@@ -178,7 +185,9 @@ class _Job:
             assignment=graph.assignment,
             path=name,
             bytes=(folder / name).stat().st_size,
+            unpacked_bytes=built.unpacked_bytes,
             max_rows=self._batch.maximum,
+            profile_rows=tuple(most for _, _, most in self._batch.profiles) if self._batch.smaller else (),
         )
 
     def _key(self, target: Target, graph: GraphFile) -> str:
@@ -186,6 +195,7 @@ class _Job:
         compiler, graph_hash = self._compiler, sha256(self._folder / GRAPH_FOLDER / graph.path)
         made_for = [target.name, self._layout, repr(self._batch)]
         parts = [graph_hash, self._weights_hash, compiler.name, compiler.version(), *made_for]
+        parts += [compiler.settings] if compiler.settings else []
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @contextmanager
@@ -201,8 +211,8 @@ class _Job:
             yield stripped
 
 
-def _is_built(path: Path, built: BuiltPlan | None, key: str) -> bool:
-    return built is not None and built.key == key and path.is_file() and sha256(path) == built.sha256
+def _is_built(path: Path, built: BuiltPlan, key: str) -> bool:
+    return built.key == key and path.is_file() and sha256(path) == built.sha256
 
 
 def _read_record(path: Path) -> BuildRecord:

@@ -8,19 +8,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, model_validator
 
+from adatsq_trt.engines.manifest import ImageSpec as ImageSpec
+from adatsq_trt.engines.manifest import Layout as Layout
+from adatsq_trt.engines.manifest import Manifest as Manifest
+from adatsq_trt.engines.manifest import PlanFile as PlanFile
+from adatsq_trt.engines.manifest import ScheduleRecord as ScheduleRecord
 from adatsq_trt.errors import DamagedFileError, MissingFileError, UserError
-from adatsq_trt.fields import Count, Name
 from adatsq_trt.files import read_json_model, sha256, write_json_model
 from adatsq_trt.formats import Target
 from adatsq_trt.graph_index import INDEX_NAME, GraphFile, GraphIndex
-from adatsq_trt.image import ImageShape
 from adatsq_trt.policy import Policy
 from adatsq_trt.schedule import Schedule
 
@@ -29,136 +29,21 @@ BUNDLE_NAME = "bundle"
 POLICY_NAME = "policy.json"
 GRAPH_FOLDER = "onnx"
 PLAN_FOLDER = "plans"
+PACKED_SUFFIX = ".xz"
 SCALES_NAME = "activation_scales.safetensors"
 PROMPTS_NAME = "prompts.safetensors"
 VAE_FOLDER = "vae"
 REFERENCE_NAME = "check/reference.safetensors"
 CONDITIONAL, UNCONDITIONAL = "conditional.", "unconditional."  # what the names of stored prompts start with
 
-# Of one sample: a latent is allocated before any other part of the bundle confirms its shape.
-MAX_LATENT_ELEMENTS = 1 << 26
-
-Layout = Literal["embedded", "shared", "switch", "plugin"]
-
 # The next step that messages name.
 REBUILD = "run 'adatsq-trt build engine' again"
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class PlanFile(_Record):
-    """One compiled engine.
-
-    Attributes:
-        target: name of the target that it was compiled for.
-        assignment: index into the policy's assignments; None for an engine that holds all of them.
-        path: relative to the bundle, with forward slashes.
-        bytes: its size.
-        max_rows: most rows (samples times guidance branches) of its optimization profile.
-    """
-
-    target: Name
-    assignment: int | None
-    path: str
-    bytes: int
-    max_rows: Count
-
-
-class ScheduleRecord(_Record):
-    """A `Schedule` as text: sigmas (steps + 1), timesteps (steps) and the diffusers scheduler's configuration."""
-
-    sigmas: tuple[FiniteFloat, ...]
-    timesteps: tuple[FiniteFloat, ...]
-    scheduler_config: dict[str, JsonValue]
-
-
-class ImageSpec(_Record):
-    """An `ImageShape` as text.
-
-    Attributes:
-        patches: from top to bottom.
-        channels: of the image, or of the VAE's latent.
-        patch_size: height and width of a patch in pixels, or in cells of the VAE's latent.
-        columns: patches from left to right; as many as from top to bottom unless given.
-        frames: of a video, or of its latent; None for an image.
-        vae: what the patches make up is the latent of the VAE that the bundle carries.
-    """
-
-    patches: Count
-    channels: Count
-    patch_size: Count = 2
-    columns: Count | None = None
-    frames: Count | None = None
-    vae: bool = False
-
-    @property
-    def shape(self) -> ImageShape:
-        """What decodes latents."""
-        return ImageShape(**self.model_dump())
-
-    def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Latents → images or videos in [0, 1], or what the VAE decodes, as `ImageShape.decode`."""
-        return self.shape.decode(latents)
-
-
-class Manifest(_Record):
-    """What a bundle is and what it consists of.
-
-    Attributes:
-        model: name of the model that it was made from.
-        architecture: diffusers class name.
-        backend: what compiled the plans.
-        layout: how plans and weights are arranged: "embedded" is a self-contained plan for each assignment, "shared"
-            plans without weights over one store, "switch" one plan in which assignments take turns, "plugin" one graph
-            of plugin nodes and the commands that compile it.
-        targets: names of the targets that it was built for.
-        base_type: 16-bit type of what is not quantized in the target graphs.
-        formats: formats that the policy uses.
-        schedule: sigmas and timesteps of the denoising loop.
-        guidance: scale of guidance: weight of the branch with the prompt, or an input of models trained with it.
-        latent_shape: shape of one sample's latent.
-        image: how a latent becomes an image.
-        prompts: how many prompts are stored.
-        prompt_texts: what they say.
-        plans: compiled engines; none when the policy is only simulated.
-        versions: library → version.
-        files: path relative to the bundle → sha256 of every other file.
-    """
-
-    schema_version: Literal[2] = 2
-    model: Name
-    architecture: Name
-    backend: Name
-    layout: Layout = "embedded"
-    targets: tuple[Name, ...]
-    base_type: Literal["bfloat16", "float16", "float32"]
-    formats: tuple[Name, ...]
-    schedule: ScheduleRecord
-    guidance: FiniteFloat
-    latent_shape: Annotated[tuple[Count, ...], Field(min_length=1, max_length=8)]
-    image: ImageSpec
-    prompts: Count
-    prompt_texts: tuple[str, ...] = ()
-    plans: tuple[PlanFile, ...]
-    versions: dict[Name, Name]
-    files: dict[str, str] = {}
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Manifest:
-        elements, pixels = prod(self.latent_shape), self.image.shape.elements
-        if elements > MAX_LATENT_ELEMENTS:
-            raise ValueError(f"a latent of {elements} elements, the most is {MAX_LATENT_ELEMENTS}")
-        if elements != pixels:
-            raise ValueError(f"a latent has {elements} elements, its image {pixels}")
-        return self
-
-
-def plan_path(target: Target, assignment: int | None) -> str:
+def plan_path(target: Target, assignment: int | None, packed: bool = False) -> str:
     """Where a plan lies, relative to the bundle; None stands for the plan of all assignments."""
     name = "switch" if assignment is None else f"assignment_{assignment:03d}"
-    return f"{PLAN_FOLDER}/{target.name}/{name}.plan"
+    return f"{PLAN_FOLDER}/{target.name}/{name}.plan{PACKED_SUFFIX if packed else ''}"
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:

@@ -3,11 +3,15 @@
 The store is a safetensors file. Each tensor begins at a multiple of 256 bytes of the data section, so that one copy of
 that section to a GPU leaves every tensor where TensorRT can read it. Four-bit tensors lie two elements to a byte, low
 nibble first, as "U8".
+
+A plan without weights is mostly source text for the driver to compile, with one preamble for every kernel. So it is
+kept compressed, at a fraction of its size.
 """
 
 from __future__ import annotations
 
 import json
+import lzma
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +20,14 @@ import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, TensorProto
 from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_tensor, uses_external_data
 
+from adatsq_trt.engines.bundle import REBUILD, PlanFile
 from adatsq_trt.errors import DamagedFileError
 from adatsq_trt.files import atomic_path
 
 STORE_NAME = "store.safetensors"
 ALIGNMENT_BYTES = 256
 _PADDING = "padding."
+_PRESET = 1  # higher ones take longer and save little
 _TYPES: dict[int, str] = {
     TensorProto.FLOAT: "F32",
     TensorProto.FLOAT16: "F16",
@@ -89,6 +95,22 @@ def weight_of(tensor: TensorProto) -> Weight | None:
     return Weight(place.offset or 0, place.length, tensor.data_type, tuple(tensor.dims))
 
 
+def self_contained(tensor: TensorProto, folder: Path) -> TensorProto:
+    """A copy of a constant with its content inside.
+
+    Args:
+        tensor: of a graph.
+        folder: where the graph's external data lies.
+    """
+    copy = TensorProto()
+    copy.CopyFrom(tensor)
+    if uses_external_data(copy):
+        load_external_data_for_tensor(copy, str(folder))
+        copy.ClearField("external_data")
+        copy.data_location = TensorProto.DEFAULT
+    return copy
+
+
 def without_weights(path: Path, names: Mapping[Weight, str]) -> ModelProto:
     """A graph that takes its weights as inputs, under their names in the store; self-contained otherwise.
 
@@ -104,11 +126,7 @@ def without_weights(path: Path, names: Mapping[Weight, str]) -> ModelProto:
             renamed[tensor.name] = names[weight]
             inputs[names[weight]] = weight
             continue
-        if uses_external_data(tensor):
-            load_external_data_for_tensor(tensor, str(path.parent))
-            tensor.ClearField("external_data")
-            tensor.data_location = TensorProto.DEFAULT
-        kept.append(tensor)
+        kept.append(self_contained(tensor, path.parent))
     for node in model.graph.node:
         node.input[:] = [renamed.get(name, name) for name in node.input]
     del model.graph.initializer[:]
@@ -155,6 +173,35 @@ def write_store(path: Path, weights_file: Path, names: Mapping[Weight, str]) -> 
             file.write(source.read(weight.length))
             file.write(bytes(-weight.length % ALIGNMENT_BYTES))
     return sum(weight.length for weight in names)
+
+
+def pack_plan(plan: bytes) -> bytes:
+    """A plan, compressed; the same plan gives the same bytes."""
+    return lzma.compress(plan, preset=_PRESET)
+
+
+def read_plan(folder: Path, plan: PlanFile) -> bytes:
+    """A plan as its compiler gave it.
+
+    Args:
+        folder: of the bundle, whose hashes hold.
+        plan: its entry in the manifest.
+
+    Raises:
+        DamagedFileError: the file does not hold a compressed plan of the size that the manifest says.
+    """
+    content, size = (folder / plan.path).read_bytes(), plan.unpacked_bytes
+    if size is None:
+        return content
+    try:
+        unpacked = lzma.LZMADecompressor(lzma.FORMAT_XZ).decompress(content, max_length=size + 1)
+    except lzma.LZMAError as error:
+        raise DamagedFileError(f"'{folder / plan.path}' is not a compressed plan ({error}); {REBUILD}") from error
+    if len(unpacked) != size:
+        raise DamagedFileError(
+            f"'{folder / plan.path}': got {len(unpacked)} bytes unpacked, the manifest says {size}; {REBUILD}"
+        )
+    return unpacked
 
 
 def _entry(dtype: str, shape: tuple[int, ...], begin: int, length: int) -> dict[str, object]:

@@ -16,7 +16,7 @@ from adatsq_trt.formats import Target
 
 @dataclass(frozen=True)
 class BatchRange:
-    """An optimization profile: what a graph's dynamic axis may be.
+    """Optimization profiles: what a graph's dynamic axis may be, and what the compiler tunes for.
 
     Rows are samples times guidance branches.
 
@@ -24,11 +24,18 @@ class BatchRange:
         minimum: fewest rows.
         optimum: rows that the compiler tunes for.
         maximum: most rows.
+        smaller: ascending; for each there is a profile of its own, up to so many rows and tuned for as many.
     """
 
     minimum: int
     optimum: int
     maximum: int
+    smaller: tuple[int, ...] = ()
+
+    @property
+    def profiles(self) -> tuple[tuple[int, int, int], ...]:
+        """Fewest, tuned and most rows of each optimization profile, the smallest first."""
+        return (*((self.minimum, rows, rows) for rows in self.smaller), (self.minimum, self.optimum, self.maximum))
 
 
 class Runner(ABC):
@@ -108,9 +115,14 @@ class Backend(ABC):
 class Compiler(Backend):
     """A backend that compiles a graph to a plan before it can be loaded."""
 
+    @property
+    def settings(self) -> str:
+        """What changes the plans besides graph, target, batch and version; plans are built again when it does."""
+        return ""
+
     @abstractmethod
     def build(self, onnx_path: Path, target: Target, batch: BatchRange) -> bytes:
-        """Compile a graph for a target; needs no machine of that kind.
+        """Compile a graph for a target.
 
         Args:
             onnx_path: external data is found beside it.

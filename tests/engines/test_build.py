@@ -1,5 +1,6 @@
 """Plans by the real compiler, and what a second build keeps."""
 
+import lzma
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,9 @@ import pytest
 from adatsq_trt.engines.backends.base import BatchRange, Compiler
 from adatsq_trt.engines.backends.rtx import RtxBackend
 from adatsq_trt.engines.build import RECORD_NAME, build_plans
-from adatsq_trt.engines.bundle import BundleFiles, Layout
-from adatsq_trt.engines.store import STORE_NAME
-from adatsq_trt.errors import AdatsqError
+from adatsq_trt.engines.bundle import BundleFiles, Layout, PlanFile
+from adatsq_trt.engines.store import STORE_NAME, read_plan
+from adatsq_trt.errors import AdatsqError, DamagedFileError
 from adatsq_trt.formats import TARGETS, Target
 
 
@@ -82,16 +83,48 @@ def test_shared_plans_come_with_the_store_that_they_are_bound_to(own_bundle: Bun
     plans = build_plans(own_bundle.folder, own_bundle.index, [TARGETS["sm120"]], 8, layout="shared")
     assert [plan.assignment for plan in plans] == [0, 1, 2]
     assert (own_bundle.folder / "plans" / STORE_NAME).is_file()
+    assert plans[0].path == "plans/sm120/assignment_000.plan.xz"
+    for plan in plans:
+        assert (own_bundle.folder / plan.path).stat().st_size == plan.bytes
+        unpacked = read_plan(own_bundle.folder, plan)
+        assert len(unpacked) == plan.unpacked_bytes
+        assert plan.bytes < len(unpacked) / 4
+        assert unpacked[:4] == b"vtrt"
+    again = build_plans(own_bundle.folder, own_bundle.index, [TARGETS["sm120"]], 8, layout="shared")
+    assert again == plans
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", lzma.compress(b"12345"), lzma.compress(b"1234567")])
+def test_a_plan_that_does_not_unpack_to_its_size_is_refused(tmp_path: Path, content: bytes) -> None:
+    plan = PlanFile(target="sm120", assignment=0, path="a.plan.xz", bytes=1, unpacked_bytes=6, max_rows=1)
+    (tmp_path / plan.path).write_bytes(lzma.compress(b"123456"))
+    assert read_plan(tmp_path, plan) == b"123456"
+    (tmp_path / plan.path).write_bytes(content)
+    with pytest.raises(DamagedFileError, match=r"a\.plan\.xz.*run 'adatsq-trt build engine' again"):
+        read_plan(tmp_path, plan)
 
 
 def test_another_layout_leaves_nothing_of_the_one_before(own_bundle: BundleFiles) -> None:
     for layout, count in (("shared", 3), ("switch", 1), ("embedded", 3), ("switch", 1)):
         compiler = RecordingCompiler()
         paths = build(own_bundle, compiler, "sm120", layout=layout)
-        found = [path.relative_to(own_bundle.folder).as_posix() for path in own_bundle.folder.rglob("*.plan")]
+        found = [path.relative_to(own_bundle.folder).as_posix() for path in own_bundle.folder.rglob("*.plan*")]
         assert sorted(found) == sorted(paths)
         assert (own_bundle.folder / "plans" / STORE_NAME).is_file() == (layout == "shared")
         assert len(compiler.built) == count
+
+
+@pytest.mark.parametrize("layout", ["embedded", "shared", "switch"])
+def test_plans_say_their_optimization_profiles(own_bundle: BundleFiles, layout: Layout) -> None:
+    batch, compiler = BatchRange(1, 64, 64, smaller=(2, 16)), RecordingCompiler()
+    plans = build_plans(
+        own_bundle.folder, own_bundle.index, [TARGETS["sm120"]], batch, compiler=compiler, layout=layout
+    )
+    for plan in plans:
+        assert (plan.max_rows, plan.profile_rows) == (64, (2, 16, 64))
+        assert [plan.profile(rows) for rows in (1, 2, 3, 16, 17, 64)] == [0, 0, 1, 1, 2, 2]
+    (single, *_) = build_plans(own_bundle.folder, own_bundle.index, [TARGETS["sm120"]], 8, compiler=compiler)
+    assert (single.profile_rows, single.profile(1), single.profile(8)) == ((), 0, 0)
 
 
 def test_the_same_graph_gives_the_same_plan(tiny_bundle: BundleFiles) -> None:

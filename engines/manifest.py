@@ -1,0 +1,156 @@
+"""What a bundle's manifest says: records of text, without any of the files that they speak of."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, model_validator
+
+from adatsq_trt.fields import Count, Name
+from adatsq_trt.image import ImageShape
+
+# Of one sample: a latent is allocated before any other part of the bundle confirms its shape.
+MAX_LATENT_ELEMENTS = 1 << 26
+
+Layout = Literal["embedded", "shared", "switch", "plugin"]
+# Of a plan without weights: it is unpacked in memory.
+MAX_UNPACKED_BYTES = 1 << 30
+
+
+Hardware = Literal["none", "same_compute_capability", "ampere_plus"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PlanFile(_Record):
+    """One compiled engine.
+
+    Attributes:
+        target: name of the target that it was compiled for.
+        assignment: index into the policy's assignments; None for an engine that holds all of them.
+        path: relative to the bundle, with forward slashes.
+        bytes: size of the file.
+        unpacked_bytes: size of the plan that the file holds compressed; None for a file that is the plan.
+        max_rows: most rows (samples times guidance branches) that it accepts.
+        profile_rows: most rows of each of its optimization profiles, ascending; empty stands for the one profile.
+    """
+
+    target: Name
+    assignment: int | None
+    path: str
+    bytes: int
+    unpacked_bytes: Annotated[int, Field(ge=0, le=MAX_UNPACKED_BYTES)] | None = None
+    max_rows: Count
+    profile_rows: tuple[Count, ...] = ()
+
+    def profile(self, rows: int) -> int:
+        """Index of the optimization profile for so many rows: the one that is tuned for the least that holds them."""
+        return next((i for i, most in enumerate(self.profile_rows) if rows <= most), max(len(self.profile_rows) - 1, 0))
+
+
+class ScheduleRecord(_Record):
+    """A `Schedule` as text: sigmas (steps + 1), timesteps (steps) and the diffusers scheduler's configuration."""
+
+    sigmas: tuple[FiniteFloat, ...]
+    timesteps: tuple[FiniteFloat, ...]
+    scheduler_config: dict[str, JsonValue]
+
+
+class ImageSpec(_Record):
+    """An `ImageShape` as text.
+
+    Attributes:
+        patches: from top to bottom.
+        channels: of the image, or of the VAE's latent.
+        patch_size: height and width of a patch in pixels, or in cells of the VAE's latent.
+        columns: patches from left to right; as many as from top to bottom unless given.
+        frames: of a video, or of its latent; None for an image.
+        vae: what the patches make up is the latent of the VAE that the bundle carries.
+    """
+
+    patches: Count
+    channels: Count
+    patch_size: Count = 2
+    columns: Count | None = None
+    frames: Count | None = None
+    vae: bool = False
+
+    @property
+    def shape(self) -> ImageShape:
+        """What decodes latents."""
+        return ImageShape(**self.model_dump())
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Latents → images or videos in [0, 1], or what the VAE decodes, as `ImageShape.decode`."""
+        return self.shape.decode(latents)
+
+
+class Compatibility(_Record):
+    """What else plans run on than where they were compiled; enterprise TensorRT only.
+
+    Attributes:
+        hardware: "none": the same kind of GPU; "same_compute_capability": others of its number; "ampere_plus": all
+            since sm80.
+        versions: later versions of TensorRT with the same first number, and its lean runtime.
+    """
+
+    hardware: Hardware = "none"
+    versions: bool = False
+
+
+class Manifest(_Record):
+    """What a bundle is and what it consists of.
+
+    Attributes:
+        model: name of the model that it was made from.
+        architecture: diffusers class name.
+        backend: what compiled the plans.
+        layout: how plans and weights are arranged: "embedded" is a self-contained plan for each assignment, "shared"
+            plans without weights over one store, "switch" one plan in which assignments take turns, "plugin" one graph
+            of plugin nodes and the commands that compile it.
+        targets: names of the targets that it was built for.
+        base_type: 16-bit type of what is not quantized in the target graphs.
+        formats: formats that the policy uses.
+        schedule: sigmas and timesteps of the denoising loop.
+        guidance: scale of guidance: weight of the branch with the prompt, or an input of models trained with it.
+        latent_shape: shape of one sample's latent.
+        image: how a latent becomes an image.
+        prompts: how many prompts are stored.
+        prompt_texts: what they say.
+        compatibility: of the plans.
+        plans: compiled engines; none when the policy is only simulated.
+        versions: library → version.
+        files: path relative to the bundle → sha256 of every other file.
+    """
+
+    schema_version: Literal[2] = 2
+    model: Name
+    architecture: Name
+    backend: Name
+    layout: Layout = "embedded"
+    targets: tuple[Name, ...]
+    base_type: Literal["bfloat16", "float16", "float32"]
+    formats: tuple[Name, ...]
+    schedule: ScheduleRecord
+    guidance: FiniteFloat
+    latent_shape: Annotated[tuple[Count, ...], Field(min_length=1, max_length=8)]
+    image: ImageSpec
+    prompts: Count
+    prompt_texts: tuple[str, ...] = ()
+    compatibility: Compatibility = Compatibility()
+    plans: tuple[PlanFile, ...]
+    versions: dict[Name, Name]
+    files: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Manifest:
+        elements, pixels = prod(self.latent_shape), self.image.shape.elements
+        if elements > MAX_LATENT_ELEMENTS:
+            raise ValueError(f"a latent of {elements} elements, the most is {MAX_LATENT_ELEMENTS}")
+        if elements != pixels:
+            raise ValueError(f"a latent has {elements} elements, its image {pixels}")
+        return self
