@@ -8,8 +8,8 @@ from collections.abc import Mapping
 
 from pydantic import BaseModel, ConfigDict
 
+from adatsq_trt.engines.backends import rtx_steps, tensorrt_steps
 from adatsq_trt.engines.backends.onnxruntime import OnnxRuntimeBackend
-from adatsq_trt.engines.backends.rtx_steps import plans_here
 from adatsq_trt.engines.bundle import BundleFiles, Manifest
 from adatsq_trt.engines.sizes import SizeReport, size_report
 from adatsq_trt.errors import UserError
@@ -80,7 +80,7 @@ def inspect_bundle(files: BundleFiles) -> Inspection:
         bits={block: _block_bits(policy, block) for block in files.index.blocks},
         kinds=_kinds(policy),
         sizes=size_report(files),
-        here={"onnxruntime": _onnxruntime_here(), "rtx": _rtx_here(manifest)},
+        here={"onnxruntime": _onnxruntime_here(), **_plans_here(manifest)},
     )
 
 
@@ -111,9 +111,11 @@ def _onnxruntime_here() -> str | None:
     return None
 
 
-def _rtx_here(manifest: Manifest) -> str | None:
+def _plans_here(manifest: Manifest) -> dict[str, str | None]:
+    """The backend that compiled the plans; without plans TensorRT-RTX, which says what would be needed."""
+    name, backend = ("tensorrt", tensorrt_steps) if manifest.backend == "tensorrt" else ("rtx", rtx_steps)
     try:
-        plans_here(manifest)
+        backend.plans_here(manifest)
     except UserError as error:
-        return str(error)
-    return None
+        return {name: str(error)}
+    return {name: None}

@@ -18,9 +18,9 @@ from typing import Literal, Self
 
 import numpy as np
 
+from adatsq_trt.engines.backends import rtx_steps, tensorrt_steps
 from adatsq_trt.engines.backends.base import StepRunner
 from adatsq_trt.engines.backends.onnxruntime import OnnxRuntimeSteps
-from adatsq_trt.engines.backends.rtx_steps import RtxSteps, plans_here
 from adatsq_trt.engines.bundle import CONDITIONAL, UNCONDITIONAL, VAE_FOLDER, BundleFiles, Manifest, require_prompts
 from adatsq_trt.engines.vae import Vae
 from adatsq_trt.errors import DamagedFileError, MismatchError, UserError
@@ -29,6 +29,8 @@ from adatsq_trt.graph_index import TensorSignature
 from adatsq_trt.policy import Policy
 from adatsq_trt.schedule import Schedule, initial_noise
 
+BackendName = Literal["onnxruntime", "rtx", "tensorrt"]
+_GPU_BACKENDS = {"rtx": rtx_steps, "tensorrt": tensorrt_steps}
 TIME_INPUT, GUIDANCE_INPUT = "timestep", "guidance"
 Arrays = Mapping[str, np.ndarray]
 
@@ -70,29 +72,30 @@ class Bundle:
         files: what the bundle consists of, every file verified.
     """
 
-    def __init__(self, files: BundleFiles, backend: Literal["onnxruntime", "rtx"] = "onnxruntime") -> None:
+    def __init__(self, files: BundleFiles, backend: BackendName = "onnxruntime") -> None:
         """Wrap verified files; see `open`, which is the usual way."""
         self.files = files
         self._backend = backend
-        plans = plans_here(files.manifest) if backend == "rtx" else ()
+        plans = () if backend == "onnxruntime" else _GPU_BACKENDS[backend].plans_here(files.manifest)
         self._max_rows = min((plan.max_rows for plan in plans), default=None)
         self._resources = ExitStack()
         self._runners: dict[str, StepRunner] = {}
         self._vae: Vae | None = None
 
     @classmethod
-    def open(cls, path: Path | str, backend: Literal["onnxruntime", "rtx"] = "onnxruntime") -> Self:
+    def open(cls, path: Path | str, backend: BackendName = "onnxruntime") -> Self:
         """Open a bundle, or the bundle of a run directory. Sessions and engines are made when they are first needed.
 
         Args:
             path: of the bundle.
-            backend: "onnxruntime" runs the cpu graphs anywhere; "rtx" the plans on a GPU that they were built for.
+            backend: "onnxruntime" runs the cpu graphs anywhere; "rtx" and "tensorrt" the plans on a GPU that they were
+                built for.
 
         Raises:
             MissingFileError: there is no bundle, or one of its files is gone.
             DamagedFileError: a file is not what the manifest says, or lies outside the bundle.
-            DependencyError: "rtx" without TensorRT-RTX or a GPU.
-            MismatchError: "rtx" without plans for this GPU and this version of TensorRT-RTX.
+            DependencyError: plans without their library or a GPU.
+            MismatchError: no plans for this GPU and this version of the library.
         """
         return cls(BundleFiles.open(Path(path)), backend)
 
@@ -290,7 +293,9 @@ class Bundle:
         if variant not in self._runners:
             runner: StepRunner
             if self._backend == "rtx" and variant == "cpu":
-                runner = RtxSteps(self.files)
+                runner = rtx_steps.RtxSteps(self.files)
+            elif self._backend == "tensorrt" and variant == "cpu":
+                runner = tensorrt_steps.TensorRTSteps(self.files)
             else:
                 runner = OnnxRuntimeSteps(self.files, self.files.graph(variant, None))
             self._runners[variant] = self._resources.enter_context(runner)

@@ -41,6 +41,13 @@ def test_the_batch_range_goes_into_the_plan(tmp_path: Path) -> None:
     assert small != large
 
 
+def test_every_batch_has_an_optimization_profile(tmp_path: Path) -> None:
+    path = write(tmp_path / "graph.onnx", helper.make_node("Mul", ["x", "scale"], ["y"]))
+    batch = BatchRange(1, 64, 64, smaller=(2, 16))
+    assert batch.profiles == ((1, 2, 2), (1, 16, 16), (1, 64, 64))
+    assert RtxBackend().build(path, TARGETS["sm120"], batch) != RtxBackend().build(path, TARGETS["sm120"], BATCH)
+
+
 def test_the_parsers_words_reach_the_user(tmp_path: Path) -> None:
     path = write(tmp_path / "graph.onnx", helper.make_node("NoSuchOperator", ["x"], ["y"], name="odd"))
     with pytest.raises(AdatsqError, match=r"cannot read .*sm120.*'odd' \(NoSuchOperator\)"):

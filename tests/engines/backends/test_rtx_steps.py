@@ -7,7 +7,8 @@ import pytest
 import torch
 from onnx import TensorProto
 
-from adatsq_trt.engines.backends.rtx_steps import load_store, plans_here, runnable_plans
+from adatsq_trt.engines.backends.plan_steps import load_store
+from adatsq_trt.engines.backends.rtx_steps import plans_here, runnable_plans
 from adatsq_trt.engines.bundle import BundleFiles, Manifest, PlanFile
 from adatsq_trt.engines.runtime import Bundle
 from adatsq_trt.engines.store import Weight, write_store
@@ -52,7 +53,7 @@ def test_plans_need_a_gpu(tiny_bundle: BundleFiles, manifest: Manifest) -> None:
 def test_more_rows_than_the_optimization_profile(
     tiny_bundle: BundleFiles, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adatsq_trt.engines.runtime.plans_here", lambda _: manifest.plans)
+    monkeypatch.setattr("adatsq_trt.engines.runtime.rtx_steps.plans_here", lambda _: manifest.plans)
     bundle = Bundle.open(tiny_bundle.folder, "rtx")
     with pytest.raises(UserError, match=r"got 10 rows .*at most 8"):
         bundle.denoise(bundle.noise(range(5)), bundle.conditioning([0] * 5))
