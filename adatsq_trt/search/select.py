@@ -14,7 +14,7 @@ from adatsq_trt.search.pareto import front
 from adatsq_trt.search.plan import Rows
 from adatsq_trt.search.resume import Score, Scorer
 
-Kind = Literal["beam", "plan", "layer_only", "time_only", "uniform", "given"]
+Kind = Literal["beam", "plan", "merged", "layer_only", "time_only", "uniform", "given"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,11 @@ class Point(BaseModel):
     buckets: int
     formats: tuple[tuple[str, ...], ...]
 
+    @property
+    def assignments(self) -> int:
+        """Distinct assignments."""
+        return len(set(self.formats))
+
 
 class SearchResult(BaseModel):
     """What the search found.
@@ -71,6 +76,7 @@ class SearchResult(BaseModel):
         chosen: index of the policy that is deployed.
         layer_only: index of the best static policy with one assignment for all steps, None if there is none.
         time_only: index of the best static policy with one format for all layers of a step, None likewise.
+        unlimited: index of the policy that would be deployed without a limit on assignments, None if there is no limit.
         denoiser_calls: calls of the transformer during beam search and selection; both guidance branches are one call.
         sensitivity_sweeps: backward passes through the transformer for the screening estimate.
     """
@@ -82,6 +88,7 @@ class SearchResult(BaseModel):
     chosen: int
     layer_only: int | None
     time_only: int | None
+    unlimited: int | None = None
     denoiser_calls: int
     sensitivity_sweeps: int
 
@@ -113,6 +120,7 @@ def finalists(points: Sequence[Point], within_budget: Callable[[Point], bool]) -
     """
     groups: tuple[tuple[tuple[Kind, ...], int], ...] = (
         (("beam", "plan"), 4),
+        (("merged",), 4),
         (("layer_only",), 2),
         (("time_only",), 2),
     )
@@ -177,9 +185,18 @@ def _point(proposal: Proposal, name: str, formats: Sequence[Format], score: Scor
     )
 
 
-def best_of(points: Sequence[Point], wanted: Sequence[int], kinds: Sequence[Kind]) -> int | None:
-    """Index of the least capped error of some kinds among the wanted points; fewer buckets win a tie."""
-    among = [i for i in wanted if points[i].kind in kinds]
+def best_of(
+    points: Sequence[Point], wanted: Sequence[int], kinds: Sequence[Kind], limit: int | None = None
+) -> int | None:
+    """Index of the least capped error among the wanted points; fewer buckets win a tie.
+
+    Args:
+        points: judged policies.
+        wanted: indices of those to choose from.
+        kinds: of those to choose from.
+        limit: most distinct assignments.
+    """
+    among = [i for i in wanted if points[i].kind in kinds and (limit is None or points[i].assignments <= limit)]
     return min(among, key=lambda i: (points[i].rank_error, points[i].buckets, i), default=None)
 
 

@@ -13,7 +13,7 @@ from adatsq_trt.calibration.fisher import projections
 from adatsq_trt.cli.progress import progress
 from adatsq_trt.cli.stages import budget, calibrate, quantize
 from adatsq_trt.cli.stages.context import Context
-from adatsq_trt.errors import BudgetError, MismatchError
+from adatsq_trt.errors import BudgetError, MismatchError, UserError
 from adatsq_trt.files import parse_json_model, read_tensors, write_json_model, write_tensors
 from adatsq_trt.formats import format_named
 from adatsq_trt.models.format_store import FormatStore
@@ -22,7 +22,8 @@ from adatsq_trt.policy import GIVEN_POLICY_ADVICE, Policy
 from adatsq_trt.run import Stage
 from adatsq_trt.search.beam import Pruning
 from adatsq_trt.search.denoising import DenoisingProblem, PricedProblem, format_bits, trajectory_errors
-from adatsq_trt.search.plan import Plan, make_plan, make_priced_plan
+from adatsq_trt.search.merge import merged_policies
+from adatsq_trt.search.plan import Plan, Rows, make_plan, make_priced_plan
 from adatsq_trt.search.resume import Scorer, measure_sensitivity, search_columns
 from adatsq_trt.search.select import (
     Kind,
@@ -46,7 +47,7 @@ SCREENING = 64
 RESULT, POLICY = "result.json", "policy.json"
 # Kept for the report: latent MSE of each rounding alone, and of whole policies after every step.
 SENSITIVITY, TRAJECTORY_ERRORS = "sensitivity.safetensors", "trajectory_errors.safetensors"
-KINDS: tuple[Kind, ...] = ("given", "beam", "plan", "layer_only", "time_only")
+KINDS: tuple[Kind, ...] = ("given", "beam", "plan", "merged", "layer_only", "time_only")
 STATIC_KINDS: tuple[Kind, Kind] = ("layer_only", "time_only")
 _SETTINGS = (
     *("model", "weights_sha256", "model_sha256", "formats", "steps", "guidance", "policy", "seed"),
@@ -58,7 +59,10 @@ _SETTINGS = (
 def stage(context: Context) -> Stage:
     """The stage for these settings."""
     files = [calibrate.stage(context).folder / calibrate.TRAJECTORY, quantize.stage(context).folder]
-    return context.run.stage(NAME, context.inputs(_SETTINGS), files)
+    inputs = context.inputs(_SETTINGS)
+    if context.settings.max_assignments is not None:
+        inputs |= context.inputs(("max_assignments",))
+    return context.run.stage(NAME, inputs, files)
 
 
 def require_possible(settings: Settings, model: LoadedModel) -> None:
@@ -72,6 +76,11 @@ def require_possible(settings: Settings, model: LoadedModel) -> None:
     if settings.policy is not None:
         _given_policy(settings, tuple(model.adapter.quantizable_layers()))
         return
+    if settings.max_assignments is not None and budget.priced(settings):
+        raise UserError(
+            "--max-assignments: assignments are merged within a budget of bits only; leave out --budget-bytes and "
+            "--budget-ms, or this limit"
+        )
     budget.require_bytes(settings, model.adapter)
     cheapest = format_named(settings.formats[0])
     if settings.budget_bits is not None and not settings.budget_bits >= cheapest.bits:
@@ -85,6 +94,12 @@ def _given_policy(settings: Settings, layers: Sequence[str]) -> Policy:
     assert settings.policy is not None
     policy = parse_json_model(settings.policy, "--policy", Policy, GIVEN_POLICY_ADVICE)
     policy.require(settings.weights_sha256, settings.steps, layers)
+    limit = settings.max_assignments
+    if limit is not None and len(policy.assignments) > limit:
+        raise MismatchError(
+            f"--policy has {len(policy.assignments)} assignments, --max-assignments is {limit}; leave out one of them: "
+            "a given policy is built as it is"
+        )
     unknown = sorted({name for row in policy.assignments for name in row} - set(settings.formats))
     if unknown:
         raise MismatchError(
@@ -122,9 +137,11 @@ def _search(context: Context, folder: Path) -> SearchResult:
         with progress("search: beam", context.settings.steps) as advance:
             pruning = Pruning(context.settings.beam, context.settings.slack)
             paths = search_columns(problem, pruning, folder, advance)
+        starts = [*plan.policies, *plan.hedges, *(path.assignments for path in paths)]
         proposals = [
             *(Proposal("beam", path.assignments) for path in paths),
             *(Proposal("plan", rows) for rows in (*plan.policies, *plan.hedges)),
+            *(Proposal("merged", rows) for rows in _merged(context, sensitivity, starts)),
             *static,
             *_uniforms(context),
         ]
@@ -175,6 +192,15 @@ def _sensitivity(context: Context, store: FormatStore, folder: Path) -> tuple[Se
     return sensitivity, adjoints, latents
 
 
+def _merged(context: Context, sensitivity: Sensitivity, starts: Sequence[Rows]) -> list[Rows]:
+    """Policies with few assignments, where they are asked for."""
+    settings, limit = context.settings, context.settings.max_assignments
+    if limit is None:
+        return []
+    assert settings.budget_bits is not None, "other budgets were refused with a limit"
+    return merged_policies(sensitivity, format_bits(context.formats), settings.budget_bits, starts, limit)
+
+
 def _uniforms(context: Context) -> list[Proposal]:
     steps, layers = context.settings.steps, len(context.layers)
     return [Proposal("uniform", uniform(index, steps, layers)) for index in range(len(context.formats))]
@@ -208,11 +234,12 @@ def _judge(
     if second:
         with progress("search: finalists", len(wanted)) as advance:
             points = second_look(points, wanted, formats, (scorers[0], scorers[1]), advance)
-    chosen = best_of(points, wanted, KINDS)
-    assert chosen is not None, "the plan meets the budget"
+    limit = settings.max_assignments
+    chosen, unlimited = (best_of(points, wanted, KINDS, most) for most in (limit, None))
+    assert chosen is not None and unlimited is not None, "the plan meets the budget, and merged policies the limit"
     static = [best_of(points, wanted, (kind,)) for kind in STATIC_KINDS]
     uniforms = [i for i, point in enumerate(points) if point.kind == "uniform"]
-    reported = list(dict.fromkeys([chosen, *(i for i in static if i is not None), *uniforms]))
+    reported = list(dict.fromkeys([chosen, unlimited, *(i for i in static if i is not None), *uniforms]))
     with progress("search: held-out samples", len(reported)) as advance:
         points = measure_held_out(points, reported, formats, Scorer(model, formats, context.held_out, folder), advance)
     _keep_trajectory_errors(context, model, [points[i] for i in reported], folder / TRAJECTORY_ERRORS)
@@ -221,6 +248,7 @@ def _judge(
         chosen=chosen,
         layer_only=static[0],
         time_only=static[1],
+        unlimited=None if limit is None else unlimited,
         denoiser_calls=calls + (len(_distinct(points)) + len(_distinct(second))) * settings.steps,
         sensitivity_sweeps=0 if given else settings.projections,
     )

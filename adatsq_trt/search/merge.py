@@ -1,0 +1,205 @@
+"""Few assignments: steps share them, since each distinct one is an engine in most layouts.
+
+A policy of the search changes its assignment at nearly every step, because that is free for the error. Here the steps
+of a policy are put into at most so many groups, with the error model that the plan is made with (see `joint`):
+
+1. Steps with equal rows are a group.
+2. While there are too many, the two groups are joined whose union costs least, when every layer takes the format with
+   the least error + price · bits and everything else stays as it is.
+3. Each step moves to the group whose assignment suits it best (k-means, with the model's error as the distance).
+4. The groups' assignments are allocated anew within the budget: an item for each (group, layer).
+
+3 and 4 are repeated. What the model proposes is measured on whole samples afterwards, as every other policy is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adatsq_trt.search.candidates import Array
+from adatsq_trt.search.joint import Items, Trust, allocate_jointly
+from adatsq_trt.search.plan import TRUSTS, Rows
+from adatsq_trt.search.sensitivity import Sensitivity
+
+_ROUNDS = 4
+Labels = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ErrorModel:
+    """The predicted error of a whole policy (see `joint`), and what it may spend.
+
+    Attributes:
+        contributions: [formats, steps, layers, rows].
+        errors: [formats, steps, layers]: single errors.
+        bits: [formats], ascending.
+        budget: largest mean of bits over (step, layer).
+        trust: in covariances.
+    """
+
+    contributions: Array
+    errors: Array
+    bits: Array
+    budget: float
+    trust: Trust
+
+    @classmethod
+    def of(cls, sensitivity: Sensitivity, bits: Array, budget: float, trust: Trust) -> ErrorModel:
+        """The model that the plan uses."""
+        saturated = sensitivity.saturated()
+        return cls(saturated.contributions.double().numpy(), saturated.smoothed_errors().numpy(), bits, budget, trust)
+
+    @property
+    def total_bits(self) -> float:
+        """The budget as a sum over (step, layer)."""
+        _, steps, layers = self.errors.shape
+        return float(self.budget * steps * layers)
+
+    def error(self, chosen: Labels) -> float:
+        """Predicted latent MSE of a policy, [steps, layers] format indices."""
+        picked, alone = self.picked(chosen)
+        return self._error(picked.sum(axis=0), alone.sum())
+
+    def picked(self, chosen: Labels) -> tuple[Array, Array]:
+        """What the chosen formats contribute: [steps, layers, rows], and their single errors: [steps, layers]."""
+        contributions = np.take_along_axis(self.contributions, chosen[None, :, :, None], 0)[0]
+        return contributions, np.take_along_axis(self.errors, chosen[None], 0)[0]
+
+    def _error(self, by_layer: Array, alone: float) -> float:
+        trust = self.trust
+        together = np.square(by_layer.sum(axis=0)).sum()
+        return float(trust.together * together + trust.by_layer * np.square(by_layer).sum() + trust.alone * alone)
+
+    def items(self, labels: Labels) -> Items:
+        """An item for each (group, layer), in that order; groups are numbered from 0 without gaps."""
+        groups = int(labels.max()) + 1
+        member = np.eye(groups)[labels]
+        contributions = np.einsum("tg,ftlr->fglr", member, self.contributions)
+        formats, _, layers, rows = contributions.shape
+        return Items(
+            contributions.reshape(formats, groups * layers, rows),
+            np.einsum("tg,ftl->fgl", member, self.errors).reshape(formats, groups * layers),
+            np.tile(np.arange(layers), groups),
+            self.bits,
+            np.repeat(member.sum(axis=0), layers),
+        )
+
+    @cached_property
+    def price(self) -> float:
+        """Error per bit at which a policy without a limit just meets the budget."""
+        return allocate_jointly(self.items(np.arange(self.errors.shape[1])), self.total_bits, self.trust)[1]
+
+
+def merge(model: ErrorModel, rows: Rows, limit: int, known: dict[bytes, Labels] | None = None) -> Rows:
+    """The policy with at most so many distinct assignments that the model finds when it starts from another policy.
+
+    Args:
+        model: of the error; says the budget.
+        rows: any policy; one that keeps the limit and the budget is itself a candidate.
+        limit: most distinct assignments, at least 1.
+        known: allocations of earlier calls with this model, by their groups; receives those of this call.
+    """
+    known = {} if known is None else known
+    chosen = np.asarray(rows, dtype=np.int64)
+    labels = _join(model, chosen, limit)
+    best, least = None, np.inf
+    if len(set(rows)) <= limit and model.bits[chosen].sum() <= model.total_bits + 1e-9:
+        best, least = chosen, model.error(chosen)
+    for _ in range(_ROUNDS):
+        groups = _in_order_of_steps(labels)
+        if groups.tobytes() not in known:
+            known[groups.tobytes()] = _allocate(model, groups)
+        labels, table = groups, known[groups.tobytes()]
+        error = model.error(table[labels])
+        if error >= least:
+            break
+        best, least = table[labels], error
+        labels = _move(model, table, labels)
+    assert best is not None, "an allocation has a finite error"
+    return tuple(tuple(int(i) for i in row) for row in best)
+
+
+def merged_policies(
+    sensitivity: Sensitivity, bits: Array, budget: float, starts: Sequence[Rows], limit: int
+) -> list[Rows]:
+    """Distinct policies with at most so many assignments: one from every start, and the first start's with each trust.
+
+    Args:
+        sensitivity: measured contributions.
+        bits: [formats], ascending.
+        budget: mean bits per (step, layer).
+        starts: policies without a limit, the plan first.
+        limit: most distinct assignments.
+    """
+    models = [ErrorModel.of(sensitivity, bits, budget, trust) for trust in TRUSTS]
+    known: dict[bytes, Labels] = {}
+    found = [merge(models[0], rows, limit, known) for rows in starts]
+    found += [merge(model, starts[0], limit) for model in models[1:]]
+    return list(dict.fromkeys(found))
+
+
+def _join(model: ErrorModel, chosen: Labels, limit: int) -> Labels:
+    """Group the steps: rules 1 and 2."""
+    _, labels = np.unique(chosen, axis=0, return_inverse=True)
+    groups = [np.flatnonzero(labels == label) for label in range(labels.max() + 1)]
+    chosen = chosen.copy()
+    while len(groups) > limit:
+        unions = [(_union(model, chosen, np.concatenate(pair)), pair) for pair in combinations(groups, 2)]
+        (_, row), (one, other) = min(unions, key=lambda union: union[0][0])
+        steps = np.concatenate([one, other])
+        groups = [g for g in groups if g is not one and g is not other] + [steps]
+        chosen[steps] = row
+    result = np.empty(len(chosen), dtype=np.int64)
+    for label, steps in enumerate(groups):
+        result[steps] = label
+    return result
+
+
+def _union(model: ErrorModel, chosen: Labels, steps: Labels) -> tuple[float, Labels]:
+    """What it costs to give some steps one assignment, and that assignment; layers are looked at one by one."""
+    picked, alone = model.picked(chosen)
+    by_layer, own = picked.sum(axis=0), picked[steps].sum(axis=0)
+    total, trust = by_layer.sum(axis=0), model.trust
+    added = model.contributions[:, steps].sum(axis=1)
+    cost = trust.together * np.square(total - own + added).sum(axis=-1)
+    cost += trust.by_layer * np.square(by_layer - own + added).sum(axis=-1)
+    cost += trust.alone * model.errors[:, steps].sum(axis=1) + model.price * model.bits[:, None] * len(steps)
+    row: Labels = cost.argmin(axis=0)
+    before = trust.together * np.square(total).sum() + trust.by_layer * np.square(by_layer).sum(axis=-1)
+    before = before + trust.alone * alone[steps].sum(axis=0) + model.price * model.bits[chosen[steps]].sum(axis=0)
+    return float((cost.min(axis=0) - before).sum()), row
+
+
+def _in_order_of_steps(labels: Labels) -> Labels:
+    """The same groups, numbered in the order in which steps come to them."""
+    numbers = {label: number for number, label in enumerate(dict.fromkeys(labels.tolist()))}
+    return np.array([numbers[label] for label in labels.tolist()], dtype=np.int64)
+
+
+def _allocate(model: ErrorModel, labels: Labels) -> Labels:
+    """The groups' assignments, [groups, layers]: rule 4."""
+    chosen, _ = allocate_jointly(model.items(labels), model.total_bits, model.trust)
+    return chosen.reshape(labels.max() + 1, -1)
+
+
+def _move(model: ErrorModel, table: Labels, labels: Labels) -> Labels:
+    """Give each step the assignment that suits it best, one step after another; a group may be left empty."""
+    labels, layers = labels.copy(), np.arange(table.shape[1])
+    options = model.contributions[table[:, None], np.arange(len(labels))[:, None], layers]
+    alone = model.errors[table[:, None], np.arange(len(labels))[:, None], layers].sum(axis=-1)
+    price, trust = model.price * model.bits[table].sum(axis=1), model.trust
+    by_layer = options[labels, np.arange(len(labels))].sum(axis=0)
+    for step in range(len(labels)):
+        rest = by_layer - options[labels[step], step]
+        tried = rest + options[:, step]
+        cost = trust.together * np.square(tried.sum(axis=1)).sum(axis=-1)
+        cost += trust.by_layer * np.square(tried).sum(axis=(1, 2)) + trust.alone * alone[:, step] + price
+        labels[step] = int(cost.argmin())
+        by_layer = tried[labels[step]]
+    return labels
