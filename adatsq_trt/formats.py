@@ -184,6 +184,7 @@ class Target:
         default_set: name of the set that `build engine` uses when none is asked for.
         compute_capability: SM number for GPUs, None for the CPU.
         plugin_formats: formats that layout `plugin` accelerates (enterprise TensorRT).
+        tensorrt_formats: formats that Q/DQ graphs accelerate in enterprise TensorRT, by its vendor's account.
     """
 
     name: str
@@ -191,24 +192,29 @@ class Target:
     default_set: str
     compute_capability: int | None
     plugin_formats: frozenset[str] = frozenset()
+    tensorrt_formats: frozenset[str] = frozenset()
 
-    def accelerated(self, layout: str) -> frozenset[str]:
-        """Formats that a layout accelerates."""
-        return self.plugin_formats if layout == PLUGIN_LAYOUT else self.formats
+    def accelerated(self, layout: str, backend: str = "rtx") -> frozenset[str]:
+        """Formats that a layout accelerates in plans of a backend."""
+        if layout == PLUGIN_LAYOUT:
+            return self.plugin_formats
+        return self.tensorrt_formats if backend == "tensorrt" and self.compute_capability is not None else self.formats
 
 
 PLUGIN_LAYOUT = "plugin"
 PLUGIN_FORMATS = frozenset({"w8a8", "w4a8", "int4wo", "fp16", "bf16", "fp8"})
 _PLUGIN_WITHOUT_FP8 = PLUGIN_FORMATS - {"fp8"}
+_TENSORRT = frozenset({"bf16", "fp16", "int4wo", "w8a8s"})
+_RTX_SM120 = frozenset({"bf16", "fp16", "int4wo", "fp8", "nvfp4"})
 
 TARGETS: dict[str, Target] = {
     t.name: t
     for t in (
-        Target("sm80", frozenset({"bf16", "fp16", "int4wo"}), "ampere", 80, _PLUGIN_WITHOUT_FP8),
-        Target("sm86", frozenset({"bf16", "fp16", "int4wo"}), "ampere", 86, _PLUGIN_WITHOUT_FP8),
-        Target("sm89", frozenset({"bf16", "fp16", "int4wo", "fp8"}), "ada", 89, PLUGIN_FORMATS),
-        Target("sm90", frozenset(), "hopper", 90, PLUGIN_FORMATS),
-        Target("sm120", frozenset({"bf16", "fp16", "int4wo", "fp8", "nvfp4"}), "blackwell", 120, PLUGIN_FORMATS),
+        Target("sm80", frozenset({"bf16", "fp16", "int4wo"}), "ampere", 80, _PLUGIN_WITHOUT_FP8, _TENSORRT),
+        Target("sm86", frozenset({"bf16", "fp16", "int4wo"}), "ampere", 86, _PLUGIN_WITHOUT_FP8, _TENSORRT),
+        Target("sm89", frozenset({"bf16", "fp16", "int4wo", "fp8"}), "ada", 89, PLUGIN_FORMATS, _TENSORRT | {"fp8"}),
+        Target("sm90", frozenset(), "hopper", 90, PLUGIN_FORMATS, _TENSORRT | {"fp8"}),
+        Target("sm120", _RTX_SM120, "blackwell", 120, PLUGIN_FORMATS, _TENSORRT | {"fp8", "nvfp4"}),
         Target("cpu", frozenset({"fp32", "w8a8s"}), "cpu", None),
     )
 }
@@ -263,15 +269,17 @@ def default_budget(names: str) -> float:
     return sum(bits[:2]) / len(bits[:2])
 
 
-def require_accelerated(formats: Iterable[Format], targets: Iterable[Target], layout: str = "embedded") -> None:
-    """Refuse formats that one of the targets cannot accelerate in a layout.
+def require_accelerated(
+    formats: Iterable[Format], targets: Iterable[Target], layout: str = "embedded", backend: str = "rtx"
+) -> None:
+    """Refuse formats that one of the targets cannot accelerate in a layout with a backend.
 
     Raises:
         UnsupportedFormatError: names the formats and those that would do.
     """
     wanted = list(formats)
     for target in targets:
-        able = target.accelerated(layout)
+        able = target.accelerated(layout, backend)
         refused = [f.name for f in wanted if f.name not in able]
         if refused:
             other = PLUGIN_LAYOUT if layout != PLUGIN_LAYOUT else "embedded"

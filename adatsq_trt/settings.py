@@ -49,12 +49,16 @@ class Settings(BaseModel):
         targets: what the bundle is built for.
         simulate: no plans; formats need no accelerated path.
         layout: how plans and weights are arranged.
+        backend: what compiles the plans.
+        hardware_compatibility, version_compatible, weight_streaming: of plans of enterprise TensorRT.
+        batch: samples in a call that plans are tuned for, ascending; the last is the most that they accept.
         steps: denoising steps.
         guidance: classifier-free guidance scale.
         budget_bits: largest mean of (weight bits + activation bits) / 2 over (step, layer); None for no such limit.
         budget_bytes: most bytes of quantized weights, each distinct weight format of a layer once; None likewise.
         budget_ms: most milliseconds per sample; None likewise.
         times: where milliseconds come from: a card's name, or the text of a measured table.
+        max_assignments: most distinct assignments of the policy; None for any number.
         policy: text of a given policy file, which replaces the search; None to search.
         seed: of calibration prompts, noise and projections.
         calibration_samples: trajectories that Hessians, sensitivities and the beam are measured on.
@@ -80,12 +84,18 @@ class Settings(BaseModel):
     targets: tuple[str, ...]
     simulate: bool
     layout: Literal["embedded", "shared", "switch", "plugin"] = "embedded"
+    backend: Literal["rtx", "tensorrt"] = "rtx"
+    hardware_compatibility: Literal["none", "same_compute_capability", "ampere_plus"] = "none"
+    version_compatible: bool = False
+    weight_streaming: bool = False
+    batch: tuple[int, ...] = (32,)
     steps: int
     guidance: float
     budget_bits: float | None
     budget_bytes: float | None = None
     budget_ms: float | None = None
     times: str | None = None
+    max_assignments: int | None = None
     policy: str | None = None
     seed: int = 0
     calibration_samples: int = 64

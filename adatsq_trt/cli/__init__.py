@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from adatsq_trt import __version__
-from adatsq_trt.cli.benchmark import kernels
+from adatsq_trt.cli.benchmark import bundle, kernels
 from adatsq_trt.cli.build import engine
 from adatsq_trt.cli.build_plugins import plugins
 from adatsq_trt.cli.calibrate import calibrate
@@ -37,8 +37,9 @@ app.add_typer(build_app, name="build", help="Build what runs on the target: engi
 for _build_command in (engine, plugins):
     build_app.command(no_args_is_help=True)(_build_command)
 benchmark_app = typer.Typer(no_args_is_help=True)
-app.add_typer(benchmark_app, name="benchmark", help="Measure on this machine's GPU: the kernels of the plugin.")
-benchmark_app.command(no_args_is_help=True)(kernels)
+app.add_typer(benchmark_app, name="benchmark", help="Measure on this machine: bundles, and the kernels of the plugin.")
+for _benchmark_command in (bundle, kernels):
+    benchmark_app.command(no_args_is_help=True)(_benchmark_command)
 deploy_app = typer.Typer(no_args_is_help=True)
 app.add_typer(deploy_app, name="deploy", help="Write what a server loads.")
 deploy_app.command(no_args_is_help=True)(triton)

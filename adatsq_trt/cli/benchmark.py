@@ -1,12 +1,26 @@
-"""`adatsq-trt benchmark kernels`: the plugin's kernels on this machine's GPU."""
+"""`adatsq-trt benchmark`: bundles on this machine, and the plugin's kernels on its GPU."""
 
 from __future__ import annotations
 
 import os
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from adatsq_trt.engines.benchmark import BundleTimings
+
+
+class BackendName(StrEnum):
+    """What runs a bundle."""
+
+    ONNXRUNTIME = "onnxruntime"
+    RTX = "rtx"
+    TENSORRT = "tensorrt"
 
 
 def kernels(
@@ -63,3 +77,57 @@ def _tune(output: Path, table: Path | None, jobs: int) -> None:
         target = next(iter(tuned)).target
         origin = f"{target} tuned on {torch.cuda.get_device_name()}, {datetime.now(UTC).date()}; the rest as before."
         part.write_text(dump_tiles({**known, **tuned}, origin), encoding="utf-8")
+
+
+def bundle(
+    bundles: Annotated[list[Path], typer.Argument(help="Bundles or run directories; they take turns.")],
+    backend: Annotated[
+        BackendName, typer.Option("--backend", help="onnxruntime: cpu graphs; others: plans on this machine's GPU.")
+    ] = BackendName.ONNXRUNTIME,
+    samples: Annotated[int, typer.Option("--samples", min=1, max=1024, help="Pictures in one call.")] = 1,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, max=10_000, help="Timed calls of each case.")] = 20,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="JSON file to write.", show_default="none")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Time a bundle's steps: by its policy, in each assignment, and in full precision.
+
+    Example: adatsq-trt benchmark bundle runs/demo
+    """
+    from rich.console import Console
+
+    from adatsq_trt.cli.progress import progress
+    from adatsq_trt.engines.benchmark import WARM_UP_ROUNDS, benchmark_bundles
+    from adatsq_trt.files import write_json_model
+
+    with progress("benchmark", WARM_UP_ROUNDS + rounds) as advance:
+        result = benchmark_bundles(bundles, backend.value, samples, rounds, advance)
+    if output is not None:
+        write_json_model(output, result)
+    if json:
+        typer.echo(result.model_dump_json(indent=2))
+        return
+    console = Console(highlight=False)
+    console.print(_timing_table(result))
+
+
+def _timing_table(result: BundleTimings) -> Table:
+    from rich.table import Table
+
+    several = len({timing.bundle for timing in result.timings}) > 1
+    table = Table("case", "formats", "steps/s", "median ms", "10 % to 90 %", "of full precision", box=None)
+    for row in result.timings:
+        name = f"{row.bundle}: {row.case}" if several else row.case
+        formats = ", ".join(f"{count} {fmt}" for fmt, count in row.formats.items())
+        spread = f"{row.p10_ms:.1f} to {row.p90_ms:.1f}"
+        faster = "" if row.speed_up is None else f"{row.speed_up:.2f} × as fast"
+        table.add_row(name, formats, f"{row.steps_per_second:.2f}", f"{row.median_ms:.1f}", spread, faster)
+    machine, first = result.machine, result.timings[0]
+    where = machine.gpu or f"{machine.processor} ({', '.join(machine.instructions)}), {machine.cores} cores"
+    versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
+    table.caption = (
+        f"{where}; {versions}; layout {first.layout}; {first.samples} samples, {first.rows} rows in a call; "
+        f"{first.calls} calls of each after {result.warm_up_rounds} to warm up"
+    )
+    return table

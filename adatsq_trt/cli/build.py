@@ -30,8 +30,25 @@ class LayoutName(StrEnum):
     PLUGIN = "plugin"
 
 
+class BackendName(StrEnum):
+    """What compiles plans."""
+
+    RTX = "rtx"
+    TENSORRT = "tensorrt"
+
+
+class HardwareName(StrEnum):
+    """Which GPUs run a plan of enterprise TensorRT."""
+
+    NONE = "none"
+    SAME = "same_compute_capability"
+    AMPERE_PLUS = "ampere_plus"
+
+
 _CHECKPOINT, _POLICY, _EFFORT = "A checkpoint of your own", "The policy", "The effort"
+_ENTERPRISE = "Enterprise TensorRT"
 # Each batch of samples has a million seeds of its own; a scheduler has a thousand timesteps.
+_MOST_ROWS = 4096
 _MOST_SAMPLES, _MOST_STEPS, _MOST_PATHS = 1_000_000, 1000, 1000
 
 Model = Annotated[
@@ -114,6 +131,45 @@ Layout = Annotated[
         "compile it with enterprise TensorRT.",
     ),
 ]
+Backend = Annotated[
+    BackendName,
+    typer.Option(
+        "--backend",
+        help="What compiles plans. rtx: TensorRT-RTX, without a GPU; tensorrt: enterprise TensorRT, on a machine with "
+        "the target's GPU.",
+    ),
+]
+Batch = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--batch",
+        min=1,
+        max=_MOST_ROWS,
+        help="Samples in a call that plans are tuned for; may be repeated: an optimization profile for each, and the "
+        "largest is the most that plans accept.",
+        show_default="32",
+    ),
+]
+Hardware = Annotated[
+    HardwareName,
+    typer.Option("--hardware-compatibility", help="Which other GPUs run the plans.", rich_help_panel=_ENTERPRISE),
+]
+VersionCompatible = Annotated[
+    bool,
+    typer.Option(
+        "--version-compatible",
+        help="Plans for later versions of TensorRT too, and for its lean runtime.",
+        rich_help_panel=_ENTERPRISE,
+    ),
+]
+WeightStreaming = Annotated[
+    bool,
+    typer.Option(
+        "--weight-streaming",
+        help="Keep weights in the host's memory as far as the GPU's does not suffice.",
+        rich_help_panel=_ENTERPRISE,
+    ),
+]
 Formats = Annotated[
     str | None,
     typer.Option(
@@ -158,6 +214,17 @@ Gpu = Annotated[
         help="Card of --budget-ms: a name, for a roofline of its published rates, or a file that "
         "'adatsq-trt benchmark kernels' wrote there.",
         show_default="none",
+        rich_help_panel=_POLICY,
+    ),
+]
+MaxAssignments = Annotated[
+    int | None,
+    typer.Option(
+        "--max-assignments",
+        min=1,
+        max=_MOST_STEPS,
+        help="Most distinct assignments, which are engines in the layouts embedded and shared; steps share them.",
+        show_default="any number",
         rich_help_panel=_POLICY,
     ),
 ]
@@ -250,8 +317,14 @@ def engine(
     budget_bytes: BudgetBytes = None,
     budget_ms: BudgetMs = None,
     gpu: Gpu = None,
+    max_assignments: MaxAssignments = None,
     simulate: Simulate = False,
     layout: Layout = LayoutName.EMBEDDED,
+    batch: Batch = None,
+    backend: Backend = BackendName.RTX,
+    hardware_compatibility: Hardware = HardwareName.NONE,
+    version_compatible: VersionCompatible = False,
+    weight_streaming: WeightStreaming = False,
     steps: Steps = None,
     guidance: Guidance = None,
     policy: Policy = None,
@@ -279,26 +352,27 @@ def engine(
     from adatsq_trt.cli.loading import ModelRequest
     from adatsq_trt.cli.options import Request, run_stages
 
-    counts = {
-        "beam": beam,
-        "candidates": candidates,
-        "calibration_samples": calibration_samples,
-        "selection_samples": selection_samples,
-        "held_out_samples": held_out_samples,
-    }
+    names = ("beam", "candidates", "calibration_samples", "selection_samples", "held_out_samples")
+    efforts = (beam, candidates, calibration_samples, selection_samples, held_out_samples)
     request = Request(
         model=ModelRequest(model, base, tuple(lora or ()), prompts, height, width, frames, guidance),
         targets=tuple(dict.fromkeys(target or ())),
         output=output,
         formats=formats,
         budgets=BudgetRequest(budget_bits, budget_bytes, budget_ms, gpu),
+        max_assignments=max_assignments,
         simulate=simulate,
         layout=layout.value,
+        batch=tuple(sorted(set(batch or ()))),
+        backend=backend.value,
+        hardware_compatibility=hardware_compatibility.value,
+        version_compatible=version_compatible,
+        weight_streaming=weight_streaming,
         steps=steps,
         guidance=guidance,
         policy=policy,
         seed=seed,
-        counts={name: value for name, value in counts.items() if value is not None},
+        counts={name: value for name, value in zip(names, efforts, strict=True) if value is not None},
     )
     run_stages(request, until)
 

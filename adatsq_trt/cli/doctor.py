@@ -95,7 +95,7 @@ _LIBRARIES = (
         "TensorRT (enterprise)",
         "tensorrt",
         ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
-        _UNUSED,
+        "build engine --backend tensorrt (on a GPU)",
         "pip install -e '.[tensorrt]'",
         _loads("tensorrt"),
     ),

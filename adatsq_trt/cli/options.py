@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -18,6 +18,7 @@ from adatsq_trt.formats import (
     PLUGIN_LAYOUT,
     TARGETS,
     Format,
+    Target,
     require_accelerated,
     require_shapes,
     resolve_formats,
@@ -44,8 +45,14 @@ class Request:
     output: Path | None
     formats: str | None
     budgets: BudgetRequest
+    max_assignments: int | None
     simulate: bool
     layout: Literal["embedded", "shared", "switch", "plugin"]
+    batch: tuple[int, ...]
+    backend: Literal["rtx", "tensorrt"]
+    hardware_compatibility: Literal["none", "same_compute_capability", "ampere_plus"]
+    version_compatible: bool
+    weight_streaming: bool
     steps: int | None
     guidance: float | None
     policy: Path | None
@@ -90,10 +97,42 @@ def choose(request: Request) -> Choice:
     format_set = request.formats or (targets[0].default_set if targets else SIMULATED_SET)
     formats = resolve_formats(format_set)
     if not request.simulate:
-        require_accelerated(formats, targets, request.layout)
+        require_accelerated(formats, targets, request.layout, request.backend)
+    _require_backend(request, targets)
     budgets = choose_budgets(request.budgets, format_set)
     require_finite("--guidance", request.guidance)
     return Choice(names, format_set, formats, budgets, _policy_text(request.policy))
+
+
+def _require_backend(request: Request, targets: Sequence[Target]) -> None:
+    """Refuse, before anything runs, options of another backend, and plans that this machine cannot compile.
+
+    Raises:
+        UserError: options that do not go together; no such library, GPU or target here.
+    """
+    special = {
+        "--hardware-compatibility": request.hardware_compatibility != "none",
+        "--version-compatible": request.version_compatible,
+        "--weight-streaming": request.weight_streaming,
+    }
+    if request.backend != "tensorrt":
+        given = [option for option, is_given in special.items() if is_given]
+        if given:
+            raise UserError(
+                f"{', '.join(given)}: only enterprise TensorRT has this; add --backend tensorrt or leave it out"
+            )
+        return
+    if request.layout == PLUGIN_LAYOUT or request.simulate:
+        raise UserError("--backend tensorrt: this request compiles no plans; leave it out")
+    from adatsq_trt.engines.backends.tensorrt import TensorRTBackend, TensorRTOptions
+    from adatsq_trt.engines.manifest import Compatibility
+
+    compatibility = Compatibility(hardware=request.hardware_compatibility, versions=request.version_compatible)
+    backend = TensorRTBackend(TensorRTOptions(compatibility))
+    backend.require()
+    for target in targets:
+        if target.compute_capability is not None:
+            backend.require_target(target)
 
 
 def _policy_text(path: Path | None) -> str | None:
@@ -125,12 +164,18 @@ def resolve(request: Request, choice: Choice, opened: OpenedModel) -> Settings:
         targets=choice.targets,
         simulate=request.simulate,
         layout=request.layout,
+        **({"batch": request.batch} if request.batch else {}),
+        backend=request.backend,
+        hardware_compatibility=request.hardware_compatibility,
+        version_compatible=request.version_compatible,
+        weight_streaming=request.weight_streaming,
         steps=request.steps or model.default_steps,
         guidance=model.default_guidance if request.guidance is None else request.guidance,
         budget_bits=choice.budgets.bits,
         budget_bytes=choice.budgets.bytes,
         budget_ms=choice.budgets.ms,
         times=choice.budgets.times,
+        max_assignments=request.max_assignments,
         policy=choice.policy,
         seed=request.seed,
         **request.counts,
@@ -219,6 +264,8 @@ def summary_table(summary: Summary) -> Table:
         for name, error in (("best layer-only", static.layer_only), ("best time-only", static.time_only))
         if error is not None
     ]
+    if summary.unlimited is not None:
+        rows.append((f"without --max-assignments: {summary.unlimited.assignments}", "", summary.unlimited.error))
     rows += [(f"uniform {name}", "", error) for name, error in summary.uniform_errors.items()]
     for name, bits, error in rows:
         spread = f" ± {summary.final_standard_error:.0e}" if name == "chosen" else ""

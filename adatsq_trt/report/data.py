@@ -22,7 +22,7 @@ class JudgedPolicy:
     """One policy that the search measured.
 
     Attributes:
-        kind: where it comes from: "beam", "plan", "layer_only", "time_only", "uniform" or "given".
+        kind: where it comes from: "beam", "plan", "merged", "layer_only", "time_only", "uniform" or "given".
         name: for uniform policies the format, else kind and number.
         mean_bits: mean of nominal bits.
         error: latent MSE on the screening batch, for finalists on the whole selection batch.

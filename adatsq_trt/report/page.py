@@ -22,6 +22,7 @@ from adatsq_trt.report.data import Check, Comparison, EngineFile, ReportData
 from adatsq_trt.report.maps import policy_map, sensitivity_map
 from adatsq_trt.report.numbers import ratio, scientific, size
 from adatsq_trt.report.theme import STYLE, Chart, RenderedChart, format_colors, render
+from adatsq_trt.settings import Settings
 
 FIGURES_FOLDER = "report"
 _MOST_COMPARISONS = 60
@@ -178,10 +179,17 @@ def commands(data: ReportData) -> list[list[str]]:
     build = ["adatsq-trt", "build", "engine", settings.model]
     for target in settings.targets:
         build += ["--target", target]
+    if settings.batch != Settings.model_fields["batch"].default:
+        build += [word for samples in settings.batch for word in ("--batch", str(samples))]
+    if settings.backend != "rtx":
+        build += ["--backend", settings.backend, "--hardware-compatibility", settings.hardware_compatibility]
+        build += ["--version-compatible"] if settings.version_compatible else []
+        build += ["--weight-streaming"] if settings.weight_streaming else []
     build += ["--simulate"] if settings.simulate else []
     build += ["--formats", settings.format_set]
     for name in _OPTIONS:
         build += [f"--{name.replace('_', '-')}", str(getattr(settings, name))]
+    build += ["--max-assignments", str(settings.max_assignments)] if settings.max_assignments is not None else []
     build += ["--policy", "policy.json"] if settings.policy is not None else []
     build += ["--output", run]
     others = [["adatsq-trt", name, run] for name in ("check", "generate", "report")]

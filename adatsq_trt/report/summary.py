@@ -25,6 +25,22 @@ class StaticErrors(BaseModel):
     time_only: float | None
 
 
+class Unlimited(BaseModel):
+    """The policy that would have been chosen without a limit on assignments: what the limit costs.
+
+    Attributes:
+        assignments: distinct assignments.
+        mean_bits: as in the summary.
+        error: held-out latent MSE.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    assignments: int
+    mean_bits: float
+    error: float
+
+
 class Summary(BaseModel):
     """The figures of a run.
 
@@ -44,6 +60,7 @@ class Summary(BaseModel):
         ms_source: where milliseconds come from: a roofline or measured times.
         buckets: runs of steps with one assignment.
         assignments: distinct assignments.
+        unlimited: the policy that a limit on assignments kept from being chosen; None without a limit.
         mean_bits: unweighted mean over (step, layer) of (nominal weight bits + nominal activation bits) / 2.
         mean_weight_bits: with scales, weighted by parameters.
         mean_activation_bits: with dynamic scales, weighted by multiply-accumulates.
@@ -80,6 +97,7 @@ class Summary(BaseModel):
     ms_source: str | None = None
     buckets: int
     assignments: int
+    unlimited: Unlimited | None = None
     mean_bits: float
     mean_weight_bits: float
     mean_activation_bits: float

@@ -11,6 +11,7 @@ from adatsq_trt import zoo
 from adatsq_trt.cli.build import StageName
 from adatsq_trt.engines.accuracy import CheckReport, CheckRow
 from adatsq_trt.engines.accuracy.report import LoopReport
+from adatsq_trt.engines.bundle import BundleFiles
 from adatsq_trt.files import read_tensors, write_tensors
 from adatsq_trt.policy import Policy
 from adatsq_trt.report.summary import Summary
@@ -134,6 +135,31 @@ def test_a_class_that_calibration_never_asked_for_still_makes_another_model(
     monkeypatch.setattr(zoo, "ZOO_FOLDER", tmp_path / "zoo")
     warnings = cli("calibrate", *cli.build[2:], "--output", copy).warnings
     assert warnings == ["stage 'calibrate': replacing its earlier result, because its settings or inputs changed"]
+
+
+def test_few_assignments_have_a_price(cli, copy: Path, tmp_path: Path) -> None:
+    before = Summary.model_validate_json((copy / "summary.json").read_text())
+    assert (before.assignments, before.unlimited) == (2, None)
+    limited = ("--max-assignments", "1", "--batch", "4", "--batch", "1")
+    ended = cli(*cli.build, *limited, "--output", copy)
+    assert ended.code == 0, ended.err
+    assert "without --max-assignments: 2" in ended.out
+    summary = Summary.model_validate_json((copy / "summary.json").read_text())
+    assert (summary.assignments, len(Policy.load(copy / "policy.json").assignments)) == (1, 1)
+    assert summary.unlimited is not None
+    assert (summary.unlimited.assignments, summary.unlimited.error) == (2, before.final_error)
+    assert summary.mean_bits <= before.budget_bits
+    # Each --batch is an optimization profile; guidance has two branches.
+    (plan,) = BundleFiles.open(copy).manifest.plans
+    assert (plan.profile_rows, plan.max_rows) == ((2, 8), 8)
+    assert cli("report", copy).code == 0
+    assert "At most 1 were allowed" in (copy / "report.html").read_text()
+    # A given policy is not merged.
+    mixed = Policy.load(copy / "policy.json")
+    rows = [["fp8", *mixed.assignments[0][1:]], ["bf16", *mixed.assignments[0][1:]]]
+    Policy.from_steps(mixed.model, mixed.weights_sha256, mixed.layers, rows).save(tmp_path / "two.json")
+    refused = cli(*cli.build, *limited, "--policy", tmp_path / "two.json", "--output", copy)
+    assert "--policy has 2 assignments, --max-assignments is 1; leave out one of them" in refused.refusal
 
 
 def test_given_policy_replaces_the_search(cli, copy: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from adatsq_trt.settings import Settings
 
 HEAVY = ("diffusers", "matplotlib", "numpy", "onnx", "onnxruntime", "polygraphy", "pydantic", "tensorrt_rtx", "torch")
 COMMANDS = (
-    *(("build", "engine"), ("build", "plugins"), ("benchmark", "kernels")),
+    *(("build", "engine"), ("build", "plugins"), ("benchmark", "kernels"), ("benchmark", "bundle")),
     *(("calibrate",), ("quantize",), ("search",), ("export",)),
     *(("check",), ("generate",), ("inspect",), ("compare",), ("report",), ("models",), ("doctor",)),
     *(("deploy", "triton"), ("serve",)),

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -56,10 +57,29 @@ REQUESTS = {
         ("scenes-flux-schnell", *SM120, "--guidance", "2"),
         "--guidance 2: model 'scenes-flux-schnell' takes no guidance; leave it out",
     ),
+    "option of another backend": (
+        ("digits-flux", *SM120, "--version-compatible", "--weight-streaming"),
+        "--version-compatible, --weight-streaming: only enterprise TensorRT has this; add --backend tensorrt",
+    ),
+    "nothing to compile": (
+        ("digits-flux", "--simulate", "--backend", "tensorrt"),
+        "--backend tensorrt: this request compiles no plans; leave it out",
+    ),
+    "no TensorRT": (
+        ("digits-flux", *SM120, "--backend", "tensorrt"),
+        "or build with --backend rtx, which needs neither",
+    ),
     "guidance": (("digits-flux", *SM120, "--guidance", "nan"), "--guidance: got nan, expected a finite number"),
 }
 
 
+@pytest.fixture
+def no_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it is installed."""
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+
+
+@pytest.mark.usefixtures("no_tensorrt")
 @pytest.mark.parametrize("name", REQUESTS)
 @pytest.mark.parametrize("command", [("build", "engine"), ("search",)], ids=" ".join)
 def test_impossible_requests_leave_an_existing_run_alone(

@@ -160,7 +160,9 @@ def test_bucket_rows_follow_the_steps(data: ReportData) -> None:
 
 def test_the_build_command_says_everything_that_it_can(data: ReportData) -> None:
     """An option that it leaves out would fall back to a default that the run may not have had."""
-    settings = data.settings.model_copy(update={"budget_bits": 20 / 3, "layout": "switch"})
+    plans = {"backend": "tensorrt", "hardware_compatibility": "ampere_plus", "batch": (1, 8)}
+    plans |= {"version_compatible": True, "weight_streaming": True, "max_assignments": 4}
+    settings = data.settings.model_copy(update={"budget_bits": 20 / 3, "layout": "switch", **plans})
     words = commands(replace(data, settings=settings))[0]
     build: Any = get_command(app)
     for name in ("build", "engine"):
@@ -169,6 +171,7 @@ def test_the_build_command_says_everything_that_it_can(data: ReportData) -> None
     assert options - set(words) == {"--simulate", "--policy", "--until"}
     assert words[words.index("--budget-bits") + 1] == "6.666666666666667"
     assert words[words.index("--layout") + 1] == "switch"
+    assert [words[i + 1] for i, word in enumerate(words) if word == "--batch"] == ["1", "8"]
 
 
 def test_commands_are_ones_that_the_command_line_takes(data: ReportData) -> None:

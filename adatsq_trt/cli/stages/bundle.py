@@ -13,6 +13,9 @@ from adatsq_trt.cli.progress import progress
 from adatsq_trt.cli.stages import export, search
 from adatsq_trt.cli.stages.context import Context
 from adatsq_trt.engines.backends.base import BatchRange
+from adatsq_trt.engines.backends.network import NetworkCompiler
+from adatsq_trt.engines.backends.rtx import RtxBackend
+from adatsq_trt.engines.backends.tensorrt import TensorRTBackend, TensorRTOptions
 from adatsq_trt.engines.build import build_plans
 from adatsq_trt.engines.bundle import (
     POLICY_NAME,
@@ -23,6 +26,7 @@ from adatsq_trt.engines.bundle import (
     ScheduleRecord,
     write_manifest,
 )
+from adatsq_trt.engines.manifest import Compatibility
 from adatsq_trt.engines.plugin_commands import write_commands
 from adatsq_trt.errors import MissingFileError
 from adatsq_trt.files import atomic_path, read_json_model
@@ -31,17 +35,23 @@ from adatsq_trt.graph_index import INDEX_NAME, GraphIndex
 from adatsq_trt.pipelines.weights import find_weights
 from adatsq_trt.policy import Policy
 from adatsq_trt.run import Stage
+from adatsq_trt.settings import Settings
 
 NAME = "bundle"
-MAX_SAMPLES = 32
 # Models with more weights are compiled one graph at a time: a compiler holds several times their size.
 _LARGE_BYTES = 1 << 30
+_BACKEND_SETTINGS = ("backend", "hardware_compatibility", "version_compatible", "weight_streaming")
+TIMING_CACHE = "timing-cache"
 _LIBRARIES = ("torch", "diffusers", "onnx", "onnx-ir", "onnxruntime-gpu", "tensorrt-rtx", "polygraphy")
 
 
 def stage(context: Context) -> Stage:
     """The stage for these settings."""
     inputs = context.inputs(("model", "targets", "simulate", "layout", "steps", "guidance"))
+    if context.settings.batch != Settings.model_fields["batch"].default:
+        inputs |= context.inputs(("batch",))
+    if context.settings.backend != "rtx":
+        inputs |= context.inputs(_BACKEND_SETTINGS)
     versions = dict(library_versions())
     files = [export.stage(context).folder, search.stage(context).folder / search.POLICY, *_vae_files(context)]
     return context.run.stage(NAME, {**inputs, "versions": versions}, files)
@@ -98,23 +108,43 @@ def _plans(context: Context, folder: Path, index: GraphIndex) -> tuple[PlanFile,
         return ()
     layout = context.settings.layout
     branches = 2 if context.calibration.conditioning.unconditional is not None else 1
-    rows = MAX_SAMPLES * branches
+    *smaller, most = (samples * branches for samples in context.settings.batch)
+    batch = BatchRange(1, most, most, tuple(smaller))
     if layout == PLUGIN_LAYOUT:
         assignments = len(Policy.load(folder / POLICY_NAME).assignments)
-        write_commands(folder, index.find("target", None), assignments, BatchRange(1, rows, rows))
+        write_commands(folder, index.find("target", None), assignments, batch)
         return ()
     graphs = 1 if layout == "switch" else sum(g.variant == "target" and g.assignment is not None for g in index.graphs)
-    jobs = 1 if index.weight_bytes > _LARGE_BYTES else os.cpu_count() or 1
-    with progress("build: TensorRT-RTX", graphs * len(targets)) as advance:
-        return build_plans(folder, index, targets, rows, lambda _done, _all: advance(), layout=layout, jobs=jobs)
+    compiler = _compiler(context)
+    # Kernels are measured on the one GPU, so only one compiler of enterprise TensorRT works at a time.
+    alone = index.weight_bytes > _LARGE_BYTES or compiler.name == TensorRTBackend.name
+    jobs = 1 if alone else os.cpu_count() or 1
+    with progress(f"build: {compiler.title}", graphs * len(targets)) as advance:
+        return build_plans(folder, index, targets, batch, lambda _done, _all: advance(), compiler, layout, jobs)
+
+
+def _compiler(context: Context) -> NetworkCompiler:
+    """The backend, with its options."""
+    settings = context.settings
+    if settings.backend == "rtx":
+        return RtxBackend()
+    return TensorRTBackend(
+        TensorRTOptions(_compatibility(settings), settings.weight_streaming, context.run.path / TIMING_CACHE)
+    )
+
+
+def _compatibility(settings: Settings) -> Compatibility:
+    return Compatibility(hardware=settings.hardware_compatibility, versions=settings.version_compatible)
 
 
 def _manifest(context: Context, index: GraphIndex, policy: Policy, plans: tuple[PlanFile, ...]) -> Manifest:
-    schedule, adapter = context.schedule, context.adapter
+    schedule, adapter, versions = context.schedule, context.adapter, library_versions()
+    if plans and context.settings.backend == TensorRTBackend.name:
+        versions[TensorRTBackend.name] = _compiler(context).version()
     return Manifest(
         model=context.model.name,
         architecture=adapter.architecture,
-        backend="rtx" if plans else "onnxruntime",
+        backend=context.settings.backend if plans else "onnxruntime",
         layout=context.settings.layout,
         targets=context.settings.targets,
         base_type=index.base_type,
@@ -127,6 +157,7 @@ def _manifest(context: Context, index: GraphIndex, policy: Policy, plans: tuple[
         image=ImageSpec(**asdict(adapter.image)),
         prompts=len(adapter.prompts),
         prompt_texts=adapter.prompts,
+        compatibility=_compatibility(context.settings),
         plans=plans,
-        versions=library_versions(),
+        versions=versions,
     )

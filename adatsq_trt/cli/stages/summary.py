@@ -11,7 +11,7 @@ from adatsq_trt.errors import MismatchError
 from adatsq_trt.files import read_json_model, sha256, write_bytes, write_json_model
 from adatsq_trt.graph_index import INDEX_NAME, GraphIndex
 from adatsq_trt.policy import Policy, resident_weight_bytes
-from adatsq_trt.report.summary import StageFigures, StaticErrors, Summary
+from adatsq_trt.report.summary import StageFigures, StaticErrors, Summary, Unlimited
 from adatsq_trt.run import RunDirectory
 from adatsq_trt.search.select import SearchResult
 from adatsq_trt.settings import SETTINGS_NAME
@@ -69,6 +69,7 @@ def _summary(context: Context, policy: Policy) -> Summary:
         ms_source=None if times is None else times.model.source,
         buckets=len(policy.buckets),
         assignments=len(policy.assignments),
+        unlimited=_unlimited(result),
         mean_bits=policy.mean_bits,
         mean_weight_bits=policy.mean_weight_bits(shapes),
         mean_activation_bits=policy.mean_activation_bits(shapes),
@@ -96,6 +97,14 @@ def _stages(context: Context) -> list[str]:
     """Names of the stages that this run has."""
     own = [] if context.settings.pipeline is None else [embed.NAME]
     return [*own, *(module.NAME for module in _STAGES)]
+
+
+def _unlimited(result: SearchResult) -> Unlimited | None:
+    if result.unlimited is None:
+        return None
+    point = result.points[result.unlimited]
+    error = _held_out(result, result.unlimited)
+    return Unlimited(assignments=point.assignments, mean_bits=point.mean_bits, error=error)
 
 
 def _held_out(result: SearchResult, index: int) -> float:
