@@ -14,14 +14,18 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from torch import nn
 
+from adatsq_trt.engines.backends.fold import fold, weight_file_bytes
+from adatsq_trt.engines.benchmark import benchmark_bundles
 from adatsq_trt.engines.build import build_plans
 from adatsq_trt.engines.bundle import (
     GRAPH_FOLDER,
@@ -36,9 +40,12 @@ from adatsq_trt.engines.bundle import (
 )
 from adatsq_trt.engines.sizes import LAYOUTS, size_report
 from adatsq_trt.export import export_graphs, trace
+from adatsq_trt.export.graphs import BaseName
 from adatsq_trt.files import write_bytes, write_tensors
 from adatsq_trt.formats import FORMATS, TARGETS
+from adatsq_trt.models.adapter import ImageShape
 from adatsq_trt.models.flux import FluxAdapter
+from adatsq_trt.models.prompts import ClassEncoder
 from adatsq_trt.policy import Policy
 from adatsq_trt.quantize import quantize_nearest
 
@@ -46,6 +53,8 @@ STEPS, TARGET, MAX_ROWS, PATCHES = 12, "sm120", 8, 16
 # Eight buckets over four assignments.
 STEP_ASSIGNMENTS = (0, 0, 1, 1, 2, 2, 1, 3, 3, 2, 0, 1)
 SHARES = {"nvfp4": 0.5, "fp8": 0.45, "bf16": 0.05}
+CPU_FORMATS = ("w8a8s", "fp32")
+PARTS = ("layouts", "memory", "switching", "speed")
 MODELS = {
     # width, double blocks, single blocks: 19 M and 161 M parameters
     "flux-small": (512, 1, 2),
@@ -68,40 +77,58 @@ def make_adapter(name: str) -> FluxAdapter:
         guidance_embeds=False,
         axes_dims_rope=(16, 56, 56),
     )
-    return FluxAdapter(transformer, nn.Embedding(5, width), FlowMatchEulerDiscreteScheduler(), 2 * PATCHES)
+    encoder, image = ClassEncoder(nn.Embedding(5, width)), ImageShape(PATCHES, channels=16)
+    return FluxAdapter(transformer, encoder, FlowMatchEulerDiscreteScheduler(), image)
 
 
-def make_bundle(name: str, folder: Path) -> BundleFiles:
-    """Export a random model with a random policy; reused when it is there."""
+def random_rows(layers: int) -> list[list[str]]:
+    """Formats of every step: eight buckets over four random assignments of the GPU's formats."""
+    dice = random.Random(0)
+    rows = [dice.choices(list(SHARES), list(SHARES.values()), k=layers) for _ in range(max(STEP_ASSIGNMENTS) + 1)]
+    return [rows[i] for i in STEP_ASSIGNMENTS]
+
+
+def uniform_rows(layers: int) -> list[list[str]]:
+    """Formats of every step: one of the CPU's two formats everywhere, in turns."""
+    return [[CPU_FORMATS[step % len(CPU_FORMATS)]] * layers for step in range(STEPS)]
+
+
+def make_bundle(name: str, folder: Path, cpu: bool = False) -> BundleFiles:
+    """Export a random model, with a random policy for a GPU or uniform ones for the CPU; reused when it is there."""
     if (folder / "manifest.json").exists():
         return BundleFiles.open(folder, verify=False)
     adapter = make_adapter(name)
-    layers, dice = adapter.quantizable_layers(), random.Random(0)
-    rows = [dice.choices(list(SHARES), list(SHARES.values()), k=len(layers)) for _ in range(max(STEP_ASSIGNMENTS) + 1)]
-    policy = Policy.from_steps(name, "0" * 64, list(layers), [rows[i] for i in STEP_ASSIGNMENTS])
+    layers = adapter.quantizable_layers()
+    rows, formats = (uniform_rows(len(layers)), CPU_FORMATS) if cpu else (random_rows(len(layers)), tuple(SHARES))
+    policy = Policy.from_steps(name, "0" * 64, list(layers), rows)
     with torch.no_grad():
         weights = {
             name: {layer: quantize_nearest(linear.weight.detach(), FORMATS[name]) for layer, linear in layers.items()}
-            for name in SHARES
+            for name in formats
         }
         encoded = adapter.encode(range(len(adapter.prompts)))
         inputs = adapter.guided_inputs(torch.randn(len(adapter.prompts), *adapter.latent_shape), 0.5, encoded, 2.0)
-        traced = trace(adapter.trace_module(), inputs, "velocity", torch.bfloat16)
-        graphs = folder / GRAPH_FOLDER
-        index = export_graphs(traced, policy, weights, graphs, "bfloat16", adapter.blocks(), ("target", "cpu"))
+        base, variants = ("float32", ("cpu",)) if cpu else ("bfloat16", ("target", "cpu"))
+        traced = trace(adapter.trace_module(), inputs, "velocity", getattr(torch, base))
+        index = export_graphs(traced, policy, weights, folder / GRAPH_FOLDER, base, adapter.blocks(), variants)
     policy.save(folder / POLICY_NAME)
     scale = torch.full((STEPS, len(layers)), 1 / 16)
-    write_tensors(folder / SCALES_NAME, {"fp8": scale, "nvfp4": scale / 64})
+    write_tensors(folder / SCALES_NAME, {"fp8": scale, "nvfp4": scale / 64, "w8a8s": scale.clone()})
     prompts = {f"conditional.{name}": value.detach().clone() for name, value in encoded.conditional.items()}
     write_tensors(folder / PROMPTS_NAME, prompts)
+    write_manifest(folder, make_manifest(name, adapter, formats, index.base_type, "cpu" if cpu else TARGET))
+    return BundleFiles.open(folder)
+
+
+def make_manifest(name: str, adapter: FluxAdapter, formats: tuple[str, ...], base: BaseName, target: str) -> Manifest:
     schedule = adapter.schedule(STEPS)
-    manifest = Manifest(
+    return Manifest(
         model=name,
         architecture=adapter.architecture,
-        backend="rtx",
-        targets=(TARGET,),
-        base_type=index.base_type,
-        formats=tuple(SHARES),
+        backend="onnxruntime" if target == "cpu" else "rtx",
+        targets=(target,),
+        base_type=base,
+        formats=formats,
         schedule=ScheduleRecord(
             sigmas=schedule.sigmas, timesteps=schedule.timesteps, scheduler_config=schedule.scheduler_config
         ),
@@ -112,13 +139,11 @@ def make_bundle(name: str, folder: Path) -> BundleFiles:
         plans=(),
         versions={},
     )
-    write_manifest(folder, manifest)
-    return BundleFiles.open(folder)
 
 
-def layout_rows(files: BundleFiles) -> list[dict[str, object]]:
+def layout_rows(files: BundleFiles) -> list[dict[str, Any]]:
     """Build every layout and weigh it."""
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     for layout in LAYOUTS:
         began = time.monotonic()
         plans = build_plans(files.folder, files.index, [TARGETS[TARGET]], MAX_ROWS, layout=layout)
@@ -143,6 +168,7 @@ def layout_rows(files: BundleFiles) -> list[dict[str, object]]:
                 "plan_overhead_bytes": overhead,
                 "floor_bytes": report.floor_bytes,
                 "of_floor": round((row.weight_bytes + overhead) / report.floor_bytes, 4),
+                "unpacked_plan_bytes": sum(plan.unpacked_bytes or plan.bytes for plan in plans),
                 "build_seconds": round(seconds, 1),
             }
         )
@@ -151,9 +177,11 @@ def layout_rows(files: BundleFiles) -> list[dict[str, object]]:
 
 
 _MEMORY = """
-import ctypes, json, sys, psutil, threading, time
+import json, sys, psutil, threading, time
 from pathlib import Path
 import onnxruntime
+from adatsq_trt.engines.backends.onnxruntime import OnnxRuntimeBackend
+from adatsq_trt.engines.backends import fold
 process, peak, done = psutil.Process(), 0, False
 def watch():
     global peak
@@ -162,38 +190,56 @@ def watch():
         time.sleep(0.002)
 before = process.memory_info().rss
 thread = threading.Thread(target=watch); thread.start()
-sessions = []
-for path in sys.argv[2:]:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level, options.intra_op_num_threads = 3, 1
-    options.add_session_config_entry("session.disable_prepacking", sys.argv[1])
-    sessions.append(onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]))
-    ctypes.CDLL(None).malloc_trim(0)  # as the runtime does
+began = time.monotonic()
+sessions = [OnnxRuntimeBackend().load(Path(path)) for path in sys.argv[1:]]
+seconds = time.monotonic() - began
 done = True; thread.join()
-print(json.dumps({"peak_bytes": peak - before, "resident_bytes": process.memory_info().rss - before}))
+resident = process.memory_info().rss - before
+print(json.dumps({"peak_bytes": peak - before, "resident_bytes": resident, "load_seconds": round(seconds, 1)}))
 """
 
 
-def memory_rows(files: BundleFiles) -> list[dict[str, object]]:
-    """Memory of ONNX Runtime, each arrangement in a process of its own."""
+def memory_rows(files: BundleFiles) -> list[dict[str, Any]]:
+    """Memory of ONNX Runtime as the runtime loads it, each arrangement in a process of its own.
+
+    `limit_bytes` is what the arrangement of all assignments is held against: the largest peak of an assignment alone,
+    and the float32 weights that the others add.
+    """
     own = [files.graph_path(files.graph("cpu", i)) for i in range(len(files.policy.assignments))]
     together = files.graph_path(files.graph("cpu", None))
-    cases = {
-        "one session, all assignments": ("0", [together]),
-        "a session per assignment": ("0", own),
-        "a session per assignment, not prepacked": ("1", own),
-        **{f"assignment {i} alone": ("0", [path]) for i, path in enumerate(own)},
-    }
-    rows = []
-    for name, (flag, paths) in cases.items():
-        command = [sys.executable, "-c", _MEMORY, flag, *map(str, paths)]
+    cases = {f"assignment {i} alone": [path] for i, path in enumerate(own)}
+    cases |= {"a session per assignment": own, "one session, all assignments": [together]}
+    rows: list[dict[str, Any]] = []
+    for name, paths in cases.items():
+        command = [sys.executable, "-c", _MEMORY, *map(str, paths)]
         figures = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         rows.append({"model": files.manifest.model, "sessions": name, **figures})
         sys.stderr.write(json.dumps(rows[-1]) + "\n")
+    alone = max(row["peak_bytes"] for row in rows[: len(own)])
+    added = folded_bytes(together) - max(map(folded_bytes, own))
+    peak = rows[-1]["peak_bytes"]
+    rows[-1] |= {"limit_bytes": alone + added, "of_limit": round(peak / (alone + added), 4)}
     return rows
 
 
-def switching_rows(files: BundleFiles, repetitions: int) -> list[dict[str, object]]:
+def folded_bytes(path: Path) -> int:
+    """Bytes of a graph's weights as ONNX Runtime gets them."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return weight_file_bytes(fold(path, Path(scratch)))
+
+
+def speed_rows(folder: Path, rounds: int) -> dict[str, Any]:
+    """Steps per second of both uniform assignments of the CPU's formats and of full precision, in turns."""
+    result = benchmark_bundles([folder], "onnxruntime", 1, rounds)
+    for timing in result.timings:
+        sys.stderr.write(timing.model_dump_json() + "\n")
+    content = result.model_dump(mode="json")
+    for row in content["timings"]:
+        row["bundle"] = folder.name
+    return content
+
+
+def switching_rows(files: BundleFiles, repetitions: int) -> list[dict[str, Any]]:
     """Milliseconds of a call that changes the assignment and of one that does not, in turns, in one session."""
     from adatsq_trt.engines.runtime import Bundle
 
@@ -226,14 +272,26 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/bench-engines"))
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("results.json"))
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, help="others are left as they are")
     arguments = parser.parse_args()
-    result: dict[str, list[dict[str, object]]] = {"layouts": [], "memory": [], "switching": []}
+    old = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    result: dict[str, Any] = {part: old.get(part, []) for part in PARTS}
+    for part in arguments.parts:
+        result[part] = [row for row in result[part] if row["model"] not in arguments.models]
     for name in arguments.models:
-        files = make_bundle(name, arguments.work / name)
-        result["memory"] += memory_rows(files)
-        result["switching"] += switching_rows(files, 40)
-        result["layouts"] += layout_rows(files)
-        write_bytes(arguments.output, (json.dumps(result, indent=2) + "\n").encode())
+        for part in arguments.parts:
+            result[part] += measure(part, name, arguments.work)
+            write_bytes(arguments.output, (json.dumps(result, indent=2) + "\n").encode())
+
+
+def measure(part: str, name: str, work: Path) -> list[dict[str, Any]]:
+    if part == "speed":
+        make_bundle(name, work / f"{name}-cpu", cpu=True)
+        return [{"model": name, **speed_rows(work / f"{name}-cpu", 12)}]
+    files = make_bundle(name, work / name)
+    if part == "memory":
+        return memory_rows(files)
+    return switching_rows(files, 40) if part == "switching" else layout_rows(files)
 
 
 if __name__ == "__main__":
