@@ -182,8 +182,8 @@ def _join(model: ErrorModel, chosen: Labels, limit: int) -> Labels:
     while len(groups) > limit:
         by_layer = np.sum([group.chosen for group in groups], axis=0)
         unions = [(*_union(model, by_layer, pair), pair) for pair in combinations(groups, 2)]
-        _, row, (one, other) = min(unions, key=lambda union: union[0])
-        groups = [g for g in groups if g is not one and g is not other] + [one.joined(other, row)]
+        _, shared, (one, other) = min(unions, key=lambda union: union[0])
+        groups = [g for g in groups if g is not one and g is not other] + [one.joined(other, shared)]
     result = np.empty(len(chosen), dtype=np.int64)
     for label, group in enumerate(groups):
         result[list(group.steps)] = label
