@@ -196,9 +196,9 @@ def _stays(value: ir.Value) -> bool:
 
 
 def _dequantizes(node: ir.Node) -> bool:
-    """Whether a node is a DequantizeLinear, or computes what only one reads."""
-    users = [user for user, _ in node.outputs[0].uses()]
-    return node.op_type == "DequantizeLinear" or (bool(users) and all(map(_dequantizes, users)))
+    """Whether a node is a DequantizeLinear, or computes what only one reads directly: an int8 weight is transposed."""
+    users = [user.op_type for user, _ in node.outputs[0].uses()]
+    return node.op_type == "DequantizeLinear" or set(users) == {"DequantizeLinear"}
 
 
 def _constant_nodes(nodes: Sequence[ir.Node], constants: Collection[ir.Value]) -> list[ir.Node]:

@@ -58,6 +58,7 @@ class TransformName(StrEnum):
 
 _CHECKPOINT, _POLICY, _EFFORT = "A checkpoint of your own", "The policy", "The effort"
 _ENTERPRISE = "Enterprise TensorRT"
+_EFFORTS = ("beam", "candidates", "calibration_samples", "selection_samples", "held_out_samples")
 # Each batch of samples has a million seeds of its own; a scheduler has a thousand timesteps.
 _MOST_ROWS = 4096
 _MOST_SAMPLES, _MOST_STEPS, _MOST_PATHS = 1_000_000, 1000, 1000
@@ -346,9 +347,9 @@ def engine(
     layout: Layout = LayoutName.EMBEDDED,
     batch: Batch = None,
     backend: Backend = BackendName.RTX,
-    hardware_compatibility: Hardware = HardwareName.NONE,
-    version_compatible: VersionCompatible = False,
-    weight_streaming: WeightStreaming = False,
+    hardware: Hardware = HardwareName.NONE,
+    versions: VersionCompatible = False,
+    streaming: WeightStreaming = False,
     steps: Steps = None,
     guidance: Guidance = None,
     policy: Policy = None,
@@ -374,10 +375,8 @@ def engine(
     """
     from adatsq_trt.cli.budgets import BudgetRequest
     from adatsq_trt.cli.loading import ModelRequest
-    from adatsq_trt.cli.options import Request, run_stages
+    from adatsq_trt.cli.options import CompilerRequest, Request, run_stages
 
-    names = ("beam", "candidates", "calibration_samples", "selection_samples", "held_out_samples")
-    efforts = (beam, candidates, calibration_samples, selection_samples, held_out_samples)
     request = Request(
         model=ModelRequest(model, base, tuple(lora or ()), prompts, height, width, frames, guidance),
         targets=tuple(dict.fromkeys(target or ())),
@@ -388,18 +387,18 @@ def engine(
         max_assignments=max_assignments,
         simulate=simulate,
         layout=layout.value,
-        batch=tuple(sorted(set(batch or ()))),
-        backend=backend.value,
-        hardware_compatibility=hardware_compatibility.value,
-        version_compatible=version_compatible,
-        weight_streaming=weight_streaming,
+        compiler=CompilerRequest(backend.value, hardware.value, versions, streaming, tuple(sorted(set(batch or ())))),
         steps=steps,
-        guidance=guidance,
         policy=policy,
         seed=seed,
-        counts={name: value for name, value in zip(names, efforts, strict=True) if value is not None},
+        counts=_given(beam, candidates, calibration_samples, selection_samples, held_out_samples),
     )
     run_stages(request, until)
+
+
+def _given(*counts: int | None) -> dict[str, int]:
+    """Those of the effort's settings that were given."""
+    return {name: value for name, value in zip(_EFFORTS, counts, strict=True) if value is not None}
 
 
 def until(stage: StageName, summary: str) -> Callable[..., None]:

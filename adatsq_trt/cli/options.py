@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -37,6 +37,17 @@ PLUGIN_TARGET = "sm90"  # of layout `plugin` without a target: its graph is the 
 
 
 @dataclass(frozen=True)
+class CompilerRequest:
+    """What compiles plans, and what enterprise TensorRT is to make of them."""
+
+    backend: Literal["rtx", "tensorrt"]
+    hardware_compatibility: Literal["none", "same_compute_capability", "ampere_plus"]
+    version_compatible: bool
+    weight_streaming: bool
+    batch: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Request:
     """The command line's options; None stands for "the default"."""
 
@@ -49,13 +60,8 @@ class Request:
     max_assignments: int | None
     simulate: bool
     layout: Literal["embedded", "shared", "switch", "plugin"]
-    batch: tuple[int, ...]
-    backend: Literal["rtx", "tensorrt"]
-    hardware_compatibility: Literal["none", "same_compute_capability", "ampere_plus"]
-    version_compatible: bool
-    weight_streaming: bool
+    compiler: CompilerRequest
     steps: int | None
-    guidance: float | None
     policy: Path | None
     seed: int
     counts: Mapping[str, int]
@@ -98,10 +104,10 @@ def choose(request: Request) -> Choice:
     format_set = request.formats or (targets[0].default_set if targets else SIMULATED_SET)
     formats = resolve_formats(format_set)
     if not request.simulate:
-        require_accelerated(formats, targets, request.layout, request.backend)
+        require_accelerated(formats, targets, request.layout, request.compiler.backend)
     _require_backend(request, targets)
     budgets = choose_budgets(request.budgets, format_set)
-    require_finite("--guidance", request.guidance)
+    require_finite("--guidance", request.model.guidance)
     return Choice(names, format_set, formats, budgets, _policy_text(request.policy))
 
 
@@ -112,11 +118,11 @@ def _require_backend(request: Request, targets: Sequence[Target]) -> None:
         UserError: options that do not go together; no such library, GPU or target here.
     """
     special = {
-        "--hardware-compatibility": request.hardware_compatibility != "none",
-        "--version-compatible": request.version_compatible,
-        "--weight-streaming": request.weight_streaming,
+        "--hardware-compatibility": request.compiler.hardware_compatibility != "none",
+        "--version-compatible": request.compiler.version_compatible,
+        "--weight-streaming": request.compiler.weight_streaming,
     }
-    if request.backend != "tensorrt":
+    if request.compiler.backend != "tensorrt":
         given = [option for option, is_given in special.items() if is_given]
         if given:
             raise UserError(
@@ -128,7 +134,9 @@ def _require_backend(request: Request, targets: Sequence[Target]) -> None:
     from adatsq_trt.engines.backends.tensorrt import TensorRTBackend, TensorRTOptions
     from adatsq_trt.engines.manifest import Compatibility
 
-    compatibility = Compatibility(hardware=request.hardware_compatibility, versions=request.version_compatible)
+    compatibility = Compatibility(
+        hardware=request.compiler.hardware_compatibility, versions=request.compiler.version_compatible
+    )
     backend = TensorRTBackend(TensorRTOptions(compatibility))
     backend.require()
     for target in targets:
@@ -163,9 +171,9 @@ def resolve(request: Request, choice: Choice, opened: OpenedModel) -> Settings:
         UserError: formats that do not suit the model's layers; a guidance scale for a model that takes none.
     """
     model = opened.outline
-    unguided = opened.settings is not None and request.guidance == 1.0
-    if request.guidance is not None and not model.adapter.takes_guidance and not unguided:
-        raise UserError(f"--guidance {request.guidance:g}: model '{model.name}' takes no guidance; leave it out")
+    unguided = opened.settings is not None and request.model.guidance == 1.0
+    if request.model.guidance is not None and not model.adapter.takes_guidance and not unguided:
+        raise UserError(f"--guidance {request.model.guidance:g}: model '{model.name}' takes no guidance; leave it out")
     layers = model.adapter.quantizable_layers().items()
     require_shapes(choice.formats, [(name, layer.in_features) for name, layer in layers])
     return Settings(
@@ -178,13 +186,9 @@ def resolve(request: Request, choice: Choice, opened: OpenedModel) -> Settings:
         targets=choice.targets,
         simulate=request.simulate,
         layout=request.layout,
-        **({"batch": request.batch} if request.batch else {}),
-        backend=request.backend,
-        hardware_compatibility=request.hardware_compatibility,
-        version_compatible=request.version_compatible,
-        weight_streaming=request.weight_streaming,
+        **{name: value for name, value in asdict(request.compiler).items() if value != ()},
         steps=request.steps or model.default_steps,
-        guidance=model.default_guidance if request.guidance is None else request.guidance,
+        guidance=model.default_guidance if request.model.guidance is None else request.model.guidance,
         budget_bits=choice.budgets.bits,
         budget_bytes=choice.budgets.bytes,
         budget_ms=choice.budgets.ms,

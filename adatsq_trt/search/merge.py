@@ -144,35 +144,73 @@ def merged_policies(
     return list(dict.fromkeys(found))
 
 
+@dataclass(frozen=True)
+class _Group:
+    """Steps of one assignment.
+
+    Attributes:
+        steps: their indices.
+        row: [layers]: its formats.
+        contributions: [formats, layers, rows]: of all steps together, in every format.
+        errors: [formats, layers]: likewise.
+    """
+
+    steps: tuple[int, ...]
+    row: Labels
+    contributions: Array
+    errors: Array
+
+    @property
+    def chosen(self) -> Array:
+        """[layers, rows]: what its formats contribute."""
+        picked: Array = self.contributions[self.row, np.arange(len(self.row))]
+        return picked
+
+    def joined(self, other: _Group, row: Labels) -> _Group:
+        """Both with one assignment."""
+        steps = (*self.steps, *other.steps)
+        return _Group(steps, row, self.contributions + other.contributions, self.errors + other.errors)
+
+
 def _join(model: ErrorModel, chosen: Labels, limit: int) -> Labels:
     """Group the steps: rules 1 and 2."""
-    _, labels = np.unique(chosen, axis=0, return_inverse=True)
-    groups = [np.flatnonzero(labels == label) for label in range(labels.max() + 1)]
-    chosen = chosen.copy()
+    groups = []
+    for row in dict.fromkeys(map(tuple, chosen.tolist())):
+        steps = np.flatnonzero((chosen == row).all(axis=1))
+        sums = model.contributions[:, steps].sum(axis=1), model.errors[:, steps].sum(axis=1)
+        groups.append(_Group(tuple(steps.tolist()), np.asarray(row), *sums))
     while len(groups) > limit:
-        unions = [(_union(model, chosen, np.concatenate(pair)), pair) for pair in combinations(groups, 2)]
-        (_, row), (one, other) = min(unions, key=lambda union: union[0][0])
-        steps = np.concatenate([one, other])
-        groups = [g for g in groups if g is not one and g is not other] + [steps]
-        chosen[steps] = row
+        by_layer = np.sum([group.chosen for group in groups], axis=0)
+        unions = [(*_union(model, by_layer, pair), pair) for pair in combinations(groups, 2)]
+        _, shared, (one, other) = min(unions, key=lambda union: union[0])
+        groups = [g for g in groups if g is not one and g is not other] + [one.joined(other, shared)]
     result = np.empty(len(chosen), dtype=np.int64)
-    for label, steps in enumerate(groups):
-        result[steps] = label
+    for label, group in enumerate(groups):
+        result[list(group.steps)] = label
     return result
 
 
-def _union(model: ErrorModel, chosen: Labels, steps: Labels) -> tuple[float, Labels]:
-    """What it costs to give some steps one assignment, and that assignment; layers are looked at one by one."""
-    picked, alone = model.picked(chosen)
-    by_layer, own = picked.sum(axis=0), picked[steps].sum(axis=0)
-    total, trust = by_layer.sum(axis=0), model.trust
-    added = model.contributions[:, steps].sum(axis=1)
-    cost = trust.together * np.square(total - own + added).sum(axis=-1)
-    cost += trust.by_layer * np.square(by_layer - own + added).sum(axis=-1)
-    cost += trust.alone * model.errors[:, steps].sum(axis=1) + model.price * model.bits[:, None] * len(steps)
+def _union(model: ErrorModel, by_layer: Array, pair: tuple[_Group, _Group]) -> tuple[float, Labels]:
+    """What it costs to give two groups one assignment, and that assignment; layers are looked at one by one.
+
+    Args:
+        model: of the error.
+        by_layer: [layers, rows]: what all groups contribute as they are.
+        pair: the two groups.
+    """
+    one, other = pair
+    trust, rest = model.trust, by_layer - one.chosen - other.chosen
+    total, added = by_layer.sum(axis=0), one.contributions + other.contributions
+    outside = total - one.chosen - other.chosen
+    bits = model.price * model.bits
+    cost = trust.together * np.square(outside + added).sum(axis=-1)
+    cost += trust.by_layer * np.square(rest + added).sum(axis=-1) + trust.alone * (one.errors + other.errors)
+    cost += bits[:, None] * (len(one.steps) + len(other.steps))
     row: Labels = cost.argmin(axis=0)
     before = trust.together * np.square(total).sum() + trust.by_layer * np.square(by_layer).sum(axis=-1)
-    before = before + trust.alone * alone[steps].sum(axis=0) + model.price * model.bits[chosen[steps]].sum(axis=0)
+    for group in pair:
+        layers = np.arange(len(group.row))
+        before = before + trust.alone * group.errors[group.row, layers] + bits[group.row] * len(group.steps)
     return float((cost.min(axis=0) - before).sum()), row
 
 

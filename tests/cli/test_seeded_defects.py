@@ -45,7 +45,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from adatsq_trt.cli.budgets import BudgetRequest
     from adatsq_trt.cli.build import StageName
     from adatsq_trt.cli.loading import ModelRequest
-    from adatsq_trt.cli.options import Request, run_stages
+    from adatsq_trt.cli.options import CompilerRequest, Request, run_stages
     from adatsq_trt.cli.stages import bundle as bundle_stage
     from adatsq_trt.zoo.loading import load_model
 
@@ -66,8 +66,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
             budgets=BudgetRequest(bits=16),
             simulate=False,
             layout="embedded",
+            max_assignments=None,
+            compiler=CompilerRequest("rtx", "none", False, False, ()),
             steps=3,
-            guidance=None,
             policy=base / "policy.json",
             seed=0,
             counts={"calibration_samples": 2, "selection_samples": 1, "held_out_samples": 1},
