@@ -111,10 +111,10 @@ def run(context: Context) -> Stage:
 
 def _search(context: Context, folder: Path) -> SearchResult:
     """The steps of the search, each kept on disk as it goes."""
-    store = quantize.load(context)
+    store, within = quantize.load(context), _within_budget(context)
     if context.settings.policy is not None:
         with SimulatedModel(context.adapter, store).installed() as model:
-            return _judge(context, model, [_given_proposal(context), *_uniforms(context)], 0, folder)
+            return _judge(context, model, [_given_proposal(context), *_uniforms(context)], within, 0, folder)
     sensitivity, adjoints, latents = _sensitivity(context, store, folder)
     plan, make_problem, static = _plans(context, sensitivity)
     with SimulatedModel(context.adapter, store).installed() as model:
@@ -128,7 +128,7 @@ def _search(context: Context, folder: Path) -> SearchResult:
             *static,
             *_uniforms(context),
         ]
-        return _judge(context, model, proposals, problem.calls, folder)
+        return _judge(context, model, proposals, within, problem.calls, folder)
 
 
 def _plans(context: Context, sensitivity: Sensitivity) -> tuple[Plan, Callable[..., DenoisingProblem], list[Proposal]]:
@@ -194,7 +194,12 @@ def _distinct(points: Sequence[Point]) -> set[tuple[tuple[str, ...], ...]]:
 
 
 def _judge(
-    context: Context, model: SimulatedModel, proposals: list[Proposal], calls: int, folder: Path
+    context: Context,
+    model: SimulatedModel,
+    proposals: list[Proposal],
+    within: Callable[[Point], bool],
+    calls: int,
+    folder: Path,
 ) -> SearchResult:
     """Screen all, look at the finalists again, choose; report on the held-out samples."""
     settings, formats = context.settings, context.formats
@@ -203,7 +208,7 @@ def _judge(
     with progress("search: screening", len(set(proposals))) as advance:
         points = judge(proposals, formats, scorers[0], advance)
     given = [i for i, point in enumerate(points) if point.kind == "given"]
-    wanted = given or finalists(points, _within_budget(context))
+    wanted = given or finalists(points, within)
     second = [points[i] for i in wanted] if len(scorers) == 2 else []
     if second:
         with progress("search: finalists", len(wanted)) as advance:
