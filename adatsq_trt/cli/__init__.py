@@ -23,6 +23,8 @@ from adatsq_trt.cli.export import export
 from adatsq_trt.cli.generate import generate
 from adatsq_trt.cli.inspect import inspect
 from adatsq_trt.cli.models import models
+from adatsq_trt.cli.policy import export as export_policy
+from adatsq_trt.cli.policy import import_ as import_policy
 from adatsq_trt.cli.quantize import quantize
 from adatsq_trt.cli.report import report
 from adatsq_trt.cli.search import search
@@ -42,6 +44,10 @@ benchmark_app.command(no_args_is_help=True)(kernels)
 deploy_app = typer.Typer(no_args_is_help=True)
 app.add_typer(deploy_app, name="deploy", help="Write what a server loads.")
 deploy_app.command(no_args_is_help=True)(triton)
+policy_app = typer.Typer(no_args_is_help=True)
+app.add_typer(policy_app, name="policy", help="Policies in the words of other programs.")
+policy_app.command("export", no_args_is_help=True)(export_policy)
+policy_app.command("import", no_args_is_help=True)(import_policy)
 _WITH_ARGUMENTS: tuple[Callable[..., None], ...] = (
     *(calibrate, quantize, search, export),
     *(check, generate, inspect, compare, report, serve),
