@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-_KEY = "diffusion-step-policy"
+_KEY: Literal["diffusion-step-policy"] = "diffusion-step-policy"
 Kind = Annotated[Literal["diffusion-step-policy"], typer.Option("--to", help="What to write.", show_default=True)]
 From = Annotated[Literal["diffusion-step-policy"], typer.Option("--from", help="What to read.", show_default=True)]
 

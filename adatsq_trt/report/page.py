@@ -22,12 +22,12 @@ from adatsq_trt.report.data import Check, Comparison, EngineFile, ReportData
 from adatsq_trt.report.maps import policy_map, sensitivity_map
 from adatsq_trt.report.numbers import ratio, scientific, size
 from adatsq_trt.report.theme import STYLE, Chart, RenderedChart, format_colors, render
-from adatsq_trt.settings import Settings
+from adatsq_trt.settings import PipelineSettings, Settings
 
 FIGURES_FOLDER = "report"
 _MOST_COMPARISONS = 60
 _OPTIONS = (
-    *("budget_bits", "layout", "steps", "guidance", "seed"),
+    *("budget_bits", "budget_bytes", "budget_ms", "layout", "steps", "guidance", "seed"),
     *("beam", "candidates", "calibration_samples", "selection_samples", "held_out_samples"),
 )
 
@@ -176,7 +176,9 @@ def _by_target(engines: tuple[EngineFile, ...]) -> list[tuple[str, int, int]]:
 def commands(data: ReportData) -> list[list[str]]:
     """The words of the commands that make the run and this page again, defaults written out."""
     settings, run = data.settings, f"runs/{data.run_name}"
-    build = ["adatsq-trt", "build", "engine", settings.model]
+    pipeline = settings.pipeline
+    build = ["adatsq-trt", "build", "engine", settings.model if pipeline is None else pipeline.path]
+    build += _checkpoint_options(pipeline) if pipeline is not None else []
     for target in settings.targets:
         build += ["--target", target]
     if settings.batch != Settings.model_fields["batch"].default:
@@ -187,10 +189,23 @@ def commands(data: ReportData) -> list[list[str]]:
         build += ["--weight-streaming"] if settings.weight_streaming else []
     build += ["--simulate"] if settings.simulate else []
     build += ["--formats", settings.format_set]
+    build += ["--transform", settings.transform] if settings.transform is not None else []
     for name in _OPTIONS:
-        build += [f"--{name.replace('_', '-')}", str(getattr(settings, name))]
+        value = getattr(settings, name)
+        build += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+    if settings.times is not None:
+        # Of a measured table the settings hold the text; the page cannot say where the file lay.
+        build += ["--gpu", "times.json" if settings.times.startswith("{") else settings.times]
     build += ["--max-assignments", str(settings.max_assignments)] if settings.max_assignments is not None else []
     build += ["--policy", "policy.json"] if settings.policy is not None else []
     build += ["--output", run]
     others = [["adatsq-trt", name, run] for name in ("check", "generate", "report")]
     return [[shlex.quote(word) for word in command] for command in (build, *others)]
+
+
+def _checkpoint_options(pipeline: PipelineSettings) -> list[str]:
+    """Where a checkpoint of the user's comes from and what it draws; its prompts lie in a file of the user's."""
+    options = ["--prompts", "prompts.txt", "--height", str(pipeline.height), "--width", str(pipeline.width)]
+    options += ["--frames", str(pipeline.frames)] if pipeline.frames is not None else []
+    options += ["--base", pipeline.base] if pipeline.base is not None else []
+    return [*options, *(word for lora in pipeline.loras for word in ("--lora", lora))]

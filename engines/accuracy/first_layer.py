@@ -16,6 +16,7 @@ from adatsq_trt.engines.accuracy.report import CheckReport, CheckRow, FirstLayer
 from adatsq_trt.engines.accuracy.rows import check_layers
 from adatsq_trt.engines.accuracy.written_formats import mismatched_layer, written_formats
 from adatsq_trt.engines.bundle import BundleFiles
+from adatsq_trt.errors import AdatsqError, UserError
 
 # Step → module path → PyTorch's output of the layer, for evenly spaced rows of the step's inputs.
 LayerReference = Callable[[int], Arrays]
@@ -41,7 +42,7 @@ def bisect(
         candidates = [r for r in report.rows if (r.step, r.variant) == (step, row.variant)]
         if row.variant == "cpu" and layer_reference is not None and not any(r.layer for r in candidates):
             candidates = check_layers(bundle, step, layer_reference(step), folder)
-        layer = mismatched_layer(bundle, row.variant, step) or _origin(candidates)
+        layer = _written_otherwise(bundle, row.variant, step) or _origin(candidates)
         if layer is not None:
             found.append(_first_layer(bundle, row, layer))
     complete = report.model_copy(update={"first_layers": tuple(found)})
@@ -57,6 +58,16 @@ def _first_wrong_steps(rows: Iterable[CheckRow]) -> list[tuple[int, CheckRow]]:
             key = (row.bucket, row.variant)
             first[key] = min(first.get(key, row), row, key=lambda r: r.step)
     return [(row.step, row) for row in first.values()]
+
+
+def _written_otherwise(bundle: BundleFiles, variant: str, step: int) -> str | None:
+    """The first layer in another format than the policy's; None also for a file that is no graph, as its row says."""
+    try:
+        return mismatched_layer(bundle, variant, step)
+    except UserError:
+        raise
+    except AdatsqError:
+        return None
 
 
 def _origin(rows: Sequence[CheckRow]) -> str | None:

@@ -58,18 +58,12 @@ class Reference:
 
     def layers(self, step: int) -> dict[str, np.ndarray]:
         """Module path → output of the layer, for the first sample of each guidance branch; first steps of buckets."""
-        outputs = {layer: self._array(f"step_{step:03d}.layer.{layer}") for layer in self.bundle.policy.layers}
-        for layer, output in outputs.items():
-            if output.ndim < 2 or not output.size:
-                raise DamagedFileError(
-                    f"'{self.bundle.folder / REFERENCE_NAME}': the output of layer '{layer}' must hold rows of "
-                    f"features, got shape {output.shape}; run 'adatsq-trt build engine' again"
-                )
-        return outputs
+        return {layer: self._array(f"step_{step:03d}.layer.{layer}", axes=2) for layer in self.bundle.policy.layers}
 
     def loop(self, name: str) -> np.ndarray:
         """Of the loop: "quantized" and "full_precision" latents [steps + 1, samples, ...], "prompts", "seeds"."""
-        return self._array(f"loop.{name}")
+        rows = self.bundle.policy.steps + 1 if name in ("quantized", "full_precision") else None
+        return self._array(f"loop.{name}", rows=rows)
 
     def _numbers(self, name: str, count: int) -> np.ndarray:
         numbers = self._array(name)
@@ -80,10 +74,18 @@ class Reference:
             )
         return numbers
 
-    def _array(self, name: str) -> np.ndarray:
-        if name not in self.bundle.reference:
+    def _array(self, name: str, axes: int = 1, rows: int | None = None) -> np.ndarray:
+        """An array of at least so many axes that holds something, with so many rows where that is known."""
+        file = self.bundle.folder / REFERENCE_NAME
+        array = self.bundle.reference.get(name)
+        if array is None:
             raise DamagedFileError(
-                f"'{self.bundle.folder / REFERENCE_NAME}' has no '{name}', so the bundle cannot be checked; "
+                f"'{file}' has no '{name}', so the bundle cannot be checked; run 'adatsq-trt build engine' again"
+            )
+        if array.ndim < axes or not array.size or (rows is not None and len(array) != rows):
+            wanted = "" if rows is None else f" of {rows} rows"
+            raise DamagedFileError(
+                f"'{file}': '{name}' must hold numbers in {axes} or more axes{wanted}, got the shape {array.shape}; "
                 "run 'adatsq-trt build engine' again"
             )
-        return self.bundle.reference[name]
+        return array

@@ -1,4 +1,7 @@
-"""`check` passes on every model of the zoo, for every kind of bundle, with every format that the target has."""
+"""`check` passes on every model of the zoo, for every kind of bundle, with every format that the target has.
+
+test_seeded_defects.py has the same for one small model, in the default run.
+"""
 
 import json
 from pathlib import Path
@@ -20,12 +23,6 @@ BUNDLES = {
     "plugin": (("--layout", "plugin", "--formats", "hopper"), FORMAT_SETS["hopper"]),
 }
 MODELS = ("digits-flux", "scenes-flux-dev", "scenes-flux-schnell")
-CHEAPEST = ("scenes-flux-dev", "cpu")  # the model on which one flip changes most
-CASES = [
-    pytest.param(model, kind, marks=() if (model, kind) == CHEAPEST else pytest.mark.slow)
-    for model in MODELS
-    for kind in BUNDLES
-]
 
 
 def write_policy(path: Path, name: str, formats: tuple[str, ...]) -> None:
@@ -36,7 +33,9 @@ def write_policy(path: Path, name: str, formats: tuple[str, ...]) -> None:
     Policy.from_steps(name, model.weights_sha256, layers, rows).save(path)
 
 
-@pytest.mark.parametrize(("model", "kind"), CASES)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", BUNDLES)
+@pytest.mark.parametrize("model", MODELS)
 def test_every_model_passes(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, kind: str) -> None:
     monkeypatch.setattr(bundle_stage, "_plans", lambda *_: ())  # the check runs none
     options, formats = BUNDLES[kind]

@@ -94,7 +94,7 @@ def test_pictures_are_decoded_by_the_vae(cli, flux: Checkpoint, flux_run: Path, 
     pipe.fuse_lora(lora_scale=0.5, components=["transformer"])
     expected = draw()
     assert np.abs(image - expected).max() < 0.01  # weights in bfloat16
-    assert np.abs(image - expected).mean() < np.abs(image - without).mean() / 4
+    assert np.abs(image - expected).mean() < np.abs(image - without).mean() / 2
 
     sheet = tmp_path / "sheet.png"
     assert cli("generate", flux_run, "--samples", "2", "--prompt", PROMPTS[2], "--output", sheet).code == 0

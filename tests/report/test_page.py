@@ -22,6 +22,7 @@ from adatsq_trt.report.charts import along_steps
 from adatsq_trt.report.data import Check, Comparison, ReportData
 from adatsq_trt.report.maps import policy_map, sensitivity_map
 from adatsq_trt.report.page import bucket_rows, commands, draw, page, write_report
+from adatsq_trt.settings import PipelineSettings
 from tests.report.conftest import FORMATS, ROWS
 
 NAMES = ["policy", "sensitivity", "pareto", "steps", "check", "stages"]
@@ -160,9 +161,13 @@ def test_bucket_rows_follow_the_steps(data: ReportData) -> None:
 
 def test_the_build_command_says_everything_that_it_can(data: ReportData) -> None:
     """An option that it leaves out would fall back to a default that the run may not have had."""
+    checkpoint = PipelineSettings(
+        path="/models/mine", base="/models/base", loras=("/a:0.5",), height=64, width=32, frames=5, prompts=("a",)
+    )
     plans = {"backend": "tensorrt", "hardware_compatibility": "ampere_plus", "batch": (1, 8)}
-    plans |= {"version_compatible": True, "weight_streaming": True, "max_assignments": 4}
-    settings = data.settings.model_copy(update={"budget_bits": 20 / 3, "layout": "switch", **plans})
+    plans |= {"version_compatible": True, "weight_streaming": True, "max_assignments": 4, "transform": "smooth"}
+    budgets = {"budget_bits": 20 / 3, "budget_bytes": 1e6, "budget_ms": 2.5, "times": "a100"}
+    settings = data.settings.model_copy(update={**plans, **budgets, "layout": "switch", "pipeline": checkpoint})
     words = commands(replace(data, settings=settings))[0]
     build: Any = get_command(app)
     for name in ("build", "engine"):
@@ -172,6 +177,9 @@ def test_the_build_command_says_everything_that_it_can(data: ReportData) -> None
     assert words[words.index("--budget-bits") + 1] == "6.666666666666667"
     assert words[words.index("--layout") + 1] == "switch"
     assert [words[i + 1] for i, word in enumerate(words) if word == "--batch"] == ["1", "8"]
+    assert words[3] == "/models/mine"
+    alone = data.settings.model_copy(update={"budget_bits": None, "budget_bytes": 1e6})
+    assert "--budget-bits" not in commands(replace(data, settings=alone))[0]
 
 
 def test_commands_are_ones_that_the_command_line_takes(data: ReportData) -> None:

@@ -258,6 +258,7 @@ def test_a_graph_that_does_not_load(own_bundle: BundleFiles, tmp_path: Path, var
     assert {row.assignment for row in wrong} == {1}
     assert all(path.name in (row.failure or "") for row in wrong)
     assert not report.passed
+    assert bisect(own_bundle, report, tmp_path).first_layers == ()
     assert report.loop.passed  # it runs the graph of all assignments
 
 
