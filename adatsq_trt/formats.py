@@ -123,13 +123,20 @@ GROUP = 64
 NVFP4_BLOCK = 16
 
 
-def _simulated(bits: int) -> Format:
+def _simulated(weight_bits: int, activation_bits: int) -> Format:
     """The paper's grids: integer weights in groups, integer activations per token."""
     return Format(
-        f"w{bits}a{bits}",
-        Grid(Element.INT, bits, Granularity.GROUP, GROUP, 16),
-        Grid(Element.INT, bits, Granularity.TOKEN, scale_bits=32),
+        f"w{weight_bits}a{activation_bits}",
+        Grid(Element.INT, weight_bits, Granularity.GROUP, GROUP, 16),
+        Grid(Element.INT, activation_bits, Granularity.TOKEN, scale_bits=32),
     )
+
+
+# Equal widths, and pairs around them for budgets that these leave no choice.
+_SIMULATED_PAIRS = (
+    *((3, 3), (4, 4), (5, 5), (6, 6)),
+    *((2, 3), (2, 4), (3, 4), (4, 3), (3, 5), (4, 5), (5, 4), (4, 6), (2, 5)),
+)
 
 
 _INT8_CHANNEL = Grid(Element.INT, 8, Granularity.CHANNEL, scale_bits=16)
@@ -156,13 +163,15 @@ FORMATS: dict[str, Format] = {
             Grid(Element.INT, 4, Granularity.GROUP, GROUP, 16),
             Grid(Element.INT, 8, Granularity.TOKEN, scale_bits=32),
         ),
-        *(_simulated(bits) for bits in (3, 4, 5, 6)),
+        *(_simulated(*pair) for pair in _SIMULATED_PAIRS),
     )
 }
 
 FORMAT_SETS: dict[str, tuple[str, ...]] = {
     "paper": ("w3a3", "w4a4", "w8a8"),
     "paper-fine": ("w3a3", "w4a4", "w5a5", "w6a6", "w8a8"),
+    "paper-low": ("w2a3", "w2a4", "w3a3", "w4a4", "w8a8"),
+    "paper-pairs": ("w2a3", "w2a4", "w3a3", "w3a4", "w4a3", "w3a5", "w4a4", "w4a5", "w5a4", "w4a6", "w5a5", "w6a6"),
     "blackwell": ("nvfp4", "fp8", "bf16"),
     "ada": ("int4wo", "fp8", "bf16"),
     "hopper": ("w4a8", "w8a8", "fp8", "bf16"),
@@ -171,7 +180,16 @@ FORMAT_SETS: dict[str, tuple[str, ...]] = {
 }
 
 # Budgets that leave room for a choice; for a list of formats halfway between the two cheapest.
-_DEFAULT_BUDGETS = {"paper": 4.0, "paper-fine": 4.0, "blackwell": 6.0, "ada": 9.0, "hopper": 7.0, "ampere": 12.0}
+_DEFAULT_BUDGETS = {
+    "paper": 4.0,
+    "paper-fine": 4.0,
+    "paper-low": 3.0,
+    "paper-pairs": 4.0,
+    "blackwell": 6.0,
+    "ada": 9.0,
+    "hopper": 7.0,
+    "ampere": 12.0,
+}
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ class Settings(BaseModel):
         held_out_samples: trajectories that the reported errors are measured on.
         temperature: tau of the temporal weights.
         damping: of the Hessian, as a part of its mean diagonal.
+        transform: what happens to weights and inputs before they are rounded; None for nothing.
         beam: paths kept per column.
         candidates: assignments tried per path and step, besides the previous one.
         slack: relative slack of dominance.
@@ -94,6 +95,7 @@ class Settings(BaseModel):
     held_out_samples: int = 1024
     temperature: float = 3.0
     damping: float = 0.01
+    transform: str | None = None
     beam: int = 4
     candidates: int = 5
     slack: float = 0.1

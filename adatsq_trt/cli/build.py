@@ -30,6 +30,16 @@ class LayoutName(StrEnum):
     PLUGIN = "plugin"
 
 
+class TransformName(StrEnum):
+    """What can happen to weights and inputs before they are rounded."""
+
+    SMOOTH = "smooth"
+    HADAMARD = "hadamard"
+    BALANCE = "balance"
+    LOW_RANK = "low-rank"
+    BALANCE_LOW_RANK = "balance-low-rank"
+
+
 _CHECKPOINT, _POLICY, _EFFORT = "A checkpoint of your own", "The policy", "The effort"
 # Each batch of samples has a million seeds of its own; a scheduler has a thousand timesteps.
 _MOST_SAMPLES, _MOST_STEPS, _MOST_PATHS = 1_000_000, 1000, 1000
@@ -120,6 +130,17 @@ Formats = Annotated[
         "--formats",
         help="Candidates: a set (paper, paper-fine, blackwell, ada, hopper, ampere, cpu) or a list such as nvfp4,fp8.",
         show_default="the target's set",
+        rich_help_panel=_POLICY,
+    ),
+]
+TransformOption = Annotated[
+    TransformName | None,
+    typer.Option(
+        "--transform",
+        help="What happens to weights and inputs before they are rounded; simulated only. smooth: SmoothQuant; hadamard: "
+        "QuaRot's rotation; balance: ViDiT-Q's scaling and rotation; low-rank: SVDQuant's smoothing and 16-bit branch; "
+        "balance-low-rank: both of the last.",
+        show_default="nothing",
         rich_help_panel=_POLICY,
     ),
 ]
@@ -246,6 +267,7 @@ def engine(
     target: TargetOption = None,
     output: Output = None,
     formats: Formats = None,
+    transform: TransformOption = None,
     budget_bits: Budget = None,
     budget_bytes: BudgetBytes = None,
     budget_ms: BudgetMs = None,
@@ -291,6 +313,7 @@ def engine(
         targets=tuple(dict.fromkeys(target or ())),
         output=output,
         formats=formats,
+        transform=None if transform is None else transform.value,
         budgets=BudgetRequest(budget_bits, budget_bytes, budget_ms, gpu),
         simulate=simulate,
         layout=layout.value,

@@ -43,6 +43,7 @@ class Request:
     targets: tuple[str, ...]
     output: Path | None
     formats: str | None
+    transform: str | None
     budgets: BudgetRequest
     simulate: bool
     layout: Literal["embedded", "shared", "switch", "plugin"]
@@ -96,6 +97,19 @@ def choose(request: Request) -> Choice:
     return Choice(names, format_set, formats, budgets, _policy_text(request.policy))
 
 
+def _require_exportable(request: Request, until: StageName) -> None:
+    """No graph holds a transform yet, so nothing that was made with one may reach the export."""
+    if request.transform is None:
+        return
+    if not request.simulate:
+        raise UserError(f"--transform {request.transform}: exported graphs cannot hold it; pass --simulate to study it")
+    if until in (StageName.EXPORT, StageName.BUNDLE):
+        raise UserError(
+            f"--transform {request.transform}: exported graphs cannot hold it; run 'adatsq-trt search' with these "
+            "options, which ends before the export"
+        )
+
+
 def _policy_text(path: Path | None) -> str | None:
     """A policy file, read whole; whether it suits the model is the search's question."""
     if path is None:
@@ -133,6 +147,7 @@ def resolve(request: Request, choice: Choice, opened: OpenedModel) -> Settings:
         times=choice.budgets.times,
         policy=choice.policy,
         seed=request.seed,
+        transform=request.transform,
         **request.counts,
     )
 
@@ -140,6 +155,7 @@ def resolve(request: Request, choice: Choice, opened: OpenedModel) -> Settings:
 def run_stages(request: Request, until: StageName) -> None:
     """Run the stages up to one, reusing what is done; print the settings first and the figures at the end."""
     choice = choose(request)
+    _require_exportable(request, until)
     from adatsq_trt.cli.stages import bundle, calibrate, export, quantize, search, summary
     from adatsq_trt.cli.stages.context import Context
     from adatsq_trt.engines.bundle import BundleFiles

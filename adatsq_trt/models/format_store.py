@@ -2,21 +2,23 @@
 
 FOLDER/<format>.safetensors           <module path>.codes, .scales, .global_scale
 FOLDER/activation_scales.safetensors  <format>: float32 [steps, layers]
+FOLDER/transforms.safetensors         where weights and inputs are transformed before they are rounded
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
 from adatsq_trt.errors import DamagedFileError
 from adatsq_trt.files import read_tensors, write_tensors
+from adatsq_trt.models.transforms import IDENTITY, LayerTransform, load_transforms
 from adatsq_trt.quantize import QuantizedWeight
 
-SCALES_NAME = "activation_scales.safetensors"
+SCALES_NAME, TRANSFORMS_NAME = "activation_scales.safetensors", "transforms.safetensors"
 _PARTS = ("codes", "scales", "global_scale")
 
 
@@ -27,10 +29,16 @@ class FormatStore:
     Attributes:
         weights: format name → module path → quantized weight.
         scales: format name → float32 [steps, layers], for formats with a static activation scale.
+        transforms: module path → what happens to the layer's input, for layers where something does.
     """
 
     weights: Mapping[str, Mapping[str, QuantizedWeight]]
     scales: Mapping[str, Tensor]
+    transforms: Mapping[str, LayerTransform] = field(default_factory=dict)
+
+    def transform(self, layer: str) -> LayerTransform:
+        """The layer's transform, or one that changes nothing."""
+        return self.transforms.get(layer, IDENTITY)
 
 
 def weights_name(format_name: str) -> str:
@@ -61,7 +69,7 @@ def load_weights(path: Path, layers: Iterable[str]) -> dict[str, QuantizedWeight
 
 
 def load_store(folder: Path, formats: Iterable[str], layers: Iterable[str]) -> FormatStore:
-    """Read the weights of some formats and all activation scales.
+    """Read the weights of some formats, all activation scales and the transforms, if there are any.
 
     Raises:
         MissingFileError: a file is not there.
@@ -71,4 +79,5 @@ def load_store(folder: Path, formats: Iterable[str], layers: Iterable[str]) -> F
     return FormatStore(
         {name: load_weights(folder / weights_name(name), names) for name in formats},
         read_tensors(folder / SCALES_NAME),
+        load_transforms(folder / TRANSFORMS_NAME) if (folder / TRANSFORMS_NAME).is_file() else {},
     )

@@ -16,6 +16,7 @@ from torch.nn import functional
 from adatsq_trt.formats import Format, Grid, format_named
 from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.models.format_store import FormatStore
+from adatsq_trt.models.transforms import IDENTITY, InputMap, LayerTransform
 from adatsq_trt.quantize import dequantize_weight, fake_quantize_activation
 
 
@@ -26,21 +27,35 @@ class SharedRounding:
         """Nothing rounded yet."""
         self._input: Tensor | None = None
         self._version = 0
-        self._rounded: dict[tuple[Grid, float | None], Tensor] = {}
+        self._mapped: dict[InputMap, Tensor] = {}
+        self._rounded: dict[tuple[InputMap, Grid, float | None], Tensor] = {}
 
-    def round(self, x: Tensor, grid: Grid, scale: Tensor | None) -> Tensor:
-        """`fake_quantize_activation`, once for every distinct (grid, scale) of one input.
+    def map(self, x: Tensor, input_map: InputMap) -> Tensor:
+        """`InputMap.inputs`, once for every distinct map of one input.
 
         Args:
             x: float32 [..., K]; layers that share it are called one after another with the same object.
-            grid: of the calling layer's activations.
-            scale: its static scale, float32 [], or None.
+            input_map: of the calling layer.
         """
         if x is not self._input or x._version != self._version:
-            self._input, self._version, self._rounded = x, x._version, {}
-        key = (grid, None if scale is None else float(scale))
+            self._input, self._version, self._mapped, self._rounded = x, x._version, {}, {}
+        if input_map not in self._mapped:
+            self._mapped[input_map] = input_map.inputs(x)
+        return self._mapped[input_map]
+
+    def round(self, x: Tensor, grid: Grid, scale: Tensor | None, input_map: InputMap = IDENTITY.input_map) -> Tensor:
+        """`fake_quantize_activation` of the mapped input, once for every distinct (map, grid, scale).
+
+        Args:
+            x: as in `map`.
+            grid: of the calling layer's activations.
+            scale: its static scale, float32 [], or None.
+            input_map: of the calling layer.
+        """
+        mapped = self.map(x, input_map)
+        key = (input_map, grid, None if scale is None else float(scale))
         if key not in self._rounded:
-            self._rounded[key] = fake_quantize_activation(x, grid, scale)
+            self._rounded[key] = fake_quantize_activation(mapped, grid, scale)
         return self._rounded[key]
 
 
@@ -54,27 +69,34 @@ class SimulatedLinear(nn.Module):
         scale: static activation scale of the active format, float32 [].
     """
 
-    def __init__(self, original: nn.Linear, weights: Mapping[str, Tensor], shared: SharedRounding) -> None:
+    def __init__(
+        self, original: nn.Linear, weights: Mapping[str, Tensor], shared: SharedRounding, transform: LayerTransform
+    ) -> None:
         """Wrap a layer in full precision.
 
         Args:
             original: the layer.
             weights: format name → dequantized weight, float32 [N, K].
             shared: of all layers of the model.
+            transform: what the weights were made for.
         """
         super().__init__()
-        self._shared = shared
+        self._shared, self._transform = shared, transform
         self.original = original
         self.weights = dict(weights)
         self.active: Format | None = None
         self.scale: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Y = Q(x) Q(W)ᵀ + b; x is [..., K], y is [..., N]."""
+        """Y = Q(x) Q(W)ᵀ + b, or what the transform makes of it; x is [..., K], y is [..., N]."""
         if self.active is None:
             return self.original(x)  # type: ignore[no-any-return]
-        rounded = self._shared.round(x, self.active.activation, self.scale)
-        return functional.linear(rounded, self.weights[self.active.name], self.original.bias)
+        input_map, branch = self._transform.input_map, self._transform.branch
+        rounded = self._shared.round(x, self.active.activation, self.scale, input_map)
+        output = functional.linear(rounded, self.weights[self.active.name], self.original.bias)
+        if branch is None:
+            return output
+        return output + functional.linear(functional.linear(self._shared.map(x, input_map), branch.down), branch.up)
 
 
 class SimulatedModel:
@@ -94,7 +116,10 @@ class SimulatedModel:
         formats, shared = {name: format_named(name) for name in store.weights}, SharedRounding()
         self._linears = {
             layer: SimulatedLinear(
-                linear, {n: dequantize_weight(store.weights[n][layer], f) for n, f in formats.items()}, shared
+                linear,
+                {n: dequantize_weight(store.weights[n][layer], f) for n, f in formats.items()},
+                shared,
+                store.transform(layer),
             )
             for layer, linear in originals.items()
         }

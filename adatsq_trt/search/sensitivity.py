@@ -98,8 +98,10 @@ def step_contributions(
     linears = adapter.quantizable_layers()
     result = []
     for index, (layer, linear) in enumerate(linears.items()):
-        inputs = backward.inputs[layer]
-        exact = functional.linear(inputs, linear.weight)
+        # The transform changes neither the exact output nor what its branch adds: only the rounded part errs.
+        transform = store.transform(layer)
+        inputs = transform.input_map.inputs(backward.inputs[layer])
+        exact = functional.linear(inputs, transform.rounded_weight(linear.weight))
         changes = []
         for fmt in formats:
             scale = store.scales[fmt.name][backward.step, index] if fmt.static_activation else None

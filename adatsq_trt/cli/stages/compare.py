@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from adatsq_trt.calibration.gptq import gptq
 from adatsq_trt.calibration.trajectory import final_latents, latent_mse
@@ -17,11 +17,12 @@ from adatsq_trt.files import read_tensors
 from adatsq_trt.formats import Element, Format, Granularity, Grid, format_named
 from adatsq_trt.models.format_store import FormatStore
 from adatsq_trt.models.simulated import SimulatedModel
+from adatsq_trt.models.transforms import IDENTITY
 from adatsq_trt.policy import Policy
 from adatsq_trt.quantize import QuantizedWeight, quantize_nearest
 from adatsq_trt.settings import SETTINGS_NAME
 
-Solver = Callable[[str, nn.Linear, Format], QuantizedWeight]
+Solver = Callable[[str, Tensor, Format], QuantizedWeight]
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Case:
         subject: what is quantized: "policy", or "uniform" and a format.
         solver_name: how the weights were found.
         formats_at: step → module path → format.
-        solver: makes a layer's weight in a format.
+        solver: rounds a layer's (transformed) weight to a format.
     """
 
     subject: str
@@ -95,27 +96,33 @@ def _everywhere(formats: dict[str, Format]) -> Callable[[int], dict[str, Format]
 
 def _with_hessian(context: Context, hessians: dict[str, Tensor]) -> Solver:
     damping = context.settings.damping
-    return lambda name, linear, fmt: gptq(linear.weight.detach(), hessians[name], fmt, damping=damping)
+    transforms = quantize.load_layer_transforms(context)
+    moments = {name: transforms.get(name, IDENTITY).input_map.second_moment(h) for name, h in hessians.items()}
+    return lambda name, weight, fmt: gptq(weight, moments[name], fmt, damping=damping)
 
 
-def _nearest(_name: str, linear: nn.Linear, fmt: Format) -> QuantizedWeight:
-    return quantize_nearest(linear.weight.detach(), fmt)
+def _nearest(_name: str, weight: Tensor, fmt: Format) -> QuantizedWeight:
+    return quantize_nearest(weight, fmt)
 
 
-def _nearest_per_channel(_name: str, linear: nn.Linear, fmt: Format) -> QuantizedWeight:
+def _nearest_per_channel(_name: str, weight: Tensor, fmt: Format) -> QuantizedWeight:
     grid = Grid(Element.INT, fmt.weight.bits, Granularity.CHANNEL, scale_bits=fmt.weight.scale_bits)
-    return quantize_nearest(linear.weight.detach(), replace(fmt, weight=grid))
+    return quantize_nearest(weight, replace(fmt, weight=grid))
 
 
 def _error(context: Context, case: Case, reference: Tensor) -> float:
     """Quantize the layers in the formats that the case uses, and generate."""
-    linears = context.adapter.quantizable_layers()
+    transforms = quantize.load_layer_transforms(context)
+    rounded = {
+        name: transforms.get(name, IDENTITY).rounded_weight(linear.weight.detach())
+        for name, linear in context.adapter.quantizable_layers().items()
+    }
     used = {f.name for step in range(context.settings.steps) for f in case.formats_at(step).values()}
     weights = {
-        fmt: {name: case.solver(name, linear, format_named(fmt)) for name, linear in linears.items()}
+        fmt: {name: case.solver(name, weight, format_named(fmt)) for name, weight in rounded.items()}
         for fmt in sorted(used)
     }
-    store = FormatStore(weights, quantize.activation_scales(context))
+    store = FormatStore(weights, quantize.activation_scales(context, transforms), transforms)
     with SimulatedModel(context.adapter, store).installed() as model:
         latents = final_latents(context.held_out, lambda step: model.assign(case.formats_at(step), step))
     return latent_mse(latents, reference)

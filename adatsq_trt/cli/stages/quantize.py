@@ -1,16 +1,22 @@
-"""Stage `quantize`: GPTQ with the weighted Hessians, every layer in every candidate format, once."""
+"""Stage `quantize`: GPTQ with the weighted Hessians, every layer in every candidate format, once.
+
+With a transform, what is rounded is the transformed weight, for the transformed input.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from adatsq_trt.calibration.gptq import gptq
 from adatsq_trt.calibration.nested import NARROW, WIDE, NestedWeight, nest
+from adatsq_trt.calibration.transforms.make import make_transforms
+from adatsq_trt.calibration.transforms.statistics import largest_inputs, measure_groups
 from adatsq_trt.cli.progress import progress
 from adatsq_trt.cli.stages import calibrate
 from adatsq_trt.cli.stages.context import Context
@@ -18,12 +24,14 @@ from adatsq_trt.files import read_tensors, write_tensors
 from adatsq_trt.formats import PLUGIN_LAYOUT, Format
 from adatsq_trt.models.format_store import (
     SCALES_NAME,
+    TRANSFORMS_NAME,
     FormatStore,
     load_store,
     load_weights,
     save_weights,
     weights_name,
 )
+from adatsq_trt.models.transforms import IDENTITY, LayerTransform, load_transforms, save_transforms
 from adatsq_trt.quantize import QuantizedWeight, static_activation_scale
 from adatsq_trt.run import Stage
 
@@ -35,7 +43,10 @@ def stage(context: Context) -> Stage:
     """The stage for these settings."""
     folder = calibrate.stage(context).folder
     files = [folder / calibrate.HESSIANS, folder / calibrate.STATISTICS]
-    inputs = context.inputs(("weights_sha256", "formats", "damping"))
+    names = ("weights_sha256", "formats", "damping")
+    if context.settings.transform is not None:
+        names, files = (*names, "transform"), [*files, folder / calibrate.TRAJECTORY]
+    inputs = context.inputs(names)
     return context.run.stage(NAME, {**inputs, "nested": True} if _nests(context) else inputs, files)
 
 
@@ -47,24 +58,45 @@ def run(context: Context) -> Stage:
         return this
     with this.run():
         hessians = read_tensors(calibrate.stage(context).folder / calibrate.HESSIANS)
+        transforms = _transforms(context, this)
         with progress("quantize", len(context.formats)) as advance:
             for fmt in context.formats:
                 file = this.unit(weights_name(fmt.name))
                 if not file.is_file():
-                    save_weights(file, solve(context, fmt, hessians))
+                    save_weights(file, solve(context, fmt, hessians, transforms))
                 advance()
         if _nests(context) and not this.unit(NESTED).is_file():
             write_tensors(this.unit(NESTED), _nest(context, this.folder, hessians))
-        write_tensors(this.unit(SCALES_NAME), activation_scales(context))
+        write_tensors(this.unit(SCALES_NAME), activation_scales(context, transforms))
     return this
 
 
-def solve(context: Context, fmt: Format, hessians: Mapping[str, Tensor]) -> dict[str, QuantizedWeight]:
+def _transforms(context: Context, this: Stage) -> dict[str, LayerTransform]:
+    """The transform of every layer; none where the settings ask for none."""
+    if context.settings.transform is None:
+        return {}
+    file = this.unit(TRANSFORMS_NAME)
+    if not file.is_file():
+        latents = read_tensors(calibrate.stage(context).folder / calibrate.TRAJECTORY)["latents"]
+        groups = measure_groups(context.calibration, latents)
+        save_transforms(file, make_transforms(context.settings.transform, groups))
+    return load_transforms(file)
+
+
+def solve(
+    context: Context,
+    fmt: Format,
+    hessians: Mapping[str, Tensor],
+    transforms: Mapping[str, LayerTransform] = MappingProxyType({}),
+) -> dict[str, QuantizedWeight]:
     """One format of every layer."""
-    return {
-        name: gptq(linear.weight.detach(), hessians[name], fmt, damping=context.settings.damping)
-        for name, linear in context.adapter.quantizable_layers().items()
-    }
+    result = {}
+    for name, linear in context.adapter.quantizable_layers().items():
+        transform = transforms.get(name, IDENTITY)
+        weight, hessian = transform.rounded_weight(linear.weight.detach()), hessians[name]
+        moment = transform.input_map.second_moment(hessian)
+        result[name] = gptq(weight, moment, fmt, damping=context.settings.damping)
+    return result
 
 
 def _nests(context: Context) -> bool:
@@ -86,11 +118,23 @@ def _nest(context: Context, folder: Path, hessians: Mapping[str, Tensor]) -> dic
     return tensors or {"none": torch.zeros(0)}  # safetensors needs a tensor
 
 
-def activation_scales(context: Context) -> dict[str, Tensor]:
+def activation_scales(
+    context: Context, transforms: Mapping[str, LayerTransform] = MappingProxyType({})
+) -> dict[str, Tensor]:
     """Static scales of the formats that have them: float32 [steps, layers]."""
-    largest = read_tensors(calibrate.stage(context).folder / calibrate.STATISTICS)["largest"]
+    folder = calibrate.stage(context).folder
+    if transforms and any(fmt.static_activation for fmt in context.formats):
+        latents = read_tensors(folder / calibrate.TRAJECTORY)["latents"]
+        largest = largest_inputs(context.calibration, latents, transforms)
+    else:
+        largest = read_tensors(folder / calibrate.STATISTICS)["largest"]
     scales = {f.name: static_activation_scale(largest, f.activation) for f in context.formats if f.static_activation}
     return scales or {"none": largest.new_zeros(0)}  # safetensors needs a tensor
+
+
+def load_layer_transforms(context: Context) -> dict[str, LayerTransform]:
+    """Module path → transform; empty where the settings ask for none."""
+    return {} if context.settings.transform is None else load_transforms(stage(context).folder / TRANSFORMS_NAME)
 
 
 def load(context: Context) -> FormatStore:
@@ -107,4 +151,4 @@ def load(context: Context) -> FormatStore:
             for fmt in context.formats:
                 if fmt.weight == NARROW.weight:
                     weights[fmt.name][layer] = planes.narrow
-    return FormatStore(weights, store.scales)
+    return FormatStore(weights, store.scales, store.transforms)

@@ -1,0 +1,18 @@
+"""Static-dynamic channel balancing (Zhao et al. 2025, "ViDiT-Q", section 4.2).
+
+How unlike the channels of an input are has a part that is the same at all timesteps and a part that changes with them.
+The first is scaled away as in SmoothQuant, with the mean over steps of each channel's largest magnitude in the place of
+the largest of all; what is left, which no fixed scale fits, is spread by a rotation.
+"""
+
+from __future__ import annotations
+
+from adatsq_trt.calibration.transforms.hadamard import random_signs
+from adatsq_trt.calibration.transforms.smooth import divisor
+from adatsq_trt.calibration.transforms.statistics import LayerGroup
+from adatsq_trt.models.transforms import InputMap
+
+
+def balance(group: LayerGroup) -> InputMap:
+    """Scales from the static part, then the rotation."""
+    return InputMap(divisor(group.largest.mean(dim=0), group.largest_weight), random_signs(group.width))
