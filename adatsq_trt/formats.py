@@ -181,14 +181,8 @@ FORMAT_SETS: dict[str, tuple[str, ...]] = {
 
 # Budgets that leave room for a choice; for a list of formats halfway between the two cheapest.
 _DEFAULT_BUDGETS = {
-    "paper": 4.0,
-    "paper-fine": 4.0,
-    "paper-low": 3.0,
-    "paper-pairs": 4.0,
-    "blackwell": 6.0,
-    "ada": 9.0,
-    "hopper": 7.0,
-    "ampere": 12.0,
+    **dict.fromkeys(("paper", "paper-fine", "paper-pairs"), 4.0),
+    **{"paper-low": 3.0, "blackwell": 6.0, "ada": 9.0, "hopper": 7.0, "ampere": 12.0},
 }
 
 

@@ -220,6 +220,20 @@ class Stage:
         """Path of a unit of work: written whole (`adatsq_trt.files`), and found again after an interruption."""
         return self.folder / name
 
+    def adopt(self, directory: RunDirectory) -> None:
+        """Take over what this stage wrote in another run directory, where it is finished there with the same key."""
+        assert self.directory._lock is not None, "a stage runs in a directory that was opened for writing"
+        other = Stage(directory, self.name, self.key)
+        if self.done or not other.done:
+            return
+        self.directory._record_path(self.name).unlink(missing_ok=True)
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        shutil.copytree(other.folder, self.folder)
+        record = directory._last_record(self.name)
+        assert record is not None, "a finished stage has a record"
+        self._write(record)
+
     @property
     def done(self) -> bool:
         """Whether the stage ran to its end with this key and its files are untouched.

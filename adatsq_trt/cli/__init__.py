@@ -19,6 +19,7 @@ from adatsq_trt.cli.check import check
 from adatsq_trt.cli.compare import compare
 from adatsq_trt.cli.deploy import triton
 from adatsq_trt.cli.doctor import doctor
+from adatsq_trt.cli.evaluate import evaluate
 from adatsq_trt.cli.export import export
 from adatsq_trt.cli.generate import generate
 from adatsq_trt.cli.inspect import inspect
@@ -44,7 +45,7 @@ app.add_typer(deploy_app, name="deploy", help="Write what a server loads.")
 deploy_app.command(no_args_is_help=True)(triton)
 _WITH_ARGUMENTS: tuple[Callable[..., None], ...] = (
     *(calibrate, quantize, search, export),
-    *(check, generate, inspect, compare, report, serve),
+    *(check, generate, inspect, compare, evaluate, report, serve),
 )
 for _command in (*_WITH_ARGUMENTS, models, doctor):
     app.command(no_args_is_help=_command in _WITH_ARGUMENTS)(_command)

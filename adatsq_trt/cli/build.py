@@ -137,9 +137,9 @@ TransformOption = Annotated[
     TransformName | None,
     typer.Option(
         "--transform",
-        help="What happens to weights and inputs before they are rounded; simulated only. smooth: SmoothQuant; hadamard: "
-        "QuaRot's rotation; balance: ViDiT-Q's scaling and rotation; low-rank: SVDQuant's smoothing and 16-bit branch; "
-        "balance-low-rank: both of the last.",
+        help="What happens to weights and inputs before they are rounded; simulated only. smooth: SmoothQuant; "
+        "hadamard: QuaRot's rotation; balance: ViDiT-Q's scaling and rotation; low-rank: SVDQuant's smoothing and "
+        "16-bit branch; balance-low-rank: both of the last.",
         show_default="nothing",
         rich_help_panel=_POLICY,
     ),

@@ -26,12 +26,13 @@ ALLOWED = {
     "pipelines": MODELS | {"pipelines", "settings"},
     "calibration": CALIBRATION,
     "search": CALIBRATION | {"search"},
+    "evaluation": CALIBRATION | {"evaluation"},
     "export": TENSORS | {"export"},
     "engines": DATA | {"engines"},
     "plugins": {"", "errors", "files", "formats", "packing", "plugins"},
     "report": DATA | {"run", "settings", "report"},
 }
-METHOD = set(ALLOWED) - {"export", "engines", "plugins"}
+METHOD = set(ALLOWED) - {"evaluation", "export", "engines", "plugins"}  # modelopt's methods are peers of ours
 DEPLOYMENT_LIBRARIES = {
     "modelopt",
     "onnx",

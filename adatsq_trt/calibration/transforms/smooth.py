@@ -1,6 +1,6 @@
 """Smoothing: move the size of an input channel into the weight (Xiao et al. 2023, "SmoothQuant", eq. 4).
 
-s_j = max|X_j|^α / max|W_j|^(1 - α)
+Channel j is divided by s_j = max|X_j|^α / max|W_j|^(1 - α).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ STRENGTH = 0.5  # α of the paper
 
 
 def divisor(largest_input: Tensor, largest_weight: Tensor, strength: float = STRENGTH) -> Tensor:
-    """s of every channel, float32 [K], with a geometric mean of one, so that magnitudes stay where they were.
+    """Divisor of every channel, float32 [K], with a geometric mean of one, so that magnitudes stay where they were.
 
     Args:
         largest_input: max|X_j|, float32 [K].

@@ -15,9 +15,9 @@ from adatsq_trt.schedule import Schedule
 from adatsq_trt.settings import Settings
 from adatsq_trt.zoo.loading import LoadedModel
 
-# Seeds of the three batches never meet: each has a million of its own per --seed.
+# Seeds of the batches never meet: each has a million of its own per --seed.
 _SEEDS_PER_RUN = 10_000_000
-_SELECTION_SEEDS, _HELD_OUT_SEEDS = 1_000_000, 2_000_000
+_SELECTION_SEEDS, _HELD_OUT_SEEDS, _EVALUATION_SEEDS = 1_000_000, 2_000_000, 3_000_000
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,12 @@ class Context:
     def held_out(self) -> Samples:
         """The batch that reported errors are measured on; nothing is chosen by it."""
         return self._samples(self.settings.held_out_samples, _HELD_OUT_SEEDS)
+
+    def evaluation(self, prompts: Sequence[int]) -> Samples:
+        """A batch with given prompts, to score methods on; nothing is chosen by it either."""
+        first = self.settings.seed * _SEEDS_PER_RUN + _EVALUATION_SEEDS
+        seeds = tuple(range(first, first + len(prompts)))
+        return Samples(self.adapter, self.schedule, self.settings.guidance, tuple(prompts), seeds)
 
     def _samples(self, count: int, offset: int) -> Samples:
         first = self.settings.seed * _SEEDS_PER_RUN + offset

@@ -21,7 +21,7 @@ from adatsq_trt.cli.progress import progress
 from adatsq_trt.cli.stages import calibrate
 from adatsq_trt.cli.stages.context import Context
 from adatsq_trt.files import read_tensors, write_tensors
-from adatsq_trt.formats import PLUGIN_LAYOUT, Format
+from adatsq_trt.formats import PLUGIN_LAYOUT, Format, Grid
 from adatsq_trt.models.format_store import (
     SCALES_NAME,
     TRANSFORMS_NAME,
@@ -59,11 +59,14 @@ def run(context: Context) -> Stage:
     with this.run():
         hessians = read_tensors(calibrate.stage(context).folder / calibrate.HESSIANS)
         transforms = _transforms(context, this)
+        solved: dict[Grid, dict[str, QuantizedWeight]] = {}  # formats may differ in activations only
         with progress("quantize", len(context.formats)) as advance:
             for fmt in context.formats:
                 file = this.unit(weights_name(fmt.name))
                 if not file.is_file():
-                    save_weights(file, solve(context, fmt, hessians, transforms))
+                    if fmt.weight not in solved:
+                        solved[fmt.weight] = solve(context, fmt, hessians, transforms)
+                    save_weights(file, solved[fmt.weight])
                 advance()
         if _nests(context) and not this.unit(NESTED).is_file():
             write_tensors(this.unit(NESTED), _nest(context, this.folder, hessians))

@@ -71,6 +71,11 @@ def load_judge(file: Path = WEIGHTS) -> Judge:
     return judge.eval()
 
 
+def shows_prompt(judge: Judge, images: Tensor, prompts: Sequence[Prompt]) -> list[bool]:
+    """Whether each of the images [B, 16, 16, 3] in [0, 1] shows what its prompt says, nothing else."""
+    return [satisfies(scene, prompt) for scene, prompt in zip(judge.read(images), prompts, strict=True)]
+
+
 def column_scores(judge: Judge, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, float]:
     """Share of the pictures of each column that show what their prompts say, nothing else, and the columns' mean.
 
@@ -80,7 +85,7 @@ def column_scores(judge: Judge, images: Tensor, prompts: Sequence[Prompt]) -> di
         prompts: one for each image; every column occurs.
     """
     right: dict[str, list[bool]] = {column: [] for column in COLUMNS}
-    for scene, prompt in zip(judge.read(images), prompts, strict=True):
-        right[str(prompt.column)].append(satisfies(scene, prompt))
+    for shown, prompt in zip(shows_prompt(judge, images, prompts), prompts, strict=True):
+        right[str(prompt.column)].append(shown)
     scores = {column: sum(values) / len(values) for column, values in right.items()}
     return {**scores, "mean": sum(scores.values()) / len(scores)}

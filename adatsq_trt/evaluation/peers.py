@@ -1,0 +1,62 @@
+"""SmoothQuant and SVDQuant by NVIDIA's Model Optimizer, on this project's grids: rows of the comparison.
+
+modelopt changes the transformer in place and rounds in its own modules, so a peer gets a model of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from adatsq_trt.evaluation.methods import Peer
+from adatsq_trt.formats import GROUP
+
+STRENGTH = 0.5  # SmoothQuant's α
+_OFF: dict[str, Any] = {"quantizer_name": "*", "enable": False}
+
+
+def apply_peer(
+    peer: Peer, transformer: nn.Module, layers: Sequence[str], bits: tuple[int, int], rank: int, run: Callable[[], None]
+) -> None:
+    """Quantize the layers of a transformer in place.
+
+    Args:
+        peer: whose method.
+        transformer: in full precision.
+        layers: module paths.
+        bits: of weights and activations.
+        rank: of SVDQuant's branch.
+        run: sends the calibration samples through the transformer.
+    """
+    import modelopt.torch.quantization as mtq
+
+    def forward_loop(_model: nn.Module) -> None:
+        run()
+
+    blocks, static = {"block_sizes": {-1: GROUP}}, {"axis": None}
+    if peer is Peer.SVDQUANT:
+        algorithm: dict[str, Any] = {"method": "svdquant", "lowrank": rank}
+        first = [_OFF, *_grids(layers, "weight", blocks, bits[0]), *_grids(layers, "input", static, bits[1])]
+    else:
+        # modelopt smooths layers with 8-bit grids only and skips the others with a warning. The scales that it
+        # computes do not depend on the bits, so the weights' grid changes afterwards.
+        algorithm = {"method": "smoothquant", "alpha": STRENGTH}
+        first = [_OFF, *_grids(layers, "weight", {"axis": 0}, 8), *_grids(layers, "input", static, 8)]
+    mtq.quantize(transformer, {"quant_cfg": first, "algorithm": algorithm}, forward_loop)
+    if peer is Peer.SMOOTHQUANT:
+        mtq.set_quantizer_by_cfg(transformer, _grids(layers, "weight", blocks, bits[0]))
+        for layer in layers:
+            transformer.get_submodule(layer).weight_quantizer.reset_amax()
+        mtq.calibrate(transformer, "max", forward_loop)
+    # Both algorithms calibrate with static inputs only; scales for each token need no calibration.
+    for layer in layers:
+        transformer.get_submodule(layer).input_quantizer.reset_amax()
+    by_token = {"type": "dynamic", "block_sizes": {-1: None}}
+    mtq.set_quantizer_by_cfg(transformer, _grids(layers, "input", by_token, bits[1]))
+
+
+def _grids(layers: Sequence[str], kind: str, grid: dict[str, Any], bits: int) -> list[dict[str, Any]]:
+    """The grid of the layers' weights or inputs, as modelopt is told."""
+    return [{"quantizer_name": f"{layer}.{kind}_quantizer", "cfg": {"num_bits": bits, **grid}} for layer in layers]
