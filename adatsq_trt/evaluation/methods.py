@@ -105,7 +105,7 @@ def method_named(name: str) -> Method:
 
 
 def require_bits(bits: str) -> tuple[int, int]:
-    """ "4/4" → weight bits and activation bits.
+    """Weight bits and activation bits of a name like 4/4.
 
     Raises:
         UserError: other bits than those that all methods have formats for.
