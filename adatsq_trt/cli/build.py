@@ -37,6 +37,7 @@ class TransformName(StrEnum):
     HADAMARD = "hadamard"
     BALANCE = "balance"
     LOW_RANK = "low-rank"
+    HADAMARD_LOW_RANK = "hadamard-low-rank"
     BALANCE_LOW_RANK = "balance-low-rank"
 
 
@@ -139,7 +140,7 @@ TransformOption = Annotated[
         "--transform",
         help="What happens to weights and inputs before they are rounded; simulated only. smooth: SmoothQuant; "
         "hadamard: QuaRot's rotation; balance: ViDiT-Q's scaling and rotation; low-rank: SVDQuant's smoothing and "
-        "16-bit branch; balance-low-rank: both of the last.",
+        "16-bit branch; hadamard-low-rank and balance-low-rank: two of these.",
         show_default="nothing",
         rich_help_panel=_POLICY,
     ),

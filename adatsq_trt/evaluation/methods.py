@@ -77,6 +77,8 @@ ABLATIONS: Mapping[str, Method] = {
         Method("gptq-fisher", Weights.FISHER),
         Method("own-smooth", Weights.NEAREST, "smooth"),
         Method("own-low-rank", Weights.GPTQ, "low-rank"),
+        Method("own-balance", Weights.GPTQ, "balance"),
+        Method("own-hadamard-low-rank", Weights.GPTQ, "hadamard-low-rank"),
         Method("own-balance-low-rank", Weights.GPTQ, "balance-low-rank"),
         Method("pairs-plain", Weights.GPTQ, searched=_PAIRS),
         Method("fine-beam-1", Weights.FISHER, searched=_PAIRS, beam=1),

@@ -31,6 +31,7 @@ TRANSFORMS: Mapping[str, Transform] = {
     "hadamard": Transform(rotate),
     "balance": Transform(balance),
     "low-rank": Transform(smooth, low_rank=True),
+    "hadamard-low-rank": Transform(rotate, low_rank=True),
     "balance-low-rank": Transform(balance, low_rank=True),
 }
 

@@ -121,7 +121,11 @@ class Generated:
 
 
 class Evaluation:
-    """All methods on one model."""
+    """All methods on one model.
+
+    Attributes:
+        effort: what all cells have in common.
+    """
 
     def __init__(self, folder: Path, effort: Effort, model: LoadedModel) -> None:
         """Begin or go on.
@@ -134,7 +138,7 @@ class Evaluation:
         Raises:
             MismatchError: the folder holds cells of another effort.
         """
-        self._folder, self._effort, self._model = folder, effort, model
+        self._folder, self.effort, self._model = folder, effort, model
         file = folder / "evaluation.json"
         if file.is_file():
             before = read_json_model(file, Effort)
@@ -150,15 +154,14 @@ class Evaluation:
     @cached_property
     def batch(self) -> Batch:
         """What is asked for."""
-        return make_batch(self._model.adapter, self._effort.samples)
+        return make_batch(self._model.adapter, self.effort.samples)
 
     def cell(self, method: Method, bits: str) -> Cell:
         """A cell, measured or found."""
-        name = f"{method.name}-{bits.replace('/', '-')}"
-        file = self._folder / "cells" / f"{name}.json"
+        file = self._file(method.name, bits)
         if file.is_file():
             return read_json_model(file, Cell)
-        log.info("%s: %s at %s", self._effort.model, method.name, bits)
+        log.info("%s: %s at %s", self.effort.model, method.name, bits)
         start = time.monotonic()
         generated = self._generate(method, bits)
         seconds = time.monotonic() - start
@@ -169,6 +172,18 @@ class Evaluation:
         cell = self._cell(method, bits, generated.weight_bits, right, seconds)
         write_json_model(file, cell)
         return cell
+
+    def has(self, method: Method, bits: str) -> bool:
+        """Whether a cell was measured."""
+        return self._file(method.name, bits).is_file()
+
+    def run_of(self, method: Method, bits: str) -> Path:
+        """The run directory that a searched method's cell has."""
+        assert method.searched is not None, "only searches have one of their own"
+        transform = f"-{method.transform}" if method.transform else ""
+        flat = "" if method.weights is Weights.FISHER else "-flat"
+        name = f"{method.searched[bits]}{transform}{flat}-beam{method.beam}-{bits.replace('/', '-')}"
+        return self._folder / "runs" / name
 
     def outcomes(self, method: str, bits: str) -> tuple[np.ndarray, np.ndarray]:
         """Whether each sample of a measured cell is right, and its PSNR in dB: float64 [samples] each."""
@@ -181,21 +196,24 @@ class Evaluation:
         return pictures
 
     def _tensors(self, method: str, bits: str) -> dict[str, Tensor]:
-        return read_tensors(self._folder / "cells" / f"{method}-{bits.replace('/', '-')}.safetensors")
+        return read_tensors(self._file(method, bits).with_suffix(".safetensors"))
+
+    def _file(self, method: str, bits: str) -> Path:
+        return self._folder / "cells" / f"{method}-{bits.replace('/', '-')}.json"
 
     def _cell(self, method: Method, bits: str, weight_bits: float, right: np.ndarray, seconds: float) -> Cell:
         scores = column_means(right, columns_of(self.batch.columns)) if self.batch.judged else {}
         exact = method.name == FULL_PRECISION
         return Cell(
-            model=self._effort.model,
+            model=self.effort.model,
             method=method.name,
             bits=bits,
             effective_weight_bits=round(weight_bits, 4),
             mean_score=sum(scores.values()) / len(scores) if scores else None,
             scores=scores,
             psnr_db=None if exact else float(self.outcomes(method.name, bits)[1].mean()),
-            samples=self._effort.samples,
-            seed=self._effort.seed,
+            samples=self.effort.samples,
+            seed=self.effort.seed,
             seconds=round(seconds, 1),
         )
 
@@ -213,7 +231,7 @@ class Evaluation:
         """Another library's modules in a model of their own."""
         width, layers = require_bits(bits), self._model.adapter.quantizable_layers()
         rank = max(rank_of(linear.weight) for linear in layers.values())
-        other = load_model(self._effort.model).adapter
+        other = load_model(self.effort.model).adapter
         with self._context("base", method, bits, f"w{width[0]}a{width[1]}") as context:
             own = context.calibration
             calibration = Samples(other, own.schedule, own.guidance, own.prompts, own.seeds)
@@ -236,10 +254,7 @@ class Evaluation:
 
     def _searched(self, method: Method, bits: str, formats: str) -> Generated:
         """A policy of the search."""
-        kind = f"-{method.transform}" if method.transform else ""
-        flat = "-flat" if method.weights is not Weights.FISHER else ""
-        name = f"{formats}{kind}{flat}-beam{method.beam}-{bits.replace('/', '-')}"
-        with self._context(name, method, bits, formats) as context:
+        with self._context(self.run_of(method, bits).name, method, bits, formats) as context:
             self._adopt(calibrate.stage(context))
             calibrate.run(context)
             self._adopt(quantize.stage(context))
@@ -251,7 +266,7 @@ class Evaluation:
             }[method.kind]
             assert index is not None, "every budget here has policies of both static kinds"
             rows = result.points[index].formats
-            policy = Policy.from_steps(self._effort.model, context.settings.weights_sha256, context.layers, rows)
+            policy = Policy.from_steps(self.effort.model, context.settings.weights_sha256, context.layers, rows)
             return self._simulate(context, quantize.load(context), policy)
 
     def _adopt(self, stage: Stage) -> None:
@@ -270,7 +285,7 @@ class Evaluation:
     @contextmanager
     def _context(self, name: str, method: Method, bits: str, formats: str) -> Iterator[Context]:
         """A run of this model, in a run directory of its own."""
-        effort, members = self._effort, resolve_formats(formats)
+        effort, members = self.effort, resolve_formats(formats)
         width = require_bits(bits)
         settings = Settings(
             model=effort.model,

@@ -1,0 +1,98 @@
+"""The tables of the comparison, in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from adatsq_trt.cli.stages.evaluate import Cell
+from adatsq_trt.evaluation.methods import BITS, FULL_PRECISION, method_named
+from adatsq_trt.zoo.scenes.prompts import COLUMNS
+
+if TYPE_CHECKING:
+    from benchmarks.quality.run import Comparisons
+
+OURS = ("adatsq", "adatsq-fine", "adatsq-best")
+
+
+def tables(cells: Sequence[Cell], comparisons: Comparisons) -> str:
+    """Methods, verdicts, ablation, one below the other."""
+    models = list(dict.fromkeys(cell.model for cell in cells))
+    parts = [_effort(comparisons)]
+    for model in models:
+        own = [cell for cell in cells if cell.model == model]
+        parts += [f"### {model}\n", _methods(own, comparisons), _verdicts(model, comparisons)]
+    if comparisons.ablation:
+        parts += ["### What the parts add\n", _ablation(cells, comparisons)]
+    return "\n".join(part for part in parts if part)
+
+
+def _effort(comparisons: Comparisons) -> str:
+    lines = [
+        f"- {e.model}: {e.samples} samples of {e.steps} steps per cell, seed {e.seed}; calibrated on "
+        f"{e.calibration_samples} trajectories, policies chosen on {e.selection_samples}."
+        for e in comparisons.efforts
+    ]
+    if comparisons.missing:
+        lines.append(f"- Not measured yet: {len(comparisons.missing)} cells.")
+    return "\n".join(lines) + "\n"
+
+
+def _methods(cells: Sequence[Cell], comparisons: Comparisons) -> str:
+    head = ["method", "W/A", "weight bits", "mean score", "PSNR, dB", *COLUMNS]
+    lines = [f"| {' | '.join(head)} |", f"|---|---|{'---:|' * (len(head) - 2)}"]
+    for cell in cells:
+        figures = [*_figures(cell, comparisons), *(f"{cell.scores[c]:.2f}" if cell.scores else "" for c in COLUMNS)]
+        lines.append(f"| {cell.method} | {cell.bits} | {cell.effective_weight_bits:.2f} | {' | '.join(figures)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _figures(cell: Cell, comparisons: Comparisons) -> tuple[str, str]:
+    """Mean score and PSNR with their intervals."""
+    bounds = next(
+        i for i in comparisons.intervals if (i.model, i.method, i.bits) == (cell.model, cell.method, cell.bits)
+    )
+    score = psnr = ""
+    if cell.mean_score is not None and bounds.score is not None:
+        score = f"{cell.mean_score:.3f} ({bounds.score[0]:.3f} to {bounds.score[1]:.3f})"
+    if cell.psnr_db is not None and bounds.psnr_db is not None:
+        psnr = f"{cell.psnr_db:.2f} ({bounds.psnr_db[0]:.2f} to {bounds.psnr_db[1]:.2f})"
+    return score, psnr
+
+
+def _verdicts(model: str, comparisons: Comparisons) -> str:
+    """Our methods less the others; the interval of a tie holds zero."""
+    lines = [
+        "| method | less | W/A | mean score | | PSNR, dB | |",
+        "|---|---|---|---:|---|---:|---|",
+    ]
+    for d in comparisons.differences:
+        if d.model != model or d.other in OURS:
+            continue
+        score = "" if d.score is None else f"{d.score:+.3f} ({d.score_low:+.3f} to {d.score_high:+.3f})"
+        psnr = f"{d.psnr_db:+.2f} ({d.psnr_low:+.2f} to {d.psnr_high:+.2f})"
+        lines.append(f"| {d.method} | {d.other} | {d.bits} | {score} | {d.score_verdict} | {psnr} | {d.psnr_verdict} |")
+    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
+
+
+def _ablation(cells: Sequence[Cell], comparisons: Comparisons) -> str:
+    """The parts by themselves beside the methods that hold them all."""
+    model = comparisons.ablation[0].model
+    rows = [c for c in cells if c.model == model and c.method != FULL_PRECISION] + list(comparisons.ablation)
+    lines = [
+        "| method | weights | transform | candidates | beam | W/A | weight bits | mean score | PSNR, dB |",
+        "|---|---|---|---|---:|---|---:|---:|---:|",
+    ]
+    for bits in BITS:
+        for cell in sorted((c for c in rows if c.bits == bits), key=lambda c: c.psnr_db or 0.0):
+            method = method_named(cell.method)
+            weights = method.weights.value if method.weights else "modelopt's"
+            sets = method.searched[bits] if method.searched else "one format"
+            kind = "" if method.kind == "chosen" else f", {method.kind.replace('_', ' ')}"
+            beam = str(method.beam) if method.searched and method.kind == "chosen" else ""
+            score, psnr = _figures(cell, comparisons)
+            lines.append(
+                f"| {cell.method} | {weights} | {method.transform or ''} | {sets}{kind} | {beam} | {cell.bits} | "
+                f"{cell.effective_weight_bits:.2f} | {score} | {psnr} |"
+            )
+    return "\n".join(lines) + "\n"
