@@ -54,6 +54,24 @@ def test_finished_stage_is_done_in_a_new_process(tmp_path: Path) -> None:
     assert record.peak_bytes > 1 << 20
 
 
+def test_a_finished_stage_is_adopted_by_another_run_with_the_same_key(run: RunDirectory, tmp_path: Path) -> None:
+    write_units(run.stage("calibrate", {"seed": 1}), "a", "sub/b")
+    fail_stage = run.stage("quantize", {})
+    with pytest.raises(KeyboardInterrupt):
+        fail(fail_stage, "a", KeyboardInterrupt())
+    with RunDirectory.open(tmp_path / "other") as other:
+        stage = other.stage("calibrate", {"seed": 1})
+        write_units(other.stage("calibrate", {"seed": 0}), "old")
+        stage.adopt(run)
+        assert stage.done
+        assert sorted(file.name for file in stage.folder.rglob("*") if file.is_file()) == ["a", "b"]
+        for name, seed in (("calibrate", 2), ("quantize", 0)):  # another key, an unfinished one
+            missing = other.stage(name, {"seed": seed} if seed else {})
+            missing.adopt(run)
+            assert not missing.done
+        assert stage.done, "what could not be adopted has changed nothing"
+
+
 def test_another_input_empties_the_folder(run: RunDirectory) -> None:
     write_units(run.stage("search", {"beam": 2}), "step-0", "step-1")
     changed = run.stage("search", {"beam": 3})

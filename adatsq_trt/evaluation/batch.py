@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.zoo.scenes.judge import load_judge, shows_prompt
-from adatsq_trt.zoo.scenes.prompts import evaluation_prompts
+from adatsq_trt.zoo.scenes.prompts import Prompt, evaluation_prompts
 
 # The zoo's models can be asked for these; a larger batch asks for them again, with other seeds.
 _DISTINCT = 600
@@ -48,6 +47,6 @@ def make_batch(adapter: ModelAdapter, count: int) -> Batch:
     return Batch(tuple(known[str(p)] for p in asked), tuple(str(p.column) for p in asked), judged=True)
 
 
-def _asked(count: int) -> Sequence:  # type: ignore[type-arg]
+def _asked(count: int) -> list[Prompt]:
     distinct = evaluation_prompts(_DISTINCT)
     return [distinct[i % _DISTINCT] for i in range(count)]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 
@@ -14,7 +15,7 @@ from adatsq_trt.cli.stages import search
 from adatsq_trt.cli.stages.evaluate import Cell, Evaluation
 from adatsq_trt.evaluation.methods import FULL_PRECISION, METHODS
 from adatsq_trt.files import read_json_model, read_tensors, write_bytes
-from adatsq_trt.formats import resolve_formats
+from adatsq_trt.formats import format_named
 from adatsq_trt.report.contact_sheet import write_contact_sheet
 from adatsq_trt.report.theme import ACCENT, COLORMAP, CONTRAST, MUTED, STYLE, Chart, format_colors, render
 from adatsq_trt.search.select import SearchResult
@@ -73,8 +74,8 @@ def policy(model: str, run: Path) -> Chart:
     """The formats that the search chose for a mean of 4 bits."""
     result = read_json_model(run / search.NAME / search.RESULT, SearchResult)
     rows = result.points[result.chosen].formats
-    used = {name for row in rows for name in row}
-    names = tuple(f.name for f in resolve_formats(",".join(sorted(used)) + "," * (len(used) == 1)) if f.name in used)
+    used = {name for row in rows for name in row}  # cheapest first in the legend
+    names = tuple(sorted(used, key=lambda name: (format_named(name).bits, name)))
     colors = format_colors(names)
     figure, axes = _map((len(rows), len(rows[0])))
     chosen = np.array([[names.index(name) for name in row] for row in rows]).T
@@ -87,7 +88,7 @@ def policy(model: str, run: Path) -> Chart:
     return Chart(f"quality-{model}-policy", f"{model}: the chosen policy", caption, figure)
 
 
-def _map(shape: tuple[int, ...]):  # type: ignore[no-untyped-def]
+def _map(shape: tuple[int, ...]) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(5.2, 3.6), layout="constrained")
     axes = figure.add_subplot()
     axes.set(xlabel="step", ylabel="layer, in the order of execution")

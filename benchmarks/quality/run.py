@@ -54,7 +54,7 @@ class Sizes:
     selection: int
 
 
-QUICK, FULL, MANY_STEPS = Sizes(24, 8, 8), Sizes(600, 64, 128), Sizes(600, 16, 32)
+QUICK, FULL, MANY_STEPS = Sizes(24, 8, 8), Sizes(600, 32, 32), Sizes(600, 16, 16)
 
 
 class CellInterval(BaseModel):

@@ -12,7 +12,7 @@ HEAVY = ("diffusers", "matplotlib", "numpy", "onnx", "onnxruntime", "polygraphy"
 COMMANDS = (
     *(("build", "engine"), ("build", "plugins"), ("benchmark", "kernels")),
     *(("calibrate",), ("quantize",), ("search",), ("export",)),
-    *(("check",), ("generate",), ("inspect",), ("compare",), ("report",), ("models",), ("doctor",)),
+    *(("check",), ("generate",), ("inspect",), ("compare",), ("evaluate",), ("report",), ("models",), ("doctor",)),
     *(("deploy", "triton"), ("serve",)),
 )
 

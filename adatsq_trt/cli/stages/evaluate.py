@@ -38,7 +38,7 @@ from adatsq_trt.formats import Format, resolve_formats
 from adatsq_trt.models.format_store import FormatStore
 from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.models.transforms import BRANCH_BITS, LayerTransform
-from adatsq_trt.policy import Policy
+from adatsq_trt.policy import LayerShape, Policy
 from adatsq_trt.quantize import quantize_nearest
 from adatsq_trt.run import RunDirectory, Stage
 from adatsq_trt.search.select import SearchResult
@@ -301,7 +301,7 @@ class Evaluation:
             seed=effort.seed,
             calibration_samples=effort.calibration_samples,
             selection_samples=effort.selection_samples,
-            held_out_samples=min(effort.selection_samples, 16),  # cells have samples of their own
+            held_out_samples=min(effort.selection_samples, 2),  # cells have samples of their own
             beam=method.beam,
             transform=method.transform if method.searched else None,
             **({"temperature": _FLAT} if method.searched and method.weights is not Weights.FISHER else {}),
@@ -338,7 +338,7 @@ def _uniform_store(context: Context, fmt: Format, method: Method) -> FormatStore
     return FormatStore({fmt.name: weights}, {}, transforms)
 
 
-def _shapes(context: Context):  # type: ignore[no-untyped-def]
+def _shapes(context: Context) -> tuple[LayerShape, ...]:
     """Bits of weights do not depend on the tokens."""
     return layer_shapes(context.adapter, dict.fromkeys(context.layers, 1))
 
