@@ -129,8 +129,8 @@ Formats = Annotated[
     str | None,
     typer.Option(
         "--formats",
-        help="Candidates: a set (paper, paper-fine, paper-low, paper-pairs, blackwell, ada, hopper, ampere, cpu) or a list "
-        "such as nvfp4,fp8.",
+        help="Candidates: a set (paper, paper-fine, paper-low, paper-pairs, blackwell, ada, hopper, ampere, cpu) or a "
+        "list such as nvfp4,fp8.",
         show_default="the target's set",
         rich_help_panel=_POLICY,
     ),
