@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from adatsq_trt.cli.stages import search
 from adatsq_trt.cli.stages.evaluate import Cell, Evaluation
-from adatsq_trt.evaluation.methods import FULL_PRECISION, METHODS
+from adatsq_trt.evaluation.methods import BITS, FULL_BITS, FULL_PRECISION, METHODS
 from adatsq_trt.files import read_json_model, read_tensors, write_bytes
 from adatsq_trt.formats import format_named
 from adatsq_trt.report.contact_sheet import write_contact_sheet
@@ -24,18 +24,18 @@ PICTURES = 20
 _OURS = ("adatsq", "adatsq-fine", "adatsq-best")
 
 
-def draw(evaluations: dict[str, Evaluation], measured: dict[str, list[Cell]], folder: Path) -> None:
-    """All figures of all models that have their cells."""
+def draw(evaluation: Evaluation, cells: Sequence[Cell], folder: Path) -> None:
+    """All figures of a model whose cells are there."""
+    model, best = evaluation.effort.model, evaluation.run_of(METHODS["adatsq-best"], "4/4")
     with matplotlib.rc_context(STYLE):
-        for model, cells in measured.items():
-            _save(folder, fronts(model, [cell for cell in cells if cell.method in METHODS]))
-            best = evaluations[model].run_of(METHODS["adatsq-best"], "4/4")
-            if (best / search.NAME / search.RESULT).is_file():
-                _save(folder, sensitivity(model, best))
-                _save(folder, policy(model, best))
-    for model, cells in measured.items():
-        for bits in ("4/4", "3/3"):
-            sheet(evaluations[model], [c for c in cells if c.method in METHODS and c.bits in (bits, "16/16")], folder)
+        _save(folder, fronts(model, cells))
+        if (best / search.NAME / search.RESULT).is_file():
+            _save(folder, sensitivity(model, best))
+            _save(folder, policy(model, best))
+    for bits in BITS:
+        rows = [cell for cell in cells if cell.bits in (bits, FULL_BITS)]
+        if len(rows) > 1:
+            sheet(evaluation, rows, folder)
 
 
 def _save(folder: Path, chart: Chart) -> None:

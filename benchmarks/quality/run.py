@@ -13,9 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -55,6 +56,8 @@ class Sizes:
 
 
 QUICK, FULL, MANY_STEPS = Sizes(24, 8, 8), Sizes(600, 32, 32), Sizes(600, 16, 16)
+# The parts of the method, with the whole beside them, on fewer samples: PSNR tells them apart.
+ABLATION = Sizes(60, 16, 16)
 
 
 class CellInterval(BaseModel):
@@ -74,34 +77,36 @@ class Comparisons(BaseModel):
 
     Attributes:
         efforts: what the cells of each model have in common.
-        intervals: of all cells, those of the ablation too.
+        intervals: of all cells in results.json.
         differences: our methods less every other one at the same bits, paired.
-        ablation: cells of the parts, on one model.
+        ablation_effort: what the cells of the ablation have in common.
+        ablation: those cells.
+        ablation_intervals: of those.
         missing: cells that were not measured, as "model method bits".
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    schema_version: Literal[1] = 1
     efforts: tuple[Effort, ...]
     intervals: tuple[CellInterval, ...]
     differences: tuple[Difference, ...]
+    ablation_effort: Effort | None
     ablation: tuple[Cell, ...]
+    ablation_intervals: tuple[CellInterval, ...]
     missing: tuple[str, ...]
 
 
-def wanted(model: str) -> Iterator[tuple[Method, str]]:
-    """The cells of a model: full precision first, then the methods, then the ablation where it is made."""
+def wanted(methods: Iterable[Method]) -> Iterator[tuple[Method, str]]:
+    """The cells of a model: full precision first."""
     yield METHODS[FULL_PRECISION], FULL_BITS
     for bits in BITS:
-        yield from ((method, bits) for name, method in METHODS.items() if name != FULL_PRECISION)
-    if model == ABLATED:
-        yield from ((method, bits) for bits in BITS for method in ABLATIONS.values())
+        yield from ((method, bits) for method in methods if method.name != FULL_PRECISION)
 
 
-def open_evaluation(model: str, runs: Path, quick: bool) -> Evaluation:
-    """The evaluation of a model; searches over many steps get fewer trajectories."""
+def open_evaluation(model: str, folder: Path, sizes: Sizes) -> Evaluation:
+    """The evaluation of a model, begun or gone on with."""
     loaded = load_model(model)
-    sizes = QUICK if quick else FULL if loaded.default_steps <= FEW_STEPS else MANY_STEPS
     effort = Effort(
         model=model,
         model_sha256=loaded.model_sha256,
@@ -112,31 +117,46 @@ def open_evaluation(model: str, runs: Path, quick: bool) -> Evaluation:
         calibration_samples=sizes.calibration,
         selection_samples=sizes.selection,
     )
-    return Evaluation(runs / model, effort, loaded)
+    return Evaluation(folder, effort, loaded)
 
 
-def compare(evaluations: dict[str, Evaluation], measured: dict[str, list[Cell]], missing: list[str]) -> Comparisons:
-    """Intervals of all cells; our methods against the others at the same bits."""
-    bounds, differences = [], []
-    for model, cells in measured.items():
-        for cell in cells:
-            score, psnr = intervals(evaluations[model], cell)
-            bounds.append(
-                CellInterval(
-                    model=model, method=cell.method, bits=cell.bits, score=_bounds(score), psnr_db=_bounds(psnr)
-                )
-            )
-        rows = [cell for cell in cells if cell.method in METHODS and cell.method != FULL_PRECISION]
+@dataclass
+class Measured:
+    """An evaluation and those of its cells that there are.
+
+    Attributes:
+        evaluation: of one model.
+        cells: in the order of the tables.
+        missing: cells that were not measured, as "model method bits".
+    """
+
+    evaluation: Evaluation
+    cells: list[Cell] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    def fill(self, methods: Iterable[Method], only_found: bool) -> None:
+        """Measure the cells of these methods, or take those that are there."""
+        for method, bits in wanted(methods):
+            if only_found and not self.evaluation.has(method, bits):
+                self.missing.append(f"{self.evaluation.effort.model} {method.name} {bits}")
+            else:
+                self.cells.append(self.evaluation.cell(method, bits))
+
+    @property
+    def bounds(self) -> list[CellInterval]:
+        """Intervals of all cells."""
+        both = [(cell, *intervals(self.evaluation, cell)) for cell in self.cells]
+        return [
+            CellInterval(model=c.model, method=c.method, bits=c.bits, score=_bounds(score), psnr_db=_bounds(psnr))
+            for c, score, psnr in both
+        ]
+
+    @property
+    def differences(self) -> list[Difference]:
+        """Our methods less every other one at the same bits."""
+        rows = [cell for cell in self.cells if cell.method != FULL_PRECISION]
         pairs = [(a, b) for a in rows if a.method in OURS for b in rows if a.bits == b.bits and a.method != b.method]
-        differences += [difference(evaluations[model], *pair) for pair in pairs]
-    ablation = [cell for cells in measured.values() for cell in cells if cell.method in ABLATIONS]
-    return Comparisons(
-        efforts=tuple(evaluation.effort for evaluation in evaluations.values()),
-        intervals=tuple(bounds),
-        differences=tuple(differences),
-        ablation=tuple(ablation),
-        missing=tuple(missing),
-    )
+        return [difference(self.evaluation, *pair) for pair in pairs]
 
 
 def _bounds(interval: Interval | None) -> tuple[float, float] | None:
@@ -154,7 +174,7 @@ def insert(document: Path, text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare quantization methods on the models of the zoo.")
-    parser.add_argument("--quick", action="store_true", help="few samples, models of few steps")
+    parser.add_argument("--quick", action="store_true", help="few samples, models of few steps, no ablation")
     parser.add_argument("--models", nargs="+", help="some of the zoo's models")
     parser.add_argument("--from-cells", action="store_true", help="measure nothing, write what was measured")
     parser.add_argument("--document", type=Path, help="Markdown file whose tables are replaced")
@@ -162,30 +182,33 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     runs = QUICK_RUNS if options.quick else RUNS
     names = options.models or [name for name in zoo_models() if name.startswith("scenes-")]
-    evaluations = {name: open_evaluation(name, runs, options.quick) for name in names}
-    if options.quick:
-        evaluations = {name: e for name, e in evaluations.items() if e.effort.steps <= FEW_STEPS}
-    measured: dict[str, list[Cell]] = {}
-    missing: list[str] = []
-    for name, evaluation in evaluations.items():
-        for method, bits in wanted(name):
-            if options.from_cells and not evaluation.has(method, bits):
-                missing.append(f"{name} {method.name} {bits}")
-            else:
-                measured.setdefault(name, []).append(evaluation.cell(method, bits))
-    write(evaluations, measured, missing, runs if options.quick else Path(__file__).parent, options.document)
+    few = {name for name in names if load_model(name).default_steps <= FEW_STEPS}
+    models = []
+    for name in names:
+        if options.quick and name not in few:
+            continue
+        sizes = QUICK if options.quick else FULL if name in few else MANY_STEPS
+        models.append(Measured(open_evaluation(name, runs / name, sizes)))
+        models[-1].fill(METHODS.values(), options.from_cells)
+    ablation = None
+    if not options.quick and ABLATED in names:
+        ablation = Measured(open_evaluation(ABLATED, runs / f"{ABLATED}-ablation", ABLATION))
+        ablation.fill([*METHODS.values(), *ABLATIONS.values()], options.from_cells)
+    write(models, ablation, runs if options.quick else Path(__file__).parent, options.document)
 
 
-def write(
-    evaluations: dict[str, Evaluation],
-    measured: dict[str, list[Cell]],
-    missing: list[str],
-    folder: Path,
-    document: Path | None,
-) -> None:
+def write(models: Sequence[Measured], ablation: Measured | None, folder: Path, document: Path | None) -> None:
     """All that is made from cells."""
-    comparisons = compare(evaluations, measured, missing)
-    cells: Sequence[Cell] = [cell for rows in measured.values() for cell in rows if cell.method in METHODS]
+    comparisons = Comparisons(
+        efforts=tuple(model.evaluation.effort for model in models),
+        intervals=tuple(interval for model in models for interval in model.bounds),
+        differences=tuple(row for model in models for row in model.differences),
+        ablation_effort=None if ablation is None else ablation.evaluation.effort,
+        ablation=() if ablation is None else tuple(ablation.cells),
+        ablation_intervals=() if ablation is None else tuple(ablation.bounds),
+        missing=tuple(name for model in (*models, *([ablation] if ablation else [])) for name in model.missing),
+    )
+    cells = [cell for model in models for cell in model.cells]
     text = json.dumps([cell.model_dump(mode="json") for cell in cells], indent=2)
     write_bytes(folder / "results.json", f"{text}\n".encode())
     write_json_model(folder / "comparisons.json", comparisons)
@@ -193,7 +216,8 @@ def write(
     print(shown)
     if document is not None:
         insert(document, shown)
-        draw(evaluations, measured, FIGURES)
+        for model in models:
+            draw(model.evaluation, model.cells, FIGURES)
 
 
 if __name__ == "__main__":

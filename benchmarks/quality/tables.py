@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from adatsq_trt.cli.stages.evaluate import Cell
-from adatsq_trt.evaluation.methods import BITS, FULL_PRECISION, method_named
+from adatsq_trt.evaluation.methods import BITS, method_named
 from adatsq_trt.zoo.scenes.prompts import COLUMNS
 
 if TYPE_CHECKING:
-    from benchmarks.quality.run import Comparisons
+    from benchmarks.quality.run import CellInterval, Comparisons
 
 OURS = ("adatsq", "adatsq-fine", "adatsq-best")
 
@@ -23,7 +23,7 @@ def tables(cells: Sequence[Cell], comparisons: Comparisons) -> str:
         own = [cell for cell in cells if cell.model == model]
         parts += [f"### {model}\n", _methods(own, comparisons), _verdicts(model, comparisons)]
     if comparisons.ablation:
-        parts += ["### What the parts add\n", _ablation(cells, comparisons)]
+        parts += ["### What the parts add\n", _ablation(comparisons)]
     return "\n".join(part for part in parts if part)
 
 
@@ -42,16 +42,18 @@ def _methods(cells: Sequence[Cell], comparisons: Comparisons) -> str:
     head = ["method", "W/A", "weight bits", "mean score", "PSNR, dB", *COLUMNS]
     lines = [f"| {' | '.join(head)} |", f"|---|---|{'---:|' * (len(head) - 2)}"]
     for cell in cells:
-        figures = [*_figures(cell, comparisons), *(f"{cell.scores[c]:.2f}" if cell.scores else "" for c in COLUMNS)]
+        figures = [
+            *_figures(cell, comparisons.intervals),
+            *(f"{cell.scores[c]:.2f}" if cell.scores else "" for c in COLUMNS),
+        ]
         lines.append(f"| {cell.method} | {cell.bits} | {cell.effective_weight_bits:.2f} | {' | '.join(figures)} |")
     return "\n".join(lines) + "\n"
 
 
-def _figures(cell: Cell, comparisons: Comparisons) -> tuple[str, str]:
+def _figures(cell: Cell, intervals: Sequence[CellInterval]) -> tuple[str, str]:
     """Mean score and PSNR with their intervals."""
-    bounds = next(
-        i for i in comparisons.intervals if (i.model, i.method, i.bits) == (cell.model, cell.method, cell.bits)
-    )
+    place = (cell.model, cell.method, cell.bits)
+    bounds = next(i for i in intervals if (i.model, i.method, i.bits) == place)
     score = psnr = ""
     if cell.mean_score is not None and bounds.score is not None:
         score = f"{cell.mean_score:.3f} ({bounds.score[0]:.3f} to {bounds.score[1]:.3f})"
@@ -75,24 +77,28 @@ def _verdicts(model: str, comparisons: Comparisons) -> str:
     return "\n".join(lines) + "\n" if len(lines) > 2 else ""
 
 
-def _ablation(cells: Sequence[Cell], comparisons: Comparisons) -> str:
-    """The parts by themselves beside the methods that hold them all."""
-    model = comparisons.ablation[0].model
-    rows = [c for c in cells if c.model == model and c.method != FULL_PRECISION] + list(comparisons.ablation)
+def _ablation(comparisons: Comparisons) -> str:
+    """The parts by themselves beside the methods that hold them all, the least PSNR first."""
+    effort = comparisons.ablation_effort
+    assert effort is not None, "cells have an effort"
     lines = [
+        f"{effort.model}, {effort.samples} samples per cell, calibrated on {effort.calibration_samples} trajectories, "
+        f"policies chosen on {effort.selection_samples}; the least PSNR first.",
+        "",
         "| method | weights | transform | candidates | beam | W/A | weight bits | mean score | PSNR, dB |",
         "|---|---|---|---|---:|---|---:|---:|---:|",
     ]
     for bits in BITS:
-        for cell in sorted((c for c in rows if c.bits == bits), key=lambda c: c.psnr_db or 0.0):
+        rows = [cell for cell in comparisons.ablation if cell.bits == bits]
+        for cell in sorted(rows, key=lambda c: c.psnr_db or 0.0):
             method = method_named(cell.method)
             weights = method.weights.value if method.weights else "modelopt's"
             sets = method.searched[bits] if method.searched else "one format"
             kind = "" if method.kind == "chosen" else f", {method.kind.replace('_', ' ')}"
             beam = str(method.beam) if method.searched and method.kind == "chosen" else ""
-            score, psnr = _figures(cell, comparisons)
+            figures = " | ".join(_figures(cell, comparisons.ablation_intervals))
             lines.append(
                 f"| {cell.method} | {weights} | {method.transform or ''} | {sets}{kind} | {beam} | {cell.bits} | "
-                f"{cell.effective_weight_bits:.2f} | {score} | {psnr} |"
+                f"{cell.effective_weight_bits:.2f} | {figures} |"
             )
     return "\n".join(lines) + "\n"
