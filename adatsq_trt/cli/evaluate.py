@@ -13,33 +13,42 @@ from adatsq_trt.cli.build import Model
 _MOST = 100_000
 
 
+Methods = Annotated[str, typer.Option("--methods", help="Names with commas between, or 'all'.")]
+Bits = Annotated[str, typer.Option("--bits", help="Weights/activations: 4/4, 3/3 or both.")]
+SampleCount = Annotated[int, typer.Option("--samples", min=6, max=_MOST, help="Pictures of every cell.")]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        help="Folder of the cells: those that are finished are reused.",
+        show_default="runs/evaluate-MODEL",
+    ),
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Of calibration and samples.")]
+Steps = Annotated[
+    int | None, typer.Option("--steps", min=1, max=1000, help="Denoising steps.", show_default="the model's")
+]
+Calibration = Annotated[
+    int, typer.Option("--calibration-samples", min=1, max=_MOST, help="Trajectories that all calibrate on.")
+]
+Selection = Annotated[
+    int, typer.Option("--selection-samples", min=1, max=_MOST, help="Trajectories that policies are chosen on.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the cells as JSON instead of a table.")]
+
+
 def evaluate(
     model: Model,
-    methods: Annotated[
-        str, typer.Option("--methods", help="Names with commas between, or 'all'.", show_default="all")
-    ] = "all",
-    bits: Annotated[str, typer.Option("--bits", help="Weights/activations: 4/4, 3/3 or both.")] = "4/4,3/3",
-    samples: Annotated[int, typer.Option("--samples", min=6, max=_MOST, help="Pictures of every cell.")] = 600,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            help="Folder of the cells: those that are finished are reused.",
-            show_default="runs/evaluate-MODEL",
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Of calibration and samples.")] = 0,
-    steps: Annotated[
-        int | None, typer.Option("--steps", min=1, max=1000, help="Denoising steps.", show_default="the model's")
-    ] = None,
-    calibration_samples: Annotated[
-        int, typer.Option("--calibration-samples", min=1, max=_MOST, help="Trajectories that all calibrate on.")
-    ] = 64,
-    selection_samples: Annotated[
-        int, typer.Option("--selection-samples", min=1, max=_MOST, help="Trajectories that policies are chosen on.")
-    ] = 256,
-    json: Annotated[bool, typer.Option("--json", help="Print the cells as JSON instead of a table.")] = False,
+    methods: Methods = "all",
+    bits: Bits = "4/4,3/3",
+    samples: SampleCount = 600,
+    output: Output = None,
+    seed: Seed = 0,
+    steps: Steps = None,
+    calibration_samples: Calibration = 64,
+    selection_samples: Selection = 256,
+    json: AsJson = False,
 ) -> None:
     """Score quantization methods: pictures that show what was asked for, and PSNR against full precision.
 
@@ -54,7 +63,12 @@ def evaluate(
     wanted = [method_named(name) for name in (METHODS if methods == "all" else methods.split(","))]
     widths = [width for width in dict.fromkeys(bits.split(",")) if require_bits(width)]
     pairs = [(method_named(FULL_PRECISION), FULL_BITS)]
-    pairs += [(method, width) for width in sorted(widths, key=BITS.index) for method in wanted if method.name != "fp16"]
+    pairs += [
+        (method, width)
+        for width in sorted(widths, key=BITS.index)
+        for method in wanted
+        if method.name != FULL_PRECISION
+    ]
 
     from rich.console import Console
 

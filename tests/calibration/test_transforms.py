@@ -188,7 +188,7 @@ class Two(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        self.first, self.second = nn.Linear(128, 128), nn.Linear(128, 128)
+        self.first, self.second = nn.Linear(128, 128, bias=False), nn.Linear(128, 128, bias=False)
         for linear in (self.first, self.second):
             linear.weight.data = torch.randn(128, 128, generator=generator)
         self.requires_grad_(False)

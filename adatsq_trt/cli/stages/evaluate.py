@@ -259,11 +259,7 @@ class Evaluation:
             calibrate.run(context)
             self._adopt(quantize.stage(context))
             result = read_json_model(search.run(context).folder / search.RESULT, SearchResult)
-            index = {
-                "chosen": result.chosen,
-                "layer_only": result.layer_only,
-                "time_only": result.time_only,
-            }[method.kind]
+            index: int | None = getattr(result, method.kind)
             assert index is not None, "every budget here has policies of both static kinds"
             rows = result.points[index].formats
             policy = Policy.from_steps(self.effort.model, context.settings.weights_sha256, context.layers, rows)
@@ -304,8 +300,9 @@ class Evaluation:
             held_out_samples=min(effort.selection_samples, 2),  # cells have samples of their own
             beam=method.beam,
             transform=method.transform if method.searched else None,
-            **({"temperature": _FLAT} if method.searched and method.weights is not Weights.FISHER else {}),
         )
+        if method.searched and method.weights is not Weights.FISHER:
+            settings = settings.model_copy(update={"temperature": _FLAT})
         with RunDirectory.open(self._folder / "runs" / name) as run:
             yield Context(run, settings, self._model)
 
