@@ -297,7 +297,7 @@ class Evaluation:
             seed=effort.seed,
             calibration_samples=effort.calibration_samples,
             selection_samples=effort.selection_samples,
-            held_out_samples=min(effort.selection_samples, 2),  # cells have samples of their own
+            held_out_samples=0,  # cells have samples of their own
             beam=method.beam,
             transform=method.transform if method.searched else None,
         )

@@ -126,7 +126,7 @@ def _search(context: Context, folder: Path) -> SearchResult:
             *(Proposal("beam", path.assignments) for path in paths),
             *(Proposal("plan", rows) for rows in (*plan.policies, *plan.hedges)),
             *static,
-            *_uniforms(context),
+            *(_uniforms(context) if context.settings.held_out_samples else ()),
         ]
         return _judge(context, model, proposals, problem.calls, folder)
 
@@ -213,9 +213,11 @@ def _judge(
     static = [best_of(points, wanted, (kind,)) for kind in STATIC_KINDS]
     uniforms = [i for i, point in enumerate(points) if point.kind == "uniform"]
     reported = list(dict.fromkeys([chosen, *(i for i in static if i is not None), *uniforms]))
-    with progress("search: held-out samples", len(reported)) as advance:
-        points = measure_held_out(points, reported, formats, Scorer(model, formats, context.held_out, folder), advance)
-    _keep_trajectory_errors(context, model, [points[i] for i in reported], folder / TRAJECTORY_ERRORS)
+    if settings.held_out_samples:
+        with progress("search: held-out samples", len(reported)) as advance:
+            scorer = Scorer(model, formats, context.held_out, folder)
+            points = measure_held_out(points, reported, formats, scorer, advance)
+        _keep_trajectory_errors(context, model, [points[i] for i in reported], folder / TRAJECTORY_ERRORS)
     return SearchResult(
         points=tuple(points),
         chosen=chosen,
