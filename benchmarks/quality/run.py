@@ -153,9 +153,10 @@ class Measured:
 
     @property
     def differences(self) -> list[Difference]:
-        """Our methods less every other one at the same bits."""
+        """Our methods, and full precision, less every other one at the same bits."""
         rows = [cell for cell in self.cells if cell.method != FULL_PRECISION]
         pairs = [(a, b) for a in rows if a.method in OURS for b in rows if a.bits == b.bits and a.method != b.method]
+        pairs += [(exact, b) for exact in self.cells if exact.method == FULL_PRECISION for b in rows]
         return [difference(self.evaluation, *pair) for pair in pairs]
 
 

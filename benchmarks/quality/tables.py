@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from adatsq_trt.cli.stages.evaluate import Cell
+from adatsq_trt.cli.stages.quality import verdict
 from adatsq_trt.evaluation.methods import BITS, method_named
+from adatsq_trt.evaluation.scores import Interval
 from adatsq_trt.zoo.scenes.prompts import COLUMNS
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ def tables(cells: Sequence[Cell], comparisons: Comparisons) -> str:
     parts = [_effort(comparisons)]
     for model in models:
         own = [cell for cell in cells if cell.model == model]
-        parts += [f"### {model}\n", _methods(own, comparisons), _verdicts(model, comparisons)]
+        parts += [f"### {model}\n", _methods(own, comparisons), _verdicts(model, comparisons), _pictures(model, own)]
     if comparisons.ablation:
         parts += ["### What the parts add\n", _ablation(comparisons)]
     return "\n".join(part for part in parts if part)
@@ -62,6 +64,20 @@ def _figures(cell: Cell, intervals: Sequence[CellInterval]) -> tuple[str, str]:
     return score, psnr
 
 
+def _pictures(model: str, cells: Sequence[Cell]) -> str:
+    """The figures that `figures.draw` makes of these cells."""
+    lines = [f"![{model}: PSNR against stored weight bits](figures/quality-{model}-fronts.svg)"]
+    if any(cell.method == "adatsq-best" and cell.bits == "4/4" for cell in cells):
+        lines += [
+            f"![{model}: how sensitive steps and layers are](figures/quality-{model}-sensitivity.svg)",
+            f"![{model}: the policy of adatsq-best at 4 bits](figures/quality-{model}-policy.svg)",
+        ]
+    for bits in BITS:
+        if any(cell.bits == bits for cell in cells):
+            lines.append(f"![{model}: pictures at {bits}](figures/quality-{model}-{bits.replace('/', '')}.png)")
+    return "\n\n".join(lines) + "\n"
+
+
 def _verdicts(model: str, comparisons: Comparisons) -> str:
     """Our methods less the others; the interval of a tie holds zero."""
     lines = [
@@ -71,10 +87,17 @@ def _verdicts(model: str, comparisons: Comparisons) -> str:
     for d in comparisons.differences:
         if d.model != model or d.other in OURS:
             continue
-        score = "" if d.score is None else f"{d.score:+.3f} ({d.score_low:+.3f} to {d.score_high:+.3f})"
-        psnr = f"{d.psnr_db:+.2f} ({d.psnr_low:+.2f} to {d.psnr_high:+.2f})"
-        lines.append(f"| {d.method} | {d.other} | {d.bits} | {score} | {d.score_verdict} | {psnr} | {d.psnr_verdict} |")
+        score, psnr = _shown(d.score_interval, 3), _shown(d.psnr_interval, 2)
+        lines.append(f"| {d.method} | {d.other} | {d.bits} | {score} | {psnr} |")
     return "\n".join(lines) + "\n" if len(lines) > 2 else ""
+
+
+def _shown(interval: Interval | None, digits: int) -> str:
+    """A difference in two columns: the figure with its interval, and the word for it."""
+    if interval is None:
+        return " | "
+    value, low, high = (f"{x:+.{digits}f}" for x in (interval.value, interval.low, interval.high))
+    return f"{value} ({low} to {high}) | {verdict(interval)}"
 
 
 def _ablation(comparisons: Comparisons) -> str:

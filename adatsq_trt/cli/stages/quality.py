@@ -17,13 +17,13 @@ class Difference(BaseModel):
 
     Attributes:
         model: its name.
-        bits: of both.
+        bits: of both; of the other when the one is full precision.
         method: the one.
         other: what is taken away.
         score: difference of mean scores; None without a judge.
         score_low: 2.5th percentile of the paired bootstrap.
         score_high: 97.5th percentile.
-        psnr_db: difference of mean PSNR; the next two likewise.
+        psnr_db: difference of mean PSNR, None for full precision; the next two likewise.
         psnr_low: 2.5th percentile.
         psnr_high: 97.5th percentile.
     """
@@ -37,21 +37,23 @@ class Difference(BaseModel):
     score: float | None
     score_low: float | None
     score_high: float | None
-    psnr_db: float
-    psnr_low: float
-    psnr_high: float
+    psnr_db: float | None
+    psnr_low: float | None
+    psnr_high: float | None
 
     @property
-    def score_verdict(self) -> str:
-        """Whether the mean scores differ by more than chance."""
-        if self.score is None or self.score_low is None or self.score_high is None:
-            return "none"
-        return verdict(Interval(self.score, self.score_low, self.score_high))
+    def score_interval(self) -> Interval | None:
+        """The difference of mean scores."""
+        return _interval(self.score, self.score_low, self.score_high)
 
     @property
-    def psnr_verdict(self) -> str:
-        """Whether the PSNRs differ by more than chance."""
-        return verdict(Interval(self.psnr_db, self.psnr_low, self.psnr_high))
+    def psnr_interval(self) -> Interval | None:
+        """The difference of PSNRs."""
+        return _interval(self.psnr_db, self.psnr_low, self.psnr_high)
+
+
+def _interval(value: float | None, low: float | None, high: float | None) -> Interval | None:
+    return None if value is None or low is None or high is None else Interval(value, low, high)
 
 
 def verdict(difference: Interval) -> str:
@@ -66,18 +68,18 @@ def difference(evaluation: Evaluation, one: Cell, other: Cell) -> Difference:
     (right, psnr), (other_right, other_psnr) = (evaluation.outcomes(c.method, c.bits) for c in (one, other))
     names = evaluation.batch.columns
     score = bootstrap(right - other_right, names) if evaluation.batch.judged else None
-    decibels = bootstrap(psnr - other_psnr, names)
+    decibels = None if one.psnr_db is None or other.psnr_db is None else bootstrap(psnr - other_psnr, names)
     return Difference(
         model=one.model,
-        bits=one.bits,
+        bits=other.bits,
         method=one.method,
         other=other.method,
         score=None if score is None else score.value,
         score_low=None if score is None else score.low,
         score_high=None if score is None else score.high,
-        psnr_db=decibels.value,
-        psnr_low=decibels.low,
-        psnr_high=decibels.high,
+        psnr_db=None if decibels is None else decibels.value,
+        psnr_low=None if decibels is None else decibels.low,
+        psnr_high=None if decibels is None else decibels.high,
     )
 
 
