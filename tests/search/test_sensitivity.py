@@ -8,9 +8,12 @@ from torch import Tensor
 
 from adatsq_trt.calibration.fisher import backward_sweep
 from adatsq_trt.calibration.trajectory import Samples, trajectory
+from adatsq_trt.calibration.transforms.make import make_transforms
+from adatsq_trt.calibration.transforms.statistics import measure_groups
 from adatsq_trt.formats import FORMATS, Format
 from adatsq_trt.models.format_store import FormatStore
 from adatsq_trt.models.simulated import SimulatedModel
+from adatsq_trt.models.transforms import IDENTITY
 from adatsq_trt.quantize import QuantizedWeight
 from adatsq_trt.search.sensitivity import SMOOTHED_STEPS, Sensitivity, assemble, step_contributions
 
@@ -44,16 +47,18 @@ def relative(predicted: Tensor, actual: Tensor) -> float:
     return float((predicted - actual).norm() / actual.norm())
 
 
+@pytest.mark.parametrize("transform", [None, "smooth", "balance-low-rank"])
 def test_contributions_of_all_steps_and_layers_add_up_to_the_change_of_the_picture(
-    samples: Samples, latents: Tensor, start: Tensor
+    samples: Samples, latents: Tensor, start: Tensor, transform: str | None
 ) -> None:
     """For weights that are a little off and exact activations, whose rounding would depend on what comes before."""
     generator, exact = torch.Generator().manual_seed(0), FORMATS["fp32"]
-    off = {
-        name: QuantizedWeight(linear.weight + 1e-3 * torch.randn(linear.weight.shape, generator=generator))
-        for name, linear in samples.adapter.quantizable_layers().items()
-    }
-    store = FormatStore({exact.name: off}, {})
+    transforms = {} if transform is None else make_transforms(transform, measure_groups(samples, latents))
+    off = {}
+    for name, linear in samples.adapter.quantizable_layers().items():
+        weight = transforms.get(name, IDENTITY).rounded_weight(linear.weight)
+        off[name] = QuantizedWeight(weight + 1e-3 * torch.randn(weight.shape, generator=generator))
+    store = FormatStore({exact.name: off}, {}, transforms)
     sweep = backward_sweep(samples, latents, start, STEPS - 1)
     parts = {b.step: step_contributions(b, samples.adapter, [exact], store) for b in sweep}
     sensitivity = assemble([exact], parts, latents[0, 0].numel(), 2)
