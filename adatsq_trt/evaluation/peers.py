@@ -47,14 +47,19 @@ def apply_peer(
     mtq.quantize(transformer, {"quant_cfg": first, "algorithm": algorithm}, forward_loop)
     if peer is Peer.SMOOTHQUANT:
         mtq.set_quantizer_by_cfg(transformer, _grids(layers, "weight", blocks, bits[0]))
-        for layer in layers:
-            transformer.get_submodule(layer).weight_quantizer.reset_amax()
+        _forget(transformer, layers, "weight")
         mtq.calibrate(transformer, "max", forward_loop)
     # Both algorithms calibrate with static inputs only; scales for each token need no calibration.
-    for layer in layers:
-        transformer.get_submodule(layer).input_quantizer.reset_amax()
+    _forget(transformer, layers, "input")
     by_token = {"type": "dynamic", "block_sizes": {-1: None}}
     mtq.set_quantizer_by_cfg(transformer, _grids(layers, "input", by_token, bits[1]))
+
+
+def _forget(transformer: nn.Module, layers: Sequence[str], kind: str) -> None:
+    """Drop calibrated scales, whose shape belongs to the grid before."""
+    for layer in layers:
+        quantizer: Any = transformer.get_submodule(f"{layer}.{kind}_quantizer")
+        quantizer.reset_amax()
 
 
 def _grids(layers: Sequence[str], kind: str, grid: dict[str, Any], bits: int) -> list[dict[str, Any]]:

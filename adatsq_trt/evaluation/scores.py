@@ -67,4 +67,5 @@ def bootstrap(values: Floats, names: Sequence[str], seed: int = 0) -> Interval:
 def psnr(images: Floats, reference: Floats) -> Floats:
     """Peak signal-to-noise ratio of every sample in dB, float64 [samples]; values in [0, 1], 100 dB where equal."""
     error = np.square(images.astype(np.float64) - reference).reshape(len(images), -1).mean(axis=1)
-    return -10 * np.log10(np.maximum(error, 1e-10))
+    decibels: Floats = -10 * np.log10(np.maximum(error, 1e-10))
+    return decibels

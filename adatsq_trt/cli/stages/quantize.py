@@ -43,7 +43,7 @@ def stage(context: Context) -> Stage:
     """The stage for these settings."""
     folder = calibrate.stage(context).folder
     files = [folder / calibrate.HESSIANS, folder / calibrate.STATISTICS]
-    names = ("weights_sha256", "formats", "damping")
+    names: tuple[str, ...] = ("weights_sha256", "formats", "damping")
     if context.settings.transform is not None:
         names, files = (*names, "transform"), [*files, folder / calibrate.TRAJECTORY]
     inputs = context.inputs(names)
