@@ -1,21 +1,39 @@
-"""The prompts that a model is scored with, and the judge of its pictures."""
+"""The prompts that a model is scored with, and the judge of its pictures or clips."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from adatsq_trt.evaluation.scores import column_means, columns_of
 from adatsq_trt.models.adapter import ModelAdapter
+from adatsq_trt.zoo.scenes.clips import ClipPrompt, clip_prompts
 from adatsq_trt.zoo.scenes.judge import load_judge, shows_prompt
 from adatsq_trt.zoo.scenes.prompts import Prompt, evaluation_prompts
+from adatsq_trt.zoo.scenes.video_scores import clip_scores
 
 # The zoo's models can be asked for these; a larger batch asks for them again, with other seeds.
 _DISTINCT = 600
 NO_COLUMN = "all"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the judge says of a batch.
+
+    Attributes:
+        values: of every sample, float64 [samples]; the mean score is the mean of their columns' means.
+        scores: column → mean.
+    """
+
+    values: NDArray[np.float64]
+    scores: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -24,29 +42,38 @@ class Batch:
 
     Attributes:
         prompts: indices into the adapter's prompts.
-        columns: each sample's column.
-        judged: whether there is a judge for these prompts.
+        columns: each sample's column: within these the bootstrap draws.
+        judge: gives the verdict on decoded latents; None where there is no judge for these prompts.
     """
 
     prompts: tuple[int, ...]
     columns: tuple[str, ...]
-    judged: bool
-
-    def right(self, images: Tensor) -> NDArray[np.float64]:
-        """One for each of the images [samples, 16, 16, 3] that shows what it was asked to show, else zero."""
-        asked = _asked(len(self.prompts))
-        with torch.no_grad():
-            return np.array(shows_prompt(load_judge(), images, asked), dtype=np.float64)
+    judge: Callable[[Tensor], Verdict] | None
 
 
 def make_batch(adapter: ModelAdapter, count: int) -> Batch:
-    """The world's prompts in turn; for a model of another world its own prompts, without a judge."""
-    asked, known = _asked(count), {prompt: i for i, prompt in enumerate(adapter.prompts)}
-    if not all(str(prompt) in known for prompt in asked):
-        return Batch(tuple(i % len(known) for i in range(count)), (NO_COLUMN,) * count, judged=False)
-    return Batch(tuple(known[str(p)] for p in asked), tuple(str(p.column) for p in asked), judged=True)
+    """The prompts of the model's world in turn; of an unknown world all its own prompts, without a judge."""
+    known = {prompt: i for i, prompt in enumerate(adapter.prompts)}
+    scenes, clips = evaluation_prompts(_DISTINCT), clip_prompts()
+    if all(str(prompt) in known for prompt in scenes):
+        asked = [scenes[i % len(scenes)] for i in range(count)]
+        columns = tuple(str(prompt.column) for prompt in asked)
+        return Batch(tuple(known[str(p)] for p in asked), columns, partial(_judge_scenes, asked))
+    if all(str(prompt) in known for prompt in clips):
+        moving = [clips[i % len(clips)] for i in range(count)]
+        return Batch(tuple(known[str(p)] for p in moving), (NO_COLUMN,) * count, partial(_judge_clips, moving))
+    return Batch(tuple(i % len(known) for i in range(count)), (NO_COLUMN,) * count, None)
 
 
-def _asked(count: int) -> list[Prompt]:
-    distinct = evaluation_prompts(_DISTINCT)
-    return [distinct[i % _DISTINCT] for i in range(count)]
+@torch.no_grad()
+def _judge_scenes(asked: Sequence[Prompt], images: Tensor) -> Verdict:
+    """One for each picture [samples, 16, 16, 3] that shows what it was asked to show, else zero."""
+    values = np.array(shows_prompt(load_judge(), images, asked), dtype=np.float64)
+    return Verdict(values, column_means(values, columns_of([str(prompt.column) for prompt in asked])))
+
+
+@torch.no_grad()
+def _judge_clips(asked: Sequence[ClipPrompt], clips: Tensor) -> Verdict:
+    """The mean of the scores of every clip [samples, frames, 16, 16, 3]."""
+    scores = {name: value.double().numpy() for name, value in clip_scores(load_judge(), clips, asked).items()}
+    return Verdict(np.stack(list(scores.values())).mean(axis=0), {n: float(v.mean()) for n, v in scores.items()})

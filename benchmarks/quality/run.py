@@ -58,6 +58,7 @@ class Sizes:
 QUICK, FULL, MANY_STEPS = Sizes(24, 8, 8), Sizes(600, 32, 32), Sizes(600, 16, 16)
 # The parts of the method, with the whole beside them, on fewer samples: PSNR tells them apart.
 ABLATION = Sizes(60, 16, 16)
+CLIPS = 120  # of a cell
 
 
 class CellInterval(BaseModel):
@@ -105,12 +106,13 @@ def wanted(methods: Iterable[Method]) -> Iterator[tuple[Method, str]]:
 
 
 def open_evaluation(model: str, folder: Path, sizes: Sizes) -> Evaluation:
-    """The evaluation of a model, begun or gone on with."""
+    """The evaluation of a model, begun or gone on with; clips are more work than pictures."""
     loaded = load_model(model)
+    samples = sizes.samples if loaded.adapter.image.frames is None else min(sizes.samples, CLIPS)
     effort = Effort(
         model=model,
         model_sha256=loaded.model_sha256,
-        samples=sizes.samples,
+        samples=samples,
         seed=0,
         steps=loaded.default_steps,
         guidance=loaded.default_guidance,

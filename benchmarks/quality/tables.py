@@ -9,7 +9,6 @@ from adatsq_trt.cli.stages.evaluate import Cell
 from adatsq_trt.cli.stages.quality import verdict
 from adatsq_trt.evaluation.methods import BITS, method_named
 from adatsq_trt.evaluation.scores import Interval
-from adatsq_trt.zoo.scenes.prompts import COLUMNS
 
 if TYPE_CHECKING:
     from benchmarks.quality.run import CellInterval, Comparisons
@@ -41,12 +40,13 @@ def _effort(comparisons: Comparisons) -> str:
 
 
 def _methods(cells: Sequence[Cell], comparisons: Comparisons) -> str:
-    head = ["method", "W/A", "weight bits", "mean score", "PSNR, dB", *COLUMNS]
+    columns = list(cells[0].scores)
+    head = ["method", "W/A", "weight bits", "mean score", "PSNR, dB", *columns]
     lines = [f"| {' | '.join(head)} |", f"|---|---|{'---:|' * (len(head) - 2)}"]
     for cell in cells:
         figures = [
             *_figures(cell, comparisons.intervals),
-            *(f"{cell.scores[c]:.2f}" if cell.scores else "" for c in COLUMNS),
+            *(f"{cell.scores[c]:.2f}" for c in columns),
         ]
         lines.append(f"| {cell.method} | {cell.bits} | {cell.effective_weight_bits:.2f} | {' | '.join(figures)} |")
     return "\n".join(lines) + "\n"

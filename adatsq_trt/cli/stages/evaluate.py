@@ -2,7 +2,7 @@
 
 FOLDER/evaluation.json               what all cells have in common
 FOLDER/cells/METHOD-4-4.json         a cell's figures, written last
-FOLDER/cells/METHOD-4-4.safetensors  its latents, and whether each sample is right
+FOLDER/cells/METHOD-4-4.safetensors  its latents, and the judge's value of each sample
 FOLDER/runs/NAME/                    run directories of the methods that calibrate or search
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,10 +29,10 @@ from adatsq_trt.calibration.transforms.statistics import measure_groups
 from adatsq_trt.cli.stages import calibrate, quantize, search
 from adatsq_trt.cli.stages.context import Context, layer_shapes
 from adatsq_trt.errors import MismatchError
-from adatsq_trt.evaluation.batch import Batch, make_batch
+from adatsq_trt.evaluation.batch import Batch, Verdict, make_batch
 from adatsq_trt.evaluation.methods import FULL_BITS, FULL_PRECISION, Method, Peer, Weights, require_bits
 from adatsq_trt.evaluation.peers import apply_peer
-from adatsq_trt.evaluation.scores import column_means, columns_of, psnr
+from adatsq_trt.evaluation.scores import psnr
 from adatsq_trt.files import read_json_model, read_tensors, write_json_model, write_tensors
 from adatsq_trt.formats import Format, resolve_formats
 from adatsq_trt.models.format_store import FormatStore
@@ -86,7 +86,7 @@ class Cell(BaseModel):
         bits: weights/activations, a mean for searched policies.
         effective_weight_bits: stored bits per weight, with scales and 16-bit branches, weighted by parameters.
         mean_score: mean of `scores`; None for a model without a judge.
-        scores: column → share of its samples that show what was asked for.
+        scores: column → share of its samples that show what was asked for; for clips, the means of their scores.
         psnr_db: mean over samples against full precision; None for that itself.
         samples: how many.
         seed: of calibration and samples.
@@ -166,10 +166,10 @@ class Evaluation:
         generated = self._generate(method, bits)
         seconds = time.monotonic() - start
         images = self._model.adapter.decode(generated.latents)
-        right = self.batch.right(images) if self.batch.judged else np.zeros(len(images))
-        tensors = {"latents": generated.latents, "right": torch.from_numpy(right)}
+        verdict = Verdict(np.zeros(len(images)), {}) if self.batch.judge is None else self.batch.judge(images)
+        tensors = {"latents": generated.latents, "values": torch.from_numpy(verdict.values)}
         write_tensors(file.with_suffix(".safetensors"), tensors)
-        cell = self._cell(method, bits, generated.weight_bits, right, seconds)
+        cell = self._cell(method, bits, generated.weight_bits, verdict.scores, seconds)
         write_json_model(file, cell)
         return cell
 
@@ -186,9 +186,9 @@ class Evaluation:
         return self._folder / "runs" / name
 
     def outcomes(self, method: str, bits: str) -> tuple[np.ndarray, np.ndarray]:
-        """Whether each sample of a measured cell is right, and its PSNR in dB: float64 [samples] each."""
+        """The judge's value of each sample of a measured cell, and its PSNR in dB: float64 [samples] each."""
         tensors = self._tensors(method, bits)
-        return tensors["right"].numpy(), psnr(self.images(method, bits), self.images(FULL_PRECISION, FULL_BITS))
+        return tensors["values"].numpy(), psnr(self.images(method, bits), self.images(FULL_PRECISION, FULL_BITS))
 
     def images(self, method: str, bits: str) -> np.ndarray:
         """The pictures of a measured cell, float32 [samples, height, width, channels] in [0, 1]."""
@@ -201,8 +201,7 @@ class Evaluation:
     def _file(self, method: str, bits: str) -> Path:
         return self._folder / "cells" / f"{method}-{bits.replace('/', '-')}.json"
 
-    def _cell(self, method: Method, bits: str, weight_bits: float, right: np.ndarray, seconds: float) -> Cell:
-        scores = column_means(right, columns_of(self.batch.columns)) if self.batch.judged else {}
+    def _cell(self, method: Method, bits: str, weight_bits: float, scores: Mapping[str, float], seconds: float) -> Cell:
         exact = method.name == FULL_PRECISION
         return Cell(
             model=self.effort.model,
@@ -210,7 +209,7 @@ class Evaluation:
             bits=bits,
             effective_weight_bits=round(weight_bits, 4),
             mean_score=sum(scores.values()) / len(scores) if scores else None,
-            scores=scores,
+            scores=dict(scores),
             psnr_db=None if exact else float(self.outcomes(method.name, bits)[1].mean()),
             samples=self.effort.samples,
             seed=self.effort.seed,

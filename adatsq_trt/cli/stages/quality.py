@@ -65,9 +65,9 @@ def verdict(difference: Interval) -> str:
 
 def difference(evaluation: Evaluation, one: Cell, other: Cell) -> Difference:
     """`one` less `other`; both measured."""
-    (right, psnr), (other_right, other_psnr) = (evaluation.outcomes(c.method, c.bits) for c in (one, other))
+    (values, psnr), (other_values, other_psnr) = (evaluation.outcomes(c.method, c.bits) for c in (one, other))
     names = evaluation.batch.columns
-    score = bootstrap(right - other_right, names) if evaluation.batch.judged else None
+    score = None if evaluation.batch.judge is None else bootstrap(values - other_values, names)
     decibels = None if one.psnr_db is None or other.psnr_db is None else bootstrap(psnr - other_psnr, names)
     return Difference(
         model=one.model,
@@ -85,10 +85,10 @@ def difference(evaluation: Evaluation, one: Cell, other: Cell) -> Difference:
 
 def intervals(evaluation: Evaluation, cell: Cell) -> tuple[Interval | None, Interval | None]:
     """Mean score and PSNR of a cell with their bootstrap intervals; None for what it does not have."""
-    right, psnr = evaluation.outcomes(cell.method, cell.bits)
+    values, psnr = evaluation.outcomes(cell.method, cell.bits)
     names = evaluation.batch.columns
     return (
-        bootstrap(right, names) if evaluation.batch.judged else None,
+        None if evaluation.batch.judge is None else bootstrap(values, names),
         None if cell.method == FULL_PRECISION else bootstrap(psnr, names),
     )
 
