@@ -102,8 +102,8 @@ def sheet(evaluation: Evaluation, cells: Sequence[Cell], folder: Path) -> None:
     panels, notes = {}, []
     for cell in cells:
         images = evaluation.images(cell.method, cell.bits)[:PICTURES]
-        if images.ndim != 4:
-            return  # clips
+        if images.ndim == 5:  # clips: the frame in the middle
+            images = images[:, images.shape[1] // 2]
         panels[f"{cell.method} {cell.bits}"] = images
         notes.append("" if cell.method == FULL_PRECISION else f"{cell.psnr_db:.1f} dB")
     bits = cells[-1].bits.replace("/", "")
