@@ -72,7 +72,7 @@ bench-nested: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.nested.run --document docs/plugin.md
 
 # Methods of quantization side by side on the models that draw scenes: results.json, comparisons.json, figures and the
-# tables in docs/quality.md. Hours; cells that are there are reused. BENCH=quick: few samples, models of few steps.
+# tables in docs/quality.md. Hours; cells that are there are reused. BENCH=quick: few samples, models of four steps.
 .PHONY: bench-quality
 bench-quality: $(INSTALLED)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m benchmarks.quality.run \

@@ -37,7 +37,7 @@ FIGURES = ROOT / "docs" / "figures"
 BEGIN, END = "<!-- quality:begin -->", "<!-- quality:end -->"
 OURS = ("adatsq", "adatsq-fine", "adatsq-best")
 ABLATED = "scenes-flux-schnell"
-FEW_STEPS = 10
+FEW_STEPS, QUICK_STEPS = 10, 4
 
 
 @dataclass(frozen=True)
@@ -185,12 +185,12 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     runs = QUICK_RUNS if options.quick else RUNS
     names = options.models or [name for name in zoo_models() if name.startswith("scenes-")]
-    few = {name for name in names if load_model(name).default_steps <= FEW_STEPS}
+    steps = {name: load_model(name).default_steps for name in names}
     models = []
     for name in names:
-        if options.quick and name not in few:
+        if options.quick and steps[name] > QUICK_STEPS:
             continue
-        sizes = QUICK if options.quick else FULL if name in few else MANY_STEPS
+        sizes = QUICK if options.quick else FULL if steps[name] <= FEW_STEPS else MANY_STEPS
         models.append(Measured(open_evaluation(name, runs / name, sizes)))
         models[-1].fill(METHODS.values(), options.from_cells)
     ablation = None
