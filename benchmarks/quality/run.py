@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from adatsq_trt.cli.stages.evaluate import Cell, Effort, Evaluation
@@ -62,7 +63,16 @@ CLIPS = 120  # of a cell
 
 
 class CellInterval(BaseModel):
-    """Where a cell's figures may lie: 95 % bootstrap intervals."""
+    """Where a cell's figures may lie.
+
+    Attributes:
+        model: its name.
+        method: of the cell.
+        bits: of the cell.
+        score: 95 % bootstrap interval of the mean score; None without a judge.
+        psnr_db: the same of the mean PSNR; None for full precision.
+        worst_psnr_db: 5th percentile over samples: samples that became another picture.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -71,6 +81,7 @@ class CellInterval(BaseModel):
     bits: str
     score: tuple[float, float] | None
     psnr_db: tuple[float, float] | None
+    worst_psnr_db: float | None
 
 
 class Comparisons(BaseModel):
@@ -147,11 +158,19 @@ class Measured:
     @property
     def bounds(self) -> list[CellInterval]:
         """Intervals of all cells."""
-        both = [(cell, *intervals(self.evaluation, cell)) for cell in self.cells]
-        return [
-            CellInterval(model=c.model, method=c.method, bits=c.bits, score=_bounds(score), psnr_db=_bounds(psnr))
-            for c, score, psnr in both
-        ]
+        return [self._interval(cell) for cell in self.cells]
+
+    def _interval(self, cell: Cell) -> CellInterval:
+        score, psnr = intervals(self.evaluation, cell)
+        worst = float(np.quantile(self.evaluation.outcomes(cell.method, cell.bits)[1], 0.05))
+        return CellInterval(
+            model=cell.model,
+            method=cell.method,
+            bits=cell.bits,
+            score=_bounds(score),
+            psnr_db=_bounds(psnr),
+            worst_psnr_db=None if psnr is None else worst,
+        )
 
     @property
     def differences(self) -> list[Difference]:

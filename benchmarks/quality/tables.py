@@ -41,7 +41,7 @@ def _effort(comparisons: Comparisons) -> str:
 
 def _methods(cells: Sequence[Cell], comparisons: Comparisons) -> str:
     columns = list(cells[0].scores)
-    head = ["method", "W/A", "weight bits", "mean score", "PSNR, dB", *columns]
+    head = ["method", "W/A", "weight bits", "mean score", "PSNR, dB", "worst 5 %, dB", *columns]
     lines = [f"| {' | '.join(head)} |", f"|---|---|{'---:|' * (len(head) - 2)}"]
     for cell in cells:
         figures = [
@@ -52,16 +52,18 @@ def _methods(cells: Sequence[Cell], comparisons: Comparisons) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _figures(cell: Cell, intervals: Sequence[CellInterval]) -> tuple[str, str]:
-    """Mean score and PSNR with their intervals."""
+def _figures(cell: Cell, intervals: Sequence[CellInterval]) -> tuple[str, str, str]:
+    """Mean score and PSNR with their intervals; the PSNR that 5 % of the samples fall short of."""
     place = (cell.model, cell.method, cell.bits)
     bounds = next(i for i in intervals if (i.model, i.method, i.bits) == place)
-    score = psnr = ""
+    score = psnr = worst = ""
     if cell.mean_score is not None and bounds.score is not None:
         score = f"{cell.mean_score:.3f} ({bounds.score[0]:.3f} to {bounds.score[1]:.3f})"
     if cell.psnr_db is not None and bounds.psnr_db is not None:
         psnr = f"{cell.psnr_db:.2f} ({bounds.psnr_db[0]:.2f} to {bounds.psnr_db[1]:.2f})"
-    return score, psnr
+    if bounds.worst_psnr_db is not None:
+        worst = f"{bounds.worst_psnr_db:.1f}"
+    return score, psnr, worst
 
 
 def _pictures(model: str, cells: Sequence[Cell]) -> str:
@@ -108,8 +110,9 @@ def _ablation(comparisons: Comparisons) -> str:
         f"{effort.model}, {effort.samples} samples per cell, calibrated on {effort.calibration_samples} trajectories, "
         f"policies chosen on {effort.selection_samples}; the least PSNR first.",
         "",
-        "| method | weights | transform | candidates | beam | W/A | weight bits | mean score | PSNR, dB |",
-        "|---|---|---|---|---:|---|---:|---:|---:|",
+        "| method | weights | transform | candidates | beam | W/A | weight bits | mean score | PSNR, dB "
+        "| worst 5 %, dB |",
+        "|---|---|---|---|---:|---|---:|---:|---:|---:|",
     ]
     for bits in BITS:
         rows = [cell for cell in comparisons.ablation if cell.bits == bits]
