@@ -42,6 +42,7 @@ class TransformName(StrEnum):
 
 
 _CHECKPOINT, _POLICY, _EFFORT = "A checkpoint of your own", "The policy", "The effort"
+_COUNTS = ("beam", "candidates", "calibration_samples", "selection_samples", "held_out_samples")
 # Each batch of samples has a million seeds of its own; a scheduler has a thousand timesteps.
 _MOST_SAMPLES, _MOST_STEPS, _MOST_PATHS = 1_000_000, 1000, 1000
 
@@ -303,13 +304,7 @@ def engine(
     from adatsq_trt.cli.loading import ModelRequest
     from adatsq_trt.cli.options import Request, run_stages
 
-    counts = {
-        "beam": beam,
-        "candidates": candidates,
-        "calibration_samples": calibration_samples,
-        "selection_samples": selection_samples,
-        "held_out_samples": held_out_samples,
-    }
+    given = (beam, candidates, calibration_samples, selection_samples, held_out_samples)
     request = Request(
         model=ModelRequest(model, base, tuple(lora or ()), prompts, height, width, frames, guidance),
         targets=tuple(dict.fromkeys(target or ())),
@@ -323,7 +318,7 @@ def engine(
         guidance=guidance,
         policy=policy,
         seed=seed,
-        counts={name: value for name, value in counts.items() if value is not None},
+        counts={name: value for name, value in zip(_COUNTS, given, strict=True) if value is not None},
     )
     run_stages(request, until)
 
