@@ -222,7 +222,7 @@ def main() -> None:
 def write(models: Sequence[Measured], ablation: Measured | None, folder: Path, document: Path | None) -> None:
     """All that is made from cells."""
     comparisons = Comparisons(
-        efforts=tuple(model.evaluation.effort for model in models),
+        efforts=tuple(model.evaluation.effort for model in models if model.cells),
         intervals=tuple(interval for model in models for interval in model.bounds),
         differences=tuple(row for model in models for row in model.differences),
         ablation_effort=None if ablation is None else ablation.evaluation.effort,
@@ -238,7 +238,7 @@ def write(models: Sequence[Measured], ablation: Measured | None, folder: Path, d
     print(shown)
     if document is not None:
         insert(document, shown)
-        for model in models:
+        for model in filter(lambda model: model.cells, models):
             draw(model.evaluation, model.cells, FIGURES)
 
 

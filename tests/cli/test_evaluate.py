@@ -30,10 +30,6 @@ def test_all_methods_side_by_side_and_again(cli, tmp_path: Path) -> None:
     assert by_name["rtn", "4/4"]["psnr_db"] > by_name["rtn", "3/3"]["psnr_db"] > 0
     assert by_name["rtn", "4/4"]["effective_weight_bits"] == 4.25
     assert by_name["svdquant", "4/4"]["effective_weight_bits"] > 4.5, "the branch counts"
-    assert (
-        by_name["adatsq-best", "4/4"]["effective_weight_bits"]
-        > by_name["adatsq-fine", "4/4"]["effective_weight_bits"] - 0.5
-    )
     before = cli.state(tmp_path / "cells")
     assert evaluate(cli, tmp_path, "all") == cells
     assert cli.state(tmp_path / "cells") == before, "finished cells are not touched"
