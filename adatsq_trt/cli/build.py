@@ -375,19 +375,17 @@ def engine(
     """
     from adatsq_trt.cli.budgets import BudgetRequest
     from adatsq_trt.cli.loading import ModelRequest
-    from adatsq_trt.cli.options import CompilerRequest, Request, run_stages
+    from adatsq_trt.cli.options import CompilerRequest, FormatRequest, Request, run_stages
 
     request = Request(
         model=ModelRequest(model, base, tuple(lora or ()), prompts, height, width, frames, guidance),
         targets=tuple(dict.fromkeys(target or ())),
         output=output,
-        formats=formats,
-        transform=None if transform is None else transform.value,
+        formats=FormatRequest(formats, None if transform is None else transform.value),
         budgets=BudgetRequest(budget_bits, budget_bytes, budget_ms, gpu),
         max_assignments=max_assignments,
         simulate=simulate,
-        layout=layout.value,
-        compiler=CompilerRequest(backend.value, hardware.value, versions, streaming, tuple(sorted(set(batch or ())))),
+        compiler=CompilerRequest(layout.value, backend.value, hardware.value, versions, streaming, tuple(batch or ())),
         steps=steps,
         policy=policy,
         seed=seed,

@@ -37,9 +37,18 @@ PLUGIN_TARGET = "sm90"  # of layout `plugin` without a target: its graph is the 
 
 
 @dataclass(frozen=True)
-class CompilerRequest:
-    """What compiles plans, and what enterprise TensorRT is to make of them."""
+class FormatRequest:
+    """The candidates, and what happens to weights and inputs before they are rounded."""
 
+    names: str | None
+    transform: str | None = None
+
+
+@dataclass(frozen=True)
+class CompilerRequest:
+    """How plans are arranged, what compiles them, and what enterprise TensorRT is to make of them."""
+
+    layout: Literal["embedded", "shared", "switch", "plugin"]
     backend: Literal["rtx", "tensorrt"]
     hardware_compatibility: Literal["none", "same_compute_capability", "ampere_plus"]
     version_compatible: bool
@@ -54,12 +63,10 @@ class Request:
     model: ModelRequest
     targets: tuple[str, ...]
     output: Path | None
-    formats: str | None
-    transform: str | None
+    formats: FormatRequest
     budgets: BudgetRequest
     max_assignments: int | None
     simulate: bool
-    layout: Literal["embedded", "shared", "switch", "plugin"]
     compiler: CompilerRequest
     steps: int | None
     policy: Path | None
@@ -94,17 +101,17 @@ def choose(request: Request) -> Choice:
     """
     require_model(request.model)
     names = request.targets
-    if request.layout == PLUGIN_LAYOUT:
+    if request.compiler.layout == PLUGIN_LAYOUT:
         names = names or (PLUGIN_TARGET,)
         if request.simulate:
             raise UserError("--layout plugin: --simulate builds nothing that has a layout; leave one of them out")
     targets = [target_named(name) for name in names]
     if not targets and not request.simulate:
         raise UserError(f"no --target: expected one of {', '.join(TARGETS)}; or pass --simulate to build no plans")
-    format_set = request.formats or (targets[0].default_set if targets else SIMULATED_SET)
+    format_set = request.formats.names or (targets[0].default_set if targets else SIMULATED_SET)
     formats = resolve_formats(format_set)
     if not request.simulate:
-        require_accelerated(formats, targets, request.layout, request.compiler.backend)
+        require_accelerated(formats, targets, request.compiler.layout, request.compiler.backend)
     _require_backend(request, targets)
     budgets = choose_budgets(request.budgets, format_set)
     require_finite("--guidance", request.model.guidance)
@@ -129,7 +136,7 @@ def _require_backend(request: Request, targets: Sequence[Target]) -> None:
                 f"{', '.join(given)}: only enterprise TensorRT has this; add --backend tensorrt or leave it out"
             )
         return
-    if request.layout == PLUGIN_LAYOUT or request.simulate:
+    if request.compiler.layout == PLUGIN_LAYOUT or request.simulate:
         raise UserError("--backend tensorrt: this request compiles no plans; leave it out")
     from adatsq_trt.engines.backends.tensorrt import TensorRTBackend, TensorRTOptions
     from adatsq_trt.engines.manifest import Compatibility
@@ -146,13 +153,15 @@ def _require_backend(request: Request, targets: Sequence[Target]) -> None:
 
 def _require_exportable(request: Request, until: StageName) -> None:
     """No graph holds a transform yet, so nothing that was made with one may reach the export."""
-    if request.transform is None:
+    if request.formats.transform is None:
         return
     if not request.simulate:
-        raise UserError(f"--transform {request.transform}: exported graphs cannot hold it; pass --simulate to study it")
+        raise UserError(
+            f"--transform {request.formats.transform}: exported graphs cannot hold it; pass --simulate to study it"
+        )
     if until in (StageName.EXPORT, StageName.BUNDLE):
         raise UserError(
-            f"--transform {request.transform}: exported graphs cannot hold it; run 'adatsq-trt search' with these "
+            f"--transform {request.formats.transform}: exported graphs cannot hold it; run 'adatsq-trt search' with these "
             "options, which ends before the export"
         )
 
@@ -174,6 +183,7 @@ def resolve(request: Request, choice: Choice, opened: OpenedModel) -> Settings:
     unguided = opened.settings is not None and request.model.guidance == 1.0
     if request.model.guidance is not None and not model.adapter.takes_guidance and not unguided:
         raise UserError(f"--guidance {request.model.guidance:g}: model '{model.name}' takes no guidance; leave it out")
+    compiler = asdict(request.compiler) | {"batch": tuple(sorted(set(request.compiler.batch)))}
     layers = model.adapter.quantizable_layers().items()
     require_shapes(choice.formats, [(name, layer.in_features) for name, layer in layers])
     return Settings(
@@ -185,8 +195,7 @@ def resolve(request: Request, choice: Choice, opened: OpenedModel) -> Settings:
         formats=tuple(fmt.name for fmt in choice.formats),
         targets=choice.targets,
         simulate=request.simulate,
-        layout=request.layout,
-        **{name: value for name, value in asdict(request.compiler).items() if value != ()},
+        **{name: value for name, value in compiler.items() if value != ()},
         steps=request.steps or model.default_steps,
         guidance=model.default_guidance if request.model.guidance is None else request.model.guidance,
         budget_bits=choice.budgets.bits,
@@ -196,7 +205,7 @@ def resolve(request: Request, choice: Choice, opened: OpenedModel) -> Settings:
         max_assignments=request.max_assignments,
         policy=choice.policy,
         seed=request.seed,
-        transform=request.transform,
+        transform=request.formats.transform,
         **request.counts,
     )
 

@@ -45,7 +45,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from adatsq_trt.cli.budgets import BudgetRequest
     from adatsq_trt.cli.build import StageName
     from adatsq_trt.cli.loading import ModelRequest
-    from adatsq_trt.cli.options import CompilerRequest, Request, run_stages
+    from adatsq_trt.cli.options import CompilerRequest, FormatRequest, Request, run_stages
     from adatsq_trt.cli.stages import bundle as bundle_stage
     from adatsq_trt.zoo.loading import load_model
 
@@ -62,12 +62,11 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
             model=ModelRequest(MODEL),
             targets=("sm120",),
             output=base / "run",
-            formats="nvfp4,fp8,int4wo,bf16",
+            formats=FormatRequest("nvfp4,fp8,int4wo,bf16"),
             budgets=BudgetRequest(bits=16),
             simulate=False,
-            layout="embedded",
             max_assignments=None,
-            compiler=CompilerRequest("rtx", "none", False, False, ()),
+            compiler=CompilerRequest("embedded", "rtx", "none", False, False, ()),
             steps=3,
             policy=base / "policy.json",
             seed=0,
