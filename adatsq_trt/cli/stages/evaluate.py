@@ -9,9 +9,10 @@ FOLDER/runs/NAME/                    run directories of the methods that calibra
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -234,7 +235,10 @@ class Evaluation:
         with self._context("base", method, bits, f"w{width[0]}a{width[1]}") as context:
             own = context.calibration
             calibration = Samples(other, own.schedule, own.guidance, own.prompts, own.seeds)
-            apply_peer(peer, other.transformer, list(layers), width, rank, lambda: _discard(trajectory(calibration)))
+            with redirect_stdout(sys.stderr):  # modelopt prints, and standard output may be JSON
+                apply_peer(
+                    peer, other.transformer, list(layers), width, rank, lambda: _discard(trajectory(calibration))
+                )
             asked = context.evaluation(self.batch.prompts)
             latents = final_latents(Samples(other, asked.schedule, asked.guidance, asked.prompts, asked.seeds))
             policy = _everywhere(context, context.formats[0])
