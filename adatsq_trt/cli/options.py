@@ -161,8 +161,8 @@ def _require_exportable(request: Request, until: StageName) -> None:
         )
     if until in (StageName.EXPORT, StageName.BUNDLE):
         raise UserError(
-            f"--transform {request.formats.transform}: exported graphs cannot hold it; run 'adatsq-trt search' with these "
-            "options, which ends before the export"
+            f"--transform {request.formats.transform}: exported graphs cannot hold it; run 'adatsq-trt search' with "
+            "these options, which ends before the export"
         )
 
 
