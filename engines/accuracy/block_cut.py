@@ -104,7 +104,8 @@ class GraphView:
 def find_cut(target: GraphView, cpu: GraphView, block: str) -> Cut:
     """The border of a block: what enters and leaves it in the target graph and has a name in the cpu graph too.
 
-    Where lowering renamed a value, the cut moves up to the next value that both graphs have.
+    Lowering leaves out Casts between types that become one. Where it so renamed a value, the cut moves up to the next
+    value that both graphs have: beyond the block for what enters, up to the Cast's source for what leaves.
 
     Raises:
         AdatsqError: no node belongs to the block, or no value that leaves it is in the cpu graph.
@@ -112,13 +113,14 @@ def find_cut(target: GraphView, cpu: GraphView, block: str) -> Cut:
     members = {node.output[0] for node in target.graph.node if _belongs(node, block)}
     outside = [node for node in target.graph.node if node.output[0] not in members]
     wanted = {name for node in outside for name in node.input} | {value.name for value in target.graph.output}
-    leaving = [
-        name
+    sources = [
+        _cast_source(target, cpu, members, name)
         for node in target.graph.node
         if node.output[0] in members
         for name in node.output
-        if name in wanted and name in cpu.producers and name in target.varying
+        if name in wanted and name in target.varying
     ]
+    leaving = dict.fromkeys(name for name in sources if name in cpu.producers)
     if not leaving:
         raise AdatsqError(
             f"'{target.path}': no value leaves block '{block}' under a name that '{cpu.path.name}' has too "
@@ -147,6 +149,16 @@ def module_of(node: NodeProto) -> str:
 def _belongs(node: NodeProto, block: str) -> bool:
     path = module_of(node)
     return path == block or path.startswith(f"{block}.")
+
+
+def _cast_source(target: GraphView, cpu: GraphView, members: Collection[str], name: str) -> str:
+    """The value itself, or what the block's Casts made it of where the cpu graph has no such Cast."""
+    while name not in cpu.producers:
+        node = target.producers[name]
+        if node.op_type != "Cast" or node.input[0] not in members:
+            break
+        name = node.input[0]
+    return name
 
 
 def _entering(target: GraphView, cpu: GraphView, members: Collection[str], leaving: Iterable[str]) -> list[str]:

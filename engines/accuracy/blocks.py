@@ -6,7 +6,7 @@ make a difference.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from adatsq_trt.engines.accuracy.block_cut import Cut, GraphView, find_cut
 from adatsq_trt.engines.accuracy.comparison import Arrays, quiet_polygraphy, run_in_onnxruntime
 from adatsq_trt.engines.accuracy.reference_ops import ReferenceRunner
 from adatsq_trt.engines.accuracy.references import OUTPUT_SUFFIX
+from adatsq_trt.engines.accuracy.rounded_layers import count_rounded_layers
 from adatsq_trt.engines.bundle import BundleFiles
 from adatsq_trt.errors import AdatsqError
 from adatsq_trt.files import write_bytes
@@ -37,12 +38,14 @@ class BlockRun:
         expected: outputs of the target block in onnx's evaluator, those of its layers among them.
         got: the same of the cpu block in ONNX Runtime.
         graph: the cpu block as an ONNX file.
+        layers: output → how often a quantized layer's error counts in it.
     """
 
     inputs: Arrays
     expected: Arrays
     got: Arrays
     graph: Path
+    layers: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -70,11 +73,15 @@ class BlockPair:
         target, cpu = self._graphs
         cuts = {}
         for block in self.bundle.index.blocks:
-            layers = [f"{name}{OUTPUT_SUFFIX}" for name in self.bundle.policy.layers if name.startswith(f"{block}.")]
+            layers = [f"{name}{OUTPUT_SUFFIX}" for name in self._layers(block)]
             inside = [name for name in layers if name in target.producers and name in cpu.producers]
             border = find_cut(target, cpu, block)
             cuts[block] = Cut(border.inputs, tuple(dict.fromkeys((*inside, *border.outputs))))
         return cuts
+
+    def _layers(self, block: str) -> list[str]:
+        """Module paths of a block's quantized layers."""
+        return [name for name in self.bundle.policy.layers if name.startswith(f"{block}.")]
 
     @cached_property
     def _values(self) -> dict[str, np.ndarray]:
@@ -103,7 +110,9 @@ class BlockPair:
         write_bytes(graph, cpu_block.SerializeToString())
         cpu_inputs = {value.name: rounded[value.name] for value in cpu_block.graph.input}
         expected = _evaluate(target.extract(inputs, cut.outputs), {v.name: rounded[v.name] for v in inputs})
-        return BlockRun(cpu_inputs, expected, run_in_onnxruntime(graph, [cpu_inputs])[0], graph)
+        counts = count_rounded_layers(target, self._layers(block))
+        layers = {name: counts.get(name, 0) for name in cut.outputs}
+        return BlockRun(cpu_inputs, expected, run_in_onnxruntime(graph, [cpu_inputs])[0], graph, layers)
 
 
 def _require(values: Arrays, names: Iterable[str], graph: Path) -> None:

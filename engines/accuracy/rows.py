@@ -237,12 +237,12 @@ def _check_blocks(bundle: BundleFiles, reference: Reference, assignment: int, fo
     """All blocks of a target graph, at the assignment's first step, for one row of each guidance branch."""
     step = bundle.policy.step_assignments.index(assignment)
     pair = BlockPair(bundle, assignment, reference.feed(step, rows=2))
-    tolerance = block_tolerance(bundle.policy.assignments[assignment], bundle.index.base_type)
+    formats, base_type = bundle.policy.assignments[assignment], bundle.index.base_type
     for block in bundle.index.blocks:
         subject = Subject(_bucket(bundle, step), step, assignment, "target", block)
         name = f"assignment_{assignment:03d}.{block}"
         path = folder / f"{name}.onnx"
-        comparison = _Comparison(bundle, subject, folder, name, path, {_NO_OUTPUT: tolerance})
+        comparison = _Comparison(bundle, subject, folder, name, path, {_NO_OUTPUT: block_tolerance(formats, base_type)})
         try:
             run = pair.run(block, path)
         except UserError:
@@ -250,8 +250,8 @@ def _check_blocks(bundle: BundleFiles, reference: Reference, assignment: int, fo
         except AdatsqError as error:
             yield [comparison.failed({}, {}, str(error))]
         else:
-            compared = replace(comparison, tolerances=dict.fromkeys(run.expected, tolerance))
-            rows = compared.rows(run.inputs, run.got, run.expected, marked=True)
+            limits = {name: block_tolerance(formats, base_type, layers) for name, layers in run.layers.items()}
+            rows = replace(comparison, tolerances=limits).rows(run.inputs, run.got, run.expected, marked=True)
             written = written_formats(bundle, "target", step)
             yield [_with_written_format(row, written) for row in rows]
 

@@ -31,11 +31,18 @@ bfloat16, 2^-12 for float16) and s the coarsest grid's step:
 - rounding flips: a value that is off by u crosses a tie with probability 2 u / d and then moves by d, the distance to
   its neighbour, which has the root mean square sqrt(2 u d). On a floating grid d is up to 2 s.
 
-Four quantized layers stand one behind the other in a block, which doubles the second effect, and magnitudes are uneven,
-for which another factor of 2 is allowed: the limit of the relative error is 2^3 u + 4 sqrt(4 u s). An output sums many
-inputs that flipped, so its error is about normal, and the median of a normal error is 0.67 times its root mean square:
-so is the limit of the median. `make demo` (nvfp4 in bfloat16) showed up to 0.138, limit 0.192, and for the median
-0.083, limit 0.130. A float32 target block differs from its twin by flips only; its limits are one step s for the
+Every quantized layer on the way to a value adds the second effect once more. The effects are independent, so R of them
+multiply it by sqrt(R). Magnitudes are uneven, for which another factor of 2 is allowed: the limit of the relative error
+is 2^3 u + 2 sqrt(4 R u s). R is read from the graph (`rounded_layers`):
+
+- a layer has one more than its input; four stand one behind the other in a block of Flux, six in one of Wan with its two
+  attentions. Values with fewer have the limit of four, since attention multiplies rounded values, too;
+- a gated feed-forward network multiplies the outputs of two layers. A product has the relative errors of both factors,
+  so its R is the sum. In Z-Image both factors have three, and the layer behind their product has seven.
+
+An output sums many inputs that flipped, so its error is about normal, and the median of a normal error is 0.67 times its
+root mean square: so is the limit of the median. `make demo` (nvfp4 in bfloat16, R = 4) showed up to 0.138, limit 0.192,
+and for the median 0.083, limit 0.130. A float32 target block differs from its twin by flips only; its limits are one step s for the
 relative error and 2^-10 for the median.
 """
 
@@ -55,6 +62,7 @@ _SPREAD_MARGIN = 2
 _FLOAT32_BLOCK_MEDIAN = 2.0**-10
 _TYPICAL_ROUNDING = {"bfloat16": 2.0**-9, "float16": 2.0**-12}
 _BLOCK_ROUNDINGS = 64
+_FEWEST_LAYERS = 4  # of a transformer block
 
 
 @dataclass(frozen=True)
@@ -120,18 +128,19 @@ def loop_tolerances(formats: Iterable[str], spread: Sequence[float]) -> list[Tol
     return [Tolerance(None, max(margin * error, FLOAT32_ERROR)) for error in spread]
 
 
-def block_tolerance(formats: Sequence[str], base_type: str) -> Tolerance:
-    """Limits for a target block, and each layer in it, against the cpu block; see the head of this file.
+def block_tolerance(formats: Sequence[str], base_type: str, layers: int = 0) -> Tolerance:
+    """Limits for a value of a target block against that of the cpu block; see the head of this file.
 
     Args:
         formats: an assignment's format names.
         base_type: type of what is not quantized in the target graph.
+        layers: R, how often a quantized layer's error counts in the value.
     """
     step = coarsest_step(formats)
     if base_type == "float32":
         return Tolerance(_FLOAT32_BLOCK_MEDIAN, step) if step else FLOAT32
     unit = _TYPICAL_ROUNDING[base_type]
-    relative = unit * _BLOCK_ROUNDINGS**0.5 + 4 * (4 * unit * step) ** 0.5
+    relative = unit * _BLOCK_ROUNDINGS**0.5 + 2 * (4 * max(layers, _FEWEST_LAYERS) * unit * step) ** 0.5
     return Tolerance(NORMAL_MEDIAN * relative, relative)
 
 

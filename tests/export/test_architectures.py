@@ -8,6 +8,8 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from adatsq_trt.engines.accuracy.block_cut import GraphView, find_cut
+from adatsq_trt.engines.accuracy.rounded_layers import count_rounded_layers
 from adatsq_trt.engines.build import build_plans
 from adatsq_trt.export import export_graphs, trace
 from adatsq_trt.formats import FORMATS, TARGETS
@@ -16,6 +18,7 @@ from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.models.capture import captured
 from adatsq_trt.models.format_store import FormatStore
 from adatsq_trt.models.simulated import SimulatedModel
+from adatsq_trt.models.wan import WanAdapter
 from adatsq_trt.policy import Policy
 from adatsq_trt.quantize import quantize_nearest, static_activation_scale
 from tests.tiny_wan import make_tiny_wan
@@ -113,6 +116,30 @@ def test_the_time_has_more_than_eight_bits_in_target_graphs(exported) -> None:
     _, index, _ = exported
     kinds = {signature.name: signature.dtype for graph in index.graphs for signature in graph.inputs}
     assert kinds["timestep"] == "float"
+
+
+@pytest.mark.parametrize("exported", ["target"], indirect=True)
+def test_blocks_have_the_same_border_in_both_variants(exported, adapter) -> None:
+    """As `check` compares them; in Wan's target graphs a block ends in a Cast that cpu graphs do not have."""
+    folder, index, policy = exported
+    for number in range(len(policy.assignments)):
+        target, cpu = (GraphView(folder / "onnx" / index.find(variant, number).path) for variant in ("target", "cpu"))
+        for block in adapter.blocks():
+            cut = find_cut(target, cpu, block)
+            last = [layer for layer in policy.layers if layer.startswith(f"{block}.")][-1]
+            upstream = target.extract([], cut.outputs)
+            assert any(f"{last}.output" in node.output for node in upstream.graph.node)
+
+
+@pytest.mark.parametrize("exported", ["target"], indirect=True)
+def test_rounded_layers_in_a_block(exported, adapter) -> None:
+    """Z-Image's gate has three layers before either factor; Wan's two attentions and network are six in a row."""
+    folder, index, policy = exported
+    target = GraphView(folder / "onnx" / index.find("target", 1).path)
+    last, expected = ("ffn.net.2", 6) if isinstance(adapter, WanAdapter) else ("feed_forward.w2", 7)
+    for block in adapter.blocks():
+        counts = count_rounded_layers(target, [layer for layer in policy.layers if layer.startswith(f"{block}.")])
+        assert counts[f"{block}.{last}.output"] == max(counts.values()) == expected
 
 
 @pytest.mark.parametrize("exported", ["target"], indirect=True)

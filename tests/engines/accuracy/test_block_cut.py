@@ -31,6 +31,27 @@ def test_a_renamed_value_moves_the_border_up(own_bundle: BundleFiles) -> None:
     assert find_cut(target, cpu, "blocks.0").inputs == ("blocks.0.linear.scale", "column", "hidden_states")
 
 
+def test_a_cast_that_the_cpu_graph_lacks_moves_the_border_up(own_bundle: BundleFiles) -> None:
+    """A block's last value, as Wan computes it: in float32, then rounded to 16 bit, which lowering leaves out."""
+    rounded = own_bundle.graph_path(own_bundle.graph("target", 1))
+    model = onnx.load(rounded, load_external_data=False)
+    place, last = next((i, node) for i, node in enumerate(model.graph.node) if "blocks.0.output" in node.output)
+    last.output[0] = "blocks.0.wide"
+    cast = helper.make_node("Cast", ["blocks.0.wide"], ["blocks.0.output"], to=onnx.TensorProto.BFLOAT16)
+    cast.metadata_props.extend(last.metadata_props)
+    model.graph.node.insert(place + 1, cast)
+    rounded.write_bytes(model.SerializeToString())
+    path = own_bundle.graph_path(own_bundle.graph("cpu", 1))
+    lowered = onnx.load(path, load_external_data=False)
+    for node in lowered.graph.node:
+        for names in (node.input, node.output):
+            names[:] = ["blocks.0.wide" if name == "blocks.0.output" else name for name in names]
+    path.write_bytes(lowered.SerializeToString())
+    target, cpu = views(own_bundle)
+    assert find_cut(target, cpu, "blocks.0").outputs == ("blocks.0.wide",)
+    assert find_cut(target, cpu, "blocks.1").inputs == ("blocks.0.wide", "blocks.1.linear.scale")
+
+
 def test_a_prefix_is_a_whole_path_component(own_bundle: BundleFiles) -> None:
     target, cpu = views(own_bundle)
     with pytest.raises(AdatsqError, match="0 nodes belong"):

@@ -75,6 +75,25 @@ def test_blocks() -> None:
     assert block_tolerance(["fp32"], "float32") == FLOAT32
 
 
+def test_a_target_block_may_err_more_behind_more_than_four_layers() -> None:
+    limits = [block_tolerance(["nvfp4"], "bfloat16", layers).relative for layers in (0, 1, 4, 6, 7)]
+    assert limits[0] == limits[1] == limits[2] < limits[3] < limits[4]
+    walk = 2**3 * 2**-9
+    assert (limits[4] - walk) / (limits[2] - walk) == pytest.approx((7 / 4) ** 0.5)
+
+
+@pytest.mark.parametrize("gate", ["silu", "gelu"])
+def test_a_gate_adds_the_squares_of_its_factors_errors(gate: str) -> None:
+    """What limits behind a gate rest on."""
+    generator = torch.Generator().manual_seed(0)
+    a, b, first, second = torch.randn(4, 512, 512, generator=generator)
+    function, size = getattr(torch.nn.functional, gate), 0.02
+    exact = function(a) * b
+    apart = [function(a + size * first * own) * (b + size * second * other) for own, other in ((1, 1), (0, 1))]
+    both, one = (float((got - exact).norm() / exact.norm()) for got in apart)
+    assert both / one == pytest.approx(2**0.5, rel=0.2)
+
+
 def test_the_median_of_a_normal_error() -> None:
     error = np.abs(np.random.default_rng(0).standard_normal(1_000_000))
     limit = block_tolerance(["nvfp4"], "bfloat16")
