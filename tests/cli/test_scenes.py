@@ -39,7 +39,7 @@ def test_other_architectures_go_all_the_way(cli, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(zoo, "ZOO_FOLDER", tmp_path / "zoo")
     assert adapter.architecture in cli("models").out
     run = tmp_path / "run"
-    formats = ("--formats", "fp8,bf16", "--budget-bits", "10")
+    formats = ("--formats", "nvfp4,fp8,bf16", "--budget-bits", "5")
     built = cli("build", "engine", module.NAME, "--target", "sm120", *cli.small, *formats, "--output", run)
     assert built.code == 0, built.err
     manifest = json.loads((run / "bundle" / "manifest.json").read_text())
