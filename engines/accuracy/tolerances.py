@@ -35,13 +35,13 @@ Every quantized layer on the way to a value adds the second effect once more. Th
 multiply it by sqrt(R). Magnitudes are uneven, for which another factor of 2 is allowed: the limit of the relative error
 is 2^3 u + 2 sqrt(4 R u s). R is read from the graph (`rounded_layers`):
 
-- a layer has one more than its input; four stand one behind the other in a block of Flux, six in one of Wan with its two
-  attentions. Values with fewer have the limit of four, since attention multiplies rounded values, too;
+- a layer has one more than its input. Four stand one behind the other in a block of Flux, six in one of Wan, which has
+  two attentions. Values with fewer have the limit of four, since attention multiplies rounded values, too;
 - a gated feed-forward network multiplies the outputs of two layers. A product has the relative errors of both factors,
   so its R is the sum. In Z-Image both factors have three, and the layer behind their product has seven.
 
-An output sums many inputs that flipped, so its error is about normal, and the median of a normal error is 0.67 times its
-root mean square: so is the limit of the median. `make demo` (nvfp4 in bfloat16, R = 4) showed up to 0.138, limit 0.192,
+An output sums many inputs that flipped, so its error is about normal, and the median of a normal error is 0.67 times
+its root mean square: so is the limit of the median. `make demo` (nvfp4 in bfloat16, R = 4) showed up to 0.138, limit 0.192,
 and for the median 0.083, limit 0.130. A float32 target block differs from its twin by flips only; its limits are one
 step s for the relative error and 2^-10 for the median.
 """
