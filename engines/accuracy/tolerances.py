@@ -41,9 +41,9 @@ is 2^3 u + 2 sqrt(4 R u s). R is read from the graph (`rounded_layers`):
   so its R is the sum. In Z-Image both factors have three, and the layer behind their product has seven.
 
 An output sums many inputs that flipped, so its error is about normal, and the median of a normal error is 0.67 times
-its root mean square: so is the limit of the median. `make demo` (nvfp4 in bfloat16, R = 4) showed up to 0.138, limit 0.192,
-and for the median 0.083, limit 0.130. A float32 target block differs from its twin by flips only; its limits are one
-step s for the relative error and 2^-10 for the median.
+its root mean square: so is the limit of the median. `make demo` (nvfp4 in bfloat16, R = 4) showed up to 0.138, limit
+0.192, and for the median 0.083, limit 0.130. A float32 target block differs from its twin by flips only; its limits are
+one step s for the relative error and 2^-10 for the median.
 """
 
 from __future__ import annotations
