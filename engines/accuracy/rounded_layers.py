@@ -40,5 +40,5 @@ def count_rounded_layers(target: GraphView, layers: Collection[str]) -> dict[str
             if layer or count:
                 counts[name] = count + layer
             if layer or kept:
-                factors[name] = frozenset({name}) if layer else frozenset().union(*sides)
+                factors[name] = frozenset({name}) if layer else frozenset[str]().union(*sides)
     return counts
