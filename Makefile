@@ -72,11 +72,11 @@ bench-nested: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.nested.run --document docs/plugin.md
 
 # Methods of quantization side by side on the models that draw scenes: results.json, comparisons.json, figures and the
-# tables in docs/quality.md. Hours; cells that are there are reused. BENCH=quick: few samples, models of four steps.
+# tables in docs/quality.md and README.md. Hours; cells that are there are reused. BENCH=quick: few samples, models of four steps.
 .PHONY: bench-quality
 bench-quality: $(INSTALLED)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m benchmarks.quality.run \
-	  $(if $(filter quick,$(BENCH)),--quick,--document docs/quality.md)
+	  $(if $(filter quick,$(BENCH)),--quick,--document docs/quality.md --readme README.md)
 
 # The server comes out of a wheel that pins numpy below 2, so it is installed without its dependencies and apart.
 SERVER := $(VENV)/tritonserver

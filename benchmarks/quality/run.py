@@ -30,7 +30,7 @@ from adatsq_trt.files import write_bytes, write_json_model
 from adatsq_trt.zoo import zoo_models
 from adatsq_trt.zoo.loading import load_model
 from benchmarks.quality.figures import draw
-from benchmarks.quality.tables import tables
+from benchmarks.quality.tables import overview, tables
 
 ROOT = Path(__file__).parents[2]
 RUNS, QUICK_RUNS = ROOT / "runs" / "bench-quality", ROOT / "runs" / "bench-quality-quick"
@@ -200,6 +200,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", help="some of the zoo's models")
     parser.add_argument("--from-cells", action="store_true", help="measure nothing, write what was measured")
     parser.add_argument("--document", type=Path, help="Markdown file whose tables are replaced")
+    parser.add_argument("--readme", type=Path, help="Markdown file whose short table is replaced")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     runs = QUICK_RUNS if options.quick else RUNS
@@ -217,6 +218,8 @@ def main() -> None:
         ablation = Measured(open_evaluation(ABLATED, runs / f"{ABLATED}-ablation", ABLATION))
         ablation.fill([*METHODS.values(), *ABLATIONS.values()], options.from_cells)
     write(models, ablation, runs if options.quick else Path(__file__).parent, options.document)
+    if options.readme is not None:
+        insert(options.readme, overview([cell for model in models for cell in model.cells]))
 
 
 def write(models: Sequence[Measured], ablation: Measured | None, folder: Path, document: Path | None) -> None:

@@ -3,7 +3,7 @@
 All that differs between TensorRT and TensorRT-RTX, or between TensorRT's versions, is in this module. In TensorRT 11
 every network is strongly typed; the flag that asks for it is still there and is ignored.
 
-No machine of ours has TensorRT. The tests run this module against TensorRT-RTX's bindings, which have the same names.
+It has never run with the library itself. The tests run it against TensorRT-RTX's bindings, which have the same names.
 """
 
 from __future__ import annotations
