@@ -36,7 +36,7 @@ def test_everything_missing_comes_with_advice(found: dict[str, Capability]) -> N
 
 
 def test_what_is_not_used_says_so(found: dict[str, Capability]) -> None:
-    names = {"TensorRT (enterprise)", "TensorRT lean runtime", "nvcc"}
+    names = {"TensorRT lean runtime", "nvcc"}
     assert {name for name in found if found[name].needed_for == "not used by this version"} == names
 
 

@@ -1,0 +1,38 @@
+"""Each layer of a cpu graph by itself, as `check` compares it, so that a value near a tie changes nothing behind it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from adatsq_trt.engines.accuracy.comparison import compare, run_in_onnxruntime
+from adatsq_trt.engines.accuracy.references import OUTPUT_SUFFIX
+from adatsq_trt.engines.accuracy.separate_layers import given_inputs, write_separated
+from adatsq_trt.engines.accuracy.tolerances import FLOAT32, layer_tolerance
+from adatsq_trt.formats import Format
+
+Arrays = Mapping[str, np.ndarray]
+
+
+def require_equal_layers(
+    graph: Path, feed: Arrays, layers: Arrays, output: tuple[str, np.ndarray], formats: Mapping[str, tuple[Format, int]]
+) -> None:
+    """Hold every layer, and what lies behind the last one, to the limits of `check`.
+
+    Args:
+        graph: of the cpu variant.
+        feed: its inputs.
+        layers: module path → PyTorch's output [..., N].
+        output: name of the graph's output, and PyTorch's.
+        formats: module path → format and in_features.
+    """
+    separated = graph.with_suffix(".separated.onnx")
+    write_separated(graph, layers, output[0], separated)
+    (got,) = run_in_onnxruntime(separated, [{**feed, **given_inputs(layers)}])
+    expected = {f"{layer}{OUTPUT_SUFFIX}": value for layer, value in layers.items()} | dict([output])
+    limits = {output[0]: FLOAT32}
+    for layer, value in layers.items():
+        fmt, width = formats[layer]
+        limits[f"{layer}{OUTPUT_SUFFIX}"] = layer_tolerance(fmt.activation, value.size // value.shape[-1], width)
+    for name, figures in compare({name: got[name] for name in expected}, expected, limits).items():
+        assert figures.passed, (name, figures, limits[name])
