@@ -260,7 +260,7 @@ def test_another_layout_replaces_plans_only(cli, copy: Path, layout: str) -> Non
     assert {name: record for name, record in records(copy).items() if name != "bundle"} == {
         name: record for name, record in before.items() if name != "bundle"
     }
-    names = {path.name for path in (copy / "bundle" / "plans").rglob("*") if path.suffix != ".json"}
+    names = {path.name for path in (copy / "bundle" / "plans").rglob("*") if path.is_file() and path.suffix != ".json"}
     assignments = len(Policy.load(copy / "policy.json").assignments)
     own = {f"assignment_{i:03d}.plan.xz" for i in range(assignments)} | {"store.safetensors"}
     assert names == ({"switch.plan"} if layout == "switch" else own)
