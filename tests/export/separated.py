@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -26,9 +27,11 @@ def require_equal_layers(
         output: name of the graph's output, and PyTorch's.
         formats: module path → format and in_features.
     """
-    separated = graph.with_suffix(".separated.onnx")
-    write_separated(graph, layers, output[0], separated)
-    (got,) = run_in_onnxruntime(separated, [{**feed, **given_inputs(layers)}])
+    # Not beside the graph: other tests list that folder.
+    with TemporaryDirectory() as scratch:
+        separated = Path(scratch) / graph.name
+        write_separated(graph, layers, output[0], separated)
+        (got,) = run_in_onnxruntime(separated, [{**feed, **given_inputs(layers)}])
     expected = {f"{layer}{OUTPUT_SUFFIX}": value for layer, value in layers.items()} | dict([output])
     limits = {output[0]: FLOAT32}
     for layer, value in layers.items():
