@@ -5,6 +5,7 @@ Needs nothing but torch and the Triton language, so that it runs on any CUDA mac
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -24,7 +25,7 @@ from adatsq_trt.errors import AdatsqError, DamagedFileError, DependencyError, Ou
 from adatsq_trt.plugins.catalog import KERNELS, TARGETS
 from adatsq_trt.plugins.kernels import cases, quantize
 from adatsq_trt.plugins.kernels.cases import GEMMS, Problem
-from adatsq_trt.plugins.tiles import Place, Tiles, load_tiles, tile_for
+from adatsq_trt.plugins.tiles import Place, Tile, Tiles, load_tiles, tile_for
 
 log = logging.getLogger("adatsq_trt.plugins.benchmark")
 
@@ -103,20 +104,45 @@ def check(
     """
     wrong, count = [], 0
     for place in places(target):
-        for m, n, k in shapes:
-            for dtype in _DTYPES:
-                case = GEMMS[place.kernel](Problem(m, n, k, dtype, m % 2 == 1, m, device), place.group)
-                reference = case.reference()
-                bound = reference.bound(dtype, case.roundings, case.unit)
-                for tile in tiles[place]:
-                    case.y.fill_(torch.nan)
-                    y, count = case.launch(tile), count + 1
-                    if not bool(((y.double() - reference.value).abs() <= bound).all()):
-                        wrong.append(f"{place.kernel} group {place.group} {dtype} [{m}, {n}, {k}] {tile}")
+        found, compared = _wrong_tiles(place, tiles[place], device, shapes)
+        wrong, count = wrong + found, count + compared
     count += _check_quantizers(wrong, target, device)
     if wrong:
         raise AdatsqError(f"{len(wrong)} of {count} comparisons failed, so nothing was timed: {'; '.join(wrong)}")
     return count
+
+
+def check_gemm(place: Place, tiles: tuple[Tile, ...], device: str = "cuda") -> None:
+    """Compare one GEMM with its reference.
+
+    Args:
+        place: the kernel.
+        tiles: how it is cut.
+        device: where it runs: "cpu" is for the interpreter.
+
+    Raises:
+        AdatsqError: it is wrong; names the shapes and tiles.
+    """
+    wrong, count = _wrong_tiles(place, tiles, device, _CHECKED_SHAPES)
+    if wrong:
+        raise AdatsqError(f"{len(wrong)} of {count} comparisons failed: {'; '.join(wrong)}")
+
+
+def _wrong_tiles(
+    place: Place, tiles: tuple[Tile, ...], device: str, shapes: Sequence[tuple[int, int, int]]
+) -> tuple[list[str], int]:
+    """What differs from the reference, and the number of comparisons."""
+    wrong, count = [], 0
+    for (m, n, k), dtype in itertools.product(shapes, _DTYPES):
+        case = GEMMS[place.kernel](Problem(m, n, k, dtype, m % 2 == 1, m, device), place.group)
+        reference = case.reference()
+        bound = reference.bound(dtype, case.roundings, case.unit)
+        for tile in tiles:
+            case.y.fill_(torch.nan)
+            y, count = case.launch(tile), count + 1
+            if not bool(((y.double() - reference.value).abs() <= bound).all()):
+                wrong.append(f"{place.kernel} group {place.group} {dtype} [{m}, {n}, {k}] {tile}")
+    return wrong, count
 
 
 def _check_quantizers(wrong: list[str], target: str, device: str) -> int:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
+import torch
 from triton.testing import do_bench
 
 from adatsq_trt.errors import AdatsqError
-from adatsq_trt.plugins.aot import CompiledVariant, Variant, compile_variant, compiler_pool, faults
-from adatsq_trt.plugins.benchmark import LAYERS, places, require_gpu
+from adatsq_trt.plugins.aot import Variant, compile_variant, compiler_pool, faults
+from adatsq_trt.plugins.benchmark import LAYERS, check_gemm, places, require_gpu
 from adatsq_trt.plugins.catalog import DTYPES, KERNELS
-from adatsq_trt.plugins.kernels.cases import GEMMS, Problem
+from adatsq_trt.plugins.kernels.cases import GEMMS, Case, Problem
 from adatsq_trt.plugins.tiles import Place, Tile, Tiles
 
 
@@ -31,8 +35,12 @@ class Band:
     tokens: tuple[int, ...]
 
 
-BANDS = (Band((16,), (16,)), Band((32, 64), (64,)), Band((128, 256), (1024, 4608)))
+# The lowest tile that holds all tokens is launched (`tile_for`), so a band is no lower than the tokens that it is for.
+BANDS = (Band((16,), (16,)), Band((64,), (64,)), Band((128, 256), (1024, 4608)))
 _MAX_SUMS = 128  # of one thread; more cannot stay in its 255 registers
+_FINALISTS = 4  # tiles that are timed on every shape, after one shape has ranked all
+_QUICK = {"warmup": 5, "rep": 20}  # milliseconds
+_THOROUGH = {"warmup": 10, "rep": 50}
 
 
 def candidates(place: Place, band: Band) -> Iterator[Tile]:
@@ -43,45 +51,69 @@ def candidates(place: Place, band: Band) -> Iterator[Tile]:
             yield Tile(m, n, k, 8, warps, stages)
 
 
-def fastest(place: Place, band: Band, pool: Executor, time: Callable[[Place, Tile, Band], float]) -> Tile:
-    """The best tile of a band.
+def fastest(
+    tiles: Iterable[Tile],
+    quick: Callable[[Tile], float],
+    thorough: Callable[[Tile], float],
+    sound: Callable[[Tile], bool],
+) -> Tile | None:
+    """The best of a band: one shape ranks all tiles, all shapes rank the finalists, and a sound one wins.
 
     Args:
-        place: the kernel.
-        band: which tiles compete.
-        pool: compiles them.
-        time: measures one.
+        tiles: which compete.
+        quick: time on one shape.
+        thorough: time on all shapes.
+        sound: whether it is right, and the ahead-of-time compiler takes it without spills.
+    """
+    ranked = sorted(tiles, key=quick)
+    finalists = sorted(ranked[:_FINALISTS], key=thorough)
+    return next(filter(sound, [*finalists, *ranked[_FINALISTS:]]), None)
 
-    Raises:
-        AdatsqError: none compiles without spills.
+
+def is_sound(pool: Executor, place: Place, tile: Tile) -> bool:
+    """Whether the ahead-of-time compiler makes a tile's cubins without spills, in shared memory that the GPU has.
+
+    Args:
+        pool: processes that compile.
+        place: the kernel.
+        tile: how it is cut.
     """
     order = KERNELS[place.kernel].orders[0]
-    waiting = {
-        tile: [pool.submit(compile_variant, Variant(place, dtype, order, tile)) for dtype in DTYPES]
-        for tile in candidates(place, band)
-    }
-    sound = [tile for tile, compiled in waiting.items() if _sound(compiled)]
-    if not sound:
-        raise AdatsqError(f"no tile of {place.kernel} with heights {band.heights} fits {place.target} without spills")
-    return min(sound, key=lambda tile: time(place, tile, band))
-
-
-def _sound(compiled: Iterable[Future[tuple[CompiledVariant, bytes]]]) -> bool:
+    compiled = [pool.submit(compile_variant, Variant(place, dtype, order, tile)) for dtype in DTYPES]
     try:
         return not any(faults(each.result()[0]) for each in compiled)
     except AdatsqError:  # the compiler refuses it
         return False
 
 
-def milliseconds(place: Place, tile: Tile, band: Band, device: str = "cuda") -> float:
-    """Geometric mean over the band's tokens and the layers."""
-    import torch
+def is_right(place: Place, tile: Tile) -> bool:
+    """Whether a tile gives the reference's numbers; compilers have made fast code that does not."""
+    try:
+        check_gemm(place, (tile,))
+    except AdatsqError:
+        return False
+    return True
 
-    logarithms = []
-    for m, (n, k) in itertools.product(band.tokens, LAYERS):
-        case = GEMMS[place.kernel](Problem(m, n, k, torch.bfloat16, device=device), place.group)
-        logarithms.append(math.log(do_bench(lambda case=case: case.launch(tile), return_mode="median")))
-    return math.exp(sum(logarithms) / len(logarithms))
+
+def runs(place: Place, tile: Tile, device: str = "cuda") -> bool:
+    """Launch a tile once on a small problem; in another process this fills the cache that a timed launch reads."""
+    try:
+        GEMMS[place.kernel](Problem(16, 256, 256, torch.bfloat16, device=device), place.group).launch(tile)
+    except Exception:  # of the compiler, the assembler or the launch: this tile is none for this GPU
+        return False
+    return True
+
+
+def make_cases(place: Place, band: Band, device: str = "cuda") -> list[Case]:
+    """The multiplications that decide; the first ranks all tiles."""
+    shapes = itertools.product(sorted(band.tokens, reverse=True), LAYERS[1:] + LAYERS[:1])
+    return [GEMMS[place.kernel](Problem(m, n, k, torch.bfloat16, device=device), place.group) for m, (n, k) in shapes]
+
+
+def milliseconds(cases: Sequence[Case], durations: dict[str, int], tile: Tile) -> float:
+    """Geometric mean of the medians over some cases."""
+    medians = [do_bench(partial(case.launch, tile), return_mode="median", **durations) for case in cases]
+    return math.exp(sum(map(math.log, medians)) / len(medians))
 
 
 def tune(jobs: int, start: Callable[[int], Callable[[], None]] = lambda _total: lambda: None) -> Tiles:
@@ -98,8 +130,34 @@ def tune(jobs: int, start: Callable[[int], Callable[[], None]] = lambda _total: 
     searches = [(place, band) for place in places(require_gpu()) for band in BANDS]
     advance = start(len(searches))
     found: dict[Place, tuple[Tile, ...]] = {}
-    with compiler_pool(jobs) as pool:
-        for place, band in searches:
-            found[place] = (*found.get(place, ()), fastest(place, band, pool, milliseconds))
+    with compiler_pool(jobs) as compilers, _launchers(jobs) as launchers:
+        waiting = [
+            [(tile, launchers.submit(runs, place, tile)) for tile in candidates(place, band)]
+            for place, band in searches
+        ]
+        for (place, band), tried in zip(searches, waiting, strict=True):
+            tiles = [tile for tile, launched in tried if launched.result()]
+            cases = make_cases(place, band)
+            quick, thorough = partial(milliseconds, cases[:1], _QUICK), partial(milliseconds, cases, _THOROUGH)
+
+            def sound(tile: Tile, place: Place = place) -> bool:
+                return is_right(place, tile) and is_sound(compilers, place, tile)
+
+            best = fastest(tiles, quick, thorough, sound)
+            if best is None:
+                raise AdatsqError(
+                    f"no tile of {place.kernel} with heights {band.heights} is right on {place.target} without spills"
+                )
+            found[place] = (*found.get(place, ()), best)
             advance()
     return found
+
+
+@contextlib.contextmanager
+def _launchers(jobs: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes for `runs`; they share this one's cache of compiled kernels."""
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            yield pool
+        finally:
+            pool.shutdown(cancel_futures=True)

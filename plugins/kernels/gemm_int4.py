@@ -53,11 +53,25 @@ def gemm_w4a8(
         pair = group * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
         packed = tl.load(w_rows + pair[None, :])
         even, odd = tl.load(x_rows + pair[:, None]), tl.load(x_rows + half + pair[:, None])
-        total = tl.dot((packed << 4) >> 4, even, out_dtype=tl.int32)
-        total = tl.dot(packed >> 4, odd, total, out_dtype=tl.int32)
+        # Nibbles at the top of their bytes, 16 times their value: two operations instead of sign extensions. The sum
+        # of a group stays below 2^21, so float32 holds it exactly, and the scale of x takes the 16 off again.
+        total = tl.dot(packed << 4, even, out_dtype=tl.int32)
+        total = tl.dot(packed & -16, odd, total, out_dtype=tl.int32)
         acc += total.to(tl.float32) * tl.load(scale_rows + group)[:, None]
-    values = acc * tl.load(x_scale + tokens, mask=tokens < m, other=0.0)[None, :]
+    values = acc * (tl.load(x_scale + tokens, mask=tokens < m, other=0.0) / 16)[None, :]
     store_tile(values, bias, y, tokens, features, m, n, has_bias)
+
+
+@triton.jit
+def _nibbles(packed, dtype: tl.constexpr):
+    """Low nibbles as numbers in [-8, 7], exact; converting integers takes several times as long.
+
+    At 128 in bfloat16 and 1024 in float16, neighbours are 1 apart: code + 8 in the last bits adds itself.
+    """
+    offset: tl.constexpr = 136.0 if dtype == tl.bfloat16 else 1032.0
+    bits: tl.constexpr = 0x4308 if dtype == tl.bfloat16 else 0x6408
+    value = ((packed.to(tl.int16) & 15) ^ bits).to(dtype, bitcast=True)
+    return (value.to(tl.float32) - offset).to(dtype)
 
 
 @triton.jit
@@ -96,8 +110,8 @@ def gemm_w4a16(
         pair = group * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
         packed, words = tl.load(w_rows + pair[None, :]), tl.load(x_rows + pair[:, None])
         even, odd = words.to(tl.int16).to(dtype, bitcast=True), (words >> 16).to(tl.int16).to(dtype, bitcast=True)
-        total = tl.dot(((packed << 4) >> 4).to(dtype), even)
-        total = tl.dot((packed >> 4).to(dtype), odd, total)
+        total = tl.dot(_nibbles(packed, dtype), even)
+        total = tl.dot(_nibbles(packed >> 4, dtype), odd, total)
         acc += total * tl.load(scale_rows + group)[:, None]
     store_tile(acc, bias, y, tokens, features, m, n, has_bias)
 

@@ -1,14 +1,16 @@
-"""The search for tiles, with a compiler and a clock that answer at once."""
+"""The search for tiles, with a compiler and a clock that answer at once, and kernels in the interpreter."""
 
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
+from functools import partial
 
 import pytest
 from torch import Tensor
 
 from adatsq_trt.errors import AdatsqError, DependencyError
-from adatsq_trt.plugins import tune
+from adatsq_trt.plugins import benchmark, tune
 from adatsq_trt.plugins.aot import CompiledVariant, Variant
+from adatsq_trt.plugins.kernels import quantize
 from adatsq_trt.plugins.tiles import Place, Tile
 
 PLACE = Place("gemm_w4a8", "sm90", 64)
@@ -41,19 +43,46 @@ def test_candidates_keep_their_sums_in_registers() -> None:
             assert all(tile.block_k == place.group for tile in tiles if place.group)
 
 
-def test_the_fastest_that_compiles_without_spills_wins() -> None:
-    def wide_is_fast(_place: Place, tile: Tile, _band: tune.Band) -> float:
-        return 1 / tile.block_n + 0.01 * tile.num_warps
+def test_the_fastest_sound_finalist_wins() -> None:
+    tiles = [Tile(16, n, 64, 8, warps, 3) for n in (64, 128, 256) for warps in (4, 8)]
 
-    best = tune.fastest(PLACE, tune.BANDS[0], Compiler(widest=128), wide_is_fast)
-    assert (best.block_n, best.num_warps, best.num_stages) == (128, 4, 3)
+    def quick(tile: Tile) -> float:
+        return 1 / tile.block_n + 0.001 * tile.num_warps
+
+    def thorough(tile: Tile) -> float:
+        assert quick(tile) <= sorted(map(quick, tiles))[3], "only finalists are timed on every shape"
+        return tile.block_n
+
+    best = tune.fastest(tiles, quick, thorough, lambda _tile: True)
+    assert best is not None
+    assert best.block_n == 128
+    best = tune.fastest(tiles, quick, thorough, lambda tile: tile.block_n == 64)
+    assert best == Tile(16, 64, 64, 8, 4, 3)
+    assert tune.fastest(tiles, quick, thorough, lambda _tile: False) is None
+
+
+def test_a_tile_that_spills_or_that_the_compiler_refuses_is_unsound() -> None:
+    compiler = Compiler(widest=128)
+    assert tune.is_sound(compiler, PLACE, Tile(16, 128, 64, 8, 4, 3))
+    assert not tune.is_sound(compiler, PLACE, Tile(16, 256, 64, 8, 4, 3))
+    assert not tune.is_sound(compiler, PLACE, Tile(16, 128, 64, 8, 4, 4))
+
+
+def test_a_tile_that_is_wrong_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter, with a kernel that reads its weights in the wrong order."""
+    tile = Tile(16, 16, 64, 2, 4, 2)
+    monkeypatch.setattr(tune, "check_gemm", partial(benchmark.check_gemm, device="cpu"))
+    monkeypatch.setattr(benchmark, "_CHECKED_SHAPES", ((17, 20, 128),))
+    assert tune.is_right(PLACE, tile)
+    monkeypatch.setattr(quantize, "even_odd", lambda codes: codes.roll(1, dims=1))
+    assert not tune.is_right(PLACE, tile)
 
 
 def test_a_tile_is_timed_on_every_layer_and_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a clock that gives the number of products, after it has run the kernel in the interpreter."""
+    """With a clock that lies, after it has run the kernel in the interpreter."""
     shapes: list[tuple[int, ...]] = []
 
-    def clock(run: Callable[[], Tensor], return_mode: str) -> float:
+    def clock(run: Callable[[], Tensor], return_mode: str, **_: int) -> float:
         assert return_mode == "median"
         y = run()
         assert y.isfinite().all()
@@ -62,14 +91,15 @@ def test_a_tile_is_timed_on_every_layer_and_number_of_tokens(monkeypatch: pytest
 
     monkeypatch.setattr(tune, "do_bench", clock)
     monkeypatch.setattr(tune, "LAYERS", ((32, 64), (48, 128)))
-    took = tune.milliseconds(PLACE, Tile(16, 16, 64, 2, 4, 2), tune.Band((16,), (16, 20)), "cpu")
-    assert shapes == [(16, 32), (16, 48), (20, 32), (20, 48)]
+    cases = tune.make_cases(PLACE, tune.Band((16,), (16, 20)), "cpu")
+    took = tune.milliseconds(cases, {}, Tile(16, 16, 64, 2, 4, 2))
+    assert shapes == [(20, 48), (20, 32), (16, 48), (16, 32)]
     assert took == pytest.approx(100)  # the geometric mean
 
 
-def test_nothing_that_fits_is_said() -> None:
-    with pytest.raises(AdatsqError, match="no tile of gemm_w4a8 with heights"):
-        tune.fastest(PLACE, tune.BANDS[0], Compiler(widest=0), lambda *_: 1.0)
+def test_a_tile_that_cannot_be_launched_is_no_candidate() -> None:
+    assert tune.runs(PLACE, Tile(16, 16, 64, 2, 4, 2), "cpu")
+    assert not tune.runs(PLACE, Tile(16, 24, 64, 2, 4, 2), "cpu")  # the language has powers of two only
 
 
 def test_tuning_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
