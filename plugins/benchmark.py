@@ -102,7 +102,8 @@ def check(
     Raises:
         AdatsqError: names those that are wrong.
     """
-    wrong, count = [], 0
+    wrong: list[str] = []
+    count = 0
     for place in places(target):
         found, compared = _wrong_tiles(place, tiles[place], device, shapes)
         wrong, count = wrong + found, count + compared
