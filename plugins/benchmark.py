@@ -105,7 +105,7 @@ def check(
     wrong: list[str] = []
     count = 0
     for place in places(target):
-        found, compared = _wrong_tiles(place, tiles[place], device, shapes)
+        found, compared = wrong_tiles(place, tiles[place], device, shapes)
         wrong, count = wrong + found, count + compared
     count += _check_quantizers(wrong, target, device)
     if wrong:
@@ -113,26 +113,20 @@ def check(
     return count
 
 
-def check_gemm(place: Place, tiles: tuple[Tile, ...], device: str = "cuda") -> None:
-    """Compare one GEMM with its reference.
+def wrong_tiles(
+    place: Place,
+    tiles: Sequence[Tile],
+    device: str = "cuda",
+    shapes: Sequence[tuple[int, int, int]] = _CHECKED_SHAPES,
+) -> tuple[list[str], int]:
+    """Compare one GEMM with its reference; gives what differs, and the number of comparisons.
 
     Args:
         place: the kernel.
         tiles: how it is cut.
         device: where it runs: "cpu" is for the interpreter.
-
-    Raises:
-        AdatsqError: it is wrong; names the shapes and tiles.
+        shapes: (M, N, K).
     """
-    wrong, count = _wrong_tiles(place, tiles, device, _CHECKED_SHAPES)
-    if wrong:
-        raise AdatsqError(f"{len(wrong)} of {count} comparisons failed: {'; '.join(wrong)}")
-
-
-def _wrong_tiles(
-    place: Place, tiles: tuple[Tile, ...], device: str, shapes: Sequence[tuple[int, int, int]]
-) -> tuple[list[str], int]:
-    """What differs from the reference, and the number of comparisons."""
     wrong, count = [], 0
     for (m, n, k), dtype in itertools.product(shapes, _DTYPES):
         case = GEMMS[place.kernel](Problem(m, n, k, dtype, m % 2 == 1, m, device), place.group)

@@ -18,7 +18,12 @@ _OFF: dict[str, Any] = {"quantizer_name": "*", "enable": False}
 
 
 def apply_peer(
-    peer: Peer, transformer: nn.Module, layers: Sequence[str], bits: tuple[int, int], rank: int, run: Callable[[], None]
+    peer: Peer,
+    transformer: nn.Module,
+    layers: Sequence[str],
+    bits: tuple[int, int],
+    rank: int,
+    run: Callable[[], object],
 ) -> None:
     """Quantize the layers of a transformer in place.
 

@@ -236,9 +236,7 @@ class Evaluation:
             own = context.calibration
             calibration = Samples(other, own.schedule, own.guidance, own.prompts, own.seeds)
             with redirect_stdout(sys.stderr):  # modelopt prints, and standard output may be JSON
-                apply_peer(
-                    peer, other.transformer, list(layers), width, rank, lambda: _discard(trajectory(calibration))
-                )
+                apply_peer(peer, other.transformer, list(layers), width, rank, lambda: trajectory(calibration))
             asked = context.evaluation(self.batch.prompts)
             latents = final_latents(Samples(other, asked.schedule, asked.guidance, asked.prompts, asked.seeds))
             policy = _everywhere(context, context.formats[0])
@@ -308,10 +306,6 @@ class Evaluation:
             settings = settings.model_copy(update={"temperature": _FLAT})
         with RunDirectory.open(self._folder / "runs" / name) as run:
             yield Context(run, settings, self._model)
-
-
-def _discard(_latents: Tensor) -> None:
-    """Calibration by a peer wants no result."""
 
 
 def _everywhere(context: Context, fmt: Format) -> Policy:

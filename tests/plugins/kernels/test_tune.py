@@ -71,8 +71,8 @@ def test_a_tile_that_spills_or_that_the_compiler_refuses_is_unsound() -> None:
 def test_a_tile_that_is_wrong_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the interpreter, with a kernel that reads its weights in the wrong order."""
     tile = Tile(16, 16, 64, 2, 4, 2)
-    monkeypatch.setattr(tune, "check_gemm", partial(benchmark.check_gemm, device="cpu"))
-    monkeypatch.setattr(benchmark, "_CHECKED_SHAPES", ((17, 20, 128),))
+    on_cpu = partial(benchmark.wrong_tiles, device="cpu", shapes=((17, 20, 128),))
+    monkeypatch.setattr(tune, "wrong_tiles", on_cpu)
     assert tune.is_right(PLACE, tile)
     monkeypatch.setattr(quantize, "even_odd", lambda codes: codes.roll(1, dims=1))
     assert not tune.is_right(PLACE, tile)
