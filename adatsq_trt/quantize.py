@@ -67,12 +67,12 @@ def _round_mantissa(values: Tensor, mantissa_bits: int, smallest_exponent: int) 
     """Round float32 numbers to fewer mantissa bits, ties to even, subnormals included.
 
     Adding 1.5 * 2^(23 - mantissa_bits) times the number's own power of two pushes the bits that have to go out of
-    float32's mantissa, so the addition rounds; subtracting it again leaves the rounded number. Twice as fast here as
-    going through the 8-bit type.
+    float32's mantissa, so the addition rounds; subtracting it again leaves the rounded number. Faster here than going
+    through the 8-bit type, and in place: fresh memory takes longer than the arithmetic.
     """
-    exponent = (values.view(torch.int32) & 0x7F800000).clamp(min=(127 + smallest_exponent) << 23)
-    magic = (exponent + ((23 - mantissa_bits) << 23)).view(torch.float32) * 1.5
-    return torch.copysign((values + magic) - magic, values)
+    exponent = (values.view(torch.int32) & 0x7F800000).clamp_(min=(127 + smallest_exponent) << 23)
+    magic = exponent.add_((23 - mantissa_bits) << 23).view(torch.float32).mul_(1.5)
+    return (values + magic).sub_(magic).copysign_(values)
 
 
 _E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -230,11 +230,11 @@ def fake_quantize_activation(x: Tensor, grid: Grid, scale: Tensor | None = None)
     if grid.granularity is Granularity.TOKEN:
         # The floor keeps an all-zero token finite; it is far below any real activation.
         step = (x.abs().amax(dim=-1, keepdim=True) / grid.maximum).clamp(min=1e-12)
-        return (x / step).round().clamp(-grid.maximum, grid.maximum) * step
+        return (x / step).round_().clamp_(-grid.maximum, grid.maximum).mul_(step)
     assert scale is not None, "static grids need a scale"
     if grid.element is Element.E2M1:
         return _fake_quantize_blocks(x, grid, scale)
-    return round_to_grid(x / scale, grid) * scale
+    return round_to_grid(x / scale, grid).mul_(scale)
 
 
 def _fake_quantize_blocks(x: Tensor, grid: Grid, global_scale: Tensor) -> Tensor:
@@ -242,4 +242,4 @@ def _fake_quantize_blocks(x: Tensor, grid: Grid, global_scale: Tensor) -> Tensor
     blocks = x.reshape(*x.shape[:-1], -1, grid.group_size)
     scale = round_e4m3(blocks.abs().amax(dim=-1, keepdim=True) / (E2M1_MAX * global_scale)) * global_scale
     points = round_e2m1(blocks / torch.where(scale > 0, scale, torch.ones_like(scale)))
-    return (points * scale).reshape(x.shape)
+    return points.mul_(scale).reshape(x.shape)

@@ -1,7 +1,6 @@
 """The run directory: what is reused, what is resumed, what is refused."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import pytest
 from adatsq_trt.errors import DamagedFileError, MissingFileError, OutputError
 from adatsq_trt.files import write_bytes
 from adatsq_trt.run import RunDirectory, Stage
+from tests.permissions import permissions_hold
 
 FullDisk = Callable[[], AbstractContextManager[None]]
 
@@ -216,25 +216,15 @@ def test_missing_run_directory_is_named(tmp_path: Path) -> None:
         RunDirectory.existing(tmp_path)
 
 
-@pytest.fixture
-def unprivileged() -> Iterator[None]:
-    """Root may write everywhere, so a test of permissions gives that up for a while."""
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)
-    yield
-    os.seteuid(user)
-
-
-@pytest.mark.usefixtures("unprivileged")
 @pytest.mark.parametrize("mode", [0o000, 0o500])
 def test_folder_without_permission_is_refused(mode: int) -> None:
     with TemporaryDirectory() as folder:
         Path(folder).chmod(mode)
-        with pytest.raises(OutputError, match="Permission denied"):
-            RunDirectory.open(Path(folder))
-        with pytest.raises(OutputError if mode == 0 else MissingFileError):
-            RunDirectory.existing(Path(folder))
+        with permissions_hold():
+            with pytest.raises(OutputError, match="Permission denied"):
+                RunDirectory.open(Path(folder))
+            with pytest.raises(OutputError if mode == 0 else MissingFileError):
+                RunDirectory.existing(Path(folder))
         Path(folder).chmod(0o700)
         assert list(Path(folder).iterdir()) == []
 

@@ -1,7 +1,6 @@
 """The command line as a user meets it, and one real run for all its tests."""
 
 import fcntl
-import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tests.permissions import permissions_hold
 
 SCRIPT = Path(sys.executable).with_name("adatsq-trt")
 
@@ -94,25 +95,22 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @contextmanager
-def _unprivileged_in(folder: Path) -> Iterator[None]:
+def _read_only(folder: Path) -> Iterator[None]:
     folders = [folder, *(path for path in folder.rglob("*") if path.is_dir())]
-    user = os.geteuid()
     for path in folders:
         path.chmod(0o555)
-    if user == 0:  # root may write everywhere
-        os.seteuid(65534)
     try:
-        yield
+        with permissions_hold():
+            yield
     finally:
-        os.seteuid(user)
         for path in folders:
             path.chmod(0o755)
 
 
 @pytest.fixture
-def unprivileged_in() -> Callable[[Path], AbstractContextManager[None]]:
+def read_only() -> Callable[[Path], AbstractContextManager[None]]:
     """A block in which nothing below a folder may be written."""
-    return _unprivileged_in
+    return _read_only
 
 
 @pytest.fixture(scope="session")

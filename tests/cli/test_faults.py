@@ -81,12 +81,12 @@ def test_not_enough_memory(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("command", ["build", "check", "generate"])
-def test_a_read_only_run(cli, built: Path, unprivileged_in, command: str) -> None:
+def test_a_read_only_run(cli, built: Path, read_only, command: str) -> None:
     with TemporaryDirectory() as parent:
         run = Path(shutil.copytree(built, Path(parent) / "run"))
         before = cli.state(run)
         arguments = (*cli.build, "--output", run) if command == "build" else (command, run)
-        with unprivileged_in(Path(parent)):
+        with read_only(Path(parent)):
             message = cli(*arguments).refusal
         assert "Permission denied" in message
         assert "choose a folder that is writable" in message

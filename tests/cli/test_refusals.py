@@ -5,13 +5,14 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 
 from adatsq_trt.files import read_tensors
+from tests.permissions import permissions_hold
 
 SM120 = ("--target", "sm120")
 
@@ -189,21 +190,11 @@ def test_policy_for_other_steps_is_refused_with_the_option_that_helps(cli, built
 # ------------------------------------------------------------------------------------------ output folders
 
 
-@pytest.fixture
-def unprivileged() -> Iterator[None]:
-    """Root may write everywhere, so a test of permissions gives that up for a while."""
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)
-    yield
-    os.seteuid(user)
-
-
-@pytest.mark.usefixtures("unprivileged")
 def test_read_only_output_is_refused(cli) -> None:
     with TemporaryDirectory() as parent:
         Path(parent).chmod(0o555)
-        message = cli(*cli.build, "--output", Path(parent) / "run").refusal
+        with permissions_hold():
+            message = cli(*cli.build, "--output", Path(parent) / "run").refusal
         assert "Permission denied" in message
         assert "choose a folder that is writable" in message
         Path(parent).chmod(0o755)
