@@ -88,9 +88,10 @@ def test_a_single_contribution_is_the_change_that_it_makes(
     step: int,
     index: int,
 ) -> None:
-    layer = tuple(samples.adapter.quantizable_layers())[index]
-    actual = actual_change(samples, latents, start, store, {(step, layer): FORMATS["w8a8"]})
-    assert relative(sensitivity.contributions[2, step, index], actual) < 0.1
+    """In fp8: w8a8 changes some pictures by 1e-7, which float32 rounds to something else on every processor."""
+    layer, fmt = tuple(samples.adapter.quantizable_layers())[index], FORMATS["fp8"]
+    actual = actual_change(samples, latents, start, store, {(step, layer): fmt})
+    assert relative(sensitivity.contributions[SET.index(fmt), step, index], actual) < 0.1
 
 
 def test_exact_formats_contribute_nothing(sensitivity: Sensitivity) -> None:
