@@ -50,9 +50,8 @@ def gptq(
     global_scale = weight_global_scale(weight, grid)
     scales = _group_scales(weight, hessian, grid, global_scale)
     columns = torch.arange(weight.shape[1]) // group_width(grid, weight.shape[1])
-    permuted = gptq_columns(
-        weight[:, order].clone(), inverse_factor(hessian[order][:, order]), scales[:, columns[order]], grid, block
-    )
+    feedback = feedback_factor(hessian[order][:, order])
+    permuted = gptq_columns(weight[:, order], feedback, scales[:, columns[order]], grid, block)
     return encode_weight(permuted[:, order.argsort()], scales, grid, global_scale)
 
 
@@ -78,24 +77,43 @@ def _group_scales(weight: Tensor, hessian: Tensor, grid: Grid, global_scale: Ten
     return torch.cat(scales, dim=1)
 
 
-def inverse_factor(hessian: Tensor) -> Tensor:
-    """Upper Cholesky factor of the inverse, float32 [K, K]: row j holds what column j's error does to later ones."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+def feedback_factor(hessian: Tensor) -> Tensor:
+    """What every column's error adds to the later ones, float32 [K, K], unit upper triangular.
+
+    With H = R Rᵀ and R upper triangular, the error is ||ΔW R||², and column j's part of it vanishes where column j is
+    rounded from w_j + Σ_{i<j} (w_i - ŵ_i) R_ij / R_jj. That is GPTQ without the inverse of H (Chen et al. 2025, "The
+    geometry of LLM quantization: GPTQ as Babai's nearest plane algorithm"), and one Cholesky factorization in place of
+    two and an inversion.
+
+    Args:
+        hessian: float64 [K, K], positive definite; rows and columns in the order in which they are rounded.
+    """
+    upper = torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1)
+    factor: Tensor = upper / upper.diagonal()
     return factor.float()
 
 
-def gptq_columns(weight: Tensor, factor: Tensor, scales: Tensor, grid: Grid, block: int = 64) -> Tensor:
-    """The column loop: returns dequantized grid points, float32 [N, K]; `weight` is used up."""
-    width = weight.shape[1]
-    for start in range(0, width, block):
-        stop = min(start + block, width)
-        errors = torch.empty(len(weight), stop - start)
+def gptq_columns(weight: Tensor, feedback: Tensor, scales: Tensor, grid: Grid, block: int = 64) -> Tensor:
+    """The column loop.
+
+    Args:
+        weight: float32 [N, K], columns in the order in which they are rounded.
+        feedback: of `feedback_factor`.
+        scales: effective ones, float32 [N, K].
+        grid: integers, e4m3 or e2m1.
+        block: columns whose errors are added up together.
+
+    Returns:
+        Dequantized grid points, float32 [N, K].
+    """
+    # Transposed, so that a column lies in one piece.
+    weight, scales = weight.mT.contiguous(), scales.mT.contiguous()
+    rounded, errors = torch.empty_like(weight), torch.empty_like(weight)
+    for start in range(0, len(weight), block):
+        stop = min(start + block, len(weight))
+        wanted = torch.addmm(weight[start:stop], feedback[:start, start:stop].mT, errors[:start])
         for j in range(start, stop):
-            rounded = round_to_grid(weight[:, j] / scales[:, j], grid) * scales[:, j]
-            error = (weight[:, j] - rounded) / factor[j, j]
-            weight[:, j] = rounded
-            weight[:, j + 1 : stop] -= error[:, None] * factor[j, j + 1 : stop]
-            errors[:, j - start] = error
-        weight[:, stop:] -= errors @ factor[start:stop, stop:]
-    return weight
+            torch.mul(round_to_grid(wanted[j - start] / scales[j], grid), scales[j], out=rounded[j])
+            torch.sub(weight[j], rounded[j], out=errors[j])
+            wanted[j - start + 1 :].addr_(feedback[j, j + 1 : stop], errors[j])
+    return rounded.mT
