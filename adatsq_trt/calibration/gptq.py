@@ -49,10 +49,8 @@ def gptq(
     hessian, order = damped_hessian(hessian, damping, activation_order)
     global_scale = weight_global_scale(weight, grid)
     scales = _group_scales(weight, hessian, grid, global_scale)
-    columns = torch.arange(weight.shape[1]) // group_width(grid, weight.shape[1])
-    feedback = feedback_factor(hessian[order][:, order])
-    permuted = gptq_columns(weight[:, order], feedback, scales[:, columns[order]], grid, block)
-    return encode_weight(permuted[:, order.argsort()], scales, grid, global_scale)
+    values = gptq_columns(weight, feedback_factor(hessian, order), order, scales, grid, block)
+    return encode_weight(values, scales, grid, global_scale)
 
 
 def damped_hessian(hessian: Tensor, damping: float, activation_order: bool = True) -> tuple[Tensor, Tensor]:
@@ -77,7 +75,7 @@ def _group_scales(weight: Tensor, hessian: Tensor, grid: Grid, global_scale: Ten
     return torch.cat(scales, dim=1)
 
 
-def feedback_factor(hessian: Tensor) -> Tensor:
+def feedback_factor(hessian: Tensor, order: Tensor) -> Tensor:
     """What every column's error adds to the later ones, float32 [K, K], unit upper triangular.
 
     With H = R Rᵀ and R upper triangular, the error is ||ΔW R||², and column j's part of it vanishes where column j is
@@ -86,20 +84,28 @@ def feedback_factor(hessian: Tensor) -> Tensor:
     two and an inversion.
 
     Args:
-        hessian: float64 [K, K], positive definite; rows and columns in the order in which they are rounded.
+        hessian: float64 [K, K], positive definite.
+        order: in which the columns are rounded; rows and columns of the result are in this order.
     """
-    upper = torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1)
-    factor: Tensor = upper / upper.diagonal()
-    return factor.float()
+    backwards = order.flip(0)
+    reversed_hessian = hessian.float()[backwards][:, backwards]
+    lower, failed = torch.linalg.cholesky_ex(reversed_hessian)
+    if failed:  # single precision takes half the time, and is too little for a few layers with huge inputs
+        lower = torch.linalg.cholesky(hessian[backwards][:, backwards]).float()
+    upper = lower.flip(0, 1)
+    return upper.div_(upper.diagonal().clone())
 
 
-def gptq_columns(weight: Tensor, feedback: Tensor, scales: Tensor, grid: Grid, block: int = 64) -> Tensor:
+def gptq_columns(
+    weight: Tensor, feedback: Tensor, order: Tensor, scales: Tensor, grid: Grid, block: int = 64
+) -> Tensor:
     """The column loop.
 
     Args:
-        weight: float32 [N, K], columns in the order in which they are rounded.
+        weight: float32 [N, K].
         feedback: of `feedback_factor`.
-        scales: effective ones, float32 [N, K].
+        order: in which the columns are rounded.
+        scales: effective ones, float32 [N, K / group].
         grid: integers, e4m3 or e2m1.
         block: columns whose errors are added up together.
 
@@ -107,13 +113,15 @@ def gptq_columns(weight: Tensor, feedback: Tensor, scales: Tensor, grid: Grid, b
         Dequantized grid points, float32 [N, K].
     """
     # Transposed, so that a column lies in one piece.
-    weight, scales = weight.mT.contiguous(), scales.mT.contiguous()
+    scale_of = (order // (weight.shape[1] // scales.shape[1])).tolist()
+    weight, scales = weight.mT.contiguous()[order], scales.mT.contiguous()
     rounded, errors = torch.empty_like(weight), torch.empty_like(weight)
     for start in range(0, len(weight), block):
         stop = min(start + block, len(weight))
         wanted = torch.addmm(weight[start:stop], feedback[:start, start:stop].mT, errors[:start])
         for j in range(start, stop):
-            torch.mul(round_to_grid(wanted[j - start] / scales[j], grid), scales[j], out=rounded[j])
+            scale = scales[scale_of[j]]
+            torch.mul(round_to_grid(wanted[j - start] / scale, grid), scale, out=rounded[j])
             torch.sub(weight[j], rounded[j], out=errors[j])
             wanted[j - start + 1 :].addr_(feedback[j, j + 1 : stop], errors[j])
-    return rounded.mT
+    return rounded[order.argsort()].mT.contiguous()

@@ -103,8 +103,8 @@ def split_rounded(weight: Tensor, hessian: Tensor, group: int | None = None, dam
     damped, order = damped_hessian(hessian, damping)
     scales = _widest_scales(weight, group)
     wide = _per_input(scales, weight)
-    solved = gptq_columns(weight[:, order], feedback_factor(damped[order][:, order]), wide[:, order], WIDE.weight)
-    codes = (solved[:, order.argsort()] / wide).round().clamp(-_LARGEST - 1, _LARGEST)
+    solved = gptq_columns(weight, feedback_factor(damped, order), order, scales, WIDE.weight)
+    codes = (solved / wide).round().clamp(-_LARGEST - 1, _LARGEST)
     high, low = split_planes(codes.to(torch.int8))
     narrow_scales = 16 * _widest_scales(weight, GROUP)
     return NestedWeight(high, low, _fitted_scales(weight, damped.float(), high, narrow_scales), scales)
@@ -138,7 +138,7 @@ def solve_jointly(
     narrow_scales = 16 * wide_scales.repeat_interleave(weight.shape[1] // GROUP // wide_scales.shape[1], dim=1)
     units, balance = [1 / max(error, 1e-30) for error in errors], _FIRST_BALANCE
     cost = _Cost(balance * units[0], units[1], _per_input(narrow_scales, weight), _per_input(wide_scales, weight))
-    planes = _joint_gptq(weight, feedback_factor(damped[order][:, order]), order, cost)
+    planes = _joint_gptq(weight, feedback_factor(damped, order), order, cost)
     for _ in range(_ROUNDS):
         planes = _descend(weight, light, planes, cost)
         high, low = (plane.to(torch.int8) for plane in planes)
