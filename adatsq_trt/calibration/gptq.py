@@ -92,8 +92,9 @@ def feedback_factor(hessian: Tensor, order: Tensor) -> Tensor:
     lower, failed = torch.linalg.cholesky_ex(reversed_hessian)
     if failed:  # single precision takes half the time, and is too little for a few layers with huge inputs
         lower = torch.linalg.cholesky(hessian[backwards][:, backwards]).float()
-    upper = lower.flip(0, 1)
-    return upper.div_(upper.diagonal().clone())
+    upper: Tensor = lower.flip(0, 1)
+    upper /= upper.diagonal().clone()
+    return upper
 
 
 def gptq_columns(
