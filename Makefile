@@ -71,6 +71,21 @@ bench-engines: $(INSTALLED)
 bench-nested: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.nested.run --document docs/plugin.md
 
+# GPTQ of Flux-dev's wide layers beside llmcompressor's, which gets an environment of its own; results.json.
+.PHONY: bench-solver
+bench-solver: $(INSTALLED)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m benchmarks.solver.run
+
+# Denoiser calls and seconds of the search on the small models; results.json.
+.PHONY: bench-search
+bench-search: $(INSTALLED)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m benchmarks.search.run
+
+# What budgets in bits, bytes and milliseconds choose; results.json and the table in the page about budgets.
+.PHONY: bench-budgets
+bench-budgets: $(INSTALLED)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m benchmarks.budgets.run --document docs/how-to/choose-a-budget.md
+
 # Methods of quantization side by side on the models that draw scenes: results.json, comparisons.json, figures and the
 # tables in docs/quality.md and README.md. Hours; cells that are there are reused. BENCH=quick: few samples, models of four steps.
 .PHONY: bench-quality

@@ -90,10 +90,13 @@ def decode_e2m1(codes: Tensor) -> Tensor:
     return table[codes.long()]
 
 
-def round_to_grid(scaled: Tensor, grid: Grid) -> Tensor:
-    """Nearest point of a scaled grid (integers, e4m3, e2m1), saturating; float32 in, float32 out, any shape."""
+def round_to_grid(scaled: Tensor, grid: Grid, *, in_place: bool = False) -> Tensor:
+    """Nearest point of a scaled grid (integers, e4m3, e2m1), saturating; float32 in, float32 out, any shape.
+
+    With `in_place` the argument may be used up.
+    """
     if grid.element is Element.INT:
-        return scaled.round().clamp(-grid.maximum, grid.maximum)
+        return (scaled.round_() if in_place else scaled.round()).clamp_(-grid.maximum, grid.maximum)
     return round_e4m3(scaled) if grid.element is Element.E4M3 else round_e2m1(scaled)
 
 
@@ -134,15 +137,17 @@ def search_scale(values: Tensor, grid: Grid, global_scale: Tensor | None, import
     Returns:
         [N, 1] float32 effective scales.
     """
-    largest = values.abs().amax(dim=1, keepdim=True)
+    values = values.contiguous()
+    scaled, largest = torch.empty_like(values), values.abs().amax(dim=1, keepdim=True)
     best_scale = finish_scale(largest / grid.maximum, grid, global_scale)
     best_error = torch.full_like(largest, torch.inf)
     # e4m3 is a floating grid: clipping buys no resolution there.
     ratios = [1.0] if grid.element is Element.E4M3 else [1 - 0.05 * i for i in range(11)]
     for ratio in ratios:
         scale = finish_scale(largest * ratio / grid.maximum, grid, global_scale)
-        error = (values - round_to_grid(values / scale, grid) * scale).square()
-        error = (error if importance is None else error * importance).sum(dim=1, keepdim=True)
+        torch.div(values, scale, out=scaled)  # in place: fresh memory takes longer than the arithmetic
+        squares = round_to_grid(scaled, grid, in_place=True).mul_(scale).sub_(values).square_()
+        error = (squares if importance is None else squares.mul_(importance)).sum(dim=1, keepdim=True)
         better = error < best_error
         best_scale, best_error = torch.where(better, scale, best_scale), torch.where(better, error, best_error)
     return best_scale
@@ -158,7 +163,7 @@ def encode_weight(values: Tensor, scales: Tensor, grid: Grid, global_scale: Tens
         global_scale: for e2m1.
     """
     wide = scales.repeat_interleave(values.shape[1] // scales.shape[1], dim=1)
-    points = round_to_grid(values / wide, grid)
+    points = round_to_grid(torch.div(values, wide, out=wide), grid, in_place=True)
     if grid.element is Element.INT:
         return QuantizedWeight(points.to(torch.int8), scales)
     if grid.element is Element.E4M3:

@@ -17,7 +17,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from adatsq_trt.calibration.gptq import damped_hessian, gptq_columns, inverse_factor
+from adatsq_trt.calibration.gptq import damped_hessian, feedback_factor, gptq_columns
 from adatsq_trt.formats import FORMATS, GROUP, Format
 from adatsq_trt.packing import join_planes, split_planes
 from adatsq_trt.quantize import QuantizedWeight, dequantize_weight, round_scale
@@ -103,10 +103,8 @@ def split_rounded(weight: Tensor, hessian: Tensor, group: int | None = None, dam
     damped, order = damped_hessian(hessian, damping)
     scales = _widest_scales(weight, group)
     wide = _per_input(scales, weight)
-    solved = gptq_columns(
-        weight[:, order].clone(), inverse_factor(damped[order][:, order]), wide[:, order], WIDE.weight
-    )
-    codes = (solved[:, order.argsort()] / wide).round().clamp(-_LARGEST - 1, _LARGEST)
+    solved = gptq_columns(weight, feedback_factor(damped, order), order, scales, WIDE.weight)
+    codes = (solved / wide).round().clamp(-_LARGEST - 1, _LARGEST)
     high, low = split_planes(codes.to(torch.int8))
     narrow_scales = 16 * _widest_scales(weight, GROUP)
     return NestedWeight(high, low, _fitted_scales(weight, damped.float(), high, narrow_scales), scales)
@@ -140,7 +138,7 @@ def solve_jointly(
     narrow_scales = 16 * wide_scales.repeat_interleave(weight.shape[1] // GROUP // wide_scales.shape[1], dim=1)
     units, balance = [1 / max(error, 1e-30) for error in errors], _FIRST_BALANCE
     cost = _Cost(balance * units[0], units[1], _per_input(narrow_scales, weight), _per_input(wide_scales, weight))
-    planes = _joint_gptq(weight, inverse_factor(damped[order][:, order]), order, cost)
+    planes = _joint_gptq(weight, feedback_factor(damped, order), order, cost)
     for _ in range(_ROUNDS):
         planes = _descend(weight, light, planes, cost)
         high, low = (plane.to(torch.int8) for plane in planes)
@@ -182,17 +180,15 @@ class _Cost:
         return high * self.narrow_scales[:, column], (16 * high + low) * self.wide_scales[:, column]
 
 
-def _joint_gptq(weight: Tensor, factor: Tensor, order: Tensor, cost: _Cost) -> tuple[Tensor, Tensor]:
+def _joint_gptq(weight: Tensor, feedback: Tensor, order: Tensor, cost: _Cost) -> tuple[Tensor, Tensor]:
     """GPTQ with one choice of both planes per column; either width hands its own error to the columns to come."""
     widths = weight[:, order].clone(), weight[:, order].clone()
     high, low = torch.empty_like(weight), torch.empty_like(weight)
     for j, column in enumerate(order.tolist()):
         targets = widths[0][:, j], widths[1][:, j]
         high[:, column], low[:, column] = cost.best(column, *targets)
-        for left, target, value in zip(
-            widths, targets, cost.values(column, high[:, column], low[:, column]), strict=True
-        ):
-            left[:, j + 1 :] -= ((target - value) / factor[j, j])[:, None] * factor[j, j + 1 :]
+        for left, value in zip(widths, cost.values(column, high[:, column], low[:, column]), strict=True):
+            left[:, j + 1 :] += (weight[:, column] - value)[:, None] * feedback[j, j + 1 :]
     return high, low
 
 

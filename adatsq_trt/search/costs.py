@@ -49,15 +49,25 @@ def _card(name: str, title: str, memory: float, half: float, **others: float) ->
     return Card(name, title, memory, tops)
 
 
-# NVIDIA's data sheets and architecture whitepapers, without sparsity.
+# NVIDIA's figures without sparsity, half of those with it. Cards that could not be checked are left out.
+#   a100      312 TFLOPS bf16, 624 TOPS int8, 2,039 GB/s: glennklockwood.com/garden/processors/A100, which cites the
+#             data sheet nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf
+#   rtx-4090  with 32-bit accumulation: 165.2 bf16, 330.3 fp8, 660.6 TOPS int8, 1,008 GB/s
+#             (waredb.com/processor/nvidia-geforce-rtx-4090; not seen in a document of NVIDIA's)
+#   l40s      362.05 bf16, 733 fp8, 864 GB/s: the data sheet's table, as in mullet.se/product.html?product_id=355414,
+#             without an int8 rate
+#   h100      3.35 TB/s, fp8 as the H200 (lzwjava.github.io/nvidia-h200-gpu-specs-en), whose die it shares
+#   h200      989 bf16, 1,979 fp8, 4.8 TB/s (itkb.uw.cz/2026/06/nvidia-h200-vs-b300-precisions-cores.html); 3.96 POPS
+#             int8 with sparsity (hmc-tech.com/gpu/nvidia-h100-vs-nvidia-h200-sxm-vs-nvidia-gb200)
+#   rtx-5090  1,792 GB/s, and with sparsity 838 fp16, 1,676 fp8 and 3,352 fp4
+#             (spheron.network/blog/nvidia-rtx-5090-specs; not seen in a document of NVIDIA's). That is with 16-bit
+#             accumulation; with 32 bits fp16 and fp8 have half, as on the rtx-4090, whose int8 is twice its fp8 too
 CARDS = {
     card.name: card
     for card in (
         _card("a100", "NVIDIA A100 80GB SXM", 2039, 312, int8=624),
-        _card("a10", "NVIDIA A10", 600, 125, int8=250),
-        _card("rtx-3090", "NVIDIA GeForce RTX 3090", 936, 71, int8=284),
         _card("rtx-4090", "NVIDIA GeForce RTX 4090", 1008, 165.2, int8=660.6, fp8=330.3),
-        _card("l40s", "NVIDIA L40S", 864, 362, int8=733, fp8=733),
+        _card("l40s", "NVIDIA L40S", 864, 362, fp8=733),
         _card("h100", "NVIDIA H100 SXM", 3350, 989, int8=1979, fp8=1979),
         _card("h200", "NVIDIA H200 SXM", 4800, 989, int8=1979, fp8=1979),
         _card("rtx-5090", "NVIDIA GeForce RTX 5090", 1792, 209.5, int8=838, fp8=419, fp4=1676),
