@@ -332,6 +332,18 @@ HeldOut = Annotated[
 ]
 
 
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option(
+        "--memory-limit",
+        metavar="SIZE",
+        help="Most resident memory of the stages, such as 12GB: what does not fit is read or computed again.",
+        show_default="the machine's",
+        rich_help_panel=_EFFORT,
+    ),
+]
+
+
 def engine(
     model: Model,
     target: TargetOption = None,
@@ -359,6 +371,7 @@ def engine(
     calibration_samples: Calibration = None,
     selection_samples: Selection = None,
     held_out_samples: HeldOut = None,
+    memory_limit: MemoryLimit = None,
     base: Base = None,
     lora: Lora = None,
     prompts: Prompts = None,
@@ -390,6 +403,7 @@ def engine(
         policy=policy,
         seed=seed,
         counts=_given(beam, candidates, calibration_samples, selection_samples, held_out_samples),
+        memory_limit=memory_limit,
     )
     run_stages(request, until)
 

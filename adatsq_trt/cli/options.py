@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from rich.console import Console
 from rich.table import Table
 
-from adatsq_trt.cli.budgets import BudgetChoice, BudgetRequest, choose_budgets, require_finite
+from adatsq_trt.cli.budgets import BudgetChoice, BudgetRequest, choose_budgets, parse_bytes, require_finite
 from adatsq_trt.cli.build import StageName
 from adatsq_trt.cli.loading import ModelRequest, OpenedModel, open_model, reopen_model, require_model
 from adatsq_trt.errors import UserError
@@ -72,6 +72,7 @@ class Request:
     policy: Path | None
     seed: int
     counts: Mapping[str, int]
+    memory_limit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class Choice:
         formats: its members, cheapest first.
         budgets: what the policy may spend.
         policy: text of the given policy file.
+        memory_limit: most resident bytes; None for all that the machine has.
     """
 
     targets: tuple[str, ...]
@@ -91,6 +93,7 @@ class Choice:
     formats: tuple[Format, ...]
     budgets: BudgetChoice
     policy: str | None
+    memory_limit: int | None
 
 
 def choose(request: Request) -> Choice:
@@ -115,7 +118,8 @@ def choose(request: Request) -> Choice:
     _require_backend(request, targets)
     budgets = choose_budgets(request.budgets, format_set)
     require_finite("--guidance", request.model.guidance)
-    return Choice(names, format_set, formats, budgets, _policy_text(request.policy))
+    limit = None if request.memory_limit is None else int(parse_bytes(request.memory_limit, "--memory-limit"))
+    return Choice(names, format_set, formats, budgets, _policy_text(request.policy), limit)
 
 
 def _require_backend(request: Request, targets: Sequence[Target]) -> None:
@@ -216,15 +220,18 @@ def run_stages(request: Request, until: StageName) -> None:
     _require_exportable(request, until)
     from adatsq_trt.cli.stages import bundle, calibrate, export, quantize, search, summary
     from adatsq_trt.cli.stages.context import Context
+    from adatsq_trt.cli.stages.memory import plan_memory
     from adatsq_trt.engines.bundle import BundleFiles
     from adatsq_trt.engines.plugin_commands import COMMANDS_NAME
     from adatsq_trt.engines.sizes import size_report
     from adatsq_trt.files import write_json_model
+    from adatsq_trt.meter import release_memory
     from adatsq_trt.run import RunDirectory
 
     opened = open_model(request.model)
     settings = resolve(request, choice, opened)
     search.require_possible(settings, opened.outline)
+    memory = plan_memory(choice.memory_limit, settings, opened.outline)
     console = Console()
     # A simulated run gets a folder of its own, so that it never replaces a run with engines.
     names = [settings.model, *choice.targets, *(["simulated"] if request.simulate else [])]
@@ -239,7 +246,11 @@ def run_stages(request: Request, until: StageName) -> None:
     with RunDirectory.open(output) as run:
         console.print(_settings_table(settings))
         write_json_model(run.path / SETTINGS_NAME, settings)
-        context = Context(run, settings, opened.load(run))
+        context = Context(run, settings, opened.load(run), memory)
+        if until is StageName.BUNDLE and settings.times is None:
+            export.run(context)
+            context = Context(run, settings, opened.outline, memory)  # compilers need the memory of the weights
+            release_memory()
         result = stages[until](context).folder
         if until is StageName.BUNDLE:
             console.print(summary_table(summary.write(context)))

@@ -107,7 +107,7 @@ def _reference(context: Context, policy: Policy, folder: Path) -> None:
         "loop.seeds": torch.tensor(samples.seeds),
         "loop.full_precision": latents,
     }
-    with SimulatedModel(context.adapter, quantize.load(context)).installed() as model:
+    with context.simulated(quantize.load(context)).installed() as model:
         for step in range(policy.steps):
             model.assign(policy.formats_at(step), step)
             tensors |= _one_step(context, samples, latents[step], step, with_layers=step in layered)
@@ -161,7 +161,7 @@ def layer_reference(context: Context, policy: Policy, step: int) -> dict[str, Te
     """Outputs of all layers of the fake-quantized model at any step, by module path, as `_reference` stores them."""
     samples = context.calibration.part(slice(0, CHECK_SAMPLES))
     latents = read_tensors(calibrate.stage(context).folder / calibrate.TRAJECTORY)["latents"][step, :CHECK_SAMPLES]
-    with SimulatedModel(context.adapter, quantize.load(context)).installed() as model:
+    with context.simulated(quantize.load(context)).installed() as model:
         model.assign(policy.formats_at(step), step)
         tensors = _one_step(context, samples, latents, step, with_layers=True)
     return {name: tensors[f"step_{step:03d}.layer.{name}"] for name in context.layers}
