@@ -56,10 +56,17 @@ def _output_sizes(module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, 
     sizes: dict[str, int] = {}
 
     def watch(name: str, inner: nn.Module) -> None:
-        inner.register_forward_hook(lambda _m, _i, output: sizes.__setitem__(name, output.numel()))
+        inner.register_forward_hook(lambda _m, _i, output: sizes.__setitem__(name, _numbers(output)))
 
     for name, inner in module.named_modules():
         if not list(inner.children()):
             watch(name, inner)
     module(*inputs.values())
     return sizes
+
+
+def _numbers(output: object) -> int:
+    """Of a tensor, or of some: rotations come in pairs."""
+    if isinstance(output, Tensor):
+        return output.numel()
+    return sum(map(_numbers, output)) if isinstance(output, tuple | list) else 0

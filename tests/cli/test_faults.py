@@ -99,8 +99,8 @@ def test_a_read_only_run(cli, built: Path, read_only, command: str) -> None:
 @pytest.mark.parametrize(
     ("before", "file"),
     [
-        ("quantize", "calibrate/hessians.safetensors"),
-        ("search", "quantize/nvfp4.safetensors"),
+        ("quantize", "calibrate/hessians/transformer_blocks.0.safetensors"),
+        ("search", "quantize/nvfp4/transformer_blocks.0.safetensors"),
         pytest.param("export", "search/policy.json", marks=pytest.mark.slow),
         ("bundle", "export/prompts.safetensors"),
     ],

@@ -16,7 +16,6 @@ from adatsq_trt.export import export_graphs, export_plugin_graphs, trace
 from adatsq_trt.export.plugin_graphs import GRAPHS as PLUGIN_GRAPHS
 from adatsq_trt.files import read_tensors, write_tensors
 from adatsq_trt.formats import PLUGIN_LAYOUT
-from adatsq_trt.models.adapter import Conditioning
 from adatsq_trt.models.capture import captured_outputs
 from adatsq_trt.models.format_store import SCALES_NAME
 from adatsq_trt.models.simulated import SimulatedModel
@@ -27,6 +26,7 @@ NAME = "export"
 GRAPHS, PROMPTS, REFERENCE = "onnx", "prompts.safetensors", "check/reference.safetensors"
 OUTPUT_NAME = "velocity"
 CHECK_SAMPLES = 2
+PROMPTS_AT_ONCE = 8
 # Noise that is sixteen times what float32 sums differ by, and how often it is drawn.
 NOISE, NOISE_DRAWS = 2.0**-16, 4
 _REFERENCE_CONTENT = "steps, layers, loop, spread"  # a part of the stage's key: exports that hold less are made again
@@ -170,11 +170,14 @@ def layer_reference(context: Context, policy: Policy, step: int) -> dict[str, Te
 @torch.no_grad()
 def _prompts(context: Context) -> dict[str, Tensor]:
     """Conditioning of every prompt of the model, and of the unguided branch."""
-    everything: Conditioning = context.adapter.encode(range(len(context.adapter.prompts)))
-    tensors = {f"conditional.{name}": value.clone() for name, value in everything.conditional.items()}
-    for name, value in (everything.unconditional or {}).items():
-        tensors[f"unconditional.{name}"] = value[:1].clone()
-    return tensors
+    count = len(context.adapter.prompts)
+    starts = range(0, count, PROMPTS_AT_ONCE)
+    parts = [context.adapter.encode(range(i, min(i + PROMPTS_AT_ONCE, count))) for i in starts]
+    names, empty = tuple(parts[0].conditional), parts[0].unconditional or {}
+    tensors = {f"unconditional.{name}": value[:1].clone() for name, value in empty.items()}
+    rows = [part.conditional for part in parts]
+    del parts  # their unconditional halves are as large
+    return tensors | {f"conditional.{name}": torch.cat([row[name] for row in rows]) for name in names}
 
 
 def used_formats(policy: Policy) -> tuple[str, ...]:
