@@ -170,14 +170,13 @@ def layer_reference(context: Context, policy: Policy, step: int) -> dict[str, Te
 @torch.no_grad()
 def _prompts(context: Context) -> dict[str, Tensor]:
     """Conditioning of every prompt of the model, and of the unguided branch."""
-    count = len(context.adapter.prompts)
-    starts = range(0, count, PROMPTS_AT_ONCE)
-    parts = [context.adapter.encode(range(i, min(i + PROMPTS_AT_ONCE, count))) for i in starts]
-    names, empty = tuple(parts[0].conditional), parts[0].unconditional or {}
-    tensors = {f"unconditional.{name}": value[:1].clone() for name, value in empty.items()}
-    rows = [part.conditional for part in parts]
-    del parts  # their unconditional halves are as large
-    return tensors | {f"conditional.{name}": torch.cat([row[name] for row in rows]) for name in names}
+    adapter, count = context.adapter, len(context.adapter.prompts)
+    empty = adapter.encode([0]).unconditional or {}
+    # Only few prompts at a time also have rows for the unguided branch.
+    parts = [range(start, min(start + PROMPTS_AT_ONCE, count)) for start in range(0, count, PROMPTS_AT_ONCE)]
+    rows = [adapter.encode(part).conditional for part in parts]
+    tensors = {f"conditional.{name}": torch.cat([row[name] for row in rows]) for name in rows[0]}
+    return tensors | {f"unconditional.{name}": value[:1].clone() for name, value in empty.items()}
 
 
 def used_formats(policy: Policy) -> tuple[str, ...]:
