@@ -1,6 +1,6 @@
 """Seconds and peak memory of every stage on the real configuration of Wan2.1-1.3B: results.json.
 
-    python -m benchmarks.size.run [--work FOLDER] [--blocks 30] [--memory-limit 12GB] [--document benchmarks/README.md]
+    python -m benchmarks.size.run [--work FOLDER] [--blocks 30] [--memory-limit 16GB] [--document benchmarks/README.md]
 
 Weights are random and the video is tiny, so nothing here says anything about pictures; memory depends on the weights.
 Every stage runs in a process of its own, whose record the system keeps. FOLDER, about 40 GB with all blocks, is left as
@@ -94,7 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("runs/bench-size"))
     parser.add_argument("--blocks", type=int, default=BLOCKS, help="fewer make another model, whose rows say so")
-    parser.add_argument("--memory-limit", default="12GB")
+    parser.add_argument("--memory-limit", default="16GB")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--keep", action="store_true", help="leave FOLDER as it is at the end too")
     parser.add_argument("--document", type=Path, help="file with the markers that the table goes between")

@@ -13,6 +13,7 @@ from adatsq_trt.cli.stages.context import Memory
 from adatsq_trt.errors import UserError
 from adatsq_trt.meter import machine_bytes, resident_bytes
 from adatsq_trt.models.flow import Flow, measure_flow
+from adatsq_trt.pipelines.loading import OpenedPipeline
 from adatsq_trt.settings import Settings
 from adatsq_trt.zoo.loading import LoadedModel
 
@@ -37,25 +38,32 @@ class Model:
         weights: parameters of the transformer.
         shapes: (K, N) of the quantizable layers, by block.
         flow: of one sample.
+        encoder_bytes: while text encoders are loaded.
+        file_bytes: of the largest weight file, which is mapped while it is read.
     """
 
     weights: int
     shapes: tuple[tuple[tuple[int, int], ...], ...]
     flow: Flow
+    encoder_bytes: int
+    file_bytes: int
 
 
-def plan_memory(limit: int | None, settings: Settings, outline: LoadedModel) -> Memory:
+def plan_memory(
+    limit: int | None, settings: Settings, outline: LoadedModel, pipeline: OpenedPipeline | None = None
+) -> Memory:
     """What a run may have resident.
 
     Args:
         limit: in bytes; None for all that the machine has.
         settings: of the run.
         outline: the model, whose weights need not be in memory.
+        pipeline: the checkpoint that it comes from.
 
     Raises:
         UserError: the limit is too small; names the smallest that would do.
     """
-    model = _model(settings, outline)
+    model = _model(settings, outline, (0, 0) if pipeline is None else pipeline.loading_bytes)
     least = needed_bytes(settings, model, resident_bytes())
     if limit is not None and limit < max(least.values()):
         stage = max(least, key=lambda name: least[name])
@@ -78,7 +86,9 @@ def needed_bytes(settings: Settings, model: Model, before: int) -> dict[str, int
     """
     flow, held, pairs = model.flow, before + 4 * model.weights, [pair for block in model.shapes for pair in block]
     backward = settings.calibration_samples * (_KEPT * flow.outputs_bytes + 2 * flow.layers_bytes)
+    # Hessians of a block, and one of its two files as it is being written.
     sums = max(sum(hessian_bytes(width for width, _ in block)) for block in model.shapes)
+    sums += max(sum(4 * width**2 for width, _ in block) for block in model.shapes)
     call = _call_bytes(settings, flow)
     rounded = max(_ROUNDED * 4 * width * rows for width, rows in pairs)
     block_codes = max(sum(4 * width * rows for width, rows in block) for block in model.shapes)
@@ -87,6 +97,8 @@ def needed_bytes(settings: Settings, model: Model, before: int) -> dict[str, int
         gradients = settings.calibration_samples * 2 * settings.projections * flow.layers_bytes
         search = max(search, backward + gradients + rounded)
     return {
+        "embed": before + model.encoder_bytes,
+        "loading": held + model.file_bytes,
         "calibrate": held + max(backward, call + sums),
         "quantize": held + max(_SOLVER * width**2 for width, _ in pairs) + rounded + block_codes,
         "search": held + search,
@@ -95,7 +107,7 @@ def needed_bytes(settings: Settings, model: Model, before: int) -> dict[str, int
     }
 
 
-def _model(settings: Settings, outline: LoadedModel) -> Model:
+def _model(settings: Settings, outline: LoadedModel, loading: tuple[int, int]) -> Model:
     adapter = outline.adapter
     linears = adapter.quantizable_layers()
     shapes = tuple(
@@ -103,7 +115,7 @@ def _model(settings: Settings, outline: LoadedModel) -> Model:
         for names in adapter.layers_by_block().values()
     )
     flow = measure_flow(adapter, adapter.schedule(settings.steps), settings.guidance)
-    return Model(sum(p.numel() for p in adapter.transformer.parameters()), shapes, flow)
+    return Model(sum(p.numel() for p in adapter.transformer.parameters()), shapes, flow, *loading)
 
 
 def _call_bytes(settings: Settings, flow: Flow) -> int:
