@@ -58,7 +58,7 @@ class TransformName(StrEnum):
 
 _CHECKPOINT, _POLICY, _EFFORT = "A checkpoint of your own", "The policy", "The effort"
 _ENTERPRISE = "Enterprise TensorRT"
-_EFFORTS = ("beam", "candidates", "calibration_samples", "selection_samples", "held_out_samples")
+_EFFORTS = ("beam", "candidates", "calibration_samples", "selection_samples", "held_out_samples", "seed")
 # Each batch of samples has a million seeds of its own; a scheduler has a thousand timesteps.
 _MOST_ROWS = 4096
 _MOST_SAMPLES, _MOST_STEPS, _MOST_PATHS = 1_000_000, 1000, 1000
@@ -388,12 +388,12 @@ def engine(
     """
     from adatsq_trt.cli.budgets import BudgetRequest
     from adatsq_trt.cli.loading import ModelRequest
-    from adatsq_trt.cli.options import CompilerRequest, FormatRequest, Request, run_stages
+    from adatsq_trt.cli.options import CompilerRequest, FormatRequest, PlaceRequest, Request, run_stages
 
     request = Request(
         model=ModelRequest(model, base, tuple(lora or ()), prompts, height, width, frames, guidance),
         targets=tuple(dict.fromkeys(target or ())),
-        output=output,
+        place=PlaceRequest(output, memory_limit),
         formats=FormatRequest(formats, None if transform is None else transform.value),
         budgets=BudgetRequest(budget_bits, budget_bytes, budget_ms, gpu),
         max_assignments=max_assignments,
@@ -401,9 +401,7 @@ def engine(
         compiler=CompilerRequest(layout.value, backend.value, hardware.value, versions, streaming, tuple(batch or ())),
         steps=steps,
         policy=policy,
-        seed=seed,
-        counts=_given(beam, candidates, calibration_samples, selection_samples, held_out_samples),
-        memory_limit=memory_limit,
+        counts=_given(beam, candidates, calibration_samples, selection_samples, held_out_samples, seed),
     )
     run_stages(request, until)
 

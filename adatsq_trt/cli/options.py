@@ -57,12 +57,29 @@ class CompilerRequest:
 
 
 @dataclass(frozen=True)
+class PlaceRequest:
+    """Where results go, and how much memory making them may take."""
+
+    output: Path | None
+    memory_limit: str | None = None
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """Of memory; None for what the machine has.
+
+        Raises:
+            UserError: not a size.
+        """
+        return None if self.memory_limit is None else int(parse_bytes(self.memory_limit, "--memory-limit"))
+
+
+@dataclass(frozen=True)
 class Request:
     """The command line's options; None stands for "the default"."""
 
     model: ModelRequest
     targets: tuple[str, ...]
-    output: Path | None
+    place: PlaceRequest
     formats: FormatRequest
     budgets: BudgetRequest
     max_assignments: int | None
@@ -70,9 +87,7 @@ class Request:
     compiler: CompilerRequest
     steps: int | None
     policy: Path | None
-    seed: int
     counts: Mapping[str, int]
-    memory_limit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -118,8 +133,8 @@ def choose(request: Request) -> Choice:
     _require_backend(request, targets)
     budgets = choose_budgets(request.budgets, format_set)
     require_finite("--guidance", request.model.guidance)
-    limit = None if request.memory_limit is None else int(parse_bytes(request.memory_limit, "--memory-limit"))
-    return Choice(names, format_set, formats, budgets, _policy_text(request.policy), limit)
+    policy = _policy_text(request.policy)
+    return Choice(names, format_set, formats, budgets, policy, request.place.limit_bytes)
 
 
 def _require_backend(request: Request, targets: Sequence[Target]) -> None:
@@ -208,7 +223,6 @@ def resolve(request: Request, choice: Choice, opened: OpenedModel) -> Settings:
         times=choice.budgets.times,
         max_assignments=request.max_assignments,
         policy=choice.policy,
-        seed=request.seed,
         transform=request.formats.transform,
         **request.counts,
     )
@@ -235,7 +249,7 @@ def run_stages(request: Request, until: StageName) -> None:
     console = Console()
     # A simulated run gets a folder of its own, so that it never replaces a run with engines.
     names = [settings.model, *choice.targets, *(["simulated"] if request.simulate else [])]
-    output = request.output or Path("runs") / "-".join(names)
+    output = request.place.output or Path("runs") / "-".join(names)
     stages = {
         StageName.CALIBRATE: calibrate.run,
         StageName.QUANTIZE: quantize.run,
