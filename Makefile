@@ -86,6 +86,12 @@ bench-search: $(INSTALLED)
 bench-budgets: $(INSTALLED)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m benchmarks.budgets.run --document docs/how-to/choose-a-budget.md
 
+# Seconds and peak memory of every stage on the real configuration of Wan2.1-1.3B, random weights: results.json and the
+# table in benchmarks/README.md. Three quarters of an hour, 40 GB of disk in runs/bench-size; a killed one goes on there.
+.PHONY: bench-size
+bench-size: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.size.run --document benchmarks/README.md
+
 # Methods of quantization side by side on the models that draw scenes: results.json, comparisons.json, figures and the
 # tables in docs/quality.md and README.md. Hours; cells that are there are reused. BENCH=quick: few samples, models of four steps.
 .PHONY: bench-quality

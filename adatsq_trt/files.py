@@ -10,10 +10,10 @@ import json
 import os
 import reprlib
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -173,14 +173,78 @@ def read_tensors(path: Path, advice: str | None = None) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if not path.is_file():
-        todo = advice or "run the stage that writes it, or check the path"
-        raise MissingFileError(f"'{path}' does not exist; {todo}")
+    _require_file(path, advice)
     try:
         return load_file(path)
     except (SafetensorError, ValueError, OSError) as error:
-        todo = advice or "delete it and run the stage that writes it again"
-        raise DamagedFileError(f"'{path}' is not a complete safetensors file ({error}); {todo}") from error
+        raise _incomplete_tensors(path, advice, error) from error
+
+
+class MappedTensors(Mapping[str, "Tensor"]):
+    """Tensors of safetensors files that may be larger than memory.
+
+    Every lookup maps the tensor's file anew, so its pages leave memory together with the tensor.
+    """
+
+    def __init__(self, files: Iterable[Path], advice: str | None = None) -> None:
+        """Read the headers.
+
+        Args:
+            files: no name is in two of them.
+            advice: what messages tell the user to do with a bad file; None for a file that a stage writes.
+
+        Raises:
+            MissingFileError: no such file.
+            DamagedFileError: truncated or not safetensors.
+        """
+        self._advice = advice
+        self._places: dict[str, Path] = {}
+        for path in files:
+            with _opened_tensors(path, advice) as opened:
+                self._places |= dict.fromkeys(opened.keys(), path)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """One tensor; its pages are read when they are used."""
+        with _opened_tensors(self._places[name], self._advice) as opened:
+            return opened.get_tensor(name)  # type: ignore[no-any-return]
+
+    def __iter__(self) -> Iterator[str]:
+        """Names."""
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._places)
+
+
+@contextmanager
+def _opened_tensors(path: Path, advice: str | None) -> Iterator[Any]:
+    """A safetensors file, its header read.
+
+    Raises:
+        MissingFileError: no such file.
+        DamagedFileError: truncated or not safetensors.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    _require_file(path, advice)
+    try:
+        with safe_open(path, framework="pt") as opened:
+            yield opened
+    except (SafetensorError, ValueError, OSError) as error:
+        raise _incomplete_tensors(path, advice, error) from error
+
+
+def _require_file(path: Path, advice: str | None) -> None:
+    if not path.is_file():
+        raise MissingFileError(
+            f"'{path}' does not exist; {advice or 'run the stage that writes it, or check the path'}"
+        )
+
+
+def _incomplete_tensors(path: Path, advice: str | None, error: Exception) -> DamagedFileError:
+    todo = advice or "delete it and run the stage that writes it again"
+    return DamagedFileError(f"'{path}' is not a complete safetensors file ({error}); {todo}")
 
 
 def sha256(path: Path) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
 import resource
 import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 
 from adatsq_trt.errors import OutputError
@@ -83,6 +86,26 @@ def resident_bytes() -> int:
     import psutil
 
     return int(psutil.Process().memory_info().rss)
+
+
+def machine_bytes() -> int:
+    """Memory of this machine, or of the container where that has less."""
+    import psutil
+
+    limits = [int(psutil.virtual_memory().total)]
+    with contextlib.suppress(OSError, ValueError):  # not Linux, or no limit: "max"
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    return min(limits)
+
+
+def release_memory() -> None:
+    """Give what Python and the C library hold of freed objects back to the system, where that can be asked for."""
+    import ctypes
+
+    gc.collect()
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError, OSError):  # not glibc
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _process_record_bytes() -> int:

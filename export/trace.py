@@ -49,11 +49,13 @@ def trace(
     Raises:
         AdatsqError: the module computes with the number of rows as a constant.
     """
-    twin = copy.deepcopy(module).eval()
-    # Buffers keep their type: they hold position ids and frequencies, which forward casts where it wants to.
-    for name, parameter in twin.named_parameters():
-        if not _stays_float32(twin, name):
-            parameter.data = parameter.data.to(base)
+    # Buffers keep their type: they hold position ids and frequencies, which forward casts where it wants to. Parameters
+    # are copied in the base type at once: copying them in float32 first would take three times the memory.
+    memo: dict[int, object] = {}
+    for name, parameter in module.named_parameters():
+        dtype = parameter.dtype if _stays_float32(module, name) else base
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to(dtype, copy=True), parameter.requires_grad)
+    twin = copy.deepcopy(module, memo).eval()
     batch = torch.export.Dim(BATCH_AXIS)
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from adatsq_trt.errors import DamagedFileError, MissingFileError, OutputError
 from adatsq_trt.files import (
     MAX_JSON_BYTES,
+    MappedTensors,
     atomic_path,
     read_json_model,
     read_tensors,
@@ -24,6 +25,7 @@ from adatsq_trt.files import (
     write_json_model,
     write_tensors,
 )
+from adatsq_trt.meter import resident_bytes
 
 FullDisk = Callable[[], AbstractContextManager[None]]
 
@@ -197,3 +199,20 @@ def test_no_more_is_read_than_may_be_parsed(tmp_path: Path, make: Callable[[Path
     make(tmp_path / "file.json")
     with pytest.raises(DamagedFileError, match=message):
         read_json_model(tmp_path / "file.json", Note)
+
+
+def test_tensors_are_mapped_one_at_a_time(tmp_path: Path) -> None:
+    files = [tmp_path / f"{name}.safetensors" for name in "ab"]
+    for file in files:
+        write_tensors(file, {file.stem: torch.arange(1 << 24, dtype=torch.float32)})
+    tensors, before = MappedTensors(files), resident_bytes()
+    assert list(tensors) == ["a", "b"]
+    for name in tensors:
+        assert tensors[name][-1] == (1 << 24) - 1
+        assert float(tensors[name].sum()) > 0
+        assert resident_bytes() - before < 1 << 25  # a file has twice as much
+    files[1].write_bytes(files[1].read_bytes()[:1000])
+    with pytest.raises(DamagedFileError, match=r"b\.safetensors' is not a complete"):
+        MappedTensors(files)
+    with pytest.raises(MissingFileError, match=r"c\.safetensors' does not exist"):
+        MappedTensors([tmp_path / "c.safetensors"])

@@ -6,6 +6,8 @@ the layer's input, weighted over steps; GPTQ is invariant to H's scale.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -43,19 +45,57 @@ def gptq(
     Returns:
         The weight on the format's grid; scales as the format stores them.
     """
+    if fmt.weight.is_float:
+        return QuantizedWeight(weight.to(plain_type(fmt.weight)))
+    return gptq_factored(weight, factorize(hessian, damping, activation_order), fmt, block)
+
+
+@dataclass(frozen=True)
+class FactoredHessian:
+    """What GPTQ needs to know of a Hessian: the same for all formats of a layer.
+
+    Attributes:
+        importance: damped diagonal, float32 [K].
+        order: in which columns are visited, int64 [K].
+        feedback: what a column's error adds to those visited later, float32 [K, K] (`feedback_factor`).
+    """
+
+    importance: Tensor
+    order: Tensor
+    feedback: Tensor
+
+
+def factorize(hessian: Tensor, damping: float = 0.01, activation_order: bool = True) -> FactoredHessian:
+    """Damp a Hessian and factorize it; takes 24 K² bytes for a while.
+
+    Args:
+        hessian: [K, K] float32, symmetric positive semidefinite.
+        damping: added to the diagonal, as a part of its mean over inputs that are not always zero.
+        activation_order: visit the columns with the largest diagonal first.
+    """
+    damped, order = damped_hessian(hessian, damping, activation_order)
+    return FactoredHessian(damped.diagonal().float(), order, feedback_factor(damped, order))
+
+
+def gptq_factored(weight: Tensor, hessian: FactoredHessian, fmt: Format, block: int = 64) -> QuantizedWeight:
+    """`gptq` with a Hessian that has been factorized already.
+
+    Args:
+        weight: [N, K] float32.
+        hessian: of the layer's inputs.
+        fmt: any format but plain floating ones.
+        block: columns whose updates to the rest are applied together.
+    """
     grid = fmt.weight
-    if grid.is_float:
-        return QuantizedWeight(weight.to(plain_type(grid)))
-    hessian, order = damped_hessian(hessian, damping, activation_order)
     global_scale = weight_global_scale(weight, grid)
-    scales = _group_scales(weight, hessian, grid, global_scale)
-    values = gptq_columns(weight, feedback_factor(hessian, order), order, scales, grid, block)
+    scales = _group_scales(weight, hessian.importance, grid, global_scale)
+    values = gptq_columns(weight, hessian.feedback, hessian.order, scales, grid, block)
     return encode_weight(values, scales, grid, global_scale)
 
 
 def damped_hessian(hessian: Tensor, damping: float, activation_order: bool = True) -> tuple[Tensor, Tensor]:
     """Damped float64 Hessian and the order of the columns; dead inputs get the mean diagonal of the live ones."""
-    damped = hessian.double().clone()
+    damped = hessian.to(torch.float64, copy=True)
     diagonal = damped.diagonal()
     dead = diagonal == 0
     diagonal[dead] = 1.0 if dead.all() else diagonal[~dead].mean()
@@ -64,10 +104,9 @@ def damped_hessian(hessian: Tensor, damping: float, activation_order: bool = Tru
     return damped, order
 
 
-def _group_scales(weight: Tensor, hessian: Tensor, grid: Grid, global_scale: Tensor | None) -> Tensor:
+def _group_scales(weight: Tensor, importance: Tensor, grid: Grid, global_scale: Tensor | None) -> Tensor:
     """Effective scales [N, groups], chosen before any column moves, so that any column order can be used."""
     width = group_width(grid, weight.shape[1])
-    importance = hessian.diagonal().float()
     scales = [
         search_scale(weight[:, start : start + width], grid, global_scale, importance[start : start + width])
         for start in range(0, weight.shape[1], width)

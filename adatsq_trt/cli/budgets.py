@@ -66,15 +66,19 @@ def choose_budgets(request: BudgetRequest, format_set: str) -> BudgetChoice:
     return BudgetChoice(request.bits, size, request.ms, time_model(request.gpu)[1])
 
 
-def parse_bytes(text: str) -> float:
+def parse_bytes(text: str, option: str = "--budget-bytes") -> float:
     """A number of bytes: "800000", "800kB", "6.5 GB"; a kB is 1,000 bytes.
+
+    Args:
+        text: what the user wrote.
+        option: where.
 
     Raises:
         UserError: it is none.
     """
     match = _SIZE.fullmatch(text.strip())
     if match is None:
-        raise UserError(f"--budget-bytes '{text}': expected a size such as 800000, 800kB, 12.5MB or 6GB")
+        raise UserError(f"{option} '{text}': expected a size such as 800000, 800kB, 12.5MB or 6GB")
     return float(match[1]) * _UNITS[match[2].lower()]
 
 

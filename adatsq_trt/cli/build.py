@@ -58,7 +58,7 @@ class TransformName(StrEnum):
 
 _CHECKPOINT, _POLICY, _EFFORT = "A checkpoint of your own", "The policy", "The effort"
 _ENTERPRISE = "Enterprise TensorRT"
-_EFFORTS = ("beam", "candidates", "calibration_samples", "selection_samples", "held_out_samples")
+_EFFORTS = ("beam", "candidates", "calibration_samples", "selection_samples", "held_out_samples", "seed")
 # Each batch of samples has a million seeds of its own; a scheduler has a thousand timesteps.
 _MOST_ROWS = 4096
 _MOST_SAMPLES, _MOST_STEPS, _MOST_PATHS = 1_000_000, 1000, 1000
@@ -332,6 +332,18 @@ HeldOut = Annotated[
 ]
 
 
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option(
+        "--memory-limit",
+        metavar="SIZE",
+        help="Most resident memory of the stages, such as 12GB: what does not fit is read or computed again.",
+        show_default="the machine's",
+        rich_help_panel=_EFFORT,
+    ),
+]
+
+
 def engine(
     model: Model,
     target: TargetOption = None,
@@ -359,6 +371,7 @@ def engine(
     calibration_samples: Calibration = None,
     selection_samples: Selection = None,
     held_out_samples: HeldOut = None,
+    memory_limit: MemoryLimit = None,
     base: Base = None,
     lora: Lora = None,
     prompts: Prompts = None,
@@ -375,12 +388,12 @@ def engine(
     """
     from adatsq_trt.cli.budgets import BudgetRequest
     from adatsq_trt.cli.loading import ModelRequest
-    from adatsq_trt.cli.options import CompilerRequest, FormatRequest, Request, run_stages
+    from adatsq_trt.cli.options import CompilerRequest, FormatRequest, PlaceRequest, Request, run_stages
 
     request = Request(
         model=ModelRequest(model, base, tuple(lora or ()), prompts, height, width, frames, guidance),
         targets=tuple(dict.fromkeys(target or ())),
-        output=output,
+        place=PlaceRequest(output, memory_limit),
         formats=FormatRequest(formats, None if transform is None else transform.value),
         budgets=BudgetRequest(budget_bits, budget_bytes, budget_ms, gpu),
         max_assignments=max_assignments,
@@ -388,8 +401,7 @@ def engine(
         compiler=CompilerRequest(layout.value, backend.value, hardware.value, versions, streaming, tuple(batch or ())),
         steps=steps,
         policy=policy,
-        seed=seed,
-        counts=_given(beam, candidates, calibration_samples, selection_samples, held_out_samples),
+        counts=_given(beam, candidates, calibration_samples, selection_samples, held_out_samples, seed),
     )
     run_stages(request, until)
 

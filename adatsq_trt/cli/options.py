@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from rich.console import Console
 from rich.table import Table
 
-from adatsq_trt.cli.budgets import BudgetChoice, BudgetRequest, choose_budgets, require_finite
+from adatsq_trt.cli.budgets import BudgetChoice, BudgetRequest, choose_budgets, parse_bytes, require_finite
 from adatsq_trt.cli.build import StageName
 from adatsq_trt.cli.loading import ModelRequest, OpenedModel, open_model, reopen_model, require_model
 from adatsq_trt.errors import UserError
@@ -57,12 +57,29 @@ class CompilerRequest:
 
 
 @dataclass(frozen=True)
+class PlaceRequest:
+    """Where results go, and how much memory making them may take."""
+
+    output: Path | None
+    memory_limit: str | None = None
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """Of memory; None for what the machine has.
+
+        Raises:
+            UserError: not a size.
+        """
+        return None if self.memory_limit is None else int(parse_bytes(self.memory_limit, "--memory-limit"))
+
+
+@dataclass(frozen=True)
 class Request:
     """The command line's options; None stands for "the default"."""
 
     model: ModelRequest
     targets: tuple[str, ...]
-    output: Path | None
+    place: PlaceRequest
     formats: FormatRequest
     budgets: BudgetRequest
     max_assignments: int | None
@@ -70,7 +87,6 @@ class Request:
     compiler: CompilerRequest
     steps: int | None
     policy: Path | None
-    seed: int
     counts: Mapping[str, int]
 
 
@@ -84,6 +100,7 @@ class Choice:
         formats: its members, cheapest first.
         budgets: what the policy may spend.
         policy: text of the given policy file.
+        memory_limit: most resident bytes; None for all that the machine has.
     """
 
     targets: tuple[str, ...]
@@ -91,6 +108,7 @@ class Choice:
     formats: tuple[Format, ...]
     budgets: BudgetChoice
     policy: str | None
+    memory_limit: int | None
 
 
 def choose(request: Request) -> Choice:
@@ -115,7 +133,8 @@ def choose(request: Request) -> Choice:
     _require_backend(request, targets)
     budgets = choose_budgets(request.budgets, format_set)
     require_finite("--guidance", request.model.guidance)
-    return Choice(names, format_set, formats, budgets, _policy_text(request.policy))
+    policy = _policy_text(request.policy)
+    return Choice(names, format_set, formats, budgets, policy, request.place.limit_bytes)
 
 
 def _require_backend(request: Request, targets: Sequence[Target]) -> None:
@@ -204,7 +223,6 @@ def resolve(request: Request, choice: Choice, opened: OpenedModel) -> Settings:
         times=choice.budgets.times,
         max_assignments=request.max_assignments,
         policy=choice.policy,
-        seed=request.seed,
         transform=request.formats.transform,
         **request.counts,
     )
@@ -216,19 +234,22 @@ def run_stages(request: Request, until: StageName) -> None:
     _require_exportable(request, until)
     from adatsq_trt.cli.stages import bundle, calibrate, export, quantize, search, summary
     from adatsq_trt.cli.stages.context import Context
+    from adatsq_trt.cli.stages.memory import plan_memory
     from adatsq_trt.engines.bundle import BundleFiles
     from adatsq_trt.engines.plugin_commands import COMMANDS_NAME
     from adatsq_trt.engines.sizes import size_report
     from adatsq_trt.files import write_json_model
+    from adatsq_trt.meter import release_memory
     from adatsq_trt.run import RunDirectory
 
     opened = open_model(request.model)
     settings = resolve(request, choice, opened)
     search.require_possible(settings, opened.outline)
+    memory = plan_memory(choice.memory_limit, settings, opened.outline, opened.pipeline)
     console = Console()
     # A simulated run gets a folder of its own, so that it never replaces a run with engines.
     names = [settings.model, *choice.targets, *(["simulated"] if request.simulate else [])]
-    output = request.output or Path("runs") / "-".join(names)
+    output = request.place.output or Path("runs") / "-".join(names)
     stages = {
         StageName.CALIBRATE: calibrate.run,
         StageName.QUANTIZE: quantize.run,
@@ -239,7 +260,11 @@ def run_stages(request: Request, until: StageName) -> None:
     with RunDirectory.open(output) as run:
         console.print(_settings_table(settings))
         write_json_model(run.path / SETTINGS_NAME, settings)
-        context = Context(run, settings, opened.load(run))
+        context = Context(run, settings, opened.load(run), memory)
+        if until is StageName.BUNDLE and settings.times is None:
+            export.run(context)
+            context = Context(run, settings, opened.outline, memory)  # compilers need the memory of the weights
+            release_memory()
         result = stages[until](context).folder
         if until is StageName.BUNDLE:
             console.print(summary_table(summary.write(context)))

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from adatsq_trt.image import ImageShape
 from adatsq_trt.schedule import Schedule
 
+OUTSIDE = "outside"  # of all blocks
+
 
 @dataclass(frozen=True)
 class Conditioning:
@@ -69,6 +71,14 @@ class ModelAdapter(ABC):
     @abstractmethod
     def blocks(self) -> tuple[str, ...]:
         """Module paths of the transformer's blocks, in the order of execution."""
+
+    def layers_by_block(self) -> dict[str, tuple[str, ...]]:
+        """Quantizable layers by the block that holds them; those outside of all blocks are under `OUTSIDE`."""
+        blocks, groups = self.blocks(), dict[str, list[str]]()
+        for layer in self.quantizable_layers():
+            block = next((name for name in blocks if layer.startswith(f"{name}.")), OUTSIDE)
+            groups.setdefault(block, []).append(layer)
+        return {block: tuple(layers) for block, layers in groups.items()}
 
     @abstractmethod
     def encode(self, prompts: Sequence[int]) -> Conditioning:

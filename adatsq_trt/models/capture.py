@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -39,6 +39,26 @@ def captured(layers: Mapping[str, nn.Linear]) -> Iterator[Capture]:
     handles = [watch(name, layer) for name, layer in layers.items()]
     try:
         yield capture
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def observed_inputs(layers: Mapping[str, nn.Linear], observe: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Hand every layer's input to a function, by the layer's name; nothing is kept.
+
+    Args:
+        layers: by name.
+        observe: takes a name and an input [..., K], detached.
+    """
+
+    def watch(name: str, layer: nn.Linear) -> RemovableHandle:
+        return layer.register_forward_pre_hook(lambda _module, inputs: observe(name, inputs[0].detach()))
+
+    handles = [watch(name, layer) for name, layer in layers.items()]
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -1,20 +1,20 @@
 """The weights of every format and the activation scales of every step, in memory and on disk.
 
-FOLDER/<format>.safetensors           <module path>.codes, .scales, .global_scale
+FOLDER/<format>/<block>.safetensors   <module path>.codes, .scales, .global_scale of the layers of a block
 FOLDER/activation_scales.safetensors  <format>: float32 [steps, layers]
 FOLDER/transforms.safetensors         where weights and inputs are transformed before they are rounded
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
-from adatsq_trt.errors import DamagedFileError
-from adatsq_trt.files import read_tensors, write_tensors
+from adatsq_trt.errors import DamagedFileError, MissingFileError
+from adatsq_trt.files import MappedTensors, read_tensors, write_tensors
 from adatsq_trt.models.transforms import IDENTITY, LayerTransform, load_transforms
 from adatsq_trt.quantize import QuantizedWeight
 
@@ -41,35 +41,57 @@ class FormatStore:
         return self.transforms.get(layer, IDENTITY)
 
 
-def weights_name(format_name: str) -> str:
-    """File name of a format's weights."""
-    return f"{format_name}.safetensors"
+def weights_name(format_name: str, block: str) -> str:
+    """Where a block's weights in one format lie in the folder."""
+    return f"{format_name}/{block}.safetensors"
 
 
 def save_weights(path: Path, weights: Mapping[str, QuantizedWeight]) -> None:
-    """Write one format's weights, whole or not at all."""
+    """Write some layers' weights in one format, whole or not at all."""
     write_tensors(path, {f"{layer}.{part}": t for layer, w in weights.items() for part, t in w.tensors().items()})
 
 
-def load_weights(path: Path, layers: Iterable[str]) -> dict[str, QuantizedWeight]:
-    """Read one format's weights.
+class StoredWeights(Mapping[str, QuantizedWeight]):
+    """Module path → weight in one format, on disk: every lookup maps the layer's tensors anew."""
 
-    Raises:
-        MissingFileError: no such file.
-        DamagedFileError: not a complete file, or a layer is missing.
-    """
-    tensors = read_tensors(path)
-    result = {}
-    for layer in layers:
-        if f"{layer}.codes" not in tensors:
-            raise DamagedFileError(f"'{path}' has no weight for layer '{layer}'; delete it and quantize again")
-        parts = {part: tensors[f"{layer}.{part}"] for part in _PARTS if f"{layer}.{part}" in tensors}
-        result[layer] = QuantizedWeight(**parts)
-    return result
+    def __init__(self, folder: Path, layers: Iterable[str]) -> None:
+        """Find the layers.
+
+        Args:
+            folder: of the format.
+            layers: that have to be there.
+
+        Raises:
+            MissingFileError: there are no files.
+            DamagedFileError: a file is not complete, or a layer is missing.
+        """
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise MissingFileError(f"'{folder}' holds no weights; run 'adatsq-trt quantize', which writes them")
+        self._tensors = MappedTensors(files)
+        self._layers = tuple(layers)
+        for layer in self._layers:
+            if f"{layer}.codes" not in self._tensors:
+                raise DamagedFileError(f"'{folder}' has no weight for layer '{layer}'; delete it and quantize again")
+
+    def __getitem__(self, layer: str) -> QuantizedWeight:
+        """The layer's weight."""
+        parts = {part: self._tensors[f"{layer}.{part}"] for part in _PARTS if f"{layer}.{part}" in self._tensors}
+        if not parts:
+            raise KeyError(layer)
+        return QuantizedWeight(**parts)
+
+    def __iter__(self) -> Iterator[str]:
+        """Layers."""
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._layers)
 
 
 def load_store(folder: Path, formats: Iterable[str], layers: Iterable[str]) -> FormatStore:
-    """Read the weights of some formats, all activation scales and the transforms, if there are any.
+    """The weights of some formats, which stay on disk; all activation scales and the transforms, if there are any.
 
     Raises:
         MissingFileError: a file is not there.
@@ -77,7 +99,7 @@ def load_store(folder: Path, formats: Iterable[str], layers: Iterable[str]) -> F
     """
     names = list(layers)
     return FormatStore(
-        {name: load_weights(folder / weights_name(name), names) for name in formats},
+        {name: StoredWeights(folder / name, names) for name in formats},
         read_tensors(folder / SCALES_NAME),
         load_transforms(folder / TRANSFORMS_NAME) if (folder / TRANSFORMS_NAME).is_file() else {},
     )

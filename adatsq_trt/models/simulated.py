@@ -1,11 +1,13 @@
 """The fake-quantized model: the transformer with its linear layers rounded as an assignment says.
 
 This is what the search measures and what exported graphs are checked against. Weights of every format are held
-dequantized, so changing an assignment only changes references.
+dequantized, so changing an assignment only changes references; where they are too large for that, a layer's weight is
+dequantized whenever the layer is called, and nothing of it stays.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -64,7 +66,7 @@ class SimulatedLinear(nn.Module):
 
     Attributes:
         original: the full-precision layer.
-        weights: format name → dequantized weight, float32 [N, K].
+        weights: format name → dequantized weight, float32 [N, K]; may be made at every lookup.
         active: the format in use, or None for full precision.
         scale: static activation scale of the active format, float32 [].
     """
@@ -83,7 +85,7 @@ class SimulatedLinear(nn.Module):
         super().__init__()
         self._shared, self._transform = shared, transform
         self.original = original
-        self.weights = dict(weights)
+        self.weights = weights
         self.active: Format | None = None
         self.scale: Tensor | None = None
 
@@ -107,9 +109,16 @@ class SimulatedModel:
         layers: module paths in the order of assignments' entries.
     """
 
-    def __init__(self, adapter: ModelAdapter, store: FormatStore) -> None:
-        """Dequantize every format of every layer once."""
+    def __init__(self, adapter: ModelAdapter, store: FormatStore, most_bytes: float = math.inf) -> None:
+        """Dequantize every format of every layer once, or leave that to the calls.
+
+        Args:
+            adapter: the model.
+            store: its weights.
+            most_bytes: of dequantized weights that may be held.
+        """
         originals = adapter.quantizable_layers()
+        held = 4 * len(store.weights) * sum(linear.weight.numel() for linear in originals.values()) <= most_bytes
         self.adapter = adapter
         self.layers = tuple(originals)
         self._scales = store.scales
@@ -117,7 +126,7 @@ class SimulatedModel:
         self._linears = {
             layer: SimulatedLinear(
                 linear,
-                {n: dequantize_weight(store.weights[n][layer], f) for n, f in formats.items()},
+                dict(_Dequantized(store, layer, formats)) if held else _Dequantized(store, layer, formats),
                 shared,
                 store.transform(layer),
             )
@@ -165,6 +174,22 @@ class SimulatedModel:
             linear.active = formats[layer] if formats is not None else None
             if linear.active is not None and linear.active.static_activation:
                 linear.scale = self._scales[linear.active.name][step, index]
+
+
+class _Dequantized(Mapping[str, Tensor]):
+    """Format name → a layer's weight, float32 [N, K], made from the store at every lookup."""
+
+    def __init__(self, store: FormatStore, layer: str, formats: Mapping[str, Format]) -> None:
+        self._store, self._layer, self._formats = store, layer, formats
+
+    def __getitem__(self, name: str) -> Tensor:
+        return dequantize_weight(self._store.weights[name][self._layer], self._formats[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._formats)
+
+    def __len__(self) -> int:
+        return len(self._formats)
 
 
 class _Noise:

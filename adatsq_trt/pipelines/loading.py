@@ -150,6 +150,13 @@ class OpenedPipeline:
         folders = [self.source.folder / name for name in self.source.kind.encoders]
         return _digest(f"{f.parent.name}/{f.name} {verified_sha256(f)}" for folder in folders for f in _files(folder))
 
+    @property
+    def loading_bytes(self) -> tuple[int, int]:
+        """Most that is resident while the text encoders are loaded, and the largest file of the transformer."""
+        folders = [self.source.folder / name for name in self.source.kind.encoders if name.startswith("text_encoder")]
+        encoders = [file.stat().st_size for folder in folders for file in find_weights(folder).files]
+        return sum(encoders) + max(encoders), max(file.stat().st_size for file in self._weights.files)
+
     @cached_property
     def model_sha256(self) -> str:
         """Hash of all that decides what the model draws, but for the VAE."""

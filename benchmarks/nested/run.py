@@ -38,7 +38,7 @@ from adatsq_trt.calibration.trajectory import final_latents
 from adatsq_trt.cli.options import open_run
 from adatsq_trt.cli.stages import calibrate
 from adatsq_trt.cli.stages.context import Context
-from adatsq_trt.files import read_json_model, read_tensors, write_bytes, write_json_model
+from adatsq_trt.files import read_json_model, write_bytes, write_json_model
 from adatsq_trt.formats import GROUP, Format
 from adatsq_trt.models.format_store import FormatStore
 from adatsq_trt.models.simulated import SimulatedModel
@@ -145,7 +145,7 @@ def main() -> None:
 
 def measure(context: Context) -> Results:
     """All ways on the run's model, and the solvers on synthetic layers."""
-    hessians = read_tensors(calibrate.stage(context).folder / calibrate.HESSIANS)
+    hessians = calibrate.load_hessians(context)
     weights = {name: linear.weight.detach() for name, linear in context.adapter.quantizable_layers().items()}
     stored: dict[str, dict[str, Copies]] = {}
     layers: dict[str, dict[str, LayerResult]] = {}

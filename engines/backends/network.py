@@ -51,6 +51,7 @@ class NetworkCompiler(Compiler):
         if plan is None:
             raise self._refusal("cannot compile", onnx_path, target, told.errors)
         self._finish(config, target)
+        del config, network, parser, builder  # they hold the weights, and the plan is about to be copied
         return bytes(plan)
 
     def make_logger(self) -> Any:

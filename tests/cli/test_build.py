@@ -182,9 +182,9 @@ def halve(file: Path) -> None:
 
 def test_damaged_outputs_up_to_the_search_are_made_again(cli, copy: Path) -> None:
     damaged = [
-        "calibrate/hessians.safetensors",
+        "calibrate/hessians/transformer_blocks.0.safetensors",
         "calibrate/fisher/step_001.safetensors",
-        "quantize/fp8.safetensors",
+        "quantize/fp8/transformer_blocks.0.safetensors",
         "search/columns/column_001.safetensors",
         "search/policy.json",
     ]

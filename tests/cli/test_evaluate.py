@@ -91,6 +91,6 @@ def test_a_transform_is_searched_with(cli, tmp_path: Path) -> None:
     assert cli("search", "digits-flux", *options, "--transform", "smooth", "-o", smooth).code == 0
     assert not (plain / "quantize" / "transforms.safetensors").exists()
     assert (smooth / "quantize" / "transforms.safetensors").exists()
-    for name in ("w4a4.safetensors", "activation_scales.safetensors"):
+    for name in ("w4a4/transformer_blocks.0.safetensors", "activation_scales.safetensors"):
         assert (plain / "quantize" / name).read_bytes() != (smooth / "quantize" / name).read_bytes()
     assert cli("compare", smooth).code == 0

@@ -99,8 +99,8 @@ def test_a_read_only_run(cli, built: Path, read_only, command: str) -> None:
 @pytest.mark.parametrize(
     ("before", "file"),
     [
-        ("quantize", "calibrate/hessians.safetensors"),
-        ("search", "quantize/nvfp4.safetensors"),
+        ("quantize", "calibrate/hessians/transformer_blocks.0.safetensors"),
+        ("search", "quantize/nvfp4/transformer_blocks.0.safetensors"),
         pytest.param("export", "search/policy.json", marks=pytest.mark.slow),
         ("bundle", "export/prompts.safetensors"),
     ],
@@ -122,7 +122,8 @@ def test_a_file_removed_between_two_stages(
     with monkeypatch.context() as patch:
         patch.setattr(Stage, "_prepare", remove_first)
         message = cli(*cli.build, "--output", copy).refusal
-    assert file in message
+    # The weights of a format are one thing in many files: of them the format and the layer are named.
+    assert (file.rpartition("/")[0] if before == "search" else file) in message
     require_whole(copy)
     assert not (copy / "bundle" / "manifest.json").exists()
     if before == "quantize":
@@ -183,7 +184,7 @@ def interrupting(function: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     ("place", "command"),
     [
-        ("adatsq_trt.cli.stages.quantize.gptq", "quantize"),
+        ("adatsq_trt.cli.stages.quantize.gptq_factored", "quantize"),
         ("adatsq_trt.files.os.fsync", "quantize"),
         ("adatsq_trt.engines.build.write_bytes", "build"),
         ("adatsq_trt.engines.accuracy.rows.compare", "check"),

@@ -70,6 +70,11 @@ REQUESTS = {
         ("digits-flux", *SM120, "--backend", "tensorrt"),
         "or build with --backend rtx, which needs neither",
     ),
+    "memory limit": (
+        ("digits-flux", *SM120, "--memory-limit", "100MB"),
+        "--memory-limit 0.1 GB: stage 'search' needs ",
+    ),
+    "no memory limit": (("digits-flux", *SM120, "--memory-limit", "12 XB"), "--memory-limit '12 XB': expected a size"),
     "guidance": (("digits-flux", *SM120, "--guidance", "nan"), "--guidance: got nan, expected a finite number"),
 }
 
@@ -254,7 +259,7 @@ def search_removed(run: Path) -> None:
 
 
 def hessians_truncated(run: Path) -> None:
-    file = run / "calibrate" / "hessians.safetensors"
+    file = run / "calibrate" / "hessians" / "transformer_blocks.0.safetensors"
     os.truncate(file, file.stat().st_size // 2)
 
 
@@ -332,7 +337,7 @@ def test_unsound_bundles_are_refused(cli, copy: Path, spoil: Callable[[Path], No
         (truncated_settings, "is not complete JSON"),
         (search_for_other_settings, "has no finished search for the settings in its settings.json"),
         (search_removed, "has no finished search"),
-        (hessians_truncated, "hessians.safetensors' is not a complete safetensors file"),
+        (hessians_truncated, "hessians/transformer_blocks.0.safetensors' is not a complete safetensors file"),
         (empty, "is not a run directory; 'adatsq-trt build engine MODEL"),
         (absent, "is not a run directory"),
         (a_file, "is not a run directory"),

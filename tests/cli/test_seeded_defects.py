@@ -45,7 +45,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from adatsq_trt.cli.budgets import BudgetRequest
     from adatsq_trt.cli.build import StageName
     from adatsq_trt.cli.loading import ModelRequest
-    from adatsq_trt.cli.options import CompilerRequest, FormatRequest, Request, run_stages
+    from adatsq_trt.cli.options import CompilerRequest, FormatRequest, PlaceRequest, Request, run_stages
     from adatsq_trt.cli.stages import bundle as bundle_stage
     from adatsq_trt.zoo.loading import load_model
 
@@ -61,7 +61,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
         request = Request(
             model=ModelRequest(MODEL),
             targets=("sm120",),
-            output=base / "run",
+            place=PlaceRequest(base / "run"),
             formats=FormatRequest("nvfp4,fp8,int4wo,bf16"),
             budgets=BudgetRequest(bits=16),
             simulate=False,
@@ -69,7 +69,6 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
             compiler=CompilerRequest("embedded", "rtx", "none", False, False, ()),
             steps=3,
             policy=base / "policy.json",
-            seed=0,
             counts={"calibration_samples": 2, "selection_samples": 1, "held_out_samples": 1},
         )
         patch.setattr(bundle_stage, "_plans", lambda *_: ())  # the check runs none

@@ -8,7 +8,7 @@ import torch
 from adatsq_trt.errors import DamagedFileError, MissingFileError
 from adatsq_trt.files import write_tensors
 from adatsq_trt.formats import FORMATS, Format
-from adatsq_trt.models.format_store import SCALES_NAME, load_store, load_weights, save_weights, weights_name
+from adatsq_trt.models.format_store import SCALES_NAME, StoredWeights, load_store, save_weights, weights_name
 from adatsq_trt.quantize import QuantizedWeight, dequantize_weight, quantize_nearest
 
 LAYERS = ("blocks.0.ff", "blocks.1.ff")
@@ -22,8 +22,9 @@ def random_weights(fmt: Format) -> dict[str, QuantizedWeight]:
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
 def test_every_format_survives_the_disk(tmp_path: Path, fmt: Format) -> None:
     weights = random_weights(fmt)
-    save_weights(tmp_path / weights_name(fmt.name), weights)
-    loaded = load_weights(tmp_path / weights_name(fmt.name), LAYERS)
+    for layer in LAYERS:
+        save_weights(tmp_path / weights_name(fmt.name, layer[:8]), {layer: weights[layer]})
+    loaded = StoredWeights(tmp_path / fmt.name, LAYERS)
     assert tuple(loaded) == LAYERS
     for layer in LAYERS:
         before, after = weights[layer].tensors(), loaded[layer].tensors()
@@ -36,7 +37,7 @@ def test_every_format_survives_the_disk(tmp_path: Path, fmt: Format) -> None:
 
 def test_a_store_is_the_wanted_formats_and_all_scales(tmp_path: Path) -> None:
     for name in ("w4a4", "fp8", "bf16"):
-        save_weights(tmp_path / weights_name(name), random_weights(FORMATS[name]))
+        save_weights(tmp_path / weights_name(name, "blocks"), random_weights(FORMATS[name]))
     scales = torch.rand(3, 2)
     write_tensors(tmp_path / SCALES_NAME, {"fp8": scales})
     store = load_store(tmp_path, ["fp8", "w4a4"], LAYERS)
@@ -46,23 +47,23 @@ def test_a_store_is_the_wanted_formats_and_all_scales(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kept", [0, 7, 100, -1])
 def test_a_truncated_file_is_named(tmp_path: Path, kept: int) -> None:
-    file = tmp_path / weights_name("w4a4")
+    file = tmp_path / weights_name("w4a4", "blocks")
     save_weights(file, random_weights(FORMATS["w4a4"]))
     file.write_bytes(file.read_bytes()[:kept])
-    with pytest.raises(DamagedFileError, match=r"w4a4\.safetensors' is not a complete safetensors file"):
-        load_weights(file, LAYERS)
+    with pytest.raises(DamagedFileError, match=r"w4a4/blocks\.safetensors' is not a complete safetensors file"):
+        StoredWeights(file.parent, LAYERS)
 
 
 def test_a_missing_layer_is_named(tmp_path: Path) -> None:
-    file = tmp_path / weights_name("w4a4")
+    file = tmp_path / weights_name("w4a4", "blocks")
     save_weights(file, random_weights(FORMATS["w4a4"]))
-    with pytest.raises(DamagedFileError, match=r"w4a4\.safetensors' has no weight for layer 'blocks\.2\.ff'"):
-        load_weights(file, [*LAYERS, "blocks.2.ff"])
+    with pytest.raises(DamagedFileError, match=r"w4a4' has no weight for layer 'blocks\.2\.ff'"):
+        StoredWeights(file.parent, [*LAYERS, "blocks.2.ff"])
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(MissingFileError, match=r"w4a4\.safetensors"):
+    with pytest.raises(MissingFileError, match="w4a4' holds no weights"):
         load_store(tmp_path, ["w4a4"], LAYERS)
-    save_weights(tmp_path / weights_name("w4a4"), random_weights(FORMATS["w4a4"]))
+    save_weights(tmp_path / weights_name("w4a4", "blocks"), random_weights(FORMATS["w4a4"]))
     with pytest.raises(MissingFileError, match=SCALES_NAME):
         load_store(tmp_path, ["w4a4"], LAYERS)

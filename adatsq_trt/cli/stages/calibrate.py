@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from adatsq_trt.calibration.finite import require_finite_trajectory
 from adatsq_trt.calibration.fisher import backward_sweep, projections, squared_weight_gradient, temporal_weights
-from adatsq_trt.calibration.hessian import second_moment
+from adatsq_trt.calibration.hessian import LayerMoments, hessian_bytes, layer_moments
 from adatsq_trt.calibration.trajectory import trajectory
 from adatsq_trt.cli.progress import progress
 from adatsq_trt.cli.stages import embed
 from adatsq_trt.cli.stages.context import Context
-from adatsq_trt.files import read_tensors, write_tensors
-from adatsq_trt.models.capture import captured
+from adatsq_trt.files import MappedTensors, read_tensors, write_tensors
 from adatsq_trt.run import Stage
 
 NAME = "calibrate"
 TRAJECTORY, STATISTICS = "trajectory.safetensors", "statistics.safetensors"
-HESSIANS, PLAIN_HESSIANS = "hessians.safetensors", "unweighted_hessians.safetensors"
+HESSIANS, PLAIN_HESSIANS, RANGES = "hessians", "unweighted_hessians", "ranges"  # folders with a file for each block
 _SETTINGS = ("weights_sha256", "model_sha256", "steps", "guidance", "seed", "calibration_samples", "temperature")
 
 Advance = Callable[[], None]
@@ -29,7 +29,7 @@ Advance = Callable[[], None]
 def stage(context: Context) -> Stage:
     """The stage for these settings."""
     encodings = [] if context.settings.pipeline is None else [embed.encodings_file(context.run)]
-    return context.run.stage(NAME, context.inputs(_SETTINGS), encodings)
+    return context.run.stage(NAME, {**context.inputs(_SETTINGS), "hessians": "by block"}, encodings)
 
 
 def run(context: Context) -> Stage:
@@ -43,8 +43,7 @@ def run(context: Context) -> Stage:
             latents = _trajectory(context, this, advance)
         with progress("calibrate: Fisher information", steps) as advance:
             information = _fisher(context, this, latents, advance)
-        with progress("calibrate: Hessians", steps) as advance:
-            _hessians(context, this, latents, information, advance)
+        _hessians(context, this, latents, information)
     return this
 
 
@@ -73,34 +72,65 @@ def _fisher(context: Context, this: Stage, latents: Tensor, advance: Advance) ->
     return torch.stack([read_tensors(file)["information"] for file in files])
 
 
-def _hessians(context: Context, this: Stage, latents: Tensor, information: Tensor, advance: Advance) -> None:
-    """H' with temporal weights, the same without, and the largest activation of every (step, layer)."""
+def _hessians(context: Context, this: Stage, latents: Tensor, information: Tensor) -> None:
+    """H' with temporal weights, the same without, and the largest activation of every (step, layer).
+
+    Memory holds the Hessians of some blocks at a time; each such group takes a pass over the trajectory.
+    """
     alpha = temporal_weights(information, context.settings.temperature)
-    flat = torch.full_like(alpha, 1 / len(alpha))
-    weighted: dict[str, Tensor] = {}
-    plain: dict[str, Tensor] = {}
-    largest = torch.zeros_like(alpha)
-    rows: dict[str, int] = {}
-    for step, inputs in _layer_inputs(context, latents):
-        for index, (name, value) in enumerate(inputs.items()):
-            moment = second_moment(value)
-            weighted[name] = weighted.get(name, 0) + alpha[step, index] * moment
-            plain[name] = plain.get(name, 0) + flat[step, index] * moment
-            largest[step, index] = value.abs().max()
-            rows[name] = value.shape[:-1].numel() // len(context.calibration.seeds)
-        advance()
-    write_tensors(this.unit(HESSIANS), weighted)
-    write_tensors(this.unit(PLAIN_HESSIANS), plain)
-    counts = torch.tensor([rows[name] for name in context.layers])
-    statistics = {"information": information, "alpha": alpha, "largest": largest, "tokens": counts}
+    columns, blocks = dict(zip(context.layers, alpha.mT, strict=True)), context.adapter.layers_by_block()
+    missing = [block for block in blocks if not all(file.is_file() for file in _files_of(this, block))]
+    passes = hessian_passes(context, missing)
+    with progress("calibrate: Hessians", len(passes) * context.settings.steps) as advance:
+        for group in passes:
+            weights = {layer: columns[layer] for block in group for layer in blocks[block]}
+            moments = layer_moments(context.calibration, latents, weights, advance)
+            for block in group:
+                _write_block(this, block, {layer: moments.pop(layer) for layer in blocks[block]})
+    ranges = MappedTensors(this.unit(f"{RANGES}/{block}.safetensors") for block in blocks)
+    statistics = {
+        "information": information,
+        "alpha": alpha,
+        "largest": torch.stack([ranges[f"{layer}.largest"] for layer in context.layers], dim=1),
+        "tokens": torch.stack([ranges[f"{layer}.tokens"] for layer in context.layers]),
+    }
     write_tensors(this.unit(STATISTICS), statistics)
 
 
-@torch.no_grad()
-def _layer_inputs(context: Context, latents: Tensor) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """What every layer is given at every step of the full-precision trajectory."""
-    linears = context.adapter.quantizable_layers()
-    for step in range(context.settings.steps):
-        with captured(linears) as capture:
-            context.calibration.step(latents[step], step)
-        yield step, {name: capture.inputs[name] for name in linears}
+def hessian_passes(context: Context, blocks: Sequence[str]) -> list[list[str]]:
+    """Group consecutive blocks, so that the Hessians of a group fit in memory; a group has at least one block."""
+    linears, layers = context.adapter.quantizable_layers(), context.adapter.layers_by_block()
+    room, groups, free = context.memory.room_bytes, list[list[str]](), 0
+    for block in blocks:
+        held, passing = hessian_bytes(linears[layer].in_features for layer in layers[block])
+        if not groups or held + passing > free:
+            groups.append([])
+            free = room
+        groups[-1].append(block)
+        free -= held
+    return groups
+
+
+def _files_of(this: Stage, block: str) -> list[Path]:
+    return [this.unit(f"{folder}/{block}.safetensors") for folder in (HESSIANS, PLAIN_HESSIANS, RANGES)]
+
+
+def _write_block(this: Stage, block: str, moments: dict[str, LayerMoments]) -> None:
+    """The files of a block."""
+    hessians, plain, ranges = _files_of(this, block)
+    write_tensors(hessians, {layer: moment.weighted for layer, moment in moments.items()})
+    write_tensors(plain, {layer: moment.plain for layer, moment in moments.items()})
+    largest = {f"{layer}.largest": moment.largest for layer, moment in moments.items()}
+    tokens = {f"{layer}.tokens": torch.tensor(moment.tokens) for layer, moment in moments.items()}
+    write_tensors(ranges, largest | tokens)
+
+
+def load_hessians(context: Context, folder: str = HESSIANS) -> MappedTensors:
+    """Module path → float32 [K, K], read when it is asked for.
+
+    Args:
+        context: a run that was calibrated.
+        folder: `HESSIANS` or `PLAIN_HESSIANS`.
+    """
+    where = stage(context).folder / folder
+    return MappedTensors(where / f"{block}.safetensors" for block in context.adapter.layers_by_block())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -13,10 +13,8 @@ from adatsq_trt.cli.progress import progress
 from adatsq_trt.cli.stages import calibrate, quantize, search
 from adatsq_trt.cli.stages.context import Context
 from adatsq_trt.errors import MissingFileError
-from adatsq_trt.files import read_tensors
 from adatsq_trt.formats import Element, Format, Granularity, Grid, format_named
 from adatsq_trt.models.format_store import FormatStore
-from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.models.transforms import IDENTITY
 from adatsq_trt.policy import Policy
 from adatsq_trt.quantize import QuantizedWeight, quantize_nearest
@@ -67,17 +65,17 @@ def solver_errors(context: Context) -> dict[str, dict[str, float]]:
 
 
 def _policy_cases(context: Context) -> list[Case]:
-    policy, folder = Policy.load(search.stage(context).folder / search.POLICY), calibrate.stage(context).folder
+    policy = Policy.load(search.stage(context).folder / search.POLICY)
     solvers = {
-        "GPTQ, Fisher-weighted Hessian": _with_hessian(context, read_tensors(folder / calibrate.HESSIANS)),
-        "GPTQ, unweighted Hessian": _with_hessian(context, read_tensors(folder / calibrate.PLAIN_HESSIANS)),
+        "GPTQ, Fisher-weighted Hessian": _with_hessian(context, calibrate.load_hessians(context)),
+        "GPTQ, unweighted Hessian": _with_hessian(context, calibrate.load_hessians(context, calibrate.PLAIN_HESSIANS)),
         "round to nearest": _nearest,
     }
     return [Case("policy", name, policy.formats_at, solver) for name, solver in solvers.items()]
 
 
 def _uniform_cases(context: Context) -> list[Case]:
-    weighted = _with_hessian(context, read_tensors(calibrate.stage(context).folder / calibrate.HESSIANS))
+    weighted = _with_hessian(context, calibrate.load_hessians(context))
     cases = []
     for fmt in context.formats:
         if fmt.weight.element is Element.INT and fmt.weight.granularity is Granularity.GROUP:
@@ -94,11 +92,15 @@ def _everywhere(formats: dict[str, Format]) -> Callable[[int], dict[str, Format]
     return lambda _step: formats
 
 
-def _with_hessian(context: Context, hessians: dict[str, Tensor]) -> Solver:
+def _with_hessian(context: Context, hessians: Mapping[str, Tensor]) -> Solver:
     damping = context.settings.damping
     transforms = quantize.load_layer_transforms(context)
-    moments = {name: transforms.get(name, IDENTITY).input_map.second_moment(h) for name, h in hessians.items()}
-    return lambda name, weight, fmt: gptq(weight, moments[name], fmt, damping=damping)
+
+    def solve(name: str, weight: Tensor, fmt: Format) -> QuantizedWeight:
+        moment = transforms.get(name, IDENTITY).input_map.second_moment(hessians[name])
+        return gptq(weight, moment, fmt, damping=damping)
+
+    return solve
 
 
 def _nearest(_name: str, weight: Tensor, fmt: Format) -> QuantizedWeight:
@@ -123,6 +125,6 @@ def _error(context: Context, case: Case, reference: Tensor) -> float:
         for fmt in sorted(used)
     }
     store = FormatStore(weights, quantize.activation_scales(context, transforms), transforms)
-    with SimulatedModel(context.adapter, store).installed() as model:
+    with context.simulated(store).installed() as model:
         latents = final_latents(context.held_out, lambda step: model.assign(case.formats_at(step), step))
     return latent_mse(latents, reference)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from adatsq_trt.calibration.trajectory import Samples, seeded_samples
 from adatsq_trt.formats import Format, Target, format_named, target_named
+from adatsq_trt.meter import machine_bytes, resident_bytes
 from adatsq_trt.models.adapter import ModelAdapter
+from adatsq_trt.models.format_store import FormatStore
+from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.policy import LayerShape
 from adatsq_trt.run import Json, RunDirectory
 from adatsq_trt.schedule import Schedule
@@ -21,6 +24,24 @@ _SELECTION_SEEDS, _HELD_OUT_SEEDS, _EVALUATION_SEEDS = 1_000_000, 2_000_000, 3_0
 
 
 @dataclass(frozen=True)
+class Memory:
+    """What this process may have resident.
+
+    Attributes:
+        limit_bytes: most of it.
+        call_bytes: what a call of the model needs beside its weights.
+    """
+
+    limit_bytes: int = field(default_factory=machine_bytes)
+    call_bytes: int = 0
+
+    @property
+    def room_bytes(self) -> int:
+        """What is left of the limit now, for what is kept between calls of the model."""
+        return max(self.limit_bytes - self.call_bytes - resident_bytes(), 0)
+
+
+@dataclass(frozen=True)
 class Context:
     """A run.
 
@@ -28,11 +49,17 @@ class Context:
         run: where files go, opened for writing.
         settings: resolved.
         model: loaded in float32.
+        memory: what may be resident. Decides what is kept and what is read or computed again, never a result.
     """
 
     run: RunDirectory
     settings: Settings
     model: LoadedModel
+    memory: Memory = field(default_factory=Memory)
+
+    def simulated(self, store: FormatStore) -> SimulatedModel:
+        """The fake-quantized model, which holds as many weights as memory does."""
+        return SimulatedModel(self.adapter, store, self.memory.room_bytes)
 
     @property
     def adapter(self) -> ModelAdapter:

@@ -37,7 +37,6 @@ from adatsq_trt.evaluation.scores import psnr
 from adatsq_trt.files import read_json_model, read_tensors, write_json_model, write_tensors
 from adatsq_trt.formats import Format, resolve_formats
 from adatsq_trt.models.format_store import FormatStore
-from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.models.transforms import BRANCH_BITS, LayerTransform
 from adatsq_trt.policy import LayerShape, Policy
 from adatsq_trt.quantize import quantize_nearest
@@ -273,7 +272,7 @@ class Evaluation:
                 stage.adopt(RunDirectory.existing(folder))
 
     def _simulate(self, context: Context, store: FormatStore, policy: Policy) -> Generated:
-        with SimulatedModel(context.adapter, store).installed() as model:
+        with context.simulated(store).installed() as model:
             asked = context.evaluation(self.batch.prompts)
             latents = final_latents(asked, lambda step: model.assign(policy.formats_at(step), step))
         branches = sum(transform.bits for transform in store.transforms.values()) / _parameters(context)
@@ -328,7 +327,7 @@ def _uniform_store(context: Context, fmt: Format, method: Method) -> FormatStore
         weights = {name: quantize_nearest(weight, fmt) for name, weight in rounded.items()}
     else:
         file = calibrate.HESSIANS if method.weights is Weights.FISHER else calibrate.PLAIN_HESSIANS
-        weights = quantize.solve(context, fmt, read_tensors(folder / file), transforms)
+        weights = quantize.solve(context, fmt, calibrate.load_hessians(context, file), transforms)
     return FormatStore({fmt.name: weights}, {}, transforms)
 
 

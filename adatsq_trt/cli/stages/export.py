@@ -16,7 +16,6 @@ from adatsq_trt.export import export_graphs, export_plugin_graphs, trace
 from adatsq_trt.export.plugin_graphs import GRAPHS as PLUGIN_GRAPHS
 from adatsq_trt.files import read_tensors, write_tensors
 from adatsq_trt.formats import PLUGIN_LAYOUT
-from adatsq_trt.models.adapter import Conditioning
 from adatsq_trt.models.capture import captured_outputs
 from adatsq_trt.models.format_store import SCALES_NAME
 from adatsq_trt.models.simulated import SimulatedModel
@@ -27,6 +26,7 @@ NAME = "export"
 GRAPHS, PROMPTS, REFERENCE = "onnx", "prompts.safetensors", "check/reference.safetensors"
 OUTPUT_NAME = "velocity"
 CHECK_SAMPLES = 2
+PROMPTS_AT_ONCE = 8
 # Noise that is sixteen times what float32 sums differ by, and how often it is drawn.
 NOISE, NOISE_DRAWS = 2.0**-16, 4
 _REFERENCE_CONTENT = "steps, layers, loop, spread"  # a part of the stage's key: exports that hold less are made again
@@ -107,7 +107,7 @@ def _reference(context: Context, policy: Policy, folder: Path) -> None:
         "loop.seeds": torch.tensor(samples.seeds),
         "loop.full_precision": latents,
     }
-    with SimulatedModel(context.adapter, quantize.load(context)).installed() as model:
+    with context.simulated(quantize.load(context)).installed() as model:
         for step in range(policy.steps):
             model.assign(policy.formats_at(step), step)
             tensors |= _one_step(context, samples, latents[step], step, with_layers=step in layered)
@@ -161,7 +161,7 @@ def layer_reference(context: Context, policy: Policy, step: int) -> dict[str, Te
     """Outputs of all layers of the fake-quantized model at any step, by module path, as `_reference` stores them."""
     samples = context.calibration.part(slice(0, CHECK_SAMPLES))
     latents = read_tensors(calibrate.stage(context).folder / calibrate.TRAJECTORY)["latents"][step, :CHECK_SAMPLES]
-    with SimulatedModel(context.adapter, quantize.load(context)).installed() as model:
+    with context.simulated(quantize.load(context)).installed() as model:
         model.assign(policy.formats_at(step), step)
         tensors = _one_step(context, samples, latents, step, with_layers=True)
     return {name: tensors[f"step_{step:03d}.layer.{name}"] for name in context.layers}
@@ -170,11 +170,13 @@ def layer_reference(context: Context, policy: Policy, step: int) -> dict[str, Te
 @torch.no_grad()
 def _prompts(context: Context) -> dict[str, Tensor]:
     """Conditioning of every prompt of the model, and of the unguided branch."""
-    everything: Conditioning = context.adapter.encode(range(len(context.adapter.prompts)))
-    tensors = {f"conditional.{name}": value.clone() for name, value in everything.conditional.items()}
-    for name, value in (everything.unconditional or {}).items():
-        tensors[f"unconditional.{name}"] = value[:1].clone()
-    return tensors
+    adapter, count = context.adapter, len(context.adapter.prompts)
+    empty = adapter.encode([0]).unconditional or {}
+    # Only few prompts at a time also have rows for the unguided branch.
+    parts = [range(start, min(start + PROMPTS_AT_ONCE, count)) for start in range(0, count, PROMPTS_AT_ONCE)]
+    rows = [adapter.encode(part).conditional for part in parts]
+    tensors = {f"conditional.{name}": torch.cat([row[name] for row in rows]) for name in rows[0]}
+    return tensors | {f"unconditional.{name}": value[:1].clone() for name, value in empty.items()}
 
 
 def used_formats(policy: Policy) -> tuple[str, ...]:

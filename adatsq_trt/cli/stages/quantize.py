@@ -5,7 +5,7 @@ With a transform, what is rounded is the transformed weight, for the transformed
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import MappingProxyType
@@ -13,7 +13,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from adatsq_trt.calibration.gptq import gptq
+from adatsq_trt.calibration.gptq import factorize, gptq_factored
 from adatsq_trt.calibration.nested import NARROW, WIDE, NestedWeight, nest
 from adatsq_trt.calibration.transforms.make import make_transforms
 from adatsq_trt.calibration.transforms.statistics import largest_inputs, measure_groups
@@ -26,13 +26,13 @@ from adatsq_trt.models.format_store import (
     SCALES_NAME,
     TRANSFORMS_NAME,
     FormatStore,
+    StoredWeights,
     load_store,
-    load_weights,
     save_weights,
     weights_name,
 )
 from adatsq_trt.models.transforms import IDENTITY, LayerTransform, load_transforms, save_transforms
-from adatsq_trt.quantize import QuantizedWeight, static_activation_scale
+from adatsq_trt.quantize import QuantizedWeight, quantize_nearest, static_activation_scale
 from adatsq_trt.run import Stage
 
 NAME = "quantize"
@@ -57,17 +57,11 @@ def run(context: Context) -> Stage:
     if this.done:
         return this
     with this.run():
-        hessians = read_tensors(calibrate.stage(context).folder / calibrate.HESSIANS)
+        hessians = calibrate.load_hessians(context)
         transforms = _transforms(context, this)
-        solved: dict[Grid, dict[str, QuantizedWeight]] = {}  # formats may differ in activations only
-        with progress("quantize", len(context.formats)) as advance:
-            for fmt in context.formats:
-                file = this.unit(weights_name(fmt.name))
-                if not file.is_file():
-                    if fmt.weight not in solved:
-                        solved[fmt.weight] = solve(context, fmt, hessians, transforms)
-                    save_weights(file, solved[fmt.weight])
-                advance()
+        with progress("quantize", len(context.layers)) as advance:
+            for block, layers in context.adapter.layers_by_block().items():
+                _quantize_block(context, this, block, layers, hessians, transforms, advance)
         if _nests(context) and not this.unit(NESTED).is_file():
             write_tensors(this.unit(NESTED), _nest(context, this.folder, hessians))
         write_tensors(this.unit(SCALES_NAME), activation_scales(context, transforms))
@@ -86,6 +80,48 @@ def _transforms(context: Context, this: Stage) -> dict[str, LayerTransform]:
     return load_transforms(file)
 
 
+def _quantize_block(
+    context: Context,
+    this: Stage,
+    block: str,
+    layers: Sequence[str],
+    hessians: Mapping[str, Tensor],
+    transforms: Mapping[str, LayerTransform],
+    advance: Callable[[], None],
+) -> None:
+    """A file for every format; one Hessian at a time is in memory, and the block's codes."""
+    files = {fmt.name: this.unit(weights_name(fmt.name, block)) for fmt in context.formats}
+    missing = [fmt for fmt in context.formats if not files[fmt.name].is_file()]
+    solved: dict[str, dict[str, QuantizedWeight]] = {fmt.name: {} for fmt in missing}
+    for layer in layers:
+        for fmt, weight in solve_layer(context, layer, missing, hessians, transforms).items():
+            solved[fmt.name][layer] = weight
+        advance()
+    for name, weights in solved.items():
+        save_weights(files[name], weights)
+
+
+def solve_layer(
+    context: Context,
+    layer: str,
+    formats: Sequence[Format],
+    hessians: Mapping[str, Tensor],
+    transforms: Mapping[str, LayerTransform] = MappingProxyType({}),
+) -> dict[Format, QuantizedWeight]:
+    """One layer in some formats, which share its factorized Hessian."""
+    transform = transforms.get(layer, IDENTITY)
+    weight = transform.rounded_weight(context.adapter.quantizable_layers()[layer].weight.detach())
+    if any(not fmt.weight.is_float for fmt in formats):
+        moment = transform.input_map.second_moment(hessians[layer])
+        factored = factorize(moment, context.settings.damping)
+    solved: dict[Grid, QuantizedWeight] = {}  # formats may differ in activations only
+    for fmt in formats:
+        if fmt.weight not in solved:
+            plain = fmt.weight.is_float
+            solved[fmt.weight] = quantize_nearest(weight, fmt) if plain else gptq_factored(weight, factored, fmt)
+    return {fmt: solved[fmt.weight] for fmt in formats}
+
+
 def solve(
     context: Context,
     fmt: Format,
@@ -93,13 +129,7 @@ def solve(
     transforms: Mapping[str, LayerTransform] = MappingProxyType({}),
 ) -> dict[str, QuantizedWeight]:
     """One format of every layer."""
-    result = {}
-    for name, linear in context.adapter.quantizable_layers().items():
-        transform = transforms.get(name, IDENTITY)
-        weight, hessian = transform.rounded_weight(linear.weight.detach()), hessians[name]
-        moment = transform.input_map.second_moment(hessian)
-        result[name] = gptq(weight, moment, fmt, damping=context.settings.damping)
-    return result
+    return {layer: solve_layer(context, layer, [fmt], hessians, transforms)[fmt] for layer in context.layers}
 
 
 def _nests(context: Context) -> bool:
@@ -109,7 +139,7 @@ def _nests(context: Context) -> bool:
 
 def _nest(context: Context, folder: Path, hessians: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Planes of the layers that lose little when they are nested: "<module path>.<attribute of NestedWeight>"."""
-    narrow, wide = (load_weights(folder / weights_name(fmt.name), context.layers) for fmt in (NARROW, WIDE))
+    narrow, wide = (StoredWeights(folder / fmt.name, context.layers) for fmt in (NARROW, WIDE))
     linears, tensors = context.adapter.quantizable_layers(), dict[str, Tensor]()
     with progress("quantize: nested layers", len(linears)) as advance:
         for layer, linear in linears.items():

@@ -128,11 +128,11 @@ def _search(context: Context, folder: Path) -> SearchResult:
     """The steps of the search, each kept on disk as it goes."""
     store, within = quantize.load(context), _within_budget(context)
     if context.settings.policy is not None:
-        with SimulatedModel(context.adapter, store).installed() as model:
+        with context.simulated(store).installed() as model:
             return _judge(context, model, [_given_proposal(context), *_uniforms(context)], within, 0, folder)
     sensitivity, adjoints, latents = _sensitivity(context, store, folder)
     plan, make_problem, static = _plans(context, sensitivity)
-    with SimulatedModel(context.adapter, store).installed() as model:
+    with context.simulated(store).installed() as model:
         problem = make_problem(context.calibration, model, context.formats, latents, adjoints, plan)
         with progress("search: beam", context.settings.steps) as advance:
             pruning = Pruning(context.settings.beam, context.settings.slack)

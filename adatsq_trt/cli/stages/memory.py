@@ -1,0 +1,124 @@
+"""What every stage keeps resident, told before anything runs, and the refusal of a limit that cannot work.
+
+The estimates are upper bounds with the factors below, which `benchmarks/size` checks against measured peaks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from adatsq_trt.calibration.hessian import hessian_bytes
+from adatsq_trt.calibration.trajectory import PART
+from adatsq_trt.cli.stages.context import Memory
+from adatsq_trt.errors import UserError
+from adatsq_trt.meter import machine_bytes, resident_bytes
+from adatsq_trt.models.flow import Flow, measure_flow
+from adatsq_trt.pipelines.loading import OpenedPipeline
+from adatsq_trt.settings import Settings
+from adatsq_trt.zoo.loading import LoadedModel
+
+# Outputs as large as the largest that are alive at once in a call.
+_ALIVE = 4
+# A backward pass keeps what lies between the innermost modules too.
+_KEPT = 2
+# GPTQ works on three float64 copies of a Hessian, and a float32 one.
+_SOLVER = 3 * 8 + 4
+# Copies of a weight in float32 while it is rounded.
+_ROUNDED = 6
+# The export's 16-bit copy of the weights, as a multiple of these, and the compiler's need likewise.
+_EXPORT, _COMPILER = 3, 4
+_STEP = 100_000_000  # limits are named in such steps
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the estimates depend on.
+
+    Attributes:
+        weights: parameters of the transformer.
+        shapes: (K, N) of the quantizable layers, by block.
+        flow: of one sample.
+        encoder_bytes: while text encoders are loaded.
+        file_bytes: of the largest weight file, which is mapped while it is read.
+    """
+
+    weights: int
+    shapes: tuple[tuple[tuple[int, int], ...], ...]
+    flow: Flow
+    encoder_bytes: int
+    file_bytes: int
+
+
+def plan_memory(
+    limit: int | None, settings: Settings, outline: LoadedModel, pipeline: OpenedPipeline | None = None
+) -> Memory:
+    """What a run may have resident.
+
+    Args:
+        limit: in bytes; None for all that the machine has.
+        settings: of the run.
+        outline: the model, whose weights need not be in memory.
+        pipeline: the checkpoint that it comes from.
+
+    Raises:
+        UserError: the limit is too small; names the smallest that would do.
+    """
+    model = _model(settings, outline, (0, 0) if pipeline is None else pipeline.loading_bytes)
+    least = needed_bytes(settings, model, resident_bytes())
+    if limit is not None and limit < max(least.values()):
+        stage = max(least, key=lambda name: least[name])
+        smallest = -(-least[stage] // _STEP) * _STEP / 1e9
+        raise UserError(
+            f"--memory-limit {limit / 1e9:g} GB: stage '{stage}' needs {least[stage] / 1e9:.1f} GB for "
+            f"{model.weights / 1e9:.2f} billion weights; pass at least --memory-limit {smallest:.1f}GB, or fewer "
+            "samples or a smaller size"
+        )
+    return Memory(machine_bytes() if limit is None else limit, _call_bytes(settings, model.flow))
+
+
+def needed_bytes(settings: Settings, model: Model, before: int) -> dict[str, int]:
+    """Stage → the least that it can have resident.
+
+    Args:
+        settings: of the run.
+        model: its model.
+        before: resident without a model.
+    """
+    flow, held, pairs = model.flow, before + 4 * model.weights, [pair for block in model.shapes for pair in block]
+    backward = settings.calibration_samples * (_KEPT * flow.outputs_bytes + 2 * flow.layers_bytes)
+    # Hessians of a block, and one of its two files as it is being written.
+    sums = max(sum(hessian_bytes(width for width, _ in block)) for block in model.shapes)
+    sums += max(sum(4 * width**2 for width, _ in block) for block in model.shapes)
+    call = _call_bytes(settings, flow)
+    rounded = max(_ROUNDED * 4 * width * rows for width, rows in pairs)
+    block_codes = max(sum(4 * width * rows for width, rows in block) for block in model.shapes)
+    search = call + rounded
+    if settings.policy is None:
+        gradients = settings.calibration_samples * 2 * settings.projections * flow.layers_bytes
+        search = max(search, backward + gradients + rounded)
+    return {
+        "embed": before + model.encoder_bytes,
+        "loading": held + model.file_bytes,
+        "calibrate": held + max(backward, call + sums),
+        "quantize": held + max(_SOLVER * width**2 for width, _ in pairs) + rounded + block_codes,
+        "search": held + search,
+        "export": held + max(_EXPORT * 2 * model.weights, call + rounded),
+        "bundle": before + _COMPILER * 2 * model.weights,
+    }
+
+
+def _model(settings: Settings, outline: LoadedModel, loading: tuple[int, int]) -> Model:
+    adapter = outline.adapter
+    linears = adapter.quantizable_layers()
+    shapes = tuple(
+        tuple((linears[name].in_features, linears[name].out_features) for name in names)
+        for names in adapter.layers_by_block().values()
+    )
+    flow = measure_flow(adapter, adapter.schedule(settings.steps), settings.guidance)
+    return Model(sum(p.numel() for p in adapter.transformer.parameters()), shapes, flow, *loading)
+
+
+def _call_bytes(settings: Settings, flow: Flow) -> int:
+    """What a call of the model in full precision needs for the largest batch."""
+    judged = min(PART, max(settings.selection_samples, settings.held_out_samples))
+    return max(settings.calibration_samples, judged) * _ALIVE * flow.largest_bytes
