@@ -332,6 +332,19 @@ HeldOut = Annotated[
 ]
 
 
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Compute on a Ray cluster: HOST:PORT of its head, 'local' for workers on this machine, or 'local:N' for N "
+        "of them. The result is the same.",
+        show_default="in this process",
+        rich_help_panel=_EFFORT,
+    ),
+]
+
+
 def engine(
     model: Model,
     target: TargetOption = None,
@@ -365,6 +378,7 @@ def engine(
     height: Height = None,
     width: Width = None,
     frames: Frames = None,
+    ray: Ray = None,
     until: Annotated[StageName, typer.Option(hidden=True)] = StageName.BUNDLE,
 ) -> None:
     """Run all stages: from a model to TensorRT engines in a bundle.
@@ -390,6 +404,7 @@ def engine(
         policy=policy,
         seed=seed,
         counts=_given(beam, candidates, calibration_samples, selection_samples, held_out_samples),
+        ray=ray,
     )
     run_stages(request, until)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -26,6 +27,7 @@ from adatsq_trt.formats import (
 )
 from adatsq_trt.policy import GIVEN_POLICY_ADVICE, Policy
 from adatsq_trt.settings import SETTINGS_NAME, Settings
+from adatsq_trt.workers.cluster import connected, parse_address, require_cluster
 
 if TYPE_CHECKING:
     from adatsq_trt.cli.stages.context import Context
@@ -72,6 +74,7 @@ class Request:
     policy: Path | None
     seed: int
     counts: Mapping[str, int]
+    ray: str | None = None
 
 
 @dataclass(frozen=True)
@@ -214,6 +217,9 @@ def run_stages(request: Request, until: StageName) -> None:
     """Run the stages up to one, reusing what is done; print the settings first and the figures at the end."""
     choice = choose(request)
     _require_exportable(request, until)
+    address = None if request.ray is None else parse_address(request.ray)
+    if address is not None:
+        require_cluster(address)
     from adatsq_trt.cli.stages import bundle, calibrate, export, quantize, search, summary
     from adatsq_trt.cli.stages.context import Context
     from adatsq_trt.engines.bundle import BundleFiles
@@ -221,6 +227,7 @@ def run_stages(request: Request, until: StageName) -> None:
     from adatsq_trt.engines.sizes import size_report
     from adatsq_trt.files import write_json_model
     from adatsq_trt.run import RunDirectory
+    from adatsq_trt.workers import InProcess
 
     opened = open_model(request.model)
     settings = resolve(request, choice, opened)
@@ -236,10 +243,13 @@ def run_stages(request: Request, until: StageName) -> None:
         StageName.EXPORT: export.run,
         StageName.BUNDLE: bundle.run,
     }
-    with RunDirectory.open(output) as run:
+    with (
+        nullcontext(InProcess()) if address is None else connected(address) as workers,
+        RunDirectory.open(output) as run,
+    ):
         console.print(_settings_table(settings))
         write_json_model(run.path / SETTINGS_NAME, settings)
-        context = Context(run, settings, opened.load(run))
+        context = Context(run, settings, opened.load(run), workers)
         result = stages[until](context).folder
         if until is StageName.BUNDLE:
             console.print(summary_table(summary.write(context)))

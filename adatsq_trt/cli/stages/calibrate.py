@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from adatsq_trt.calibration.finite import require_finite_trajectory
-from adatsq_trt.calibration.fisher import backward_sweep, projections, squared_weight_gradient, temporal_weights
-from adatsq_trt.calibration.hessian import second_moment
-from adatsq_trt.calibration.trajectory import trajectory
+from adatsq_trt.calibration.fisher import projections, temporal_weights
+from adatsq_trt.calibration.trajectory import Samples
+from adatsq_trt.calibration.units import (
+    Measured,
+    backward_sweep,
+    measured_trajectory,
+    squared_gradients,
+    step_statistics,
+)
 from adatsq_trt.cli.progress import progress
 from adatsq_trt.cli.stages import embed
 from adatsq_trt.cli.stages.context import Context
 from adatsq_trt.files import read_tensors, write_tensors
-from adatsq_trt.models.capture import captured
 from adatsq_trt.run import Stage
+from adatsq_trt.workers import Shared
 
 NAME = "calibrate"
 TRAJECTORY, STATISTICS = "trajectory.safetensors", "statistics.safetensors"
@@ -39,21 +45,26 @@ def run(context: Context) -> Stage:
         return this
     steps = context.settings.steps
     with this.run():
+        batch = context.workers.share(context.calibration)
         with progress("calibrate: trajectory", steps) as advance:
-            latents = _trajectory(context, this, advance)
+            latents = _trajectory(context, this, batch, advance)
         with progress("calibrate: Fisher information", steps) as advance:
             information = _fisher(context, this, latents, advance)
         with progress("calibrate: Hessians", steps) as advance:
-            _hessians(context, this, latents, information, advance)
+            _hessians(context, this, batch, latents, information, advance)
     return this
 
 
-def _trajectory(context: Context, this: Stage, advance: Advance) -> Tensor:
+def _trajectory(context: Context, this: Stage, batch: Shared[Samples], advance: Advance) -> Tensor:
     file = this.unit(TRAJECTORY)
     if not file.is_file():
-        latents = trajectory(context.calibration, on_step=advance)
-        require_finite_trajectory(context.calibration, latents)
-        write_tensors(file, {"latents": latents})
+        latents = [context.calibration.noise()]
+        for latent in measured_trajectory(context.workers, batch, latents[0], context.settings.steps):
+            latents.append(latent)
+            advance()
+        whole = torch.stack(latents)
+        require_finite_trajectory(context.calibration, whole)
+        write_tensors(file, {"latents": whole})
     return read_tensors(file)["latents"]
 
 
@@ -66,41 +77,33 @@ def _fisher(context: Context, this: Stage, latents: Tensor, advance: Advance) ->
         last = max(missing)
         start = projections(len(samples.seeds), context.adapter.latent_shape, 1, context.settings.seed)
         adjoint = start if last == steps - 1 else read_tensors(files[last + 1])["adjoint"]
-        for step in backward_sweep(samples, latents, adjoint, last):
-            rows = [squared_weight_gradient(step.inputs[n], step.gradients[n]).mean() for n in context.layers]
-            write_tensors(files[step.step], {"information": torch.stack(rows), "adjoint": step.adjoint})
+        common = context.workers.share(Measured(samples, None))
+        for step in backward_sweep(context.workers, common, squared_gradients, latents, adjoint, last):
+            information = torch.cat(step.measured, dim=2).mean(dim=(1, 2))
+            write_tensors(files[step.step], {"information": information, "adjoint": step.adjoint})
             advance()
     return torch.stack([read_tensors(file)["information"] for file in files])
 
 
-def _hessians(context: Context, this: Stage, latents: Tensor, information: Tensor, advance: Advance) -> None:
+def _hessians(
+    context: Context, this: Stage, batch: Shared[Samples], latents: Tensor, information: Tensor, advance: Advance
+) -> None:
     """H' with temporal weights, the same without, and the largest activation of every (step, layer)."""
     alpha = temporal_weights(information, context.settings.temperature)
     flat = torch.full_like(alpha, 1 / len(alpha))
     weighted: dict[str, Tensor] = {}
     plain: dict[str, Tensor] = {}
-    largest = torch.zeros_like(alpha)
-    rows: dict[str, int] = {}
-    for step, inputs in _layer_inputs(context, latents):
-        for index, (name, value) in enumerate(inputs.items()):
-            moment = second_moment(value)
+    largest, rows = [], dict[str, int]()
+    # Results come in the order of the steps, so sums are taken in that order wherever they were computed.
+    for step, found in enumerate(step_statistics(context.workers, batch, latents)):
+        for index, (name, moment) in enumerate(found.moments.items()):
             weighted[name] = weighted.get(name, 0) + alpha[step, index] * moment
             plain[name] = plain.get(name, 0) + flat[step, index] * moment
-            largest[step, index] = value.abs().max()
-            rows[name] = value.shape[:-1].numel() // len(context.calibration.seeds)
+        largest.append(found.largest)
+        rows = found.rows
         advance()
     write_tensors(this.unit(HESSIANS), weighted)
     write_tensors(this.unit(PLAIN_HESSIANS), plain)
     counts = torch.tensor([rows[name] for name in context.layers])
-    statistics = {"information": information, "alpha": alpha, "largest": largest, "tokens": counts}
+    statistics = {"information": information, "alpha": alpha, "largest": torch.stack(largest), "tokens": counts}
     write_tensors(this.unit(STATISTICS), statistics)
-
-
-@torch.no_grad()
-def _layer_inputs(context: Context, latents: Tensor) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """What every layer is given at every step of the full-precision trajectory."""
-    linears = context.adapter.quantizable_layers()
-    for step in range(context.settings.steps):
-        with captured(linears) as capture:
-            context.calibration.step(latents[step], step)
-        yield step, {name: capture.inputs[name] for name in linears}

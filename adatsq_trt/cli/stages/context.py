@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from adatsq_trt.calibration.trajectory import Samples, seeded_samples
@@ -13,6 +13,7 @@ from adatsq_trt.policy import LayerShape
 from adatsq_trt.run import Json, RunDirectory
 from adatsq_trt.schedule import Schedule
 from adatsq_trt.settings import Settings
+from adatsq_trt.workers import InProcess, Workers
 from adatsq_trt.zoo.loading import LoadedModel
 
 # Seeds of the batches never meet: each has a million of its own per --seed.
@@ -28,11 +29,13 @@ class Context:
         run: where files go, opened for writing.
         settings: resolved.
         model: loaded in float32.
+        workers: who computes units of work.
     """
 
     run: RunDirectory
     settings: Settings
     model: LoadedModel
+    workers: Workers = field(default_factory=InProcess)
 
     @property
     def adapter(self) -> ModelAdapter:

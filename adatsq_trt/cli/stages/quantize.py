@@ -93,13 +93,18 @@ def solve(
     transforms: Mapping[str, LayerTransform] = MappingProxyType({}),
 ) -> dict[str, QuantizedWeight]:
     """One format of every layer."""
-    result = {}
-    for name, linear in context.adapter.quantizable_layers().items():
-        transform = transforms.get(name, IDENTITY)
-        weight, hessian = transform.rounded_weight(linear.weight.detach()), hessians[name]
-        moment = transform.input_map.second_moment(hessian)
-        result[name] = gptq(weight, moment, fmt, damping=context.settings.damping)
-    return result
+    layers = context.adapter.quantizable_layers()
+    problems = (
+        (linear.weight.detach(), hessians[name], transforms.get(name, IDENTITY)) for name, linear in layers.items()
+    )
+    common = context.workers.share((fmt, context.settings.damping))
+    return dict(zip(layers, context.workers.map(_solve_layer, common, problems), strict=True))
+
+
+def _solve_layer(common: tuple[Format, float], problem: tuple[Tensor, Tensor, LayerTransform]) -> QuantizedWeight:
+    (fmt, damping), (weight, hessian, transform) = common, problem
+    moment = transform.input_map.second_moment(hessian)
+    return gptq(transform.rounded_weight(weight), moment, fmt, damping=damping)
 
 
 def _nests(context: Context) -> bool:
@@ -111,14 +116,20 @@ def _nest(context: Context, folder: Path, hessians: Mapping[str, Tensor]) -> dic
     """Planes of the layers that lose little when they are nested: "<module path>.<attribute of NestedWeight>"."""
     narrow, wide = (load_weights(folder / weights_name(fmt.name), context.layers) for fmt in (NARROW, WIDE))
     linears, tensors = context.adapter.quantizable_layers(), dict[str, Tensor]()
+    problems = ((linear.weight.detach(), hessians[n], narrow[n], wide[n]) for n, linear in linears.items())
     with progress("quantize: nested layers", len(linears)) as advance:
-        for layer, linear in linears.items():
-            damping, weight = context.settings.damping, linear.weight.detach()
-            planes = nest(weight, hessians[layer], narrow[layer], wide[layer], damping)
+        solved = context.workers.map(_nest_layer, context.workers.share(context.settings.damping), problems)
+        for layer, planes in zip(linears, solved, strict=True):
             if planes is not None:
                 tensors |= {f"{layer}.{field.name}": getattr(planes, field.name) for field in fields(planes)}
             advance()
     return tensors or {"none": torch.zeros(0)}  # safetensors needs a tensor
+
+
+def _nest_layer(
+    damping: float, problem: tuple[Tensor, Tensor, QuantizedWeight, QuantizedWeight]
+) -> NestedWeight | None:
+    return nest(*problem, damping)
 
 
 def activation_scales(
