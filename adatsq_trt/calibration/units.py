@@ -57,11 +57,11 @@ def measured_trajectory(workers: Workers, batch: Shared[Samples], noise: Tensor,
     latent = noise
     for step in range(steps):
         places = [Place(step, part, latent[part].clone()) for part in parts(len(latent))]
-        latent = torch.cat(list(workers.map(_advance, batch, places)))
+        latent = torch.cat(list(workers.map(_full_precision_step, batch, places)))
         yield latent
 
 
-def _advance(batch: Samples, place: Place) -> Tensor:
+def _full_precision_step(batch: Samples, place: Place) -> Tensor:
     return batch.part(place.samples).step(place.latent, place.step)
 
 

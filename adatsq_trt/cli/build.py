@@ -404,9 +404,8 @@ def engine(
         policy=policy,
         seed=seed,
         counts=_given(beam, candidates, calibration_samples, selection_samples, held_out_samples),
-        ray=ray,
     )
-    run_stages(request, until)
+    run_stages(request, until, ray)
 
 
 def _given(*counts: int | None) -> dict[str, int]:

@@ -74,7 +74,6 @@ class Request:
     policy: Path | None
     seed: int
     counts: Mapping[str, int]
-    ray: str | None = None
 
 
 @dataclass(frozen=True)
@@ -213,11 +212,17 @@ def resolve(request: Request, choice: Choice, opened: OpenedModel) -> Settings:
     )
 
 
-def run_stages(request: Request, until: StageName) -> None:
-    """Run the stages up to one, reusing what is done; print the settings first and the figures at the end."""
+def run_stages(request: Request, until: StageName, ray: str | None = None) -> None:
+    """Run the stages up to one, reusing what is done; print the settings first and the figures at the end.
+
+    Args:
+        request: what is asked for.
+        until: the last stage.
+        ray: address of the cluster that computes; None for this process.
+    """
     choice = choose(request)
     _require_exportable(request, until)
-    address = None if request.ray is None else parse_address(request.ray)
+    address = None if ray is None else parse_address(ray)
     if address is not None:
         require_cluster(address)
     from adatsq_trt.cli.stages import bundle, calibrate, export, quantize, search, summary
