@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +24,6 @@ from adatsq_trt.workers import CommonT, ItemT, ResultT, Shared, T
 
 LOGGER = logging.getLogger(__name__)
 LOCAL = "local"
-_LOOPBACK = "127.0.0.1"
 # How often a task is started again when its worker died. One that kills its workers by itself must come to an end.
 _RETRIES = 5
 # Tasks that wait, or whose results wait, for each worker: enough to keep it busy, few enough to bound the memory.
@@ -96,17 +96,21 @@ def connected(address: Address) -> Iterator[RayWorkers]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # Ray would otherwise change this for tasks without a GPU, which later versions no longer do.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address.cluster is None:
+        # Ray listens to the whole network even so: answer only those who know this token. It is read on import.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
 
     threads = torch.get_num_threads()
     start: dict[str, Any] = {"address": address.cluster}
     if address.cluster is None:
         count = address.workers or max(1, (os.cpu_count() or 1) // threads)
-        start = {"num_cpus": count * threads, "include_dashboard": False, "_node_ip_address": _LOOPBACK}
+        start = {"num_cpus": count * threads, "include_dashboard": False}
     try:
         ray.init(logging_level=logging.ERROR, log_to_driver=False, **start)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
-        reason = " ".join(str(error).split())
+        reason = next(iter(str(error).splitlines()), type(error).__name__).strip()
         raise UserError(f"--ray {address.cluster or LOCAL}: Ray did not start ({reason}); {_ADVICE}") from error
     try:
         nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]

@@ -14,7 +14,7 @@ from adatsq_trt.models.format_store import FormatStore
 from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.models.transforms import IDENTITY
 from adatsq_trt.quantize import QuantizedWeight
-from adatsq_trt.search.sensitivity import SMOOTHED_STEPS, Sensitivity, assemble, step_contributions
+from adatsq_trt.search.sensitivity import SMOOTHED_STEPS, Sensitivity, assemble, join_parts, step_contributions
 from tests.sweep import backward_steps
 
 SET = tuple(FORMATS[name] for name in ("w4a4", "fp8", "w8a8", "fp32"))
@@ -156,3 +156,9 @@ def test_a_sample_that_would_decide_everything_is_held_back() -> None:
 def test_formats_without_error_leave_all_samples_equal() -> None:
     weights = Sensitivity(SET[:1], torch.zeros(1, 2, 3, 8), samples=4).row_weights()
     assert torch.equal(weights, torch.ones(8, dtype=torch.float64))
+
+
+def test_parts_of_the_batch_are_joined_by_projection_then_sample() -> None:
+    whole = torch.arange(2 * 3 * 4 * 5.0).reshape(2, 3, 4, 5)  # formats, layers, projections, samples
+    parts = [whole[..., :2].flatten(2), whole[..., 2:4].flatten(2), whole[..., 4:].flatten(2)]
+    assert torch.equal(join_parts(parts, projections=4), whole.flatten(2))
