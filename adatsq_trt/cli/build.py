@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from adatsq_trt.cli.budgets import BudgetRequest
+
 
 class StageName(StrEnum):
     """The stages of a run, in order."""
@@ -387,7 +389,6 @@ def engine(
 
     Example: adatsq-trt build engine digits-flux --target sm120 -o runs/demo
     """
-    from adatsq_trt.cli.budgets import BudgetRequest
     from adatsq_trt.cli.loading import ModelRequest
     from adatsq_trt.cli.options import CompilerRequest, FormatRequest, Request, run_stages
 

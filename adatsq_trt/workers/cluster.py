@@ -77,11 +77,26 @@ def require_cluster(address: Address) -> None:
         return
     host, _, port = address.cluster.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") != "1":
+                _require_http2(connection)
     except OSError as error:
         raise UserError(
             f"--ray {address.cluster}: no Ray cluster answers there ({error.strerror or error}); {_ADVICE}"
         ) from error
+
+
+def _require_http2(connection: socket.socket) -> None:
+    """See that a gRPC server is there, since Ray itself would try for minutes (RFC 9113, section 3.4).
+
+    Raises:
+        OSError: no answer in time, or another one.
+    """
+    empty_settings = b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
+    connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + empty_settings)
+    header = connection.recv(len(empty_settings), socket.MSG_WAITALL)
+    if header[3:4] != empty_settings[3:4]:
+        raise OSError("something else than Ray listens")
 
 
 @contextmanager

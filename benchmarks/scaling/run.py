@@ -17,6 +17,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -56,12 +57,14 @@ class Units(_Record):
         sent_bytes: what they were given, all together.
         returned_bytes: what they gave back.
         shared_bytes: what every worker reads once.
+        cpu_seconds: processor time of all of them, which other programs do not lengthen much.
     """
 
     count: int
     sent_bytes: int
     returned_bytes: int
     shared_bytes: int
+    cpu_seconds: float
 
 
 class Results(_Record):
@@ -73,6 +76,7 @@ class Results(_Record):
         seconds: way → stage → wall-clock time.
         same_files: whether all ways wrote the same bytes.
         units: kind → figures.
+        other_cpu_seconds: processor time of the same search outside of its units.
         screened: policies that were judged.
         finalists: those that got the second look.
         reported: those that were measured on held-out samples.
@@ -84,9 +88,13 @@ class Results(_Record):
     seconds: dict[str, dict[str, float]]
     same_files: bool
     units: dict[str, Units]
+    other_cpu_seconds: float
     screened: int
     finalists: int
     reported: int
+
+
+NONE = Units(count=0, sent_bytes=0, returned_bytes=0, shared_bytes=0, cpu_seconds=0.0)
 
 
 class Counting(InProcess):
@@ -94,12 +102,13 @@ class Counting(InProcess):
 
     def __init__(self) -> None:
         self.units: dict[str, Units] = {}
+        self.counting_seconds = 0.0
         self._bytes: dict[int, int] = {}
         self._kept: list[object] = []  # so that no two values have the same identity
 
     def share(self, value: Any) -> Shared[Any]:
         self._kept.append(value)
-        self._bytes[id(value)] = pickled_bytes(value)
+        self._bytes[id(value)] = self._size(value)
         return Shared(value)
 
     def map(self, function: Callable[..., Any], common: Shared[Any], items: Iterable[Any]) -> Iterator[Any]:
@@ -108,22 +117,25 @@ class Counting(InProcess):
             # A backward sweep is given what it measures.
             measured = item[0] if isinstance(item, tuple) and callable(item[0]) else function
             name = measured.__name__.strip("_").replace("_", " ")
+            start = time.process_time()
             result = function(common.content, item)
-            before = self.units.get(name, Units(count=0, sent_bytes=0, returned_bytes=0, shared_bytes=0))
+            seconds = time.process_time() - start
+            before = self.units.get(name, NONE)
             self.units[name] = Units(
                 count=before.count + 1,
-                sent_bytes=before.sent_bytes + pickled_bytes(item),
-                returned_bytes=before.returned_bytes + pickled_bytes(result),
+                sent_bytes=before.sent_bytes + self._size(item),
+                returned_bytes=before.returned_bytes + self._size(result),
                 shared_bytes=max(before.shared_bytes, shared),
+                cpu_seconds=before.cpu_seconds + seconds,
             )
             yield result
 
-
-def pickled_bytes(value: object) -> int:
-    """Size of a value as it travels between processes."""
-    buffer = io.BytesIO()
-    pickle.Pickler(buffer, protocol=5).dump(value)
-    return buffer.getbuffer().nbytes
+    def _size(self, value: object) -> int:
+        """Bytes of a value as it travels between processes; the time that this takes is no part of the search."""
+        start, buffer = time.process_time(), io.BytesIO()
+        pickle.Pickler(buffer, protocol=5).dump(value)
+        self.counting_seconds += time.process_time() - start
+        return buffer.getbuffer().nbytes
 
 
 def run(way: str) -> dict[str, float]:
@@ -146,15 +158,17 @@ def files(way: str) -> dict[str, bytes]:
     }
 
 
-def count_units() -> dict[str, Units]:
-    """The units of the same search."""
+def count_units() -> tuple[dict[str, Units], float]:
+    """The units of the same search, and the processor time outside of them."""
     finished, counting, folder = open_run(RUNS / "in-process"), Counting(), RUNS / "counted"
     shutil.rmtree(folder, ignore_errors=True)
     with RunDirectory.open(folder) as directory:
         context = Context(directory, finished.settings, finished.model, counting)
+        start = time.process_time()
         for stage in (calibrate, quantize, search):
             stage.run(context)
-    return counting.units
+        total = time.process_time() - start - counting.counting_seconds
+    return counting.units, total - sum(units.cpu_seconds for units in counting.units.values())
 
 
 def tables(results: Results) -> str:
@@ -164,15 +178,14 @@ def tables(results: Results) -> str:
     for way, seconds in results.seconds.items():
         total = sum(seconds.values())
         lines.append(f"| {way} | " + " | ".join(f"{seconds[s]:.1f} s" for s in STAGES) + f" | {total / one:.2f} × |")
-    lines += [
-        "",
-        "| unit | units | sent with one | returned by one | read once by a worker |",
-        "|---|---:|---:|---:|---:|",
-    ]
+    total = results.other_cpu_seconds + sum(units.cpu_seconds for units in results.units.values())
+    header = ("unit", "units", "sent with one", "returned by one", "read once by a worker", "processor time")
+    lines += ["", f"| {' | '.join(header)} |", "|---" + "|---:" * 5 + "|"]
     for name, units in results.units.items():
         sent, returned = units.sent_bytes / units.count / 1e3, units.returned_bytes / units.count / 1e3
-        row = f"| {name} | {units.count} | {sent:,.1f} kB | {returned:,.1f} kB | {units.shared_bytes / 1e6:.2f} MB |"
-        lines.append(row)
+        row = f"| {name} | {units.count} | {sent:,.1f} kB | {returned:,.1f} kB | {units.shared_bytes / 1e6:.2f} MB "
+        lines.append(f"{row}| {units.cpu_seconds / total:.1%} |")
+    lines.append(f"| in no unit | | | | | {results.other_cpu_seconds / total:.1%} |")
     same = "All ways wrote the same bytes" if results.same_files else "**The ways wrote different bytes**"
     lines += ["", f"{same}; `{' '.join(results.options)}`, {results.processors} processors, one thread each."]
     return "\n".join(lines)
@@ -183,12 +196,14 @@ def measure() -> Results:
     seconds = {way: run(way) for way in WAYS}
     first, *others = (files(way) for way in WAYS)
     points = read_json_model(RUNS / "in-process" / "search" / search.RESULT, SearchResult).points
+    units, other = count_units()
     return Results(
         options=OPTIONS,
         processors=os.cpu_count() or 1,
         seconds=seconds,
         same_files=all(other == first for other in others),
-        units=count_units(),
+        units=units,
+        other_cpu_seconds=other,
         screened=len({point.formats for point in points}),
         finalists=sum(point.finalist for point in points),
         reported=len({point.formats for point in points if point.held_out_error is not None}),

@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from adatsq_trt.errors import DependencyError, MismatchError, UserError
-from adatsq_trt.workers import InProcess
+from adatsq_trt.workers import InProcess, cluster
 from adatsq_trt.workers.cluster import Address, RayWorkers, Surroundings, connected, parse_address, require_cluster
 
 
@@ -122,6 +123,33 @@ def test_an_address_that_nobody_listens_at_is_refused() -> None:
             UserError, match=r"no Ray cluster answers there .*; start one there with 'ray start --head'"
         ):
             require_cluster(address)
+
+
+@pytest.mark.parametrize("answer", [None, b"HTTP/1.1 400 Bad Request\r\n\r\n"])
+def test_a_server_that_is_no_ray_is_refused(answer: bytes | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_ANSWER_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection:
+                if answer is not None:
+                    connection.sendall(answer)
+                connection.recv(100)
+                time.sleep(0.5)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        reason = "timed out" if answer is None else "something else than Ray listens"
+        with pytest.raises(UserError, match=rf"no Ray cluster answers there \({reason}\)"):
+            require_cluster(Address(f"127.0.0.1:{server.getsockname()[1]}"))
+        thread.join()
+
+
+def test_the_head_of_a_cluster_answers(workers: RayWorkers) -> None:
+    import ray
+
+    require_cluster(Address(ray.get_runtime_context().gcs_address))
 
 
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
