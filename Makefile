@@ -99,6 +99,11 @@ bench-quality: $(INSTALLED)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m benchmarks.quality.run \
 	  $(if $(filter quick,$(BENCH)),--quick,--document docs/quality.md --readme README.md)
 
+# Units of work in this process and with one and two Ray workers: results.json and the tables in docs/scaling.md.
+.PHONY: bench-scaling
+bench-scaling: $(DEVELOPED)
+	$(BIN)/python -m benchmarks.scaling.run --document docs/scaling.md
+
 # The server comes out of a wheel that pins numpy below 2, so it is installed without its dependencies and apart.
 SERVER := $(VENV)/tritonserver
 SERVING := $(VENV)/.serving-installed

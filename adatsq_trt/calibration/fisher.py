@@ -17,7 +17,6 @@ The adjoints are kept: aᵀ δ predicts, to first order, what an error δ at ste
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -50,32 +49,30 @@ def projections(samples: int, latent_shape: tuple[int, ...], count: int, seed: i
     return torch.randn(count, samples, *latent_shape, generator=torch.Generator().manual_seed(seed))
 
 
-def backward_sweep(samples: Samples, latents: Tensor, adjoint: Tensor, last: int) -> Iterator[BackwardStep]:
-    """The adjoint recursion from step `last` to the first.
+def backward_step(samples: Samples, latent: Tensor, adjoint: Tensor, step: int) -> BackwardStep:
+    """One step of the adjoint recursion.
 
     Args:
         samples: the batch.
-        latents: its full-precision trajectory, float32 [steps + 1, samples, *latent_shape].
-        adjoint: a_{last + 1}, float32 [projections, samples, *latent_shape]; u itself after the last step of all.
-        last: step to begin with.
+        latent: x_t of its full-precision trajectory, float32 [samples, *latent_shape].
+        adjoint: a_{t + 1}, float32 [projections, samples, *latent_shape]; u itself after the last step of all.
+        step: t.
     """
-    for step in range(last, -1, -1):
-        latent = latents[step].clone().requires_grad_(True)
-        with captured(samples.adapter.quantizable_layers()) as capture, torch.enable_grad():
-            inputs, following = _differentiable_step(samples, latent, step)
-            adjoints, gradients = [], []
-            for number, row in enumerate(adjoint):
-                final = number == len(adjoint) - 1  # frees the step's graph
-                loss = (following * row).sum()
-                adjoints.append(torch.autograd.grad(loss, [latent, *inputs], retain_graph=not final)[0])
-                gradients.append({n: _by_sample(g, len(latent)) for n, g in capture.output_gradients.items()})
-        adjoint = torch.stack(adjoints)
-        yield BackwardStep(
-            step,
-            adjoint,
-            {name: _by_sample(value, len(latent)) for name, value in capture.inputs.items()},
-            {name: torch.stack([row[name] for row in gradients]) for name in capture.inputs},
-        )
+    latent = latent.clone().requires_grad_(True)
+    with captured(samples.adapter.quantizable_layers()) as capture, torch.enable_grad():
+        inputs, following = _differentiable_step(samples, latent, step)
+        adjoints, gradients = [], []
+        for number, row in enumerate(adjoint):
+            final = number == len(adjoint) - 1  # frees the step's graph
+            loss = (following * row).sum()
+            adjoints.append(torch.autograd.grad(loss, [latent, *inputs], retain_graph=not final)[0])
+            gradients.append({n: _by_sample(g, len(latent)) for n, g in capture.output_gradients.items()})
+    return BackwardStep(
+        step,
+        torch.stack(adjoints),
+        {name: _by_sample(value, len(latent)) for name, value in capture.inputs.items()},
+        {name: torch.stack([row[name] for row in gradients]) for name in capture.inputs},
+    )
 
 
 def _differentiable_step(samples: Samples, latent: Tensor, step: int) -> tuple[list[Tensor], Tensor]:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from adatsq_trt.calibration.trajectory import Samples
+from adatsq_trt.calibration.units import Place
 from adatsq_trt.models.capture import observed_inputs
+from adatsq_trt.workers import Shared, Workers
 
 
 @dataclass
@@ -28,42 +30,72 @@ class LayerMoments:
     largest: Tensor
     tokens: int = 0
 
-    def add(self, inputs: Tensor, step: int, weight: Tensor, samples: int) -> None:
-        """Add a step's inputs [..., K] with a weight, float32 []."""
-        moment = second_moment(inputs)
-        self.weighted += weight * moment
-        self.plain += moment.mul_(1 / len(self.largest))
-        self.largest[step] = inputs.abs().max()
-        self.tokens = inputs.shape[:-1].numel() // samples
+    def add(self, inputs: StepInputs, step: int, weight: Tensor) -> None:
+        """Add a step's inputs with a weight, float32 []."""
+        self.weighted += weight * inputs.moment
+        self.plain += inputs.moment.mul(1 / len(self.largest))
+        self.largest[step] = inputs.largest
+        self.tokens = inputs.tokens
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class StepInputs:
+    """What a layer is given at one step.
+
+    Attributes:
+        moment: mean of x xᵀ, float32 [K, K].
+        largest: magnitude, float32 [].
+        tokens: rows that one sample sends through the layer.
+    """
+
+    moment: Tensor
+    largest: Tensor
+    tokens: int
+
+
 def layer_moments(
-    samples: Samples, latents: Tensor, weights: Mapping[str, Tensor], on_step: Callable[[], None]
+    workers: Workers,
+    batch: Shared[Samples],
+    latents: Tensor,
+    weights: Mapping[str, Tensor],
+    on_step: Callable[[], None],
 ) -> dict[str, LayerMoments]:
     """One pass over the full-precision trajectory for the layers in `weights`; only their Hessians are in memory.
 
     Args:
-        samples: the batch.
-        latents: its trajectory, float32 [steps + 1, samples, *latent_shape].
+        workers: who computes; a unit is all samples at one step.
+        batch: the samples.
+        latents: their trajectory, float32 [steps + 1, samples, *latent_shape].
         weights: module path → alpha, float32 [steps].
         on_step: called after each step.
     """
-    every, steps, count = samples.adapter.quantizable_layers(), samples.schedule.steps, len(samples.seeds)
-    linears = {name: every[name] for name in weights}
-    moments = {}
-    for name, linear in linears.items():
-        square = torch.zeros(linear.in_features, linear.in_features)
-        moments[name] = LayerMoments(square, torch.zeros_like(square), torch.zeros(steps))
-    for step in range(steps):
-
-        def observe(name: str, inputs: Tensor, step: int = step) -> None:
-            moments[name].add(inputs, step, weights[name][step], count)
-
-        with observed_inputs(linears, observe):
-            samples.step(latents[step], step)
+    units = (
+        (Place(step, slice(0, len(latent)), latent.clone()), tuple(weights)) for step, latent in enumerate(latents[:-1])
+    )
+    moments: dict[str, LayerMoments] = {}
+    # Results come in the order of the steps, so sums are taken in that order wherever they were computed.
+    for step, found in enumerate(workers.map(_step_inputs, batch, units)):
+        for name, inputs in found.items():
+            if name not in moments:
+                zero = torch.zeros_like(inputs.moment)
+                moments[name] = LayerMoments(zero, zero.clone(), torch.zeros(len(latents) - 1))
+            moments[name].add(inputs, step, weights[name][step])
         on_step()
-    return moments
+    return {name: moments[name] for name in weights}
+
+
+@torch.no_grad()
+def _step_inputs(batch: Samples, unit: tuple[Place, tuple[str, ...]]) -> dict[str, StepInputs]:
+    (place, layers), found = unit, dict[str, StepInputs]()
+    linears = batch.adapter.quantizable_layers()
+
+    def observe(name: str, inputs: Tensor) -> None:
+        tokens = inputs.shape[:-1].numel() // len(place.latent)
+        found[name] = StepInputs(second_moment(inputs), inputs.abs().max(), tokens)
+
+    with observed_inputs({name: linears[name] for name in layers}, observe):
+        batch.step(place.latent, place.step)
+    return found
 
 
 def second_moment(inputs: Tensor) -> Tensor:
@@ -82,10 +114,10 @@ def second_moment(inputs: Tensor) -> Tensor:
 
 
 def hessian_bytes(widths: Iterable[int]) -> tuple[int, int]:
-    """Bytes of some layers' Hessians, weighted and not, and of the terms that are being added to one of them.
+    """Bytes of some layers' Hessians, weighted, not, and of one step; and of what is being added to one of them.
 
     Args:
         widths: in_features of the layers.
     """
     squares = [4 * width**2 for width in widths]
-    return 2 * sum(squares), 2 * max(squares)
+    return 3 * sum(squares), 2 * max(squares)

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from adatsq_trt.cli.budgets import BudgetRequest
+
 
 class StageName(StrEnum):
     """The stages of a run, in order."""
@@ -344,6 +346,19 @@ MemoryLimit = Annotated[
 ]
 
 
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Compute on a Ray cluster: HOST:PORT of its head, 'local' for workers on this machine, or 'local:N' for N "
+        "of them. The result is the same.",
+        show_default="in this process",
+        rich_help_panel=_EFFORT,
+    ),
+]
+
+
 def engine(
     model: Model,
     target: TargetOption = None,
@@ -378,6 +393,7 @@ def engine(
     height: Height = None,
     width: Width = None,
     frames: Frames = None,
+    ray: Ray = None,
     until: Annotated[StageName, typer.Option(hidden=True)] = StageName.BUNDLE,
 ) -> None:
     """Run all stages: from a model to TensorRT engines in a bundle.
@@ -386,14 +402,13 @@ def engine(
 
     Example: adatsq-trt build engine digits-flux --target sm120 -o runs/demo
     """
-    from adatsq_trt.cli.budgets import BudgetRequest
     from adatsq_trt.cli.loading import ModelRequest
     from adatsq_trt.cli.options import CompilerRequest, FormatRequest, PlaceRequest, Request, run_stages
 
     request = Request(
         model=ModelRequest(model, base, tuple(lora or ()), prompts, height, width, frames, guidance),
         targets=tuple(dict.fromkeys(target or ())),
-        place=PlaceRequest(output, memory_limit),
+        place=PlaceRequest(output, memory_limit, ray),
         formats=FormatRequest(formats, None if transform is None else transform.value),
         budgets=BudgetRequest(budget_bits, budget_bytes, budget_ms, gpu),
         max_assignments=max_assignments,

@@ -122,6 +122,7 @@ _LIBRARIES = (
     _Library(
         "Triton server", "pytriton", ("nvidia-pytriton",), "serve", "pip install --no-deps nvidia-pytriton==0.7.0"
     ),
+    _Library("Ray", "ray", ("ray",), "--ray", "pip install ray", _loads("ray")),
     _Library("Triton language", "triton", ("triton",), "build plugins", "pip install triton"),
 )
 

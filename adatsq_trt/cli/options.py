@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -26,6 +27,7 @@ from adatsq_trt.formats import (
 )
 from adatsq_trt.policy import GIVEN_POLICY_ADVICE, Policy
 from adatsq_trt.settings import SETTINGS_NAME, Settings
+from adatsq_trt.workers.cluster import connected, parse_address, require_cluster
 
 if TYPE_CHECKING:
     from adatsq_trt.cli.stages.context import Context
@@ -58,10 +60,11 @@ class CompilerRequest:
 
 @dataclass(frozen=True)
 class PlaceRequest:
-    """Where results go, and how much memory making them may take."""
+    """Where results go, how much memory making them may take, and which Ray cluster computes; None: this process."""
 
     output: Path | None
     memory_limit: str | None = None
+    ray: str | None = None
 
     @property
     def limit_bytes(self) -> int | None:
@@ -232,6 +235,9 @@ def run_stages(request: Request, until: StageName) -> None:
     """Run the stages up to one, reusing what is done; print the settings first and the figures at the end."""
     choice = choose(request)
     _require_exportable(request, until)
+    address = None if request.place.ray is None else parse_address(request.place.ray)
+    if address is not None:
+        require_cluster(address)
     from adatsq_trt.cli.stages import bundle, calibrate, export, quantize, search, summary
     from adatsq_trt.cli.stages.context import Context
     from adatsq_trt.cli.stages.memory import plan_memory
@@ -241,6 +247,7 @@ def run_stages(request: Request, until: StageName) -> None:
     from adatsq_trt.files import write_json_model
     from adatsq_trt.meter import release_memory
     from adatsq_trt.run import RunDirectory
+    from adatsq_trt.workers import InProcess
 
     opened = open_model(request.model)
     settings = resolve(request, choice, opened)
@@ -257,13 +264,17 @@ def run_stages(request: Request, until: StageName) -> None:
         StageName.EXPORT: export.run,
         StageName.BUNDLE: bundle.run,
     }
-    with RunDirectory.open(output) as run:
+    with (
+        nullcontext(InProcess()) if address is None else connected(address) as workers,
+        RunDirectory.open(output) as run,
+    ):
         console.print(_settings_table(settings))
         write_json_model(run.path / SETTINGS_NAME, settings)
-        context = Context(run, settings, opened.load(run), memory)
+        context = Context(run, settings, opened.load(run), memory, workers)
         if until is StageName.BUNDLE and settings.times is None:
             export.run(context)
-            context = Context(run, settings, opened.outline, memory)  # compilers need the memory of the weights
+            # Compilers need the memory of the weights.
+            context = Context(run, settings, opened.outline, memory, workers)
             release_memory()
         result = stages[until](context).folder
         if until is StageName.BUNDLE:

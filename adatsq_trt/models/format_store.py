@@ -85,6 +85,10 @@ class StoredWeights(Mapping[str, QuantizedWeight]):
         """Layers."""
         return iter(self._layers)
 
+    def __reduce__(self) -> tuple[type[dict[str, QuantizedWeight]], tuple[dict[str, QuantizedWeight]]]:
+        """Workers on other machines are sent the weights: they do not have the files."""
+        return dict, (dict(self),)
+
     def __len__(self) -> int:
         """How many there are."""
         return len(self._layers)

@@ -32,6 +32,10 @@ class SharedRounding:
         self._mapped: dict[InputMap, Tensor] = {}
         self._rounded: dict[tuple[InputMap, Grid, float | None], Tensor] = {}
 
+    def __reduce__(self) -> tuple[type[SharedRounding], tuple[()]]:
+        """Another process begins with nothing rounded, and is sent none of it."""
+        return SharedRounding, ()
+
     def map(self, x: Tensor, input_map: InputMap) -> Tensor:
         """`InputMap.inputs`, once for every distinct map of one input.
 

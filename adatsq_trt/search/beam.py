@@ -13,7 +13,7 @@ contains what the earlier steps did. After each column the paths are pruned to a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -43,8 +43,8 @@ class Problem(Protocol[StateT]):
     def bits(self, assignment: Assignment) -> float:
         """Cost of an assignment at one step."""
 
-    def advance(self, state: StateT, step: int, assignment: Assignment) -> StateT:
-        """State after the step: one denoiser call."""
+    def advance(self, step: int, moves: Sequence[tuple[StateT, Assignment]]) -> Iterable[StateT]:
+        """States after the step, one for each state before it and its assignment: one denoiser call each."""
 
     def error(self, state: StateT, step: int) -> float:
         """Final error that the state after `step` steps is expected to lead to."""
@@ -117,17 +117,22 @@ def beam_search(
 
 def expand(problem: Problem[StateT], paths: Sequence[Path[StateT]], step: int) -> list[Path[StateT]]:
     """All feasible successors, the cheapest one where none of the candidates fits: one denoiser call each."""
+    moves = [(path, assignment) for path in paths for assignment in _feasible(problem, path, step)]
+    states = problem.advance(step, [(path.state, assignment) for path, assignment in moves])
     successors = []
-    for path in paths:
-        options = problem.candidates(step, path.assignments[-1] if path.assignments else None)
-        affordable = [option for option in options if _rest(problem, path, option, step) < math.inf]
-        feasible = [option for option in affordable if problem.fits((*path.assignments, option))]
-        for assignment in feasible or [problem.cheapest]:
-            state = problem.advance(path.state, step, assignment)
-            error = problem.error(state, step + 1)
-            bits, rest = path.bits + problem.bits(assignment), _rest(problem, path, assignment, step)
-            successors.append(Path(state, (*path.assignments, assignment), bits, error, error + rest))
+    for (path, assignment), state in zip(moves, states, strict=True):
+        error = problem.error(state, step + 1)
+        bits, rest = path.bits + problem.bits(assignment), _rest(problem, path, assignment, step)
+        successors.append(Path(state, (*path.assignments, assignment), bits, error, error + rest))
     return successors
+
+
+def _feasible(problem: Problem[StateT], path: Path[StateT], step: int) -> Sequence[Assignment]:
+    """What a path can go on with."""
+    options = problem.candidates(step, path.assignments[-1] if path.assignments else None)
+    affordable = [option for option in options if _rest(problem, path, option, step) < math.inf]
+    feasible = [option for option in affordable if problem.fits((*path.assignments, option))]
+    return feasible or [problem.cheapest]
 
 
 def _rest(problem: Problem[StateT], path: Path[StateT], assignment: Assignment, step: int) -> float:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
 
-from adatsq_trt.calibration.trajectory import Samples, final_latents, latent_mse, trajectory
+from adatsq_trt.calibration.trajectory import Samples, latent_mse
 from adatsq_trt.formats import Format
-from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.search.budgets import Budgets
 from adatsq_trt.search.candidates import Assignment
 from adatsq_trt.search.plan import Plan
+from adatsq_trt.search.simulation import Simulation
 
 
 def projected_error(state: Tensor, reference: Tensor, adjoint: Tensor) -> np.ndarray:
@@ -38,8 +38,7 @@ class DenoisingProblem:
 
     Attributes:
         samples: the calibration batch.
-        model: the fake-quantized model, installed.
-        formats: cheapest first; assignments are indices into it.
+        simulation: of the fake-quantized model; assignments are indices into its formats, cheapest first.
         reference: full-precision trajectory, float32 [steps + 1, samples, *latent_shape].
         adjoints: float32 [steps + 1, projections, samples, *latent_shape].
         plan: candidates and the estimate of the rest.
@@ -48,8 +47,7 @@ class DenoisingProblem:
     """
 
     samples: Samples
-    model: SimulatedModel
-    formats: tuple[Format, ...]
+    simulation: Simulation
     reference: Tensor
     adjoints: Tensor
     plan: Plan
@@ -72,17 +70,16 @@ class DenoisingProblem:
     @property
     def cheapest(self) -> Assignment:
         """The cheapest format everywhere."""
-        return (0,) * len(self.model.layers)
+        return (0,) * len(self.simulation.model.layers)
 
     def bits(self, assignment: Assignment) -> float:
         """Sum over layers of nominal bits."""
-        return sum(self.formats[i].bits for i in assignment)
+        return sum(self.simulation.formats[i].bits for i in assignment)
 
-    def advance(self, state: Tensor, step: int, assignment: Assignment) -> Tensor:
-        """One denoising step with these formats."""
-        self.calls += 1
-        self.model.assign(as_formats(self.model.layers, assignment, self.formats), step)
-        return self.samples.step(state, step)
+    def advance(self, step: int, moves: Sequence[tuple[Tensor, Assignment]]) -> Iterable[Tensor]:
+        """One denoising step from each of these states with these formats."""
+        self.calls += len(moves)
+        return self.simulation.advance(self.samples, step, moves)
 
     def error(self, state: Tensor, step: int) -> float:
         """Error of the final picture if the rest follows the plan; after the last step the error itself."""
@@ -97,7 +94,7 @@ class DenoisingProblem:
 
     def remaining_error(self, step: int, bits: float) -> float:
         """What the path's other spending than planned means for the rest; infinite when the budget cannot hold."""
-        left = self.budget * self.steps * len(self.model.layers) - bits
+        left = self.budget * self.steps * len(self.simulation.model.layers) - bits
         own = sum(self.bits(row) for row in self.plan.policies[0][step:])
         return self.plan.deviation_error(step, left, own)
 
@@ -134,43 +131,13 @@ class PricedProblem(DenoisingProblem):
         return deviation if math.isfinite(bits) else math.inf
 
 
-def as_formats(layers: Sequence[str], assignment: Assignment, formats: Sequence[Format]) -> dict[str, Format]:
-    """Format indices → module path → format."""
-    return {layer: formats[index] for layer, index in zip(layers, assignment, strict=True)}
-
-
-def policy_errors(
-    samples: Samples,
-    model: SimulatedModel,
-    formats: Sequence[Format],
-    rows: Sequence[Assignment],
-    reference: Tensor,
-) -> Tensor:
-    """Latent MSE of every generated sample under a policy, float64 [samples].
+def row_errors(latents: Tensor, reference: Tensor) -> Tensor:
+    """Latent MSE of every row, float64 [rows].
 
     Args:
-        samples: whose pictures are compared.
-        model: installed.
-        formats: what the rows' indices mean.
-        rows: one assignment per step.
-        reference: full-precision final latents, float32 [samples, *latent_shape].
+        latents: float32 [rows, ...]: a row is a sample, or a step of all samples.
+        reference: the same in full precision.
     """
-    latents = final_latents(samples, lambda step: model.assign(as_formats(model.layers, rows[step], formats), step))
-    return (latents.double() - reference.double()).square().flatten(1).mean(dim=1)
-
-
-def trajectory_errors(
-    samples: Samples, model: SimulatedModel, formats_at: Callable[[int], Mapping[str, Format]], reference: Tensor
-) -> Tensor:
-    """How a policy's error grows: latent MSE after 0, 1, … steps of its own trajectory, float64 [steps + 1].
-
-    Args:
-        samples: the batch.
-        model: installed.
-        formats_at: step → module path → format.
-        reference: the full-precision trajectory, float32 [steps + 1, samples, *latent_shape].
-    """
-    latents = trajectory(samples, lambda step: model.assign(formats_at(step), step))
     return (latents.double() - reference.double()).square().flatten(1).mean(dim=1)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -18,18 +18,19 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from adatsq_trt.calibration.fisher import backward_sweep
-from adatsq_trt.calibration.trajectory import Samples, final_latents
+from adatsq_trt.calibration.trajectory import Samples
+from adatsq_trt.calibration.units import Measured, backward_sweep
 from adatsq_trt.files import read_json_model, read_tensors, write_json_model, write_tensors
 from adatsq_trt.formats import Format
 from adatsq_trt.models.format_store import FormatStore
-from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.search.beam import Path as BeamPath
 from adatsq_trt.search.beam import Pruning, beam_search
 from adatsq_trt.search.candidates import Assignment
-from adatsq_trt.search.denoising import DenoisingProblem, policy_errors
+from adatsq_trt.search.denoising import DenoisingProblem, row_errors
 from adatsq_trt.search.plan import Rows
-from adatsq_trt.search.sensitivity import Sensitivity, assemble, step_contributions
+from adatsq_trt.search.sensitivity import Candidates, Sensitivity, assemble, join_parts, measure_contributions
+from adatsq_trt.search.simulation import Simulation
+from adatsq_trt.workers import Workers
 
 Progress = Callable[[], None]
 # Median samples that one sample counts for at most when policies are ranked.
@@ -44,6 +45,7 @@ def measure_sensitivity(
     store: FormatStore,
     folder: Path,
     on_step: Progress,
+    workers: Workers,
 ) -> tuple[Sensitivity, Tensor]:
     """One backward sweep over the trajectory, a file per step.
 
@@ -55,6 +57,7 @@ def measure_sensitivity(
         store: their weights and activation scales.
         folder: of the search.
         on_step: called after each step.
+        workers: who computes.
 
     Returns:
         The sensitivity and the adjoints, float32 [steps + 1, projections, samples, *latent_shape].
@@ -67,9 +70,10 @@ def measure_sensitivity(
     if missing:
         last = max(missing)
         adjoint = start if last == steps - 1 else read_tensors(files[last + 1])["adjoint"]
-        for backward in backward_sweep(samples, latents, adjoint, last):
-            contributions = step_contributions(backward, samples.adapter, formats, store)
-            write_tensors(files[backward.step], {"contributions": contributions, "adjoint": backward.adjoint})
+        common = workers.share(Measured(samples, Candidates(tuple(formats), store)))
+        for swept in backward_sweep(workers, common, measure_contributions, latents, adjoint, last):
+            contributions = join_parts(swept.measured, projections=len(start))
+            write_tensors(files[swept.step], {"contributions": contributions, "adjoint": swept.adjoint})
             on_step()
     parts = [read_tensors(file) for file in files]
     steps_done = {t: part["contributions"] for t, part in enumerate(parts)}
@@ -155,23 +159,22 @@ class Scorer:
         reference: full-precision final latents, float32 [samples, *latent_shape].
     """
 
-    def __init__(self, model: SimulatedModel, formats: Sequence[Format], samples: Samples, folder: Path) -> None:
+    def __init__(self, simulation: Simulation, samples: Samples, folder: Path) -> None:
         """Prepare to score.
 
         Args:
-            model: installed.
-            formats: what the indices in policies' rows mean.
+            simulation: of the model.
             samples: whose pictures are compared.
             folder: of the search.
         """
         self.samples = samples
-        self._model, self._formats, self._folder = model, tuple(formats), folder / "scores"
+        self._simulation, self._folder = simulation, folder / "scores"
         self.reference = self._full_precision()
 
     def _full_precision(self) -> Tensor:
         file = self._folder / f"full_precision_{self._key([])}.safetensors"
         if not file.is_file():
-            latents = final_latents(self.samples, lambda step: self._model.assign(None, step))
+            (latents,) = self._simulation.final_latents(self.samples, [None])
             write_tensors(file, {"latents": latents})
         return read_tensors(file)["latents"]
 
@@ -179,10 +182,15 @@ class Scorer:
         text = json.dumps([self.samples.seeds, self.samples.prompts, rows])
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
-    def score(self, rows: Rows) -> Score:
-        """Errors of whole generated samples; measured once."""
-        file = self._folder / f"{self._key(rows)}.json"
-        if not file.is_file():
-            errors = policy_errors(self.samples, self._model, self._formats, rows, self.reference)
-            write_json_model(file, Score.of(errors))
-        return read_json_model(file, Score)
+    def _file(self, rows: Rows) -> Path:
+        return self._folder / f"{self._key(rows)}.json"
+
+    def scores(self, policies: Sequence[Rows]) -> Iterator[Score]:
+        """Errors of whole generated samples, in the order of the policies; each policy is measured once."""
+        missing = [rows for rows in dict.fromkeys(policies) if not self._file(rows).is_file()]
+        measured = self._simulation.final_latents(self.samples, missing)
+        for rows in policies:
+            if not self._file(rows).is_file():  # results come in the order in which policies are first named
+                errors = row_errors(next(measured), self.reference)
+                write_json_model(self._file(rows), Score.of(errors))
+            yield read_json_model(self._file(rows), Score)

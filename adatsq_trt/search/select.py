@@ -102,11 +102,12 @@ def judge(
     """
     distinct = list(dict.fromkeys(proposals))
     points, counts = [], dict.fromkeys((p.kind for p in distinct), 0)
-    for proposal in distinct:
+    scores = screening.scores([proposal.rows for proposal in distinct])
+    for proposal, score in zip(distinct, scores, strict=True):
         number = f"{proposal.kind} {counts[proposal.kind]}"
         name = formats[proposal.rows[0][0]].name if proposal.kind == "uniform" else number
         counts[proposal.kind] += 1
-        points.append(_point(proposal, name, formats, screening.score(proposal.rows)))
+        points.append(_point(proposal, name, formats, score))
         on_policy()
     best = set(front([(p.mean_bits, p.selection_error) for p in points]))
     return [p.model_copy(update={"on_front": i in best}) for i, p in enumerate(points)]
@@ -149,9 +150,9 @@ def second_look(
     """
     result = list(points)
     sizes = [len(scorer.samples.seeds) for scorer in scorers]
-    for index in wanted:
-        rows = _rows(points[index], formats)
-        scores = [scorer.score(rows) for scorer in scorers]
+    policies = [_rows(points[index], formats) for index in wanted]
+    measured = zip(*(scorer.scores(policies) for scorer in scorers), strict=True)
+    for index, scores in zip(wanted, measured, strict=True):
         update = {
             "selection_error": _mean([score.error for score in scores], sizes),
             "rank_error": _mean([score.capped_error for score in scores], sizes),
@@ -216,9 +217,9 @@ def measure_held_out(
         held_out: scores samples that nothing was chosen on.
         on_policy: called after each.
     """
-    result = list(points)
-    for index in dict.fromkeys(wanted):
-        score = held_out.score(_rows(points[index], formats))
+    result, distinct = list(points), list(dict.fromkeys(wanted))
+    scores = held_out.scores([_rows(points[index], formats) for index in distinct])
+    for index, score in zip(distinct, scores, strict=True):
         update = {"held_out_error": score.error, "held_out_standard_error": score.standard_error}
         result[index] = points[index].model_copy(update=update)
         on_policy()

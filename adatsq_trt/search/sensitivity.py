@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from adatsq_trt.calibration.fisher import BackwardStep
+from adatsq_trt.calibration.units import Measured
 from adatsq_trt.formats import Format
 from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.models.format_store import FormatStore
@@ -82,6 +83,34 @@ class Sensitivity:
         kernel = torch.exp(-((steps[:, None] - steps[None]) ** 2) / (2 * width**2))
         kernel = kernel / kernel.sum(dim=1, keepdim=True)
         return torch.einsum("st,ftl->fsl", kernel, logarithm).exp()
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What sensitivities are measured of.
+
+    Attributes:
+        formats: cheapest first.
+        store: their weights and activation scales.
+    """
+
+    formats: tuple[Format, ...]
+    store: FormatStore
+
+
+def measure_contributions(common: Measured[Candidates], backward: BackwardStep) -> Tensor:
+    """`step_contributions` where the unit is computed: some samples."""
+    return step_contributions(backward, common.samples.adapter, common.extra.formats, common.extra.store)
+
+
+def join_parts(parts: Sequence[Tensor], projections: int) -> Tensor:
+    """The contributions of all samples: float32 [formats, layers, projections * samples].
+
+    Args:
+        parts: of some samples each, float32 [formats, layers, projections * some samples].
+        projections: how many there are.
+    """
+    return torch.cat([part.unflatten(2, (projections, -1)) for part in parts], dim=3).flatten(2)
 
 
 def step_contributions(

@@ -150,9 +150,9 @@ class SmallProblem:
         """Sum over layers."""
         return float(BITS[list(assignment)].sum())
 
-    def advance(self, state: Array, step: int, assignment: Assignment) -> Array:
-        """One step."""
-        return self.dynamics.step(state, step, assignment)
+    def advance(self, step: int, moves: Sequence[tuple[Array, Assignment]]) -> list[Array]:
+        """One step from each state."""
+        return [self.dynamics.step(state, step, assignment) for state, assignment in moves]
 
     def error(self, state: Array, step: int) -> float:
         """The error at the end; before it, as the plan expects it."""

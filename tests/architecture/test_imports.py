@@ -13,13 +13,14 @@ BESIDE = ("engines", "export", "plugins")  # folders that the installation maps 
 DATA = {"", "errors", "fields", "files", "formats", "graph_index", "image", "policy", "schedule", "step_policy"}
 TENSORS = DATA | {"packing", "quantize"}
 MODELS = TENSORS | {"models", "zoo"}
-CALIBRATION = MODELS | {"calibration"}
+CALIBRATION = MODELS | {"calibration", "workers"}
 
 # Area (module or subpackage of adatsq_trt) → areas that it may import.
 ALLOWED = {
     **dict.fromkeys(DATA, DATA),
     **dict.fromkeys(("packing", "quantize"), TENSORS),
     **dict.fromkeys(("models", "zoo"), MODELS),
+    "workers": {"", "errors", "workers"},
     "meter": DATA | {"meter"},
     "run": DATA | {"meter", "run"},
     "settings": DATA | {"settings"},

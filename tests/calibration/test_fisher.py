@@ -9,12 +9,12 @@ from torch import Tensor
 
 from adatsq_trt.calibration.fisher import (
     BackwardStep,
-    backward_sweep,
     projections,
     squared_weight_gradient,
     temporal_weights,
 )
 from adatsq_trt.calibration.trajectory import Samples
+from tests.sweep import backward_steps
 
 COUNT = 2
 
@@ -26,7 +26,7 @@ def start(samples: Samples) -> Tensor:
 
 @pytest.fixture(scope="module")
 def sweep(samples: Samples, latents: Tensor, start: Tensor) -> dict[int, BackwardStep]:
-    return {b.step: b for b in backward_sweep(samples, latents, start, samples.schedule.steps - 1)}
+    return {b.step: b for b in backward_steps(samples, latents, start, samples.schedule.steps - 1)}
 
 
 def finish(samples: Samples, latent: Tensor, step: int) -> Tensor:
@@ -64,7 +64,7 @@ def test_the_sweep_goes_back_from_the_last_step(samples: Samples, sweep: dict[in
 def test_a_resumed_sweep_equals_an_undisturbed_one(
     samples: Samples, latents: Tensor, sweep: dict[int, BackwardStep]
 ) -> None:
-    for backward in backward_sweep(samples, latents, sweep[2].adjoint, last=1):
+    for backward in backward_steps(samples, latents, sweep[2].adjoint, last=1):
         whole = sweep[backward.step]
         assert torch.equal(backward.adjoint, whole.adjoint)
         for layer in whole.gradients:

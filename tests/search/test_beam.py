@@ -143,9 +143,9 @@ class Refusing:
     def bits(self, assignment: Assignment) -> float:
         return (1.0, 5.0)[assignment[0]]
 
-    def advance(self, state: int, step: int, assignment: Assignment) -> int:
-        self.calls.append((step, assignment))
-        return state + (3, 1)[assignment[0]]
+    def advance(self, step: int, moves: Sequence[tuple[int, Assignment]]) -> list[int]:
+        self.calls += [(step, assignment) for _, assignment in moves]
+        return [state + (3, 1)[assignment[0]] for state, assignment in moves]
 
     def error(self, state: int, step: int) -> float:
         return float(state)

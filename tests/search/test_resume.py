@@ -17,6 +17,8 @@ from adatsq_trt.search.denoising import DenoisingProblem, format_bits
 from adatsq_trt.search.plan import make_plan
 from adatsq_trt.search.resume import Score, Scorer, measure_sensitivity, search_columns
 from adatsq_trt.search.sensitivity import Sensitivity
+from adatsq_trt.search.simulation import Simulation
+from adatsq_trt.workers import InProcess
 
 SET = tuple(FORMATS[name] for name in ("w4a4", "fp8", "w8a8", "fp32"))
 BITS, BUDGET = format_bits(SET), 7.0
@@ -44,24 +46,26 @@ def ignore() -> None:
 
 
 @pytest.fixture(scope="module")
-def model(samples: Samples, store: FormatStore) -> Iterator[SimulatedModel]:
-    with SimulatedModel(samples.adapter, store).installed() as installed:
-        yield installed
+def simulation(samples: Samples, store: FormatStore) -> Iterator[Simulation]:
+    with SimulatedModel(samples.adapter, store).installed() as model:
+        yield Simulation(model, SET, samples.schedule, samples.guidance)
 
 
 @pytest.fixture(scope="module")
 def measured(
     samples: Samples, latents: Tensor, start: Tensor, store: FormatStore, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Sensitivity, Tensor]:
-    return measure_sensitivity(samples, latents, start, SET, store, tmp_path_factory.mktemp("whole"), ignore)
+    return measure_sensitivity(
+        samples, latents, start, SET, store, tmp_path_factory.mktemp("whole"), ignore, InProcess()
+    )
 
 
 @pytest.fixture
 def make_problem(
-    samples: Samples, latents: Tensor, model: SimulatedModel, measured: tuple[Sensitivity, Tensor]
+    samples: Samples, latents: Tensor, simulation: Simulation, measured: tuple[Sensitivity, Tensor]
 ) -> Callable[[], DenoisingProblem]:
     plan = make_plan(measured[0], BITS, BUDGET, 3)
-    return lambda: DenoisingProblem(samples, model, SET, latents, measured[1], plan, BUDGET)
+    return lambda: DenoisingProblem(samples, simulation, latents, measured[1], plan, BUDGET)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -75,11 +79,13 @@ def test_sensitivity_goes_on_after_the_last_finished_step(
     count: int,
 ) -> None:
     with pytest.raises(KilledError):
-        measure_sensitivity(samples, latents, start, SET, store, tmp_path, dies_at(count))
+        measure_sensitivity(samples, latents, start, SET, store, tmp_path, dies_at(count), InProcess())
     written = {file: file.stat().st_mtime_ns for file in (tmp_path / "sensitivity").iterdir()}
     assert len(written) == count
     steps: list[None] = []
-    resumed, adjoints = measure_sensitivity(samples, latents, start, SET, store, tmp_path, lambda: steps.append(None))
+    resumed, adjoints = measure_sensitivity(
+        samples, latents, start, SET, store, tmp_path, lambda: steps.append(None), InProcess()
+    )
     assert torch.equal(resumed.contributions, measured[0].contributions)
     assert torch.equal(adjoints, measured[1])
     assert len(steps) == 3  # progress counts what was there already
@@ -124,9 +130,10 @@ def test_the_beams_errors_are_those_of_its_policies(
     make_problem: Callable[[], DenoisingProblem], samples: Samples, latents: Tensor, tmp_path: Path
 ) -> None:
     problem = make_problem()
+    model = problem.simulation.model
     for path in search_columns(problem, Pruning(3, 0.1), tmp_path, ignore):
-        rows = [{n: SET[i] for n, i in zip(problem.model.layers, row, strict=True)} for row in path.assignments]
-        final = trajectory(samples, lambda step, rows=rows: problem.model.assign(rows[step], step))[-1]
+        rows = [{n: SET[i] for n, i in zip(model.layers, row, strict=True)} for row in path.assignments]
+        final = trajectory(samples, lambda step, rows=rows: model.assign(rows[step], step))[-1]
         assert path.error == latent_mse(final, latents[-1])
         assert path.bits == sum(SET[i].bits for row in path.assignments for i in row) <= BUDGET * 3 * 17
 
@@ -140,11 +147,11 @@ def test_a_path_on_the_reference_is_expected_to_err_as_the_plan(
     assert problem.remaining_error(3, BUDGET * 3 * 17 + 1) == float("inf")
 
 
-def test_a_score_is_measured_once(samples: Samples, latents: Tensor, model: SimulatedModel, tmp_path: Path) -> None:
-    rows = (((0,) * 17),) * 3
-    scorer = Scorer(model, SET, samples, tmp_path)
+def test_a_score_is_measured_once(samples: Samples, latents: Tensor, simulation: Simulation, tmp_path: Path) -> None:
+    rows, model = (((0,) * 17),) * 3, simulation.model
+    scorer = Scorer(simulation, samples, tmp_path)
     torch.testing.assert_close(scorer.reference, latents[-1])
-    error = scorer.score(rows).error
+    (error,) = (score.error for score in scorer.scores([rows]))
     model.assign(None, 0)
     fake = trajectory(samples, lambda step: model.assign(dict.fromkeys(model.layers, SET[0]), step))[-1]
     assert error == pytest.approx(latent_mse(fake, scorer.reference), rel=1e-12)
@@ -157,18 +164,29 @@ def test_a_score_is_measured_once(samples: Samples, latents: Tensor, model: Simu
         def assign(self, formats: object, step: int) -> None:
             raise KilledError
 
-    again = Scorer(Dead(), SET, samples, tmp_path)
-    assert again.score(rows).error == error
+    again = Scorer(Simulation(Dead(), SET, samples.schedule, samples.guidance), samples, tmp_path)
+    assert [score.error for score in again.scores([rows, rows])] == [error, error]
     assert torch.equal(again.reference, scorer.reference)
     with pytest.raises(KilledError):
-        again.score((((1,) * 17),) * 3)
+        list(again.scores([(((1,) * 17),) * 3]))
 
 
-def test_batches_have_their_own_scores(samples: Samples, model: SimulatedModel, tmp_path: Path) -> None:
+def test_batches_have_their_own_scores(samples: Samples, simulation: Simulation, tmp_path: Path) -> None:
     rows = (((0,) * 17),) * 3
-    errors = [Scorer(model, SET, samples.part(slice(i, i + 1)), tmp_path).score(rows).error for i in (0, 1)]
-    assert errors[0] != errors[1]
-    assert Scorer(model, SET, samples, tmp_path).score(rows).error == pytest.approx(sum(errors) / 2, rel=0.05)
+    batches = (samples.part(slice(0, 1)), samples.part(slice(1, 2)), samples)
+    first, second, both = (next(Scorer(simulation, batch, tmp_path).scores([rows])).error for batch in batches)
+    assert first != second
+    assert both == pytest.approx((first + second) / 2, rel=0.05)
+
+
+def test_policies_are_scored_in_order_and_each_once(samples: Samples, simulation: Simulation, tmp_path: Path) -> None:
+    low, high = (((0,) * 17),) * 3, (((2,) * 17),) * 3
+    scorer = Scorer(simulation, samples, tmp_path)
+    (known,) = scorer.scores([high])
+    one, other, again = scorer.scores([low, high, low])
+    assert one == again
+    assert other == known
+    assert one.error > other.error
 
 
 def test_one_wild_sample_counts_for_no_more_than_twenty_median_ones() -> None:

@@ -1,5 +1,6 @@
 """From proposals to the deployed policy; the scorer is a table."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,9 +42,10 @@ class Table:
         self.errors, self.asked = errors, list[Rows]()
         self.samples = Batch(seeds=tuple(range(samples)))
 
-    def score(self, rows: Rows) -> Score:
-        self.asked.append(rows)
-        return Score(error=self.errors[rows], standard_error=0.5, capped_error=self.errors[rows] / 2)
+    def scores(self, policies: Sequence[Rows]) -> Iterator[Score]:
+        for rows in policies:
+            self.asked.append(rows)
+            yield Score(error=self.errors[rows], standard_error=0.5, capped_error=self.errors[rows] / 2)
 
 
 def table(errors: dict[Rows, float], samples: int = 1) -> Scorer:

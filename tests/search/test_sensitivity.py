@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from adatsq_trt.calibration.fisher import backward_sweep
 from adatsq_trt.calibration.trajectory import Samples, trajectory
 from adatsq_trt.calibration.transforms.make import make_transforms
 from adatsq_trt.calibration.transforms.statistics import measure_groups
@@ -15,7 +14,8 @@ from adatsq_trt.models.format_store import FormatStore
 from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.models.transforms import IDENTITY
 from adatsq_trt.quantize import QuantizedWeight
-from adatsq_trt.search.sensitivity import SMOOTHED_STEPS, Sensitivity, assemble, step_contributions
+from adatsq_trt.search.sensitivity import SMOOTHED_STEPS, Sensitivity, assemble, join_parts, step_contributions
+from tests.sweep import backward_steps
 
 SET = tuple(FORMATS[name] for name in ("w4a4", "fp8", "w8a8", "fp32"))
 STEPS = 3
@@ -23,7 +23,7 @@ STEPS = 3
 
 @pytest.fixture(scope="module")
 def sensitivity(samples: Samples, latents: Tensor, start: Tensor, store: FormatStore) -> Sensitivity:
-    sweep = backward_sweep(samples, latents, start, STEPS - 1)
+    sweep = backward_steps(samples, latents, start, STEPS - 1)
     parts = {b.step: step_contributions(b, samples.adapter, SET, store) for b in sweep}
     return assemble(SET, parts, latents[0, 0].numel(), 2)
 
@@ -59,7 +59,7 @@ def test_contributions_of_all_steps_and_layers_add_up_to_the_change_of_the_pictu
         weight = transforms.get(name, IDENTITY).rounded_weight(linear.weight)
         off[name] = QuantizedWeight(weight + 1e-3 * torch.randn(weight.shape, generator=generator))
     store = FormatStore({exact.name: off}, {}, transforms)
-    sweep = backward_sweep(samples, latents, start, STEPS - 1)
+    sweep = backward_steps(samples, latents, start, STEPS - 1)
     parts = {b.step: step_contributions(b, samples.adapter, [exact], store) for b in sweep}
     sensitivity = assemble([exact], parts, latents[0, 0].numel(), 2)
     actual = actual_change(samples, latents, start, store, {})
@@ -157,3 +157,9 @@ def test_a_sample_that_would_decide_everything_is_held_back() -> None:
 def test_formats_without_error_leave_all_samples_equal() -> None:
     weights = Sensitivity(SET[:1], torch.zeros(1, 2, 3, 8), samples=4).row_weights()
     assert torch.equal(weights, torch.ones(8, dtype=torch.float64))
+
+
+def test_parts_of_the_batch_are_joined_by_projection_then_sample() -> None:
+    whole = torch.arange(2 * 3 * 4 * 5.0).reshape(2, 3, 4, 5)  # formats, layers, projections, samples
+    parts = [whole[..., :2].flatten(2), whole[..., 2:4].flatten(2), whole[..., 4:].flatten(2)]
+    assert torch.equal(join_parts(parts, projections=4), whole.flatten(2))

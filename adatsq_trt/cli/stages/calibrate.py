@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from adatsq_trt.calibration.finite import require_finite_trajectory
-from adatsq_trt.calibration.fisher import backward_sweep, projections, squared_weight_gradient, temporal_weights
+from adatsq_trt.calibration.fisher import projections, temporal_weights
 from adatsq_trt.calibration.hessian import LayerMoments, hessian_bytes, layer_moments
-from adatsq_trt.calibration.trajectory import trajectory
+from adatsq_trt.calibration.trajectory import Samples
+from adatsq_trt.calibration.units import Measured, backward_sweep, measured_trajectory, squared_gradients
 from adatsq_trt.cli.progress import progress
 from adatsq_trt.cli.stages import embed
 from adatsq_trt.cli.stages.context import Context
 from adatsq_trt.files import MappedTensors, read_tensors, write_tensors
 from adatsq_trt.run import Stage
+from adatsq_trt.workers import Shared
 
 NAME = "calibrate"
 TRAJECTORY, STATISTICS = "trajectory.safetensors", "statistics.safetensors"
@@ -39,20 +41,25 @@ def run(context: Context) -> Stage:
         return this
     steps = context.settings.steps
     with this.run():
+        batch = context.workers.share(context.calibration)
         with progress("calibrate: trajectory", steps) as advance:
-            latents = _trajectory(context, this, advance)
+            latents = _trajectory(context, this, batch, advance)
         with progress("calibrate: Fisher information", steps) as advance:
             information = _fisher(context, this, latents, advance)
-        _hessians(context, this, latents, information)
+        _hessians(context, this, batch, latents, information)
     return this
 
 
-def _trajectory(context: Context, this: Stage, advance: Advance) -> Tensor:
+def _trajectory(context: Context, this: Stage, batch: Shared[Samples], advance: Advance) -> Tensor:
     file = this.unit(TRAJECTORY)
     if not file.is_file():
-        latents = trajectory(context.calibration, on_step=advance)
-        require_finite_trajectory(context.calibration, latents)
-        write_tensors(file, {"latents": latents})
+        latents = [context.calibration.noise()]
+        for latent in measured_trajectory(context.workers, batch, latents[0], context.settings.steps):
+            latents.append(latent)
+            advance()
+        whole = torch.stack(latents)
+        require_finite_trajectory(context.calibration, whole)
+        write_tensors(file, {"latents": whole})
     return read_tensors(file)["latents"]
 
 
@@ -65,14 +72,15 @@ def _fisher(context: Context, this: Stage, latents: Tensor, advance: Advance) ->
         last = max(missing)
         start = projections(len(samples.seeds), context.adapter.latent_shape, 1, context.settings.seed)
         adjoint = start if last == steps - 1 else read_tensors(files[last + 1])["adjoint"]
-        for step in backward_sweep(samples, latents, adjoint, last):
-            rows = [squared_weight_gradient(step.inputs[n], step.gradients[n]).mean() for n in context.layers]
-            write_tensors(files[step.step], {"information": torch.stack(rows), "adjoint": step.adjoint})
+        common = context.workers.share(Measured(samples, None))
+        for step in backward_sweep(context.workers, common, squared_gradients, latents, adjoint, last):
+            information = torch.cat(step.measured, dim=2).mean(dim=(1, 2))
+            write_tensors(files[step.step], {"information": information, "adjoint": step.adjoint})
             advance()
     return torch.stack([read_tensors(file)["information"] for file in files])
 
 
-def _hessians(context: Context, this: Stage, latents: Tensor, information: Tensor) -> None:
+def _hessians(context: Context, this: Stage, batch: Shared[Samples], latents: Tensor, information: Tensor) -> None:
     """H' with temporal weights, the same without, and the largest activation of every (step, layer).
 
     Memory holds the Hessians of some blocks at a time; each such group takes a pass over the trajectory.
@@ -84,7 +92,7 @@ def _hessians(context: Context, this: Stage, latents: Tensor, information: Tenso
     with progress("calibrate: Hessians", len(passes) * context.settings.steps) as advance:
         for group in passes:
             weights = {layer: columns[layer] for block in group for layer in blocks[block]}
-            moments = layer_moments(context.calibration, latents, weights, advance)
+            moments = layer_moments(context.workers, batch, latents, weights, advance)
             for block in group:
                 _write_block(this, block, {layer: moments.pop(layer) for layer in blocks[block]})
     ranges = MappedTensors(this.unit(f"{RANGES}/{block}.safetensors") for block in blocks)

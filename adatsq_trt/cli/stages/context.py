@@ -16,6 +16,7 @@ from adatsq_trt.policy import LayerShape
 from adatsq_trt.run import Json, RunDirectory
 from adatsq_trt.schedule import Schedule
 from adatsq_trt.settings import Settings
+from adatsq_trt.workers import InProcess, Workers
 from adatsq_trt.zoo.loading import LoadedModel
 
 # Seeds of the batches never meet: each has a million of its own per --seed.
@@ -50,12 +51,14 @@ class Context:
         settings: resolved.
         model: loaded in float32.
         memory: what may be resident. Decides what is kept and what is read or computed again, never a result.
+        workers: who computes units of work.
     """
 
     run: RunDirectory
     settings: Settings
     model: LoadedModel
     memory: Memory = field(default_factory=Memory)
+    workers: Workers = field(default_factory=InProcess)
 
     def simulated(self, store: FormatStore) -> SimulatedModel:
         """The fake-quantized model, which holds as many weights as memory does."""

@@ -5,8 +5,8 @@ With a transform, what is rounded is the transformed weight, for the transformed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
 
@@ -93,33 +93,71 @@ def _quantize_block(
     files = {fmt.name: this.unit(weights_name(fmt.name, block)) for fmt in context.formats}
     missing = [fmt for fmt in context.formats if not files[fmt.name].is_file()]
     solved: dict[str, dict[str, QuantizedWeight]] = {fmt.name: {} for fmt in missing}
-    for layer in layers:
-        for fmt, weight in solve_layer(context, layer, missing, hessians, transforms).items():
+    for layer, weights in zip(layers, solve_layers(context, layers, missing, hessians, transforms), strict=True):
+        for fmt, weight in weights.items():
             solved[fmt.name][layer] = weight
         advance()
-    for name, weights in solved.items():
-        save_weights(files[name], weights)
+    for name, by_layer in solved.items():
+        save_weights(files[name], by_layer)
 
 
-def solve_layer(
+@dataclass(frozen=True)
+class Solver:
+    """What is done to every layer.
+
+    Attributes:
+        formats: to solve for.
+        damping: of the Hessian.
+    """
+
+    formats: tuple[Format, ...]
+    damping: float
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One layer.
+
+    Attributes:
+        weight: float32 [N, K].
+        hessian: of its inputs, float32 [K, K]; None where no format needs it.
+        transform: of weight and inputs.
+    """
+
+    weight: Tensor
+    hessian: Tensor | None
+    transform: LayerTransform
+
+
+def solve_layers(
     context: Context,
-    layer: str,
+    layers: Sequence[str],
     formats: Sequence[Format],
     hessians: Mapping[str, Tensor],
     transforms: Mapping[str, LayerTransform] = MappingProxyType({}),
-) -> dict[Format, QuantizedWeight]:
+) -> Iterator[dict[Format, QuantizedWeight]]:
+    """Some layers in some formats, layer by layer; a Hessian is read when its layer's turn comes."""
+    linears = context.adapter.quantizable_layers()
+    curved = any(not fmt.weight.is_float for fmt in formats)
+    problems = (
+        Problem(linears[n].weight.detach(), hessians[n] if curved else None, transforms.get(n, IDENTITY))
+        for n in layers
+    )
+    common = context.workers.share(Solver(tuple(formats), context.settings.damping))
+    return context.workers.map(_solve_layer, common, problems)
+
+
+def _solve_layer(solver: Solver, problem: Problem) -> dict[Format, QuantizedWeight]:
     """One layer in some formats, which share its factorized Hessian."""
-    transform = transforms.get(layer, IDENTITY)
-    weight = transform.rounded_weight(context.adapter.quantizable_layers()[layer].weight.detach())
-    if any(not fmt.weight.is_float for fmt in formats):
-        moment = transform.input_map.second_moment(hessians[layer])
-        factored = factorize(moment, context.settings.damping)
+    weight = problem.transform.rounded_weight(problem.weight)
+    if problem.hessian is not None:
+        factored = factorize(problem.transform.input_map.second_moment(problem.hessian), solver.damping)
     solved: dict[Grid, QuantizedWeight] = {}  # formats may differ in activations only
-    for fmt in formats:
+    for fmt in solver.formats:
         if fmt.weight not in solved:
             plain = fmt.weight.is_float
             solved[fmt.weight] = quantize_nearest(weight, fmt) if plain else gptq_factored(weight, factored, fmt)
-    return {fmt: solved[fmt.weight] for fmt in formats}
+    return {fmt: solved[fmt.weight] for fmt in solver.formats}
 
 
 def solve(
@@ -129,7 +167,8 @@ def solve(
     transforms: Mapping[str, LayerTransform] = MappingProxyType({}),
 ) -> dict[str, QuantizedWeight]:
     """One format of every layer."""
-    return {layer: solve_layer(context, layer, [fmt], hessians, transforms)[fmt] for layer in context.layers}
+    solved = solve_layers(context, context.layers, [fmt], hessians, transforms)
+    return {layer: weights[fmt] for layer, weights in zip(context.layers, solved, strict=True)}
 
 
 def _nests(context: Context) -> bool:
@@ -141,14 +180,20 @@ def _nest(context: Context, folder: Path, hessians: Mapping[str, Tensor]) -> dic
     """Planes of the layers that lose little when they are nested: "<module path>.<attribute of NestedWeight>"."""
     narrow, wide = (StoredWeights(folder / fmt.name, context.layers) for fmt in (NARROW, WIDE))
     linears, tensors = context.adapter.quantizable_layers(), dict[str, Tensor]()
+    problems = ((linear.weight.detach(), hessians[n], narrow[n], wide[n]) for n, linear in linears.items())
     with progress("quantize: nested layers", len(linears)) as advance:
-        for layer, linear in linears.items():
-            damping, weight = context.settings.damping, linear.weight.detach()
-            planes = nest(weight, hessians[layer], narrow[layer], wide[layer], damping)
+        solved = context.workers.map(_nest_layer, context.workers.share(context.settings.damping), problems)
+        for layer, planes in zip(linears, solved, strict=True):
             if planes is not None:
                 tensors |= {f"{layer}.{field.name}": getattr(planes, field.name) for field in fields(planes)}
             advance()
     return tensors or {"none": torch.zeros(0)}  # safetensors needs a tensor
+
+
+def _nest_layer(
+    damping: float, problem: tuple[Tensor, Tensor, QuantizedWeight, QuantizedWeight]
+) -> NestedWeight | None:
+    return nest(*problem, damping)
 
 
 def activation_scales(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -17,11 +18,10 @@ from adatsq_trt.errors import BudgetError, MismatchError, UserError
 from adatsq_trt.files import parse_json_model, read_tensors, write_json_model, write_tensors
 from adatsq_trt.formats import format_named
 from adatsq_trt.models.format_store import FormatStore
-from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.policy import GIVEN_POLICY_ADVICE, Policy
 from adatsq_trt.run import Stage
 from adatsq_trt.search.beam import Pruning
-from adatsq_trt.search.denoising import DenoisingProblem, PricedProblem, format_bits, trajectory_errors
+from adatsq_trt.search.denoising import DenoisingProblem, PricedProblem, format_bits, row_errors
 from adatsq_trt.search.merge import merged_policies
 from adatsq_trt.search.plan import Plan, Rows, make_plan, make_priced_plan
 from adatsq_trt.search.resume import Scorer, measure_sensitivity, search_columns
@@ -37,6 +37,7 @@ from adatsq_trt.search.select import (
     second_look,
 )
 from adatsq_trt.search.sensitivity import Sensitivity
+from adatsq_trt.search.simulation import Simulation
 from adatsq_trt.search.static import layer_only, priced_layer_only, priced_time_only, time_only, uniform
 from adatsq_trt.settings import Settings
 from adatsq_trt.zoo.loading import LoadedModel
@@ -128,12 +129,12 @@ def _search(context: Context, folder: Path) -> SearchResult:
     """The steps of the search, each kept on disk as it goes."""
     store, within = quantize.load(context), _within_budget(context)
     if context.settings.policy is not None:
-        with context.simulated(store).installed() as model:
-            return _judge(context, model, [_given_proposal(context), *_uniforms(context)], within, 0, folder)
+        with _simulation(context, store) as simulation:
+            return _judge(context, simulation, [_given_proposal(context), *_uniforms(context)], within, 0, folder)
     sensitivity, adjoints, latents = _sensitivity(context, store, folder)
     plan, make_problem, static = _plans(context, sensitivity)
-    with context.simulated(store).installed() as model:
-        problem = make_problem(context.calibration, model, context.formats, latents, adjoints, plan)
+    with _simulation(context, store) as simulation:
+        problem = make_problem(context.calibration, simulation, latents, adjoints, plan)
         with progress("search: beam", context.settings.steps) as advance:
             pruning = Pruning(context.settings.beam, context.settings.slack)
             paths = search_columns(problem, pruning, folder, advance)
@@ -145,7 +146,14 @@ def _search(context: Context, folder: Path) -> SearchResult:
             *static,
             *(_uniforms(context) if context.settings.held_out_samples else ()),
         ]
-        return _judge(context, model, proposals, within, problem.calls, folder)
+        return _judge(context, simulation, proposals, within, problem.calls, folder)
+
+
+@contextmanager
+def _simulation(context: Context, store: FormatStore) -> Iterator[Simulation]:
+    """The fake-quantized model, given to the workers."""
+    with context.simulated(store).installed() as model:
+        yield Simulation(model, context.formats, context.schedule, context.settings.guidance, context.workers)
 
 
 def _plans(context: Context, sensitivity: Sensitivity) -> tuple[Plan, Callable[..., DenoisingProblem], list[Proposal]]:
@@ -186,7 +194,7 @@ def _sensitivity(context: Context, store: FormatStore, folder: Path) -> tuple[Se
     start = projections(len(latents[0]), context.adapter.latent_shape, settings.projections, settings.seed)
     with progress("search: sensitivity", settings.steps) as advance:
         sensitivity, adjoints = measure_sensitivity(
-            context.calibration, latents, start, context.formats, store, folder, advance
+            context.calibration, latents, start, context.formats, store, folder, advance, context.workers
         )
     write_tensors(folder / SENSITIVITY, {"errors": sensitivity.errors})
     return sensitivity, adjoints, latents
@@ -221,7 +229,7 @@ def _distinct(points: Sequence[Point]) -> set[tuple[tuple[str, ...], ...]]:
 
 def _judge(
     context: Context,
-    model: SimulatedModel,
+    simulation: Simulation,
     proposals: list[Proposal],
     within: Callable[[Point], bool],
     calls: int,
@@ -230,7 +238,7 @@ def _judge(
     """Screen all, look at the finalists again, choose; report on the held-out samples."""
     settings, formats = context.settings, context.formats
     batches = [context.selection.part(part) for part in (slice(0, SCREENING), slice(SCREENING, None))]
-    scorers = [Scorer(model, formats, batch, folder) for batch in batches if batch.seeds]
+    scorers = [Scorer(simulation, batch, folder) for batch in batches if batch.seeds]
     with progress("search: screening", len(set(proposals))) as advance:
         points = judge(proposals, formats, scorers[0], advance)
     given = [i for i, point in enumerate(points) if point.kind == "given"]
@@ -247,9 +255,9 @@ def _judge(
     reported = list(dict.fromkeys([chosen, unlimited, *(i for i in static if i is not None), *uniforms]))
     if settings.held_out_samples:
         with progress("search: held-out samples", len(reported)) as advance:
-            scorer = Scorer(model, formats, context.held_out, folder)
+            scorer = Scorer(simulation, context.held_out, folder)
             points = measure_held_out(points, reported, formats, scorer, advance)
-        _keep_trajectory_errors(context, model, [points[i] for i in reported], folder / TRAJECTORY_ERRORS)
+        _keep_trajectory_errors(context, simulation, [points[i] for i in reported], folder / TRAJECTORY_ERRORS)
     return SearchResult(
         points=tuple(points),
         chosen=chosen,
@@ -261,12 +269,12 @@ def _judge(
     )
 
 
-def _keep_trajectory_errors(context: Context, model: SimulatedModel, points: Sequence[Point], file: Path) -> None:
+def _keep_trajectory_errors(context: Context, simulation: Simulation, points: Sequence[Point], file: Path) -> None:
     """Measure, on the calibration batch, how the errors of the chosen policy (the first) and its rivals grow."""
     reference = read_tensors(calibrate.stage(context).folder / calibrate.TRAJECTORY)["latents"]
-    errors = {}
-    for index, point in enumerate(points):
-        name = "chosen" if index == 0 else point.kind if point.kind in STATIC_KINDS else point.name
-        policy = Policy.from_steps(context.model.name, "", context.layers, point.formats)
-        errors[name] = trajectory_errors(context.calibration, model, policy.formats_at, reference)
+    names = [point.kind if point.kind in STATIC_KINDS else point.name for point in points[1:]]
+    index = {fmt.name: i for i, fmt in enumerate(context.formats)}
+    policies = [[tuple(index[name] for name in row) for row in point.formats] for point in points]
+    latents = simulation.trajectories(context.calibration, policies)
+    errors = {name: row_errors(own, reference) for name, own in zip(("chosen", *names), latents, strict=True)}
     write_tensors(file, errors)

@@ -1,0 +1,139 @@
+"""Calibration in units of work that do not depend on each other: some samples at one step, or all samples at one step.
+
+The size of a part of the batch is fixed, whoever computes it: other sizes round differently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from adatsq_trt.calibration.fisher import BackwardStep, backward_step, squared_weight_gradient
+from adatsq_trt.calibration.trajectory import Samples
+from adatsq_trt.workers import Shared, Workers
+
+# Samples of a unit.
+PART = 16
+
+ExtraT = TypeVar("ExtraT")
+MeasuredT = TypeVar("MeasuredT")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Some samples at one step.
+
+    Attributes:
+        step: index in the loop.
+        samples: which of the batch.
+        latent: theirs, float32 [some samples, *latent_shape]; memory of its own, since all of a view's would be sent.
+    """
+
+    step: int
+    samples: slice
+    latent: Tensor
+
+
+def parts(count: int) -> list[slice]:
+    """A batch in parts."""
+    return [slice(start, min(start + PART, count)) for start in range(0, count, PART)]
+
+
+def measured_trajectory(workers: Workers, batch: Shared[Samples], noise: Tensor, steps: int) -> Iterator[Tensor]:
+    """Latents of the batch after each step in full precision, float32 [samples, *latent_shape].
+
+    Args:
+        workers: who computes.
+        batch: the samples.
+        noise: their first latents.
+        steps: of the loop.
+    """
+    latent = noise
+    for step in range(steps):
+        places = [Place(step, part, latent[part].clone()) for part in parts(len(latent))]
+        latent = torch.cat(list(workers.map(_full_precision_step, batch, places)))
+        yield latent
+
+
+def _full_precision_step(batch: Samples, place: Place) -> Tensor:
+    return batch.part(place.samples).step(place.latent, place.step)
+
+
+# ------------------------------------------------------------------------------------------------- backwards
+
+
+@dataclass(frozen=True)
+class Measured(Generic[ExtraT]):
+    """What the units of a backward sweep have in common.
+
+    Attributes:
+        samples: the batch.
+        extra: what the measurement needs beside it.
+    """
+
+    samples: Samples
+    extra: ExtraT
+
+
+@dataclass(frozen=True)
+class Swept(Generic[MeasuredT]):
+    """A step of the sweep.
+
+    Attributes:
+        step: index in the loop.
+        adjoint: a_t of all samples, float32 [projections, samples, *latent_shape].
+        measured: what was measured, by part of the batch.
+    """
+
+    step: int
+    adjoint: Tensor
+    measured: list[MeasuredT]
+
+
+Measure = Callable[[Measured[ExtraT], BackwardStep], MeasuredT]
+
+
+def backward_sweep(
+    workers: Workers,
+    common: Shared[Measured[ExtraT]],
+    measure: Measure[ExtraT, MeasuredT],
+    latents: Tensor,
+    adjoint: Tensor,
+    last: int,
+) -> Iterator[Swept[MeasuredT]]:
+    """The adjoint recursion from step `last` to the first, with a measurement at each.
+
+    Args:
+        workers: who computes.
+        common: of all units.
+        measure: called, where the unit is computed, with inputs and gradients of some samples.
+        latents: full-precision trajectory, float32 [steps + 1, samples, *latent_shape].
+        adjoint: a_{last + 1}, float32 [projections, samples, *latent_shape]; u itself after the last step of all.
+        last: step to begin with.
+    """
+    for step in range(last, -1, -1):
+        units = [
+            (measure, Place(step, part, latents[step, part].clone()), adjoint[:, part].clone())
+            for part in parts(latents.shape[1])
+        ]
+        results = list(workers.map(_measure_backwards, common, units))
+        adjoint = torch.cat([own for own, _ in results], dim=1)
+        yield Swept(step, adjoint, [value for _, value in results])
+
+
+def _measure_backwards(
+    common: Measured[ExtraT], unit: tuple[Measure[ExtraT, MeasuredT], Place, Tensor]
+) -> tuple[Tensor, MeasuredT]:
+    measure, place, adjoint = unit
+    backward = backward_step(common.samples.part(place.samples), place.latent, adjoint, place.step)
+    return backward.adjoint, measure(common, backward)
+
+
+def squared_gradients(common: Measured[None], backward: BackwardStep) -> Tensor:
+    """||dL/dW||² of every layer, projection and sample: float32 [layers, projections, samples]."""
+    layers = common.samples.adapter.quantizable_layers()
+    return torch.stack([squared_weight_gradient(backward.inputs[n], backward.gradients[n]) for n in layers])

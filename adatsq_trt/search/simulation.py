@@ -1,0 +1,152 @@
+"""The fake-quantized model at work: single steps, whole trajectories and their errors as units of work.
+
+Workers are given the model once. Every unit says the formats of each step that it takes, so none depends on another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adatsq_trt.calibration.trajectory import PART, Samples, trajectory
+from adatsq_trt.formats import Format
+from adatsq_trt.models.simulated import SimulatedModel
+from adatsq_trt.schedule import Schedule
+from adatsq_trt.search.candidates import Assignment
+from adatsq_trt.workers import InProcess, Workers
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """What all units have in common.
+
+    Attributes:
+        model: installed.
+        formats: what the indices of assignments mean.
+        schedule: of the denoising loop.
+        guidance: its scale.
+    """
+
+    model: SimulatedModel
+    formats: tuple[Format, ...]
+    schedule: Schedule
+    guidance: float
+
+    def samples(self, batch: _Batch) -> Samples:
+        """The batch on this model."""
+        return Samples(self.model.adapter, self.schedule, self.guidance, batch.prompts, batch.seeds)
+
+    def assign(self, assignment: Assignment | None, step: int) -> None:
+        """Choose the formats of a step; None for full precision."""
+        chosen = None if assignment is None else as_formats(self.model.layers, assignment, self.formats)
+        self.model.assign(chosen, step)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Samples without their model."""
+
+    prompts: tuple[int, ...]
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Move:
+    """One step of a batch."""
+
+    batch: _Batch
+    step: int
+    latent: Tensor
+    assignment: Assignment
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """All steps of a batch under a policy; in full precision without one."""
+
+    batch: _Batch
+    rows: tuple[Assignment, ...] | None
+
+
+class Simulation:
+    """A fake-quantized model and those who run it.
+
+    Attributes:
+        model: installed.
+        formats: what the indices of assignments mean.
+    """
+
+    def __init__(
+        self,
+        model: SimulatedModel,
+        formats: Sequence[Format],
+        schedule: Schedule,
+        guidance: float,
+        workers: Workers | None = None,
+    ) -> None:
+        """Give the model to the workers.
+
+        Args:
+            model: installed.
+            formats: cheapest first.
+            schedule: of the denoising loop.
+            guidance: its scale.
+            workers: who computes; this process if nobody else.
+        """
+        self.model, self.formats = model, tuple(formats)
+        self._workers = InProcess() if workers is None else workers
+        self._loop = self._workers.share(_Loop(model, self.formats, schedule, guidance))
+
+    def advance(self, samples: Samples, step: int, moves: Sequence[tuple[Tensor, Assignment]]) -> Iterator[Tensor]:
+        """Latents after one step, for each of several latents and assignments: one denoiser call each.
+
+        Args:
+            samples: the batch.
+            step: index in the loop.
+            moves: latents before it, float32 [samples, *latent_shape], and format indices.
+        """
+        batch = _Batch(samples.prompts, samples.seeds)
+        units = [_Move(batch, step, latent.clone(), assignment) for latent, assignment in moves]
+        return self._workers.map(_advance, self._loop, units)
+
+    def final_latents(self, samples: Samples, policies: Sequence[Sequence[Assignment] | None]) -> Iterator[Tensor]:
+        """Pictures of a large batch under each policy, float32 [samples, *latent_shape]; in full precision without one.
+
+        A unit is a part of the batch that stays in the processor's cache.
+        """
+        parts = [samples.part(slice(start, start + PART)) for start in range(0, len(samples.seeds), PART)]
+        units = [
+            _Whole(_Batch(part.prompts, part.seeds), None if rows is None else tuple(rows))
+            for rows in policies
+            for part in parts
+        ]
+        latents = self._workers.map(_final_latents, self._loop, units)
+        for _ in policies:
+            yield torch.cat([next(latents) for _ in parts])
+
+    def trajectories(self, samples: Samples, policies: Sequence[Sequence[Assignment]]) -> Iterator[Tensor]:
+        """All latents of a small batch under each policy, float32 [steps + 1, samples, *latent_shape]."""
+        batch = _Batch(samples.prompts, samples.seeds)
+        return self._workers.map(_trajectory, self._loop, [_Whole(batch, tuple(rows)) for rows in policies])
+
+
+def as_formats(layers: Sequence[str], assignment: Assignment, formats: Sequence[Format]) -> dict[str, Format]:
+    """Format indices → module path → format."""
+    return {layer: formats[index] for layer, index in zip(layers, assignment, strict=True)}
+
+
+def _advance(loop: _Loop, move: _Move) -> Tensor:
+    loop.assign(move.assignment, move.step)
+    return loop.samples(move.batch).step(move.latent, move.step)
+
+
+def _trajectory(loop: _Loop, whole: _Whole) -> Tensor:
+    rows = whole.rows
+    return trajectory(loop.samples(whole.batch), lambda step: loop.assign(None if rows is None else rows[step], step))
+
+
+def _final_latents(loop: _Loop, whole: _Whole) -> Tensor:
+    return _trajectory(loop, whole)[-1].clone()
