@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
@@ -37,6 +37,10 @@ class ImageShape:
     def elements(self) -> int:
         """Numbers in one image or video, and in its latent."""
         return prod((self.frames or 1, *self.grid, self.channels, self.patch_size**2))
+
+    def resized(self, rows: int, columns: int, frames: int | None = None) -> ImageShape:
+        """The same kind of image with other numbers of patches and, of a video, frames."""
+        return replace(self, patches=rows, columns=columns, frames=frames)
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Put patches together, from [-1, 1] to [0, 1]; what a VAE decodes stays as it is.

@@ -9,8 +9,12 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
+from adatsq_trt.models.adapter import AnySize
 from adatsq_trt.models.prompted import PromptedAdapter
 from adatsq_trt.schedule import Schedule, make_schedule
+
+
+POSITIONS = "image_ids"
 
 
 class FluxAdapter(PromptedAdapter):
@@ -34,6 +38,16 @@ class FluxAdapter(PromptedAdapter):
     def make_trace(self) -> nn.Module:
         """The transformer with its position ids as constants."""
         return FluxTrace(self.transformer, self.image.grid, self.encoder.text_tokens)
+
+    def any_size(self) -> AnySize:
+        """The number of tokens and their position ids [tokens, 3] are left open."""
+        tokens = torch.export.Dim("tokens")
+        grid, text_tokens = self.image.grid, self.encoder.text_tokens
+        return AnySize(
+            FluxAnySizeTrace(self.transformer, grid, text_tokens),
+            {POSITIONS: position_ids(grid)},
+            {POSITIONS: {0: tokens}, "hidden_states": {1: tokens}},
+        )
 
     @property
     def takes_guidance(self) -> bool:
@@ -65,13 +79,13 @@ class FluxAdapter(PromptedAdapter):
 class FluxTrace(nn.Module):
     """FluxTransformer2DModel with positional tensors only; image and text ids are buffers of the module."""
 
+    image_ids: Tensor
+
     def __init__(self, transformer: FluxTransformer2DModel, grid: tuple[int, int], text_tokens: int) -> None:
         """Wrap a transformer for images of `grid` (rows, columns) tokens and prompts of `text_tokens`."""
         super().__init__()
         self.transformer = transformer
-        places = [torch.arange(size, dtype=torch.float32) for size in grid]
-        ids = torch.cartesian_prod(torch.zeros(1), *places)
-        self.register_buffer("image_ids", ids, persistent=False)
+        self.register_buffer("image_ids", position_ids(grid), persistent=False)
         self.register_buffer("text_ids", torch.zeros(text_tokens, 3), persistent=False)
 
     def forward(
@@ -83,16 +97,51 @@ class FluxTrace(nn.Module):
         guidance: Tensor | None = None,
     ) -> Tensor:
         """Predicted velocity, shape of `hidden_states`; `guidance` is for models with a guidance embedding."""
+        condition = (encoder_hidden_states, pooled_projections, timestep, guidance)
+        return self._predict(self.image_ids, hidden_states, *condition)
+
+    def _predict(
+        self,
+        image_ids: Tensor,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        timestep: Tensor,
+        guidance: Tensor | None,
+    ) -> Tensor:
         return self.transformer(  # type: ignore[no-any-return]
             hidden_states=hidden_states,
             encoder_hidden_states=encoder_hidden_states,
             pooled_projections=pooled_projections,
             timestep=timestep,
             guidance=guidance,
-            img_ids=self.image_ids,
+            img_ids=image_ids,
             txt_ids=self.text_ids,
             return_dict=False,
         )[0]
+
+
+class FluxAnySizeTrace(FluxTrace):
+    """The same for images of any size: their position ids are an input."""
+
+    def forward(  # type: ignore[override]
+        self,
+        image_ids: Tensor,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        timestep: Tensor,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """Predicted velocity; `image_ids` [tokens, 3]."""
+        condition = (encoder_hidden_states, pooled_projections, timestep, guidance)
+        return self._predict(image_ids, hidden_states, *condition)
+
+
+def position_ids(grid: tuple[int, int]) -> Tensor:
+    """Zero, row and column of every token, float32 [rows * columns, 3]."""
+    places = [torch.arange(size, dtype=torch.float32) for size in grid]
+    return torch.cartesian_prod(torch.zeros(1), *places)
 
 
 def pack(images: Tensor, patch_size: int = 2) -> Tensor:
