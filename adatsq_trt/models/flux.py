@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 
@@ -14,7 +15,7 @@ from adatsq_trt.models.prompted import PromptedAdapter
 from adatsq_trt.schedule import Schedule, make_schedule
 
 
-POSITIONS = "image_ids"
+POSITIONS = "rotations"
 
 
 class FluxAdapter(PromptedAdapter):
@@ -40,12 +41,12 @@ class FluxAdapter(PromptedAdapter):
         return FluxTrace(self.transformer, self.image.grid, self.encoder.text_tokens)
 
     def any_size(self) -> AnySize:
-        """The number of tokens and their position ids [tokens, 3] are left open."""
+        """The number of tokens, with their rotations, is left open."""
         tokens = torch.export.Dim("tokens")
         grid, text_tokens = self.image.grid, self.encoder.text_tokens
         return AnySize(
             FluxAnySizeTrace(self.transformer, grid, text_tokens),
-            {POSITIONS: position_ids(grid)},
+            {POSITIONS: rotations(self.transformer, position_ids(grid))},
             {POSITIONS: {0: tokens}, "hidden_states": {1: tokens}},
         )
 
@@ -122,20 +123,42 @@ class FluxTrace(nn.Module):
 
 
 class FluxAnySizeTrace(FluxTrace):
-    """The same for images of any size: their position ids are an input."""
+    """The same for images of any size: their rotations are an input."""
+
+    def __init__(self, transformer: FluxTransformer2DModel, grid: tuple[int, int], text_tokens: int) -> None:
+        """Wrap a transformer; `grid` is that of an example."""
+        super().__init__(transformer, grid, text_tokens)
+        # In the place of ids the transformer concatenates their rotations, which its embedding only has to part: it
+        # would compute them in float64, which TensorRT lacks.
+        self.transformer = copy.copy(transformer)
+        self.transformer._modules = {**transformer._modules, "pos_embed": _Halves()}
+        self.text_ids = rotations(transformer, self.text_ids)
 
     def forward(  # type: ignore[override]
         self,
-        image_ids: Tensor,
+        rotations: Tensor,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         pooled_projections: Tensor,
         timestep: Tensor,
         guidance: Tensor | None = None,
     ) -> Tensor:
-        """Predicted velocity; `image_ids` [tokens, 3]."""
+        """Predicted velocity; `rotations` is as the function of that name gives them for the image's positions."""
         condition = (encoder_hidden_states, pooled_projections, timestep, guidance)
-        return self._predict(image_ids, hidden_states, *condition)
+        return self._predict(rotations, hidden_states, *condition)
+
+
+class _Halves(nn.Module):
+    """The first and the second half of the columns."""
+
+    def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        cosines, sines = rows.chunk(2, dim=-1)
+        return cosines, sines
+
+
+def rotations(transformer: FluxTransformer2DModel, ids: Tensor) -> Tensor:
+    """Cosines, then sines, of the angles of every position, float32 [positions, 2 * attention head's width]."""
+    return torch.cat(transformer.pos_embed(ids), dim=-1)
 
 
 def position_ids(grid: tuple[int, int]) -> Tensor:
