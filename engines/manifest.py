@@ -238,9 +238,7 @@ class Manifest(_Record):
         """Of a bundle of one size; in pixels of the image, or of the VAE's latent."""
         image, side = self.image, self.image.patch_size
         size = (*([image.frames] if image.frames else []), *(side * n for n in image.shape.grid))
-        return ShapeRecord(
-            size=size, batches=(1,), latent_shape=self.latent_shape, image=image, schedule=self.schedule
-        )
+        return ShapeRecord(size=size, batches=(1,), latent_shape=self.latent_shape, image=image, schedule=self.schedule)
 
     def profiles_of(self, shape: ShapeRecord) -> range | None:
         """Indices of a size's optimization profiles in every plan; None in a bundle of one size."""

@@ -162,6 +162,17 @@ Batch = Annotated[
         show_default="32",
     ),
 ]
+Shapes = Annotated[
+    str | None,
+    typer.Option(
+        "--shapes",
+        metavar="BxHxW,...",
+        help="Samples and size in pixels (for videos BxFxHxW) of each optimization profile, such as "
+        "1x1024x1024,4x512x512; instead of --batch. One size is the model's own, at which the policy is searched: "
+        "--height and --width, or the first.",
+        show_default="the model's size",
+    ),
+]
 Hardware = Annotated[
     HardwareName,
     typer.Option("--hardware-compatibility", help="Which other GPUs run the plans.", rich_help_panel=_ENTERPRISE),
@@ -346,6 +357,7 @@ def engine(
     simulate: Simulate = False,
     layout: Layout = LayoutName.EMBEDDED,
     batch: Batch = None,
+    shapes: Shapes = None,
     backend: Backend = BackendName.RTX,
     hardware: Hardware = HardwareName.NONE,
     versions: VersionCompatible = False,
@@ -385,7 +397,9 @@ def engine(
         budgets=BudgetRequest(budget_bits, budget_bytes, budget_ms, gpu),
         max_assignments=max_assignments,
         simulate=simulate,
-        compiler=CompilerRequest(layout.value, backend.value, hardware.value, versions, streaming, tuple(batch or ())),
+        compiler=CompilerRequest(
+            layout.value, backend.value, hardware.value, versions, streaming, tuple(batch or ()), shapes
+        ),
         steps=steps,
         policy=policy,
         seed=seed,

@@ -13,6 +13,7 @@ from rich.table import Table
 from adatsq_trt.cli.budgets import BudgetChoice, BudgetRequest, choose_budgets, require_finite
 from adatsq_trt.cli.build import StageName
 from adatsq_trt.cli.loading import ModelRequest, OpenedModel, open_model, reopen_model, require_model
+from adatsq_trt.cli.shapes import Shape, open_at_first, parse_shapes, resolve_shapes, written
 from adatsq_trt.errors import UserError
 from adatsq_trt.formats import (
     PLUGIN_LAYOUT,
@@ -54,6 +55,7 @@ class CompilerRequest:
     version_compatible: bool
     weight_streaming: bool
     batch: tuple[int, ...]
+    shapes: str | None
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Choice:
         formats: its members, cheapest first.
         budgets: what the policy may spend.
         policy: text of the given policy file.
+        shapes: samples and sizes of optimization profiles; none for the model's own size.
     """
 
     targets: tuple[str, ...]
@@ -91,6 +94,7 @@ class Choice:
     formats: tuple[Format, ...]
     budgets: BudgetChoice
     policy: str | None
+    shapes: tuple[Shape, ...]
 
 
 def choose(request: Request) -> Choice:
@@ -115,7 +119,10 @@ def choose(request: Request) -> Choice:
     _require_backend(request, targets)
     budgets = choose_budgets(request.budgets, format_set)
     require_finite("--guidance", request.model.guidance)
-    return Choice(names, format_set, formats, budgets, _policy_text(request.policy))
+    shapes = () if request.compiler.shapes is None else parse_shapes(request.compiler.shapes)
+    if shapes and request.compiler.batch:
+        raise UserError("--batch: --shapes says how many samples of each size; leave one of them out")
+    return Choice(names, format_set, formats, budgets, _policy_text(request.policy), shapes)
 
 
 def _require_backend(request: Request, targets: Sequence[Target]) -> None:
@@ -183,7 +190,11 @@ def resolve(request: Request, choice: Choice, opened: OpenedModel) -> Settings:
     unguided = opened.settings is not None and request.model.guidance == 1.0
     if request.model.guidance is not None and not model.adapter.takes_guidance and not unguided:
         raise UserError(f"--guidance {request.model.guidance:g}: model '{model.name}' takes no guidance; leave it out")
-    compiler = asdict(request.compiler) | {"batch": tuple(sorted(set(request.compiler.batch)))}
+    shapes = resolve_shapes(choice.shapes, model)
+    batch = tuple(sorted(set(request.compiler.batch)))
+    if len({shape[1:] for shape in shapes}) == 1:  # of the model's own size, which --batch is for
+        shapes, batch = (), tuple(samples for samples, *_ in shapes)
+    compiler = asdict(request.compiler) | {"batch": batch, "shapes": shapes}
     layers = model.adapter.quantizable_layers().items()
     require_shapes(choice.formats, [(name, layer.in_features) for name, layer in layers])
     return Settings(
@@ -222,7 +233,7 @@ def run_stages(request: Request, until: StageName) -> None:
     from adatsq_trt.files import write_json_model
     from adatsq_trt.run import RunDirectory
 
-    opened = open_model(request.model)
+    opened = open_model(open_at_first(request.model, choice.shapes))
     settings = resolve(request, choice, opened)
     search.require_possible(settings, opened.outline)
     console = Console()
@@ -277,6 +288,7 @@ def _settings_table(settings: Settings) -> Table:
     if settings.pipeline is not None:
         values |= settings.pipeline.model_dump(exclude={"prompts"}) | {"prompts": len(settings.pipeline.prompts)}
     for name, value in values.items():
+        value = tuple(map(written, value)) if name == "shapes" else value
         table.add_row(name, ", ".join(map(str, value)) if isinstance(value, tuple) else str(value))
     return table
 

@@ -14,7 +14,6 @@ from adatsq_trt.models.adapter import AnySize
 from adatsq_trt.models.prompted import PromptedAdapter
 from adatsq_trt.schedule import Schedule, make_schedule
 
-
 POSITIONS = "rotations"
 
 

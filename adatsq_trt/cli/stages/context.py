@@ -45,6 +45,12 @@ class Context:
         return self.adapter.schedule(self.settings.steps)
 
     @cached_property
+    def sizes(self) -> dict[tuple[int, ...], ModelAdapter]:
+        """Where there are several: size in pixels → the model at that size, its own first."""
+        scale, sizes = self.model.scale, dict.fromkeys(shape[1:] for shape in self.settings.shapes)
+        return {size: self.adapter.resized(scale.resized(self.adapter.image, size)) for size in sizes}
+
+    @cached_property
     def layers(self) -> tuple[str, ...]:
         """Quantizable layers."""
         return tuple(self.adapter.quantizable_layers())
