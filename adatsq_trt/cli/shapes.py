@@ -110,7 +110,7 @@ def _require_size(size: Shape, own: Shape, model: LoadedModel) -> None:
 
 
 def open_at_first(request: ModelRequest, shapes: Sequence[Shape]) -> ModelRequest:
-    """A checkpoint that was asked for in no size of its own is opened in the first of the shapes; others keep theirs."""
+    """A checkpoint for which no --height, --width or --frames is given is opened in the first of the shapes."""
     if not shapes or request.name in zoo_models() or request.height or request.width or request.frames:
         return request
     *frames, height, width = shapes[0][1:]

@@ -47,8 +47,12 @@ class Context:
     @cached_property
     def sizes(self) -> dict[tuple[int, ...], ModelAdapter]:
         """Where there are several: size in pixels → the model at that size, its own first."""
-        scale, sizes = self.model.scale, dict.fromkeys(shape[1:] for shape in self.settings.shapes)
-        return {size: self.adapter.resized(scale.resized(self.adapter.image, size)) for size in sizes}
+        own, image = self.model.scale.size(self.adapter.image), self.adapter.image
+        return {
+            size: self.adapter if size == own else self.adapter.resized(self.model.scale.resized(image, size))
+            for _, *sides in self.settings.shapes
+            for size in [tuple(sides)]
+        }
 
     @cached_property
     def layers(self) -> tuple[str, ...]:
