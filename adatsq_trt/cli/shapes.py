@@ -71,7 +71,7 @@ def resolve_shapes(shapes: Sequence[Shape], model: LoadedModel) -> tuple[Shape, 
         return ()
     own = model.scale.size(model.adapter.image)
     sizes = list(dict.fromkeys(shape[1:] for shape in shapes))
-    for size in sizes:
+    for size in sizes if sizes != [own] else []:
         _require_size(size, own, model)
     if own not in sizes:
         raise UserError(
@@ -86,10 +86,10 @@ def _require_size(size: Shape, own: Shape, model: LoadedModel) -> None:
     """Refuse a size that is no whole number of the model's tokens, before anything of that size is made."""
     scale, adapter = model.scale, model.adapter
     if len(size) != len(own):
-        kind = (
-            "draws pictures, expected HEIGHTxWIDTH" if len(own) == 2 else "draws videos, expected FRAMESxHEIGHTxWIDTH"
+        kind = "pictures, expected HEIGHTxWIDTH" if len(own) == 2 else "videos, expected FRAMESxHEIGHTxWIDTH"
+        raise UserError(
+            f"{OPTION}: size {written(size)}: model '{model.name}' draws {kind} after the number of samples"
         )
-        raise UserError(f"{OPTION}: size {written(size)}: model '{model.name}' {kind} after the number of samples")
     from adatsq_trt.engines.manifest import MAX_LATENT_ELEMENTS
 
     multiple = scale.pixels * adapter.patch_cells
@@ -105,8 +105,7 @@ def _require_size(size: Shape, own: Shape, model: LoadedModel) -> None:
             f"{OPTION}: size {written(size)}: a latent has {image.elements} elements, the most is "
             f"{MAX_LATENT_ELEMENTS}; choose a smaller size"
         )
-    if size != own:
-        adapter.resized(image)
+    adapter.resized(image).any_size()
 
 
 def open_at_first(request: ModelRequest, shapes: Sequence[Shape]) -> ModelRequest:

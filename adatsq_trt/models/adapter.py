@@ -121,15 +121,15 @@ class ModelAdapter(ABC):
         """The same model, with the same weights in memory, for images of another size.
 
         Raises:
-            MismatchError: this model cannot have several sizes, or not this one.
+            MismatchError: this model cannot have several sizes.
         """
         raise MismatchError(f"a graph of {self.architecture} has one size; leave --shapes out")
 
     def any_size(self) -> AnySize:
-        """What a trace for several sizes takes.
+        """What a trace for several sizes takes, with this size as its example.
 
         Raises:
-            MismatchError: as `resized`.
+            MismatchError: this model cannot have several sizes, or not this one.
         """
         raise MismatchError(f"a graph of {self.architecture} has one size; leave --shapes out")
 
