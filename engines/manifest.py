@@ -229,7 +229,7 @@ class Manifest(_Record):
             name, there = size_name(size), ", ".join(shape.name for shape in self.shapes)
             raise MismatchError(
                 f"size {name}: the bundle has {there or 'one size only, which needs no name'}; choose among these, or "
-                f"build a bundle with --shapes that end in {name}"
+                f"build a bundle with {name} among its --shapes"
             )
         return found
 
