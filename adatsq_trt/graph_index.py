@@ -38,7 +38,8 @@ class GraphFile(BaseModel):
         variant: "target" is what TensorRT gets; "cpu" is the same assignment in portable operators and float32;
             "reference" is the unquantized model in portable operators and float32.
         assignment: index into the policy's assignments; None for the reference, and for a graph of all assignments.
-        inputs: inputs without the activation scales, `bucket` and `selector`.
+        inputs: inputs with a row for each sample and guidance branch.
+        position_inputs: of a graph for several sizes: what tells one size from another, without rows.
         outputs: the one output.
         scale_inputs: for each layer with a static activation scale: module path → its scalar float32 input.
         bucket_input: of a graph in which assignments take turns: the scalar that takes an assignment's index.
@@ -53,6 +54,7 @@ class GraphFile(BaseModel):
     assignment: int | None
     inputs: Annotated[tuple[TensorSignature, ...], Field(min_length=1)]
     outputs: tuple[TensorSignature]
+    position_inputs: tuple[TensorSignature, ...] = ()
     scale_inputs: dict[str, TensorSignature]
     bucket_input: TensorSignature | None = None
     selector_input: TensorSignature | None = None

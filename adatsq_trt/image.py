@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
@@ -38,6 +39,10 @@ class ImageShape:
         """Numbers in one image or video, and in its latent."""
         return prod((self.frames or 1, *self.grid, self.channels, self.patch_size**2))
 
+    def resized(self, rows: int, columns: int, frames: int | None = None) -> ImageShape:
+        """The same kind of image with other numbers of patches and, of a video, frames."""
+        return replace(self, patches=rows, columns=columns, frames=frames)
+
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Put patches together, from [-1, 1] to [0, 1]; what a VAE decodes stays as it is.
 
@@ -55,3 +60,27 @@ class ImageShape:
         pixels = grid.transpose(0, 4, 5, 2, 6, 3, 1).reshape(-1, rows * side, columns * side, self.channels)
         images: np.ndarray = pixels if self.vae else np.clip(pixels / 2 + 0.5, 0, 1)
         return images if self.frames is None else images.reshape(len(latents), self.frames, *images.shape[1:])
+
+
+@dataclass(frozen=True)
+class PixelScale:
+    """What an `ImageShape` measures in pixels and in frames of the video.
+
+    Attributes:
+        pixels: along a side of a patch.
+        frames: of the video, for each frame of its latent but the first.
+    """
+
+    pixels: int
+    frames: int = 1
+
+    def size(self, image: ImageShape) -> tuple[int, ...]:
+        """Height and width in pixels; of a video frames, height and width."""
+        sides = tuple(self.pixels * patches for patches in image.grid)
+        return sides if image.frames is None else ((image.frames - 1) * self.frames + 1, *sides)
+
+    def resized(self, image: ImageShape, size: Sequence[int]) -> ImageShape:
+        """The same kind of image in another size, which is a whole number of patches and frames."""
+        *frames, height, width = size
+        count = (frames[0] - 1) // self.frames + 1 if frames else None
+        return image.resized(height // self.pixels, width // self.pixels, count)

@@ -52,6 +52,8 @@ class Settings(BaseModel):
         backend: what compiles the plans.
         hardware_compatibility, version_compatible, weight_streaming: of plans of enterprise TensorRT.
         batch: samples in a call that plans are tuned for, ascending; the last is the most that they accept.
+        shapes: samples and size in pixels of each optimization profile, in place of `batch`, where there are several
+            sizes; the model's own size first, then by number of samples.
         steps: denoising steps.
         guidance: classifier-free guidance scale.
         budget_bits: largest mean of (weight bits + activation bits) / 2 over (step, layer); None for no such limit.
@@ -91,6 +93,7 @@ class Settings(BaseModel):
     version_compatible: bool = False
     weight_streaming: bool = False
     batch: tuple[int, ...] = (32,)
+    shapes: tuple[tuple[int, ...], ...] = ()
     steps: int
     guidance: float
     budget_bits: float | None

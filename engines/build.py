@@ -180,6 +180,7 @@ class _Job:
             with self._recording:
                 plans = {**_read_record(record_path).plans, name: built}
                 write_json_model(record_path, BuildRecord(plans=dict(sorted(plans.items()))))
+        profiles = self._batch.profiles
         return PlanFile(
             target=target.name,
             assignment=graph.assignment,
@@ -187,7 +188,7 @@ class _Job:
             bytes=(folder / name).stat().st_size,
             unpacked_bytes=built.unpacked_bytes,
             max_rows=self._batch.maximum,
-            profile_rows=tuple(most for _, _, most in self._batch.profiles) if self._batch.smaller else (),
+            profile_rows=tuple(profile.maximum for profile in profiles) if len(profiles) > 1 else (),
         )
 
     def _key(self, target: Target, graph: GraphFile) -> str:

@@ -5,7 +5,7 @@ The manifest is written last: without it there is no bundle. Nothing is deserial
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -17,10 +17,11 @@ from adatsq_trt.engines.manifest import Layout as Layout
 from adatsq_trt.engines.manifest import Manifest as Manifest
 from adatsq_trt.engines.manifest import PlanFile as PlanFile
 from adatsq_trt.engines.manifest import ScheduleRecord as ScheduleRecord
+from adatsq_trt.engines.manifest import ShapeRecord as ShapeRecord
 from adatsq_trt.errors import DamagedFileError, MissingFileError, UserError
 from adatsq_trt.files import read_json_model, sha256, write_json_model
 from adatsq_trt.formats import Target
-from adatsq_trt.graph_index import INDEX_NAME, GraphFile, GraphIndex
+from adatsq_trt.graph_index import INDEX_NAME, GraphFile, GraphIndex, TensorSignature
 from adatsq_trt.policy import Policy
 from adatsq_trt.schedule import Schedule
 
@@ -32,6 +33,7 @@ PLAN_FOLDER = "plans"
 PACKED_SUFFIX = ".xz"
 SCALES_NAME = "activation_scales.safetensors"
 PROMPTS_NAME = "prompts.safetensors"
+POSITIONS_NAME = "positions.safetensors"
 VAE_FOLDER = "vae"
 REFERENCE_NAME = "check/reference.safetensors"
 CONDITIONAL, UNCONDITIONAL = "conditional.", "unconditional."  # what the names of stored prompts start with
@@ -109,12 +111,13 @@ class BundleFiles:
         return bundle
 
     def _require_consistent(self) -> None:
-        record, steps = self.manifest.schedule, self.policy.steps
-        if len(record.timesteps) != steps or len(record.sigmas) != steps + 1:
-            raise DamagedFileError(
-                f"'{self.folder / MANIFEST_NAME}': the schedule has {len(record.timesteps)} timesteps and "
-                f"{len(record.sigmas)} sigmas, the policy has {steps} steps; {REBUILD}"
-            )
+        steps = self.policy.steps
+        for record in (self.manifest.schedule, *(shape.schedule for shape in self.manifest.shapes)):
+            if len(record.timesteps) != steps or len(record.sigmas) != steps + 1:
+                raise DamagedFileError(
+                    f"'{self.folder / MANIFEST_NAME}': the schedule has {len(record.timesteps)} timesteps and "
+                    f"{len(record.sigmas)} sigmas, the policy has {steps} steps; {REBUILD}"
+                )
         for graph in self.index.graphs:
             strange = [f"a scale of layer '{layer}'" for layer in graph.scale_inputs if layer not in self.policy.layers]
             if graph.assignment not in (None, *range(len(self.policy.assignments))):
@@ -125,9 +128,13 @@ class BundleFiles:
                     f"does not have; {REBUILD}"
                 )
 
-    def schedule(self) -> Schedule:
-        """The denoising schedule that the bundle was made for."""
-        record = self.manifest.schedule
+    def schedule(self, size: Sequence[int] | None = None) -> Schedule:
+        """The denoising schedule of a size; None stands for the one that the policy was searched at.
+
+        Raises:
+            MismatchError: the bundle does not have that size.
+        """
+        record = self.manifest.shape(size).schedule
         return Schedule(record.sigmas, record.timesteps, dict(record.scheduler_config))
 
     def graph(self, variant: str, assignment: int | None) -> GraphFile:
@@ -185,12 +192,13 @@ class BundleFiles:
             if formats[layer].static_activation
         }
 
-    def controls(self, graph: GraphFile, step: int) -> dict[str, np.ndarray]:
-        """The inputs that choose a step's formats and scale its activations; scales that nothing reads then are 1.
+    def controls(self, graph: GraphFile, step: int, size: Sequence[int] | None = None) -> dict[str, np.ndarray]:
+        """What a graph takes beside rows: positions, a step's formats, and scales; those that nothing reads are 1.
 
         Args:
-            graph: of the step's assignment or of all; the reference has no such inputs.
+            graph: of the step's assignment or of all; the reference takes positions only.
             step: index in the loop.
+            size: as `schedule`.
 
         Raises:
             DamagedFileError: as `scales`.
@@ -198,12 +206,58 @@ class BundleFiles:
         controls = {signature.name: np.ones((), np.float32) for signature in graph.scale_inputs.values()}
         if controls:
             controls |= self.scales(step)
+        controls |= self.positions(graph, size)
         assignment = self.policy.step_assignments[step]
         if graph.bucket_input is not None:
             controls[graph.bucket_input.name] = np.asarray(assignment, np.int32)
         if graph.selector_input is not None:
             controls[graph.selector_input.name] = np.zeros((1, assignment + 1), np.int32)
         return controls
+
+    def positions(self, graph: GraphFile, size: Sequence[int] | None = None) -> dict[str, np.ndarray]:
+        """What tells a graph for several sizes which it is: input name → float32, without rows.
+
+        Args:
+            graph: of any variant.
+            size: as `schedule`.
+
+        Raises:
+            MismatchError: the bundle does not have that size.
+            DamagedFileError: the stored positions are missing or of another shape.
+        """
+        name = self.manifest.shape(size).name
+        return {s.name: self._position(f"{name}.{s.name}", s) for s in graph.position_inputs}
+
+    def _position(self, stored: str, signature: TensorSignature) -> np.ndarray:
+        value = self._positions.get(stored)
+        fixed = [(axis, n) for axis, n in enumerate(signature.shape) if isinstance(n, int)]
+        if (
+            value is None
+            or value.dtype != np.float32
+            or value.ndim != len(signature.shape)
+            or any(value.shape[axis] != n for axis, n in fixed)
+            or not np.isfinite(value).all()
+        ):
+            got = "nothing" if value is None else f"{value.dtype} {list(value.shape)}"
+            raise DamagedFileError(
+                f"'{self.folder / POSITIONS_NAME}', '{stored}': got {got}, expected finite float32 "
+                f"{list(signature.shape)}; {REBUILD}"
+            )
+        return value
+
+    @cached_property
+    def _positions(self) -> dict[str, np.ndarray]:
+        return read_arrays(self.file(POSITIONS_NAME))
+
+    def row_inputs(self, size: Sequence[int] | None = None) -> tuple[TensorSignature, ...]:
+        """The denoiser's inputs at a size; a string stands for the number of rows.
+
+        Raises:
+            MismatchError: the bundle does not have that size.
+        """
+        latent = self.manifest.shape(size).latent_shape
+        inputs = self.graph("cpu", None).inputs
+        return tuple(s.model_copy(update={"shape": (s.shape[0], *latent)}) if _is_open(s) else s for s in inputs)
 
     def _scale(self, format_name: str, step: int, layer: str) -> np.ndarray:
         table = self._scale_tables.get(format_name)
@@ -252,6 +306,11 @@ class BundleFiles:
     def reference(self) -> dict[str, np.ndarray]:
         """What PyTorch computed: "step_003.input.<graph input>" and "step_003.output" for every step."""
         return read_arrays(self.file(REFERENCE_NAME))
+
+
+def _is_open(signature: TensorSignature) -> bool:
+    """Whether an input is the latent of a graph for several sizes: the one that grows with them."""
+    return any(isinstance(size, str) for size in signature.shape[1:])
 
 
 def _find(path: Path) -> Path:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, model_validator
 
+from adatsq_trt.errors import MismatchError
 from adatsq_trt.fields import Count, Name
 from adatsq_trt.image import ImageShape
 
@@ -19,6 +21,7 @@ Layout = Literal["embedded", "shared", "switch", "plugin"]
 MAX_UNPACKED_BYTES = 1 << 30
 
 
+LatentShape = Annotated[tuple[Count, ...], Field(min_length=1, max_length=8)]
 Hardware = Literal["none", "same_compute_capability", "ampere_plus"]
 
 
@@ -36,7 +39,8 @@ class PlanFile(_Record):
         bytes: size of the file.
         unpacked_bytes: size of the plan that the file holds compressed; None for a file that is the plan.
         max_rows: most rows (samples times guidance branches) that it accepts.
-        profile_rows: most rows of each of its optimization profiles, ascending; empty stands for the one profile.
+        profile_rows: most rows of each of its optimization profiles; empty stands for the one profile. They ascend,
+            or follow the manifest's `shapes` and of each its `batches`.
     """
 
     target: Name
@@ -47,9 +51,19 @@ class PlanFile(_Record):
     max_rows: Count
     profile_rows: tuple[Count, ...] = ()
 
-    def profile(self, rows: int) -> int:
-        """Index of the optimization profile for so many rows: the one that is tuned for the least that holds them."""
-        return next((i for i, most in enumerate(self.profile_rows) if rows <= most), max(len(self.profile_rows) - 1, 0))
+    def profile(self, rows: int, of: range | None = None) -> int:
+        """Index of an optimization profile: of those with room for so many rows the one that is tuned for the least.
+
+        Args:
+            rows: of a call.
+            of: the profiles of its size; all of them in a bundle of one size.
+        """
+        own = of or range(max(len(self.profile_rows), 1))
+        return next((i for i in own if self.profile_rows and rows <= self.profile_rows[i]), own[-1])
+
+    def rows_at(self, of: range | None = None) -> int:
+        """Most rows of a call, at the size that has these profiles."""
+        return self.max_rows if of is None or not self.profile_rows else max(self.profile_rows[i] for i in of)
 
 
 class ScheduleRecord(_Record):
@@ -89,6 +103,47 @@ class ImageSpec(_Record):
         return self.shape.decode(latents)
 
 
+class ShapeRecord(_Record):
+    """One of the sizes of a bundle that has several.
+
+    Attributes:
+        size: height and width, or frames, height and width, in pixels.
+        batches: samples of its optimization profiles, ascending.
+        latent_shape: shape of one sample's latent.
+        image: how a latent becomes an image.
+        schedule: of the denoising loop; models that shift their sigmas do so by size.
+    """
+
+    size: Annotated[tuple[Count, ...], Field(min_length=2, max_length=3)]
+    batches: Annotated[tuple[Count, ...], Field(min_length=1)]
+    latent_shape: LatentShape
+    image: ImageSpec
+    schedule: ScheduleRecord
+
+    @property
+    def name(self) -> str:
+        """The size as it is written: HEIGHTxWIDTH or FRAMESxHEIGHTxWIDTH."""
+        return size_name(self.size)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ShapeRecord:
+        _require_image(self.latent_shape, self.image)
+        return self
+
+
+def size_name(size: Sequence[int]) -> str:
+    """Height and width, or frames, height and width: HEIGHTxWIDTH or FRAMESxHEIGHTxWIDTH."""
+    return "x".join(map(str, size))
+
+
+def _require_image(latent_shape: tuple[int, ...], image: ImageSpec) -> None:
+    elements, pixels = prod(latent_shape), image.shape.elements
+    if elements > MAX_LATENT_ELEMENTS:
+        raise ValueError(f"a latent of {elements} elements, the most is {MAX_LATENT_ELEMENTS}")
+    if elements != pixels:
+        raise ValueError(f"a latent has {elements} elements, its image {pixels}")
+
+
 class Compatibility(_Record):
     """What else plans run on than where they were compiled; enterprise TensorRT only.
 
@@ -119,6 +174,7 @@ class Manifest(_Record):
         guidance: scale of guidance: weight of the branch with the prompt, or an input of models trained with it.
         latent_shape: shape of one sample's latent.
         image: how a latent becomes an image.
+        shapes: of a bundle of several sizes: each of them, its own first; empty for a bundle of one size.
         prompts: how many prompts are stored.
         prompt_texts: what they say.
         compatibility: of the plans.
@@ -137,8 +193,9 @@ class Manifest(_Record):
     formats: tuple[Name, ...]
     schedule: ScheduleRecord
     guidance: FiniteFloat
-    latent_shape: Annotated[tuple[Count, ...], Field(min_length=1, max_length=8)]
+    latent_shape: LatentShape
     image: ImageSpec
+    shapes: tuple[ShapeRecord, ...] = ()
     prompts: Count
     prompt_texts: tuple[str, ...] = ()
     compatibility: Compatibility = Compatibility()
@@ -148,9 +205,45 @@ class Manifest(_Record):
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
-        elements, pixels = prod(self.latent_shape), self.image.shape.elements
-        if elements > MAX_LATENT_ELEMENTS:
-            raise ValueError(f"a latent of {elements} elements, the most is {MAX_LATENT_ELEMENTS}")
-        if elements != pixels:
-            raise ValueError(f"a latent has {elements} elements, its image {pixels}")
+        _require_image(self.latent_shape, self.image)
+        if self.shapes:
+            own = self.shapes[0]
+            if (own.latent_shape, own.image, own.schedule) != (self.latent_shape, self.image, self.schedule):
+                raise ValueError("the first of 'shapes' differs from the bundle's own size")
         return self
+
+    def shape(self, size: Sequence[int] | None = None) -> ShapeRecord:
+        """What the bundle says of a size.
+
+        Args:
+            size: height and width, or frames, height and width, in pixels; None for the size that the policy was
+                searched at.
+
+        Raises:
+            MismatchError: the bundle does not have that size; says which it has.
+        """
+        if size is None:
+            return self.shapes[0] if self.shapes else self._only_shape
+        found = next((shape for shape in self.shapes if shape.size == tuple(size)), None)
+        if found is None:
+            name, there = size_name(size), ", ".join(shape.name for shape in self.shapes)
+            raise MismatchError(
+                f"size {name}: the bundle has {there or 'one size only, which needs no name'}; choose among these, or "
+                f"build a bundle with {name} among its --shapes"
+            )
+        return found
+
+    @property
+    def _only_shape(self) -> ShapeRecord:
+        """Of a bundle of one size; in pixels of the image, or of the VAE's latent."""
+        image, side = self.image, self.image.patch_size
+        size = (*([image.frames] if image.frames else []), *(side * n for n in image.shape.grid))
+        return ShapeRecord(size=size, batches=(1,), latent_shape=self.latent_shape, image=image, schedule=self.schedule)
+
+    def profiles_of(self, shape: ShapeRecord) -> range | None:
+        """Indices of a size's optimization profiles in every plan; None in a bundle of one size."""
+        if not self.shapes:
+            return None
+        counts = [len(other.batches) for other in self.shapes]
+        first = sum(counts[: self.shapes.index(shape)])
+        return range(first, first + len(shape.batches))

@@ -12,7 +12,7 @@ from pathlib import Path
 from adatsq_trt.engines.backends.base import BatchRange
 from adatsq_trt.engines.bundle import GRAPH_FOLDER
 from adatsq_trt.files import write_bytes
-from adatsq_trt.graph_index import GraphFile, TensorSignature
+from adatsq_trt.graph_index import GraphFile
 
 COMMANDS_NAME = "build-plugin-engine.sh"
 LIBRARY = "libadatsq_plugins.so"
@@ -54,25 +54,17 @@ def optimization_profiles(graph: GraphFile, assignments: int, batch: BatchRange)
     Args:
         graph: with plugin nodes.
         assignments: how many there are.
-        batch: what the dynamic axis of the other inputs may be.
+        batch: what the dynamic axes of the other inputs may be; with several sizes every assignment has all of them.
     """
     assert graph.selector_input is not None
-    dynamic = [signature for signature in graph.inputs if _is_dynamic(signature)]
-    return [
-        tuple(
-            {**{s.name: _shape(s, rows) for s in dynamic}, graph.selector_input.name: (1, extent)}
-            for rows in (batch.minimum, batch.optimum, batch.maximum)
-        )
-        for extent in range(1, assignments + 1)
-    ]
-
-
-def _is_dynamic(signature: TensorSignature) -> bool:
-    return any(isinstance(size, str) for size in signature.shape)
-
-
-def _shape(signature: TensorSignature, rows: int) -> tuple[int, ...]:
-    return tuple(rows if isinstance(size, str) else size for size in signature.shape)
+    selector = graph.selector_input.name
+    dynamic = [s for s in (*graph.inputs, *graph.position_inputs) if any(isinstance(size, str) for size in s.shape)]
+    profiles = []
+    for extent in range(1, assignments + 1):
+        for own in batch.sizes or (batch.whole,):
+            shapes = {signature.name: own.inputs(signature.name, signature.shape) for signature in dynamic}
+            profiles.append(tuple({**{n: s[i] for n, s in shapes.items()}, selector: (1, extent)} for i in range(3)))
+    return profiles
 
 
 def polygraphy_command(graph: GraphFile, profiles: Iterable[Sequence[_Shapes]]) -> list[str]:

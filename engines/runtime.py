@@ -31,6 +31,7 @@ from adatsq_trt.schedule import Schedule, initial_noise
 
 BackendName = Literal["onnxruntime", "rtx", "tensorrt"]
 _GPU_BACKENDS = {"rtx": rtx_steps, "tensorrt": tensorrt_steps}
+Size = tuple[int, ...]
 TIME_INPUT, GUIDANCE_INPUT = "timestep", "guidance"
 Arrays = Mapping[str, np.ndarray]
 
@@ -77,7 +78,7 @@ class Bundle:
         self.files = files
         self._backend = backend
         plans = () if backend == "onnxruntime" else _GPU_BACKENDS[backend].plans_here(files.manifest)
-        self._max_rows = min((plan.max_rows for plan in plans), default=None)
+        self._plans = plans
         self._resources = ExitStack()
         self._runners: dict[str, StepRunner] = {}
         self._vae: Vae | None = None
@@ -129,13 +130,18 @@ class Bundle:
 
     @property
     def schedule(self) -> Schedule:
-        """The steps that the bundle was made for."""
+        """The steps that the bundle was made for, at its own size."""
         return self.files.schedule()
 
     @property
+    def sizes(self) -> tuple[Size, ...]:
+        """Of a bundle of several sizes, in pixels, its own first: height and width, or frames, height and width."""
+        return tuple(shape.size for shape in self.manifest.shapes)
+
+    @property
     def inputs(self) -> tuple[TensorSignature, ...]:
-        """The denoiser's inputs; a string stands for the number of rows."""
-        return self.files.graph("cpu", None).inputs
+        """The denoiser's inputs at the bundle's own size; a string stands for the number of rows."""
+        return self.files.row_inputs()
 
     def formats(self, step: int) -> dict[str, Format]:
         """Layer → format at a step."""
@@ -145,9 +151,13 @@ class Bundle:
         """Index of a step's bucket in `policy.buckets`."""
         return next(i for i, bucket in enumerate(self.policy.buckets) if bucket.first <= step <= bucket.last)
 
-    def noise(self, seeds: Sequence[int]) -> np.ndarray:
-        """First latents, float32 [len(seeds), *latent_shape]: one stream of unit normal numbers per seed."""
-        return initial_noise(seeds, self.manifest.latent_shape)
+    def noise(self, seeds: Sequence[int], size: Size | None = None) -> np.ndarray:
+        """First latents, float32 [len(seeds), *latent_shape]: one stream of unit normal numbers per seed.
+
+        Raises:
+            MismatchError: a size that the bundle does not have.
+        """
+        return initial_noise(seeds, self.manifest.shape(size).latent_shape)
 
     def conditioning(self, prompts: Sequence[int]) -> Conditioning:
         """The conditioning of prompts that the bundle holds, one for every sample.
@@ -169,14 +179,15 @@ class Bundle:
             {name: np.repeat(value, len(prompts), axis=0) for name, value in unguided.items()} or None,
         )
 
-    def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Latents → images, float32 [samples, (frames,) height, width, channels] in [0, 1].
+    def decode(self, latents: np.ndarray, size: Size | None = None) -> np.ndarray:
+        """Latents of a size → images, float32 [samples, (frames,) height, width, channels] in [0, 1].
 
         Raises:
+            MismatchError: a size that the bundle does not have.
             DamagedFileError: the bundle's VAE cannot be loaded.
             DependencyError: it needs diffusers, which is not installed.
         """
-        images = self.manifest.image.decode(latents)
+        images = self.manifest.shape(size).image.decode(latents)
         if not self.manifest.image.vae:
             return images
         if self._vae is None:
@@ -185,24 +196,30 @@ class Bundle:
 
     # ---------------------------------------------------------------------------------------------- running it
 
-    def predict(self, step: int, inputs: Arrays, quantized: bool = True) -> np.ndarray:
+    def predict(self, step: int, inputs: Arrays, quantized: bool = True, size: Size | None = None) -> np.ndarray:
         """One call of the denoiser, with the formats and activation scales of a step.
 
         Args:
             step: index in the loop.
             inputs: every input by name, float32 [rows, ...]; all rows are at this step.
             quantized: follow the policy; otherwise full precision.
+            size: in pixels, one of `sizes`; the bundle's own unless given.
 
         Returns:
             The predicted velocity, float32 [rows, *latent_shape].
 
         Raises:
-            UserError: a step that the policy does not have; inputs of other names or shapes.
+            UserError: a step or size that the bundle does not have; inputs of other names or shapes. Nothing is loaded
+                then.
         """
         if not 0 <= step < self.policy.steps:
             raise UserError(f"step {step}: the bundle's policy has steps 0 to {self.policy.steps - 1}")
-        require_inputs(self.inputs, inputs, self._max_rows)
-        return self._runner("cpu" if quantized else "reference").run(step, inputs)
+        shape = self.manifest.shape(size)
+        profiles = self.manifest.profiles_of(shape)
+        most = min((plan.rows_at(profiles) for plan in self._plans), default=None)
+        require_inputs(self.files.row_inputs(size), inputs, most)
+        runner = self._runner("cpu" if quantized else "reference")
+        return runner.run(step, inputs, shape.size if self.sizes else None)
 
     def denoise(
         self,
@@ -212,6 +229,7 @@ class Bundle:
         callback: Callable[[StepResult], None] | None = None,
         guidance: float | None = None,
         quantized: bool = True,
+        size: Size | None = None,
     ) -> np.ndarray:
         """The denoising loop: x[t+1] = x[t] + (sigma[t+1] - sigma[t]) v(x[t], t).
 
@@ -222,18 +240,19 @@ class Bundle:
             callback: told of every finished step; an exception that it raises ends the loop.
             guidance: scale of guidance; the bundle's own unless given.
             quantized: follow the policy; otherwise full precision.
+            size: in pixels, one of `sizes`; the bundle's own unless given.
 
         Returns:
             float32 [samples, *latent_shape].
 
         Raises:
-            UserError: another number of steps; latents or conditioning of other names or shapes.
+            UserError: another number of steps or size; latents or conditioning of other names or shapes.
         """
-        schedule, scale = self.schedule, self.manifest.guidance if guidance is None else guidance
+        schedule, scale = self.files.schedule(size), self.manifest.guidance if guidance is None else guidance
         self.require_steps(steps)
         for step in range(schedule.steps):
-            inputs = self.step_inputs(step, latents, conditioning, scale)
-            velocity = guide(self.predict(step, inputs, quantized), len(latents), scale)
+            inputs = self.step_inputs(step, latents, conditioning, scale, size)
+            velocity = guide(self.predict(step, inputs, quantized, size), len(latents), scale)
             # Its arithmetic serves NumPy as well as the tensors that it is declared for.
             latents = schedule.advance(latents, velocity, step)  # type: ignore[arg-type, assignment]
             if callback is not None:
@@ -269,7 +288,12 @@ class Bundle:
             )
 
     def step_inputs(
-        self, step: int, latents: np.ndarray, conditioning: Conditioning, guidance: float
+        self,
+        step: int,
+        latents: np.ndarray,
+        conditioning: Conditioning,
+        guidance: float,
+        size: Size | None = None,
     ) -> dict[str, np.ndarray]:
         """What `predict` takes at a step: both branches of guidance in one batch, conditional rows first.
 
@@ -278,13 +302,14 @@ class Bundle:
             latents: float32 [samples, *latent_shape].
             conditioning: of every sample.
             guidance: scale, for models that take it as an input.
+            size: in pixels, one of `sizes`; the bundle's own unless given.
         """
         halves = [conditioning.conditional, conditioning.unconditional or {}]
         condition = {
             name: np.concatenate([half[name] for half in halves if name in half]) for name in conditioning.conditional
         }
         branches = 1 if conditioning.unconditional is None else 2
-        scalars = {TIME_INPUT: self.schedule.model_time(step), GUIDANCE_INPUT: guidance}
+        scalars = {TIME_INPUT: self.files.schedule(size).model_time(step), GUIDANCE_INPUT: guidance}
         known = [signature.name for signature in self.inputs]
         rows = {n: np.full(branches * len(latents), v, np.float32) for n, v in scalars.items() if n in known}
         return {self.latent_input: np.concatenate([latents] * branches), **condition, **rows}

@@ -24,7 +24,8 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adatsq_trt.engines.runtime import TIME_INPUT, Bundle
+from adatsq_trt.engines.bundle import ShapeRecord
+from adatsq_trt.engines.runtime import TIME_INPUT, Bundle, Size
 from adatsq_trt.errors import MismatchError
 from adatsq_trt.schedule import TRAIN_TIMESTEPS
 
@@ -85,32 +86,50 @@ class AdatsqTransformer(nn.Module):
         """The configuration."""
         return {"in_channels": self.bundle.manifest.latent_shape[0]}
 
-    def _velocity(self, inputs: Mapping[str, Tensor], model_time: Tensor) -> Tensor:
+    def _velocity(self, inputs: Mapping[str, Tensor], model_time: Tensor, shape: ShapeRecord | None = None) -> Tensor:
         """The bundle's prediction, of the latents' type.
 
         Args:
             inputs: the graph's inputs but for the time.
             model_time: [rows], timestep / 1000; one step for all rows.
+            shape: the size, where the latents do not tell it.
 
         Raises:
             UserError: a time that is none of the bundle's steps; other names or shapes.
         """
         latents = inputs[self.bundle.latent_input]
-        wanted = self.bundle.manifest.latent_shape
-        if latents.shape[1:] != wanted:
-            raise MismatchError(
-                f"latents: got {list(latents.shape[1:])}, the bundle was exported for {list(wanted)}; call the "
-                "pipeline with that size"
-            )
-        step = self._step(model_time.detach().float().cpu().numpy())
+        shape = self._shape(latents) if shape is None else shape
+        size = shape.size if self.bundle.sizes else None
+        step = self._step(model_time.detach().float().cpu().numpy(), size)
         arrays = {name: value.detach().float().cpu().numpy() for name, value in inputs.items()}
         # The step's own time: the pipeline's is the same but for the rounding on its way.
-        arrays[TIME_INPUT] = np.full(len(latents), self.bundle.schedule.model_time(step), np.float32)
-        return torch.from_numpy(self.bundle.predict(step, arrays)).to(latents)
+        arrays[TIME_INPUT] = np.full(len(latents), self.bundle.files.schedule(size).model_time(step), np.float32)
+        return torch.from_numpy(self.bundle.predict(step, arrays, size=size)).to(latents)
 
-    def _step(self, timestep: np.ndarray) -> int:
-        """The step of the bundle's schedule that a timestep belongs to."""
-        schedule = self.bundle.schedule
+    @property
+    def _shapes(self) -> tuple[ShapeRecord, ...]:
+        """All sizes of the bundle."""
+        return self.bundle.manifest.shapes or (self.bundle.manifest.shape(),)
+
+    def _shape(self, latents: Tensor) -> ShapeRecord:
+        """The size that latents have."""
+        for shape in self._shapes:
+            if shape.latent_shape == tuple(latents.shape[1:]):
+                return shape
+        wanted = " and ".join(str(list(shape.latent_shape)) for shape in self._shapes)
+        raise MismatchError(
+            f"latents: got {list(latents.shape[1:])}, the bundle was exported for {wanted}; call the pipeline with "
+            f"that size{self._names}"
+        )
+
+    @property
+    def _names(self) -> str:
+        """What sizes there are in pixels, where the bundle says it."""
+        return f": {', '.join(shape.name for shape in self.bundle.manifest.shapes)}" if self.bundle.sizes else ""
+
+    def _step(self, timestep: np.ndarray, size: Size | None) -> int:
+        """The step of a size's schedule that a timestep belongs to."""
+        schedule = self.bundle.files.schedule(size)
         times = np.asarray([schedule.model_time(step) for step in range(schedule.steps)])
         step = int(np.abs(times - timestep.flat[0]).argmin())
         if np.abs(timestep - times[step]).max() > _TIME_TOLERANCE * times[step]:
@@ -151,7 +170,7 @@ class AdatsqFlux(AdatsqTransformer):
             encoder_hidden_states: [rows, text tokens, width].
             pooled_projections: [rows, width].
             timestep: [rows], scheduler's timestep / 1000; one step for all rows.
-            img_ids: [tokens, 3]: the positions that the bundle was exported for.
+            img_ids: [tokens, 3]: the positions of a size that the bundle was exported for.
             txt_ids: [text tokens, 3], zeros.
             guidance: [rows], for models that are trained with it.
             joint_attention_kwargs: must be empty.
@@ -161,26 +180,29 @@ class AdatsqFlux(AdatsqTransformer):
             UserError: a timestep that is none of the bundle's steps; other positions, names or shapes.
         """
         _require_no("joint_attention_kwargs", joint_attention_kwargs)
-        self._require_positions(img_ids, txt_ids)
+        shape = self._shape_at(img_ids, txt_ids)
         inputs = {
             "hidden_states": hidden_states,
             _TEXT: encoder_hidden_states,
             "pooled_projections": pooled_projections,
             **({} if guidance is None else {"guidance": guidance}),
         }
-        sample = self._velocity(inputs, timestep)
+        sample = self._velocity(inputs, timestep, shape)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
-    def _require_positions(self, img_ids: Tensor, txt_ids: Tensor) -> None:
-        """Positions are constants of the graph, so the pipeline's must be the same."""
-        height, width = self.bundle.manifest.image.shape.grid
-        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        wanted = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
-        if txt_ids.any() or img_ids.shape != wanted.shape or not torch.equal(img_ids.cpu().long(), wanted):
-            raise MismatchError(
-                f"positions: got {len(img_ids)} image tokens, the bundle was exported for {height} x {width} and text "
-                "positions of zero; call the pipeline with that height and width"
-            )
+    def _shape_at(self, img_ids: Tensor, txt_ids: Tensor) -> ShapeRecord:
+        """The size that positions belong to: several may have the same number of tokens."""
+        given = img_ids.cpu().long()
+        for shape in self._shapes:
+            rows, columns = torch.meshgrid(*map(torch.arange, shape.image.shape.grid), indexing="ij")
+            wanted = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
+            if not txt_ids.any() and torch.equal(given, wanted):
+                return shape
+        grids = " and ".join("{} x {}".format(*shape.image.shape.grid) for shape in self._shapes)
+        raise MismatchError(
+            f"positions: got {len(img_ids)} image tokens, the bundle was exported for {grids} and text positions of "
+            f"zero; call the pipeline with that height and width{self._names}"
+        )
 
 
 class AdatsqZImage(AdatsqTransformer):

@@ -21,6 +21,7 @@ from adatsq_trt.export.normalize_linears import NormalizeLinears
 from adatsq_trt.export.plugin_function import PLUGIN_DOMAIN
 from adatsq_trt.export.restore_attention_scale import RestoreAttentionScale
 from adatsq_trt.export.switch import switch
+from adatsq_trt.export.trace import BATCH_AXIS
 from adatsq_trt.export.weight_store import INLINE_BYTES, WeightStore
 from adatsq_trt.files import atomic_path, write_json_model
 from adatsq_trt.formats import FORMATS, TARGETS, Format, format_named
@@ -207,11 +208,13 @@ def write_graph(
         if any(fmt.static_activation for fmt in several)
     }
     signatures = {str(value.name): _signature(value) for value in model.graph.inputs}
+    given = [s for name, s in signatures.items() if name not in (*scales, BUCKET_INPUT, SELECTOR_INPUT)]
     return GraphFile(
         path=path.name,
         variant=variant,
         assignment=assignment,
-        inputs=tuple(s for name, s in signatures.items() if name not in (*scales, BUCKET_INPUT, SELECTOR_INPUT)),
+        inputs=tuple(s for s in given if s.shape[0] == BATCH_AXIS),
+        position_inputs=tuple(s for s in given if s.shape[0] != BATCH_AXIS),
         outputs=tuple(_signature(value) for value in model.graph.outputs),
         scale_inputs={layer: signatures[name] for name, layer in scales.items()},
         bucket_input=signatures.get(BUCKET_INPUT),

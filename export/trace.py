@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -33,8 +35,10 @@ def trace(
     output: str,
     base: torch.dtype,
     float32_inputs: Collection[str] = (),
+    positions: Mapping[str, Tensor] | None = None,
+    axes: Mapping[str, Mapping[int, Any]] | None = None,
 ) -> ir.Model:
-    """Export a module once, with a dynamic batch.
+    """Export a module once, with a dynamic batch and, for several sizes, other dynamic axes.
 
     Args:
         module: positional tensors in, one tensor out (`ModelAdapter.trace_module`); it is left as it is.
@@ -42,13 +46,16 @@ def trace(
         output: name of the graph's output.
         base: bfloat16, float16 or float32: type of the parameters, inputs and output.
         float32_inputs: names of inputs that stay float32.
+        positions: name → float32, without a batch: arguments of the module before the others; they stay float32.
+        axes: name → axis → `torch.export.Dim`, of what differs between sizes beside the batch.
 
     Returns:
         An opset 21 graph. Its nodes are named by module path, which they also carry as metadata (`name_nodes`).
 
     Raises:
-        AdatsqError: the module computes with the number of rows as a constant.
+        AdatsqError: the module computes with the number of rows, or with an axis of `axes`, as a constant.
     """
+    positions, axes = positions or {}, axes or {}
     # Buffers keep their type: they hold position ids and frequencies, which forward casts where it wants to. Parameters
     # are copied in the base type at once: copying them in float32 first would take three times the memory.
     memo: dict[int, object] = {}
@@ -60,30 +67,50 @@ def trace(
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             twin,
-            tuple(_example(v, torch.float32 if n in float32_inputs else base) for n, v in inputs.items()),
+            (
+                *positions.values(),
+                *(_example(v, torch.float32 if n in float32_inputs else base) for n, v in inputs.items()),
+            ),
             dynamo=True,
             opset_version=OPSET,
-            input_names=list(inputs),
+            input_names=[*positions, *inputs],
             output_names=[output],
-            dynamic_shapes=tuple({0: batch} for _ in inputs),
+            dynamic_shapes=(
+                *(dict(axes.get(name, {})) for name in positions),
+                *({0: batch, **axes.get(name, {})} for name in inputs),
+            ),
             verbose=False,
         )
     assert program is not None, "the exporter was given no file, so it returns the program"
     model = program.model
-    _require_dynamic_batch(model)
+    _require_dynamic(model, {**{name: {0} for name in inputs}, output: {0}}, axes)
+    _name_axes(model)
     tidy = (NameNodes(_wrapper_prefix(module)), WidenConvolutions(), common.RemoveUnusedNodesPass())
     ir.passes.Sequential(*tidy)(model)
     return model
 
 
-def _require_dynamic_batch(model: ir.Model) -> None:
-    """The exporter does not complain when a module turns the batch into a number, by len() or int()."""
+def _require_dynamic(
+    model: ir.Model, batched: Mapping[str, Collection[int]], axes: Mapping[str, Mapping[int, Any]]
+) -> None:
+    """The exporter does not complain when a module turns a dynamic axis into a number, by len() or int()."""
     for value in (*model.graph.inputs, *model.graph.outputs):
-        if value.shape is None or isinstance(value.shape[0], int):
+        name = str(value.name)
+        wanted = {*batched.get(name, ()), *axes.get(name, ())}
+        if value.shape is None or any(isinstance(value.shape[axis], int) for axis in wanted):
             raise AdatsqError(
-                f"'{value.name}' has the shape {value.shape} in the traced graph, expected any number of rows; use "
-                "x.shape[0] or -1 in the trace module where it uses len(x) or a number"
+                f"'{value.name}' has the shape {value.shape} in the traced graph, expected any number of rows"
+                f"{' and sizes' if axes else ''}; use x.shape[0] or -1 in the trace module where it uses len(x) or a "
+                "number"
             )
+
+
+def _name_axes(model: ir.Model) -> None:
+    """Axes that the exporter calls by a formula, such as 2*rows, get a plain name."""
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        assert value.shape is not None
+        names = (size if isinstance(size, int) else re.sub(r"\W+", "_", f"{size.value}") for size in value.shape)
+        value.shape = ir.Shape([n if isinstance(n, int) or not n[0].isdigit() else f"_{n}" for n in names])
 
 
 def _stays_float32(module: nn.Module, parameter: str) -> bool:

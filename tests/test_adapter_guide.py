@@ -14,7 +14,7 @@ from adatsq_trt.cli.stages import export, search
 from adatsq_trt.cli.stages.context import Context
 from adatsq_trt.files import read_json_model, read_tensors
 from adatsq_trt.graph_index import INDEX_NAME, GraphIndex
-from adatsq_trt.image import ImageShape
+from adatsq_trt.image import ImageShape, PixelScale
 from adatsq_trt.models.architectures import ADAPTERS
 from adatsq_trt.models.prompted import PromptedAdapter
 from adatsq_trt.models.prompts import TextEncoder
@@ -95,7 +95,7 @@ def context(adapter: PromptedAdapter, tmp_path_factory: pytest.TempPathFactory):
         beam=2,
         candidates=2,
     )
-    model = LoadedModel("sd3", adapter, "0" * 64, "0" * 64, STEPS, GUIDANCE)
+    model = LoadedModel("sd3", adapter, "0" * 64, "0" * 64, STEPS, GUIDANCE, PixelScale(2))
     with RunDirectory.open(tmp_path_factory.mktemp("run") / "sd3") as run:
         yield Context(run, settings, model)
 

@@ -1,6 +1,6 @@
 """A bundle of a tiny model, without a search: for what runs bundles."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -9,18 +9,21 @@ from torch import Tensor
 from adatsq_trt.engines.bundle import (
     GRAPH_FOLDER,
     POLICY_NAME,
+    POSITIONS_NAME,
     PROMPTS_NAME,
     SCALES_NAME,
     BundleFiles,
     ImageSpec,
     Manifest,
     ScheduleRecord,
+    ShapeRecord,
     write_manifest,
 )
 from adatsq_trt.export import export_graphs, trace
 from adatsq_trt.files import write_tensors
 from adatsq_trt.formats import FORMATS
-from adatsq_trt.models.adapter import Conditioning, ModelAdapter
+from adatsq_trt.image import PixelScale
+from adatsq_trt.models.adapter import AnySize, Conditioning, ModelAdapter
 from adatsq_trt.policy import Policy
 from adatsq_trt.quantize import quantize_nearest
 
@@ -28,7 +31,12 @@ STEPS, GUIDANCE = 4, 2.0
 
 
 def write_bundle(
-    folder: Path, adapter: ModelAdapter, inputs: Mapping[str, Tensor], prompts: Conditioning
+    folder: Path,
+    adapter: ModelAdapter,
+    inputs: Mapping[str, Tensor],
+    prompts: Conditioning,
+    any_size: AnySize | None = None,
+    others: Sequence[ModelAdapter] = (),
 ) -> BundleFiles:
     """Three buckets over two assignments, with weights rounded to nearest.
 
@@ -37,6 +45,8 @@ def write_bundle(
         adapter: the model.
         inputs: an example for the trace; no other dimension has the size of its batch.
         prompts: what the bundle stores; one row for the unguided branch.
+        any_size: for a bundle of several sizes: what is traced.
+        others: the model at the sizes beside its own.
     """
     layers = adapter.quantizable_layers()
     rows = [["fp8"] * len(layers), [("bf16", "fp8")[i % 2] for i in range(len(layers))]]
@@ -45,14 +55,18 @@ def write_bundle(
         name: {layer: quantize_nearest(module.weight.detach(), FORMATS[name]) for layer, module in layers.items()}
         for name in ("fp8", "bf16")
     }
-    traced = trace(adapter.trace_module(), inputs, "velocity", torch.bfloat16, adapter.float32_inputs)
+    common = (inputs, "velocity", torch.bfloat16, adapter.float32_inputs)
+    if any_size is None:
+        traced = trace(adapter.trace_module(), *common)
+    else:
+        traced = trace(any_size.module, *common, any_size.positions, any_size.axes)
+        write_positions(folder, (adapter, *others))
     index = export_graphs(traced, policy, weights, folder / GRAPH_FOLDER, "bfloat16", adapter.blocks(), ("cpu",))
     policy.save(folder / POLICY_NAME)
     write_tensors(folder / SCALES_NAME, {"fp8": torch.full((STEPS, len(layers)), 1 / 64)})
     stored = {f"conditional.{name}": value for name, value in prompts.conditional.items()}
     stored |= {f"unconditional.{name}": value for name, value in (prompts.unconditional or {}).items()}
     write_tensors(folder / PROMPTS_NAME, stored)
-    schedule = adapter.schedule(STEPS)
     manifest = Manifest(
         model="tiny",
         architecture=adapter.architecture,
@@ -60,15 +74,39 @@ def write_bundle(
         targets=("sm120",),
         base_type=index.base_type,
         formats=("bf16", "fp8"),
-        schedule=ScheduleRecord(
-            sigmas=schedule.sigmas, timesteps=schedule.timesteps, scheduler_config=schedule.scheduler_config
-        ),
+        schedule=_schedule(adapter),
         guidance=GUIDANCE,
         latent_shape=adapter.latent_shape,
         image=ImageSpec(**vars(adapter.image)),
+        shapes=tuple(_shape(own) for own in (adapter, *others)) if any_size is not None else (),
         prompts=len(next(iter(prompts.conditional.values()))),
         plans=(),
         versions={},
     )
     write_manifest(folder, manifest)
     return BundleFiles.open(folder)
+
+
+def write_positions(folder: Path, adapters: Sequence[ModelAdapter]) -> None:
+    """What graphs for several sizes are told at each."""
+    tensors = {}
+    for adapter in adapters:
+        tensors |= {f"{_shape(adapter).name}.{n}": value for n, value in adapter.any_size().positions.items()}
+    write_tensors(folder / POSITIONS_NAME, tensors)
+
+
+def _schedule(adapter: ModelAdapter) -> ScheduleRecord:
+    schedule = adapter.schedule(STEPS)
+    return ScheduleRecord(
+        sigmas=schedule.sigmas, timesteps=schedule.timesteps, scheduler_config=schedule.scheduler_config
+    )
+
+
+def _shape(adapter: ModelAdapter) -> ShapeRecord:
+    return ShapeRecord(
+        size=PixelScale(2).size(adapter.image),
+        batches=(1, 4),
+        latent_shape=adapter.latent_shape,
+        image=ImageSpec(**vars(adapter.image)),
+        schedule=_schedule(adapter),
+    )

@@ -8,7 +8,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 
 from adatsq_trt.engines.bundle import BundleFiles
 from adatsq_trt.models.adapter import Conditioning
-from adatsq_trt.models.flux import FluxAdapter
+from adatsq_trt.models.flux import FluxAdapter, rotations
 from tests.tiny_bundle import write_bundle
 from tests.tiny_flux import make_tiny_flux
 
@@ -27,6 +27,18 @@ def make_flux_bundle(folder: Path) -> BundleFiles:
     latents = torch.randn(rows, *adapter.latent_shape, generator=torch.Generator().manual_seed(0))
     inputs = {"hidden_states": latents, **_condition(rows, seed=0), "timestep": torch.full((rows,), 0.5)}
     return write_bundle(folder, adapter, inputs, Conditioning(_condition(PROMPTS, seed=1), _condition(1, seed=2)))
+
+
+def make_sized_bundle(folder: Path, *grids: tuple[int, int]) -> BundleFiles:
+    """The same for its own size and others, each given in rows and columns of tokens."""
+    adapter, rows = make_adapter(), 20
+    any_size = adapter.any_size()
+    any_size.module.text_ids = rotations(adapter.transformer, torch.zeros(TEXT_TOKENS, 3))
+    latents = torch.randn(rows, *adapter.latent_shape, generator=torch.Generator().manual_seed(0))
+    inputs = {"hidden_states": latents, **_condition(rows, seed=0), "timestep": torch.full((rows,), 0.5)}
+    stored = Conditioning(_condition(PROMPTS, seed=1), _condition(1, seed=2))
+    others = [adapter.resized(adapter.image.resized(*grid)) for grid in grids]
+    return write_bundle(folder, adapter, inputs, stored, any_size, others)
 
 
 def _condition(prompts: int, seed: int) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from adatsq_trt.cli.budgets import BudgetRequest
+from adatsq_trt.cli.loading import ModelRequest
 
 
 class StageName(StrEnum):
@@ -162,6 +163,17 @@ Batch = Annotated[
         help="Samples in a call that plans are tuned for; may be repeated: an optimization profile for each, and the "
         "largest is the most that plans accept.",
         show_default="32",
+    ),
+]
+Shapes = Annotated[
+    str | None,
+    typer.Option(
+        "--shapes",
+        metavar="BxHxW,...",
+        help="Samples and size in pixels (for videos BxFxHxW) of each optimization profile, such as "
+        "1x1024x1024,4x512x512; instead of --batch. One size is the model's own, at which the policy is searched: "
+        "--height and --width, or the first.",
+        show_default="the model's size",
     ),
 ]
 Hardware = Annotated[
@@ -373,6 +385,7 @@ def engine(
     simulate: Simulate = False,
     layout: Layout = LayoutName.EMBEDDED,
     batch: Batch = None,
+    shapes: Shapes = None,
     backend: Backend = BackendName.RTX,
     hardware: Hardware = HardwareName.NONE,
     versions: VersionCompatible = False,
@@ -402,7 +415,6 @@ def engine(
 
     Example: adatsq-trt build engine digits-flux --target sm120 -o runs/demo
     """
-    from adatsq_trt.cli.loading import ModelRequest
     from adatsq_trt.cli.options import CompilerRequest, FormatRequest, PlaceRequest, Request, run_stages
 
     request = Request(
@@ -413,7 +425,7 @@ def engine(
         budgets=BudgetRequest(budget_bits, budget_bytes, budget_ms, gpu),
         max_assignments=max_assignments,
         simulate=simulate,
-        compiler=CompilerRequest(layout.value, backend.value, hardware.value, versions, streaming, tuple(batch or ())),
+        compiler=CompilerRequest(layout.value, backend.value, hardware.value, versions, streaming, batch, shapes),
         steps=steps,
         policy=policy,
         counts=_given(beam, candidates, calibration_samples, selection_samples, held_out_samples, seed),

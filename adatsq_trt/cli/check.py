@@ -71,7 +71,7 @@ def check(
     if json:
         typer.echo(report.model_dump_json(indent=2))
     else:
-        Console().print(_table(report, folder))
+        Console().print(_table(report, folder, opened.manifest.shapes[0].name if opened.manifest.shapes else None))
     if not report.passed:
         raise AdatsqError(_failure(report, folder))
 
@@ -110,12 +110,13 @@ def _failure(report: CheckReport, folder: Path) -> str:
     return f"check failed {' and '.join(parts)}; see '{folder / 'check.json'}'{advice}"
 
 
-def _table(report: CheckReport, folder: Path) -> Table:
-    """A line for each bucket and variant with its worst row, the loop, and what failed."""
+def _table(report: CheckReport, folder: Path, shape: str | None) -> Table:
+    """A line for each bucket and variant with its worst row, the loop, and what failed; `shape` is one of several."""
     from rich.table import Table
 
     from adatsq_trt.engines.accuracy.report import figure
 
+    size = "" if shape is None else f" at {shape}"
     table = Table("steps", "variant", "outputs", "median", "≤", "relative", "≤", "", box=None)
     for index, (first, last) in enumerate(report.buckets):
         for variant in ("cpu", "target"):
@@ -132,7 +133,7 @@ def _table(report: CheckReport, folder: Path) -> Table:
     lines += [f"the first of them again, in '{folder}': {row.command}" for row in report.rows if not row.passed][:1]
     last_error = figure(loop.rows[-1].quantization_error) if loop.rows else "none"
     limit = "" if loop.fail_above is None else f" (limit {loop.fail_above:g})"
-    lines.append(f"relative error of the last latent against full precision: {last_error}{limit}")
+    lines.append(f"relative error of the last latent against full precision: {last_error}{limit}{size}")
     lines.append(f"every row's arrays and the command that repeats it: {folder / 'check.json'}")
     table.caption = "\n".join(lines)
     table.caption_justify = "left"

@@ -19,6 +19,15 @@ def generate(
             "--prompt", help="A prompt of the model or its number; may be repeated.", show_default="all in turn"
         ),
     ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            "--size",
+            metavar="HxW",
+            help="Of the pictures, in pixels (FxHxW of videos): one of those that the bundle was built with.",
+            show_default="the bundle's own",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the first picture; the others follow.")] = 3_000_000,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="PNG file.", show_default="samples.png beside the bundle")
@@ -29,21 +38,23 @@ def generate(
     Example: adatsq-trt generate runs/demo --samples 10 --prompt 3 --prompt 7
     """
     from adatsq_trt.cli.progress import progress
+    from adatsq_trt.cli.shapes import parse_size
     from adatsq_trt.engines.bundle import prompt_number
     from adatsq_trt.engines.runtime import Bundle
     from adatsq_trt.report.contact_sheet import write_contact_sheet
 
+    asked = None if size is None else parse_size(size, "--size")
     opened = Bundle.open(bundle)
     file = output or opened.files.folder.parent / "samples.png"
     if file.suffix != ".png":
         raise UserError(f"--output '{file}': got '{file.suffix}', expected a name that ends in .png")
     choices = [prompt_number(opened.files, text) for text in prompt or ()] or range(opened.manifest.prompts)
     conditioning = opened.conditioning([choices[i % len(choices)] for i in range(samples)])
-    noise, sheets = opened.noise(range(seed, seed + samples)), {}
+    noise, sheets = opened.noise(range(seed, seed + samples), asked), {}
     for name, quantized in (("quantized", True), ("full precision", False)):
         with opened, progress(f"generate: {name}", opened.policy.steps) as advance:
-            latents = opened.denoise(noise, conditioning, callback=lambda _: advance(), quantized=quantized)
-        sheets[name] = opened.decode(latents)
+            latents = opened.denoise(noise, conditioning, callback=lambda _: advance(), quantized=quantized, size=asked)
+        sheets[name] = opened.decode(latents, asked)
     notes = [f"{len(opened.policy.buckets)} buckets, {opened.policy.mean_bits:.2f} mean bits", ""]
     write_contact_sheet(file, sheets, notes)
     error = float(((sheets["quantized"] - sheets["full precision"]) ** 2).mean())

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from adatsq_trt.cli.shapes import written
+
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
@@ -36,6 +38,7 @@ def inspect(
         return
     console = Console(highlight=False)
     console.print(_headline(seen))
+    console.print(_sizes(seen), soft_wrap=True)
     console.print(_picture(seen))
     console.print(_buckets(seen))
     console.print(_kinds(seen))
@@ -54,6 +57,15 @@ def _headline(seen: Inspection) -> str:
         f"mean bits, {len({row.assignment for row in seen.buckets})} assignments in {len(seen.buckets)} buckets, "
         f"targets {', '.join(manifest.targets) or 'none'}, backend {manifest.backend}, layout {manifest.layout}"
     )
+
+
+def _sizes(seen: Inspection) -> str:
+    """What is drawn, with the samples of each optimization profile."""
+    shapes = seen.manifest.shapes
+    if not shapes:
+        return f"sizes: its own, latents {written(seen.manifest.latent_shape)}"
+    listed = (f"{shape.name} by {', '.join(map(str, shape.batches))}" for shape in shapes)
+    return f"sizes by samples: {'; '.join(listed)}; policy and check are of {shapes[0].name}"
 
 
 def _picture(seen: Inspection) -> Text:

@@ -14,6 +14,7 @@ from rich.table import Table
 from adatsq_trt.cli.budgets import BudgetChoice, BudgetRequest, choose_budgets, parse_bytes, require_finite
 from adatsq_trt.cli.build import StageName
 from adatsq_trt.cli.loading import ModelRequest, OpenedModel, open_model, reopen_model, require_model
+from adatsq_trt.cli.shapes import Shape, open_at_first, parse_shapes, resolve_shapes, written
 from adatsq_trt.errors import UserError
 from adatsq_trt.formats import (
     PLUGIN_LAYOUT,
@@ -55,7 +56,8 @@ class CompilerRequest:
     hardware_compatibility: Literal["none", "same_compute_capability", "ampere_plus"]
     version_compatible: bool
     weight_streaming: bool
-    batch: tuple[int, ...]
+    batch: list[int] | None
+    shapes: str | None
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ class Choice:
         budgets: what the policy may spend.
         policy: text of the given policy file.
         memory_limit: most resident bytes; None for all that the machine has.
+        shapes: samples and sizes of optimization profiles; none for the model's own size.
     """
 
     targets: tuple[str, ...]
@@ -112,6 +115,7 @@ class Choice:
     budgets: BudgetChoice
     policy: str | None
     memory_limit: int | None
+    shapes: tuple[Shape, ...]
 
 
 def choose(request: Request) -> Choice:
@@ -136,8 +140,11 @@ def choose(request: Request) -> Choice:
     _require_backend(request, targets)
     budgets = choose_budgets(request.budgets, format_set)
     require_finite("--guidance", request.model.guidance)
+    shapes = () if request.compiler.shapes is None else parse_shapes(request.compiler.shapes)
+    if shapes and request.compiler.batch:
+        raise UserError("--batch: --shapes says how many samples of each size; leave one of them out")
     policy = _policy_text(request.policy)
-    return Choice(names, format_set, formats, budgets, policy, request.place.limit_bytes)
+    return Choice(names, format_set, formats, budgets, policy, request.place.limit_bytes, shapes)
 
 
 def _require_backend(request: Request, targets: Sequence[Target]) -> None:
@@ -205,7 +212,11 @@ def resolve(request: Request, choice: Choice, opened: OpenedModel) -> Settings:
     unguided = opened.settings is not None and request.model.guidance == 1.0
     if request.model.guidance is not None and not model.adapter.takes_guidance and not unguided:
         raise UserError(f"--guidance {request.model.guidance:g}: model '{model.name}' takes no guidance; leave it out")
-    compiler = asdict(request.compiler) | {"batch": tuple(sorted(set(request.compiler.batch)))}
+    shapes: tuple[Shape, ...] = resolve_shapes(choice.shapes, model)
+    batch = tuple(sorted(set(request.compiler.batch or ())))
+    if len({shape[1:] for shape in shapes}) == 1:  # of the model's own size, which --batch is for
+        shapes, batch = (), tuple(shape[0] for shape in shapes)
+    compiler = asdict(request.compiler) | {"batch": batch, "shapes": shapes}
     layers = model.adapter.quantizable_layers().items()
     require_shapes(choice.formats, [(name, layer.in_features) for name, layer in layers])
     return Settings(
@@ -249,7 +260,7 @@ def run_stages(request: Request, until: StageName) -> None:
     from adatsq_trt.run import RunDirectory
     from adatsq_trt.workers import InProcess
 
-    opened = open_model(request.model)
+    opened = open_model(open_at_first(request.model, choice.shapes))
     settings = resolve(request, choice, opened)
     search.require_possible(settings, opened.outline)
     memory = plan_memory(choice.memory_limit, settings, opened.outline, opened.pipeline)
@@ -313,6 +324,7 @@ def _settings_table(settings: Settings) -> Table:
     if settings.pipeline is not None:
         values |= settings.pipeline.model_dump(exclude={"prompts"}) | {"prompts": len(settings.pipeline.prompts)}
     for name, value in values.items():
+        value = tuple(map(written, value)) if name == "shapes" else value
         table.add_row(name, ", ".join(map(str, value)) if isinstance(value, tuple) else str(value))
     return table
 

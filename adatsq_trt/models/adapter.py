@@ -5,10 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from adatsq_trt.errors import MismatchError
 from adatsq_trt.image import ImageShape
 from adatsq_trt.schedule import Schedule
 
@@ -34,6 +36,21 @@ class Conditioning:
             {name: value[samples] for name, value in self.conditional.items()},
             None if empty else {name: value[samples] for name, value in (self.unconditional or {}).items()},
         )
+
+
+@dataclass(frozen=True)
+class AnySize:
+    """What a trace for several sizes takes beside what a trace for one size takes.
+
+    Attributes:
+        module: as `ModelAdapter.trace_module`, with the positions before the other arguments.
+        positions: input name → float32, of the adapter's own size; the same for all rows of a batch.
+        axes: input name → its axes, but for the batch, that differ between sizes → what the exporter knows them by.
+    """
+
+    module: nn.Module
+    positions: Mapping[str, Tensor]
+    axes: Mapping[str, Mapping[int, Any]]
 
 
 class ModelAdapter(ABC):
@@ -104,6 +121,27 @@ class ModelAdapter(ABC):
     @abstractmethod
     def trace_module(self) -> nn.Module:
         """A module of real arithmetic and plain tensors for the exporter: positional inputs, one output."""
+
+    @property
+    def patch_cells(self) -> int:
+        """Sides of an image are multiples of so many of its patches."""
+        return 1
+
+    def resized(self, image: ImageShape) -> ModelAdapter:
+        """The same model, with the same weights in memory, for images of another size.
+
+        Raises:
+            MismatchError: this model cannot have several sizes.
+        """
+        raise MismatchError(f"a graph of {self.architecture} has one size; leave --shapes out")
+
+    def any_size(self) -> AnySize:
+        """What a trace for several sizes takes, with this size as its example.
+
+        Raises:
+            MismatchError: this model cannot have several sizes, or not this one.
+        """
+        raise MismatchError(f"a graph of {self.architecture} has one size; leave --shapes out")
 
     def decode(self, latent: Tensor) -> Tensor:
         """Latents [batch, *latent_shape] → images in [0, 1], as `ImageShape.decode`."""

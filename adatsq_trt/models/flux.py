@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 
@@ -9,8 +10,11 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
+from adatsq_trt.models.adapter import AnySize
 from adatsq_trt.models.prompted import PromptedAdapter
 from adatsq_trt.schedule import Schedule, make_schedule
+
+POSITIONS = "rotations"
 
 
 class FluxAdapter(PromptedAdapter):
@@ -34,6 +38,16 @@ class FluxAdapter(PromptedAdapter):
     def make_trace(self) -> nn.Module:
         """The transformer with its position ids as constants."""
         return FluxTrace(self.transformer, self.image.grid, self.encoder.text_tokens)
+
+    def any_size(self) -> AnySize:
+        """The number of tokens, with their rotations, is left open."""
+        tokens = torch.export.Dim("tokens")
+        grid, text_tokens = self.image.grid, self.encoder.text_tokens
+        return AnySize(
+            FluxAnySizeTrace(self.transformer, grid, text_tokens),
+            {POSITIONS: rotations(self.transformer, position_ids(grid))},
+            {POSITIONS: {0: tokens}, "hidden_states": {1: tokens}},
+        )
 
     @property
     def takes_guidance(self) -> bool:
@@ -65,13 +79,15 @@ class FluxAdapter(PromptedAdapter):
 class FluxTrace(nn.Module):
     """FluxTransformer2DModel with positional tensors only; image and text ids are buffers of the module."""
 
+    image_ids: Tensor
+
+    text_ids: Tensor
+
     def __init__(self, transformer: FluxTransformer2DModel, grid: tuple[int, int], text_tokens: int) -> None:
         """Wrap a transformer for images of `grid` (rows, columns) tokens and prompts of `text_tokens`."""
         super().__init__()
         self.transformer = transformer
-        places = [torch.arange(size, dtype=torch.float32) for size in grid]
-        ids = torch.cartesian_prod(torch.zeros(1), *places)
-        self.register_buffer("image_ids", ids, persistent=False)
+        self.register_buffer("image_ids", position_ids(grid), persistent=False)
         self.register_buffer("text_ids", torch.zeros(text_tokens, 3), persistent=False)
 
     def forward(
@@ -83,16 +99,73 @@ class FluxTrace(nn.Module):
         guidance: Tensor | None = None,
     ) -> Tensor:
         """Predicted velocity, shape of `hidden_states`; `guidance` is for models with a guidance embedding."""
+        condition = (encoder_hidden_states, pooled_projections, timestep, guidance)
+        return self._predict(self.image_ids, hidden_states, *condition)
+
+    def _predict(
+        self,
+        image_ids: Tensor,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        timestep: Tensor,
+        guidance: Tensor | None,
+    ) -> Tensor:
         return self.transformer(  # type: ignore[no-any-return]
             hidden_states=hidden_states,
             encoder_hidden_states=encoder_hidden_states,
             pooled_projections=pooled_projections,
             timestep=timestep,
             guidance=guidance,
-            img_ids=self.image_ids,
+            img_ids=image_ids,
             txt_ids=self.text_ids,
             return_dict=False,
         )[0]
+
+
+class FluxAnySizeTrace(FluxTrace):
+    """The same for images of any size: their rotations are an input."""
+
+    def __init__(self, transformer: FluxTransformer2DModel, grid: tuple[int, int], text_tokens: int) -> None:
+        """Wrap a transformer; `grid` is that of an example."""
+        super().__init__(transformer, grid, text_tokens)
+        # In the place of ids the transformer concatenates their rotations, which its embedding only has to part: it
+        # would compute them in float64, which TensorRT lacks.
+        self.transformer = copy.copy(transformer)
+        self.transformer._modules = {**transformer._modules, "pos_embed": _Halves()}
+        self.text_ids = rotations(transformer, self.text_ids)
+
+    def forward(  # type: ignore[override]
+        self,
+        rotations: Tensor,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        timestep: Tensor,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """Predicted velocity; `rotations` is as the function of that name gives them for the image's positions."""
+        condition = (encoder_hidden_states, pooled_projections, timestep, guidance)
+        return self._predict(rotations, hidden_states, *condition)
+
+
+class _Halves(nn.Module):
+    """The first and the second half of the columns."""
+
+    def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        cosines, sines = rows.chunk(2, dim=-1)
+        return cosines, sines
+
+
+def rotations(transformer: FluxTransformer2DModel, ids: Tensor) -> Tensor:
+    """Cosines, then sines, of the angles of every position, float32 [positions, 2 * attention head's width]."""
+    return torch.cat(transformer.pos_embed(ids), dim=-1)
+
+
+def position_ids(grid: tuple[int, int]) -> Tensor:
+    """Zero, row and column of every token, float32 [rows * columns, 3]."""
+    places = [torch.arange(size, dtype=torch.float32) for size in grid]
+    return torch.cartesian_prod(torch.zeros(1), *places)
 
 
 def pack(images: Tensor, patch_size: int = 2) -> Tensor:

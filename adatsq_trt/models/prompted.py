@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from diffusers import FlowMatchEulerDiscreteScheduler, ModelMixin
 from torch import Tensor, nn
@@ -79,6 +79,10 @@ class PromptedAdapter(ModelAdapter):
     def trace_module(self) -> nn.Module:
         """As `make_trace` made it."""
         return self._trace
+
+    def resized(self, image: ImageShape) -> Self:
+        """Share transformer and encoder."""
+        return type(self)(self.transformer, self.encoder, self.scheduler, image, self.guidance_distilled)
 
     def quantizable_layers(self) -> dict[str, nn.Linear]:
         """Those that `quantizable` names and that have at least `MIN_FEATURES` inputs and outputs."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adatsq_trt.errors import UnsupportedFormatError
+from adatsq_trt.models.adapter import AnySize
 from adatsq_trt.models.prompted import PromptedAdapter
 from adatsq_trt.models.rotary import rotate_pairs
 from adatsq_trt.schedule import TRAIN_TIMESTEPS, Schedule, make_schedule
@@ -40,6 +41,19 @@ class WanAdapter(PromptedAdapter):
     def make_trace(self) -> nn.Module:
         """The transformer with constant rotations."""
         return WanTrace(self.transformer, self.latent_shape)
+
+    @property
+    def patch_cells(self) -> int:
+        """A token's side."""
+        return int(max(self.transformer.config.patch_size[1:]))
+
+    def any_size(self) -> AnySize:
+        """Frames, rows and columns of tokens, with their rotations, are left open."""
+        module = WanAnySizeTrace(self.transformer, self.latent_shape)
+        open_axes = [torch.export.Dim(name) for name in ("frames", "rows", "columns")]
+        latent = {axis: side * dim for axis, (side, dim) in enumerate(zip(module.sides, open_axes, strict=True), 2)}
+        axes = {"rotations": dict(enumerate(open_axes, 1)), "hidden_states": latent}
+        return AnySize(module, {"rotations": module.rotations}, axes)
 
     def condition(self, tokens: Tensor, pooled: Tensor) -> dict[str, Tensor]:
         """Text tokens; rows of zeros, which fill short prompts up, are seen like any other, as in diffusers."""
@@ -72,8 +86,7 @@ class RealRotaryProcessor(WanAttnProcessor):  # type: ignore[misc]
         query, key, value = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(source)), attn.to_v(source)
         query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
         if rotary_emb is not None:
-            cosines, sines = rotary_emb  # every angle twice
-            query, key = (rotate_pairs(x, cosines[..., ::2], sines[..., ::2]).type_as(x) for x in (query, key))
+            query, key = (rotate_pairs(x, *rotary_emb).type_as(x) for x in (query, key))
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         mixed = functional.scaled_dot_product_attention(query, key, value)
         return attn.to_out[0](mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
@@ -81,6 +94,8 @@ class RealRotaryProcessor(WanAttnProcessor):  # type: ignore[misc]
 
 class WanTrace(nn.Module):
     """WanTransformer3DModel on one video size: constant rotations, no convolution."""
+
+    rotations: Tensor
 
     def __init__(self, transformer: WanTransformer3DModel, latent_shape: tuple[int, ...]) -> None:
         """Wrap a transformer.
@@ -99,35 +114,50 @@ class WanTrace(nn.Module):
         for module in transformer.modules():
             if isinstance(module, WanAttention):
                 module.set_processor(RealRotaryProcessor())
-        cosines, sines = transformer.rope(torch.empty(1, *latent_shape, device="meta"))
-        self.register_buffer("cosines", cosines.clone(), persistent=False)
-        self.register_buffer("sines", sines.clone(), persistent=False)
-        sides = transformer.config.patch_size
-        self.sides = tuple(sides)
-        self.grid = tuple(size // side for size, side in zip(latent_shape[1:], sides, strict=True))
+        self.sides = tuple(transformer.config.patch_size)
+        grid = tuple(size // side for size, side in zip(latent_shape[1:], self.sides, strict=True))
+        # Every angle twice; one is enough.
+        tables = torch.stack([x[0, :, :, ::2] for x in transformer.rope(torch.empty(1, *latent_shape, device="meta"))])
+        self.register_buffer("rotations", tables.unflatten(1, grid), persistent=False)
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor) -> Tensor:
         """Predicted velocity, shape of `hidden_states`; `timestep` is a fraction of the 1,000 of the training."""
+        return self._predict(self.rotations, hidden_states, encoder_hidden_states, timestep)
+
+    def _predict(self, rotations: Tensor, latent: Tensor, condition: Tensor, timestep: Tensor) -> Tensor:
+        """The same with the rotations of its tokens [2, frames, rows, columns, 1, D / 2], which say the size."""
         model = self.transformer
-        embedding, modulation, text, _ = model.condition_embedder(timestep * TRAIN_TIMESTEPS, encoder_hidden_states)
+        embedding, modulation, text, _ = model.condition_embedder(timestep * TRAIN_TIMESTEPS, condition)
         modulation = modulation.unflatten(1, (6, -1))
         # The patch embedding's stride is its kernel, so it is a linear layer; ONNX has no bfloat16 convolution.
         kernel = model.patch_embedding.weight.flatten(1)
-        tokens = functional.linear(self._patchify(hidden_states), kernel, model.patch_embedding.bias)
+        grid = rotations.shape[1:4]
+        tokens = functional.linear(self._patchify(latent, grid), kernel, model.patch_embedding.bias)
+        both = tuple(rotations.flatten(1, 3))
         for block in model.blocks:
-            tokens = block(tokens, text, modulation, (self.cosines, self.sines))
+            tokens = block(tokens, text, modulation, both)
         shift, scale = (model.scale_shift_table + embedding[:, None]).chunk(2, dim=1)
         tokens = (model.norm_out(tokens.float()) * (1 + scale) + shift).type_as(tokens)
-        return self._unpatchify(model.proj_out(tokens))
+        return self._unpatchify(model.proj_out(tokens), grid)
 
-    def _patchify(self, latent: Tensor) -> Tensor:
+    def _patchify(self, latent: Tensor, grid: Sequence[int]) -> Tensor:
         """[B, C, F, H, W] → [B, tokens, C pt ph pw]."""
         channels = latent.shape[1]
-        sizes = [size for pair in zip(self.grid, self.sides, strict=True) for size in pair]
-        grid = latent.reshape(-1, channels, *sizes).permute(0, 2, 4, 6, 1, 3, 5, 7)
-        return grid.reshape(-1, prod(self.grid), channels * prod(self.sides))
+        sizes = [size for pair in zip(grid, self.sides, strict=True) for size in pair]
+        cells = latent.reshape(-1, channels, *sizes).permute(0, 2, 4, 6, 1, 3, 5, 7)
+        return cells.reshape(-1, prod(grid), channels * prod(self.sides))
 
-    def _unpatchify(self, tokens: Tensor) -> Tensor:
+    def _unpatchify(self, tokens: Tensor, grid: Sequence[int]) -> Tensor:
         """[B, tokens, pt ph pw C] → [B, C, F, H, W]."""
-        grid = tokens.reshape(-1, *self.grid, *self.sides, tokens.shape[-1] // prod(self.sides))
-        return grid.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        cells = tokens.reshape(-1, *grid, *self.sides, tokens.shape[-1] // prod(self.sides))
+        return cells.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+class WanAnySizeTrace(WanTrace):
+    """The same for videos of any size: their rotations are an input."""
+
+    def forward(  # type: ignore[override]
+        self, rotations: Tensor, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor
+    ) -> Tensor:
+        """Predicted velocity; `rotations` [2, frames, rows, columns, 1, D / 2] of the tokens."""
+        return self._predict(rotations, hidden_states, encoder_hidden_states, timestep)

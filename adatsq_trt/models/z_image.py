@@ -12,6 +12,8 @@ from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF, ZSin
 from torch import Tensor, nn
 from torch.nn import functional
 
+from adatsq_trt.errors import MismatchError
+from adatsq_trt.models.adapter import AnySize
 from adatsq_trt.models.prompted import PromptedAdapter
 from adatsq_trt.models.rotary import rotate_pairs
 from adatsq_trt.schedule import Schedule, make_schedule
@@ -41,8 +43,35 @@ class ZImageAdapter(PromptedAdapter):
 
     def make_trace(self) -> nn.Module:
         """The transformer on batches of one shape."""
-        length = -(-self.encoder.text_tokens // SEQ_MULTI_OF) * SEQ_MULTI_OF
-        return ZImageTrace(self.transformer, self.latent_shape, length)
+        return ZImageTrace(self.transformer, self.latent_shape, self._caption_length)
+
+    @property
+    def _caption_length(self) -> int:
+        return int(-(-self.encoder.text_tokens // SEQ_MULTI_OF) * SEQ_MULTI_OF)
+
+    @property
+    def patch_cells(self) -> int:
+        """A token's side."""
+        (patch,) = self.transformer.config.all_patch_size
+        return int(patch)
+
+    def any_size(self) -> AnySize:
+        """Rows and columns of tokens, with their rotations, are left open.
+
+        Raises:
+            MismatchError: the tokens of this size are no multiple of 32, so that there would be pad tokens, whose
+                number differs between sizes.
+        """
+        rows, columns = torch.export.Dim("rows"), torch.export.Dim("columns")
+        tokens = self.latent_shape[1] * self.latent_shape[2] // self.patch_cells**2
+        if tokens % SEQ_MULTI_OF:
+            raise MismatchError(
+                f"an image of {tokens} tokens: with several sizes Z-Image takes multiples of {SEQ_MULTI_OF} tokens, "
+                f"each {self.patch_cells} x {self.patch_cells} cells of the latent; choose other --shapes"
+            )
+        module, side = ZImageAnySizeTrace(self.transformer, self.latent_shape, self._caption_length), self.patch_cells
+        axes = {"rotations": {1: rows, 2: columns}, "hidden_states": {2: side * rows, 3: side * columns}}
+        return AnySize(module, {"rotations": module.image_rotations}, axes)
 
     def condition(self, tokens: Tensor, pooled: Tensor) -> dict[str, Tensor]:
         """Caption features; rows of zeros stand for pad tokens, up to a multiple of 32 rows."""
@@ -90,8 +119,9 @@ class ZImageTrace(nn.Module):
     Without padding between samples every sequence has the same length, so there is no attention mask.
     """
 
-    cosines: Tensor
-    sines: Tensor
+    image_rotations: Tensor
+    pad_rotations: Tensor
+    caption_rotations: Tensor
 
     def __init__(self, transformer: ZImageTransformer2DModel, latent_shape: tuple[int, ...], length: int) -> None:
         """Wrap a transformer.
@@ -104,52 +134,69 @@ class ZImageTrace(nn.Module):
         super().__init__()
         (self.patch,) = transformer.config.all_patch_size
         self.transformer, self.channels = transformer, latent_shape[0]
-        self.grid = (latent_shape[1] // self.patch, latent_shape[2] // self.patch)
-        tokens = self.grid[0] * self.grid[1]
-        self.padding = -tokens % SEQ_MULTI_OF
+        grid = (latent_shape[1] // self.patch, latent_shape[2] // self.patch)
+        self.padding = -(grid[0] * grid[1]) % SEQ_MULTI_OF
         for module in transformer.modules():
             if isinstance(module, Attention):
                 module.set_processor(RealRotaryProcessor())
         # As diffusers counts: captions from 1, then the image as one plane; pad tokens of the image are at the origin.
         zero = torch.zeros(1, dtype=torch.int64)
         caption = torch.cartesian_prod(torch.arange(1, length + 1), zero, zero)
-        image = torch.cartesian_prod(zero + length + 1, *map(torch.arange, self.grid))
-        ids = torch.cat([image, zero.expand(self.padding, 3), caption])
-        rotations = transformer.rope_embedder(ids)
-        self.register_buffer("cosines", rotations.real[:, None].contiguous(), persistent=False)
-        self.register_buffer("sines", rotations.imag[:, None].contiguous(), persistent=False)
+        image = torch.cartesian_prod(zero + length + 1, *map(torch.arange, grid))
+        self.register_buffer("image_rotations", self._rotations(image).unflatten(1, grid), persistent=False)
+        self.register_buffer("pad_rotations", self._rotations(zero.expand(self.padding, 3)), persistent=False)
+        self.register_buffer("caption_rotations", self._rotations(caption), persistent=False)
+
+    def _rotations(self, ids: Tensor) -> Tensor:
+        """Cosines and sines of positions [S, 3]: float32 [2, S, 1, attention head's width / 2]."""
+        rotations = self.transformer.rope_embedder(ids)
+        return torch.stack([rotations.real, rotations.imag])[:, :, None]
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor) -> Tensor:
         """Predicted velocity, shape of `hidden_states`; Z-Image itself predicts its opposite, at 1 - timestep."""
+        return self._predict(self.image_rotations, hidden_states, encoder_hidden_states, timestep)
+
+    def _predict(self, rotations: Tensor, latent: Tensor, condition: Tensor, timestep: Tensor) -> Tensor:
+        """The same with the rotations of the image [2, rows, columns, 1, D / 2], which say its size."""
         model, key = self.transformer, f"{self.patch}-1"
-        modulation = model.t_embedder((1 - timestep) * model.t_scale).type_as(hidden_states)
-        image = model.all_x_embedder[key](self._patchify(hidden_states))
+        modulation = model.t_embedder((1 - timestep) * model.t_scale).type_as(latent)
+        rows, columns = rotations.shape[1:3]
+        image = model.all_x_embedder[key](self._patchify(latent, rows, columns))
         if self.padding:
             padding = model.x_pad_token.expand(image.shape[0], self.padding, -1)
             image = torch.cat([image, padding], dim=1)
-        split = image.shape[1]
-        both = (self.cosines, self.sines)
+        own = torch.cat([rotations.flatten(1, 2), self.pad_rotations], dim=1)
         for block in model.noise_refiner:
-            image = block(image, None, tuple(x[:split] for x in both), modulation)
-        caption = model.cap_embedder(encoder_hidden_states)
-        real = encoder_hidden_states.abs().amax(-1, keepdim=True) > 0
+            image = block(image, None, tuple(own), modulation)
+        caption = model.cap_embedder(condition)
+        real = condition.abs().amax(-1, keepdim=True) > 0
         caption = torch.where(real, caption, model.cap_pad_token)
         for block in model.context_refiner:
-            caption = block(caption, None, tuple(x[split:] for x in both))
-        unified = torch.cat([image, caption], dim=1)
+            caption = block(caption, None, tuple(self.caption_rotations))
+        unified, both = torch.cat([image, caption], dim=1), torch.cat([own, self.caption_rotations], dim=1)
         for block in model.layers:
-            unified = block(unified, None, both, modulation)
-        tokens = unified[:, : split - self.padding]
-        return -self._unpatchify(model.all_final_layer[key](tokens, c=modulation))
+            unified = block(unified, None, tuple(both), modulation)
+        tokens = unified[:, : rows * columns]
+        return -self._unpatchify(model.all_final_layer[key](tokens, c=modulation), rows, columns)
 
-    def _patchify(self, latent: Tensor) -> Tensor:
+    def _patchify(self, latent: Tensor, rows: int, columns: int) -> Tensor:
         """[B, C, H, W] → [B, tokens, p² C]."""
-        (rows, columns), side = self.grid, self.patch
+        side = self.patch
         grid = latent.reshape(-1, self.channels, rows, side, columns, side)
         return grid.permute(0, 2, 4, 3, 5, 1).reshape(-1, rows * columns, side * side * self.channels)
 
-    def _unpatchify(self, tokens: Tensor) -> Tensor:
+    def _unpatchify(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
         """The inverse."""
-        (rows, columns), side = self.grid, self.patch
+        side = self.patch
         grid = tokens.reshape(-1, rows, columns, side, side, self.channels)
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.channels, rows * side, columns * side)
+
+
+class ZImageAnySizeTrace(ZImageTrace):
+    """The same for images of any size whose tokens need no padding: their rotations are an input."""
+
+    def forward(  # type: ignore[override]
+        self, rotations: Tensor, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor
+    ) -> Tensor:
+        """Predicted velocity; `rotations` [2, rows, columns, 1, D / 2] of the image's tokens."""
+        return self._predict(rotations, hidden_states, encoder_hidden_states, timestep)

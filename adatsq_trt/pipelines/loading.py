@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from adatsq_trt.errors import DamagedFileError, MismatchError, UserError
 from adatsq_trt.files import read_json_model
+from adatsq_trt.image import PixelScale
 from adatsq_trt.models.architectures import ADAPTERS
 from adatsq_trt.models.prompts import StoredPrompts
 from adatsq_trt.pipelines.kinds import AGAIN, Canvas, JsonObject
@@ -126,12 +127,14 @@ class OpenedPipeline:
         assert settings.height is not None
         assert settings.width is not None
         canvas = Canvas(settings.height, settings.width, settings.frames)
-        image = kind.image(transformer, canvas, kind.vae_scale(source.folder))
+        cell = kind.vae_scale(source.folder)
+        image = kind.image(transformer, canvas, cell)
+        scale = PixelScale(image.patch_size * cell.pixels, cell.frames or 1)
         prompts = StoredPrompts(settings.prompts, encodings["tokens"], encodings["pooled"])
         adapter = ADAPTERS[kind.transformer](transformer, prompts, self._scheduler, image, not settings.guided)
         steps, guidance = kind.defaults(self._config)
         return LoadedModel(
-            source.name, adapter, self.weights_sha256, self.model_sha256, steps, guidance, source.folder / "vae"
+            source.name, adapter, self.weights_sha256, self.model_sha256, steps, guidance, scale, source.folder / "vae"
         )
 
     @cached_property

@@ -183,6 +183,8 @@ def commands(data: ReportData) -> list[list[str]]:
         build += ["--target", target]
     if settings.batch != Settings.model_fields["batch"].default:
         build += [word for samples in settings.batch for word in ("--batch", str(samples))]
+    if settings.shapes:
+        build += ["--shapes", ",".join("x".join(map(str, shape)) for shape in settings.shapes)]
     if settings.backend != "rtx":
         build += ["--backend", settings.backend, "--hardware-compatibility", settings.hardware_compatibility]
         build += ["--version-compatible"] if settings.version_compatible else []

@@ -15,7 +15,7 @@ from torch import nn
 
 from adatsq_trt.errors import DamagedFileError
 from adatsq_trt.files import read_json_model, read_tensors, sha256
-from adatsq_trt.image import ImageShape
+from adatsq_trt.image import ImageShape, PixelScale
 from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.models.architectures import ADAPTERS
 from adatsq_trt.models.prompted import PromptedAdapter
@@ -48,6 +48,7 @@ class LoadedModel:
         model_sha256: hash of all its configurations and weights.
         default_steps: denoising steps when none are asked for.
         default_guidance: guidance scale when none is asked for.
+        scale: from its images to pixels.
         vae: folder of the VAE that decodes its latents, if there is one.
     """
 
@@ -57,6 +58,7 @@ class LoadedModel:
     model_sha256: str
     default_steps: int
     default_guidance: float
+    scale: PixelScale
     vae: Path | None = None
 
 
@@ -93,6 +95,7 @@ def load_model(name: str) -> LoadedModel:
         model_sha256(folder),
         index.default_steps,
         index.default_guidance,
+        PixelScale(index.patch_size),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -15,8 +15,8 @@ from adatsq_trt.formats import Target
 
 
 @dataclass(frozen=True)
-class BatchRange:
-    """Optimization profiles: what a graph's dynamic axis may be, and what the compiler tunes for.
+class Profile:
+    """One optimization profile: what a graph's dynamic axes may be, and what the compiler tunes for.
 
     Rows are samples times guidance branches.
 
@@ -24,18 +24,58 @@ class BatchRange:
         minimum: fewest rows.
         optimum: rows that the compiler tunes for.
         maximum: most rows.
+        shapes: of a graph for several sizes: input name → its shape at this size, 0 in the place of the rows.
+    """
+
+    minimum: int
+    optimum: int
+    maximum: int
+    shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()
+
+    def inputs(self, name: str, declared: Sequence[int | str]) -> tuple[tuple[int, ...], ...]:
+        """Least, tuned and largest shape of an input.
+
+        Args:
+            name: of the input.
+            declared: its shape in the graph; a string or a negative number stands for a dynamic axis.
+        """
+        own = dict(self.shapes).get(name, tuple(0 if isinstance(n, str) or n < 0 else n for n in declared))
+        return tuple(tuple(size or rows for size in own) for rows in (self.minimum, self.optimum, self.maximum))
+
+
+@dataclass(frozen=True)
+class BatchRange:
+    """Optimization profiles of a graph: by the number of rows, and by size if the graph is for several.
+
+    Attributes:
+        minimum: fewest rows.
+        optimum: rows that the compiler tunes for.
+        maximum: most rows.
         smaller: ascending; for each there is a profile of its own, up to so many rows and tuned for as many.
+        sizes: of a graph for several sizes: these are all its profiles.
     """
 
     minimum: int
     optimum: int
     maximum: int
     smaller: tuple[int, ...] = ()
+    sizes: tuple[Profile, ...] = ()
+
+    @classmethod
+    def of_sizes(cls, profiles: Sequence[Profile]) -> BatchRange:
+        """The range of a graph for several sizes, at least one."""
+        most = max(profile.maximum for profile in profiles)
+        return cls(min(profile.minimum for profile in profiles), most, most, sizes=tuple(profiles))
 
     @property
-    def profiles(self) -> tuple[tuple[int, int, int], ...]:
-        """Fewest, tuned and most rows of each optimization profile, the smallest first."""
-        return (*((self.minimum, rows, rows) for rows in self.smaller), (self.minimum, self.optimum, self.maximum))
+    def whole(self) -> Profile:
+        """The one profile that holds all numbers of rows at one size."""
+        return Profile(self.minimum, self.optimum, self.maximum)
+
+    @property
+    def profiles(self) -> tuple[Profile, ...]:
+        """All optimization profiles; those by rows from the smallest."""
+        return self.sizes or (*(Profile(self.minimum, rows, rows) for rows in self.smaller), self.whole)
 
 
 class Runner(ABC):
@@ -77,12 +117,13 @@ class StepRunner(ABC):
         self.close()
 
     @abstractmethod
-    def run(self, step: int, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    def run(self, step: int, inputs: Mapping[str, np.ndarray], size: tuple[int, ...] | None = None) -> np.ndarray:
         """Predict the velocity, float32 [rows, ...], with a step's formats and activation scales.
 
         Args:
             step: index in the loop.
             inputs: name → float32 [rows, ...].
+            size: in pixels, one of the bundle's; None for its own.
         """
 
     @abstractmethod

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
-from adatsq_trt.engines.backends.base import BatchRange, Compiler
+from adatsq_trt.engines.backends.base import BatchRange, Compiler, Profile
 from adatsq_trt.errors import AdatsqError
 from adatsq_trt.formats import Target
 
@@ -45,8 +45,8 @@ class NetworkCompiler(Compiler):
             raise self._refusal("cannot read", onnx_path, target, problems or told.errors)
         config = builder.create_builder_config()
         self._set_up(config, target)
-        for rows in batch.profiles:
-            _add_profile(builder, network, config, rows)
+        for profile in batch.profiles:
+            _add_profile(builder, network, config, profile)
         plan = builder.build_serialized_network(network, config)
         if plan is None:
             raise self._refusal("cannot compile", onnx_path, target, told.errors)
@@ -105,12 +105,11 @@ def _parser_error(error: Any) -> str:
     return f"node '{error.node_name()}' ({error.node_operator()}): {error.desc()}"
 
 
-def _add_profile(builder: Any, network: Any, config: Any, batch: tuple[int, int, int]) -> None:
-    """Give every dynamic axis fewest, tuned and most rows; scalar inputs have none and need no entry."""
-    profile = builder.create_optimization_profile()
+def _add_profile(builder: Any, network: Any, config: Any, profile: Profile) -> None:
+    """Give every dynamic axis its least, tuned and largest size; scalar inputs have none and need no entry."""
+    shapes = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
-        shapes = [tuple(rows if size < 0 else size for size in tensor.shape) for rows in batch]
         if any(size < 0 for size in tensor.shape):
-            profile.set_shape(tensor.name, *shapes)
-    config.add_optimization_profile(profile)
+            shapes.set_shape(tensor.name, *profile.inputs(tensor.name, tensor.shape))
+    config.add_optimization_profile(shapes)

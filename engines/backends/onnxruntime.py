@@ -113,13 +113,14 @@ class OnnxRuntimeSteps(StepRunner):
         """
         self._files, self._graph = files, graph
         self._runner = OnnxRuntimeBackend().load(files.graph_path(graph))
-        self._controls: dict[int, dict[str, np.ndarray]] = {}
+        self._controls: dict[tuple[int, tuple[int, ...] | None], dict[str, np.ndarray]] = {}
 
-    def run(self, step: int, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    def run(self, step: int, inputs: Mapping[str, np.ndarray], size: tuple[int, ...] | None = None) -> np.ndarray:
         """Run the session, with its branches and scales set for a step; they are the same for all calls of a step."""
-        if step not in self._controls:
-            self._controls[step] = self._files.controls(self._graph, step)
-        return self._runner.run({**inputs, **self._controls[step]})[self._graph.outputs[0].name]
+        key = (step, size)
+        if key not in self._controls:
+            self._controls[key] = self._files.controls(self._graph, step, size)
+        return self._runner.run({**inputs, **self._controls[key]})[self._graph.outputs[0].name]
 
     def close(self) -> None:
         """Free the session."""

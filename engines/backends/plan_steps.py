@@ -92,17 +92,20 @@ class PlanSteps(StepRunner):
         context.set_device_memory(self._activations.data_ptr(), self._activations.numel())
         return context
 
-    def run(self, step: int, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    def run(self, step: int, inputs: Mapping[str, np.ndarray], size: tuple[int, ...] | None = None) -> np.ndarray:
         """Bind a step's inputs, scales and weights to its engine and run it."""
         import torch
 
         assignment = self._files.policy.step_assignments[step]
         held = assignment if assignment in self._engines else None
         engine, context, stream = self._engines[held], self._contexts[held], torch.cuda.current_stream()
-        profile = self._plans[held].profile(len(next(iter(inputs.values()))))
+        files = self._files
+        profiles = files.manifest.profiles_of(files.manifest.shape(size))
+        profile = self._plans[held].profile(len(next(iter(inputs.values()))), profiles)
         if context.active_optimization_profile != profile:
             context.set_optimization_profile_async(profile, stream.cuda_stream)
-        values = {**inputs, **self._files.scales(step), "bucket": np.asarray(assignment, np.int32)}
+        bucket = {"bucket": np.asarray(assignment, np.int32)}
+        values = {**inputs, **files.positions(files.cpu_graph(step), size), **files.scales(step), **bucket}
         output = None
         for name in (engine.get_tensor_name(i) for i in range(engine.num_io_tensors)):
             if name in self._weights:

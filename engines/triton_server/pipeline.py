@@ -60,7 +60,7 @@ def require_pipeline(folder: Path, bundle: BundleFiles) -> None:
             f"'{folder}' is a {got} and the bundle's model a {bundle.manifest.architecture}; served with text are "
             f"{_PIPELINE_CLASS} and {_ARCHITECTURE}; leave --pipeline out"
         )
-    widths = {signature.name: signature.shape[-1] for signature in bundle.graph("cpu", None).inputs}
+    widths = {signature.name: signature.shape[-1] for signature in bundle.row_inputs()}
     channels = bundle.manifest.latent_shape[-1] // _PIXELS_PER_PATCH**2
     expected = {"text_encoder": ("hidden_size", widths.get(_POOLED)), "text_encoder_2": ("d_model", widths.get(_TEXT))}
     for part, (name, width) in {**expected, "vae": ("latent_channels", channels)}.items():

@@ -67,6 +67,11 @@ def _require_stock(files: BundleFiles) -> None:
             f"'{files.folder}' has layout {manifest.layout}, the server's TensorRT backend runs embedded only; build "
             "it again with --layout embedded"
         )
+    if manifest.shapes:
+        raise UserError(
+            f"'{files.folder}' has several sizes, whose positions a stock model does not know; build it again without "
+            "--shapes, or deploy it with --backend onnxruntime"
+        )
     if _LIBRARY not in manifest.versions:
         raise UserError(
             f"the manifest of '{files.folder}' does not say which version of {_LIBRARY} compiled its plans; build it "

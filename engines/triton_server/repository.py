@@ -61,7 +61,9 @@ class Deployment:
         Raises:
             UserError: there are no plans, nobody knows what compiled them, or they take fewer rows.
         """
-        rows = min((plan.max_rows for plan in self.files.manifest.plans), default=0)
+        manifest = self.files.manifest
+        own = manifest.profiles_of(manifest.shape())
+        rows = min((plan.rows_at(own) for plan in manifest.plans), default=0)
         if self.backend == "rtx" and not rows:
             raise UserError(
                 f"'{self.files.folder}' has no plans for --backend rtx; build it with a GPU as --target, or deploy it "
@@ -163,7 +165,7 @@ def _values(deployment: Deployment) -> dict[str, object]:
 
 def _step_inputs(bundle: BundleFiles) -> str:
     """The denoiser's inputs; its time follows from the step."""
-    signatures = [s for s in bundle.graph("cpu", None).inputs if s.name != TIME_INPUT]
+    signatures = [s for s in bundle.row_inputs() if s.name != TIME_INPUT]
     lines = [f'  {{ name: "{s.name}" data_type: TYPE_FP32 dims: [ {dims(s.shape[1:])} ] }}' for s in signatures]
     return ",\n".join(lines)
 

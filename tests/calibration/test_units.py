@@ -6,16 +6,8 @@ from torch import Tensor
 
 from adatsq_trt.calibration import units
 from adatsq_trt.calibration.fisher import projections, squared_weight_gradient
-from adatsq_trt.calibration.hessian import second_moment
 from adatsq_trt.calibration.trajectory import Samples
-from adatsq_trt.calibration.units import (
-    Measured,
-    backward_sweep,
-    measured_trajectory,
-    squared_gradients,
-    step_statistics,
-)
-from adatsq_trt.models.capture import captured
+from adatsq_trt.calibration.units import Measured, backward_sweep, measured_trajectory, squared_gradients
 from adatsq_trt.workers import InProcess
 from tests.sweep import backward_steps
 
@@ -44,17 +36,3 @@ def test_the_backward_sweep(samples: Samples, latents: Tensor) -> None:
         for index, name in enumerate(samples.adapter.quantizable_layers()):
             whole = squared_weight_gradient(backward.inputs[name], backward.gradients[name])
             torch.testing.assert_close(torch.cat(swept.measured, dim=2)[index], whole, rtol=1e-3, atol=1e-4)
-
-
-def test_what_layers_are_given(samples: Samples, latents: Tensor) -> None:
-    layers = samples.adapter.quantizable_layers()
-    found = list(step_statistics(HERE, HERE.share(samples), latents))
-    assert len(found) == samples.schedule.steps
-    for step, statistics in enumerate(found):
-        with captured(layers) as capture:
-            samples.step(latents[step], step)
-        for index, name in enumerate(layers):
-            value = capture.inputs[name]
-            assert torch.equal(statistics.moments[name], second_moment(value))
-            assert statistics.largest[index] == value.abs().max()
-            assert statistics.rows[name] * len(samples.seeds) == value.shape[:-1].numel()

@@ -66,7 +66,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
             budgets=BudgetRequest(bits=16),
             simulate=False,
             max_assignments=None,
-            compiler=CompilerRequest("embedded", "rtx", "none", False, False, ()),
+            compiler=CompilerRequest("embedded", "rtx", "none", False, False, None, None),
             steps=3,
             policy=base / "policy.json",
             counts={"calibration_samples": 2, "selection_samples": 1, "held_out_samples": 1},

@@ -71,7 +71,7 @@ def test_the_pipeline_gives_what_the_bundles_own_loop_gives(pipe: FluxPipeline, 
 def test_formats_follow_the_timestep(pipe: FluxPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle, steps = pipe.transformer.bundle, []
     predict = bundle.predict
-    monkeypatch.setattr(bundle, "predict", lambda step, inputs: steps.append(step) or predict(step, inputs))
+    monkeypatch.setattr(bundle, "predict", lambda step, inputs, size: steps.append(step) or predict(step, inputs))
     run(pipe, bundle.noise([1]), bundle.conditioning([4]), guided=True)
     assert steps == [0, 0, 1, 1, 2, 2, 3, 3]
 

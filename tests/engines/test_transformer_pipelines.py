@@ -102,7 +102,7 @@ def test_a_guided_pipeline_gives_what_the_bundles_own_loop_gives(case: Case) -> 
 def test_formats_follow_the_timestep(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle, steps = case.pipe.transformer.bundle, []
     predict = bundle.predict
-    monkeypatch.setattr(bundle, "predict", lambda step, inputs: steps.append(step) or predict(step, inputs))
+    monkeypatch.setattr(bundle, "predict", lambda step, inputs, size: steps.append(step) or predict(step, inputs))
     case.run(bundle.noise([1, 2]))
     assert sorted(set(steps)) == list(range(STEPS))
     assert steps == sorted(steps)

@@ -12,7 +12,7 @@ from adatsq_trt import __version__
 from adatsq_trt.cli.progress import progress
 from adatsq_trt.cli.stages import export, search
 from adatsq_trt.cli.stages.context import Context
-from adatsq_trt.engines.backends.base import BatchRange
+from adatsq_trt.engines.backends.base import BatchRange, Profile
 from adatsq_trt.engines.backends.network import NetworkCompiler
 from adatsq_trt.engines.backends.rtx import RtxBackend
 from adatsq_trt.engines.backends.tensorrt import TensorRTBackend, TensorRTOptions
@@ -24,6 +24,7 @@ from adatsq_trt.engines.bundle import (
     Manifest,
     PlanFile,
     ScheduleRecord,
+    ShapeRecord,
     write_manifest,
 )
 from adatsq_trt.engines.manifest import Compatibility
@@ -31,10 +32,12 @@ from adatsq_trt.engines.plugin_commands import write_commands
 from adatsq_trt.errors import MissingFileError
 from adatsq_trt.files import atomic_path, read_json_model
 from adatsq_trt.formats import PLUGIN_LAYOUT
-from adatsq_trt.graph_index import INDEX_NAME, GraphIndex
+from adatsq_trt.graph_index import INDEX_NAME, GraphFile, GraphIndex
+from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.pipelines.weights import find_weights
 from adatsq_trt.policy import Policy
 from adatsq_trt.run import Stage
+from adatsq_trt.schedule import Schedule
 from adatsq_trt.settings import Settings
 
 NAME = "bundle"
@@ -50,6 +53,8 @@ def stage(context: Context) -> Stage:
     inputs = context.inputs(("model", "targets", "simulate", "layout", "steps", "guidance"))
     if context.settings.batch != Settings.model_fields["batch"].default:
         inputs |= context.inputs(("batch",))
+    if context.settings.shapes:
+        inputs |= context.inputs(("shapes",))
     if context.settings.backend != "rtx":
         inputs |= context.inputs(_BACKEND_SETTINGS)
     versions = dict(library_versions())
@@ -107,9 +112,7 @@ def _plans(context: Context, folder: Path, index: GraphIndex) -> tuple[PlanFile,
     if context.settings.simulate or not targets:
         return ()
     layout = context.settings.layout
-    branches = 2 if context.calibration.conditioning.unconditional is not None else 1
-    *smaller, most = (samples * branches for samples in context.settings.batch)
-    batch = BatchRange(1, most, most, tuple(smaller))
+    batch = _profiles(context, index.find("target", None))
     if layout == PLUGIN_LAYOUT:
         assignments = len(Policy.load(folder / POLICY_NAME).assignments)
         write_commands(folder, index.find("target", None), assignments, batch)
@@ -121,6 +124,22 @@ def _plans(context: Context, folder: Path, index: GraphIndex) -> tuple[PlanFile,
     jobs = 1 if alone else os.cpu_count() or 1
     with progress(f"build: {compiler.title}", graphs * len(targets)) as advance:
         return build_plans(folder, index, targets, batch, lambda _done, _all: advance(), compiler, layout, jobs)
+
+
+def _profiles(context: Context, graph: GraphFile) -> BatchRange:
+    """The optimization profiles that were asked for, with a row for each branch of guidance."""
+    branches = 2 if context.calibration.conditioning.unconditional is not None else 1
+    if not context.sizes:
+        *smaller, most = (samples * branches for samples in context.settings.batch)
+        return BatchRange(1, most, most, tuple(smaller))
+    profiles = []
+    for samples, *size in context.settings.shapes:
+        adapter = context.sizes[tuple(size)]
+        shapes = {name: tuple(value.shape) for name, value in adapter.any_size().positions.items()}
+        grows = next(s.name for s in graph.inputs if any(isinstance(n, str) for n in s.shape[1:]))
+        shapes[grows] = (0, *adapter.latent_shape)
+        profiles.append(Profile(1, samples * branches, samples * branches, tuple(shapes.items())))
+    return BatchRange.of_sizes(profiles)
 
 
 def _compiler(context: Context) -> NetworkCompiler:
@@ -138,7 +157,7 @@ def _compatibility(settings: Settings) -> Compatibility:
 
 
 def _manifest(context: Context, index: GraphIndex, policy: Policy, plans: tuple[PlanFile, ...]) -> Manifest:
-    schedule, adapter, versions = context.schedule, context.adapter, library_versions()
+    adapter, versions = context.adapter, library_versions()
     if plans and context.settings.backend == TensorRTBackend.name:
         versions[TensorRTBackend.name] = _compiler(context).version()
     return Manifest(
@@ -149,15 +168,31 @@ def _manifest(context: Context, index: GraphIndex, policy: Policy, plans: tuple[
         targets=context.settings.targets,
         base_type=index.base_type,
         formats=export.used_formats(policy),
-        schedule=ScheduleRecord(
-            sigmas=schedule.sigmas, timesteps=schedule.timesteps, scheduler_config=schedule.scheduler_config
-        ),
+        schedule=_schedule(context.schedule),
         guidance=context.settings.guidance,
         latent_shape=adapter.latent_shape,
         image=ImageSpec(**asdict(adapter.image)),
+        shapes=tuple(_shape(context, size, adapter) for size, adapter in context.sizes.items()),
         prompts=len(adapter.prompts),
         prompt_texts=adapter.prompts,
         compatibility=_compatibility(context.settings),
         plans=plans,
         versions=versions,
+    )
+
+
+def _schedule(schedule: Schedule) -> ScheduleRecord:
+    return ScheduleRecord(
+        sigmas=schedule.sigmas, timesteps=schedule.timesteps, scheduler_config=schedule.scheduler_config
+    )
+
+
+def _shape(context: Context, size: tuple[int, ...], adapter: ModelAdapter) -> ShapeRecord:
+    """One of several sizes; some models have other sigmas at each."""
+    return ShapeRecord(
+        size=size,
+        batches=tuple(samples for samples, *own in context.settings.shapes if tuple(own) == size),
+        latent_shape=adapter.latent_shape,
+        image=ImageSpec(**asdict(adapter.image)),
+        schedule=_schedule(adapter.schedule(context.settings.steps)),
     )

@@ -75,6 +75,16 @@ class Context:
         return self.adapter.schedule(self.settings.steps)
 
     @cached_property
+    def sizes(self) -> dict[tuple[int, ...], ModelAdapter]:
+        """Where there are several: size in pixels → the model at that size, its own first."""
+        own, image = self.model.scale.size(self.adapter.image), self.adapter.image
+        return {
+            size: self.adapter if size == own else self.adapter.resized(self.model.scale.resized(image, size))
+            for _, *sides in self.settings.shapes
+            for size in [tuple(sides)]
+        }
+
+    @cached_property
     def layers(self) -> tuple[str, ...]:
         """Quantizable layers."""
         return tuple(self.adapter.quantizable_layers())

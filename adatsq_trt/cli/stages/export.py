@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+import onnx_ir as ir
 import torch
 from torch import Tensor
 
 from adatsq_trt.calibration.trajectory import Samples, trajectory
 from adatsq_trt.cli.progress import progress
+from adatsq_trt.cli.shapes import written
 from adatsq_trt.cli.stages import calibrate, quantize, search
 from adatsq_trt.cli.stages.context import Context
 from adatsq_trt.export import export_graphs, export_plugin_graphs, trace
 from adatsq_trt.export.plugin_graphs import GRAPHS as PLUGIN_GRAPHS
 from adatsq_trt.files import read_tensors, write_tensors
 from adatsq_trt.formats import PLUGIN_LAYOUT
+from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.models.capture import captured_outputs
 from adatsq_trt.models.format_store import SCALES_NAME
 from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.policy import Policy
-from adatsq_trt.run import Stage
+from adatsq_trt.run import Json, Stage
 
 NAME = "export"
 GRAPHS, PROMPTS, REFERENCE = "onnx", "prompts.safetensors", "check/reference.safetensors"
+POSITIONS = "positions.safetensors"
 OUTPUT_NAME = "velocity"
 CHECK_SAMPLES = 2
 PROMPTS_AT_ONCE = 8
@@ -55,9 +60,11 @@ def stage(context: Context) -> Stage:
         calibrate.stage(context).folder / calibrate.TRAJECTORY,
     ]
     inputs = context.inputs(("weights_sha256", "model_sha256", "formats", "steps", "guidance"))
-    own = {"base": base_type(context), "variants": variants(context), "reference": _REFERENCE_CONTENT}
+    own: dict[str, Json] = {"base": base_type(context), "variants": variants(context), "reference": _REFERENCE_CONTENT}
     if context.settings.layout == PLUGIN_LAYOUT:
         own["layout"] = PLUGIN_LAYOUT
+    if context.settings.shapes:
+        own["sizes"] = [list(size) for size in context.sizes]
     return context.run.stage(NAME, {**inputs, **own}, files)
 
 
@@ -75,6 +82,8 @@ def run(context: Context) -> Stage:
         write_tensors(this.unit(PROMPTS), _prompts(context))
         scales = read_tensors(quantize.stage(context).folder / SCALES_NAME)
         write_tensors(this.unit(SCALES_NAME), scales)
+        if context.sizes:
+            write_tensors(this.unit(POSITIONS), _positions(context))
     return this
 
 
@@ -87,13 +96,31 @@ def _graphs(context: Context, policy: Policy, folder: Path) -> None:
     count = PLUGIN_GRAPHS if in_plugin else 1 + (len(policy.assignments) + 1) * len(names)
     with progress("export", 1 + count) as advance:
         adapter = context.adapter
-        traced = trace(adapter.trace_module(), inputs, OUTPUT_NAME, _TYPES[base], adapter.float32_inputs)
+        traced = _trace(adapter, inputs, base, any_size=bool(context.sizes))
         advance()
         blocks, graphs = adapter.blocks(), folder / GRAPHS
         if in_plugin:
             export_plugin_graphs(traced, policy, weights, graphs, base, blocks, advance)
         else:
             export_graphs(traced, policy, weights, graphs, base, blocks, names, lambda _done, _all: advance())
+
+
+def _trace(adapter: ModelAdapter, inputs: Mapping[str, Tensor], base: BaseName, any_size: bool) -> ir.Model:
+    """The model's graph, for the size of the inputs or for any."""
+    common = (inputs, OUTPUT_NAME, _TYPES[base], adapter.float32_inputs)
+    if not any_size:
+        return trace(adapter.trace_module(), *common)
+    opened = adapter.any_size()
+    return trace(opened.module, *common, opened.positions, opened.axes)
+
+
+def _positions(context: Context) -> dict[str, Tensor]:
+    """What graphs for several sizes are told at each: "<size>.<graph input>"."""
+    return {
+        f"{written(size)}.{name}": value
+        for size, adapter in context.sizes.items()
+        for name, value in adapter.any_size().positions.items()
+    }
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from adatsq_trt.engines.backends.base import BatchRange
+from adatsq_trt.engines.backends.base import BatchRange, Profile
 from adatsq_trt.engines.backends.rtx import RtxBackend
 from adatsq_trt.errors import AdatsqError, DependencyError, UserError
 from adatsq_trt.formats import TARGETS
@@ -44,7 +44,7 @@ def test_the_batch_range_goes_into_the_plan(tmp_path: Path) -> None:
 def test_every_batch_has_an_optimization_profile(tmp_path: Path) -> None:
     path = write(tmp_path / "graph.onnx", helper.make_node("Mul", ["x", "scale"], ["y"]))
     batch = BatchRange(1, 64, 64, smaller=(2, 16))
-    assert batch.profiles == ((1, 2, 2), (1, 16, 16), (1, 64, 64))
+    assert batch.profiles == (Profile(1, 2, 2), Profile(1, 16, 16), Profile(1, 64, 64))
     assert RtxBackend().build(path, TARGETS["sm120"], batch) != RtxBackend().build(path, TARGETS["sm120"], BATCH)
 
 
