@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import typer
 
 from adatsq_trt.cli.budgets import BudgetRequest
-from adatsq_trt.cli.loading import ModelRequest
 
 
 class StageName(StrEnum):
@@ -415,8 +414,8 @@ def engine(
 
     Example: adatsq-trt build engine digits-flux --target sm120 -o runs/demo
     """
+    from adatsq_trt.cli.loading import ModelRequest
     from adatsq_trt.cli.options import CompilerRequest, FormatRequest, PlaceRequest, Request, run_stages
-
     request = Request(
         model=ModelRequest(model, base, tuple(lora or ()), prompts, height, width, frames, guidance),
         targets=tuple(dict.fromkeys(target or ())),

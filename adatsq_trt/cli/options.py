@@ -215,7 +215,7 @@ def resolve(request: Request, choice: Choice, opened: OpenedModel) -> Settings:
     shapes: tuple[Shape, ...] = resolve_shapes(choice.shapes, model)
     batch = tuple(sorted(set(request.compiler.batch or ())))
     if len({shape[1:] for shape in shapes}) == 1:  # of the model's own size, which --batch is for
-        shapes, batch = (), tuple(shape[0] for shape in shapes)
+        batch, shapes = tuple(shape[0] for shape in shapes), ()
     compiler = asdict(request.compiler) | {"batch": batch, "shapes": shapes}
     layers = model.adapter.quantizable_layers().items()
     require_shapes(choice.formats, [(name, layer.in_features) for name, layer in layers])
