@@ -416,14 +416,14 @@ def engine(
     """
     from adatsq_trt.cli.loading import ModelRequest
     from adatsq_trt.cli.options import CompilerRequest, FormatRequest, PlaceRequest, Request, run_stages
+
     request = Request(
         model=ModelRequest(model, base, tuple(lora or ()), prompts, height, width, frames, guidance),
         targets=tuple(dict.fromkeys(target or ())),
         place=PlaceRequest(output, memory_limit, ray),
-        formats=FormatRequest(formats, None if transform is None else transform.value),
+        formats=FormatRequest(formats, None if transform is None else transform.value, simulate),
         budgets=BudgetRequest(budget_bits, budget_bytes, budget_ms, gpu),
         max_assignments=max_assignments,
-        simulate=simulate,
         compiler=CompilerRequest(layout.value, backend.value, hardware.value, versions, streaming, batch, shapes),
         steps=steps,
         policy=policy,

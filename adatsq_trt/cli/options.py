@@ -41,10 +41,11 @@ PLUGIN_TARGET = "sm90"  # of layout `plugin` without a target: its graph is the 
 
 @dataclass(frozen=True)
 class FormatRequest:
-    """The candidates, and what happens to weights and inputs before they are rounded."""
+    """The candidates, what happens to weights and inputs before they are rounded, and whether none need be fast."""
 
     names: str | None
     transform: str | None = None
+    simulate: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,6 @@ class Request:
     formats: FormatRequest
     budgets: BudgetRequest
     max_assignments: int | None
-    simulate: bool
     compiler: CompilerRequest
     steps: int | None
     policy: Path | None
@@ -128,14 +128,14 @@ def choose(request: Request) -> Choice:
     names = request.targets
     if request.compiler.layout == PLUGIN_LAYOUT:
         names = names or (PLUGIN_TARGET,)
-        if request.simulate:
+        if request.formats.simulate:
             raise UserError("--layout plugin: --simulate builds nothing that has a layout; leave one of them out")
     targets = [target_named(name) for name in names]
-    if not targets and not request.simulate:
+    if not targets and not request.formats.simulate:
         raise UserError(f"no --target: expected one of {', '.join(TARGETS)}; or pass --simulate to build no plans")
     format_set = request.formats.names or (targets[0].default_set if targets else SIMULATED_SET)
     formats = resolve_formats(format_set)
-    if not request.simulate:
+    if not request.formats.simulate:
         require_accelerated(formats, targets, request.compiler.layout, request.compiler.backend)
     _require_backend(request, targets)
     budgets = choose_budgets(request.budgets, format_set)
@@ -165,7 +165,7 @@ def _require_backend(request: Request, targets: Sequence[Target]) -> None:
                 f"{', '.join(given)}: only enterprise TensorRT has this; add --backend tensorrt or leave it out"
             )
         return
-    if request.compiler.layout == PLUGIN_LAYOUT or request.simulate:
+    if request.compiler.layout == PLUGIN_LAYOUT or request.formats.simulate:
         raise UserError("--backend tensorrt: this request compiles no plans; leave it out")
     from adatsq_trt.engines.backends.tensorrt import TensorRTBackend, TensorRTOptions
     from adatsq_trt.engines.manifest import Compatibility
@@ -184,7 +184,7 @@ def _require_exportable(request: Request, until: StageName) -> None:
     """No graph holds a transform yet, so nothing that was made with one may reach the export."""
     if request.formats.transform is None:
         return
-    if not request.simulate:
+    if not request.formats.simulate:
         raise UserError(
             f"--transform {request.formats.transform}: exported graphs cannot hold it; pass --simulate to study it"
         )
@@ -227,7 +227,7 @@ def resolve(request: Request, choice: Choice, opened: OpenedModel) -> Settings:
         format_set=choice.format_set,
         formats=tuple(fmt.name for fmt in choice.formats),
         targets=choice.targets,
-        simulate=request.simulate,
+        simulate=request.formats.simulate,
         **{name: value for name, value in compiler.items() if value != ()},
         steps=request.steps or model.default_steps,
         guidance=model.default_guidance if request.model.guidance is None else request.model.guidance,
@@ -266,7 +266,7 @@ def run_stages(request: Request, until: StageName) -> None:
     memory = plan_memory(choice.memory_limit, settings, opened.outline, opened.pipeline)
     console = Console()
     # A simulated run gets a folder of its own, so that it never replaces a run with engines.
-    names = [settings.model, *choice.targets, *(["simulated"] if request.simulate else [])]
+    names = [settings.model, *choice.targets, *(["simulated"] if request.formats.simulate else [])]
     output = request.place.output or Path("runs") / "-".join(names)
     stages = {
         StageName.CALIBRATE: calibrate.run,

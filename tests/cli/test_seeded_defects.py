@@ -64,7 +64,6 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
             place=PlaceRequest(base / "run"),
             formats=FormatRequest("nvfp4,fp8,int4wo,bf16"),
             budgets=BudgetRequest(bits=16),
-            simulate=False,
             max_assignments=None,
             compiler=CompilerRequest("embedded", "rtx", "none", False, False, None, None),
             steps=3,

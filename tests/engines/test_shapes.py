@@ -91,14 +91,16 @@ def test_full_precision_is_the_model_at_that_size(bundle: Bundle, size: tuple[in
     """One step against PyTorch; sizes with as many tokens differ by their positions only."""
     model = make_adapter().resized(make_adapter().image.resized(size[0] // 2, size[1] // 2))
     model.trace_module().text_ids = torch.zeros(8, 3)
+    with torch.no_grad():
+        for parameter in model.transformer.parameters():
+            parameter.copy_(parameter.bfloat16())  # as the bundle holds them
     inputs = bundle.step_inputs(1, bundle.noise([1, 2], size), bundle.conditioning([0, 3]), 2.0, size)
     with torch.no_grad():
         wanted = model.predict({name: torch.from_numpy(value) for name, value in inputs.items()}).numpy()
-    # The bundle's weights are rounded to bfloat16.
     got = bundle.predict(1, inputs, quantized=False, size=size)
-    assert np.linalg.norm(got - wanted) < 2e-2 * np.linalg.norm(wanted)
+    assert np.linalg.norm(got - wanted) < 1e-5 * np.linalg.norm(wanted)
     if size == WIDE:
-        assert np.linalg.norm(bundle.predict(1, inputs, quantized=False) - wanted) > 5e-2 * np.linalg.norm(wanted)
+        assert np.linalg.norm(bundle.predict(1, inputs, quantized=False) - wanted) > 1e-3 * np.linalg.norm(wanted)
     assert bundle.decode(bundle.noise([1], size), size).shape == (1, *size, 1)
 
 
@@ -112,9 +114,7 @@ def test_other_sizes_are_refused_before_anything_is_loaded(bundle: Bundle) -> No
     ):
         with pytest.raises(MismatchError, match=message):
             refused()
-    with pytest.raises(
-        UserError, match=r"'hidden_states': got float32 \[2, 30, 4\], expected float32 \['rows', 16, 4\]"
-    ):
+    with pytest.raises(UserError, match=r"'hidden_states': got float32 \[2, 30, 4\], expected .* 16, 4\]"):
         bundle.denoise(noise, condition)
     assert not bundle._runners
 
@@ -130,9 +130,7 @@ def test_positions_of_another_shape_are_refused(folder: Path) -> None:
     kept = (folder / POSITIONS_NAME).read_bytes()
     try:
         save_file({**stored, "10x12.rotations": stored["10x12.rotations"][:, :3].copy()}, folder / POSITIONS_NAME)
-        with pytest.raises(
-            DamagedFileError, match=r"'10x12\.rotations': got float32 \[30, 3\], expected finite float32"
-        ):
+        with pytest.raises(DamagedFileError, match=r"'10x12\.rotations': got float32 \[30, 3\]"):
             files.positions(files.graph("cpu", None), LARGE)
     finally:
         (folder / POSITIONS_NAME).write_bytes(kept)
