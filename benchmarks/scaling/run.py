@@ -73,6 +73,7 @@ class Results(_Record):
     Attributes:
         options: of the search.
         processors: of the machine.
+        load: programs that wanted them when it began, by the system's average over the last minute.
         seconds: way → stage → wall-clock time.
         same_files: whether all ways wrote the same bytes.
         units: kind → figures.
@@ -85,6 +86,7 @@ class Results(_Record):
     schema_version: int = 1
     options: tuple[str, ...]
     processors: int
+    load: float
     seconds: dict[str, dict[str, float]]
     same_files: bool
     units: dict[str, Units]
@@ -187,12 +189,17 @@ def tables(results: Results) -> str:
         lines.append(f"{row}| {units.cpu_seconds / total:.1%} |")
     lines.append(f"| in no unit | | | | | {results.other_cpu_seconds / total:.1%} |")
     same = "All ways wrote the same bytes" if results.same_files else "**The ways wrote different bytes**"
-    lines += ["", f"{same}; `{' '.join(results.options)}`, {results.processors} processors, one thread each."]
+    lines += [
+        "",
+        f"{same}. `{' '.join(results.options)}`; {results.processors} processors, where {results.load:g} other programs"
+        " ran when it began; one thread in each process.",
+    ]
     return "\n".join(lines)
 
 
 def measure() -> Results:
     """All runs."""
+    load = round(os.getloadavg()[0], 1)
     seconds = {way: run(way) for way in WAYS}
     first, *others = (files(way) for way in WAYS)
     points = read_json_model(RUNS / "in-process" / "search" / search.RESULT, SearchResult).points
@@ -200,6 +207,7 @@ def measure() -> Results:
     return Results(
         options=OPTIONS,
         processors=os.cpu_count() or 1,
+        load=load,
         seconds=seconds,
         same_files=all(other == first for other in others),
         units=units,

@@ -159,7 +159,7 @@ def test_a_score_is_measured_once(samples: Samples, latents: Tensor, simulation:
 
     class Dead(SimulatedModel):
         def __init__(self) -> None:
-            self.layers = model.layers
+            self.layers, self.adapter = model.layers, model.adapter
 
         def assign(self, formats: object, step: int) -> None:
             raise KilledError
