@@ -125,6 +125,7 @@ def finish_scale(scale: Tensor, grid: Grid, global_scale: Tensor | None) -> Tens
     return round_e4m3(scale / global_scale).clamp(min=2.0**-9) * global_scale
 
 
+@torch.no_grad()
 def search_scale(values: Tensor, grid: Grid, global_scale: Tensor | None, importance: Tensor | None = None) -> Tensor:
     """Scale of each row that minimizes sum(importance * (x - Q(x))²) over clipping ratios 1.0, 0.95 … 0.5.
 
@@ -153,6 +154,7 @@ def search_scale(values: Tensor, grid: Grid, global_scale: Tensor | None, import
     return best_scale
 
 
+@torch.no_grad()
 def encode_weight(values: Tensor, scales: Tensor, grid: Grid, global_scale: Tensor | None) -> QuantizedWeight:
     """Pack grid points and scales in the format's storage types.
 

@@ -1,6 +1,7 @@
 """Settings and fixtures for all tests."""
 
 import os
+import secrets
 
 # Two xdist workers on two cores: four spinning threads in all make a denoising step many times slower than one thread
 # each does. Set before torch is imported.
@@ -9,6 +10,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Kernels in the Triton language run in its interpreter, which it decides when it is imported: diffusers does that.
 os.environ["TRITON_INTERPRET"] = "1"
+
+# Ray reads this when it is first imported, by whichever test: `--ray local` answers only those who know the token.
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 import resource
 import signal

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adatsq_trt.errors import UserError
-from adatsq_trt.zoo import zoo_models
 
 if TYPE_CHECKING:
     from adatsq_trt.cli.loading import ModelRequest
@@ -110,6 +109,8 @@ def _require_size(size: Shape, own: Shape, model: LoadedModel) -> None:
 
 def open_at_first(request: ModelRequest, shapes: Sequence[Shape]) -> ModelRequest:
     """A checkpoint for which no --height, --width or --frames is given is opened in the first of the shapes."""
+    from adatsq_trt.zoo import zoo_models
+
     if not shapes or request.name in zoo_models() or request.height or request.width or request.frames:
         return request
     *frames, height, width = shapes[0][1:]

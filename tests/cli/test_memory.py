@@ -27,9 +27,11 @@ def test_hessians_in_many_passes_are_those_of_one(built: Path) -> None:
         MappedTensors(folder / name / f"{block}.safetensors" for block in blocks)
         for name in (calibrate.HESSIANS, calibrate.PLAIN_HESSIANS)
     ]
+    batch = context.workers.share(context.calibration)
     for group in groups[:2]:
         own = {layer: weights[layer] for block in group for layer in blocks[block]}
-        for layer, moments in layer_moments(context.calibration, latents["latents"], own, lambda: None).items():
+        found = layer_moments(context.workers, batch, latents["latents"], own, lambda: None)
+        for layer, moments in found.items():
             assert torch.equal(moments.weighted, stored[0][layer])
             assert torch.equal(moments.plain, stored[1][layer])
             assert torch.equal(moments.largest, alpha["largest"][:, context.layers.index(layer)])

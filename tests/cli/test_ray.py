@@ -52,7 +52,8 @@ def test_two_workers_write_the_same_files_even_if_one_is_killed(cli, tmp_path: P
     _, told = command.communicate(timeout=300)
     assert command.returncode == 0, told.decode()
     expected = results(here)
-    assert {"search/policy.json", "quantize/w4a4.safetensors", "calibrate/hessians.safetensors"} < set(expected)
+    places = {"/".join(name.split("/")[:2]) for name in expected}
+    assert {"search/policy.json", "quantize/w4a4", "calibrate/hessians"} < places
     assert results(there) == expected
 
 
