@@ -165,7 +165,7 @@ def count_units() -> tuple[dict[str, Units], float]:
     finished, counting, folder = open_run(RUNS / "in-process"), Counting(), RUNS / "counted"
     shutil.rmtree(folder, ignore_errors=True)
     with RunDirectory.open(folder) as directory:
-        context = Context(directory, finished.settings, finished.model, counting)
+        context = Context(directory, finished.settings, finished.model, workers=counting)
         start = time.process_time()
         for stage in (calibrate, quantize, search):
             stage.run(context)

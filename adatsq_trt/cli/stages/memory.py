@@ -27,6 +27,7 @@ _SOLVER = 3 * 8 + 4
 _ROUNDED = 6
 # The export's 16-bit copy of the weights, as a multiple of these, and the compiler's need likewise.
 _EXPORT, _COMPILER = 3, 4
+_LIBRARIES = 400_000_000  # that are imported on the way
 _STEP = 100_000_000  # limits are named in such steps
 
 
@@ -38,6 +39,7 @@ class Model:
         weights: parameters of the transformer.
         shapes: (K, N) of the quantizable layers, by block.
         flow: of one sample.
+        encodings: numbers in the encodings of all prompts.
         encoder_bytes: while text encoders are loaded.
         file_bytes: of the largest weight file, which is mapped while it is read.
     """
@@ -45,6 +47,7 @@ class Model:
     weights: int
     shapes: tuple[tuple[tuple[int, int], ...], ...]
     flow: Flow
+    encodings: int
     encoder_bytes: int
     file_bytes: int
 
@@ -84,7 +87,8 @@ def needed_bytes(settings: Settings, model: Model, before: int) -> dict[str, int
         model: its model.
         before: resident without a model.
     """
-    flow, held, pairs = model.flow, before + 4 * model.weights, [pair for block in model.shapes for pair in block]
+    flow, pairs, before = model.flow, [pair for block in model.shapes for pair in block], before + _LIBRARIES
+    held = before + 4 * model.weights + 2 * model.encodings
     backward = settings.calibration_samples * (_KEPT * flow.outputs_bytes + 2 * flow.layers_bytes)
     # Hessians of a block, and one of its two files as it is being written.
     sums = max(sum(hessian_bytes(width for width, _ in block)) for block in model.shapes)
@@ -102,7 +106,7 @@ def needed_bytes(settings: Settings, model: Model, before: int) -> dict[str, int
         "calibrate": held + max(backward, call + sums),
         "quantize": held + max(_SOLVER * width**2 for width, _ in pairs) + rounded + block_codes,
         "search": held + search,
-        "export": held + max(_EXPORT * 2 * model.weights, call + rounded),
+        "export": held + max(_EXPORT * 2 * model.weights, call + rounded, 8 * model.encodings),
         "bundle": before + _COMPILER * 2 * model.weights,
     }
 
@@ -115,7 +119,9 @@ def _model(settings: Settings, outline: LoadedModel, loading: tuple[int, int]) -
         for names in adapter.layers_by_block().values()
     )
     flow = measure_flow(adapter, adapter.schedule(settings.steps), settings.guidance)
-    return Model(sum(p.numel() for p in adapter.transformer.parameters()), shapes, flow, *loading)
+    tensors, prompts = adapter.encode([0]).conditional.values(), len(adapter.prompts) + 1
+    encodings = prompts * sum(tensor.numel() for tensor in tensors)
+    return Model(sum(p.numel() for p in adapter.transformer.parameters()), shapes, flow, encodings, *loading)
 
 
 def _call_bytes(settings: Settings, flow: Flow) -> int:
