@@ -58,12 +58,13 @@ class PlanFile(_Record):
             rows: of a call.
             of: the profiles of its size; all of them in a bundle of one size.
         """
-        own = of or range(max(len(self.profile_rows), 1))
-        return next((i for i in own if self.profile_rows and rows <= self.profile_rows[i]), own[-1])
+        most = self.profile_rows or (self.max_rows,)
+        own = range(len(most)) if of is None else of
+        return next((i for i in own if rows <= most[i]), own[-1])
 
     def rows_at(self, of: range | None = None) -> int:
         """Most rows of a call, at the size that has these profiles."""
-        return self.max_rows if of is None or not self.profile_rows else max(self.profile_rows[i] for i in of)
+        return self.max_rows if of is None else max(self.profile_rows[i] for i in of)
 
 
 class ScheduleRecord(_Record):
@@ -210,6 +211,10 @@ class Manifest(_Record):
             own = self.shapes[0]
             if (own.latent_shape, own.image, own.schedule) != (self.latent_shape, self.image, self.schedule):
                 raise ValueError("the first of 'shapes' differs from the bundle's own size")
+            profiles = sum(len(shape.batches) for shape in self.shapes)
+            for plan in self.plans:
+                if len(plan.profile_rows) != profiles:
+                    raise ValueError(f"plan '{plan.path}' has {len(plan.profile_rows)} profiles, 'shapes' {profiles}")
         return self
 
     def shape(self, size: Sequence[int] | None = None) -> ShapeRecord:

@@ -109,8 +109,12 @@ def _name_axes(model: ir.Model) -> None:
     """Axes that the exporter calls by a formula, such as 2*rows, get a plain name."""
     for value in (*model.graph.inputs, *model.graph.outputs):
         assert value.shape is not None
-        names = (size if isinstance(size, int) else re.sub(r"\W+", "_", f"{size.value}") for size in value.shape)
-        value.shape = ir.Shape([n if isinstance(n, int) or not n[0].isdigit() else f"_{n}" for n in names])
+        value.shape = ir.Shape([size if isinstance(size, int) else _plain(str(size.value)) for size in value.shape])
+
+
+def _plain(formula: str) -> str:
+    name = re.sub(r"\W+", "_", formula)
+    return name if name.isidentifier() else f"_{name}"
 
 
 def _stays_float32(module: nn.Module, parameter: str) -> bool:

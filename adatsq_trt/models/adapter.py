@@ -53,6 +53,20 @@ class AnySize:
     axes: Mapping[str, Mapping[int, Any]]
 
 
+def open_axes(**lengths: int) -> list[Any]:
+    """An axis of any length for each name, given the length in an example.
+
+    Raises:
+        MismatchError: a length of 1, which the exporter takes for a constant.
+    """
+    for name, length in lengths.items():
+        if length < 2:
+            raise MismatchError(
+                f"a size of one in {name}: with several sizes each has at least two; choose other --shapes"
+            )
+    return [torch.export.Dim(name) for name in lengths]
+
+
 class ModelAdapter(ABC):
     """A diffusion transformer with its layers, inputs, guidance and trace.
 

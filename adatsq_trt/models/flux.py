@@ -10,7 +10,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
-from adatsq_trt.models.adapter import AnySize
+from adatsq_trt.models.adapter import AnySize, open_axes
 from adatsq_trt.models.prompted import PromptedAdapter
 from adatsq_trt.schedule import Schedule, make_schedule
 
@@ -41,7 +41,7 @@ class FluxAdapter(PromptedAdapter):
 
     def any_size(self) -> AnySize:
         """The number of tokens, with their rotations, is left open."""
-        tokens = torch.export.Dim("tokens")
+        (tokens,) = open_axes(tokens=self.latent_shape[0])
         grid, text_tokens = self.image.grid, self.encoder.text_tokens
         return AnySize(
             FluxAnySizeTrace(self.transformer, grid, text_tokens),

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adatsq_trt.errors import UnsupportedFormatError
-from adatsq_trt.models.adapter import AnySize
+from adatsq_trt.models.adapter import AnySize, open_axes
 from adatsq_trt.models.prompted import PromptedAdapter
-from adatsq_trt.models.rotary import rotate_pairs
+from adatsq_trt.models.rotary import require_positions, rotate_pairs
 from adatsq_trt.schedule import TRAIN_TIMESTEPS, Schedule, make_schedule
 
 
@@ -50,9 +50,10 @@ class WanAdapter(PromptedAdapter):
     def any_size(self) -> AnySize:
         """Frames, rows and columns of tokens, with their rotations, are left open."""
         module = WanAnySizeTrace(self.transformer, self.latent_shape)
-        open_axes = [torch.export.Dim(name) for name in ("frames", "rows", "columns")]
-        latent = {axis: side * dim for axis, (side, dim) in enumerate(zip(module.sides, open_axes, strict=True), 2)}
-        axes = {"rotations": dict(enumerate(open_axes, 1)), "hidden_states": latent}
+        frames, rows, columns = module.rotations.shape[1:4]
+        tokens = open_axes(frames=frames, rows=rows, columns=columns)
+        latent = {axis: side * dim for axis, (side, dim) in enumerate(zip(module.sides, tokens, strict=True), 2)}
+        axes = {"rotations": dict(enumerate(tokens, 1)), "hidden_states": latent}
         return AnySize(module, {"rotations": module.rotations}, axes)
 
     def condition(self, tokens: Tensor, pooled: Tensor) -> dict[str, Tensor]:
@@ -116,6 +117,7 @@ class WanTrace(nn.Module):
                 module.set_processor(RealRotaryProcessor())
         self.sides = tuple(transformer.config.patch_size)
         grid = tuple(size // side for size, side in zip(latent_shape[1:], self.sides, strict=True))
+        require_positions(grid, [transformer.config.rope_max_seq_len] * 3)
         # Every angle twice; one is enough.
         tables = torch.stack([x[0, :, :, ::2] for x in transformer.rope(torch.empty(1, *latent_shape, device="meta"))])
         self.register_buffer("rotations", tables.unflatten(1, grid), persistent=False)

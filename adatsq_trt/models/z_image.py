@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adatsq_trt.errors import MismatchError
-from adatsq_trt.models.adapter import AnySize
+from adatsq_trt.models.adapter import AnySize, open_axes
 from adatsq_trt.models.prompted import PromptedAdapter
-from adatsq_trt.models.rotary import rotate_pairs
+from adatsq_trt.models.rotary import require_positions, rotate_pairs
 from adatsq_trt.schedule import Schedule, make_schedule
 
 
@@ -62,13 +62,14 @@ class ZImageAdapter(PromptedAdapter):
             MismatchError: the tokens of this size are no multiple of 32, so that there would be pad tokens, whose
                 number differs between sizes.
         """
-        rows, columns = torch.export.Dim("rows"), torch.export.Dim("columns")
-        tokens = self.latent_shape[1] * self.latent_shape[2] // self.patch_cells**2
+        height, width = (cells // self.patch_cells for cells in self.latent_shape[1:])
+        tokens = height * width
         if tokens % SEQ_MULTI_OF:
             raise MismatchError(
                 f"an image of {tokens} tokens: with several sizes Z-Image takes multiples of {SEQ_MULTI_OF} tokens, "
                 f"each {self.patch_cells} x {self.patch_cells} cells of the latent; choose other --shapes"
             )
+        rows, columns = open_axes(rows=height, columns=width)
         module, side = ZImageAnySizeTrace(self.transformer, self.latent_shape, self._caption_length), self.patch_cells
         axes = {"rotations": {1: rows, 2: columns}, "hidden_states": {2: side * rows, 3: side * columns}}
         return AnySize(module, {"rotations": module.image_rotations}, axes)
@@ -135,6 +136,7 @@ class ZImageTrace(nn.Module):
         (self.patch,) = transformer.config.all_patch_size
         self.transformer, self.channels = transformer, latent_shape[0]
         grid = (latent_shape[1] // self.patch, latent_shape[2] // self.patch)
+        require_positions((length + 2, *grid), transformer.config.axes_lens)
         self.padding = -(grid[0] * grid[1]) % SEQ_MULTI_OF
         for module in transformer.modules():
             if isinstance(module, Attention):

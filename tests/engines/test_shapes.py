@@ -58,6 +58,10 @@ def test_a_manifest_whose_first_shape_is_another_is_refused(bundle: Bundle) -> N
     values["shapes"] = values["shapes"][::-1]
     with pytest.raises(ValueError, match="the first of 'shapes' differs from the bundle's own size"):
         Manifest.model_validate(values)
+    values["shapes"] = values["shapes"][::-1]
+    plan = PlanFile(target="sm120", assignment=0, path="a.plan", bytes=1, max_rows=8, profile_rows=(8,))
+    with pytest.raises(ValueError, match=r"plan 'a.plan' has 1 profiles, 'shapes' 6"):
+        Manifest.model_validate({**values, "plans": [plan.model_dump()]})
     values["shapes"] = ({**bundle.manifest.shapes[0].model_dump(), "latent_shape": (30, 4)},)
     with pytest.raises(ValueError, match="a latent has 120 elements, its image 64"):
         Manifest.model_validate(values)

@@ -154,3 +154,14 @@ def test_sizes_that_z_image_would_have_to_pad_are_refused() -> None:
     adapter = make_tiny_z_image()
     with pytest.raises(MismatchError, match=r"16 tokens.*multiples of 32 tokens.*choose other --shapes"):
         adapter.any_size()
+
+
+def test_sizes_beyond_a_models_tables_and_of_one_row_are_refused() -> None:
+    wan = make_tiny_wan()
+    with pytest.raises(MismatchError, match=r"3 x 33 x 2 positions: the model's tables have 32 x 32 x 32"):
+        wan.resized(wan.image.resized(66, 4, 3))
+    with pytest.raises(MismatchError, match="a size of one in frames"):
+        wan.resized(wan.image.resized(4, 4, 1)).any_size()
+    z_image = make_tiny_z_image()
+    with pytest.raises(MismatchError, match=r"34 x 4 x 20 positions: the model's tables have 64 x 16 x 16"):
+        z_image.resized(z_image.image.resized(8, 40))
