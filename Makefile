@@ -59,7 +59,7 @@ docs-figures: demo
 # Four builds and their comparison; results.json and the table in README.md. Reuses runs/bench-*.
 .PHONY: bench-digits
 bench-digits: $(INSTALLED)
-	$(BIN)/python benchmarks/digits_flux/run.py --readme README.md
+	$(BIN)/python -m benchmarks.digits_flux.run --readme README.md
 
 # Sizes of all layouts and the memory of ONNX Runtime on two Flux models with random weights; quarter of an hour.
 .PHONY: bench-engines

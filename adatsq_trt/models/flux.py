@@ -80,7 +80,6 @@ class FluxTrace(nn.Module):
     """FluxTransformer2DModel with positional tensors only; image and text ids are buffers of the module."""
 
     image_ids: Tensor
-
     text_ids: Tensor
 
     def __init__(self, transformer: FluxTransformer2DModel, grid: tuple[int, int], text_tokens: int) -> None:

@@ -23,13 +23,13 @@ from adatsq_trt.cli.options import open_run
 from adatsq_trt.cli.stages import budget, search
 from adatsq_trt.cli.stages.context import Context
 from adatsq_trt.errors import MismatchError
-from adatsq_trt.files import read_json_model, write_bytes, write_json_model
+from adatsq_trt.files import read_json_model, write_json_model
 from adatsq_trt.policy import Policy, resident_weight_bytes
 from adatsq_trt.search.select import SearchResult
+from benchmarks.document import replace_marked
 
 RUN, RESULTS = Path("runs/bench-budgets"), Path(__file__).with_name("results.json")
 SCRIPT = Path(sys.executable).with_name("adatsq-trt")
-BEGIN, END = "<!-- budgets:begin -->", "<!-- budgets:end -->"
 GPU = "rtx-5090"
 EFFORT = ("--steps", "10", "--calibration-samples", "8", "--selection-samples", "8", "--held-out-samples", "32")
 COMMAND = ("search", "digits-flux", "--target", "sm120", *EFFORT, "--beam", "2", "--candidates", "2")
@@ -151,15 +151,6 @@ def table(results: Results) -> str:
     return "\n".join(lines) + f"\n\nSteps and layers with the same format under two single budgets: {alike}.\n"
 
 
-def insert(document: Path, text: str) -> None:
-    """Replace what stands between the markers of a file."""
-    before, begin, rest = document.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise MismatchError(f"'{document}': got no markers, expected '{BEGIN}' and a later '{END}'; add these lines")
-    write_bytes(document, f"{before}{BEGIN}\n{text}{END}{after}".encode())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Search with budgets in bits, bytes and milliseconds.")
     parser.add_argument("--document", type=Path, help="file whose table is replaced")
@@ -180,7 +171,7 @@ def main() -> None:
     write_json_model(RESULTS, results)
     print(table(results))
     if arguments.document is not None:
-        insert(arguments.document, table(results))
+        replace_marked(arguments.document, "budgets", table(results))
 
 
 if __name__ == "__main__":

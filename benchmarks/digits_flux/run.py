@@ -1,6 +1,6 @@
 """What the method is worth on `digits-flux`: four builds, and what the solver's Hessians add to each.
 
-    python benchmarks/digits_flux/run.py [--readme README.md]
+    python -m benchmarks.digits_flux.run [--readme README.md]
 
 Builds in runs/bench-* through the console script, reusing what is finished there. Writes results.json beside this file
 and prints a Markdown table; `--readme` puts it between the markers of that file. Only seconds depend on the machine.
@@ -18,13 +18,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from adatsq_trt.errors import MismatchError
-from adatsq_trt.files import read_json_model, write_bytes, write_json_model
+from adatsq_trt.files import read_json_model, write_json_model
 from adatsq_trt.report.summary import StaticErrors, Summary
+from benchmarks.document import replace_marked
 
 SCRIPT = Path(sys.executable).with_name("adatsq-trt")
 RESULTS = Path(__file__).with_name("results.json")
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 WEIGHTED, UNWEIGHTED = "GPTQ, Fisher-weighted Hessian", "GPTQ, unweighted Hessian"
 
 
@@ -142,15 +141,6 @@ def table(results: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
-def insert(readme: Path, text: str) -> None:
-    """Replace what stands between the markers of a file."""
-    before, begin, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise MismatchError(f"'{readme}': got no markers, expected a line '{BEGIN}' and a later line '{END}'; add them")
-    write_bytes(readme, f"{before}{BEGIN}\n{text}{END}{after}".encode())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the builds of digits-flux.")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the run directories are")
@@ -160,7 +150,7 @@ def main() -> None:
     write_json_model(RESULTS, results)
     print(table(results))
     if arguments.readme is not None:
-        insert(arguments.readme, table(results))
+        replace_marked(arguments.readme, "results", table(results))
 
 
 if __name__ == "__main__":

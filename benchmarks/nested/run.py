@@ -44,11 +44,11 @@ from adatsq_trt.models.format_store import FormatStore
 from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.quantize import QuantizedWeight
 from adatsq_trt.report.theme import ACCENT, CONTRAST, MUTED, STYLE, Chart, render
+from benchmarks.document import replace_marked
 
 ROOT = Path(__file__).parents[2]
 RUN, RESULTS, FIGURES = ROOT / "runs" / "bench-nested", Path(__file__).with_name("results.json"), ROOT / "docs/figures"
 SCRIPT = Path(sys.executable).with_name("adatsq-trt")
-BEGIN, END = "<!-- nested:begin -->", "<!-- nested:end -->"
 SAMPLES = 128
 DECAYS, ROWS, INPUTS = (0.0, 0.5, 1.0), 256, 1024
 COPIES, MIX = "two copies", "per layer"
@@ -138,9 +138,7 @@ def main() -> None:
     table = _table(results)
     sys.stdout.write(table)
     if options.document is not None:
-        text = options.document.read_text(encoding="utf-8")
-        head, rest = text.split(BEGIN)
-        write_bytes(options.document, f"{head}{BEGIN}\n{table}{END}{rest.split(END)[1]}".encode())
+        replace_marked(options.document, "nested", table)
 
 
 def measure(context: Context) -> Results:

@@ -23,19 +23,18 @@ from pydantic import BaseModel, ConfigDict
 
 from adatsq_trt.cli.stages.evaluate import Cell, Effort, Evaluation
 from adatsq_trt.cli.stages.quality import Difference, difference, intervals
-from adatsq_trt.errors import MismatchError
 from adatsq_trt.evaluation.methods import ABLATIONS, BITS, FULL_BITS, FULL_PRECISION, METHODS, Method
 from adatsq_trt.evaluation.scores import Interval
 from adatsq_trt.files import write_bytes, write_json_model
 from adatsq_trt.zoo import zoo_models
 from adatsq_trt.zoo.loading import load_model
+from benchmarks.document import replace_marked
 from benchmarks.quality.figures import draw
 from benchmarks.quality.tables import overview, tables
 
 ROOT = Path(__file__).parents[2]
 RUNS, QUICK_RUNS = ROOT / "runs" / "bench-quality", ROOT / "runs" / "bench-quality-quick"
 FIGURES = ROOT / "docs" / "figures"
-BEGIN, END = "<!-- quality:begin -->", "<!-- quality:end -->"
 OURS = ("adatsq", "adatsq-fine", "adatsq-best")
 ABLATED = "scenes-flux-schnell"
 FEW_STEPS, QUICK_STEPS = 10, 4
@@ -185,15 +184,6 @@ def _bounds(interval: Interval | None) -> tuple[float, float] | None:
     return None if interval is None else (interval.low, interval.high)
 
 
-def insert(document: Path, text: str) -> None:
-    """Replace what stands between the markers of a file."""
-    before, begin, rest = document.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise MismatchError(f"'{document}': expected a line '{BEGIN}' and a later line '{END}'; add them")
-    write_bytes(document, f"{before}{BEGIN}\n{text}{END}{after}".encode())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare quantization methods on the models of the zoo.")
     parser.add_argument("--quick", action="store_true", help="few samples, models of few steps, no ablation")
@@ -219,7 +209,7 @@ def main() -> None:
         ablation.fill([*METHODS.values(), *ABLATIONS.values()], options.from_cells)
     write(models, ablation, runs if options.quick else Path(__file__).parent, options.document)
     if options.readme is not None:
-        insert(options.readme, overview([cell for model in models for cell in model.cells]))
+        replace_marked(options.readme, "quality", overview([cell for model in models for cell in model.cells]))
 
 
 def write(models: Sequence[Measured], ablation: Measured | None, folder: Path, document: Path | None) -> None:
@@ -240,7 +230,7 @@ def write(models: Sequence[Measured], ablation: Measured | None, folder: Path, d
     shown = tables(cells, comparisons)
     print(shown)
     if document is not None:
-        insert(document, shown)
+        replace_marked(document, "quality", shown)
         for model in filter(lambda model: model.cells, models):
             draw(model.evaluation, model.cells, FIGURES)
 

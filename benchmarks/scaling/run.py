@@ -27,10 +27,11 @@ from pydantic import BaseModel, ConfigDict
 from adatsq_trt.cli.options import open_run
 from adatsq_trt.cli.stages import calibrate, quantize, search
 from adatsq_trt.cli.stages.context import Context
-from adatsq_trt.files import read_json_model, write_bytes, write_json_model
+from adatsq_trt.files import read_json_model, write_json_model
 from adatsq_trt.run import RunDirectory, StageRecord
 from adatsq_trt.search.select import SearchResult
 from adatsq_trt.workers import InProcess, Shared
+from benchmarks.document import replace_marked
 from benchmarks.scaling.extrapolation import table
 
 ROOT = Path(__file__).parents[2]
@@ -218,14 +219,6 @@ def measure() -> Results:
     )
 
 
-def put(document: Path, name: str, text: str) -> None:
-    """Replace what stands between the markers of a name."""
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    before, rest = document.read_text(encoding="utf-8").split(begin)
-    _, after = rest.split(end)
-    write_bytes(document, f"{before}{begin}\n{text}\n{end}{after}".encode())
-
-
 def main() -> None:
     """Measure, write the JSON, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -238,8 +231,8 @@ def main() -> None:
     measured, expected = tables(results), table(results.screened, results.finalists, results.reported)
     print(measured, expected, sep="\n\n")
     if arguments.document is not None:
-        put(arguments.document, "scaling", measured)
-        put(arguments.document, "extrapolation", expected)
+        replace_marked(arguments.document, "scaling", measured)
+        replace_marked(arguments.document, "extrapolation", expected)
 
 
 if __name__ == "__main__":

@@ -23,15 +23,15 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipe
 from pydantic import BaseModel, ConfigDict
 from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
-from adatsq_trt.files import read_json_model, sha256, write_bytes, write_json_model
+from adatsq_trt.files import read_json_model, sha256, write_json_model
 from adatsq_trt.models.wan import WanAdapter
 from adatsq_trt.policy import Policy
 from adatsq_trt.run import RunDirectory
+from benchmarks.document import replace_marked
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
 SCRIPT = Path(sys.executable).with_name("adatsq-trt")
-BEGIN, END = "<!-- size:begin -->", "<!-- size:end -->"
 TEXT_WIDTH, STEPS, BLOCKS = 4096, 2, 30
 CONFIG = {
     "num_attention_heads": 12,
@@ -114,8 +114,7 @@ def main() -> None:
     table = table_of(results)
     sys.stdout.write(table)
     if options.document is not None:
-        head, rest = options.document.read_text(encoding="utf-8").split(BEGIN)
-        write_bytes(options.document, f"{head}{BEGIN}\n{table}{END}{rest.split(END)[1]}".encode())
+        replace_marked(options.document, "size", table)
     if not options.keep:
         shutil.rmtree(options.work)
 
