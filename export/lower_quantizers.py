@@ -20,7 +20,6 @@ Rules:
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir import DataType
 
@@ -208,7 +207,9 @@ def _transpose_first(node: ir.Node) -> None:
     assert codes is not None
     emit = Emitter(node, f"{node.name}.")
     assert codes.shape is not None and isinstance(codes.shape[0], int)
-    zeros = emit.constant("ZeroPoints", ir.tensor(np.zeros(codes.shape[0], np.int8)))
+    # As many as the layer is wide, so they are no constant of the graph but made of two small ones.
+    outputs = emit.integers("Outputs", [codes.shape[0]])
+    zeros = emit.op("ZeroPoints", "Expand", [emit.number("ZeroPoint", 0, INT8), outputs], INT8)
     node.replace_input_with(0, emit.op("Transpose", "Transpose", [codes], INT8, perm=[1, 0]))
     node.resize_inputs(3)
     node.replace_input_with(2, zeros)

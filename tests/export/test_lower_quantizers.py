@@ -8,6 +8,7 @@ import torch
 from onnx_ir import DataType
 
 from adatsq_trt.export.lower_quantizers import LowerQuantizers
+from adatsq_trt.export.weight_store import INLINE_LIMIT_BYTES
 from adatsq_trt.formats import FORMATS
 from adatsq_trt.quantize import (
     decode_e2m1,
@@ -128,20 +129,26 @@ def test_rule_5_weights_per_channel_and_in_groups(lowered, dtype, attributes):
     np.testing.assert_array_equal(lowered(model, {"x": np.zeros((8, 32), np.float32)}), wanted)
 
 
-@pytest.mark.parametrize(("name", "operators"), [("w8a8s", ["Transpose", "DequantizeLinear"]), ("w8a8", None)])
+@pytest.mark.parametrize(
+    ("name", "operators"), [("w8a8s", ["Expand", "Transpose", "DequantizeLinear"]), ("w8a8", None)]
+)
 def test_rule_6_int8_weights_are_transposed_before_they_are_dequantized(name, operators):
+    outputs = 2 * INLINE_LIMIT_BYTES
     model = build(
-        """g (float[n,32] x) => (float[n,8] y) {
+        f"""g (float[n,32] x) => (float[n,{outputs}] y) {{
             w = DequantizeLinear <axis = 0> (codes, scales)
             t = Transpose <perm = [1, 0]> (w)
             y = MatMul(x, t)
-        }""",
-        {"codes": ir.tensor(np.ones((8, 32), np.int8)), "scales": ir.tensor(np.ones(8, np.float32))},
+        }}""",
+        {"codes": ir.tensor(np.ones((outputs, 32), np.int8)), "scales": ir.tensor(np.ones(outputs, np.float32))},
         {"w": DataType.FLOAT, "t": DataType.FLOAT},
     )
     matmul = next(node for node in model.graph if node.op_type == "MatMul")
     matmul.metadata_props.update({"adatsq.format": name, "adatsq.module": "up"})
+    before = set(model.graph.initializers)
     LowerQuantizers()(model)
+    added = (value for name, value in model.graph.initializers.items() if name not in before)
+    assert all(value.const_value.nbytes < INLINE_LIMIT_BYTES for value in added)
     got = [node.op_type for node in model.graph if node.op_type != "MatMul"]
     assert got == (operators or ["Cast", "Unsqueeze", "Mul", "Transpose"])
     dequantize = [node for node in model.graph if node.op_type == "DequantizeLinear"]
