@@ -287,7 +287,9 @@ def run_stages(request: Request, until: StageName) -> None:
             # Compilers need the memory of the weights.
             context = Context(run, settings, opened.outline, memory, workers)
             release_memory()
-        result = stages[until](context).folder
+            result = bundle.build(context).folder
+        else:
+            result = stages[until](context).folder
         if until is StageName.BUNDLE:
             console.print(summary_table(summary.write(context)))
             report = size_report(BundleFiles.open(result, verify=False))

@@ -37,7 +37,8 @@ def write_policy(path: Path, name: str, formats: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("kind", BUNDLES)
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_passes(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, kind: str) -> None:
-    monkeypatch.setattr(bundle_stage, "_plans", lambda *_: ())  # the check runs none
+    if kind != "plugin":  # which compiles nothing, but writes the commands that do
+        monkeypatch.setattr(bundle_stage, "_plans", lambda *_: ())  # the check runs none
     options, formats = BUNDLES[kind]
     policy, run = tmp_path / "policy.json", tmp_path / "run"
     write_policy(policy, model, formats)

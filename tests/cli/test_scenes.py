@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from adatsq_trt import zoo
+from adatsq_trt.engines.bundle import ImageSpec
 from adatsq_trt.zoo.loading import load_model
 from adatsq_trt.zoo.scenes import train_wan, train_z_image
 from adatsq_trt.zoo.scenes.clips import clip_prompts
@@ -20,7 +21,7 @@ def test_sentences_and_a_guidance_embedding_go_all_the_way(cli, tmp_path: Path) 
     assert built.code == 0, built.err
     manifest = json.loads((run / "bundle" / "manifest.json").read_text())
     assert "a 7" in manifest["prompt_texts"]
-    assert manifest["image"] == {"patches": 4, "channels": 3, "patch_size": 4}
+    assert ImageSpec.model_validate(manifest["image"]) == ImageSpec(patches=4, channels=3, patch_size=4)
     assert cli("check", run).code == 0
     assert cli("generate", run, "--samples", "2", "--prompt", "a 7", "--prompt", "5").code == 0
     assert "prompt 'a dog': not one of" in cli("generate", run, "--prompt", "a dog").refusal

@@ -76,8 +76,13 @@ def _installed(name: str) -> bool:
 
 
 def run(context: Context) -> Stage:
-    """Build, unless that is done."""
+    """Export and build, unless that is done."""
     export.run(context)
+    return build(context)
+
+
+def build(context: Context) -> Stage:
+    """Build from what was exported, unless that is done; needs the model's outline only."""
     this = stage(context)
     if this.done:
         return this
