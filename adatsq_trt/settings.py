@@ -106,7 +106,7 @@ class Settings(BaseModel):
     calibration_samples: int = 64
     projections: int = 8
     selection_samples: int = 256
-    held_out_samples: int = 1024
+    held_out_samples: int = 512
     temperature: float = 3.0
     damping: float = 0.01
     transform: str | None = None

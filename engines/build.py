@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import get_context
 from pathlib import Path
 from threading import Lock
 from typing import Literal, TypeAlias
@@ -20,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from adatsq_trt.engines.backends.base import BatchRange, Compiler
 from adatsq_trt.engines.backends.rtx import RtxBackend
 from adatsq_trt.engines.bundle import GRAPH_FOLDER, PLAN_FOLDER, Layout, PlanFile, plan_path
+from adatsq_trt.engines.processes import processes
 from adatsq_trt.engines.store import STORE_NAME, Weight, name_weights, pack_plan, without_weights, write_store
 from adatsq_trt.errors import AdatsqError
 from adatsq_trt.files import read_json_model, sha256, write_bytes, write_json_model
@@ -130,12 +129,8 @@ def _compile(compiler: Compiler, jobs: int) -> Iterator[_Compile]:
     if jobs == 1:
         yield compiler.build
         return
-    with ProcessPoolExecutor(jobs, get_context("spawn"), _leave_interrupts_to_the_parent) as processes:
-        yield lambda path, target, batch: processes.submit(compiler.build, path, target, batch).result()
-
-
-def _leave_interrupts_to_the_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with processes(jobs) as pool:
+        yield lambda path, target, batch: pool.submit(compiler.build, path, target, batch).result()
 
 
 def _remove_others(folder: Path, wanted: Sequence[str]) -> None:

@@ -131,12 +131,21 @@ class ZImageTrace(nn.Module):
             transformer: with one patch size; its attention gets a processor that also takes real rotations.
             latent_shape: (channels, rows, columns).
             length: of a caption in tokens, a multiple of 32.
+
+        Raises:
+            MismatchError: the caption or the image is longer than the transformer's tables of positions.
         """
         super().__init__()
         (self.patch,) = transformer.config.all_patch_size
         self.transformer, self.channels = transformer, latent_shape[0]
         grid = (latent_shape[1] // self.patch, latent_shape[2] // self.patch)
-        require_positions((length + 2, *grid), transformer.config.axes_lens)
+        longest, *most = transformer.config.axes_lens
+        if length + 2 > longest:
+            raise MismatchError(
+                f"captions of {length} tokens: the model's table of positions has room for {longest - 2}; shorten the "
+                "longest of the prompts (--prompts FILE)"
+            )
+        require_positions(grid, most)
         self.padding = -(grid[0] * grid[1]) % SEQ_MULTI_OF
         for module in transformer.modules():
             if isinstance(module, Attention):

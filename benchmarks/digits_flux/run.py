@@ -24,6 +24,7 @@ from benchmarks.document import replace_marked
 
 SCRIPT = Path(sys.executable).with_name("adatsq-trt")
 RESULTS = Path(__file__).with_name("results.json")
+HELD_OUT_SAMPLES = 1024  # twice the default
 WEIGHTED, UNWEIGHTED = "GPTQ, Fisher-weighted Hessian", "GPTQ, unweighted Hessian"
 
 
@@ -99,7 +100,8 @@ class Results(BaseModel):
 def measure(case: Case, runs: Path) -> Result:
     """Build a case, or reuse what is there, and read its figures."""
     run = runs / f"bench-{case.name}"
-    arguments = ["build", "engine", "digits-flux", *case.options, "--output", str(run)]
+    samples = ("--held-out-samples", str(HELD_OUT_SAMPLES))
+    arguments = ["build", "engine", "digits-flux", *case.options, *samples, "--output", str(run)]
     subprocess.run([SCRIPT, *arguments], check=True)
     summary = read_json_model(run / "summary.json", Summary)
     solvers = _solver_errors(run) if case.solvers else {}

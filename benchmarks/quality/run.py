@@ -5,7 +5,8 @@
 Cells are kept in runs/bench-quality (quick: runs/bench-quality-quick) and reused; an interrupted run goes on. Writes
 results.json (a list of cells) and comparisons.json (intervals, differences, ablation) beside this file, figures in
 docs/figures, and tables between the markers of the document. `--from-cells` measures nothing and writes what is there.
-A quick run measures the models of few steps with few samples and writes into its own folder only.
+`--models` measures some and keeps what the two files say of the others. A quick run measures the models of few steps
+with few samples and writes into its own folder only.
 """
 
 from __future__ import annotations
@@ -13,27 +14,29 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from adatsq_trt.cli.stages.evaluate import Cell, Effort, Evaluation
 from adatsq_trt.cli.stages.quality import Difference, difference, intervals
 from adatsq_trt.evaluation.methods import ABLATIONS, BITS, FULL_BITS, FULL_PRECISION, METHODS, Method
 from adatsq_trt.evaluation.scores import Interval
-from adatsq_trt.files import write_bytes, write_json_model
+from adatsq_trt.files import read_json_model, write_bytes, write_json_model
 from adatsq_trt.zoo import zoo_models
 from adatsq_trt.zoo.loading import load_model
 from benchmarks.document import replace_marked
 from benchmarks.quality.figures import draw
 from benchmarks.quality.tables import overview, tables
 
+Row = TypeVar("Row")
 ROOT = Path(__file__).parents[2]
 RUNS, QUICK_RUNS = ROOT / "runs" / "bench-quality", ROOT / "runs" / "bench-quality-quick"
+RESULTS, COMPARISONS = "results.json", "comparisons.json"
 FIGURES = ROOT / "docs" / "figures"
 OURS = ("adatsq", "adatsq-fine", "adatsq-best")
 ABLATED = "scenes-flux-schnell"
@@ -132,6 +135,52 @@ def open_evaluation(model: str, folder: Path, sizes: Sizes) -> Evaluation:
     return Evaluation(folder, effort, loaded)
 
 
+@dataclass(frozen=True)
+class Results:
+    """Both files.
+
+    Attributes:
+        cells: of results.json.
+        comparisons: of comparisons.json.
+    """
+
+    cells: tuple[Cell, ...]
+    comparisons: Comparisons
+
+    @classmethod
+    def read(cls, folder: Path) -> Results:
+        """Those of an earlier run."""
+        cells = TypeAdapter(tuple[Cell, ...]).validate_json((folder / RESULTS).read_bytes())
+        return cls(cells, read_json_model(folder / COMPARISONS, Comparisons))
+
+    def write(self, folder: Path) -> None:
+        """Replace both."""
+        text = json.dumps([cell.model_dump(mode="json") for cell in self.cells], indent=2)
+        write_bytes(folder / RESULTS, f"{text}\n".encode())
+        write_json_model(folder / COMPARISONS, self.comparisons)
+
+    def beside(self, earlier: Results, names: Sequence[str]) -> Results:
+        """These, and what an earlier run says of other models, in the order of the names."""
+        own = {effort.model for effort in self.comparisons.efforts} | {row.split()[0] for row in self.comparisons.missing}
+
+        def joined(new: Sequence[Row], old: Sequence[Row], model: Callable[[Row], str]) -> tuple[Row, ...]:
+            rows = [*new, *(row for row in old if model(row) not in own)]
+            return tuple(sorted(rows, key=lambda row: names.index(model(row))))
+
+        new, old = self.comparisons, earlier.comparisons
+        ablated = old if new.ablation_effort is None else new
+        comparisons = Comparisons(
+            efforts=joined(new.efforts, old.efforts, lambda row: row.model),
+            intervals=joined(new.intervals, old.intervals, lambda row: row.model),
+            differences=joined(new.differences, old.differences, lambda row: row.model),
+            ablation_effort=ablated.ablation_effort,
+            ablation=ablated.ablation,
+            ablation_intervals=ablated.ablation_intervals,
+            missing=joined(new.missing, old.missing, lambda row: row.split()[0]),
+        )
+        return Results(joined(self.cells, earlier.cells, lambda row: row.model), comparisons)
+
+
 @dataclass
 class Measured:
     """An evaluation and those of its cells that there are.
@@ -207,14 +256,23 @@ def main() -> None:
     if not options.quick and ABLATED in names:
         ablation = Measured(open_evaluation(ABLATED, runs / f"{ABLATED}-ablation", ABLATION))
         ablation.fill([*METHODS.values(), *ABLATIONS.values()], options.from_cells)
-    write(models, ablation, runs if options.quick else Path(__file__).parent, options.document)
+    folder = runs if options.quick else Path(__file__).parent
+    results = Results(tuple(cell for model in models for cell in model.cells), compared(models, ablation))
+    if options.models and (folder / RESULTS).is_file():
+        results = results.beside(Results.read(folder), list(zoo_models()))
+    results.write(folder)
+    print(shown := tables(results.cells, results.comparisons))
+    if options.document is not None:
+        replace_marked(options.document, "quality", shown)
+        for model in filter(lambda model: model.cells, models):
+            draw(model.evaluation, model.cells, FIGURES)
     if options.readme is not None:
-        replace_marked(options.readme, "quality", overview([cell for model in models for cell in model.cells]))
+        replace_marked(options.readme, "quality", overview(results.cells))
 
 
-def write(models: Sequence[Measured], ablation: Measured | None, folder: Path, document: Path | None) -> None:
-    """All that is made from cells."""
-    comparisons = Comparisons(
+def compared(models: Sequence[Measured], ablation: Measured | None) -> Comparisons:
+    """What cells say beside each other."""
+    return Comparisons(
         efforts=tuple(model.evaluation.effort for model in models if model.cells),
         intervals=tuple(interval for model in models for interval in model.bounds),
         differences=tuple(row for model in models for row in model.differences),
@@ -223,16 +281,6 @@ def write(models: Sequence[Measured], ablation: Measured | None, folder: Path, d
         ablation_intervals=() if ablation is None else tuple(ablation.bounds),
         missing=tuple(name for model in (*models, *([ablation] if ablation else [])) for name in model.missing),
     )
-    cells = [cell for model in models for cell in model.cells]
-    text = json.dumps([cell.model_dump(mode="json") for cell in cells], indent=2)
-    write_bytes(folder / "results.json", f"{text}\n".encode())
-    write_json_model(folder / "comparisons.json", comparisons)
-    shown = tables(cells, comparisons)
-    print(shown)
-    if document is not None:
-        replace_marked(document, "quality", shown)
-        for model in filter(lambda model: model.cells, models):
-            draw(model.evaluation, model.cells, FIGURES)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import torch
 from diffusers import ZImageTransformer2DModel
 from torch import Tensor
 
+from adatsq_trt.errors import MismatchError
 from adatsq_trt.models.z_image import ZImageAdapter, ZImageTrace
 from tests.tiny_z_image import make_tiny_z_image
 
@@ -110,3 +111,8 @@ def test_planes_decode_to_the_pixels_that_they_were_made_of(adapter: ZImageAdapt
     planes = torch.nn.functional.pixel_unshuffle(images * 2 - 1, 2)
     assert planes.shape[1:] == adapter.latent_shape
     torch.testing.assert_close(adapter.decode(planes), images.permute(0, 2, 3, 1))
+
+
+def test_captions_beyond_the_table_of_positions_are_refused(adapter: ZImageAdapter) -> None:
+    with pytest.raises(MismatchError, match=r"captions of 64 tokens.*room for 62; shorten the longest of the prompts"):
+        ZImageTrace(adapter.transformer, (4, 16, 8), 64)
