@@ -161,7 +161,9 @@ class Results:
 
     def beside(self, earlier: Results, names: Sequence[str]) -> Results:
         """These, and what an earlier run says of other models, in the order of the names."""
-        own = {effort.model for effort in self.comparisons.efforts} | {row.split()[0] for row in self.comparisons.missing}
+        own = {effort.model for effort in self.comparisons.efforts} | {
+            row.split()[0] for row in self.comparisons.missing
+        }
 
         def joined(new: Sequence[Row], old: Sequence[Row], model: Callable[[Row], str]) -> tuple[Row, ...]:
             rows = [*new, *(row for row in old if model(row) not in own)]

@@ -42,7 +42,7 @@ GOALS = "at most 1 ms per step for one client, at most 5 % on the model of middl
 
 
 class Results(BaseModel):
-    """What results.json holds. Times are medians over `rounds`, one sample per request, guidance on.
+    """What results.json holds. Times are medians over `rounds`, one sample per request, guidance on; a third of them with the model of middle size.
 
     Differences and ratios are medians too, of what was measured in the same round.
 
@@ -209,7 +209,7 @@ def measure(path: Path, installation: Installation, requests: int, rounds: int, 
         times = single_client(bundle, server.ports, rounds)
         gain, mean_batch = batching(server.ports, each=max(rounds // 3, 1))
         load = LoadRun({NAME: bundle}, requests, LOAD_CLIENTS).run(server, restart)
-    middle = mid_size(work, installation, max(rounds // 6, 1))
+    middle = mid_size(work, installation, max(rounds // 3, 1))
     steps = bundle.policy.steps
     return Results(
         model=bundle.manifest.model,
