@@ -42,7 +42,9 @@ GOALS = "at most 1 ms per step for one client, at most 5 % on the model of middl
 
 
 class Results(BaseModel):
-    """What results.json holds. Times are medians over `rounds`, one sample per request, guidance on; a third of them with the model of middle size.
+    """What results.json holds. Times are medians over `rounds`, one sample per request, guidance on.
+
+    The model of middle size has a third of the rounds.
 
     Differences and ratios are medians too, of what was measured in the same round.
 
