@@ -339,7 +339,7 @@ HeldOut = Annotated[
         min=1,
         max=_MOST_SAMPLES,
         help="Fresh pictures that the reported errors are measured on.",
-        show_default="1024",
+        show_default="512",
         rich_help_panel=_EFFORT,
     ),
 ]

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -163,6 +162,8 @@ def _library(library: _Library) -> Capability:
 
 
 def _versions(distributions: tuple[str, ...]) -> Iterator[str]:
+    from importlib import metadata  # takes longer than all of this module
+
     for name in distributions:
         try:
             yield metadata.version(name)

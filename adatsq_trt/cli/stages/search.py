@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from adatsq_trt.calibration.fisher import projections
@@ -40,11 +41,15 @@ from adatsq_trt.search.sensitivity import Sensitivity
 from adatsq_trt.search.simulation import Simulation
 from adatsq_trt.search.static import layer_only, priced_layer_only, priced_time_only, time_only, uniform
 from adatsq_trt.settings import Settings
+from adatsq_trt.workers import InProcess, Workers
+from adatsq_trt.workers.threads import threads
 from adatsq_trt.zoo.loading import LoadedModel
 
 NAME = "search"
 # Every proposal is judged on the first samples of the selection batch, finalists on all.
 SCREENING = 64
+# Copies of the model and of its weights in all formats, beyond which one unit at a time takes all processors.
+_MOST_COPIED_BYTES = 512 << 20
 RESULT, POLICY = "result.json", "policy.json"
 # Kept for the report: latent MSE of each rounding alone, and of whole policies after every step.
 SENSITIVITY, TRAJECTORY_ERRORS = "sensitivity.safetensors", "trajectory_errors.safetensors"
@@ -128,32 +133,47 @@ def run(context: Context) -> Stage:
 def _search(context: Context, folder: Path) -> SearchResult:
     """The steps of the search, each kept on disk as it goes."""
     store, within = quantize.load(context), _within_budget(context)
-    if context.settings.policy is not None:
-        with _simulation(context, store) as simulation:
-            return _judge(context, simulation, [_given_proposal(context), *_uniforms(context)], within, 0, folder)
-    sensitivity, adjoints, latents = _sensitivity(context, store, folder)
-    plan, make_problem, static = _plans(context, sensitivity)
-    with _simulation(context, store) as simulation:
-        problem = make_problem(context.calibration, simulation, latents, adjoints, plan)
-        with progress("search: beam", context.settings.steps) as advance:
-            pruning = Pruning(context.settings.beam, context.settings.slack)
-            paths = search_columns(problem, pruning, folder, advance)
-        starts = [*plan.policies, *plan.hedges, *(path.assignments for path in paths)]
-        proposals = [
-            *(Proposal("beam", path.assignments) for path in paths),
-            *(Proposal("plan", rows) for rows in (*plan.policies, *plan.hedges)),
-            *(Proposal("merged", rows) for rows in _merged(context, sensitivity, starts)),
-            *static,
-            *(_uniforms(context) if context.settings.held_out_samples else ()),
-        ]
-        return _judge(context, simulation, proposals, within, problem.calls, folder)
+    with _workers(context) as workers:
+        if context.settings.policy is not None:
+            with _simulation(context, store, workers) as simulation:
+                return _judge(context, simulation, [_given_proposal(context), *_uniforms(context)], within, 0, folder)
+        sensitivity, adjoints, latents = _sensitivity(context, store, workers, folder)
+        plan, make_problem, static = _plans(context, sensitivity)
+        with _simulation(context, store, workers) as simulation:
+            problem = make_problem(context.calibration, simulation, latents, adjoints, plan)
+            with progress("search: beam", context.settings.steps) as advance:
+                pruning = Pruning(context.settings.beam, context.settings.slack)
+                paths = search_columns(problem, pruning, folder, advance)
+            starts = [*plan.policies, *plan.hedges, *(path.assignments for path in paths)]
+            proposals = [
+                *(Proposal("beam", path.assignments) for path in paths),
+                *(Proposal("plan", rows) for rows in (*plan.policies, *plan.hedges)),
+                *(Proposal("merged", rows) for rows in _merged(context, sensitivity, starts)),
+                *static,
+                *(_uniforms(context) if context.settings.held_out_samples else ()),
+            ]
+            return _judge(context, simulation, proposals, within, problem.calls, folder)
 
 
 @contextmanager
-def _simulation(context: Context, store: FormatStore) -> Iterator[Simulation]:
+def _workers(context: Context) -> Iterator[Workers]:
+    """Those of the run; for a small model in this process as many threads as torch would take for one unit."""
+    count = torch.get_num_threads()
+    size = sum(parameter.nbytes for parameter in context.adapter.transformer.parameters())
+    copied = count * size * (1 + len(context.formats))
+    small = copied <= min(_MOST_COPIED_BYTES, context.memory.room_bytes)
+    if count == 1 or not small or not isinstance(context.workers, InProcess):
+        yield context.workers
+    else:
+        with threads(count) as workers:
+            yield workers
+
+
+@contextmanager
+def _simulation(context: Context, store: FormatStore, workers: Workers) -> Iterator[Simulation]:
     """The fake-quantized model, given to the workers."""
     with context.simulated(store).installed() as model:
-        yield Simulation(model, context.formats, context.schedule, context.settings.guidance, context.workers)
+        yield Simulation(model, context.formats, context.schedule, context.settings.guidance, workers)
 
 
 def _plans(context: Context, sensitivity: Sensitivity) -> tuple[Plan, Callable[..., DenoisingProblem], list[Proposal]]:
@@ -187,14 +207,16 @@ def _within_budget(context: Context) -> Callable[[Point], bool]:
     return lambda point: limits.holds([tuple(index[name] for name in row) for row in point.formats])
 
 
-def _sensitivity(context: Context, store: FormatStore, folder: Path) -> tuple[Sensitivity, Tensor, Tensor]:
+def _sensitivity(
+    context: Context, store: FormatStore, workers: Workers, folder: Path
+) -> tuple[Sensitivity, Tensor, Tensor]:
     """Sensitivity, adjoints and the full-precision trajectory of the calibration batch."""
     settings = context.settings
     latents = read_tensors(calibrate.stage(context).folder / calibrate.TRAJECTORY)["latents"]
     start = projections(len(latents[0]), context.adapter.latent_shape, settings.projections, settings.seed)
     with progress("search: sensitivity", settings.steps) as advance:
         sensitivity, adjoints = measure_sensitivity(
-            context.calibration, latents, start, context.formats, store, folder, advance, context.workers
+            context.calibration, latents, start, context.formats, store, folder, advance, workers
         )
     write_tensors(folder / SENSITIVITY, {"errors": sensitivity.errors})
     return sensitivity, adjoints, latents
