@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import repeat
@@ -128,7 +128,7 @@ def _targets(bundle: BundleFiles) -> list[int]:
     return [g.assignment for g in bundle.index.graphs if g.variant == "target" and g.assignment is not None]
 
 
-def _units(bundle: BundleFiles, folder: Path, jobs: int) -> Iterator[list[CheckRow]]:
+def _units(bundle: BundleFiles, folder: Path, jobs: int) -> Generator[list[CheckRow], None, None]:
     """The rows of all graphs, a list for every unit of work."""
     work = [(_check_steps, assignment) for assignment in range(len(bundle.policy.assignments))]
     work += [(_check_blocks, assignment) for assignment in _targets(bundle)]
