@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import reprlib
 import stat
@@ -111,14 +112,31 @@ def parse_json_model(text: str, source: str, kind: type[ModelT], advice: str | N
         advice: what messages tell the user to do with a bad file; None for a file that a stage writes.
 
     Raises:
-        DamagedFileError: not JSON, truncated, of another schema version, or with wrong fields.
+        DamagedFileError: not JSON, truncated, of another schema version, with wrong fields or a number without end.
     """
     _require_schema(source, text, kind, advice)
+    todo = advice or "delete it and run the stage again"
     try:
-        return kind.model_validate_json(text)
+        model = kind.model_validate_json(text)
     except ValidationError as error:
-        todo = advice or "delete it and run the stage again"
         raise DamagedFileError(f"'{source}' is not a valid {kind.__name__}: {_complaint(error)}; {todo}") from error
+    for where, number in _infinities(model.model_dump()):
+        raise DamagedFileError(
+            f"'{source}' is not a valid {kind.__name__}: {where}: got {number}, expected a finite number; {todo}"
+        )
+    return model
+
+
+def _infinities(value: object, where: str = "") -> Iterator[tuple[str, float]]:
+    """Numbers that are infinite or none, with their places; pydantic reads them, and JSON cannot say them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield where.removeprefix("."), value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _infinities(item, f"{where}.{key}")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _infinities(item, f"{where}.{index}")
 
 
 def _complaint(error: ValidationError) -> str:

@@ -129,6 +129,28 @@ def test_damaged_json_is_described(tmp_path: Path, content: bytes, message: str)
         read_json_model(tmp_path / "note.json", Note, "ask its author")
 
 
+class Figures(BaseModel):
+    """A file with numbers at several depths."""
+
+    least: float = 0.0
+    errors: dict[str, tuple[float | None, ...]] = {}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"least": Infinity}', "least: got inf"),
+        ('{"least": "-INF"}', "least: got -inf"),
+        ('{"errors": {"fp8": [1.0, null, NaN]}}', "errors.fp8.2: got nan"),
+        ('{"errors": {"fp8": [1e999]}}', "errors.fp8.0: got inf"),
+    ],
+)
+def test_numbers_without_end_are_refused_with_their_place(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "figures.json").write_text(content)
+    with pytest.raises(DamagedFileError, match=f"{message}, expected a finite number; delete it"):
+        read_json_model(tmp_path / "figures.json", Figures)
+
+
 @pytest.mark.parametrize("content", [b"", b"\x00" * 20])
 def test_advice_on_damaged_tensors_can_be_given(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.safetensors").write_bytes(content)

@@ -92,7 +92,7 @@ def test_documents(go_on: Callable, documents: Mapping[type[BaseModel], str], ki
             model = parse_json_model(text, "file", kind)
         except UserError:
             return
-        assert "nan" in repr(model) or parse_json_model(model.model_dump_json(), "file", kind) == model
+        assert parse_json_model(model.model_dump_json(), "file", kind) == model
 
     go_on(one_round)
 
