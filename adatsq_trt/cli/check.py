@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     from adatsq_trt.engines.bundle import BundleFiles
 
 _SHOWN_FAILURES = 12
-_LARGE_BYTES = 1 << 30  # of weights: from here on one graph at a time
 
 
 def check(
@@ -82,10 +80,8 @@ def _compare(bundle: BundleFiles, folder: Path, fail_above: float | None) -> Che
     from adatsq_trt.cli.progress import progress
     from adatsq_trt.engines import accuracy
 
-    # Every process holds a graph and its session.
-    jobs = 1 if bundle.index.weight_bytes > _LARGE_BYTES else os.cpu_count() or 1
     with progress("check", accuracy.work_units(bundle)) as advance:
-        return accuracy.check(bundle, folder, fail_above, advance, jobs)
+        return accuracy.check(bundle, folder, fail_above, advance)
 
 
 def _layer_reference(path: Path, bundle: BundleFiles) -> LayerReference | None:

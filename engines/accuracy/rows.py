@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import repeat
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import numpy as np
 
@@ -27,12 +25,10 @@ from adatsq_trt.engines.accuracy.tolerances import (
 )
 from adatsq_trt.engines.accuracy.written_formats import written_formats
 from adatsq_trt.engines.bundle import MANIFEST_NAME, BundleFiles
-from adatsq_trt.engines.processes import processes
 from adatsq_trt.errors import AdatsqError, UserError
 from adatsq_trt.files import read_json_model, sha256
 
 PYTORCH_NAME = "PyTorch, fake-quantized"
-_Compare: TypeAlias = Callable[[BundleFiles, int, Path], Iterator[list[CheckRow]]]
 _NO_OUTPUT = ""  # of a graph that does not run and has no known outputs
 
 
@@ -64,11 +60,7 @@ def work_units(bundle: BundleFiles) -> int:
 
 
 def check(
-    bundle: BundleFiles,
-    folder: Path,
-    fail_above: float | None = None,
-    on_unit: Callable[[], None] | None = None,
-    jobs: int = 1,
+    bundle: BundleFiles, folder: Path, fail_above: float | None = None, on_unit: Callable[[], None] | None = None
 ) -> CheckReport:
     """Compare a bundle's graphs with PyTorch's outputs, with each other, and run the whole loop.
 
@@ -77,18 +69,16 @@ def check(
         folder: receives `check.json` and all arrays in polygraphy's format.
         fail_above: largest relative error of the last latent against full precision; None for no limit.
         on_unit: called `work_units` times.
-        jobs: assignments compared at a time, each in a process of its own when there are several.
 
     Raises:
         DamagedFileError: the bundle lacks a reference or a graph.
         OutputError: the folder cannot be written.
     """
     rows: list[CheckRow] = []
-    with closing(_units(bundle, folder, jobs)) as units:
-        for unit in units:
-            rows += unit
-            if on_unit is not None:
-                on_unit()
+    for unit in _units(bundle, folder):
+        rows += unit
+        if on_unit is not None:
+            on_unit()
     loop = check_loop(bundle, folder, fail_above)
     if on_unit is not None:
         on_unit()
@@ -128,28 +118,17 @@ def _targets(bundle: BundleFiles) -> list[int]:
     return [g.assignment for g in bundle.index.graphs if g.variant == "target" and g.assignment is not None]
 
 
-def _units(bundle: BundleFiles, folder: Path, jobs: int) -> Generator[list[CheckRow], None, None]:
-    """The rows of all graphs, a list for every unit of work."""
-    work = [(_check_steps, assignment) for assignment in range(len(bundle.policy.assignments))]
-    work += [(_check_blocks, assignment) for assignment in _targets(bundle)]
-    if jobs == 1:
-        for compare_graph, assignment in work:
-            yield from compare_graph(bundle, assignment, folder)
-        return
-    with processes(min(jobs, len(work))) as pool:
-        for units in pool.map(_in_another_process, repeat(bundle.folder), repeat(folder), work):
-            yield from units
+def _units(bundle: BundleFiles, folder: Path) -> Iterator[list[CheckRow]]:
+    reference = Reference(bundle)
+    for assignment in range(len(bundle.policy.assignments)):
+        yield from _check_steps(bundle, reference, assignment, folder)
+    for assignment in _targets(bundle):
+        yield from _check_blocks(bundle, reference, assignment, folder)
 
 
-def _in_another_process(bundle: Path, folder: Path, work: tuple[_Compare, int]) -> list[list[CheckRow]]:
-    """The rows of a graph of a bundle that this process's parent has verified."""
-    compare_graph, assignment = work
-    return list(compare_graph(BundleFiles.open(bundle, verify=False), assignment, folder))
-
-
-def _check_steps(bundle: BundleFiles, assignment: int, folder: Path) -> Iterator[list[CheckRow]]:
+def _check_steps(bundle: BundleFiles, reference: Reference, assignment: int, folder: Path) -> Iterator[list[CheckRow]]:
     """Every layer at the first step of every bucket of an assignment, and the output of its every step."""
-    reference, policy = Reference(bundle), bundle.policy
+    policy = bundle.policy
     firsts = [bucket.first for bucket in policy.buckets if bucket.assignment == assignment]
     steps = [step for step, used in enumerate(policy.step_assignments) if used == assignment]
     yield from _run_layers(bundle, {step: reference.layers(step) for step in firsts}, folder)
@@ -254,9 +233,8 @@ def _in_order(graph: Path, names: Mapping[str, str]) -> dict[str, str]:
     return {value: names[value] for value in sorted(names, key=place.__getitem__)}
 
 
-def _check_blocks(bundle: BundleFiles, assignment: int, folder: Path) -> Iterator[list[CheckRow]]:
+def _check_blocks(bundle: BundleFiles, reference: Reference, assignment: int, folder: Path) -> Iterator[list[CheckRow]]:
     """All blocks of a target graph, at the assignment's first step, for one row of each guidance branch."""
-    reference = Reference(bundle)
     step = bundle.policy.step_assignments.index(assignment)
     pair = BlockPair(bundle, assignment, reference.feed(step, rows=2))
     formats, base_type = bundle.policy.assignments[assignment], bundle.index.base_type

@@ -105,14 +105,6 @@ def test_progress(tiny_bundle: BundleFiles, tmp_path: Path) -> None:
     assert len(told) == work_units(tiny_bundle)
 
 
-def test_several_processes_find_the_same(
-    checked: tuple[CheckReport, Path], tiny_bundle: BundleFiles, tmp_path: Path
-) -> None:
-    told: list[None] = []
-    assert check(tiny_bundle, tmp_path, on_unit=lambda: told.append(None), jobs=2) == checked[0]
-    assert len(told) == work_units(tiny_bundle)
-
-
 @pytest.mark.parametrize(("format_name", "factor"), [("w8a8s", 2.0), ("w8a8s", 0.5), ("fp8", 0.5)])
 def test_an_activation_scale_off_by_two(
     own_bundle: BundleFiles, tmp_path: Path, format_name: str, factor: float
@@ -250,12 +242,11 @@ def test_exchanged_target_graphs(own_bundle: BundleFiles, tmp_path: Path) -> Non
     assert {("target", 0, 0), ("target", 1, 1)} <= set(failed(check(own_bundle, tmp_path)))
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_a_step_without_reference(own_bundle: BundleFiles, tmp_path: Path, jobs: int) -> None:
+def test_a_step_without_reference(own_bundle: BundleFiles, tmp_path: Path) -> None:
     rest = {name: value for name, value in own_bundle.reference.items() if name != "step_001.output"}
     save_file(rest, own_bundle.folder / REFERENCE_NAME)
     with pytest.raises(DamagedFileError, match=r"step_001\.output"):
-        check(BundleFiles.open(own_bundle.folder, verify=False), tmp_path, jobs=jobs)
+        check(BundleFiles.open(own_bundle.folder, verify=False), tmp_path)
 
 
 @pytest.mark.parametrize("variant", ["cpu", "target"])
