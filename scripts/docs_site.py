@@ -25,7 +25,7 @@ ELSEWHERE = {
     "benchmarks/README.md": "benchmarks.md",
     **{
         f"adatsq_trt/zoo/weights/{name}/README.md": f"{name}.md"
-        for name in ("digits-flux", "scenes-flux-dev", "scenes-flux-schnell", "scenes-judge")
+        for name in ("digits-flux", "scenes-flux-dev", "scenes-flux-schnell", "scenes-z-image", "scenes-judge")
     },
 }
 PAGES = {**ELSEWHERE, "docs/decisions": "decisions/index.md"}

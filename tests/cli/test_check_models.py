@@ -22,7 +22,7 @@ BUNDLES = {
     "cpu": (("--target", "cpu"), FORMAT_SETS["cpu"]),
     "plugin": (("--layout", "plugin", "--formats", "hopper"), FORMAT_SETS["hopper"]),
 }
-MODELS = ("digits-flux", "scenes-flux-dev", "scenes-flux-schnell")
+MODELS = ("digits-flux", "scenes-flux-dev", "scenes-flux-schnell", "scenes-z-image")
 
 
 def write_policy(path: Path, name: str, formats: tuple[str, ...]) -> None:
