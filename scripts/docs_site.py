@@ -24,8 +24,8 @@ ELSEWHERE = {
     "SECURITY.md": "security.md",
     "benchmarks/README.md": "benchmarks.md",
     **{
-        f"adatsq_trt/zoo/weights/{name}/README.md": f"{name}.md"
-        for name in ("digits-flux", "scenes-flux-dev", "scenes-flux-schnell", "scenes-z-image", "scenes-judge")
+        path.relative_to(ROOT).as_posix(): f"{path.parent.name}.md"
+        for path in sorted(ROOT.glob("adatsq_trt/zoo/weights/*/README.md"))
     },
 }
 PAGES = {**ELSEWHERE, "docs/decisions": "decisions/index.md"}

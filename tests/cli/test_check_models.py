@@ -13,6 +13,7 @@ from adatsq_trt.engines.accuracy import CheckReport
 from adatsq_trt.engines.bundle import BundleFiles
 from adatsq_trt.formats import FORMAT_SETS
 from adatsq_trt.policy import Policy
+from adatsq_trt.zoo import zoo_models
 from adatsq_trt.zoo.loading import load_model
 
 STEPS = 3
@@ -22,7 +23,6 @@ BUNDLES = {
     "cpu": (("--target", "cpu"), FORMAT_SETS["cpu"]),
     "plugin": (("--layout", "plugin", "--formats", "hopper"), FORMAT_SETS["hopper"]),
 }
-MODELS = ("digits-flux", "scenes-flux-dev", "scenes-flux-schnell", "scenes-z-image")
 
 
 def write_policy(path: Path, name: str, formats: tuple[str, ...]) -> None:
@@ -35,7 +35,7 @@ def write_policy(path: Path, name: str, formats: tuple[str, ...]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", BUNDLES)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", zoo_models())
 def test_every_model_passes(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, kind: str) -> None:
     if kind != "plugin":  # which compiles nothing, but writes the commands that do
         monkeypatch.setattr(bundle_stage, "_plans", lambda *_: ())  # the check runs none
