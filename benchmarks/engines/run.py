@@ -2,8 +2,9 @@
 
     python benchmarks/engines/run.py            # about 15 minutes on two cores, 6 GB of disk in --work
 
-The model is a Flux with the block shapes of Flux-dev, scaled: heads of 128, feed-forward of 4 times the width, twice as
-many single as double blocks. Weights are random, so nothing here says anything about pictures.
+Two models are Flux with the block shapes of Flux-dev, scaled: heads of 128, feed-forward of 4 times the width, twice as
+many single as double blocks. Their weights are random, so nothing here says anything about pictures. The layouts of
+scenes-flux-dev are weighed too.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +45,12 @@ from adatsq_trt.export import export_graphs, trace
 from adatsq_trt.export.graphs import BaseName
 from adatsq_trt.files import write_bytes, write_tensors
 from adatsq_trt.formats import FORMATS, TARGETS
-from adatsq_trt.models.adapter import ImageShape
+from adatsq_trt.models.adapter import ImageShape, ModelAdapter
 from adatsq_trt.models.flux import FluxAdapter
 from adatsq_trt.models.prompts import ClassEncoder
 from adatsq_trt.policy import Policy
 from adatsq_trt.quantize import quantize_nearest
+from adatsq_trt.zoo.loading import load_model
 
 STEPS, TARGET, MAX_ROWS, PATCHES = 12, "sm120", 8, 16
 # Eight buckets over four assignments.
@@ -60,11 +63,14 @@ MODELS = {
     "flux-small": (512, 1, 2),
     "flux-mid": (1024, 2, 5),
 }
+TRAINED, PROMPTS = "scenes-flux-dev", 5
 
 
-def make_adapter(name: str) -> FluxAdapter:
-    width, double, single = MODELS[name]
+def make_adapter(name: str) -> ModelAdapter:
     torch.manual_seed(0)
+    if name == TRAINED:
+        return load_model(name).adapter
+    width, double, single = MODELS[name]
     transformer = FluxTransformer2DModel(
         patch_size=1,
         in_channels=64,
@@ -77,7 +83,7 @@ def make_adapter(name: str) -> FluxAdapter:
         guidance_embeds=False,
         axes_dims_rope=(16, 56, 56),
     )
-    encoder, image = ClassEncoder(nn.Embedding(5, width)), ImageShape(PATCHES, channels=16)
+    encoder, image = ClassEncoder(nn.Embedding(PROMPTS, width)), ImageShape(PATCHES, channels=16)
     return FluxAdapter(transformer, encoder, FlowMatchEulerDiscreteScheduler(), image)
 
 
@@ -106,8 +112,8 @@ def make_bundle(name: str, folder: Path, cpu: bool = False) -> BundleFiles:
             name: {layer: quantize_nearest(linear.weight.detach(), FORMATS[name]) for layer, linear in layers.items()}
             for name in formats
         }
-        encoded = adapter.encode(range(len(adapter.prompts)))
-        inputs = adapter.guided_inputs(torch.randn(len(adapter.prompts), *adapter.latent_shape), 0.5, encoded, 2.0)
+        encoded = adapter.encode(range(PROMPTS))
+        inputs = adapter.guided_inputs(torch.randn(PROMPTS, *adapter.latent_shape), 0.5, encoded, 2.0)
         base, variants = ("float32", ("cpu",)) if cpu else ("bfloat16", ("target", "cpu"))
         traced = trace(adapter.trace_module(), inputs, "velocity", getattr(torch, base))
         index = export_graphs(traced, policy, weights, folder / GRAPH_FOLDER, base, adapter.blocks(), variants)
@@ -120,7 +126,7 @@ def make_bundle(name: str, folder: Path, cpu: bool = False) -> BundleFiles:
     return BundleFiles.open(folder)
 
 
-def make_manifest(name: str, adapter: FluxAdapter, formats: tuple[str, ...], base: BaseName, target: str) -> Manifest:
+def make_manifest(name: str, adapter: ModelAdapter, formats: tuple[str, ...], base: BaseName, target: str) -> Manifest:
     schedule = adapter.schedule(STEPS)
     return Manifest(
         model=name,
@@ -134,8 +140,8 @@ def make_manifest(name: str, adapter: FluxAdapter, formats: tuple[str, ...], bas
         ),
         guidance=1.0,
         latent_shape=adapter.latent_shape,
-        image=ImageSpec(patches=PATCHES, channels=adapter.image.channels),
-        prompts=len(adapter.prompts),
+        image=ImageSpec(**asdict(adapter.image)),
+        prompts=PROMPTS,
         plans=(),
         versions={},
     )
@@ -271,7 +277,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("runs/bench-engines"))
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("results.json"))
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--models", nargs="+", default=[*MODELS, TRAINED], choices=[*MODELS, TRAINED])
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, help="others are left as they are")
     arguments = parser.parse_args()
     old = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
@@ -285,6 +291,8 @@ def main() -> None:
 
 
 def measure(part: str, name: str, work: Path) -> list[dict[str, Any]]:
+    if name == TRAINED and part != "layouts":
+        return []
     if part == "speed":
         make_bundle(name, work / f"{name}-cpu", cpu=True)
         return [{"model": name, **speed_rows(work / f"{name}-cpu", 12)}]
