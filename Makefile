@@ -91,6 +91,7 @@ bench-budgets: $(INSTALLED)
 .PHONY: bench-size
 bench-size: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.size.run --document benchmarks/README.md
+	$(BIN)/python -m benchmarks.size.compiler --document benchmarks/README.md
 
 # Methods of quantization side by side on the models that draw scenes: results.json, comparisons.json, figures and the
 # tables in docs/quality.md and README.md. Hours; cells that are there are reused. BENCH=quick: few samples, models of four steps.

@@ -80,13 +80,13 @@ _E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 def encode_e2m1(values: Tensor) -> Tensor:
     """Numbers on the e2m1 grid → uint8 codes."""
-    table = torch.tensor(_E2M1_VALUES)
+    table = torch.tensor(_E2M1_VALUES).to(values.device)
     return (torch.searchsorted(table, values.abs().contiguous()) + 8 * values.signbit()).to(torch.uint8)
 
 
 def decode_e2m1(codes: Tensor) -> Tensor:
     """uint8 codes → float32 numbers."""
-    table = torch.tensor([*_E2M1_VALUES, *(-v for v in _E2M1_VALUES)])
+    table = torch.tensor([*_E2M1_VALUES, *(-v for v in _E2M1_VALUES)]).to(codes.device)
     return table[codes.long()]
 
 

@@ -168,7 +168,7 @@ class _Cost:
     def best(self, column: int, narrow: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
         """Cheapest codes for what the widths should be: float32 [N] each; all 15 highs, each with its best low."""
         narrow_scale, wide_scale = self.narrow_scales[:, column, None], self.wide_scales[:, column, None]
-        high = torch.arange(-7.0, 8.0)
+        high = torch.arange(-7.0, 8.0, device=narrow.device)
         low = ((wide[:, None] / wide_scale).round() - 16 * high).clamp(-8, 7)
         cost = self.narrow * (narrow[:, None] - high * narrow_scale).square()
         cost += self.wide * (wide[:, None] - (16 * high + low) * wide_scale).square()
@@ -227,8 +227,8 @@ def _fitted_scales(weight: Tensor, hessian: Tensor, codes: Tensor, scales: Tenso
     """Least squares: scales that minimize the weighted error of given codes; old ones where that gives none above 0."""
     groups = scales.shape[1]
     exact, wanted, given = hessian.double(), weight.double(), codes.double()
-    normal, right = torch.empty(len(codes), groups, groups).double(), torch.empty(len(codes), groups).double()
-    for index, part in enumerate(torch.arange(codes.shape[1]).chunk(groups)):
+    normal, right = exact.new_empty(len(codes), groups, groups), exact.new_empty(len(codes), groups)
+    for index, part in enumerate(torch.arange(codes.shape[1], device=codes.device).chunk(groups)):
         projected = given[:, part] @ exact[part]
         normal[:, index] = (projected * given).unflatten(1, (groups, -1)).sum(dim=2)
         right[:, index] = (projected * wanted).sum(dim=1)

@@ -34,14 +34,18 @@ class Samples:
     prompts: tuple[int, ...]
     seeds: tuple[int, ...]
 
-    @cached_property
+    @property
     def conditioning(self) -> Conditioning:
-        """Conditioning of all samples."""
+        """Conditioning of all samples, where the model is."""
+        return self._encoded.to(self.adapter.device)
+
+    @cached_property
+    def _encoded(self) -> Conditioning:
         with torch.no_grad():
             return self.adapter.encode(self.prompts)
 
     def noise(self) -> Tensor:
-        """First latents, float32 [samples, *latent_shape]."""
+        """First latents, float32 [samples, *latent_shape], on the processor."""
         return torch.from_numpy(initial_noise(self.seeds, self.adapter.latent_shape))
 
     @torch.no_grad()
@@ -81,7 +85,7 @@ def trajectory(
     Returns:
         float32 [steps + 1, samples, *latent_shape]; the last row is the picture.
     """
-    latents = [samples.noise()]
+    latents = [samples.noise().to(samples.adapter.device)]
     for step in range(samples.schedule.steps):
         if before_step is not None:
             before_step(step)

@@ -370,6 +370,18 @@ Ray = Annotated[
 ]
 
 
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="DEVICE",
+        help="What PyTorch computes on: 'cpu', 'cuda', or 'cuda:N' for the GPU of that number; 'auto' takes a CUDA GPU "
+        "where there is one.",
+        rich_help_panel=_EFFORT,
+    ),
+]
+
+
 def engine(
     model: Model,
     target: TargetOption = None,
@@ -406,6 +418,7 @@ def engine(
     width: Width = None,
     frames: Frames = None,
     ray: Ray = None,
+    device: Device = "auto",
     until: Annotated[StageName, typer.Option(hidden=True)] = StageName.BUNDLE,
 ) -> None:
     """Run all stages: from a model to TensorRT engines in a bundle.
@@ -420,7 +433,7 @@ def engine(
     request = Request(
         model=ModelRequest(model, base, tuple(lora or ()), prompts, height, width, frames, guidance),
         targets=tuple(dict.fromkeys(target or ())),
-        place=PlaceRequest(output, memory_limit, ray),
+        place=PlaceRequest(output, memory_limit, ray, device),
         formats=FormatRequest(formats, None if transform is None else transform.value, simulate),
         budgets=BudgetRequest(budget_bits, budget_bytes, budget_ms, gpu),
         max_assignments=max_assignments,

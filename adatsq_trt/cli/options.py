@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -28,7 +28,9 @@ from adatsq_trt.formats import (
 )
 from adatsq_trt.policy import GIVEN_POLICY_ADVICE, Policy
 from adatsq_trt.settings import SETTINGS_NAME, Settings
+from adatsq_trt.workers import InProcess, Workers
 from adatsq_trt.workers.cluster import connected, parse_address, require_cluster
+from adatsq_trt.workers.device import AUTO, CPU, OnDevice, parse_device
 
 if TYPE_CHECKING:
     from adatsq_trt.cli.stages.context import Context
@@ -63,11 +65,19 @@ class CompilerRequest:
 
 @dataclass(frozen=True)
 class PlaceRequest:
-    """Where results go, how much memory making them may take, and which Ray cluster computes; None: this process."""
+    """Where results go, how much memory making them may take, and who computes.
+
+    Attributes:
+        output: the run directory.
+        memory_limit: of this process.
+        ray: a Ray cluster's address; None for this process.
+        device: that this process computes on.
+    """
 
     output: Path | None
     memory_limit: str | None = None
     ray: str | None = None
+    device: str = AUTO
 
     @property
     def limit_bytes(self) -> int | None:
@@ -242,13 +252,27 @@ def resolve(request: Request, choice: Choice, opened: OpenedModel) -> Settings:
     )
 
 
+def _choose_workers(place: PlaceRequest) -> AbstractContextManager[Workers]:
+    """Who computes: a Ray cluster's processors, a GPU, or this machine's processors.
+
+    Raises:
+        UserError: a device or a cluster that is not there, or one of each.
+    """
+    if place.ray is not None:
+        address = parse_address(place.ray)
+        if place.device not in (AUTO, CPU):
+            raise UserError(f"--device {place.device}: with --ray the workers' processors compute; leave out one of them")
+        require_cluster(address)
+        return connected(address)
+    device = parse_device(place.device)
+    return nullcontext(InProcess() if device.type == CPU else OnDevice(device))
+
+
 def run_stages(request: Request, until: StageName) -> None:
     """Run the stages up to one, reusing what is done; print the settings first and the figures at the end."""
     choice = choose(request)
     _require_exportable(request, until)
-    address = None if request.place.ray is None else parse_address(request.place.ray)
-    if address is not None:
-        require_cluster(address)
+    chosen_workers = _choose_workers(request.place)
     from adatsq_trt.cli.stages import bundle, calibrate, export, quantize, search, summary
     from adatsq_trt.cli.stages.context import Context
     from adatsq_trt.cli.stages.memory import plan_memory
@@ -258,7 +282,6 @@ def run_stages(request: Request, until: StageName) -> None:
     from adatsq_trt.files import write_json_model
     from adatsq_trt.meter import release_memory
     from adatsq_trt.run import RunDirectory
-    from adatsq_trt.workers import InProcess
 
     opened = open_model(open_at_first(request.model, choice.shapes))
     settings = resolve(request, choice, opened)
@@ -275,10 +298,7 @@ def run_stages(request: Request, until: StageName) -> None:
         StageName.EXPORT: export.run,
         StageName.BUNDLE: bundle.run,
     }
-    with (
-        nullcontext(InProcess()) if address is None else connected(address) as workers,
-        RunDirectory.open(output) as run,
-    ):
+    with chosen_workers as workers, RunDirectory.open(output) as run:
         console.print(_settings_table(settings))
         write_json_model(run.path / SETTINGS_NAME, settings)
         context = Context(run, settings, opened.load(run), memory, workers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,11 +31,18 @@ class Conditioning:
 
     def __getitem__(self, samples: slice) -> Conditioning:
         """The conditioning of some of the samples."""
-        empty = self.unconditional is None
-        return Conditioning(
-            {name: value[samples] for name, value in self.conditional.items()},
-            None if empty else {name: value[samples] for name, value in (self.unconditional or {}).items()},
-        )
+        return self._each(lambda value: value[samples])
+
+    def to(self, device: torch.device) -> Conditioning:
+        """The same on a device."""
+        return self._each(lambda value: value.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
+        def all_of(branch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: change(value) for name, value in branch.items()}
+
+        unconditional = None if self.unconditional is None else all_of(self.unconditional)
+        return Conditioning(all_of(self.conditional), unconditional)
 
 
 @dataclass(frozen=True)
@@ -135,6 +142,16 @@ class ModelAdapter(ABC):
     @abstractmethod
     def trace_module(self) -> nn.Module:
         """A module of real arithmetic and plain tensors for the exporter: positional inputs, one output."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer's weights are, and its inputs have to be."""
+        return next(self.transformer.parameters()).device
+
+    def move(self, device: torch.device) -> None:
+        """Move the transformer; what `encode` gives stays on the processor."""
+        self.transformer.to(device)
+        self.trace_module().to(device)  # has buffers of its own
 
     @property
     def patch_cells(self) -> int:

@@ -65,10 +65,10 @@ class FluxAdapter(PromptedAdapter):
 
         With a guidance embedding also guidance [B].
         """
-        rows = len(latent)
-        inputs = {"hidden_states": latent, **condition, "timestep": torch.full((rows,), model_time)}
+        rows, device = len(latent), latent.device
+        inputs = {"hidden_states": latent, **condition, "timestep": torch.full((rows,), model_time, device=device)}
         if self.transformer.config.guidance_embeds:
-            inputs["guidance"] = torch.full((rows,), guidance)
+            inputs["guidance"] = torch.full((rows,), guidance, device=device)
         return inputs
 
     def schedule(self, steps: int) -> Schedule:

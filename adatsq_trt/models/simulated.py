@@ -209,7 +209,7 @@ class _Noise:
         (x,) = inputs
         if x is not self._given or self._disturbed is None:
             size = x.square().mean(dim=-1, keepdim=True).sqrt()
-            noise = torch.randn(x.shape[-1], generator=self._generator)
+            noise = torch.randn(x.shape[-1], generator=self._generator).to(x.device)  # the same on every device
             self._given, self._disturbed = x, x + self._level * size * noise
         return (self._disturbed,)
 

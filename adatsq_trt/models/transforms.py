@@ -40,7 +40,7 @@ class InputMap:
     @cached_property
     def rotation(self) -> Tensor | None:
         """R, float32 [K, K], orthogonal."""
-        return None if self.signs is None else self.signs[:, None] * hadamard(len(self.signs))
+        return None if self.signs is None else self.signs[:, None] * hadamard(len(self.signs)).to(self.signs.device)
 
     def inputs(self, x: Tensor) -> Tensor:
         """x̃ of x; float32 [..., K]."""

@@ -15,4 +15,5 @@ from adatsq_trt.models.transforms import InputMap
 
 def balance(group: LayerGroup) -> InputMap:
     """Scales from the static part, then the rotation."""
-    return InputMap(divisor(group.largest.mean(dim=0), group.largest_weight), random_signs(group.width))
+    signs = random_signs(group.width).to(group.largest.device)
+    return InputMap(divisor(group.largest.mean(dim=0), group.largest_weight), signs)

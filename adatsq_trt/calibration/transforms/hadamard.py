@@ -21,4 +21,4 @@ def random_signs(width: int) -> Tensor:
 
 def rotate(group: LayerGroup) -> InputMap:
     """QuaRot's rotation of the group's input."""
-    return InputMap(signs=random_signs(group.width))
+    return InputMap(signs=random_signs(group.width).to(group.largest.device))

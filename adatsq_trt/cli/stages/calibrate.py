@@ -40,7 +40,7 @@ def run(context: Context) -> Stage:
     if this.done:
         return this
     steps = context.settings.steps
-    with this.run():
+    with this.run(), context.on_device():
         batch = context.workers.share(context.calibration)
         with progress("calibrate: trajectory", steps) as advance:
             latents = _trajectory(context, this, batch, advance)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+
+import torch
 
 from adatsq_trt.calibration.trajectory import Samples, seeded_samples
 from adatsq_trt.formats import Format, Target, format_named, target_named
@@ -17,11 +20,14 @@ from adatsq_trt.run import Json, RunDirectory
 from adatsq_trt.schedule import Schedule
 from adatsq_trt.settings import Settings
 from adatsq_trt.workers import InProcess, Workers
+from adatsq_trt.workers.device import CPU, OnDevice, told_when_full
 from adatsq_trt.zoo.loading import LoadedModel
 
 # Seeds of the batches never meet: each has a million of its own per --seed.
 _SEEDS_PER_RUN = 10_000_000
 _SELECTION_SEEDS, _HELD_OUT_SEEDS, _EVALUATION_SEEDS = 1_000_000, 2_000_000, 3_000_000
+# Share of the limit that is left alone: the C library does not give all freed memory back.
+_KEPT = 0.03
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Memory:
     @property
     def room_bytes(self) -> int:
         """What is left of the limit now, for what is kept between calls of the model."""
-        return max(self.limit_bytes - self.call_bytes - resident_bytes(), 0)
+        return max(int(self.limit_bytes * (1 - _KEPT)) - self.call_bytes - resident_bytes(), 0)
 
 
 @dataclass(frozen=True)
@@ -60,9 +66,28 @@ class Context:
     memory: Memory = field(default_factory=Memory)
     workers: Workers = field(default_factory=InProcess)
 
+    @property
+    def device(self) -> torch.device:
+        """Where units of work are computed."""
+        return self.workers.device if isinstance(self.workers, OnDevice) else torch.device(CPU)
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """Have the model where units of work are computed, and on the processor again afterwards."""
+        with told_when_full(self.device):
+            try:
+                self.adapter.move(self.device)
+                yield
+            finally:
+                self.adapter.move(torch.device(CPU))
+
     def simulated(self, store: FormatStore) -> SimulatedModel:
-        """The fake-quantized model, which holds as many weights as memory does."""
-        return SimulatedModel(self.adapter, store, self.memory.room_bytes)
+        """The fake-quantized model, which holds as many dequantized weights as memory does.
+
+        On a GPU it holds none: to dequantize a layer takes little time there, and memory is scarce.
+        """
+        room = self.memory.room_bytes if self.adapter.device.type == CPU else 0
+        return SimulatedModel(self.adapter, store, room)
 
     @property
     def adapter(self) -> ModelAdapter:

@@ -25,6 +25,7 @@ from adatsq_trt.models.format_store import SCALES_NAME
 from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.policy import Policy
 from adatsq_trt.run import Json, Stage
+from adatsq_trt.workers.device import CPU, moved
 
 NAME = "export"
 GRAPHS, PROMPTS, REFERENCE = "onnx", "prompts.safetensors", "check/reference.safetensors"
@@ -78,7 +79,8 @@ def run(context: Context) -> Stage:
     policy.require(context.settings.weights_sha256, context.settings.steps, context.layers)
     with this.run() as folder:
         _graphs(context, policy, folder)
-        _reference(context, policy, folder)
+        with context.on_device():
+            _reference(context, policy, folder)
         write_tensors(this.unit(PROMPTS), _prompts(context))
         scales = read_tensors(quantize.stage(context).folder / SCALES_NAME)
         write_tensors(this.unit(SCALES_NAME), scales)
@@ -128,6 +130,7 @@ def _reference(context: Context, policy: Policy, folder: Path) -> None:
     """What `check` compares graphs with: the fake-quantized PyTorch model at every step and through the whole loop."""
     samples = context.calibration.part(slice(0, CHECK_SAMPLES))
     latents = read_tensors(calibrate.stage(context).folder / calibrate.TRAJECTORY)["latents"][:, :CHECK_SAMPLES]
+    latents = latents.to(context.device)
     layered = {bucket.first for bucket in policy.buckets}
     tensors: dict[str, Tensor] = {
         "loop.prompts": torch.tensor(samples.prompts),
@@ -145,7 +148,7 @@ def _reference(context: Context, policy: Policy, folder: Path) -> None:
     tensors["spread.loop"] = _largest_error([draw[1][1:] for draw in spread], tensors["loop.quantized"][1:])
     linears = context.adapter.quantizable_layers()
     tensors["in_features"] = torch.tensor([linears[name].in_features for name in context.layers])
-    write_tensors(folder / REFERENCE, tensors)
+    write_tensors(folder / REFERENCE, moved(tensors, CPU))
 
 
 def _loop(model: SimulatedModel, samples: Samples, policy: Policy) -> Tensor:

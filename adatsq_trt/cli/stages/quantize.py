@@ -34,6 +34,7 @@ from adatsq_trt.models.format_store import (
 from adatsq_trt.models.transforms import IDENTITY, LayerTransform, load_transforms, save_transforms
 from adatsq_trt.quantize import QuantizedWeight, quantize_nearest, static_activation_scale
 from adatsq_trt.run import Stage
+from adatsq_trt.workers.device import CPU, moved
 
 NAME = "quantize"
 NESTED = "nested.safetensors"  # planes of the layers that keep one copy for two widths
@@ -75,8 +76,9 @@ def _transforms(context: Context, this: Stage) -> dict[str, LayerTransform]:
     file = this.unit(TRANSFORMS_NAME)
     if not file.is_file():
         latents = read_tensors(calibrate.stage(context).folder / calibrate.TRAJECTORY)["latents"]
-        groups = measure_groups(context.calibration, latents)
-        save_transforms(file, make_transforms(context.settings.transform, groups))
+        with context.on_device():
+            groups = measure_groups(context.calibration, latents.to(context.device))
+            save_transforms(file, moved(make_transforms(context.settings.transform, groups), CPU))
     return load_transforms(file)
 
 
@@ -203,7 +205,9 @@ def activation_scales(
     folder = calibrate.stage(context).folder
     if transforms and any(fmt.static_activation for fmt in context.formats):
         latents = read_tensors(folder / calibrate.TRAJECTORY)["latents"]
-        largest = largest_inputs(context.calibration, latents, transforms)
+        with context.on_device():
+            there = moved(transforms, context.device)
+            largest = largest_inputs(context.calibration, latents.to(context.device), there).to(CPU)
     else:
         largest = read_tensors(folder / calibrate.STATISTICS)["largest"]
     scales = {f.name: static_activation_scale(largest, f.activation) for f in context.formats if f.static_activation}
@@ -216,7 +220,12 @@ def load_layer_transforms(context: Context) -> dict[str, LayerTransform]:
 
 
 def load(context: Context) -> FormatStore:
-    """What the stage wrote; nested layers have their planes in every format that reads them."""
+    """What the stage wrote, where the model is; nested layers have their planes in every format that reads them."""
+    store, device = _load(context), context.adapter.device
+    return store if device.type == CPU else moved(store, device)
+
+
+def _load(context: Context) -> FormatStore:
     folder = stage(context).folder
     store = load_store(folder, context.settings.formats, context.layers)
     if not _nests(context):

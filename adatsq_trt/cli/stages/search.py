@@ -122,7 +122,8 @@ def run(context: Context) -> Stage:
     if this.done:
         return this
     with this.run() as folder:
-        result = _search(context, folder)
+        with context.on_device():
+            result = _search(context, folder)
         chosen = result.points[result.chosen]
         policy = Policy.from_steps(context.model.name, context.settings.weights_sha256, context.layers, chosen.formats)
         policy.save(this.unit(POLICY))
