@@ -100,7 +100,11 @@ def damped_hessian(hessian: Tensor, damping: float, activation_order: bool = Tru
     dead = diagonal == 0
     diagonal[dead] = 1.0 if dead.all() else diagonal[~dead].mean()
     diagonal += damping * diagonal.mean()  # filling in their mean has left it the mean of the live ones
-    order = diagonal.argsort(descending=True, stable=True) if activation_order else torch.arange(len(damped), device=damped.device)
+    order = (
+        diagonal.argsort(descending=True, stable=True)
+        if activation_order
+        else torch.arange(len(damped), device=damped.device)
+    )
     return damped, order
 
 

@@ -261,7 +261,9 @@ def _choose_workers(place: PlaceRequest) -> AbstractContextManager[Workers]:
     if place.ray is not None:
         address = parse_address(place.ray)
         if place.device not in (AUTO, CPU):
-            raise UserError(f"--device {place.device}: with --ray the workers' processors compute; leave out one of them")
+            raise UserError(
+                f"--device {place.device}: with --ray the workers' processors compute; leave out one of them"
+            )
         require_cluster(address)
         return connected(address)
     device = parse_device(place.device)

@@ -64,7 +64,11 @@ class WanAdapter(PromptedAdapter):
         self, latent: Tensor, model_time: float, condition: Mapping[str, Tensor], guidance: float
     ) -> dict[str, Tensor]:
         """hidden_states [B, C, F, H, W], encoder_hidden_states [B, T, D], timestep [B] in (0, 1]."""
-        return {"hidden_states": latent, **condition, "timestep": torch.full((len(latent),), model_time, device=latent.device)}
+        return {
+            "hidden_states": latent,
+            **condition,
+            "timestep": torch.full((len(latent),), model_time, device=latent.device),
+        }
 
     def schedule(self, steps: int) -> Schedule:
         """The scheduler's own sigmas, which do not depend on the size."""

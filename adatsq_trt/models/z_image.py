@@ -82,7 +82,11 @@ class ZImageAdapter(PromptedAdapter):
         self, latent: Tensor, model_time: float, condition: Mapping[str, Tensor], guidance: float
     ) -> dict[str, Tensor]:
         """hidden_states [B, C, H, W], encoder_hidden_states [B, T, D], timestep [B]."""
-        return {"hidden_states": latent, **condition, "timestep": torch.full((len(latent),), model_time, device=latent.device)}
+        return {
+            "hidden_states": latent,
+            **condition,
+            "timestep": torch.full((len(latent),), model_time, device=latent.device),
+        }
 
     def schedule(self, steps: int) -> Schedule:
         """Z-Image's sigmas for this image size."""

@@ -39,7 +39,7 @@ RUNS, RESULTS = ROOT / "runs" / "bench-scaling", Path(__file__).with_name("resul
 SCRIPT = Path(sys.executable).with_name("adatsq-trt")
 STAGES = ("calibrate", "quantize", "search")
 WAYS: dict[str, tuple[str, ...]] = {
-    "in process": (),
+    "in process": ("--device", "cpu"),
     "1 worker": ("--ray", "local:1"),
     "2 workers": ("--ray", "local:2"),
 }

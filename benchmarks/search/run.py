@@ -91,7 +91,7 @@ def seconds_per_call(context: Context, policy: Policy) -> float:
 def measure(model: str) -> Row:
     """Search, unless that is done, and read its account."""
     run = RUNS / model
-    subprocess.run([SCRIPT, "search", model, *OPTIONS, *SAMPLES, "--output", run], check=True)
+    subprocess.run([SCRIPT, "search", model, *OPTIONS, *SAMPLES, "--device", "cpu", "--output", run], check=True)
     context = open_run(run)
     folder, steps = search.stage(context).folder, context.settings.steps
     result = read_json_model(folder / search.RESULT, SearchResult)

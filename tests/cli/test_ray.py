@@ -9,7 +9,19 @@ from pathlib import Path
 import psutil
 import pytest
 
-RUN = ("search", "digits-flux", "--device", "cpu", "--simulate", "--formats", "w4a4,w8a8", "--steps", "3", "--beam", "2")
+RUN = (
+    "search",
+    "digits-flux",
+    "--device",
+    "cpu",
+    "--simulate",
+    "--formats",
+    "w4a4,w8a8",
+    "--steps",
+    "3",
+    "--beam",
+    "2",
+)
 # More samples than a unit of calibration and one of held-out samples hold.
 SAMPLES = ("--candidates", "2", "--calibration-samples", "18", "--selection-samples", "6", "--held-out-samples", "65")
 STAGES = ("calibrate", "quantize", "search")

@@ -1,4 +1,4 @@
-"""A small run of the stages, on the processor, a GPU or the pretended device: `python -m tests.workers.pretend_run ...`.
+"""A small run of the stages on the processor, a GPU or the pretended device.
 
 A process of its own, since PyTorch counts devices once, before its first backward pass.
 """
@@ -7,10 +7,6 @@ import sys
 from pathlib import Path
 
 import torch
-from tests.tiny_flux import make_tiny_flux
-from tests.tiny_wan import make_tiny_wan
-from tests.tiny_z_image import make_tiny_z_image
-from tests.workers.pretend_device import NAME, pretend_device
 
 from adatsq_trt.cli.stages import export, search
 from adatsq_trt.cli.stages.context import Context
@@ -20,6 +16,10 @@ from adatsq_trt.settings import Settings
 from adatsq_trt.workers import InProcess
 from adatsq_trt.workers.device import CPU, OnDevice
 from adatsq_trt.zoo.loading import LoadedModel, PixelScale
+from tests.tiny_flux import make_tiny_flux
+from tests.tiny_wan import make_tiny_wan
+from tests.tiny_z_image import make_tiny_z_image
+from tests.workers.pretend_device import NAME, pretend_device
 
 MODELS = {"flux": lambda: make_tiny_flux(32, 4), "wan": make_tiny_wan, "z-image": make_tiny_z_image}
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.workers.alike import assert_alike
 from torch import Tensor
 
 from adatsq_trt.errors import UserError
 from adatsq_trt.workers import Shared
 from adatsq_trt.workers.device import OnDevice, moved, parse_device, told_when_full
+from tests.workers.alike import assert_alike
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,9 +64,9 @@ def test_an_object_in_two_places_stays_one() -> None:
 
 
 def test_a_full_device_is_told() -> None:
-    with pytest.raises(UserError, match=r"--device meta: its memory is too small \(no room\); use fewer"):
-        with told_when_full(torch.device("meta")):
-            raise torch.OutOfMemoryError("no\nroom")
+    message = r"--device meta: its memory is too small \(no room\); use fewer"
+    with pytest.raises(UserError, match=message), told_when_full(torch.device("meta")):
+        raise torch.OutOfMemoryError("no\nroom")
 
 
 @pytest.mark.parametrize("text", ["gpu", "cpu:0", "cuda:", "cuda:x", "auto:1", ""])

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from tests.workers.alike import assert_alike
 from tests.workers.pretend_run import run
 

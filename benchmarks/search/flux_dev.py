@@ -1,0 +1,189 @@
+"""Seconds of a search on the configuration of Flux-dev with random weights: flux_dev.json, a row for each size.
+
+    python -m benchmarks.search.flux_dev [--device cuda] [--sizes 512,1024] [--steps 50] [--blocks 19,38] [--heads 24]
+
+Beam 4, at most four candidates per path and step, one calibration sample, the paper's formats. The model is made on the
+device (48 GB in float32, 36 GB of codes) and never written; weights are rounded to nearest, since a solver makes the
+search neither slower nor faster, and with random weights the policy says nothing. Fewer blocks or heads make another
+model, whose row says so: that is for a machine without such a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Literal
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from pydantic import BaseModel, ConfigDict
+
+from adatsq_trt.calibration.fisher import projections
+from adatsq_trt.calibration.trajectory import seeded_samples
+from adatsq_trt.calibration.units import measured_trajectory
+from adatsq_trt.cli.progress import progress
+from adatsq_trt.files import write_json_model
+from adatsq_trt.formats import resolve_formats
+from adatsq_trt.image import ImageShape
+from adatsq_trt.models.flux import FluxAdapter
+from adatsq_trt.models.format_store import FormatStore
+from adatsq_trt.models.prompts import StoredPrompts
+from adatsq_trt.models.simulated import SimulatedModel
+from adatsq_trt.quantize import quantize_nearest
+from adatsq_trt.search.beam import Pruning
+from adatsq_trt.search.denoising import DenoisingProblem, format_bits
+from adatsq_trt.search.plan import make_plan
+from adatsq_trt.search.resume import measure_sensitivity, search_columns
+from adatsq_trt.search.simulation import Simulation
+from adatsq_trt.workers import InProcess, Workers
+from adatsq_trt.workers.device import CPU, CUDA, OnDevice, parse_device
+
+RESULTS = Path(__file__).with_name("flux_dev.json")
+BLOCKS, HEADS, HEAD_WIDTH, TEXT_TOKENS, TEXT_WIDTH, POOLED_WIDTH = (19, 38), 24, 128, 512, 4096, 768
+BEAM, CANDIDATES, SLACK, BITS, GUIDANCE, PROJECTIONS = 4, 3, 0.1, 4.0, 3.5, 8
+FORMATS = resolve_formats("paper")
+
+
+class Row(BaseModel):
+    """A search.
+
+    Attributes:
+        blocks: of two streams and of one; Flux-dev has 19 and 38.
+        heads: of 128 numbers; Flux-dev has 24.
+        pixels: side of the picture.
+        steps: denoising steps.
+        sweep_seconds: of the sensitivities, a backward sweep for each projection.
+        beam_seconds: of the beam.
+        beam_calls: denoiser calls of the beam.
+        peak_device_bytes: most that PyTorch held on a GPU; None on a processor.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    blocks: tuple[int, int]
+    heads: int
+    pixels: int
+    steps: int
+    sweep_seconds: float
+    beam_seconds: float
+    beam_calls: int
+    peak_device_bytes: int | None
+
+
+class Results(BaseModel):
+    """What flux_dev.json holds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = 1
+    device: str
+    torch: str
+    rows: tuple[Row, ...]
+
+
+def make_adapter(device: torch.device, blocks: tuple[int, int], heads: int, pixels: int) -> FluxAdapter:
+    """Random weights, one random prompt."""
+    torch.manual_seed(0)
+    with device:
+        transformer = FluxTransformer2DModel(
+            in_channels=64,
+            num_layers=blocks[0],
+            num_single_layers=blocks[1],
+            attention_head_dim=HEAD_WIDTH,
+            num_attention_heads=heads,
+            joint_attention_dim=TEXT_WIDTH,
+            pooled_projection_dim=POOLED_WIDTH,
+            guidance_embeds=True,
+            axes_dims_rope=(16, 56, 56),
+        )
+    prompts = StoredPrompts(["a"], torch.randn(2, TEXT_TOKENS, TEXT_WIDTH), torch.randn(2, POOLED_WIDTH))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    image = ImageShape(pixels // 16, 16, 2, vae=True)
+    adapter = FluxAdapter(transformer, prompts, scheduler, image, guidance_distilled=True)
+    adapter.move(device)
+    return adapter
+
+
+@torch.no_grad()
+def make_store(adapter: FluxAdapter) -> FormatStore:
+    """Every layer in every format, rounded to nearest, where the model is."""
+    layers = adapter.quantizable_layers()
+    return FormatStore(
+        {fmt.name: {name: quantize_nearest(layer.weight, fmt) for name, layer in layers.items()} for fmt in FORMATS}, {}
+    )
+
+
+def measure(device: torch.device, blocks: tuple[int, int], heads: int, pixels: int, steps: int) -> Row:
+    """Make the model, search, forget both."""
+    if device.type == CUDA:
+        torch.cuda.reset_peak_memory_stats(device)
+    workers: Workers = InProcess() if device.type == CPU else OnDevice(device)
+    adapter = make_adapter(device, blocks, heads, pixels)
+    store, schedule = make_store(adapter), adapter.schedule(steps)
+    samples = seeded_samples(adapter, schedule, GUIDANCE, 1, 0, 1)
+    noise = samples.noise()
+    latents = torch.stack([noise, *measured_trajectory(workers, workers.share(samples), noise, steps)])
+    start = projections(1, adapter.latent_shape, PROJECTIONS, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        began = perf_counter()
+        with progress("sensitivity", steps) as advance:
+            sensitivity, adjoints = measure_sensitivity(
+                samples, latents, start, FORMATS, store, Path(folder), advance, workers
+            )
+        swept = perf_counter()
+        plan = make_plan(sensitivity, format_bits(FORMATS), BITS, CANDIDATES)
+        with SimulatedModel(adapter, store, 0).installed() as model, progress("beam", steps) as advance:
+            simulation = Simulation(model, FORMATS, schedule, GUIDANCE, workers)
+            problem = DenoisingProblem(samples, simulation, latents, adjoints, plan, budget=BITS)
+            search_columns(problem, Pruning(BEAM, SLACK), Path(folder), advance)
+        ended = perf_counter()
+    return Row(
+        blocks=blocks,
+        heads=heads,
+        pixels=pixels,
+        steps=steps,
+        sweep_seconds=swept - began,
+        beam_seconds=ended - swept,
+        beam_calls=problem.calls,
+        peak_device_bytes=torch.cuda.max_memory_allocated(device) if device.type == CUDA else None,
+    )
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown."""
+    lines = ["| model | pixels | steps | sweeps, s | beam, s | calls | ms per call |", f"|---|{'---:|' * 6}"]
+    for row in rows:
+        whole = (row.blocks, row.heads) == (BLOCKS, HEADS)
+        name = "Flux-dev" if whole else f"{row.blocks[0]} + {row.blocks[1]} blocks, {row.heads} heads"
+        figures = (row.pixels, row.steps, f"{row.sweep_seconds:.1f}", f"{row.beam_seconds:.1f}", row.beam_calls)
+        each = 1e3 * row.beam_seconds / row.beam_calls
+        lines.append(f"| {name} | {' | '.join(map(str, figures))} | {each:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure, write flux_dev.json, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--sizes", default="512,1024", help="pixels with commas between")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--blocks", default=",".join(map(str, BLOCKS)))
+    parser.add_argument("--heads", type=int, default=HEADS)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    device = parse_device(options.device)
+    double, single = map(int, options.blocks.split(","))
+    sizes = [int(size) for size in options.sizes.split(",")]
+    rows = tuple(measure(device, (double, single), options.heads, size, options.steps) for size in sizes)
+    name = torch.cuda.get_device_name(device) if device.type == CUDA else f"{platform.machine()} processor"
+    write_json_model(options.results, Results(device=name, torch=torch.__version__, rows=rows))
+    sys.stdout.write(table(rows))
+
+
+if __name__ == "__main__":
+    main()
