@@ -427,22 +427,21 @@ def engine(
 
     Example: adatsq-trt build engine digits-flux --target sm120 -o runs/demo
     """
-    from adatsq_trt.cli.loading import ModelRequest
-    from adatsq_trt.cli.options import CompilerRequest, FormatRequest, PlaceRequest, Request, run_stages
+    from adatsq_trt.cli import loading, options
 
-    request = Request(
-        model=ModelRequest(model, base, tuple(lora or ()), prompts, height, width, frames, guidance),
+    request = options.Request(
+        model=loading.ModelRequest(model, base, tuple(lora or ()), prompts, height, width, frames, guidance),
         targets=tuple(dict.fromkeys(target or ())),
-        place=PlaceRequest(output, memory_limit, ray, device),
-        formats=FormatRequest(formats, None if transform is None else transform.value, simulate),
+        place=options.PlaceRequest(output, memory_limit, ray, device),
+        formats=options.FormatRequest(formats, None if transform is None else transform.value, simulate),
         budgets=BudgetRequest(budget_bits, budget_bytes, budget_ms, gpu),
         max_assignments=max_assignments,
-        compiler=CompilerRequest(layout.value, backend.value, hardware.value, versions, streaming, batch, shapes),
+        compiler=options.PlanRequest(layout.value, backend.value, hardware.value, versions, streaming, batch, shapes),
         steps=steps,
         policy=policy,
         counts=_given(beam, candidates, calibration_samples, selection_samples, held_out_samples, seed),
     )
-    run_stages(request, until)
+    options.run_stages(request, until)
 
 
 def _given(*counts: int | None) -> dict[str, int]:

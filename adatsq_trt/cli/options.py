@@ -51,7 +51,7 @@ class FormatRequest:
 
 
 @dataclass(frozen=True)
-class CompilerRequest:
+class PlanRequest:
     """How plans are arranged, what compiles them, and what enterprise TensorRT is to make of them."""
 
     layout: Literal["embedded", "shared", "switch", "plugin"]
@@ -99,7 +99,7 @@ class Request:
     formats: FormatRequest
     budgets: BudgetRequest
     max_assignments: int | None
-    compiler: CompilerRequest
+    compiler: PlanRequest
     steps: int | None
     policy: Path | None
     counts: Mapping[str, int]

@@ -45,7 +45,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from adatsq_trt.cli.budgets import BudgetRequest
     from adatsq_trt.cli.build import StageName
     from adatsq_trt.cli.loading import ModelRequest
-    from adatsq_trt.cli.options import CompilerRequest, FormatRequest, PlaceRequest, Request, run_stages
+    from adatsq_trt.cli.options import PlanRequest, FormatRequest, PlaceRequest, Request, run_stages
     from adatsq_trt.cli.stages import bundle as bundle_stage
     from adatsq_trt.zoo.loading import load_model
 
@@ -65,7 +65,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
             formats=FormatRequest("nvfp4,fp8,int4wo,bf16"),
             budgets=BudgetRequest(bits=16),
             max_assignments=None,
-            compiler=CompilerRequest("embedded", "rtx", "none", False, False, None, None),
+            compiler=PlanRequest("embedded", "rtx", "none", False, False, None, None),
             steps=3,
             policy=base / "policy.json",
             counts={"calibration_samples": 2, "selection_samples": 1, "held_out_samples": 1},
