@@ -45,7 +45,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from adatsq_trt.cli.budgets import BudgetRequest
     from adatsq_trt.cli.build import StageName
     from adatsq_trt.cli.loading import ModelRequest
-    from adatsq_trt.cli.options import PlanRequest, FormatRequest, PlaceRequest, Request, run_stages
+    from adatsq_trt.cli.options import FormatRequest, PlaceRequest, PlanRequest, Request, run_stages
     from adatsq_trt.cli.stages import bundle as bundle_stage
     from adatsq_trt.zoo.loading import load_model
 
