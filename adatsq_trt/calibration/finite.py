@@ -28,7 +28,8 @@ def require_finite_trajectory(samples: Samples, latents: Tensor) -> None:
     following = int(bad.any(dim=1).nonzero()[0])
     step, sample = max(following - 1, 0), int(bad[following].nonzero()[0])
     with _watched(samples.adapter.transformer) as found:
-        samples.part(slice(sample, sample + 1)).step(latents[step, sample : sample + 1], step)
+        latent = latents[step, sample : sample + 1].to(samples.adapter.device)
+        samples.part(slice(sample, sample + 1)).step(latent, step)
     layer = f"layer '{found[0]}' gives" if found else "the model's output has"
     prompt = samples.adapter.prompts[samples.prompts[sample]]
     raise UserError(

@@ -61,17 +61,21 @@ def backward_step(samples: Samples, latent: Tensor, adjoint: Tensor, step: int) 
     latent = latent.clone().requires_grad_(True)
     with captured(samples.adapter.quantizable_layers()) as capture, torch.enable_grad():
         inputs, following = _differentiable_step(samples, latent, step)
-        adjoints, gradients = [], []
+        adjoints, gradients = [], dict[str, Tensor]()
         for number, row in enumerate(adjoint):
             final = number == len(adjoint) - 1  # frees the step's graph
             loss = (following * row).sum()
             adjoints.append(torch.autograd.grad(loss, [latent, *inputs], retain_graph=not final)[0])
-            gradients.append({n: _by_sample(g, len(latent)) for n, g in capture.output_gradients.items()})
+            for name in list(capture.output_gradients):  # each is freed as soon as it is in its place
+                gradient = _by_sample(capture.output_gradients.pop(name), len(latent))
+                if name not in gradients:
+                    gradients[name] = gradient.new_empty(len(adjoint), *gradient.shape)
+                gradients[name][number] = gradient
     return BackwardStep(
         step,
         torch.stack(adjoints),
         {name: _by_sample(value, len(latent)) for name, value in capture.inputs.items()},
-        {name: torch.stack([row[name] for row in gradients]) for name in capture.inputs},
+        gradients,
     )
 
 

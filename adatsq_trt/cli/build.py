@@ -375,8 +375,8 @@ Device = Annotated[
     typer.Option(
         "--device",
         metavar="DEVICE",
-        help="What PyTorch computes on: 'cpu', 'cuda', or 'cuda:N' for the GPU of that number; 'auto' takes a CUDA GPU "
-        "where there is one.",
+        help="What PyTorch computes on: 'cpu', 'cuda', 'cuda:N' for the GPU of that number, or 'auto' for a GPU where "
+        "there is one.",
         rich_help_panel=_EFFORT,
     ),
 ]
@@ -418,7 +418,7 @@ def engine(
     width: Width = None,
     frames: Frames = None,
     ray: Ray = None,
-    device: Device = "auto",
+    device: Device = "cpu",
     until: Annotated[StageName, typer.Option(hidden=True)] = StageName.BUNDLE,
 ) -> None:
     """Run all stages: from a model to TensorRT engines in a bundle.

@@ -15,7 +15,7 @@ from adatsq_trt.cli.budgets import BudgetChoice, BudgetRequest, choose_budgets, 
 from adatsq_trt.cli.build import StageName
 from adatsq_trt.cli.loading import ModelRequest, OpenedModel, open_model, reopen_model, require_model
 from adatsq_trt.cli.shapes import Shape, open_at_first, parse_shapes, resolve_shapes, written
-from adatsq_trt.errors import UserError
+from adatsq_trt.errors import MissingFileError, UserError
 from adatsq_trt.formats import (
     PLUGIN_LAYOUT,
     TARGETS,
@@ -77,7 +77,7 @@ class PlaceRequest:
     output: Path | None
     memory_limit: str | None = None
     ray: str | None = None
-    device: str = AUTO
+    device: str = CPU
 
     @property
     def limit_bytes(self) -> int | None:
@@ -252,7 +252,7 @@ def resolve(request: Request, choice: Choice, opened: OpenedModel) -> Settings:
     )
 
 
-def _choose_workers(place: PlaceRequest) -> AbstractContextManager[Workers]:
+def choose_workers(place: PlaceRequest) -> AbstractContextManager[Workers]:
     """Who computes: a Ray cluster's processors, a GPU, or this machine's processors.
 
     Raises:
@@ -270,11 +270,23 @@ def _choose_workers(place: PlaceRequest) -> AbstractContextManager[Workers]:
     return nullcontext(InProcess() if device.type == CPU else OnDevice(device))
 
 
+def _exported(outline: Context, opened: OpenedModel) -> bool:
+    """Whether all that needs the model's weights is done, so that they need not be loaded."""
+    from adatsq_trt.cli.stages import calibrate, embed, export, quantize, search
+
+    if opened.pipeline is not None and not embed.stage(outline.run, opened.pipeline).done:
+        return False
+    try:
+        return all(module.stage(outline).done for module in (calibrate, quantize, search, export))
+    except MissingFileError:  # what an earlier stage has not written yet
+        return False
+
+
 def run_stages(request: Request, until: StageName) -> None:
     """Run the stages up to one, reusing what is done; print the settings first and the figures at the end."""
     choice = choose(request)
     _require_exportable(request, until)
-    chosen_workers = _choose_workers(request.place)
+    chosen_workers = choose_workers(request.place)
     from adatsq_trt.cli.stages import bundle, calibrate, export, quantize, search, summary
     from adatsq_trt.cli.stages.context import Context
     from adatsq_trt.cli.stages.memory import plan_memory
@@ -303,14 +315,15 @@ def run_stages(request: Request, until: StageName) -> None:
     with chosen_workers as workers, RunDirectory.open(output) as run:
         console.print(_settings_table(settings))
         write_json_model(run.path / SETTINGS_NAME, settings)
-        context = Context(run, settings, opened.load(run), memory, workers)
+        outline = Context(run, settings, opened.outline, memory, workers)
         if until is StageName.BUNDLE and settings.times is None:
-            export.run(context)
-            # Compilers need the memory of the weights.
-            context = Context(run, settings, opened.outline, memory, workers)
-            release_memory()
+            if not _exported(outline, opened):
+                export.run(Context(run, settings, opened.load(run), memory, workers))
+                release_memory()  # compilers need that of the weights
+            context = outline
             result = bundle.build(context).folder
         else:
+            context = Context(run, settings, opened.load(run), memory, workers)
             result = stages[until](context).folder
         if until is StageName.BUNDLE:
             console.print(summary_table(summary.write(context)))

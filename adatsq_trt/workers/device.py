@@ -94,8 +94,9 @@ def told_when_full(device: torch.device) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"--device {device}: its memory is too small ({' '.join(str(error).split())[:160]}); use fewer "
-            "--calibration-samples, a smaller size or --device cpu; the same command goes on where this one stopped"
+            f"--device {device}: its memory is too small ({' '.join(str(error).split())[:160]}); use a smaller "
+            "size, fewer --calibration-samples, --selection-samples and --held-out-samples, or --device cpu; the same "
+            "command goes on where this one stopped"
         ) from error
 
 

@@ -3,9 +3,8 @@
     python -m benchmarks.size.compiler [--work FOLDER] [--document benchmarks/README.md]
 
 Chains of bfloat16 products, 2,048 wide and as random as weights are, go from an ONNX file with external data to a plan.
-A process for each does nothing but call the library, and notes its resident memory after each call. What grows with the
-weights is the compiler's: no program around it can do with less. The slope over the sizes leaves out what the libraries
-take at rest.
+A process for each does nothing but call the library, and notes its resident memory. What grows with the weights is the
+compiler's own need; the slope over the sizes leaves out what the libraries take at rest.
 """
 
 from __future__ import annotations

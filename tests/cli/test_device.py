@@ -3,6 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
+
+from adatsq_trt.cli.options import PlaceRequest, choose_workers
+from adatsq_trt.workers import InProcess
+from adatsq_trt.workers.device import OnDevice
 
 SEARCH = ("search", "digits-flux", "--simulate", "--formats", "w4a4,w8a8", "--steps", "2")
 
@@ -22,8 +27,15 @@ def test_a_wrong_device_is_refused_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_processor_can_be_asked_for(cli, tmp_path: Path) -> None:
-    samples = ("--calibration-samples", "1", "--selection-samples", "2", "--held-out-samples", "2")
-    ended = cli(*SEARCH, *samples, "--output", tmp_path / "run", "--device", "cpu")
-    assert ended.code == 0, ended.err
-    assert (tmp_path / "run" / "search" / "policy.json").is_file()
+@pytest.mark.parametrize(
+    ("device", "workers"), [(None, InProcess), ("cpu", InProcess), ("auto", OnDevice), ("cuda:0", OnDevice)]
+)
+def test_who_computes_where_there_is_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, device: str | None, workers: type[InProcess] | type[OnDevice]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    place = PlaceRequest(None) if device is None else PlaceRequest(None, device=device)
+    with choose_workers(place) as chosen:
+        assert type(chosen) is workers

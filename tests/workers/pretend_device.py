@@ -1,7 +1,7 @@
 """A device that is not there: its tensors lie apart from the processor's, but the processor computes with them.
 
-It stands in for a GPU. A tensor that was forgotten on the way there makes an operation fail, as it would on a GPU, and
-numbers are those of the processor, bit for bit. What a GPU's own arithmetic does to them it cannot show.
+It stands in for a GPU: a tensor that was forgotten on the way there makes an operation fail. The arithmetic is the
+processor's, put together from other operations in places. What a GPU's own arithmetic does to numbers it cannot show.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "pretend"
+_JOINS = (torch.ops.aten.cat.default, torch.ops.aten.stack.default)
 _COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 _libraries: list[torch.library.Library] = []
 
@@ -63,7 +64,9 @@ class PretendTensor(Tensor):
 
 def _compute(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    strangers = [tensor for tensor in tensors if not isinstance(tensor, PretendTensor) and tensor.dim()]
+    # A number of the processor may take part, but be neither changed nor joined to tensors there.
+    strict = operation._schema.is_mutable or operation in _JOINS
+    strangers = [tensor for tensor in tensors if not isinstance(tensor, PretendTensor) and (strict or tensor.dim())]
     if strangers and operation not in _COPIES:
         raise RuntimeError(f"{operation}: expected all tensors to be on one device, found {NAME} and cpu")
     device = kwargs.get("device")

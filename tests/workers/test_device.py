@@ -41,6 +41,40 @@ def test_a_device_of_its_own_changes_no_result(
     assert_alike(here, there, precision=1e-5)
 
 
+def test_a_forgotten_tensor_is_noticed() -> None:
+    code = """
+import torch
+from tests.workers.pretend_device import pretend_device
+there, here = torch.ones(2).to(pretend_device()), torch.ones(2)
+for operation in (lambda: there + here, lambda: torch.cat([there, here]), lambda: torch.stack([there[0], here[0]])):
+    try:
+        operation()
+    except RuntimeError as error:
+        assert "one device" in str(error)
+    else:
+        raise AssertionError("nothing noticed")
+assert (there + here[0]).tolist() == [2.0, 2.0]
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_a_damaged_model_is_named_on_a_device_too(tmp_path: Path) -> None:
+    code = f"""
+import pathlib, torch
+from tests.workers import pretend_run
+make = pretend_run.MODELS["wan"]
+def damaged():
+    adapter = make()
+    torch.nn.init.constant_(adapter.transformer.blocks[1].ffn.net[2].bias, float("nan"))
+    return adapter
+pretend_run.MODELS["wan"] = damaged
+pretend_run.run(pathlib.Path("{tmp_path / "run"}"), "pretend", "wan", "search", "w8a8,bf16", None)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "UserError: step 0: in full precision layer 'blocks.1.ffn.net.2' gives NaN" in ended.stderr
+
+
 def test_what_is_shared_stays_shared_and_items_and_results_travel() -> None:
     weight, item = torch.ones(2), torch.ones(2)
     workers = OnDevice(torch.device("meta"))
@@ -64,7 +98,7 @@ def test_an_object_in_two_places_stays_one() -> None:
 
 
 def test_a_full_device_is_told() -> None:
-    message = r"--device meta: its memory is too small \(no room\); use fewer"
+    message = r"--device meta: its memory is too small \(no room\); use a smaller size"
     with pytest.raises(UserError, match=message), told_when_full(torch.device("meta")):
         raise torch.OutOfMemoryError("no\nroom")
 

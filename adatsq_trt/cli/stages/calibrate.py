@@ -108,7 +108,7 @@ def _hessians(context: Context, this: Stage, batch: Shared[Samples], latents: Te
 def hessian_passes(context: Context, blocks: Sequence[str]) -> list[list[str]]:
     """Group consecutive blocks, so that the Hessians of a group fit in memory; a group has at least one block."""
     linears, layers = context.adapter.quantizable_layers(), context.adapter.layers_by_block()
-    room, groups, free = context.memory.room_bytes, list[list[str]](), 0
+    room, groups, free = context.room_bytes, list[list[str]](), 0
     for block in blocks:
         held, passing = hessian_bytes(linears[layer].in_features for layer in layers[block])
         if not groups or held + passing > free:

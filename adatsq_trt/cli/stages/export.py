@@ -130,7 +130,7 @@ def _reference(context: Context, policy: Policy, folder: Path) -> None:
     """What `check` compares graphs with: the fake-quantized PyTorch model at every step and through the whole loop."""
     samples = context.calibration.part(slice(0, CHECK_SAMPLES))
     latents = read_tensors(calibrate.stage(context).folder / calibrate.TRAJECTORY)["latents"][:, :CHECK_SAMPLES]
-    latents = latents.to(context.device)
+    there = latents.to(context.device)
     layered = {bucket.first for bucket in policy.buckets}
     tensors: dict[str, Tensor] = {
         "loop.prompts": torch.tensor(samples.prompts),
@@ -140,19 +140,19 @@ def _reference(context: Context, policy: Policy, folder: Path) -> None:
     with context.simulated(quantize.load(context)).installed() as model:
         for step in range(policy.steps):
             model.assign(policy.formats_at(step), step)
-            tensors |= _one_step(context, samples, latents[step], step, with_layers=step in layered)
+            tensors |= moved(_one_step(context, samples, there[step], step, with_layers=step in layered), CPU)
         tensors["loop.quantized"] = _loop(model, samples, policy)
-        spread = [_disturbed(context, model, policy, samples, latents, seed) for seed in range(NOISE_DRAWS)]
+        spread = [_disturbed(context, model, policy, samples, there, seed) for seed in range(NOISE_DRAWS)]
     outputs = torch.stack([tensors[f"step_{step:03d}.output"] for step in range(policy.steps)])
     tensors["spread.outputs"] = _largest_error([draw[0] for draw in spread], outputs)
     tensors["spread.loop"] = _largest_error([draw[1][1:] for draw in spread], tensors["loop.quantized"][1:])
     linears = context.adapter.quantizable_layers()
     tensors["in_features"] = torch.tensor([linears[name].in_features for name in context.layers])
-    write_tensors(folder / REFERENCE, moved(tensors, CPU))
+    write_tensors(folder / REFERENCE, tensors)
 
 
 def _loop(model: SimulatedModel, samples: Samples, policy: Policy) -> Tensor:
-    return trajectory(samples, lambda step: model.assign(policy.formats_at(step), step))
+    return trajectory(samples, lambda step: model.assign(policy.formats_at(step), step)).to(CPU)
 
 
 def _disturbed(
@@ -165,7 +165,7 @@ def _disturbed(
             model.assign(policy.formats_at(step), step)
             tensors = _one_step(context, samples, latents[step], step, with_layers=False)
             outputs.append(tensors[f"step_{step:03d}.output"])
-        return torch.stack(outputs), _loop(model, samples, policy)
+        return torch.stack(outputs).to(CPU), _loop(model, samples, policy)
 
 
 def _largest_error(draws: list[Tensor], expected: Tensor) -> Tensor:
