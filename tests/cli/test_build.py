@@ -9,6 +9,7 @@ import pytest
 
 from adatsq_trt import zoo
 from adatsq_trt.cli.build import StageName
+from adatsq_trt.cli.loading import OpenedModel
 from adatsq_trt.engines.accuracy import CheckReport, CheckRow
 from adatsq_trt.engines.accuracy.report import LoopReport
 from adatsq_trt.engines.bundle import BundleFiles
@@ -17,6 +18,7 @@ from adatsq_trt.policy import Policy
 from adatsq_trt.report.summary import Summary
 from adatsq_trt.run import RunDirectory, StageRecord
 from adatsq_trt.settings import Settings
+from adatsq_trt.zoo.loading import LoadedModel
 
 STAGES = tuple(stage.value for stage in StageName)
 
@@ -86,6 +88,18 @@ def test_second_build_runs_no_stage(cli, copy: Path) -> None:
     assert records(copy) == before
     assert cli.state(copy / "bundle") == plans
     assert (copy / "summary.json").read_bytes() == summary
+
+
+def test_plans_are_made_again_without_loading_the_model(cli, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = sorted((copy / "bundle" / "plans").rglob("*.plan"))
+    plans[0].unlink()
+
+    def load(_opened: OpenedModel, _run: RunDirectory) -> LoadedModel:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(OpenedModel, "load", load)
+    assert cli(*cli.build, "--output", copy).code == 0
+    assert plans[0].is_file()
 
 
 @pytest.mark.parametrize("stage", STAGES[:-1])
