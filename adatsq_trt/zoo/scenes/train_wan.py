@@ -26,7 +26,7 @@ from adatsq_trt.zoo.scenes.training import SceneSet, Trainer, finish, noisy_batc
 from adatsq_trt.zoo.scenes.video_scores import clip_scores, mean_scores
 from adatsq_trt.zoo.scenes.world import IMAGE_SIZE, load_split
 
-NAME, STEPS, GUIDANCE, SHIFT = "scenes-wan", 25, 2.0, 3.0
+NAME, STEPS, GUIDANCE, SHIFT = "scenes-wan", 25, 3.0, 3.0
 WIDTH, PIXELS, BATCH, DROP_PROMPT = 64, 2, 16, 0.1
 CLIPS, ITERATIONS, RATE = 16_384, 15_000, 1e-3
 
