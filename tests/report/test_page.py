@@ -174,7 +174,8 @@ def test_the_build_command_says_everything_that_it_can(data: ReportData) -> None
         build = build.commands[name]
     options = {option.opts[0] for option in build.params if option.param_type_name == "option"}
     # What a run may take and who computes it are not settings of it; sizes stand in the place of batches.
-    assert options - set(words) == {"--simulate", "--policy", "--until", "--memory-limit", "--ray", "--shapes"}
+    unsaid = {"--simulate", "--policy", "--until", "--memory-limit", "--ray", "--device", "--shapes"}
+    assert options - set(words) == unsaid
     assert words[words.index("--budget-bits") + 1] == "6.666666666666667"
     assert words[words.index("--layout") + 1] == "switch"
     assert [words[i + 1] for i, word in enumerate(words) if word == "--batch"] == ["1", "8"]
