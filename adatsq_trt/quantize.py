@@ -191,14 +191,16 @@ def quantize_nearest(weight: Tensor, fmt: Format) -> QuantizedWeight:
     return encode_weight(values, scales.reshape(len(weight), -1), grid, global_scale)
 
 
-def dequantize_weight(weight: QuantizedWeight, fmt: Format) -> Tensor:
-    """Codes and scales → float32 [N, K]."""
+def dequantize_weight(weight: QuantizedWeight, fmt: Format, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Codes and scales → [N, K], computed in float32 and given in a floating type."""
     grid = fmt.weight
     if grid.is_float or weight.scales is None:
-        return weight.codes.float()
-    points = decode_e2m1(weight.codes) if grid.element is Element.E2M1 else weight.codes.float()
+        return weight.codes.to(dtype)
+    points = {Element.E2M1: decode_e2m1, Element.E4M3: Tensor.float}.get(grid.element, lambda codes: codes)(weight.codes)
     scales = weight.scales.float() if weight.global_scale is None else weight.scales.float() * weight.global_scale
-    return points * scales.repeat_interleave(points.shape[1] // scales.shape[1], dim=1)
+    values = torch.empty(points.shape, dtype=dtype, device=points.device).unflatten(1, (scales.shape[1], -1))
+    # One pass over the weight: codes become float32, and products what they are wanted as, on the way.
+    return torch.mul(points.view_as(values), scales[:, :, None], out=values).flatten(1)
 
 
 # ------------------------------------------------------------------------------------------------ activations
@@ -223,7 +225,7 @@ def fake_quantize_activation(x: Tensor, grid: Grid, scale: Tensor | None = None)
     """Round a layer's input to the format's activation grid and back.
 
     Args:
-        x: [..., K] float32.
+        x: [..., K] float32, or bfloat16, which the search may compute in.
         grid: the format's activation grid.
         scale: float32 [], for static grids and e2m1's global scale.
 
@@ -236,9 +238,10 @@ def fake_quantize_activation(x: Tensor, grid: Grid, scale: Tensor | None = None)
         return x.to(plain_type(grid)).float()
     if grid.granularity is Granularity.TOKEN:
         # The floor keeps an all-zero token finite; it is far below any real activation.
-        step = (x.abs().amax(dim=-1, keepdim=True) / grid.maximum).clamp(min=1e-12)
-        return (x / step).round_().clamp_(-grid.maximum, grid.maximum).mul_(step)
+        step = (x.abs().amax(dim=-1, keepdim=True).float() / grid.maximum).clamp(min=1e-12)
+        return (x / step).round_().mul_(step)  # nothing to clamp: the largest quotient is the maximum but for rounding
     assert scale is not None, "static grids need a scale"
+    x = x.float()
     if grid.element is Element.E2M1:
         return _fake_quantize_blocks(x, grid, scale)
     return round_to_grid(x / scale, grid).mul_(scale)

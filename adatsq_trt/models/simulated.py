@@ -181,13 +181,19 @@ class SimulatedModel:
 
 
 class _Dequantized(Mapping[str, Tensor]):
-    """Format name → a layer's weight, float32 [N, K], made from the store at every lookup."""
+    """Format name → a layer's weight [N, K], made from the store at every lookup.
+
+    It is float32, or what autocast would make of that.
+    """
 
     def __init__(self, store: FormatStore, layer: str, formats: Mapping[str, Format]) -> None:
         self._store, self._layer, self._formats = store, layer, formats
 
     def __getitem__(self, name: str) -> Tensor:
-        return dequantize_weight(self._store.weights[name][self._layer], self._formats[name])
+        weight = self._store.weights[name][self._layer]
+        kind = weight.codes.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        return dequantize_weight(weight, self._formats[name], dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._formats)

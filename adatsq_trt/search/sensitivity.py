@@ -25,6 +25,7 @@ from adatsq_trt.formats import Format
 from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.models.format_store import FormatStore
 from adatsq_trt.quantize import dequantize_weight, fake_quantize_activation
+from adatsq_trt.workers.precision import exact
 
 # Steps of a trajectory whose neighbours are averaged with a width of one step.
 SMOOTHED_STEPS = 20
@@ -100,7 +101,9 @@ class Candidates:
 
 def measure_contributions(common: Measured[Candidates], backward: BackwardStep) -> Tensor:
     """`step_contributions` where the unit is computed: some samples."""
-    return step_contributions(backward, common.samples.adapter, common.extra.formats, common.extra.store)
+    adapter = common.samples.adapter
+    with exact(adapter.device.type):
+        return step_contributions(backward, adapter, common.extra.formats, common.extra.store)
 
 
 def join_parts(parts: Sequence[Tensor], projections: int) -> Tensor:
@@ -129,14 +132,15 @@ def step_contributions(
     for index, (layer, linear) in enumerate(linears.items()):
         # The transform changes neither the exact output nor what its branch adds: only the rounded part errs.
         transform = store.transform(layer)
-        inputs = transform.input_map.inputs(backward.inputs[layer])
+        inputs = transform.input_map.inputs(backward.inputs[layer].float())
         exact = functional.linear(inputs, transform.rounded_weight(linear.weight))
         changes = []
         for fmt in formats:
             scale = store.scales[fmt.name][backward.step, index] if fmt.static_activation else None
             rounded = fake_quantize_activation(inputs, fmt.activation, scale)
             changes.append(functional.linear(rounded, dequantize_weight(store.weights[fmt.name][layer], fmt)) - exact)
-        products = torch.einsum("psn,fsn->fps", backward.gradients[layer].flatten(2), torch.stack(changes).flatten(2))
+        gradients = backward.gradients[layer].float().flatten(2)
+        products = torch.einsum("psn,fsn->fps", gradients, torch.stack(changes).flatten(2))
         result.append(products.flatten(1))
     return torch.stack(result, dim=1)
 

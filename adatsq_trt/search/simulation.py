@@ -55,11 +55,11 @@ class _Batch:
 
 @dataclass(frozen=True)
 class _Move:
-    """One step of a batch."""
+    """One step of a batch from each of several latents, float32 [latents, samples, *latent_shape]."""
 
     batch: _Batch
     step: int
-    latent: Tensor
+    latents: Tensor
     assignment: Assignment
 
 
@@ -86,6 +86,7 @@ class Simulation:
         schedule: Schedule,
         guidance: float,
         workers: Workers | None = None,
+        together: int = 1,
     ) -> None:
         """Give the model to the workers.
 
@@ -95,13 +96,15 @@ class Simulation:
             schedule: of the denoising loop.
             guidance: its scale.
             workers: who computes; this process if nobody else.
+            together: most latents of a beam that are one call of the model where they have an assignment in common,
+                which saves a GPU from making its weights for each. Other numbers round differently.
         """
-        self.model, self.formats = model, tuple(formats)
+        self.model, self.formats, self._together = model, tuple(formats), together
         self._workers = InProcess() if workers is None else workers
         self._loop = self._workers.share(_Loop(model, self.formats, schedule, guidance))
 
     def advance(self, samples: Samples, step: int, moves: Sequence[tuple[Tensor, Assignment]]) -> Iterator[Tensor]:
-        """Latents after one step, for each of several latents and assignments: one denoiser call each.
+        """Latents after one step, for each of several latents and assignments, in their order.
 
         Args:
             samples: the batch.
@@ -109,8 +112,20 @@ class Simulation:
             moves: latents before it, float32 [samples, *latent_shape], and format indices.
         """
         batch = _Batch(samples.prompts, samples.seeds)
-        units = [_Move(batch, step, latent.clone(), assignment) for latent, assignment in moves]
-        return self._workers.map(_advance, self._loop, units)
+        groups = list(self._groups([assignment for _, assignment in moves]))
+        units = [_Move(batch, step, torch.stack([moves[i][0] for i in g]), moves[g[0]][1]) for g in groups]
+        after = dict[int, Tensor]()
+        for group, latents in zip(groups, self._workers.map(_advance, self._loop, units), strict=True):
+            after |= dict(zip(group, latents.clone(), strict=True))
+        return iter([after[i] for i in range(len(moves))])
+
+    def _groups(self, assignments: Sequence[Assignment]) -> Iterator[list[int]]:
+        """Indices of equal assignments, at most `together` in a group."""
+        indices = dict[Assignment, list[int]]()
+        for i, assignment in enumerate(assignments):
+            indices.setdefault(assignment, []).append(i)
+        for alike in indices.values():
+            yield from (alike[i : i + self._together] for i in range(0, len(alike), self._together))
 
     def final_latents(self, samples: Samples, policies: Sequence[Sequence[Assignment] | None]) -> Iterator[Tensor]:
         """Pictures of a large batch under each policy, float32 [samples, *latent_shape]; in full precision without one.
@@ -140,7 +155,9 @@ def as_formats(layers: Sequence[str], assignment: Assignment, formats: Sequence[
 
 def _advance(loop: _Loop, move: _Move) -> Tensor:
     loop.assign(move.assignment, move.step)
-    return loop.samples(move.batch).step(move.latent, move.step)
+    count, batch = len(move.latents), move.batch
+    samples = loop.samples(_Batch(batch.prompts * count, batch.seeds * count))
+    return samples.step(move.latents.flatten(0, 1), move.step).unflatten(0, (count, -1))
 
 
 def _trajectory(loop: _Loop, whole: _Whole) -> Tensor:

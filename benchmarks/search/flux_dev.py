@@ -1,6 +1,7 @@
 """Seconds of a search on the configuration of Flux-dev with random weights: flux_dev.json, a row for each size.
 
     python -m benchmarks.search.flux_dev [--device cuda] [--sizes 512,1024] [--steps 50] [--blocks 19,38] [--heads 24]
+        [--precision bfloat16]
 
 Beam 4, at most four candidates per path and step, one calibration sample with one projection, the paper's formats. The
 model is made on the device and never written; weights are rounded to nearest, since a solver makes the search neither
@@ -43,9 +44,11 @@ from adatsq_trt.search.resume import measure_sensitivity, search_columns
 from adatsq_trt.search.simulation import Simulation
 from adatsq_trt.workers import InProcess, Workers
 from adatsq_trt.workers.device import CPU, CUDA, OnDevice, parse_device
+from adatsq_trt.workers.precision import Bfloat16
 
 RESULTS = Path(__file__).with_name("flux_dev.json")
 BLOCKS, HEADS, HEAD_WIDTH, TEXT_TOKENS, TEXT_WIDTH, POOLED_WIDTH = (19, 38), 24, 128, 512, 4096, 768
+FLOAT32, BFLOAT16 = "float32", "bfloat16"
 BEAM, CANDIDATES, SLACK, BITS, GUIDANCE, PROJECTIONS = 4, 3, 0.1, 4.0, 3.5, 1
 FORMATS = resolve_formats("paper")
 
@@ -56,6 +59,7 @@ class Row(BaseModel):
     Attributes:
         blocks: of two streams and of one; Flux-dev has 19 and 38.
         heads: of 128 numbers; Flux-dev has 24.
+        precision: of the search, as `--search-precision`; the trajectory before it is float32.
         pixels: side of the picture.
         steps: denoising steps.
         sweep_seconds: of the sensitivities, with one projection; the default of a search is eight.
@@ -68,6 +72,7 @@ class Row(BaseModel):
 
     blocks: tuple[int, int]
     heads: int
+    precision: str
     pixels: int
     steps: int
     sweep_seconds: float
@@ -120,16 +125,19 @@ def make_store(adapter: FluxAdapter) -> FormatStore:
     )
 
 
-def measure(device: torch.device, blocks: tuple[int, int], heads: int, pixels: int, steps: int) -> Row:
+def measure(
+    device: torch.device, precision: str, blocks: tuple[int, int], heads: int, pixels: int, steps: int
+) -> Row:
     """Make the model, search, forget both."""
     if device.type == CUDA:
         torch.cuda.reset_peak_memory_stats(device)
-    workers: Workers = InProcess() if device.type == CPU else OnDevice(device)
+    exact: Workers = InProcess() if device.type == CPU else OnDevice(device)
+    workers = Bfloat16(exact, device.type) if precision == BFLOAT16 else exact
     adapter = make_adapter(device, blocks, heads, pixels)
     store, schedule = make_store(adapter), adapter.schedule(steps)
     samples = seeded_samples(adapter, schedule, GUIDANCE, 1, 0, 1)
     noise = samples.noise()
-    latents = torch.stack([noise, *measured_trajectory(workers, workers.share(samples), noise, steps)])
+    latents = torch.stack([noise, *measured_trajectory(exact, exact.share(samples), noise, steps)])
     start = projections(1, adapter.latent_shape, PROJECTIONS, 0)
     with tempfile.TemporaryDirectory() as folder:
         began = perf_counter()
@@ -140,13 +148,14 @@ def measure(device: torch.device, blocks: tuple[int, int], heads: int, pixels: i
         swept = perf_counter()
         plan = make_plan(sensitivity, format_bits(FORMATS), BITS, CANDIDATES)
         with SimulatedModel(adapter, store, 0).installed() as model, progress("beam", steps) as advance:
-            simulation = Simulation(model, FORMATS, schedule, GUIDANCE, workers)
+            simulation = Simulation(model, FORMATS, schedule, GUIDANCE, workers, 1 if device.type == CPU else BEAM)
             problem = DenoisingProblem(samples, simulation, latents, adjoints, plan, budget=BITS)
             search_columns(problem, Pruning(BEAM, SLACK), Path(folder), advance)
         ended = perf_counter()
     return Row(
         blocks=blocks,
         heads=heads,
+        precision=precision,
         pixels=pixels,
         steps=steps,
         sweep_seconds=swept - began,
@@ -176,12 +185,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--blocks", default=",".join(map(str, BLOCKS)))
     parser.add_argument("--heads", type=int, default=HEADS)
+    parser.add_argument("--precision", choices=(FLOAT32, BFLOAT16), default=BFLOAT16)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     device = parse_device(options.device)
     double, single = map(int, options.blocks.split(","))
     sizes = [int(size) for size in options.sizes.split(",")]
-    rows = tuple(measure(device, (double, single), options.heads, size, options.steps) for size in sizes)
+    rows = tuple(measure(device, options.precision, (double, single), options.heads, size, options.steps) for size in sizes)
     name = torch.cuda.get_device_name(device) if device.type == CUDA else f"{platform.machine()} processor"
     write_json_model(options.results, Results(device=name, torch=torch.__version__, rows=rows))
     sys.stdout.write(table(rows))

@@ -2,8 +2,9 @@
 
     python -m adatsq_trt.zoo.scenes.train_wan --work runs/wan --output adatsq_trt/zoo/weights
 
-Flow matching with the prompt dropped in a tenth of the batch, so that guidance has a branch without it. Stopped and
-started again, the training goes on at its last checkpoint.
+First the model learns to tell every token's place from noise alone: all else that it has to know is relative. Then flow
+matching, with the prompt dropped in a tenth of the batch, so that guidance has a branch without it. Stopped and started
+again, the training goes on at its last checkpoint. `--device cuda` learns on a GPU, from other random numbers.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from adatsq_trt.models.wan import WanAdapter
 from adatsq_trt.zoo.sampling import sample
 from adatsq_trt.zoo.scenes.clips import CLIP_WORDS, FRAMES, LONGEST_CLIP, clip_prompts, paint_clip
 from adatsq_trt.zoo.scenes.judge import load_judge
-from adatsq_trt.zoo.scenes.training import SceneSet, Trainer, finish, noisy_batch, parse_arguments
+from adatsq_trt.zoo.scenes.training import Arguments, SceneSet, Trainer, finish, noisy_batch, parse_arguments
 from adatsq_trt.zoo.scenes.video_scores import clip_scores, mean_scores
 from adatsq_trt.zoo.scenes.world import IMAGE_SIZE, load_split
 
 NAME, STEPS, GUIDANCE, SHIFT = "scenes-wan", 25, 3.0, 3.0
-WIDTH, PIXELS, BATCH, DROP_PROMPT = 64, 2, 16, 0.1
-CLIPS, ITERATIONS, RATE = 16_384, 15_000, 1e-3
+WIDTH, PIXELS, BATCH, DROP_PROMPT = 64, 2, 128, 0.1
+CLIPS, PLACE_ITERATIONS, ITERATIONS, RATE = 32_768, 500, 12_000, 1e-3
 
 
 def make_adapter() -> WanAdapter:
@@ -68,19 +69,36 @@ def flow_matching_loss(adapter: WanAdapter, clips: SceneSet) -> Tensor:
     """Fit v(x[sigma]) to noise - x0."""
     batch = noisy_batch(clips, BATCH)
     assert isinstance(adapter.encoder, TextEncoder)
-    words = torch.where(torch.rand(BATCH, 1) < DROP_PROMPT, 0, batch.words)
+    words = torch.where(torch.rand(BATCH, 1, device=batch.words.device) < DROP_PROMPT, 0, batch.words)
     condition = adapter.condition(*adapter.encoder(words))
     prediction = adapter.trace_module()(batch.latent, condition["encoder_hidden_states"], batch.sigma)
     return (prediction - batch.velocity).square().mean()  # type: ignore[no-any-return]
 
 
-def train(work: Path, iterations: int) -> WanAdapter:
+def place_loss(adapter: WanAdapter, clips: SceneSet) -> Tensor:
+    """Fit the frame, row and column of every cell, each from -1 to 1, given nothing but noise."""
+    batch = noisy_batch(clips, BATCH)
+    assert isinstance(adapter.encoder, TextEncoder)
+    noise, device = torch.randn_like(batch.latent), batch.latent.device
+    axes = [torch.linspace(-1, 1, size, device=device) for size in adapter.latent_shape[1:]]
+    places = torch.stack(torch.meshgrid(*axes, indexing="ij")).repeat(adapter.latent_shape[0] // 3, 1, 1, 1)
+    condition = adapter.condition(*adapter.encoder(batch.words))
+    prediction = adapter.trace_module()(noise, condition["encoder_hidden_states"], torch.ones(BATCH, device=device))
+    return (prediction - places).square().mean()  # type: ignore[no-any-return]
+
+
+def train(arguments: Arguments) -> WanAdapter:
     """The whole training."""
     adapter = make_adapter()
     assert isinstance(adapter.encoder, TextEncoder)
-    clips = make_clips(CLIPS, 0, adapter.encoder)
-    trainer = Trainer(adapter, RATE, work / f"{NAME}.safetensors")
-    trainer.run(lambda: flow_matching_loss(adapter, clips), iterations)
+    clips = make_clips(CLIPS, 0, adapter.encoder).to(arguments.device)
+    adapter.move(arguments.device)
+    adapter.encoder.to(arguments.device)
+    trainer = Trainer(adapter, RATE, arguments.work / f"{NAME}.safetensors")
+    losses = (place_loss, flow_matching_loss)
+    trainer.run(lambda: losses[trainer.done >= PLACE_ITERATIONS](adapter, clips), arguments.iterations)
+    adapter.move(torch.device("cpu"))
+    adapter.encoder.cpu()
     return adapter
 
 
@@ -93,8 +111,8 @@ def measure(adapter: WanAdapter) -> dict[str, float]:
 
 def main() -> None:
     """Train, save, measure."""
-    arguments = parse_arguments(NAME, ITERATIONS)
-    adapter = train(arguments.work, arguments.iterations)
+    arguments = parse_arguments(NAME, ITERATIONS, devices=True)
+    adapter = train(arguments)
     finish(adapter, NAME, STEPS, GUIDANCE, measure, arguments)
 
 

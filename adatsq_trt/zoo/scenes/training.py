@@ -41,6 +41,10 @@ class SceneSet:
     latents: Tensor
     words: Tensor
 
+    def to(self, device: torch.device) -> SceneSet:
+        """The same on a device."""
+        return SceneSet(self.latents.to(device), self.words.to(device))
+
 
 def make_scenes(count: int, seed: int, encoder: TextEncoder) -> SceneSet:
     """Draw scenes with the generator's digits; the encoder knows the words."""
@@ -72,9 +76,10 @@ def noisy_batch(scenes: SceneSet, batch: int) -> NoisyBatch:
 
     What is drawn where is decided above sigma 0.8, so such levels are drawn more often than usual.
     """
-    pick = torch.randint(0, len(scenes.latents), (batch,))
-    x0, noise = scenes.latents[pick], torch.randn(batch, *scenes.latents.shape[1:])
-    sigma = (SIGMA_MEAN + SIGMA_STD * torch.randn(batch)).sigmoid()
+    device = scenes.latents.device
+    pick = torch.randint(0, len(scenes.latents), (batch,), device=device)
+    x0, noise = scenes.latents[pick], torch.randn(batch, *scenes.latents.shape[1:], device=device)
+    sigma = (SIGMA_MEAN + SIGMA_STD * torch.randn(batch, device=device)).sigmoid()
     mix = sigma.reshape(-1, *[1] * (x0.dim() - 1))
     return NoisyBatch((1 - mix) * x0 + mix * noise, noise - x0, scenes.words[pick], sigma)
 
@@ -91,6 +96,11 @@ class Trainer:
         self._average = [p.detach().clone() for p in self._parameters]
         if file.is_file():
             self._load()
+
+    @property
+    def done(self) -> int:
+        """Iterations so far, those before a checkpoint included."""
+        return self._done
 
     def run(self, loss: Callable[[], Tensor], iterations: int) -> None:
         """Minimise a loss that draws its own batch; the weights are the average at the end."""
@@ -120,6 +130,8 @@ class Trainer:
 
     def _save(self) -> None:
         tensors = {"iterations": torch.tensor(self._done), "random": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            tensors["random_gpu"] = torch.cuda.get_rng_state()
         for i, (parameter, mean) in enumerate(zip(self._parameters, self._average, strict=True)):
             state = self._optimizer.state[parameter]
             tensors |= {f"{i}.{name}": state[name].clone() for name in ("step", "exp_avg", "exp_avg_sq")}
@@ -131,9 +143,12 @@ class Trainer:
         tensors = read_tensors(self._file)
         self._done = int(tensors["iterations"])
         torch.set_rng_state(tensors["random"])
+        if torch.cuda.is_available() and "random_gpu" in tensors:
+            torch.cuda.set_rng_state(tensors["random_gpu"])
         for i, (parameter, mean) in enumerate(zip(self._parameters, self._average, strict=True)):
             names = ("step", "exp_avg", "exp_avg_sq")
-            self._optimizer.state[parameter] = {name: tensors[f"{i}.{name}"] for name in names}
+            state = {name: tensors[f"{i}.{name}"] for name in names}
+            self._optimizer.state[parameter] = state | {n: state[n].to(parameter.device) for n in names[1:]}
             parameter.copy_(tensors[f"{i}.parameter"])
             mean.copy_(tensors[f"{i}.average"])
 
@@ -181,21 +196,31 @@ class Arguments:
         output: folder of the zoo.
         seed: of weights, batches and noise.
         iterations: in all, those before a checkpoint included.
+        device: where the model learns.
     """
 
     work: Path
     output: Path
     seed: int
     iterations: int
+    device: torch.device = torch.device("cpu")
 
 
-def parse_arguments(name: str, iterations: int) -> Arguments:
-    """Read the command line of a training of one stage, and set logging and the seed accordingly."""
+def parse_arguments(name: str, iterations: int, *, devices: bool = False) -> Arguments:
+    """Read the command line of a training of one stage, and set logging and the seed accordingly.
+
+    Args:
+        name: of the model.
+        iterations: unless the command line says otherwise.
+        devices: whether the training knows `--device`.
+    """
     parser = argparse.ArgumentParser(description=f"Train {name}.")
     parser.add_argument("--work", type=Path, required=True, help="checkpoints")
     parser.add_argument("--output", type=Path, required=True, help="folder of the zoo")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--iterations", type=int, default=iterations)
+    if devices:
+        parser.add_argument("--device", type=torch.device, default="cpu")
     arguments = Arguments(**vars(parser.parse_args()))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.manual_seed(arguments.seed)
