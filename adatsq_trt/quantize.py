@@ -196,7 +196,9 @@ def dequantize_weight(weight: QuantizedWeight, fmt: Format, dtype: torch.dtype =
     grid = fmt.weight
     if grid.is_float or weight.scales is None:
         return weight.codes.to(dtype)
-    points = {Element.E2M1: decode_e2m1, Element.E4M3: Tensor.float}.get(grid.element, lambda codes: codes)(weight.codes)
+    points = weight.codes
+    if grid.element is not Element.INT:
+        points = decode_e2m1(points) if grid.element is Element.E2M1 else points.float()
     scales = weight.scales.float() if weight.global_scale is None else weight.scales.float() * weight.global_scale
     values = torch.empty(points.shape, dtype=dtype, device=points.device).unflatten(1, (scales.shape[1], -1))
     # One pass over the weight: codes become float32, and products what they are wanted as, on the way.

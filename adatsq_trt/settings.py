@@ -74,6 +74,8 @@ class Settings(BaseModel):
         beam: paths kept per column.
         candidates: assignments tried per path and step, besides the previous one.
         slack: relative slack of dominance.
+        expansions: of the beam that are run per step, those of least predicted error; None runs all.
+        search_precision: of the denoiser calls of the search.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -113,3 +115,5 @@ class Settings(BaseModel):
     beam: int = 4
     candidates: int = 5
     slack: float = 0.1
+    expansions: int | None = None
+    search_precision: Literal["float32", "bfloat16"] = "float32"

@@ -8,8 +8,9 @@ import secrets
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Kernels in the Triton language run in its interpreter, which it decides when it is imported: diffusers does that.
-os.environ["TRITON_INTERPRET"] = "1"
+# Kernels in the Triton language run in its interpreter, which it decides when it is imported: diffusers does that. On a
+# GPU they are compiled: TRITON_INTERPRET=0 python -m pytest -m gpu
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Ray reads this when it is first imported, by whichever test: `--ray local` answers only those who know the token.
 os.environ["RAY_AUTH_MODE"] = "token"

@@ -32,6 +32,13 @@ class LayoutName(StrEnum):
     PLUGIN = "plugin"
 
 
+class PrecisionName(StrEnum):
+    """What denoiser calls are computed in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
 class BackendName(StrEnum):
     """What compiles plans."""
 
@@ -60,7 +67,11 @@ class TransformName(StrEnum):
 
 _CHECKPOINT, _POLICY, _EFFORT = "A checkpoint of your own", "The policy", "The effort"
 _ENTERPRISE = "Enterprise TensorRT"
-_EFFORTS = ("beam", "candidates", "calibration_samples", "selection_samples", "held_out_samples", "seed")
+# Settings that are given as they are, in the order in which `engine` hands them on.
+_GIVEN = (
+    *("beam", "candidates", "expansions", "calibration_samples", "selection_samples", "held_out_samples"),
+    *("seed", "steps", "max_assignments", "search_precision"),
+)
 # Each batch of samples has a million seeds of its own; a scheduler has a thousand timesteps.
 _MOST_ROWS = 4096
 _MOST_SAMPLES, _MOST_STEPS, _MOST_PATHS = 1_000_000, 1000, 1000
@@ -310,6 +321,26 @@ Candidates = Annotated[
         rich_help_panel=_EFFORT,
     ),
 ]
+Expansions = Annotated[
+    int | None,
+    typer.Option(
+        "--expansions",
+        min=1,
+        max=_MOST_PATHS**2,
+        help="Denoiser calls of the beam per step: of all paths and candidates those of least predicted error.",
+        show_default="all",
+        rich_help_panel=_EFFORT,
+    ),
+]
+SearchPrecision = Annotated[
+    PrecisionName | None,
+    typer.Option(
+        "--search-precision",
+        help="What the search computes in; bfloat16 suits a GPU.",
+        show_default="float32",
+        rich_help_panel=_EFFORT,
+    ),
+]
 Calibration = Annotated[
     int | None,
     typer.Option(
@@ -392,7 +423,7 @@ def engine(
     budget_bytes: BudgetBytes = None,
     budget_ms: BudgetMs = None,
     gpu: Gpu = None,
-    max_assignments: MaxAssignments = None,
+    most: MaxAssignments = None,
     simulate: Simulate = False,
     layout: Layout = LayoutName.EMBEDDED,
     batch: Batch = None,
@@ -407,9 +438,11 @@ def engine(
     seed: Seed = 0,
     beam: Beam = None,
     candidates: Candidates = None,
-    calibration_samples: Calibration = None,
-    selection_samples: Selection = None,
-    held_out_samples: HeldOut = None,
+    expansions: Expansions = None,
+    precision: SearchPrecision = None,
+    calibration: Calibration = None,
+    selection: Selection = None,
+    held_out: HeldOut = None,
     memory_limit: MemoryLimit = None,
     base: Base = None,
     lora: Lora = None,
@@ -435,18 +468,16 @@ def engine(
         place=options.PlaceRequest(output, memory_limit, ray, device),
         formats=options.FormatRequest(formats, None if transform is None else transform.value, simulate),
         budgets=BudgetRequest(budget_bits, budget_bytes, budget_ms, gpu),
-        max_assignments=max_assignments,
         compiler=options.PlanRequest(layout.value, backend.value, hardware.value, versions, streaming, batch, shapes),
-        steps=steps,
         policy=policy,
-        counts=_given(beam, candidates, calibration_samples, selection_samples, held_out_samples, seed),
+        given=_given(beam, candidates, expansions, calibration, selection, held_out, seed, steps, most, precision),
     )
     options.run_stages(request, until)
 
 
-def _given(*counts: int | None) -> dict[str, int]:
-    """Those of the effort's settings that were given."""
-    return {name: value for name, value in zip(_EFFORTS, counts, strict=True) if value is not None}
+def _given(*values: int | str | None) -> dict[str, int | str]:
+    """Those of the settings in `_GIVEN` that were given."""
+    return {name: value for name, value in zip(_GIVEN, values, strict=True) if value is not None}
 
 
 def until(stage: StageName, summary: str) -> Callable[..., None]:

@@ -98,11 +98,9 @@ class Request:
     place: PlaceRequest
     formats: FormatRequest
     budgets: BudgetRequest
-    max_assignments: int | None
     compiler: PlanRequest
-    steps: int | None
     policy: Path | None
-    counts: Mapping[str, int]
+    given: Mapping[str, int | str]
 
 
 @dataclass(frozen=True)
@@ -239,16 +237,14 @@ def resolve(request: Request, choice: Choice, opened: OpenedModel) -> Settings:
         targets=choice.targets,
         simulate=request.formats.simulate,
         **{name: value for name, value in compiler.items() if value != ()},
-        steps=request.steps or model.default_steps,
         guidance=model.default_guidance if request.model.guidance is None else request.model.guidance,
         budget_bits=choice.budgets.bits,
         budget_bytes=choice.budgets.bytes,
         budget_ms=choice.budgets.ms,
         times=choice.budgets.times,
-        max_assignments=request.max_assignments,
         policy=choice.policy,
         transform=request.formats.transform,
-        **request.counts,
+        **{"steps": model.default_steps, **request.given},
     )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,6 +154,26 @@ class ModelAdapter(ABC):
         self.transformer.to(device)
         self.trace_module().to(device)  # has buffers of its own
 
+    @contextmanager
+    def placed(self, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+        """Compute inside the block with copies of the weights; afterwards the model has its own again, untouched.
+
+        Args:
+            device: of the copies; what `encode` gives stays on the processor.
+            dtype: of the weights' copies; buffers keep theirs, since bfloat16 holds no angles.
+        """
+        own = list(_tensors(self.trace_module()))
+        copies: dict[int, Tensor] = {}  # a tensor may be in several places
+        try:
+            for module, name, tensor in own:
+                if id(tensor) not in copies:
+                    copies[id(tensor)] = _copy(tensor, device, dtype)
+                setattr(module, name, copies[id(tensor)])
+            yield
+        finally:
+            for module, name, tensor in own:
+                setattr(module, name, tensor)
+
     @property
     def patch_cells(self) -> int:
         """Sides of an image are multiples of so many of its patches."""
@@ -199,6 +220,20 @@ class ModelAdapter(ABC):
         """Guided prediction v0 + guidance (v - v0), shape of the latent (Ho and Salimans 2022, eq. 6)."""
         inputs = self.guided_inputs(latent, model_time, conditioning, guidance)
         return guide(self.predict(inputs), conditioning, guidance)
+
+
+def _tensors(root: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """Parameters and buffers with the modules that they belong to."""
+    for module in root.modules():
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            yield module, name, tensor
+
+
+def _copy(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """On a device; weights in a type too."""
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(tensor.detach().to(device, dtype), tensor.requires_grad)
+    return tensor.to(device)
 
 
 def guide(prediction: Tensor, conditioning: Conditioning, guidance: float) -> Tensor:

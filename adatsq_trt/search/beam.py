@@ -1,13 +1,14 @@
 """Beam search over denoising steps (paper, section 3.2).
 
 A column per step, a candidate assignment per node. Every path carries its own state, so what a step is measured on
-contains what the earlier steps did. After each column the paths are pruned to at most `width`:
+contains what the earlier steps did. An expansion, a path with a candidate, is a denoiser call. Each column is pruned:
 
+0. Where only so many expansions may run, those are run that rule 3 would keep by their predicted errors.
 1. A path that cannot meet the budget even with the cheapest rest is dropped.
 2. A path is dropped when another has no more bits and an estimated final error smaller by more than `slack`. The
    estimate, not the error so far, is compared: a path that spent more has less error but leaves less for the rest.
-3. Of the others half of the places go to the least estimated final error, the other half to the largest crowding
-   distance along the front. Among equals a path that keeps the previous step's assignment wins.
+3. Of the others, at most `width` are left. Half of the places go to the least estimated final error, the other half to
+   the largest crowding distance along the front. Among equals a path that keeps the previous assignment wins.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ class Problem(Protocol[StateT]):
 
     def advance(self, step: int, moves: Sequence[tuple[StateT, Assignment]]) -> Iterable[StateT]:
         """States after the step, one for each state before it and its assignment: one denoiser call each."""
+
+    def predicted_error(self, state: StateT, step: int, assignment: Assignment) -> float:
+        """What `error` may say after this step with this assignment, without a call."""
 
     def error(self, state: StateT, step: int) -> float:
         """Final error that the state after `step` steps is expected to lead to."""
@@ -87,10 +91,12 @@ class Pruning:
     Attributes:
         width: paths kept per column; None keeps all.
         slack: relative slack of dominance; None switches dominance off.
+        expansions: run per column, the most promising ones; None runs all.
     """
 
     width: int | None
     slack: float | None
+    expansions: int | None = None
 
 
 def beam_search(
@@ -109,15 +115,26 @@ def beam_search(
     """
     survivors = list(paths) if paths else [Path(problem.start(), (), 0.0, 0.0, 0.0)]
     for step in range(len(survivors[0].assignments), problem.steps):
-        survivors = prune(expand(problem, survivors, step), pruning)
+        survivors = prune(expand(problem, survivors, step, pruning.expansions), pruning)
         if on_column is not None:
             on_column(step, survivors)
     return sorted(survivors, key=lambda path: (path.error, path.switches))
 
 
-def expand(problem: Problem[StateT], paths: Sequence[Path[StateT]], step: int) -> list[Path[StateT]]:
-    """All feasible successors, the cheapest one where none of the candidates fits: one denoiser call each."""
+def expand(
+    problem: Problem[StateT], paths: Sequence[Path[StateT]], step: int, most: int | None = None
+) -> list[Path[StateT]]:
+    """Feasible successors, the cheapest one where none of the candidates fits: one denoiser call each.
+
+    Args:
+        problem: what is searched.
+        paths: to go on from.
+        step: that they take.
+        most: successors, if not all.
+    """
     moves = [(path, assignment) for path in paths for assignment in _feasible(problem, path, step)]
+    if most is not None and len(moves) > most:
+        moves = _promising(problem, moves, step, most)
     states = problem.advance(step, [(path.state, assignment) for path, assignment in moves])
     successors = []
     for (path, assignment), state in zip(moves, states, strict=True):
@@ -125,6 +142,18 @@ def expand(problem: Problem[StateT], paths: Sequence[Path[StateT]], step: int) -
         bits, rest = path.bits + problem.bits(assignment), _rest(problem, path, assignment, step)
         successors.append(Path(state, (*path.assignments, assignment), bits, error, error + rest))
     return successors
+
+
+def _promising(
+    problem: Problem[StateT], moves: Sequence[tuple[Path[StateT], Assignment]], step: int, most: int
+) -> list[tuple[Path[StateT], Assignment]]:
+    """Those that pruning would keep if they did what is predicted."""
+    predicted = []
+    for index, (path, assignment) in enumerate(moves):
+        error = problem.predicted_error(path.state, step, assignment)
+        bits, rest = path.bits + problem.bits(assignment), _rest(problem, path, assignment, step)
+        predicted.append(Path(index, (*path.assignments, assignment), bits, error, error + rest))
+    return [moves[index] for index in sorted(path.state for path in prune(predicted, Pruning(most, None)))]
 
 
 def _feasible(problem: Problem[StateT], path: Path[StateT], step: int) -> Sequence[Assignment]:

@@ -88,6 +88,11 @@ class DenoisingProblem:
         projected = projected_error(state, self.reference[step], self.adjoints[step])
         return self.plan.expected_error(projected, step)
 
+    def predicted_error(self, state: Tensor, step: int, assignment: Assignment) -> float:
+        """As the plan expects it of the path so far and of the assignment's contributions."""
+        projected = projected_error(state, self.reference[step], self.adjoints[step])
+        return self.plan.predicted_error(projected, step, assignment)
+
     def fits(self, assignments: Sequence[Assignment]) -> bool:
         """Mean bits add up."""
         return True

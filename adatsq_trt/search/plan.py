@@ -41,6 +41,8 @@ class Plan:
         columns: for each step its distinct candidates, the plan's own first, then those of the nearest prices.
         hedges: other allocations of the same budget, to be judged as whole policies only.
         row_weights: [rows]: what the rows of projected errors are multiplied by, as contributions are.
+        contributions: [formats, steps, layers, rows].
+        own_errors: [formats, steps, layers]: error of each rounding, as far as its parts are trusted.
         tail_contributions: [steps + 1, rows]: what the plan's own steps t … will add to every projected error.
         tail_own_errors: [steps + 1]: their error by layers and alone, as far as each is trusted.
         tail_bits: [steps + 1, curve]: bits of steps t … at each of several prices, cheapest first.
@@ -51,6 +53,8 @@ class Plan:
     columns: tuple[Rows, ...]
     hedges: tuple[Rows, ...]
     row_weights: Array
+    contributions: Array
+    own_errors: Array
     tail_contributions: Array
     tail_own_errors: Array
     tail_bits: Array
@@ -67,9 +71,25 @@ class Plan:
             projected: [rows]: aᵀ δ of the path, scaled as the contributions are.
             step: steps behind the path.
         """
-        projected = projected * self.row_weights
-        together = np.square(projected + self.tail_contributions[step]).sum()
-        apart = np.square(projected).sum() + self.tail_own_errors[step]
+        return self._expected(projected * self.row_weights, 0.0, 0.0, step)
+
+    def predicted_error(self, projected: Array, step: int, assignment: Assignment) -> float:
+        """The same after one more step, which has not been made.
+
+        Args:
+            projected: [rows]: of the path before that step.
+            step: steps behind the path.
+            assignment: of the step.
+        """
+        layers = np.arange(len(assignment))
+        added = self.contributions[list(assignment), step, layers].sum(axis=0)
+        own = self.own_errors[list(assignment), step, layers].sum()
+        return self._expected(projected * self.row_weights, added, own, step + 1)
+
+    def _expected(self, measured: Array, added: Array | float, own: float, step: int) -> float:
+        """Final error by the weighted errors of a path so far, what is added to them, and the rest from `step` on."""
+        together = np.square(measured + added + self.tail_contributions[step]).sum()
+        apart = np.square(measured).sum() + own + self.tail_own_errors[step]
         return float(TRUSTS[0].together * together + (1 - TRUSTS[0].together) * apart)
 
     def deviation_error(self, step: int, bits_left: float, own_bits: float) -> float:
@@ -182,17 +202,17 @@ def _complete(
     policies = tuple(_rows(choice, steps) for choice in (own, *(curve[_CURVE.index(m)] for m in _FRONT)))
     chosen = np.stack([choice.reshape(steps, layers) for choice in (own, *curve)])
     items = allocation.items
-    tails = _Tails.of(
-        items.contributions.reshape(len(cost), steps, layers, -1),
-        items.errors.reshape(len(cost), steps, layers),
-        chosen,
-    )
+    contributions = items.contributions.reshape(len(cost), steps, layers, -1)
+    errors = items.errors.reshape(len(cost), steps, layers)
+    tails = _Tails.of(contributions, errors, chosen)
     bits_left = np.stack([_suffix_sums(cost[c, np.arange(layers)].sum(axis=1)) for c in chosen[1:]])
     return Plan(
         policies,
         _columns(own, at, steps, candidates),
         tuple(_rows(choice, steps) for choice in hedges),
         sensitivity.row_weights().numpy(),
+        contributions,
+        error_apart(contributions[..., None, :], errors),
         tails.together[0],
         error_apart(tails.by_layer[0], tails.alone[0]),
         *_increasing(bits_left.T, tails.spliced_errors().T),

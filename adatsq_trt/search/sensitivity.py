@@ -24,7 +24,8 @@ from adatsq_trt.calibration.units import Measured
 from adatsq_trt.formats import Format
 from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.models.format_store import FormatStore
-from adatsq_trt.quantize import dequantize_weight, fake_quantize_activation
+from adatsq_trt.models.simulated import round_input
+from adatsq_trt.quantize import dequantize_weight
 from adatsq_trt.workers.precision import exact
 
 # Steps of a trajectory whose neighbours are averaged with a width of one step.
@@ -133,11 +134,11 @@ def step_contributions(
         # The transform changes neither the exact output nor what its branch adds: only the rounded part errs.
         transform = store.transform(layer)
         inputs = transform.input_map.inputs(backward.inputs[layer].float())
-        exact = functional.linear(inputs, transform.rounded_weight(linear.weight))
+        exact = functional.linear(inputs, transform.rounded_weight(linear.weight.float()))
         changes = []
         for fmt in formats:
             scale = store.scales[fmt.name][backward.step, index] if fmt.static_activation else None
-            rounded = fake_quantize_activation(inputs, fmt.activation, scale)
+            rounded = round_input(inputs, fmt.activation, scale)
             changes.append(functional.linear(rounded, dequantize_weight(store.weights[fmt.name][layer], fmt)) - exact)
         gradients = backward.gradients[layer].float().flatten(2)
         products = torch.einsum("psn,fsn->fps", gradients, torch.stack(changes).flatten(2))

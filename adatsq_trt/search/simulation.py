@@ -157,7 +157,7 @@ def _advance(loop: _Loop, move: _Move) -> Tensor:
     loop.assign(move.assignment, move.step)
     count, batch = len(move.latents), move.batch
     samples = loop.samples(_Batch(batch.prompts * count, batch.seeds * count))
-    return samples.step(move.latents.flatten(0, 1), move.step).unflatten(0, (count, -1))
+    return samples.step(move.latents.flatten(0, 1), move.step).view_as(move.latents)
 
 
 def _trajectory(loop: _Loop, whole: _Whole) -> Tensor:

@@ -1,13 +1,12 @@
 """Seconds of a search on the configuration of Flux-dev with random weights: flux_dev.json, a row for each size.
 
     python -m benchmarks.search.flux_dev [--device cuda] [--sizes 512,1024] [--steps 50] [--blocks 19,38] [--heads 24]
-        [--precision bfloat16]
+        [--precision bfloat16] [--expansions 4]
 
-Beam 4, at most four candidates per path and step, one calibration sample with one projection, the paper's formats. The
-model is made on the device and never written; weights are rounded to nearest, since a solver makes the search neither
-slower nor faster, and with random weights the policy says nothing. By arithmetic it takes 48 GB of weights, 36 GB of
-codes, and at 512 pixels 9 GB of output gradients for each projection beside what the backward pass keeps. Fewer blocks
-or heads make another model, whose row says so: that is for a machine without such a GPU.
+Beam 4, three candidates per path and step beside the previous assignment, one calibration sample with one projection,
+the paper's formats. The model is made on the device and never written; weights are rounded to nearest, since a solver
+makes the search neither slower nor faster, and with random weights the policy says nothing. Fewer blocks or heads make
+another model, whose row says so: that is for a machine without such a GPU.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import platform
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Literal
@@ -53,32 +53,52 @@ BEAM, CANDIDATES, SLACK, BITS, GUIDANCE, PROJECTIONS = 4, 3, 0.1, 4.0, 3.5, 1
 FORMATS = resolve_formats("paper")
 
 
-class Row(BaseModel):
-    """A search.
+@dataclass(frozen=True)
+class Search:
+    """What is searched, and how.
 
     Attributes:
         blocks: of two streams and of one; Flux-dev has 19 and 38.
         heads: of 128 numbers; Flux-dev has 24.
-        precision: of the search, as `--search-precision`; the trajectory before it is float32.
         pixels: side of the picture.
         steps: denoising steps.
+        precision: of the denoiser calls, as `--search-precision`.
+        expansions: of the beam that run per step, as `--expansions`; None for all.
+    """
+
+    blocks: tuple[int, int]
+    heads: int
+    pixels: int
+    steps: int
+    precision: str
+    expansions: int | None
+
+
+class Row(BaseModel):
+    """A search.
+
+    Attributes:
+        search: what was searched, and how.
+        trajectory_seconds: of the steps in full precision that errors are relative to.
         sweep_seconds: of the sensitivities, with one projection; the default of a search is eight.
-        beam_seconds: of the beam.
+        beam_seconds: of the plan and the beam.
         beam_calls: denoiser calls of the beam.
         peak_device_bytes: most that PyTorch held on a GPU; None on a processor.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    blocks: tuple[int, int]
-    heads: int
-    precision: str
-    pixels: int
-    steps: int
+    search: Search
+    trajectory_seconds: float
     sweep_seconds: float
     beam_seconds: float
     beam_calls: int
     peak_device_bytes: int | None
+
+    @property
+    def seconds(self) -> float:
+        """Of all three."""
+        return self.trajectory_seconds + self.sweep_seconds + self.beam_seconds
 
 
 class Results(BaseModel):
@@ -92,16 +112,16 @@ class Results(BaseModel):
     rows: tuple[Row, ...]
 
 
-def make_adapter(device: torch.device, blocks: tuple[int, int], heads: int, pixels: int) -> FluxAdapter:
+def make_adapter(device: torch.device, search: Search) -> FluxAdapter:
     """Random weights, one random prompt."""
     torch.manual_seed(0)
     with device:
         transformer = FluxTransformer2DModel(
             in_channels=64,
-            num_layers=blocks[0],
-            num_single_layers=blocks[1],
+            num_layers=search.blocks[0],
+            num_single_layers=search.blocks[1],
             attention_head_dim=HEAD_WIDTH,
-            num_attention_heads=heads,
+            num_attention_heads=search.heads,
             joint_attention_dim=TEXT_WIDTH,
             pooled_projection_dim=POOLED_WIDTH,
             guidance_embeds=True,
@@ -110,9 +130,10 @@ def make_adapter(device: torch.device, blocks: tuple[int, int], heads: int, pixe
     transformer.requires_grad_(False)
     prompts = StoredPrompts(["a"], torch.randn(2, TEXT_TOKENS, TEXT_WIDTH), torch.randn(2, POOLED_WIDTH))
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-    image = ImageShape(pixels // 16, 16, 2, vae=True)
+    image = ImageShape(search.pixels // 16, 16, 2, vae=True)
     adapter = FluxAdapter(transformer, prompts, scheduler, image, guidance_distilled=True)
     adapter.move(device)
+    adapter.transformer.to(getattr(torch, search.precision))
     return adapter
 
 
@@ -121,26 +142,29 @@ def make_store(adapter: FluxAdapter) -> FormatStore:
     """Every layer in every format, rounded to nearest, where the model is."""
     layers = adapter.quantizable_layers()
     return FormatStore(
-        {fmt.name: {name: quantize_nearest(layer.weight, fmt) for name, layer in layers.items()} for fmt in FORMATS}, {}
+        {
+            fmt.name: {name: quantize_nearest(layer.weight.float(), fmt) for name, layer in layers.items()}
+            for fmt in FORMATS
+        },
+        {},
     )
 
 
-def measure(
-    device: torch.device, precision: str, blocks: tuple[int, int], heads: int, pixels: int, steps: int
-) -> Row:
+def measure(device: torch.device, search: Search) -> Row:
     """Make the model, search, forget both."""
     if device.type == CUDA:
         torch.cuda.reset_peak_memory_stats(device)
-    exact: Workers = InProcess() if device.type == CPU else OnDevice(device)
-    workers = Bfloat16(exact, device.type) if precision == BFLOAT16 else exact
-    adapter = make_adapter(device, blocks, heads, pixels)
+    workers: Workers = InProcess() if device.type == CPU else OnDevice(device)
+    workers = Bfloat16(workers, device.type) if search.precision == BFLOAT16 else workers
+    adapter, steps = make_adapter(device, search), search.steps
     store, schedule = make_store(adapter), adapter.schedule(steps)
     samples = seeded_samples(adapter, schedule, GUIDANCE, 1, 0, 1)
     noise = samples.noise()
-    latents = torch.stack([noise, *measured_trajectory(exact, exact.share(samples), noise, steps)])
+    began = perf_counter()
+    latents = torch.stack([noise, *measured_trajectory(workers, workers.share(samples), noise, steps)])
+    drawn = perf_counter()
     start = projections(1, adapter.latent_shape, PROJECTIONS, 0)
     with tempfile.TemporaryDirectory() as folder:
-        began = perf_counter()
         with progress("sensitivity", steps) as advance:
             sensitivity, adjoints = measure_sensitivity(
                 samples, latents, start, FORMATS, store, Path(folder), advance, workers
@@ -150,15 +174,12 @@ def measure(
         with SimulatedModel(adapter, store, 0).installed() as model, progress("beam", steps) as advance:
             simulation = Simulation(model, FORMATS, schedule, GUIDANCE, workers, 1 if device.type == CPU else BEAM)
             problem = DenoisingProblem(samples, simulation, latents, adjoints, plan, budget=BITS)
-            search_columns(problem, Pruning(BEAM, SLACK), Path(folder), advance)
+            search_columns(problem, Pruning(BEAM, SLACK, search.expansions), Path(folder), advance)
         ended = perf_counter()
     return Row(
-        blocks=blocks,
-        heads=heads,
-        precision=precision,
-        pixels=pixels,
-        steps=steps,
-        sweep_seconds=swept - began,
+        search=search,
+        trajectory_seconds=drawn - began,
+        sweep_seconds=swept - drawn,
         beam_seconds=ended - swept,
         beam_calls=problem.calls,
         peak_device_bytes=torch.cuda.max_memory_allocated(device) if device.type == CUDA else None,
@@ -167,13 +188,16 @@ def measure(
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown."""
-    lines = ["| model | pixels | steps | sweeps, s | beam, s | calls | ms per call |", f"|---|{'---:|' * 6}"]
+    names = ("model", "pixels", "steps", "precision", "expansions", "trajectory, s", "sweep, s", "beam, s", "sum, s")
+    lines = [f"| {' | '.join(names)} | calls of the beam | ms per call |", f"|---|{'---:|' * (len(names) + 1)}"]
     for row in rows:
-        whole = (row.blocks, row.heads) == (BLOCKS, HEADS)
-        name = "Flux-dev" if whole else f"{row.blocks[0]} + {row.blocks[1]} blocks, {row.heads} heads"
-        figures = (row.pixels, row.steps, f"{row.sweep_seconds:.1f}", f"{row.beam_seconds:.1f}", row.beam_calls)
-        each = 1e3 * row.beam_seconds / row.beam_calls
-        lines.append(f"| {name} | {' | '.join(map(str, figures))} | {each:.1f} |")
+        search = row.search
+        whole = (search.blocks, search.heads) == (BLOCKS, HEADS)
+        name = "Flux-dev" if whole else f"{search.blocks[0]} + {search.blocks[1]} blocks, {search.heads} heads"
+        how = (search.pixels, search.steps, search.precision, search.expansions or "all")
+        seconds = (row.trajectory_seconds, row.sweep_seconds, row.beam_seconds, row.seconds)
+        calls = (str(row.beam_calls), f"{1e3 * row.beam_seconds / row.beam_calls:.0f}")
+        lines.append(f"| {' | '.join([name, *map(str, how), *(f'{s:.1f}' for s in seconds), *calls])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -186,14 +210,24 @@ def main() -> None:
     parser.add_argument("--blocks", default=",".join(map(str, BLOCKS)))
     parser.add_argument("--heads", type=int, default=HEADS)
     parser.add_argument("--precision", choices=(FLOAT32, BFLOAT16), default=BFLOAT16)
+    parser.add_argument("--expansions", type=int, default=4, help="of the beam per step; 0 for all")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     device = parse_device(options.device)
     double, single = map(int, options.blocks.split(","))
-    sizes = [int(size) for size in options.sizes.split(",")]
-    rows = tuple(measure(device, options.precision, (double, single), options.heads, size, options.steps) for size in sizes)
+    rows = []
+    for size in map(int, options.sizes.split(",")):
+        search = Search(
+            blocks=(double, single),
+            heads=options.heads,
+            pixels=size,
+            steps=options.steps,
+            precision=options.precision,
+            expansions=options.expansions or None,
+        )
+        rows.append(measure(device, search))
     name = torch.cuda.get_device_name(device) if device.type == CUDA else f"{platform.machine()} processor"
-    write_json_model(options.results, Results(device=name, torch=torch.__version__, rows=rows))
+    write_json_model(options.results, Results(device=name, torch=torch.__version__, rows=tuple(rows)))
     sys.stdout.write(table(rows))
 
 

@@ -154,11 +154,20 @@ class SmallProblem:
         """One step from each state."""
         return [self.dynamics.step(state, step, assignment) for state, assignment in moves]
 
+    def predicted_error(self, state: Array, step: int, assignment: Assignment) -> float:
+        """As the plan expects it."""
+        assert self.count is not None
+        return self.dynamics.plan(self.count).predicted_error(self.projected(state, step), step, assignment)
+
+    def projected(self, state: Array, step: int) -> Array:
+        """What the state does to the end, to first order, scaled as contributions are."""
+        return (state @ self.dynamics.to_the_end[step].T).ravel() / np.sqrt(len(state))
+
     def error(self, state: Array, step: int) -> float:
         """The error at the end; before it, as the plan expects it."""
         if step == STEPS:
             return self.dynamics.error(state)
-        projected = (state @ self.dynamics.to_the_end[step].T).ravel() / np.sqrt(len(state))
+        projected = self.projected(state, step)
         if self.count is None:
             return float(projected @ projected)
         return self.dynamics.plan(self.count).expected_error(projected, step)
@@ -178,14 +187,15 @@ class SmallProblem:
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to prune: what the settings call beam, candidates and slack; None for no limit."""
+    """One way to prune: what the settings call beam, candidates, slack and expansions; None for no limit."""
 
     beam: int | None
     candidates: int | None
     slack: float | None
+    expansions: int | None = None
 
 
-DEFAULTS = Choice(*(Settings.model_fields[name].default for name in ("beam", "candidates", "slack")))
+DEFAULTS = Choice(*(Settings.model_fields[name].default for name in ("beam", "candidates", "slack", "expansions")))
 EXACT = Choice(None, None, None)
 CHOICES = (
     DEFAULTS,
@@ -195,6 +205,7 @@ CHOICES = (
     *(Choice(None, count, None) for count in (2, 4, 6)),
     *(Choice(beam, 4, slack) for beam in (2, 4, 8) for slack in (0.0, 0.1, 0.5, None)),
     *(Choice(beam, 6, 0.1) for beam in (4, 8)),
+    *(Choice(DEFAULTS.beam, DEFAULTS.candidates, DEFAULTS.slack, most) for most in (1, 2, 4, 8)),
 )
 
 Problems = Sequence[tuple[Dynamics, float]]
@@ -210,7 +221,8 @@ def regrets(choice: Choice, problems: Problems) -> Array:
     """error / least possible error - 1 of each problem."""
     result = []
     for dynamics, best in problems:
-        paths = beam_search(SmallProblem(dynamics, choice.candidates), Pruning(choice.beam, choice.slack))
+        pruning = Pruning(choice.beam, choice.slack, choice.expansions)
+        paths = beam_search(SmallProblem(dynamics, choice.candidates), pruning)
         result.append(paths[0].error / best - 1)
     return np.array(result)
 
@@ -226,16 +238,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
     output, rows = parser.parse_args().output, []
-    print(f"{'batch':>6} {'beam':>6} {'candidates':>10} {'slack':>6} {'mean':>8} {'median':>8} {'p95':>8} {'worst':>8}")
+    names = ("batch", "beam", "candidates", "slack", "expansions", "mean", "median", "p95", "worst")
+    print(" ".join(f"{name:>{max(len(name), 8)}}" for name in names))
     for batch in (BATCH, 4, 1):
         problems = seeded_problems(batch=batch)
         for choice in dict.fromkeys(CHOICES) if batch == BATCH else (DEFAULTS,):
             row = figures(regrets(choice, problems))
             rows.append({"batch": batch, **asdict(choice), **row})
-            beam, candidates, slack = ("all" if value is None else value for value in asdict(choice).values())
-            percent = " ".join(f"{value:>8.1%}" for value in row.values())
+            limits = ("all" if value is None else value for value in asdict(choice).values())
+            cells = [str(batch), *map(str, limits), *(f"{value:.1%}" for value in row.values())]
             default = "  default" if choice == DEFAULTS else ""
-            print(f"{batch:>6} {beam:>6} {candidates:>10} {slack:>6} {percent}{default}", flush=True)
+            print(" ".join(f"{c:>{max(len(n), 8)}}" for c, n in zip(cells, names, strict=True)) + default, flush=True)
     output.write_text(json.dumps({"problems": PROBLEMS, "results": rows}, indent=2) + "\n")
 
 

@@ -64,11 +64,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
             place=PlaceRequest(base / "run"),
             formats=FormatRequest("nvfp4,fp8,int4wo,bf16"),
             budgets=BudgetRequest(bits=16),
-            max_assignments=None,
             compiler=PlanRequest("embedded", "rtx", "none", False, False, None, None),
-            steps=3,
             policy=base / "policy.json",
-            counts={"calibration_samples": 2, "selection_samples": 1, "held_out_samples": 1},
+            given={"steps": 3, "calibration_samples": 2, "selection_samples": 1, "held_out_samples": 1},
         )
         patch.setattr(bundle_stage, "_plans", lambda *_: ())  # the check runs none
         run_stages(request, StageName.BUNDLE)

@@ -165,7 +165,13 @@ def test_the_build_command_says_everything_that_it_can(data: ReportData) -> None
         path="/models/mine", base="/models/base", loras=("/a:0.5",), height=64, width=32, frames=5, prompts=("a",)
     )
     plans = {"backend": "tensorrt", "hardware_compatibility": "ampere_plus", "batch": (1, 8)}
-    plans |= {"version_compatible": True, "weight_streaming": True, "max_assignments": 4, "transform": "smooth"}
+    plans |= {
+        "version_compatible": True,
+        "weight_streaming": True,
+        "max_assignments": 4,
+        "transform": "smooth",
+        "expansions": 8,
+    }
     budgets = {"budget_bits": 20 / 3, "budget_bytes": 1e6, "budget_ms": 2.5, "times": "a100"}
     settings = data.settings.model_copy(update={**plans, **budgets, "layout": "switch", "pipeline": checkpoint})
     words = commands(replace(data, settings=settings))[0]

@@ -72,16 +72,17 @@ class Context:
         return self.workers.device if isinstance(self.workers, OnDevice) else torch.device(CPU)
 
     @contextmanager
-    def on_device(self) -> Iterator[None]:
-        """Have the model where units of work are computed, and on the processor again afterwards."""
-        with told_when_full(self.device):
-            try:
-                self.adapter.move(self.device)
+    def on_device(self, dtype: torch.dtype = torch.float32) -> Iterator[None]:
+        """Have the model where units of work are computed, with weights of this type, until the block ends."""
+        if self.device.type == CPU and dtype is torch.float32:
+            yield
+            return
+        try:
+            with told_when_full(self.device), self.adapter.placed(self.device, dtype):
                 yield
-            finally:
-                self.adapter.move(torch.device(CPU))
-                if self.device.type == CUDA:
-                    torch.cuda.empty_cache()  # a compiler may need it
+        finally:
+            if self.device.type == CUDA:
+                torch.cuda.empty_cache()  # a compiler may need it
 
     @property
     def room_bytes(self) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from adatsq_trt.calibration.fisher import projections
+from adatsq_trt.calibration.units import measured_trajectory
 from adatsq_trt.cli.progress import progress
 from adatsq_trt.cli.stages import budget, calibrate, quantize
 from adatsq_trt.cli.stages.context import Context
@@ -42,6 +43,8 @@ from adatsq_trt.search.simulation import Simulation
 from adatsq_trt.search.static import layer_only, priced_layer_only, priced_time_only, time_only, uniform
 from adatsq_trt.settings import Settings
 from adatsq_trt.workers import InProcess, Workers
+from adatsq_trt.workers.device import CPU
+from adatsq_trt.workers.precision import Bfloat16
 from adatsq_trt.workers.threads import threads
 from adatsq_trt.zoo.loading import LoadedModel
 
@@ -60,15 +63,20 @@ _SETTINGS = (
     *("budget_bits", "budget_bytes", "budget_ms", "times"),
     *("calibration_samples", "projections", "selection_samples", "held_out_samples", "beam", "candidates", "slack"),
 )
+_NEWER_SETTINGS = ("max_assignments", "expansions", "search_precision")
 
 
 def stage(context: Context) -> Stage:
     """The stage for these settings."""
     files = [calibrate.stage(context).folder / calibrate.TRAJECTORY, quantize.stage(context).folder]
-    inputs = context.inputs(_SETTINGS)
-    if context.settings.max_assignments is not None:
-        inputs |= context.inputs(("max_assignments",))
+    # Newer settings count where they are not the default, so that earlier runs go on.
+    changed = [name for name in _NEWER_SETTINGS if getattr(context.settings, name) != _default(name)]
+    inputs = context.inputs((*_SETTINGS, *changed))
     return context.run.stage(NAME, inputs, files)
+
+
+def _default(name: str) -> object:
+    return Settings.model_fields[name].default
 
 
 def require_possible(settings: Settings, model: LoadedModel) -> None:
@@ -122,7 +130,7 @@ def run(context: Context) -> Stage:
     if this.done:
         return this
     with this.run() as folder:
-        with context.on_device():
+        with context.on_device(getattr(torch, context.settings.search_precision)):
             result = _search(context, folder)
         chosen = result.points[result.chosen]
         policy = Policy.from_steps(context.model.name, context.settings.weights_sha256, context.layers, chosen.formats)
@@ -135,15 +143,17 @@ def _search(context: Context, folder: Path) -> SearchResult:
     """The steps of the search, each kept on disk as it goes."""
     store, within = quantize.load(context), _within_budget(context)
     with _workers(context) as workers:
+        latents = _reference(context, workers, folder)
         if context.settings.policy is not None:
             with _simulation(context, store, workers) as simulation:
                 return _judge(context, simulation, [_given_proposal(context), *_uniforms(context)], within, 0, folder)
-        sensitivity, adjoints, latents = _sensitivity(context, store, workers, folder)
+        sensitivity, adjoints = _sensitivity(context, store, latents, workers, folder)
         plan, make_problem, static = _plans(context, sensitivity)
         with _simulation(context, store, workers) as simulation:
             problem = make_problem(context.calibration, simulation, latents, adjoints, plan)
             with progress("search: beam", context.settings.steps) as advance:
-                pruning = Pruning(context.settings.beam, context.settings.slack)
+                settings = context.settings
+                pruning = Pruning(settings.beam, settings.slack, settings.expansions)
                 paths = search_columns(problem, pruning, folder, advance)
             starts = [*plan.policies, *plan.hedges, *(path.assignments for path in paths)]
             proposals = [
@@ -158,7 +168,17 @@ def _search(context: Context, folder: Path) -> SearchResult:
 
 @contextmanager
 def _workers(context: Context) -> Iterator[Workers]:
-    """Those of the run; for a small model in this process as many threads as torch would take for one unit."""
+    """Those of the run, in the precision of the search.
+
+    For a small model in this process there are as many threads as torch would take for one unit.
+    """
+    reduced = context.settings.search_precision != _default("search_precision")
+    with _exact_workers(context) as workers:
+        yield Bfloat16(workers, context.device.type) if reduced else workers
+
+
+@contextmanager
+def _exact_workers(context: Context) -> Iterator[Workers]:
     count = torch.get_num_threads()
     size = sum(parameter.nbytes for parameter in context.adapter.transformer.parameters())
     copied = count * size * (1 + len(context.formats))
@@ -174,7 +194,9 @@ def _workers(context: Context) -> Iterator[Workers]:
 def _simulation(context: Context, store: FormatStore, workers: Workers) -> Iterator[Simulation]:
     """The fake-quantized model, given to the workers."""
     with context.simulated(store).installed() as model:
-        yield Simulation(model, context.formats, context.schedule, context.settings.guidance, workers)
+        settings = context.settings
+        together = 1 if context.device.type == CPU else settings.beam  # a processor's cache holds one
+        yield Simulation(model, context.formats, context.schedule, settings.guidance, workers, together)
 
 
 def _plans(context: Context, sensitivity: Sensitivity) -> tuple[Plan, Callable[..., DenoisingProblem], list[Proposal]]:
@@ -208,19 +230,36 @@ def _within_budget(context: Context) -> Callable[[Point], bool]:
     return lambda point: limits.holds([tuple(index[name] for name in row) for row in point.formats])
 
 
+def _reference(context: Context, workers: Workers, folder: Path) -> Tensor:
+    """The trajectory of the calibration batch without fake quantization, float32 [steps + 1, samples, *latent_shape].
+
+    In the precision of the search: what that changes of a picture is no error of a policy.
+    """
+    if not (file := _reference_file(context, folder)).is_file():
+        noise = context.calibration.noise()
+        after = measured_trajectory(workers, workers.share(context.calibration), noise, context.settings.steps)
+        write_tensors(file, {"latents": torch.stack([noise, *after])})
+    return read_tensors(file)["latents"]
+
+
+def _reference_file(context: Context, folder: Path) -> Path:
+    """In float32 it is what was calibrated on."""
+    own = context.settings.search_precision != _default("search_precision")
+    return (folder if own else calibrate.stage(context).folder) / calibrate.TRAJECTORY
+
+
 def _sensitivity(
-    context: Context, store: FormatStore, workers: Workers, folder: Path
-) -> tuple[Sensitivity, Tensor, Tensor]:
-    """Sensitivity, adjoints and the full-precision trajectory of the calibration batch."""
+    context: Context, store: FormatStore, latents: Tensor, workers: Workers, folder: Path
+) -> tuple[Sensitivity, Tensor]:
+    """Sensitivity and adjoints along the trajectory of the calibration batch."""
     settings = context.settings
-    latents = read_tensors(calibrate.stage(context).folder / calibrate.TRAJECTORY)["latents"]
     start = projections(len(latents[0]), context.adapter.latent_shape, settings.projections, settings.seed)
     with progress("search: sensitivity", settings.steps) as advance:
         sensitivity, adjoints = measure_sensitivity(
             context.calibration, latents, start, context.formats, store, folder, advance, workers
         )
     write_tensors(folder / SENSITIVITY, {"errors": sensitivity.errors})
-    return sensitivity, adjoints, latents
+    return sensitivity, adjoints
 
 
 def _merged(context: Context, sensitivity: Sensitivity, starts: Sequence[Rows]) -> list[Rows]:
@@ -280,7 +319,8 @@ def _judge(
         with progress("search: held-out samples", len(reported)) as advance:
             scorer = Scorer(simulation, context.held_out, folder)
             points = measure_held_out(points, reported, formats, scorer, advance)
-        _keep_trajectory_errors(context, simulation, [points[i] for i in reported], folder / TRAJECTORY_ERRORS)
+        latents = read_tensors(_reference_file(context, folder))["latents"]
+        _keep_trajectory_errors(context, simulation, latents, [points[i] for i in reported], folder / TRAJECTORY_ERRORS)
     return SearchResult(
         points=tuple(points),
         chosen=chosen,
@@ -292,9 +332,10 @@ def _judge(
     )
 
 
-def _keep_trajectory_errors(context: Context, simulation: Simulation, points: Sequence[Point], file: Path) -> None:
+def _keep_trajectory_errors(
+    context: Context, simulation: Simulation, reference: Tensor, points: Sequence[Point], file: Path
+) -> None:
     """Measure, on the calibration batch, how the errors of the chosen policy (the first) and its rivals grow."""
-    reference = read_tensors(calibrate.stage(context).folder / calibrate.TRAJECTORY)["latents"]
     names = [point.kind if point.kind in STATIC_KINDS else point.name for point in points[1:]]
     index = {fmt.name: i for i, fmt in enumerate(context.formats)}
     policies = [[tuple(index[name] for name in row) for row in point.formats] for point in points]

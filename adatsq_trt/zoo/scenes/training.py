@@ -97,11 +97,6 @@ class Trainer:
         if file.is_file():
             self._load()
 
-    @property
-    def done(self) -> int:
-        """Iterations so far, those before a checkpoint included."""
-        return self._done
-
     def run(self, loss: Callable[[], Tensor], iterations: int) -> None:
         """Minimise a loss that draws its own batch; the weights are the average at the end."""
         saved = start = time.monotonic()
@@ -203,7 +198,7 @@ class Arguments:
     output: Path
     seed: int
     iterations: int
-    device: torch.device = torch.device("cpu")
+    device: torch.device
 
 
 def parse_arguments(name: str, iterations: int, *, devices: bool = False) -> Arguments:
@@ -220,7 +215,8 @@ def parse_arguments(name: str, iterations: int, *, devices: bool = False) -> Arg
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--iterations", type=int, default=iterations)
     if devices:
-        parser.add_argument("--device", type=torch.device, default="cpu")
+        parser.add_argument("--device", type=torch.device)
+    parser.set_defaults(device=torch.device("cpu"))
     arguments = Arguments(**vars(parser.parse_args()))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.manual_seed(arguments.seed)
