@@ -1,6 +1,6 @@
 """Train `scenes-wan`: a Wan that draws clips of a moving digit.
 
-    python -m adatsq_trt.zoo.scenes.train_wan --work runs/wan --output adatsq_trt/zoo/weights
+    python -m adatsq_trt.zoo.scenes.train_wan --device cuda --work runs/wan --output adatsq_trt/zoo/weights
 
 Flow matching with the prompt dropped in a tenth of the batch, so that guidance has a branch without it. Stopped and
 started again, the training goes on at its last checkpoint. On a GPU random numbers are others than on a processor.
@@ -26,7 +26,7 @@ from adatsq_trt.zoo.scenes.world import IMAGE_SIZE, load_split
 
 NAME, STEPS, GUIDANCE, SHIFT = "scenes-wan", 25, 3.0, 3.0
 WIDTH, PIXELS, BATCH, DROP_PROMPT = 64, 2, 128, 0.1
-CLIPS, ITERATIONS, RATE = 32_768, 12_000, 2e-3
+CLIPS, ITERATIONS, RATE = 32_768, 14_400, 2e-3
 
 
 def make_adapter() -> WanAdapter:
