@@ -10,50 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adatsq_trt.formats import Format, Granularity, Grid, format_named
+from adatsq_trt.formats import Format, Grid, format_named
 from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.models.format_store import FormatStore
+from adatsq_trt.models.rounding import round_input, stored_weight
 from adatsq_trt.models.transforms import IDENTITY, InputMap, LayerTransform
-from adatsq_trt.quantize import dequantize_weight, fake_quantize_activation
-
-
-def computing_type(device: torch.device) -> torch.dtype:
-    """What matrix products on a device are computed from now: float32, or what autocast makes of it."""
-    autocast = torch.is_autocast_enabled(device.type)
-    return torch.get_autocast_dtype(device.type) if autocast else torch.float32
-
-
-def round_input(x: Tensor, grid: Grid, scale: Tensor | None = None) -> Tensor:
-    """`fake_quantize_activation`, on a GPU in one pass where every token has its own scale.
-
-    Args:
-        x: a layer's input [..., K], float32 or bfloat16.
-        grid: of its activations.
-        scale: float32 [], for static grids.
-
-    Returns:
-        The same shape, in the type that the layer multiplies.
-    """
-    if not x.is_cuda or grid.granularity is not Granularity.TOKEN or not has_triton():
-        return fake_quantize_activation(x, grid, scale)
-    from adatsq_trt.models.token_kernel import WIDEST, round_tokens
-
-    if x.shape[-1] > WIDEST:
-        return fake_quantize_activation(x, grid, scale)
-    return round_tokens(x, grid.maximum, computing_type(x.device))
-
-
-@cache
-def has_triton() -> bool:
-    """Whether the Triton language is there, as with every PyTorch for CUDA on Linux."""
-    return find_spec("triton") is not None
 
 
 class SharedRounding:
@@ -224,8 +190,7 @@ class _Dequantized(Mapping[str, Tensor]):
         self._store, self._layer, self._formats = store, layer, formats
 
     def __getitem__(self, name: str) -> Tensor:
-        weight = self._store.weights[name][self._layer]
-        return dequantize_weight(weight, self._formats[name], computing_type(weight.codes.device))
+        return stored_weight(self._store.weights[name][self._layer], self._formats[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._formats)

@@ -24,8 +24,7 @@ from adatsq_trt.calibration.units import Measured
 from adatsq_trt.formats import Format
 from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.models.format_store import FormatStore
-from adatsq_trt.models.simulated import round_input
-from adatsq_trt.quantize import dequantize_weight
+from adatsq_trt.models.rounding import round_input, stored_weight
 from adatsq_trt.workers.precision import exact
 
 # Steps of a trajectory whose neighbours are averaged with a width of one step.
@@ -139,7 +138,7 @@ def step_contributions(
         for fmt in formats:
             scale = store.scales[fmt.name][backward.step, index] if fmt.static_activation else None
             rounded = round_input(inputs, fmt.activation, scale)
-            changes.append(functional.linear(rounded, dequantize_weight(store.weights[fmt.name][layer], fmt)) - exact)
+            changes.append(functional.linear(rounded, stored_weight(store.weights[fmt.name][layer], fmt)) - exact)
         gradients = backward.gradients[layer].float().flatten(2)
         products = torch.einsum("psn,fsn->fps", gradients, torch.stack(changes).flatten(2))
         result.append(products.flatten(1))

@@ -37,8 +37,11 @@ class Bfloat16:
 
 def _compute(function: Callable[[CommonT, ItemT], ResultT], device: str, common: CommonT, item: ItemT) -> ResultT:
     import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    with torch.autocast(device, torch.bfloat16):
+    # Not cuDNN's attention, PyTorch's first choice in bfloat16: backwards, Flux's layout of heads makes it fail.
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with torch.autocast(device, torch.bfloat16), sdpa_kernel(kernels, set_priority=True):
         return function(common, item)
 
 

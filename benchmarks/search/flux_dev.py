@@ -1,7 +1,9 @@
 """Seconds of a search on the configuration of Flux-dev with random weights: flux_dev.json, a row for each size.
 
-    python -m benchmarks.search.flux_dev [--device cuda] [--sizes 512,1024] [--steps 50] [--blocks 19,38] [--heads 24]
+    python -m benchmarks.search.flux_dev [--device cuda] [--sizes 512:50,1024:10] [--blocks 19,38] [--heads 24]
         [--precision bfloat16] [--expansions 4]
+
+A size is pixels, a colon and denoising steps.
 
 Beam 4, three candidates per path and step beside the previous assignment, one calibration sample with one projection,
 the paper's formats. The model is made on the device and never written; weights are rounded to nearest, since a solver
@@ -205,8 +207,7 @@ def main() -> None:
     """Measure, write flux_dev.json, print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--sizes", default="512,1024", help="pixels with commas between")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--sizes", default="512:50,1024:10", help="PIXELS:STEPS with commas between")
     parser.add_argument("--blocks", default=",".join(map(str, BLOCKS)))
     parser.add_argument("--heads", type=int, default=HEADS)
     parser.add_argument("--precision", choices=(FLOAT32, BFLOAT16), default=BFLOAT16)
@@ -215,19 +216,20 @@ def main() -> None:
     options = parser.parse_args()
     device = parse_device(options.device)
     double, single = map(int, options.blocks.split(","))
-    rows = []
-    for size in map(int, options.sizes.split(",")):
+    name = torch.cuda.get_device_name(device) if device.type == CUDA else f"{platform.machine()} processor"
+    rows: list[Row] = []
+    for size in options.sizes.split(","):
+        pixels, steps = map(int, size.split(":"))
         search = Search(
             blocks=(double, single),
             heads=options.heads,
-            pixels=size,
-            steps=options.steps,
+            pixels=pixels,
+            steps=steps,
             precision=options.precision,
             expansions=options.expansions or None,
         )
         rows.append(measure(device, search))
-    name = torch.cuda.get_device_name(device) if device.type == CUDA else f"{platform.machine()} processor"
-    write_json_model(options.results, Results(device=name, torch=torch.__version__, rows=tuple(rows)))
+        write_json_model(options.results, Results(device=name, torch=torch.__version__, rows=tuple(rows)))
     sys.stdout.write(table(rows))
 
 

@@ -1,11 +1,11 @@
-"""The kernel for tokens in Triton's interpreter, beside the operations that it stands for."""
+"""The kernels in Triton's interpreter, beside the operations that they stand for."""
 
 import pytest
 import torch
 
 from adatsq_trt.formats import format_named
-from adatsq_trt.models.token_kernel import WIDEST, round_tokens
-from adatsq_trt.quantize import fake_quantize_activation
+from adatsq_trt.models.gpu_kernels import WIDEST, round_tokens, scale_codes
+from adatsq_trt.quantize import dequantize_weight, fake_quantize_activation, quantize_nearest
 
 
 @pytest.mark.parametrize("name", ["w3a3", "w4a4", "w8a8"])
@@ -48,3 +48,25 @@ def test_on_a_gpu_too(width: int) -> None:
     rounded, expected = round_tokens(x, grid.maximum, torch.float32).cpu(), fake_quantize_activation(x.cpu(), grid)
     # Where a quotient lies between two points its last bit decides.
     assert float((rounded != expected).float().mean()) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["w4a4", "w8a8"])  # groups of 64, and one scale for an output
+@pytest.mark.parametrize("shape", [(3, 64), (2, 192), (2, 4160)])
+def test_weights_are_dequantized_as_by_the_operation(name: str, shape: tuple[int, int]) -> None:
+    fmt = format_named(name)
+    stored = quantize_nearest(torch.randn(shape, generator=torch.Generator().manual_seed(0)), fmt)
+    assert stored.scales is not None
+    expected = dequantize_weight(stored, fmt)
+    assert torch.equal(scale_codes(stored.codes, stored.scales, torch.float32), expected)
+    found = scale_codes(stored.codes, stored.scales, torch.bfloat16)
+    torch.testing.assert_close(found, dequantize_weight(stored, fmt, torch.bfloat16), rtol=2**-7, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_on_a_gpu_too(dtype: torch.dtype) -> None:
+    fmt = format_named("w4a4")
+    stored = quantize_nearest(torch.randn(96, 12288), fmt)
+    assert stored.scales is not None
+    found = scale_codes(stored.codes.cuda(), stored.scales.cuda(), dtype).cpu()
+    assert torch.equal(found, dequantize_weight(stored, fmt, dtype))

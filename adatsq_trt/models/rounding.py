@@ -1,0 +1,55 @@
+"""What a fake-quantized layer multiplies: its rounded input and its stored weight, in the type that it computes in."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from adatsq_trt.formats import Element, Format, Granularity, Grid
+from adatsq_trt.quantize import QuantizedWeight, dequantize_weight, fake_quantize_activation
+
+
+def round_input(x: Tensor, grid: Grid, scale: Tensor | None = None) -> Tensor:
+    """`fake_quantize_activation`, on a GPU in one pass where every token has its own scale.
+
+    Args:
+        x: a layer's input [..., K], float32 or bfloat16.
+        grid: of its activations.
+        scale: float32 [], for static grids.
+    """
+    if _in_one_pass(x) and grid.granularity is Granularity.TOKEN:
+        from adatsq_trt.models.gpu_kernels import WIDEST, round_tokens
+
+        if x.shape[-1] <= WIDEST:
+            return round_tokens(x, grid.maximum, computing_type(x.device))
+    return fake_quantize_activation(x, grid, scale)
+
+
+def stored_weight(weight: QuantizedWeight, fmt: Format) -> Tensor:
+    """`dequantize_weight`, on a GPU in one pass where codes are integers: [N, K]."""
+    dtype = computing_type(weight.codes.device)
+    if _in_one_pass(weight.codes) and fmt.weight.element is Element.INT:
+        from adatsq_trt.models.gpu_kernels import scale_codes
+
+        assert weight.scales is not None, "integers have scales"
+        return scale_codes(weight.codes, weight.scales, dtype)
+    return dequantize_weight(weight, fmt, dtype)
+
+
+def computing_type(device: torch.device) -> torch.dtype:
+    """What matrix products on a device are computed from now: float32, or what autocast makes of it."""
+    autocast = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if autocast else torch.float32
+
+
+def _in_one_pass(tensor: Tensor) -> bool:
+    return tensor.is_cuda and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    """Whether the Triton language is there, as it is with every PyTorch for CUDA on Linux."""
+    return find_spec("triton") is not None
