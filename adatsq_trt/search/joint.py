@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adatsq_trt.search.candidates import Array, spend_the_rest, steepest_price
+from adatsq_trt.search.descent import sweep
 
 SWEEPS = 6
 Choice = NDArray[np.int64]
@@ -91,18 +92,9 @@ def descend(items: Items, price: float, trust: Trust) -> Choice:
     np.add.at(layers, items.layers, contributions[chosen, places])
     fixed = trust.alone * items.errors + paid
     order = np.random.default_rng(0).permutation(places)
+    by_item, own_costs = np.ascontiguousarray(contributions.swapaxes(0, 1)), np.ascontiguousarray(fixed.T)
     for _ in range(SWEEPS):
-        changed = False
-        for item in order:
-            own, layer = contributions[:, item], items.layers[item]
-            others, within = total - own[chosen[item]], layers[layer] - own[chosen[item]]
-            cost = trust.together * np.square(others + own).sum(axis=1) + fixed[:, item]
-            cost += trust.by_layer * np.square(within + own).sum(axis=1)
-            best = int(cost.argmin())
-            if best != chosen[item]:
-                chosen[item], changed = best, True
-                total, layers[layer] = others + own[best], within + own[best]
-        if not changed:
+        if not sweep(by_item, own_costs, items.layers, order, trust.together, trust.by_layer, chosen, total, layers):
             break
     return chosen
 

@@ -45,7 +45,17 @@ DEPLOYMENT_LIBRARIES = {
     "tensorrt_lean",
     "tensorrt_rtx",
 }
-HEAVY = DEPLOYMENT_LIBRARIES | {"diffusers", "matplotlib", "ray", "scipy", "sklearn", "torch", "transformers", "triton"}
+HEAVY = DEPLOYMENT_LIBRARIES | {
+    "diffusers",
+    "matplotlib",
+    "numba",
+    "ray",
+    "scipy",
+    "sklearn",
+    "torch",
+    "transformers",
+    "triton",
+}
 PICKLES = {"cloudpickle", "dill", "joblib", "pickle", "shelve"}
 
 
