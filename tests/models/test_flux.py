@@ -156,3 +156,32 @@ def test_who_takes_a_guidance_scale(untrained_flux: FluxAdapter, distilled: Flux
     assert untrained_flux.takes_guidance
     assert distilled.takes_guidance
     assert not make_adapter(guidance_embeds=False).takes_guidance
+
+
+def test_copies_of_the_weights_are_computed_with_and_the_weights_come_back(untrained_flux: FluxAdapter) -> None:
+    module = untrained_flux.trace_module()
+    own = dict(module.named_parameters()) | dict(module.named_buffers())
+    inputs = untrained_flux.guided_inputs(
+        torch.ones(1, *untrained_flux.latent_shape), 0.5, untrained_flux.encode([1]), 2.0
+    )
+    with torch.no_grad():
+        exact = untrained_flux.predict(inputs)
+        with untrained_flux.placed(torch.device("cpu"), torch.bfloat16):
+            assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
+            assert {b.dtype for b in module.buffers()} == {torch.float32}, "bfloat16 would change positions"
+            with torch.autocast("cpu", torch.bfloat16):
+                rounded = untrained_flux.predict(inputs)
+        assert torch.equal(untrained_flux.predict(inputs), exact)
+    after = dict(module.named_parameters()) | dict(module.named_buffers())
+    assert all(after[name] is tensor for name, tensor in own.items())
+    assert 0 < float((rounded - exact).norm() / exact.norm()) < 0.03
+
+
+def test_the_weights_come_back_after_an_error_too(untrained_flux: FluxAdapter) -> None:
+    weight = untrained_flux.transformer.x_embedder.weight
+    with (
+        pytest.raises(RuntimeError, match="stop"),
+        untrained_flux.placed(torch.device("cpu"), torch.bfloat16),
+    ):
+        raise RuntimeError("stop")
+    assert untrained_flux.transformer.x_embedder.weight is weight

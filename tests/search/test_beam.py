@@ -147,6 +147,9 @@ class Refusing:
         self.calls += [(step, assignment) for _, assignment in moves]
         return [state + (3, 1)[assignment[0]] for state, assignment in moves]
 
+    def predicted_error(self, state: int, step: int, assignment: Assignment) -> float:
+        return float(state + (3, 1)[assignment[0]])
+
     def error(self, state: int, step: int) -> float:
         return float(state)
 
@@ -182,3 +185,36 @@ def test_expanding_leaves_the_parents_alone() -> None:
     children = expand(problem, [parent], 0)
     assert [(c.state, c.assignments, c.bits) for c in children] == [(3, ((0,),), 1.0), (1, ((1,),), 5.0)]
     assert parent == Path(0, (), 0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_only_the_most_promising_expansions_run(most: int) -> None:
+    problem = Refusing()
+    paths = beam_search(problem, Pruning(None, None, expansions=most))
+    assert [sum(step == column for step, _ in problem.calls) for column in (0, 1)] == [most, most]
+    # Both ways to spend the one dear step have the least error there is; one of them is found with single expansions.
+    assert paths[0].error == 4.0
+
+
+def test_predictions_only_choose_what_runs() -> None:
+    class Mistaken(Refusing):
+        def predicted_error(self, state: int, step: int, assignment: Assignment) -> float:
+            return -super().predicted_error(state, step, assignment)
+
+    problem = Mistaken()
+    assert [path.error for path in beam_search(problem, Pruning(None, None, expansions=1))] == [6.0]
+    assert len(problem.calls) == 2
+
+
+def test_the_plan_predicts_what_a_step_adds(problems: Any, regret: ModuleType) -> None:
+    """Where errors are small: then first order is all there is."""
+    dynamics = problems[0][0]
+    small = regret.Dynamics(dynamics.matrices, 1e-3 * dynamics.errors, dynamics.cross, dynamics.budget)
+    problem, plan = regret.SmallProblem(small, 2), small.plan(2)
+    state = problem.start()
+    for step, row in enumerate(((0, 1), (2, 0))):
+        before = problem.projected(state, step) * plan.row_weights
+        (state,) = problem.advance(step, [(state, row)])
+        after = problem.projected(state, step + 1) * plan.row_weights
+        added = plan.contributions[list(row), step, [0, 1]].sum(axis=0)
+        assert np.linalg.norm(after - before - added) < 0.02 * np.linalg.norm(added)
