@@ -451,7 +451,7 @@ def engine(
     width: Width = None,
     frames: Frames = None,
     ray: Ray = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     until: Annotated[StageName, typer.Option(hidden=True)] = StageName.BUNDLE,
 ) -> None:
     """Run all stages: from a model to TensorRT engines in a bundle.

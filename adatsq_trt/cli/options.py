@@ -77,7 +77,7 @@ class PlaceRequest:
     output: Path | None
     memory_limit: str | None = None
     ray: str | None = None
-    device: str = CPU
+    device: str = AUTO
 
     @property
     def limit_bytes(self) -> int | None:

@@ -1,7 +1,7 @@
 """Seconds of a search on the configuration of Flux-dev with random weights: flux_dev.json, a row for each size.
 
     python -m benchmarks.search.flux_dev [--device cuda] [--sizes 512:50,1024:10] [--blocks 19,38] [--heads 24]
-        [--precision bfloat16] [--expansions 4]
+        [--precision bfloat16] [--expansions 4] [--document docs/scaling.md]
 
 A size is pixels, a colon and denoising steps.
 
@@ -31,7 +31,7 @@ from adatsq_trt.calibration.fisher import projections
 from adatsq_trt.calibration.trajectory import seeded_samples
 from adatsq_trt.calibration.units import measured_trajectory
 from adatsq_trt.cli.progress import progress
-from adatsq_trt.files import write_json_model
+from adatsq_trt.files import read_json_model, write_json_model
 from adatsq_trt.formats import resolve_formats
 from adatsq_trt.image import ImageShape
 from adatsq_trt.models.flux import FluxAdapter
@@ -47,6 +47,7 @@ from adatsq_trt.search.simulation import Simulation
 from adatsq_trt.workers import InProcess, Workers
 from adatsq_trt.workers.device import CPU, CUDA, OnDevice, parse_device
 from adatsq_trt.workers.precision import Bfloat16
+from benchmarks.document import replace_marked
 
 RESULTS = Path(__file__).with_name("flux_dev.json")
 BLOCKS, HEADS, HEAD_WIDTH, TEXT_TOKENS, TEXT_WIDTH, POOLED_WIDTH = (19, 38), 24, 128, 512, 4096, 768
@@ -83,7 +84,8 @@ class Row(BaseModel):
         search: what was searched, and how.
         trajectory_seconds: of the steps in full precision that errors are relative to.
         sweep_seconds: of the sensitivities, with one projection; the default of a search is eight.
-        beam_seconds: of the plan and the beam.
+        plan_seconds: of the plan; None where the beam's seconds hold it.
+        beam_seconds: of the beam.
         beam_calls: denoiser calls of the beam.
         peak_device_bytes: most that PyTorch held on a GPU; None on a processor.
     """
@@ -93,14 +95,15 @@ class Row(BaseModel):
     search: Search
     trajectory_seconds: float
     sweep_seconds: float
+    plan_seconds: float | None = None
     beam_seconds: float
     beam_calls: int
     peak_device_bytes: int | None
 
     @property
     def seconds(self) -> float:
-        """Of all three."""
-        return self.trajectory_seconds + self.sweep_seconds + self.beam_seconds
+        """Of all parts."""
+        return self.trajectory_seconds + self.sweep_seconds + (self.plan_seconds or 0.0) + self.beam_seconds
 
 
 class Results(BaseModel):
@@ -173,6 +176,7 @@ def measure(device: torch.device, search: Search) -> Row:
             )
         swept = perf_counter()
         plan = make_plan(sensitivity, format_bits(FORMATS), BITS, CANDIDATES)
+        planned = perf_counter()
         with SimulatedModel(adapter, store, 0).installed() as model, progress("beam", steps) as advance:
             simulation = Simulation(model, FORMATS, schedule, GUIDANCE, workers, 1 if device.type == CPU else BEAM)
             problem = DenoisingProblem(samples, simulation, latents, adjoints, plan, budget=BITS)
@@ -182,7 +186,8 @@ def measure(device: torch.device, search: Search) -> Row:
         search=search,
         trajectory_seconds=drawn - began,
         sweep_seconds=swept - drawn,
-        beam_seconds=ended - swept,
+        plan_seconds=planned - swept,
+        beam_seconds=ended - planned,
         beam_calls=problem.calls,
         peak_device_bytes=torch.cuda.max_memory_allocated(device) if device.type == CUDA else None,
     )
@@ -190,21 +195,22 @@ def measure(device: torch.device, search: Search) -> Row:
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown."""
-    names = ("model", "pixels", "steps", "precision", "expansions", "trajectory, s", "sweep, s", "beam, s", "sum, s")
-    lines = [f"| {' | '.join(names)} | calls of the beam | ms per call |", f"|---|{'---:|' * (len(names) + 1)}"]
+    parts = ("trajectory, s", "sweep, s", "plan, s", "beam, s", "sum, s", "calls of the beam")
+    names = ("model", "pixels", "steps", "precision", "expansions", *parts)
+    lines = [f"| {' | '.join(names)} |", f"|---|{'---:|' * (len(names) - 1)}"]
     for row in rows:
         search = row.search
         whole = (search.blocks, search.heads) == (BLOCKS, HEADS)
         name = "Flux-dev" if whole else f"{search.blocks[0]} + {search.blocks[1]} blocks, {search.heads} heads"
         how = (search.pixels, search.steps, search.precision, search.expansions or "all")
-        seconds = (row.trajectory_seconds, row.sweep_seconds, row.beam_seconds, row.seconds)
-        calls = (str(row.beam_calls), f"{1e3 * row.beam_seconds / row.beam_calls:.0f}")
-        lines.append(f"| {' | '.join([name, *map(str, how), *(f'{s:.1f}' for s in seconds), *calls])} |")
+        seconds = [row.trajectory_seconds, row.sweep_seconds, row.plan_seconds, row.beam_seconds, row.seconds]
+        shown = ["in the beam's" if part is None else f"{part:.1f}" for part in seconds]
+        lines.append(f"| {' | '.join([name, *map(str, how), *shown, str(row.beam_calls)])} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    """Measure, write flux_dev.json, print the table."""
+    """Measure, write flux_dev.json, print its table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--sizes", default="512:50,1024:10", help="PIXELS:STEPS with commas between")
@@ -213,7 +219,19 @@ def main() -> None:
     parser.add_argument("--precision", choices=(FLOAT32, BFLOAT16), default=BFLOAT16)
     parser.add_argument("--expansions", type=int, default=4, help="of the beam per step; 0 for all")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--document", type=Path, help="Markdown file whose table is replaced")
+    parser.add_argument("--from-results", action="store_true", help="measure nothing, take what was measured")
     options = parser.parse_args()
+    if not options.from_results:
+        search_all(options)
+    rows = read_json_model(options.results, Results).rows
+    sys.stdout.write(table(rows))
+    if options.document is not None:
+        replace_marked(options.document, "flux-dev", table(rows))
+
+
+def search_all(options: argparse.Namespace) -> None:
+    """Measure, and write the file after each search."""
     device = parse_device(options.device)
     double, single = map(int, options.blocks.split(","))
     name = torch.cuda.get_device_name(device) if device.type == CUDA else f"{platform.machine()} processor"
@@ -230,7 +248,6 @@ def main() -> None:
         )
         rows.append(measure(device, search))
         write_json_model(options.results, Results(device=name, torch=torch.__version__, rows=tuple(rows)))
-    sys.stdout.write(table(rows))
 
 
 if __name__ == "__main__":
