@@ -74,7 +74,7 @@ class Settings(BaseModel):
         beam: paths kept per column.
         candidates: assignments tried per path and step, besides the previous one.
         slack: relative slack of dominance.
-        expansions: of the beam that are run per step, those of least predicted error; None runs all.
+        expansions: of the beam that are run per step, those that pruning by predicted errors would keep; None runs all.
         search_precision: of the denoiser calls of the search.
     """
 

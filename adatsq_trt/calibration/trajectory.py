@@ -41,7 +41,7 @@ class Samples:
 
     @cached_property
     def _encoded(self) -> Conditioning:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):  # the same for all devices and precisions
             return self.adapter.encode(self.prompts)
 
     def noise(self) -> Tensor:

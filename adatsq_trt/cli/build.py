@@ -327,7 +327,7 @@ Expansions = Annotated[
         "--expansions",
         min=1,
         max=_MOST_PATHS**2,
-        help="Denoiser calls of the beam per step: of all paths and candidates those of least predicted error.",
+        help="Denoiser calls of the beam per step: of all paths and candidates the most promising ones.",
         show_default="all",
         rich_help_panel=_EFFORT,
     ),

@@ -79,7 +79,7 @@ class ModelAdapter(ABC):
     """A diffusion transformer with its layers, inputs, guidance and trace.
 
     Attributes:
-        transformer: the diffusers module, in evaluation mode, float32 arithmetic.
+        transformer: the diffusers module, in evaluation mode, float32 but where `placed` says otherwise.
         architecture: the diffusers class name.
         latent_shape: shape of one sample's latent, without the batch: (tokens, channels), (channels, rows, columns) or
             (channels, frames, rows, columns).

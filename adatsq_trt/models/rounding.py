@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cache
-from importlib.util import find_spec
+from subprocess import CalledProcessError
 
 import torch
 from torch import Tensor
 
 from adatsq_trt.formats import Element, Format, Granularity, Grid
 from adatsq_trt.quantize import QuantizedWeight, dequantize_weight, fake_quantize_activation
+
+LOGGER = logging.getLogger(__name__)
 
 
 def round_input(x: Tensor, grid: Grid, scale: Tensor | None = None) -> Tensor:
@@ -46,10 +49,17 @@ def computing_type(device: torch.device) -> torch.dtype:
 
 
 def _in_one_pass(tensor: Tensor) -> bool:
-    return tensor.is_cuda and _has_triton()
+    return tensor.is_cuda and _kernels_run(tensor.device)
 
 
 @cache
-def _has_triton() -> bool:
-    """Whether the Triton language is there, as it is with every PyTorch for CUDA on Linux."""
-    return find_spec("triton") is not None
+def _kernels_run(device: torch.device) -> bool:
+    """Whether the kernels can be compiled: every PyTorch for CUDA on Linux has Triton, which needs a C compiler."""
+    try:
+        from adatsq_trt.models.gpu_kernels import round_tokens
+
+        round_tokens(torch.ones(1, 1, device=device), 1.0, torch.float32)
+    except (ImportError, OSError, RuntimeError, CalledProcessError) as error:
+        LOGGER.warning("the search takes longer: Triton's kernels do not run here (%s)", " ".join(str(error).split()))
+        return False
+    return True

@@ -7,7 +7,7 @@ comes back. Units compute where their tensors are, so they are the same function
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -74,8 +74,12 @@ class OnDevice:
         Raises:
             UserError: the device's memory is too small.
         """
+        import torch
+
         for item in items:
-            with told_when_full(self.device):
+            # Kernels of our own are launched on the current GPU, wherever their tensors are.
+            current = torch.cuda.device(self.device) if self.device.type == CUDA else nullcontext()
+            with told_when_full(self.device), current:
                 there = moved(item.content if isinstance(item, Shared) else item, self.device)
                 result = moved(function(common.content, there), CPU)
             yield result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 from adatsq_trt.workers import CommonT, ItemT, ResultT, Shared, T, Workers
@@ -39,9 +39,11 @@ def _compute(function: Callable[[CommonT, ItemT], ResultT], device: str, common:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    # Not cuDNN's attention, PyTorch's first choice in bfloat16: backwards, Flux's layout of heads makes it fail.
+    # Not cuDNN's attention, PyTorch's first choice in bfloat16: backwards through Flux it fails (decision 0031). This
+    # holds for the process, so threads, which are for the processor, leave it alone.
     kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    with torch.autocast(device, torch.bfloat16), sdpa_kernel(kernels, set_priority=True):
+    attention = sdpa_kernel(kernels, set_priority=True) if device == "cuda" else nullcontext()
+    with torch.autocast(device, torch.bfloat16), attention:
         return function(common, item)
 
 

@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from adatsq_trt.calibration.finite import require_finite_trajectory
 from adatsq_trt.calibration.fisher import projections
+from adatsq_trt.calibration.trajectory import PART
 from adatsq_trt.calibration.units import measured_trajectory
 from adatsq_trt.cli.progress import progress
 from adatsq_trt.cli.stages import budget, calibrate, quantize
@@ -195,7 +197,9 @@ def _simulation(context: Context, store: FormatStore, workers: Workers) -> Itera
     """The fake-quantized model, given to the workers."""
     with context.simulated(store).installed() as model:
         settings = context.settings
-        together = 1 if context.device.type == CPU else settings.beam  # a processor's cache holds one
+        # A processor's cache holds one path; elsewhere a call has as many samples as one of a finished policy.
+        most = max(PART // settings.calibration_samples, 1)
+        together = 1 if context.device.type == CPU else min(settings.beam, most)
         yield Simulation(model, context.formats, context.schedule, settings.guidance, workers, together)
 
 
@@ -238,7 +242,9 @@ def _reference(context: Context, workers: Workers, folder: Path) -> Tensor:
     if not (file := _reference_file(context, folder)).is_file():
         noise = context.calibration.noise()
         after = measured_trajectory(workers, workers.share(context.calibration), noise, context.settings.steps)
-        write_tensors(file, {"latents": torch.stack([noise, *after])})
+        latents = torch.stack([noise, *after])
+        require_finite_trajectory(context.calibration, latents)
+        write_tensors(file, {"latents": latents})
     return read_tensors(file)["latents"]
 
 

@@ -24,6 +24,7 @@ from adatsq_trt.zoo.scenes.world import Painter, draw_prompt, draw_scene, load_s
 
 AdapterT = TypeVar("AdapterT", bound=PromptedAdapter)
 LOGGER = logging.getLogger(__name__)
+CUDA = "cuda"
 SIGMA_MEAN, SIGMA_STD = 0.8, 1.2
 PATCH_SIZE, AVERAGE, WARM_UP, COOL_DOWN = 4, 0.999, 0.04, 0.3
 _SECONDS_BETWEEN_CHECKPOINTS, _ITERATIONS_BETWEEN_LINES = 120, 100
@@ -93,6 +94,7 @@ class Trainer:
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(self._parameters, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
         self._rate, self._file, self._done = rate, file, 0
+        self._device = self._parameters[0].device
         self._average = [p.detach().clone() for p in self._parameters]
         if file.is_file():
             self._load()
@@ -125,8 +127,8 @@ class Trainer:
 
     def _save(self) -> None:
         tensors = {"iterations": torch.tensor(self._done), "random": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            tensors["random_gpu"] = torch.cuda.get_rng_state()
+        if self._device.type == CUDA:
+            tensors["random_gpu"] = torch.cuda.get_rng_state(self._device)
         for i, (parameter, mean) in enumerate(zip(self._parameters, self._average, strict=True)):
             state = self._optimizer.state[parameter]
             tensors |= {f"{i}.{name}": state[name].clone() for name in ("step", "exp_avg", "exp_avg_sq")}
@@ -138,8 +140,8 @@ class Trainer:
         tensors = read_tensors(self._file)
         self._done = int(tensors["iterations"])
         torch.set_rng_state(tensors["random"])
-        if torch.cuda.is_available() and "random_gpu" in tensors:
-            torch.cuda.set_rng_state(tensors["random_gpu"])
+        if self._device.type == CUDA and "random_gpu" in tensors:
+            torch.cuda.set_rng_state(tensors["random_gpu"], self._device)
         for i, (parameter, mean) in enumerate(zip(self._parameters, self._average, strict=True)):
             names = ("step", "exp_avg", "exp_avg_sq")
             state = {name: tensors[f"{i}.{name}"] for name in names}
@@ -215,9 +217,10 @@ def parse_arguments(name: str, iterations: int, *, devices: bool = False) -> Arg
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--iterations", type=int, default=iterations)
     if devices:
-        parser.add_argument("--device", type=torch.device)
-    parser.set_defaults(device=torch.device("cpu"))
-    arguments = Arguments(**vars(parser.parse_args()))
+        parser.add_argument("--device", choices=("cpu", CUDA))
+    parser.set_defaults(device="cpu")
+    options = vars(parser.parse_args())
+    arguments = Arguments(**{**options, "device": torch.device(options["device"])})
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.manual_seed(arguments.seed)
     return arguments
