@@ -34,8 +34,8 @@ class BackwardStep:
     Attributes:
         step: index in the loop.
         adjoint: a_t, float32 [projections, samples, *latent_shape].
-        inputs: module path → layer input [samples, rows, K], float32 or what autocast makes of it: rows are the tokens of
-            both guidance branches.
+        inputs: module path → layer input [samples, rows, K], float32 or what autocast makes of it; rows are the tokens
+            of both guidance branches.
         gradients: module path → ∂L/∂(layer output), of the same type, [projections, samples, rows, N].
     """
 
