@@ -232,7 +232,7 @@ def fake_quantize_activation(x: Tensor, grid: Grid, scale: Tensor | None = None)
         scale: float32 [], for static grids and e2m1's global scale.
 
     Returns:
-        Same shape, float32.
+        Same shape, float32; what is not rounded stays as it is.
     """
     if grid.element is Element.FP32:
         return x

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -67,7 +67,7 @@ class TransformName(StrEnum):
 
 _CHECKPOINT, _POLICY, _EFFORT = "A checkpoint of your own", "The policy", "The effort"
 _ENTERPRISE = "Enterprise TensorRT"
-# Settings that are given as they are, in the order in which `engine` hands them on.
+# Parameters of `engine` that are settings as they are.
 _GIVEN = (
     *("beam", "candidates", "expansions", "calibration_samples", "selection_samples", "held_out_samples"),
     *("seed", "steps", "max_assignments", "search_precision"),
@@ -423,7 +423,7 @@ def engine(
     budget_bytes: BudgetBytes = None,
     budget_ms: BudgetMs = None,
     gpu: Gpu = None,
-    most: MaxAssignments = None,
+    max_assignments: MaxAssignments = None,
     simulate: Simulate = False,
     layout: Layout = LayoutName.EMBEDDED,
     batch: Batch = None,
@@ -439,10 +439,10 @@ def engine(
     beam: Beam = None,
     candidates: Candidates = None,
     expansions: Expansions = None,
-    precision: SearchPrecision = None,
-    calibration: Calibration = None,
-    selection: Selection = None,
-    held_out: HeldOut = None,
+    search_precision: SearchPrecision = None,
+    calibration_samples: Calibration = None,
+    selection_samples: Selection = None,
+    held_out_samples: HeldOut = None,
     memory_limit: MemoryLimit = None,
     base: Base = None,
     lora: Lora = None,
@@ -470,14 +470,14 @@ def engine(
         budgets=BudgetRequest(budget_bits, budget_bytes, budget_ms, gpu),
         compiler=options.PlanRequest(layout.value, backend.value, hardware.value, versions, streaming, batch, shapes),
         policy=policy,
-        given=_given(beam, candidates, expansions, calibration, selection, held_out, seed, steps, most, precision),
+        given=_given(locals()),
     )
     options.run_stages(request, until)
 
 
-def _given(*values: int | str | None) -> dict[str, int | str]:
-    """Those of the settings in `_GIVEN` that were given."""
-    return {name: value for name, value in zip(_GIVEN, values, strict=True) if value is not None}
+def _given(parameters: Mapping[str, Any]) -> dict[str, int | str]:
+    """Those of `engine`'s that are settings as they are and were given."""
+    return {name: parameters[name] for name in _GIVEN if parameters[name] is not None}
 
 
 def until(stage: StageName, summary: str) -> Callable[..., None]:

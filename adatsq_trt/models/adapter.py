@@ -149,11 +149,6 @@ class ModelAdapter(ABC):
         """Where the transformer's weights are, and its inputs have to be."""
         return next(self.transformer.parameters()).device
 
-    def move(self, device: torch.device) -> None:
-        """Move the transformer; what `encode` gives stays on the processor."""
-        self.transformer.to(device)
-        self.trace_module().to(device)  # has buffers of its own
-
     @contextmanager
     def placed(self, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
         """Compute inside the block with copies of the weights; afterwards the model has its own again, untouched.

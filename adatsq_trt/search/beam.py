@@ -16,12 +16,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Generic, Protocol, TypeVar
 
 from adatsq_trt.search.candidates import Assignment
 from adatsq_trt.search.pareto import crowding_distance, front
 
 StateT = TypeVar("StateT")
+OtherT = TypeVar("OtherT")
 
 
 class Problem(Protocol[StateT]):
@@ -47,8 +49,8 @@ class Problem(Protocol[StateT]):
     def advance(self, step: int, moves: Sequence[tuple[StateT, Assignment]]) -> Iterable[StateT]:
         """States after the step, one for each state before it and its assignment: one denoiser call each."""
 
-    def predicted_error(self, state: StateT, step: int, assignment: Assignment) -> float:
-        """What `error` may say after this step with this assignment, without a call."""
+    def predicted_errors(self, state: StateT, step: int, assignments: Sequence[Assignment]) -> Sequence[float]:
+        """What `error` may say after this step with each of these assignments, without a call."""
 
     def error(self, state: StateT, step: int) -> float:
         """Final error that the state after `step` steps is expected to lead to."""
@@ -82,6 +84,9 @@ class Path(Generic[StateT]):
     def switches(self) -> int:
         """How often the assignment changes: one less than the number of buckets."""
         return sum(a != b for a, b in zip(self.assignments, self.assignments[1:], strict=False))
+
+
+Move = tuple[Path[StateT], Assignment]
 
 
 @dataclass(frozen=True)
@@ -132,28 +137,33 @@ def expand(
         step: that they take.
         most: successors, if not all.
     """
-    moves = [(path, assignment) for path in paths for assignment in _feasible(problem, path, step)]
+    options = [(path, _feasible(problem, path, step)) for path in paths]
+    moves = [(path, assignment) for path, assignments in options for assignment in assignments]
     if most is not None and len(moves) > most:
-        moves = _promising(problem, moves, step, most)
+        errors = [problem.predicted_errors(path.state, step, assignments) for path, assignments in options]
+        moves = _promising(problem, moves, list(chain(*errors)), step, most)
     states = problem.advance(step, [(path.state, assignment) for path, assignment in moves])
-    successors = []
-    for (path, assignment), state in zip(moves, states, strict=True):
-        error = problem.error(state, step + 1)
-        bits, rest = path.bits + problem.bits(assignment), _rest(problem, path, assignment, step)
-        successors.append(Path(state, (*path.assignments, assignment), bits, error, error + rest))
-    return successors
+    return [
+        _successor(problem, *move, step, state, problem.error(state, step + 1))
+        for move, state in zip(moves, states, strict=True)
+    ]
 
 
 def _promising(
-    problem: Problem[StateT], moves: Sequence[tuple[Path[StateT], Assignment]], step: int, most: int
-) -> list[tuple[Path[StateT], Assignment]]:
-    """Those that pruning would keep if they did what is predicted."""
-    predicted = []
-    for index, (path, assignment) in enumerate(moves):
-        error = problem.predicted_error(path.state, step, assignment)
-        bits, rest = path.bits + problem.bits(assignment), _rest(problem, path, assignment, step)
-        predicted.append(Path(index, (*path.assignments, assignment), bits, error, error + rest))
+    problem: Problem[StateT], moves: Sequence[Move[StateT]], errors: Sequence[float], step: int, most: int
+) -> list[Move[StateT]]:
+    """Those that pruning would keep if they had these errors."""
+    numbered = enumerate(zip(moves, errors, strict=True))
+    predicted = [_successor(problem, *move, step, index, error) for index, (move, error) in numbered]
     return [moves[index] for index in sorted(path.state for path in prune(predicted, Pruning(most, None)))]
+
+
+def _successor(
+    problem: Problem[StateT], path: Path[StateT], assignment: Assignment, step: int, state: OtherT, error: float
+) -> Path[OtherT]:
+    """A path with one more step, after which it has this state and is expected to end with this error."""
+    bits, rest = path.bits + problem.bits(assignment), _rest(problem, path, assignment, step)
+    return Path(state, (*path.assignments, assignment), bits, error, error + rest)
 
 
 def _feasible(problem: Problem[StateT], path: Path[StateT], step: int) -> Sequence[Assignment]:

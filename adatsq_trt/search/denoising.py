@@ -88,10 +88,10 @@ class DenoisingProblem:
         projected = projected_error(state, self.reference[step], self.adjoints[step])
         return self.plan.expected_error(projected, step)
 
-    def predicted_error(self, state: Tensor, step: int, assignment: Assignment) -> float:
-        """As the plan expects it of the path so far and of the assignment's contributions."""
+    def predicted_errors(self, state: Tensor, step: int, assignments: Sequence[Assignment]) -> list[float]:
+        """As the plan expects it of the path so far and of each assignment's contributions."""
         projected = projected_error(state, self.reference[step], self.adjoints[step])
-        return self.plan.predicted_error(projected, step, assignment)
+        return [self.plan.predicted_error(projected, step, assignment) for assignment in assignments]
 
     def fits(self, assignments: Sequence[Assignment]) -> bool:
         """Mean bits add up."""

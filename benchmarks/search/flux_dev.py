@@ -137,7 +137,7 @@ def make_adapter(device: torch.device, search: Search) -> FluxAdapter:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     image = ImageShape(search.pixels // 16, 16, 2, vae=True)
     adapter = FluxAdapter(transformer, prompts, scheduler, image, guidance_distilled=True)
-    adapter.move(device)
+    adapter.trace_module().to(device)  # its buffers too
     adapter.transformer.to(getattr(torch, search.precision))
     return adapter
 

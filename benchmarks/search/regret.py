@@ -154,10 +154,11 @@ class SmallProblem:
         """One step from each state."""
         return [self.dynamics.step(state, step, assignment) for state, assignment in moves]
 
-    def predicted_error(self, state: Array, step: int, assignment: Assignment) -> float:
+    def predicted_errors(self, state: Array, step: int, assignments: Sequence[Assignment]) -> list[float]:
         """As the plan expects it."""
         assert self.count is not None
-        return self.dynamics.plan(self.count).predicted_error(self.projected(state, step), step, assignment)
+        plan, projected = self.dynamics.plan(self.count), self.projected(state, step)
+        return [plan.predicted_error(projected, step, assignment) for assignment in assignments]
 
     def projected(self, state: Array, step: int) -> Array:
         """What the state does to the end, to first order, scaled as contributions are."""

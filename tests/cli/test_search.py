@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from adatsq_trt.cli.stages import search
@@ -37,20 +38,18 @@ def test_few_expansions_and_bfloat16_find_a_policy_as_good(cli, tmp_path: Path) 
     assert 0 < float((own[-1] - exact[-1]).norm() / exact[-1].norm()) < 0.05
 
 
-def test_settings_that_came_later_leave_earlier_runs_alone(cli, tmp_path: Path) -> None:
-    """Their defaults are no part of a stage's key: a run of an earlier version goes on."""
-    command = (
-        "search",
-        "digits-flux",
-        "--simulate",
-        "--formats",
-        "w4a4,w8a8",
-        *cli.small,
-        "--output",
-        tmp_path / "run",
-    )
-    command = (*command, "--steps", "1")
+def test_settings_that_came_later_leave_earlier_runs_alone(
+    cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their defaults are no part of a stage's key: a run of a version without them goes on."""
+    command = ("search", "digits-flux", "--simulate", "--formats", "w4a4,w8a8", *cli.small, "--steps", "1")
+    command = (*command, "--output", tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "_NEWER_SETTINGS", ())  # a version that does not know them
+        cli(*command)
+    file = tmp_path / "run" / search.NAME / search.RESULT
+    made = file.stat().st_mtime_ns
     cli(*command)
-    record = (tmp_path / "run" / search.NAME / search.RESULT).stat().st_ino
-    cli(*command, "--search-precision", "float32")
-    assert (tmp_path / "run" / search.NAME / search.RESULT).stat().st_ino == record
+    assert file.stat().st_mtime_ns == made
+    cli(*command, "--expansions", "1")
+    assert file.stat().st_mtime_ns != made

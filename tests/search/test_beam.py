@@ -147,8 +147,8 @@ class Refusing:
         self.calls += [(step, assignment) for _, assignment in moves]
         return [state + (3, 1)[assignment[0]] for state, assignment in moves]
 
-    def predicted_error(self, state: int, step: int, assignment: Assignment) -> float:
-        return float(state + (3, 1)[assignment[0]])
+    def predicted_errors(self, state: int, step: int, assignments: Sequence[Assignment]) -> list[float]:
+        return [float(state + (3, 1)[assignment[0]]) for assignment in assignments]
 
     def error(self, state: int, step: int) -> float:
         return float(state)
@@ -198,8 +198,8 @@ def test_only_the_most_promising_expansions_run(most: int) -> None:
 
 def test_predictions_only_choose_what_runs() -> None:
     class Mistaken(Refusing):
-        def predicted_error(self, state: int, step: int, assignment: Assignment) -> float:
-            return -super().predicted_error(state, step, assignment)
+        def predicted_errors(self, state: int, step: int, assignments: Sequence[Assignment]) -> list[float]:
+            return [-error for error in super().predicted_errors(state, step, assignments)]
 
     problem = Mistaken()
     assert [path.error for path in beam_search(problem, Pruning(None, None, expansions=1))] == [6.0]

@@ -174,9 +174,13 @@ def _workers(context: Context) -> Iterator[Workers]:
 
     For a small model in this process there are as many threads as torch would take for one unit.
     """
-    reduced = context.settings.search_precision != _default("search_precision")
     with _exact_workers(context) as workers:
-        yield Bfloat16(workers, context.device.type) if reduced else workers
+        yield Bfloat16(workers, context.device.type) if _reduced(context) else workers
+
+
+def _reduced(context: Context) -> bool:
+    """Whether the search computes in less than float32."""
+    return context.settings.search_precision == "bfloat16"
 
 
 @contextmanager
@@ -250,8 +254,7 @@ def _reference(context: Context, workers: Workers, folder: Path) -> Tensor:
 
 def _reference_file(context: Context, folder: Path) -> Path:
     """In float32 it is what was calibrated on."""
-    own = context.settings.search_precision != _default("search_precision")
-    return (folder if own else calibrate.stage(context).folder) / calibrate.TRAJECTORY
+    return (folder if _reduced(context) else calibrate.stage(context).folder) / calibrate.TRAJECTORY
 
 
 def _sensitivity(

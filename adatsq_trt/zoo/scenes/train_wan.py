@@ -77,11 +77,11 @@ def train(arguments: Arguments) -> WanAdapter:
     adapter = make_adapter()
     assert isinstance(adapter.encoder, TextEncoder)
     clips = make_clips(CLIPS, 0, adapter.encoder).to(arguments.device)
-    adapter.move(arguments.device)
+    adapter.trace_module().to(arguments.device)
     adapter.encoder.to(arguments.device)
     trainer = Trainer(adapter, RATE, arguments.work / f"{NAME}.safetensors")
     trainer.run(lambda: flow_matching_loss(adapter, clips), arguments.iterations)
-    adapter.move(torch.device("cpu"))
+    adapter.trace_module().cpu()
     adapter.encoder.cpu()
     return adapter
 
