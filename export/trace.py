@@ -57,11 +57,12 @@ def trace(
     """
     positions, axes = positions or {}, axes or {}
     # Buffers keep their type: they hold position ids and frequencies, which forward casts where it wants to. Parameters
-    # are copied in the base type at once: copying them in float32 first would take three times the memory.
+    # are copied in the base type at once, since a copy in float32 first would take three times the memory, and not at
+    # all where they have it: nothing here changes them.
     memo: dict[int, object] = {}
     for name, parameter in module.named_parameters():
-        dtype = parameter.dtype if _stays_float32(module, name) else base
-        memo[id(parameter)] = nn.Parameter(parameter.detach().to(dtype, copy=True), parameter.requires_grad)
+        dtype = torch.float32 if _stays_float32(module, name) else base
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
     twin = copy.deepcopy(module, memo).eval()
     batch = torch.export.Dim(BATCH_AXIS)
     with _quiet(), torch.no_grad():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from adatsq_trt.errors import MismatchError
 from adatsq_trt.image import ImageShape
+from adatsq_trt.models.stored import stored_layers
 from adatsq_trt.schedule import Schedule
 
 OUTSIDE = "outside"  # of all blocks
@@ -153,21 +154,39 @@ class ModelAdapter(ABC):
     def placed(self, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
         """Compute inside the block with copies of the weights; afterwards the model has its own again, untouched.
 
+        Stored layers keep no copies on the processor.
+
         Args:
             device: of the copies; what `encode` gives stays on the processor.
             dtype: of the weights' copies; buffers keep theirs, since bfloat16 holds no angles.
         """
-        own = list(_tensors(self.trace_module()))
+        own, stored = list(_tensors(self.trace_module())), [x for *_, x in stored_layers(self.trace_module())]
         copies: dict[int, Tensor] = {}  # a tensor may be in several places
         try:
             for module, name, tensor in own:
                 if id(tensor) not in copies:
                     copies[id(tensor)] = _copy(tensor, device, dtype)
                 setattr(module, name, copies[id(tensor)])
+            for layer in stored:
+                layer.place(device, dtype)
             yield
         finally:
             for module, name, tensor in own:
                 setattr(module, name, tensor)
+            for layer in stored:
+                layer.place(torch.device("cpu"), torch.float32)
+
+    @contextmanager
+    def as_stored(self) -> Iterator[None]:
+        """Inside the block stored layers are plain ones, with weights in the type and place that they are stored in."""
+        own = list(stored_layers(self.trace_module()))
+        try:
+            for parent, name, layer in own:
+                setattr(parent, name, layer.plain())
+            yield
+        finally:
+            for parent, name, layer in own:
+                setattr(parent, name, layer)
 
     @property
     def patch_cells(self) -> int:

@@ -103,6 +103,14 @@ class PipelineKind(ABC):
             module: nn.Module = self.load_class(self.transformer).from_config(dict(config))
         return module
 
+    def make_empty(self, config: Mapping[str, JsonValue]) -> nn.Module:
+        """The transformer with its buffers but without weights, which are on the meta device."""
+        from accelerate import init_empty_weights
+
+        with init_empty_weights(include_buffers=False):
+            module: nn.Module = self.load_class(self.transformer).from_config(dict(config))
+        return module
+
     def make_scheduler(self, folder: Path) -> Any:
         """The scheduler of the denoising loop, which is Euler's method on a flow.
 

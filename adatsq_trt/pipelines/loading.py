@@ -14,10 +14,11 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 
 from adatsq_trt.errors import DamagedFileError, MismatchError, UserError
-from adatsq_trt.files import read_json_model
+from adatsq_trt.files import MappedTensors, read_json_model
 from adatsq_trt.image import PixelScale
 from adatsq_trt.models.architectures import ADAPTERS
 from adatsq_trt.models.prompts import StoredPrompts
+from adatsq_trt.models.stored import count_weights, fill, keep, large_linears
 from adatsq_trt.pipelines.kinds import AGAIN, Canvas, JsonObject
 from adatsq_trt.pipelines.lora import Lora, fuse, parse_lora
 from adatsq_trt.pipelines.source import Source, find_source
@@ -39,6 +40,7 @@ _SUFFIXES = (
     ".txt",
     ".jinja",
 )  # of encoders and tokenizers: neither pickles nor code
+_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,10 @@ class OpenedPipeline:
         return self._model(self._outline, empty)
 
     def load(self, encodings: Mapping[str, Tensor]) -> LoadedModel:
-        """Load the transformer in float32 and fuse the LoRA files.
+        """Check the transformer's weights and fuse the LoRA files.
+
+        Large layers' weights stay on disk. Only a LoRA takes the whole transformer in float32, and a single file in
+        another layout than diffusers' takes it in its own type.
 
         Args:
             encodings: of the prompts (`encode_prompts`).
@@ -78,12 +83,32 @@ class OpenedPipeline:
             DamagedFileError: weights that are NaN or infinite, or that diffusers cannot load.
             MismatchError: a LoRA that does not fit.
         """
-        transformer = self._transformer()
+        transformer = self._mapped() if self._stays_mapped else self._loaded()
+        return self._model(transformer.requires_grad_(False), encodings)
+
+    @cached_property
+    def _stays_mapped(self) -> bool:
+        """Whether large layers' weights need not be in memory."""
+        return not self.loras and set(self._weights.shapes) == set(self._outline.state_dict())
+
+    def _mapped(self) -> nn.Module:
+        """The transformer over its files, which are in diffusers' layout."""
+        tensors = MappedTensors(self._weights.files, AGAIN)
+        require_finite(tensors.items(), self.source.transformer)
+        transformer = self.source.kind.make_empty(self._config)
+        fill(transformer, tensors)
+        return transformer
+
+    def _loaded(self) -> Any:
+        """The transformer as diffusers loads it: in float32 for a LoRA, else in the files' own type."""
+        transformer = self._transformer(torch.float32 if self.loras else self._dtype)
         require_finite(transformer.named_parameters(), self.source.transformer)
         for lora in self.loras:
             fuse(self.source.kind, transformer, lora)
             require_finite(transformer.named_parameters(), lora.file)
-        return self._model(transformer.requires_grad_(False), encodings)
+        if not self.loras:
+            keep(transformer)
+        return transformer
 
     @cached_property
     def _config(self) -> dict[str, JsonValue]:
@@ -97,18 +122,24 @@ class OpenedPipeline:
         except (TypeError, ValueError, AttributeError, ZeroDivisionError, RuntimeError) as error:
             raise DamagedFileError(f"'{config}' does not describe a model ({_reason(error)}); {AGAIN}") from error
 
-    def _transformer(self) -> Any:
+    @cached_property
+    def _dtype(self) -> torch.dtype:
+        """The type of all weights; float32 where they have several."""
+        types = set(self._weights.dtypes.values())
+        return _TYPES.get(types.pop(), torch.float32) if len(types) == 1 else torch.float32
+
+    def _transformer(self, dtype: torch.dtype) -> Any:
         source = self.source
         kind = source.kind.load_class(source.kind.transformer)
         try:
             if not source.single_file:
                 return kind.from_pretrained(
-                    source.transformer, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
+                    source.transformer, torch_dtype=dtype, use_safetensors=True, local_files_only=True
                 )
             loaded = kind.from_single_file(
                 str(source.transformer),
                 config=str(source.config.parent),
-                torch_dtype=torch.float32,
+                torch_dtype=dtype,
                 local_files_only=True,
             )
         except Exception as error:  # what is raised depends on the file
@@ -154,11 +185,26 @@ class OpenedPipeline:
         return _digest(f"{f.parent.name}/{f.name} {verified_sha256(f)}" for folder in folders for f in _files(folder))
 
     @property
-    def loading_bytes(self) -> tuple[int, int]:
-        """Most that is resident while the text encoders are loaded, and the largest file of the transformer."""
+    def encoder_bytes(self) -> int:
+        """Most that is resident while the text encoders are loaded."""
         folders = [self.source.folder / name for name in self.source.kind.encoders if name.startswith("text_encoder")]
         encoders = [file.stat().st_size for folder in folders for file in find_weights(folder).files]
-        return sum(encoders) + max(encoders), max(file.stat().st_size for file in self._weights.files)
+        return sum(encoders) + max(encoders)
+
+    @property
+    def resident_bytes(self) -> int:
+        """What the loaded transformer has resident, with the copy that a call makes of a stored weight."""
+        weights = count_weights(self._outline)
+        if self.loras:
+            return 4 * weights
+        large = [linear.in_features * linear.out_features for linear in large_linears(self._outline).values()]
+        small, copy = 4 * (weights - sum(large)), (4 + self._dtype.itemsize) * max(large, default=0)
+        return small + copy + (0 if self._stays_mapped else self._dtype.itemsize * sum(large))
+
+    @property
+    def file_bytes(self) -> int:
+        """Of the largest weight file, where it is mapped as a whole while it is read."""
+        return 0 if self._stays_mapped else max(file.stat().st_size for file in self._weights.files)
 
     @cached_property
     def model_sha256(self) -> str:

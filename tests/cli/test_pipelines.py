@@ -12,6 +12,7 @@ from PIL import Image
 from adatsq_trt.engines.bundle import BundleFiles
 from adatsq_trt.engines.runtime import Bundle
 from adatsq_trt.files import read_tensors, write_tensors
+from adatsq_trt.models import stored
 from adatsq_trt.pipelines.prompts import default_prompts
 from tests.tiny_checkpoints import (
     HEIGHT,
@@ -112,6 +113,23 @@ def test_a_second_build_runs_no_stage(cli, flux: Checkpoint, flux_run: Path) -> 
     lora = f"{flux_run.parent / 'style.safetensors'}:0.5"
     assert cli(*flux.build("--lora", lora, "--output", flux_run)).warnings == []
     assert cli.state(flux_run / "embed") | cli.state(flux_run / "bundle") == before
+
+
+@pytest.mark.parametrize(("stage", "options"), [("export", ()), ("search", ("--transform", "balance-low-rank"))])
+def test_weights_that_stay_on_disk_give_the_same_bytes(
+    cli, monkeypatch, stage: str, options: tuple[str, ...], tmp_path: Path
+) -> None:
+    pipe, written = make_flux_pipeline(), []
+    pipe.transformer.bfloat16()
+    checkpoint = Checkpoint(tmp_path, pipe, "--simulate", "--formats", "w4a4,w8a8", *options)
+    for least in (1, 10**9):
+        monkeypatch.setattr(stored, "LEAST_NUMBERS", least)
+        run = tmp_path / f"run-{least}"
+        assert cli(stage, checkpoint.folder, *checkpoint.options, "--output", run).code == 0
+        files = [file for file in sorted(run.rglob("*")) if file.suffix in (".safetensors", ".onnx", ".data")]
+        written.append({file.relative_to(run): file.read_bytes() for file in [*files, run / "search" / "policy.json"]})
+    assert len(written[0]) > 20
+    assert [name for name, content in written[0].items() if content != written[1].get(name)] == []
 
 
 @pytest.mark.slow

@@ -11,6 +11,8 @@ import torch
 from adatsq_trt.cli.stages import export, search
 from adatsq_trt.cli.stages.context import Context
 from adatsq_trt.formats import resolve_formats
+from adatsq_trt.models import stored
+from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.run import RunDirectory
 from adatsq_trt.settings import Settings
 from adatsq_trt.workers import InProcess
@@ -21,7 +23,21 @@ from tests.tiny_wan import make_tiny_wan
 from tests.tiny_z_image import make_tiny_z_image
 from tests.workers.pretend_device import NAME, pretend_device
 
-MODELS = {"flux": lambda: make_tiny_flux(32, 4), "wan": make_tiny_wan, "z-image": make_tiny_z_image}
+
+def make_stored_flux() -> ModelAdapter:
+    """Weights of bfloat16 in layers that leave theirs where they are."""
+    adapter, stored.LEAST_NUMBERS = make_tiny_flux(32, 4), 1
+    stored.keep(adapter.transformer.bfloat16())
+    adapter.transformer.float()
+    return adapter
+
+
+MODELS = {
+    "flux": lambda: make_tiny_flux(32, 4),
+    "stored": make_stored_flux,
+    "wan": make_tiny_wan,
+    "z-image": make_tiny_z_image,
+}
 
 
 def run(folder: Path, device: str, model: str, stage: str, formats: str, transform: str | None) -> None:

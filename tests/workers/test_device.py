@@ -27,6 +27,7 @@ def run(folder: Path, device: str, *arguments: str) -> None:
     ("model", "stage", "formats", "transform"),
     [
         ("wan", "search", "w8a8,bf16", "none"),
+        ("stored", "search", "w4a4,w8a8", "none"),
         pytest.param("flux", "export", "w4a4,nvfp4", "none", marks=pytest.mark.slow),
         pytest.param("wan", "search", "w4a4,w8a8", "balance", marks=pytest.mark.slow),
         pytest.param("z-image", "search", "w4a4,fp8", "hadamard-low-rank", marks=pytest.mark.slow),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +39,22 @@ class LayerGroup:
         return torch.stack([weight.abs().amax(dim=0) for weight in self.weights.values()]).amax(dim=0)
 
 
+class _Weights(Mapping[str, Tensor]):
+    """Module path → weight [N, K]; those that are not in memory are read at every lookup."""
+
+    def __init__(self, linears: Mapping[str, nn.Linear]) -> None:
+        self._linears = linears
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._linears[name].weight.detach()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._linears)
+
+    def __len__(self) -> int:
+        return len(self._linears)
+
+
 @torch.no_grad()
 def measure_groups(samples: Samples, latents: Tensor) -> list[LayerGroup]:
     """Run the full-precision model once over a trajectory.
@@ -55,7 +71,7 @@ def measure_groups(samples: Samples, latents: Tensor) -> list[LayerGroup]:
         for names in _sharing(linears, capture.inputs):
             members.setdefault(names, []).append(capture.inputs[names[0]].flatten(0, -2).abs().amax(dim=0))
     return [
-        LayerGroup({name: linears[name].weight.detach() for name in names}, torch.stack(largest))
+        LayerGroup(_Weights({name: linears[name] for name in names}), torch.stack(largest))
         for names, largest in members.items()
     ]
 

@@ -110,10 +110,11 @@ def _graphs(context: Context, policy: Policy, folder: Path) -> None:
 def _trace(adapter: ModelAdapter, inputs: Mapping[str, Tensor], base: BaseName, any_size: bool) -> ir.Model:
     """The model's graph, for the size of the inputs or for any."""
     common = (inputs, OUTPUT_NAME, _TYPES[base], adapter.float32_inputs)
-    if not any_size:
-        return trace(adapter.trace_module(), *common)
-    opened = adapter.any_size()
-    return trace(opened.module, *common, opened.positions, opened.axes)
+    with adapter.as_stored():
+        if not any_size:
+            return trace(adapter.trace_module(), *common)
+        opened = adapter.any_size()
+        return trace(opened.module, *common, opened.positions, opened.axes)
 
 
 def _positions(context: Context) -> dict[str, Tensor]:

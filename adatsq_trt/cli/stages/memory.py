@@ -13,6 +13,7 @@ from adatsq_trt.cli.stages.context import Memory
 from adatsq_trt.errors import UserError
 from adatsq_trt.meter import machine_bytes, resident_bytes
 from adatsq_trt.models.flow import Flow, measure_flow
+from adatsq_trt.models.stored import count_weights
 from adatsq_trt.pipelines.loading import OpenedPipeline
 from adatsq_trt.settings import Settings
 from adatsq_trt.zoo.loading import LoadedModel
@@ -41,7 +42,8 @@ class Model:
         flow: of one sample.
         encodings: numbers in the encodings of all prompts.
         encoder_bytes: while text encoders are loaded.
-        file_bytes: of the largest weight file, which is mapped while it is read.
+        resident_bytes: of the transformer, with what a call makes of a stored weight.
+        file_bytes: of the largest weight file, where it is mapped as a whole while it is read.
     """
 
     weights: int
@@ -49,6 +51,7 @@ class Model:
     flow: Flow
     encodings: int
     encoder_bytes: int
+    resident_bytes: int
     file_bytes: int
 
 
@@ -66,7 +69,7 @@ def plan_memory(
     Raises:
         UserError: the limit is too small; names the smallest that would do.
     """
-    model = _model(settings, outline, (0, 0) if pipeline is None else pipeline.loading_bytes)
+    model = _model(settings, outline, pipeline)
     least = needed_bytes(settings, model, resident_bytes())
     if limit is not None and limit < max(least.values()):
         stage = max(least, key=lambda name: least[name])
@@ -88,7 +91,7 @@ def needed_bytes(settings: Settings, model: Model, before: int) -> dict[str, int
         before: resident without a model.
     """
     flow, pairs, before = model.flow, [pair for block in model.shapes for pair in block], before + _LIBRARIES
-    held = before + 4 * model.weights + 2 * model.encodings
+    held = before + model.resident_bytes + 2 * model.encodings
     backward = settings.calibration_samples * (_KEPT * flow.outputs_bytes + 2 * flow.layers_bytes)
     # Hessians of a block, and one of its two files as it is being written.
     sums = max(sum(hessian_bytes(width for width, _ in block)) for block in model.shapes)
@@ -111,7 +114,7 @@ def needed_bytes(settings: Settings, model: Model, before: int) -> dict[str, int
     }
 
 
-def _model(settings: Settings, outline: LoadedModel, loading: tuple[int, int]) -> Model:
+def _model(settings: Settings, outline: LoadedModel, pipeline: OpenedPipeline | None) -> Model:
     adapter = outline.adapter
     linears = adapter.quantizable_layers()
     shapes = tuple(
@@ -121,7 +124,11 @@ def _model(settings: Settings, outline: LoadedModel, loading: tuple[int, int]) -
     flow = measure_flow(adapter, adapter.schedule(settings.steps), settings.guidance)
     tensors, prompts = adapter.encode([0]).conditional.values(), len(adapter.prompts) + 1
     encodings = prompts * sum(tensor.numel() for tensor in tensors)
-    return Model(sum(p.numel() for p in adapter.transformer.parameters()), shapes, flow, encodings, *loading)
+    weights = count_weights(adapter.transformer)
+    loading = (0, 4 * weights, 0)
+    if pipeline is not None:
+        loading = (pipeline.encoder_bytes, pipeline.resident_bytes, pipeline.file_bytes)
+    return Model(weights, shapes, flow, encodings, *loading)
 
 
 def _call_bytes(settings: Settings, flow: Flow) -> int:

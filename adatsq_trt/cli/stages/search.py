@@ -22,6 +22,7 @@ from adatsq_trt.errors import BudgetError, MismatchError, UserError
 from adatsq_trt.files import parse_json_model, read_tensors, write_json_model, write_tensors
 from adatsq_trt.formats import format_named
 from adatsq_trt.models.format_store import FormatStore
+from adatsq_trt.models.stored import count_weights
 from adatsq_trt.policy import GIVEN_POLICY_ADVICE, Policy
 from adatsq_trt.run import Stage
 from adatsq_trt.search.beam import Pruning
@@ -186,7 +187,7 @@ def _reduced(context: Context) -> bool:
 @contextmanager
 def _exact_workers(context: Context) -> Iterator[Workers]:
     count = torch.get_num_threads()
-    size = sum(parameter.nbytes for parameter in context.adapter.transformer.parameters())
+    size = 4 * count_weights(context.adapter.transformer)
     copied = count * size * (1 + len(context.formats))
     small = copied <= min(_MOST_COPIED_BYTES, context.memory.room_bytes)
     if count == 1 or not small or not isinstance(context.workers, InProcess):
