@@ -93,8 +93,9 @@ def machine_bytes() -> int:
     import psutil
 
     limits = [int(psutil.virtual_memory().total)]
-    with contextlib.suppress(OSError, ValueError):  # not Linux, or no limit: "max"
-        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    for file in ("memory.max", "memory/memory.limit_in_bytes"):  # of control groups of version 2 and 1
+        with contextlib.suppress(OSError, ValueError):  # not Linux, the other version, or no limit: "max"
+            limits.append(int(Path("/sys/fs/cgroup", file).read_text(encoding="ascii")))
     return min(limits)
 
 

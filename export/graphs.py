@@ -49,7 +49,7 @@ _FP4_VERSIONS = {"opset": 23, "ir": 11}
 
 
 def export_graphs(
-    traced: ir.Model,
+    template: ir.Model,
     policy: Policy,
     weights: Mapping[str, Mapping[str, QuantizedWeight]],
     folder: Path,
@@ -61,7 +61,7 @@ def export_graphs(
     """Write a policy's graphs, their weights and the index.
 
     Args:
-        traced: what `trace` returned for the same base type; it is left as it is.
+        template: what `trace` returned for the same base type. It is used up: its weights go to the folder, one by one.
         policy: assignments of the layers.
         weights: format → module path → weight.
         folder: is made, or its earlier export replaced.
@@ -77,7 +77,6 @@ def export_graphs(
     """
     _require_target_path(policy, variants)
     clear_export(folder)
-    template = traced.clone()
     NormalizeLinears(policy.layers)(template)
     with atomic_path(folder / WEIGHTS_NAME) as temporary, temporary.open("wb") as file:
         store = WeightStore(file, folder)

@@ -48,7 +48,7 @@ _WIDEN = ir.passes.Sequential(RestoreAttentionScale(), LowerTypes(), common.Remo
 
 
 def export_plugin_graphs(
-    traced: ir.Model,
+    template: ir.Model,
     policy: Policy,
     weights: Mapping[str, Mapping[str, QuantizedWeight]],
     folder: Path,
@@ -61,7 +61,7 @@ def export_plugin_graphs(
     A layer whose 4-bit codes are the high plane of its 8-bit ones is stored as two planes, each once.
 
     Args:
-        traced: what `trace` returned for the same base type; it is left as it is.
+        template: what `trace` returned for the same base type. It is used up: its weights go to the folder, one by one.
         policy: assignments of the layers.
         weights: format → module path → weight.
         folder: is made, or its earlier export replaced.
@@ -78,7 +78,6 @@ def export_plugin_graphs(
     require_plugin_formats({name for column in profiles.values() for name in column})
     own = {layer: _weights_of(layer, column, weights) for layer, column in profiles.items()}
     require_plugin_shapes({layer: next(iter(several.values())).codes.shape for layer, several in own.items()})
-    template = traced.clone()
     NormalizeLinears(policy.layers)(template)
     clear_export(folder)
     with atomic_path(folder / WEIGHTS_NAME) as temporary, temporary.open("wb") as file:

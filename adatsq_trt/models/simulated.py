@@ -122,7 +122,8 @@ class SimulatedModel:
             most_bytes: of dequantized weights that may be held.
         """
         originals = adapter.quantizable_layers()
-        held = 4 * len(store.weights) * sum(linear.weight.numel() for linear in originals.values()) <= most_bytes
+        size = sum(linear.in_features * linear.out_features for linear in originals.values())
+        held = 4 * len(store.weights) * size <= most_bytes
         self.adapter = adapter
         self.layers = tuple(originals)
         self._scales = store.scales

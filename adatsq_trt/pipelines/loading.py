@@ -192,6 +192,11 @@ class OpenedPipeline:
         return sum(encoders) + max(encoders)
 
     @property
+    def mapped_type(self) -> torch.dtype | None:
+        """Of the weights, where they stay on disk."""
+        return self._dtype if self._stays_mapped else None
+
+    @property
     def resident_bytes(self) -> int:
         """What the loaded transformer has resident, with the copy that a call makes of a stored weight."""
         weights = count_weights(self._outline)

@@ -75,7 +75,8 @@ def exported(
     rows = [[names[i % len(names)] for i in range(len(layers))] for names in ROWS[request.param]]
     policy = Policy.from_steps("tiny", "0" * 64, layers, rows)
     variants = ("target", "cpu") if request.param == "target" else ("cpu",)
-    index = export_graphs(traced, policy, store.weights, folder / "onnx", "bfloat16", adapter.blocks(), variants)
+    graphs = traced.clone()
+    index = export_graphs(graphs, policy, store.weights, folder / "onnx", "bfloat16", adapter.blocks(), variants)
     return folder, index, policy
 
 

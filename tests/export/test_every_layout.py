@@ -27,7 +27,7 @@ def export(folder: Path, traced, layers, names: list[str], base: str, variants: 
         name: {layer: quantize_nearest(m.weight.detach(), FORMATS[name]) for layer, m in layers.items()}
         for name in names
     }
-    return export_graphs(traced, policy, weights, folder / "onnx", base, [], variants)
+    return export_graphs(traced.clone(), policy, weights, folder / "onnx", base, [], variants)
 
 
 @pytest.fixture(scope="module", params=GPUS)

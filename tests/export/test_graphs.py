@@ -58,7 +58,7 @@ def policy(layers) -> Policy:
 def exported(traced_flux, policy, weights, tmp_path_factory) -> tuple[Path, GraphIndex]:
     folder = tmp_path_factory.mktemp("export")
     blocks = ["transformer_blocks.0", "single_transformer_blocks.0"]
-    return folder, export_graphs(traced_flux, policy, weights, folder, "bfloat16", blocks, ("cpu",))
+    return folder, export_graphs(traced_flux.clone(), policy, weights, folder, "bfloat16", blocks, ("cpu",))
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_variants_and_assignments_share_their_bytes(traced_flux, layers, weights
     rows = [["fp8"] * len(names), ["fp8"] * (len(names) - 1) + ["nvfp4"], ["nvfp4"] * len(names)]
     told = []
     table = export_graphs(
-        traced_flux,
+        traced_flux.clone(),
         make_policy(layers, rows),
         weights,
         tmp_path,
@@ -175,7 +175,7 @@ def test_the_same_export_gives_the_same_bytes_and_replaces_the_old_one(
     folder = tmp_path / "export"
 
     def write(rows) -> dict[str, bytes]:
-        export_graphs(traced_flux, make_policy(layers, rows), weights, folder, "bfloat16", [], ("cpu",))
+        export_graphs(traced_flux.clone(), make_policy(layers, rows), weights, folder, "bfloat16", [], ("cpu",))
         return file_bytes(folder)
 
     first = write(short)
@@ -186,14 +186,14 @@ def test_the_same_export_gives_the_same_bytes_and_replaces_the_old_one(
 def test_a_simulated_format_has_no_target_graph(traced_flux, layers, weights, tmp_path):
     policy = make_policy(layers, [["w4a4"] * len(layers)])
     with pytest.raises(UnsupportedFormatError, match=r"no TensorRT path holds w4a4.*--simulate"):
-        export_graphs(traced_flux, policy, weights, tmp_path, "bfloat16", [], ("target", "cpu"))
+        export_graphs(traced_flux.clone(), policy, weights, tmp_path, "bfloat16", [], ("target", "cpu"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_weight_is_named_and_nothing_half_written_stays(traced_flux, layers, tmp_path):
     policy = make_policy(layers, [["fp8"] * len(layers)])
     with pytest.raises(MismatchError, match=r"no weight in format 'fp8'.*adatsq-trt quantize"):
-        export_graphs(traced_flux, policy, {}, tmp_path, "bfloat16", [], ("cpu",))
+        export_graphs(traced_flux.clone(), policy, {}, tmp_path, "bfloat16", [], ("cpu",))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -201,4 +201,4 @@ def test_a_folder_that_cannot_be_made_is_an_output_error(traced_flux, layers, we
     (tmp_path / "file").write_text("in the way")
     policy = make_policy(layers, [["bf16"] * len(layers)])
     with pytest.raises(OutputError, match="choose a folder that is writable"):
-        export_graphs(traced_flux, policy, weights, tmp_path / "file" / "sub", "bfloat16", [], ("cpu",))
+        export_graphs(traced_flux.clone(), policy, weights, tmp_path / "file" / "sub", "bfloat16", [], ("cpu",))

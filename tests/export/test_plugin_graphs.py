@@ -44,7 +44,9 @@ class Exported:
         rows = [*([name] * len(self.layers) for name in self.names), [dice.choice(self.names) for _ in self.layers]]
         self.policy = make_policy(self.layers, rows)
         self.weights = make_weights(self.layers, self.names)
-        self.index = export_plugin_graphs(traced, self.policy, self.weights, folder, base, ["transformer_blocks.0"])
+        self.index = export_plugin_graphs(
+            traced.clone(), self.policy, self.weights, folder, base, ["transformer_blocks.0"]
+        )
 
     def feed(self, variant: str, assignment: int) -> dict[str, np.ndarray]:
         """Inputs of a graph, in its own types."""
@@ -175,7 +177,7 @@ def test_only_formats_that_a_layer_uses_are_stored(adapter, traced, tmp_path) ->
     names = list(layers)
     rows = [["w8a8"] * len(names), ["w4a8" if layer in NESTED else "w8a8" for layer in names]]
     weights = make_weights(layers, ("w8a8", "w4a8"))
-    index = export_plugin_graphs(traced, make_policy(layers, rows), weights, tmp_path, "bfloat16", [])
+    index = export_plugin_graphs(traced.clone(), make_policy(layers, rows), weights, tmp_path, "bfloat16", [])
     model = onnx.load(tmp_path / index.find("target", None).path, load_external_data=False)
     stored = {tensor.name: np.prod(tensor.dims) * (1 if tensor.data_type == onnx.TensorProto.INT8 else 4)
               for tensor in model.graph.initializer if any(tensor.name.startswith(f"{n}.") for n in names)
@@ -247,7 +249,7 @@ def test_what_the_kernels_cannot_hold_is_refused(adapter, traced, tmp_path) -> N
 
     def export(names: Sequence[str], weights: Mapping[str, Mapping[str, QuantizedWeight]]) -> GraphIndex:
         policy = make_policy(layers, [[name] * len(layers) for name in names])
-        return export_plugin_graphs(traced, policy, weights, tmp_path / "export", "bfloat16", [])
+        return export_plugin_graphs(traced.clone(), policy, weights, tmp_path / "export", "bfloat16", [])
 
     with pytest.raises(UnsupportedFormatError, match="no kernel for nvfp4, w3a3; choose among"):
         export(["nvfp4", "w3a3", "bf16"], {})

@@ -32,7 +32,7 @@ def exported(traced_toy, toy_layers, tmp_path_factory) -> tuple[Path, GraphIndex
         name: {layer: quantize_nearest(m.weight.detach(), FORMATS[name]) for layer, m in toy_layers.items()}
         for name in ("nvfp4", "fp8", "bf16")
     }
-    return folder, export_graphs(traced_toy, policy, weights, folder, "bfloat16", [], ("target", "cpu"))
+    return folder, export_graphs(traced_toy.clone(), policy, weights, folder, "bfloat16", [], ("target", "cpu"))
 
 
 def subgraphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
@@ -95,7 +95,7 @@ def test_onnx_runtime_fuses_integer_products_in_branches(traced_toy, toy_layers,
         for name in names
     }
     policy = Policy.from_steps("toy", "0" * 64, list(toy_layers), [[name] * 3 for name in names])
-    index = export_graphs(traced_toy, policy, weights, tmp_path, "bfloat16", [], ("cpu",))
+    index = export_graphs(traced_toy.clone(), policy, weights, tmp_path, "bfloat16", [], ("cpu",))
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     ort.InferenceSession(tmp_path / index.find("cpu", None).path, options, providers=["CPUExecutionProvider"])
@@ -121,7 +121,7 @@ def test_tensorrt_compiles_it(exported):
 def test_without_a_choice_there_is_no_input_for_it(traced_toy, toy_layers, tmp_path):
     weights = {"fp8": {layer: quantize_nearest(m.weight, FORMATS["fp8"]) for layer, m in toy_layers.items()}}
     policy = Policy.from_steps("toy", "0" * 64, list(toy_layers), [["fp8"] * 3] * 2)
-    index = export_graphs(traced_toy, policy, weights, tmp_path, "bfloat16", [], ("cpu",))
+    index = export_graphs(traced_toy.clone(), policy, weights, tmp_path, "bfloat16", [], ("cpu",))
     assert index.find("cpu", None).bucket_input is None
     assert index.find("cpu", None).inputs == index.find("cpu", 0).inputs
 

@@ -42,7 +42,7 @@ def export_toy(toy, toy_inputs, toy_layers, traced_toy, tmp_path_factory):
         }
         folder = tmp_path_factory.mktemp("target")
         policy = Policy.from_steps("toy", "0" * 64, list(toy_layers), [row])
-        index = export_graphs(traces[base], policy, weights, folder, base, [], ("target",))
+        index = export_graphs(traces[base].clone(), policy, weights, folder, base, [], ("target",))
         return str(folder / index.find("target", 0).path)
 
     return export

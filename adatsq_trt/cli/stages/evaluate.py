@@ -337,4 +337,5 @@ def _shapes(context: Context) -> tuple[LayerShape, ...]:
 
 
 def _parameters(context: Context) -> int:
-    return sum(linear.weight.numel() for linear in context.adapter.quantizable_layers().values())
+    layers = context.adapter.quantizable_layers().values()
+    return sum(linear.in_features * linear.out_features for linear in layers)

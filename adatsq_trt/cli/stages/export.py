@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import onnx_ir as ir
 import torch
@@ -14,11 +13,12 @@ from adatsq_trt.calibration.trajectory import Samples, trajectory
 from adatsq_trt.cli.progress import progress
 from adatsq_trt.cli.shapes import written
 from adatsq_trt.cli.stages import calibrate, quantize, search
-from adatsq_trt.cli.stages.context import Context
+from adatsq_trt.cli.stages.context import BaseName, Context, base_type
 from adatsq_trt.export import export_graphs, export_plugin_graphs, trace
 from adatsq_trt.export.plugin_graphs import GRAPHS as PLUGIN_GRAPHS
 from adatsq_trt.files import read_tensors, write_tensors
 from adatsq_trt.formats import PLUGIN_LAYOUT
+from adatsq_trt.meter import release_memory
 from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.models.capture import captured_outputs
 from adatsq_trt.models.format_store import SCALES_NAME
@@ -36,15 +36,6 @@ PROMPTS_AT_ONCE = 8
 # Noise that is sixteen times what float32 sums differ by, and how often it is drawn.
 NOISE, NOISE_DRAWS = 2.0**-16, 4
 _REFERENCE_CONTENT = "steps, layers, loop, spread"  # a part of the stage's key: exports that hold less are made again
-_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-BaseName = Literal["bfloat16", "float16", "float32"]
-
-
-def base_type(context: Context) -> BaseName:
-    """The type of everything that is not quantized: float16 where a format asks for it, bfloat16 on other GPUs."""
-    if all(target.compute_capability is None for target in context.targets) and not context.settings.simulate:
-        return "float32"
-    return "float16" if "fp16" in context.settings.formats else "bfloat16"
 
 
 def variants(context: Context) -> tuple[str, ...]:
@@ -61,7 +52,11 @@ def stage(context: Context) -> Stage:
         calibrate.stage(context).folder / calibrate.TRAJECTORY,
     ]
     inputs = context.inputs(("weights_sha256", "model_sha256", "formats", "steps", "guidance"))
-    own: dict[str, Json] = {"base": base_type(context), "variants": variants(context), "reference": _REFERENCE_CONTENT}
+    own: dict[str, Json] = {
+        "base": base_type(context.settings),
+        "variants": variants(context),
+        "reference": _REFERENCE_CONTENT,
+    }
     if context.settings.layout == PLUGIN_LAYOUT:
         own["layout"] = PLUGIN_LAYOUT
     if context.settings.shapes:
@@ -90,7 +85,7 @@ def run(context: Context) -> Stage:
 
 
 def _graphs(context: Context, policy: Policy, folder: Path) -> None:
-    samples, base = context.calibration.part(slice(0, CHECK_SAMPLES)), base_type(context)
+    samples, base = context.calibration.part(slice(0, CHECK_SAMPLES)), base_type(context.settings)
     time, guidance = context.schedule.model_time(0), samples.guidance
     inputs = context.adapter.guided_inputs(samples.noise(), time, samples.conditioning, guidance)
     weights = quantize.load(context).weights
@@ -99,6 +94,7 @@ def _graphs(context: Context, policy: Policy, folder: Path) -> None:
     with progress("export", 1 + count) as advance:
         adapter = context.adapter
         traced = _trace(adapter, inputs, base, any_size=bool(context.sizes))
+        release_memory()  # the exporter's own graph refers to the weights too
         advance()
         blocks, graphs = adapter.blocks(), folder / GRAPHS
         if in_plugin:
@@ -109,7 +105,7 @@ def _graphs(context: Context, policy: Policy, folder: Path) -> None:
 
 def _trace(adapter: ModelAdapter, inputs: Mapping[str, Tensor], base: BaseName, any_size: bool) -> ir.Model:
     """The model's graph, for the size of the inputs or for any."""
-    common = (inputs, OUTPUT_NAME, _TYPES[base], adapter.float32_inputs)
+    common = (inputs, OUTPUT_NAME, getattr(torch, base), adapter.float32_inputs)
     with adapter.as_stored():
         if not any_size:
             return trace(adapter.trace_module(), *common)
@@ -203,10 +199,11 @@ def _prompts(context: Context) -> dict[str, Tensor]:
     """Conditioning of every prompt of the model, and of the unguided branch."""
     adapter, count = context.adapter, len(context.adapter.prompts)
     empty = adapter.encode([0]).unconditional or {}
-    # Only few prompts at a time also have rows for the unguided branch.
-    parts = [range(start, min(start + PROMPTS_AT_ONCE, count)) for start in range(0, count, PROMPTS_AT_ONCE)]
-    rows = [adapter.encode(part).conditional for part in parts]
-    tensors = {f"conditional.{name}": torch.cat([row[name] for row in rows]) for name in rows[0]}
+    tensors: dict[str, Tensor] = {}
+    for start in range(0, count, PROMPTS_AT_ONCE):  # only few at a time also have rows for the unguided branch
+        part = range(start, min(start + PROMPTS_AT_ONCE, count))
+        for name, rows in adapter.encode(part).conditional.items():
+            tensors.setdefault(f"conditional.{name}", rows.new_empty(count, *rows.shape[1:]))[part] = rows
     return tensors | {f"unconditional.{name}": value[:1].clone() for name, value in empty.items()}
 
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from adatsq_trt.calibration.hessian import hessian_bytes
 from adatsq_trt.calibration.trajectory import PART
-from adatsq_trt.cli.stages.context import Memory
+from adatsq_trt.cli.stages.context import Memory, base_type
 from adatsq_trt.errors import UserError
 from adatsq_trt.meter import machine_bytes, resident_bytes
 from adatsq_trt.models.flow import Flow, measure_flow
@@ -26,8 +28,9 @@ _KEPT = 2
 _SOLVER = 3 * 8 + 4
 # Copies of a weight in float32 while it is rounded.
 _ROUNDED = 6
-# The export's 16-bit copy of the weights, as a multiple of these, and the compiler's need likewise.
-_EXPORT, _COMPILER = 3, 4
+# What the export needs where it copies the weights in 16 bits, as a multiple of these; what the compiler needs, likewise,
+# for a graph with its weights and for one whose weights are inputs.
+_EXPORT, _COMPILER, _WEIGHTLESS = 3, 4, 0.25
 _LIBRARIES = 400_000_000  # that are imported on the way
 _STEP = 100_000_000  # limits are named in such steps
 
@@ -44,6 +47,7 @@ class Model:
         encoder_bytes: while text encoders are loaded.
         resident_bytes: of the transformer, with what a call makes of a stored weight.
         file_bytes: of the largest weight file, where it is mapped as a whole while it is read.
+        copied: whether the export makes a copy of the weights.
     """
 
     weights: int
@@ -53,6 +57,7 @@ class Model:
     encoder_bytes: int
     resident_bytes: int
     file_bytes: int
+    copied: bool
 
 
 def plan_memory(
@@ -103,14 +108,15 @@ def needed_bytes(settings: Settings, model: Model, before: int) -> dict[str, int
     if settings.policy is None:
         gradients = settings.calibration_samples * 2 * settings.projections * flow.layers_bytes
         search = max(search, backward + gradients + rounded)
+    copy, compiler = (_EXPORT if model.copied else 0), (_WEIGHTLESS if settings.layout == "shared" else _COMPILER)
     return {
         "embed": before + model.encoder_bytes,
         "loading": held + model.file_bytes,
         "calibrate": held + max(backward, call + sums),
         "quantize": held + max(_SOLVER * width**2 for width, _ in pairs) + rounded + block_codes,
         "search": held + search,
-        "export": held + max(_EXPORT * 2 * model.weights, call + rounded, 8 * model.encodings),
-        "bundle": before + _COMPILER * 2 * model.weights,
+        "export": held + max(copy * 2 * model.weights, call + rounded, 8 * model.encodings),
+        "bundle": before + int(compiler * 2 * model.weights),
     }
 
 
@@ -125,9 +131,10 @@ def _model(settings: Settings, outline: LoadedModel, pipeline: OpenedPipeline | 
     tensors, prompts = adapter.encode([0]).conditional.values(), len(adapter.prompts) + 1
     encodings = prompts * sum(tensor.numel() for tensor in tensors)
     weights = count_weights(adapter.transformer)
-    loading = (0, 4 * weights, 0)
+    loading = (0, 4 * weights, 0, True)
     if pipeline is not None:
-        loading = (pipeline.encoder_bytes, pipeline.resident_bytes, pipeline.file_bytes)
+        copied = pipeline.mapped_type is not getattr(torch, base_type(settings))
+        loading = (pipeline.encoder_bytes, pipeline.resident_bytes, pipeline.file_bytes, copied)
     return Model(weights, shapes, flow, encodings, *loading)
 
 
