@@ -1,6 +1,7 @@
 """Seconds and peak memory of every stage on the real configuration of Wan2.1-1.3B: results.json.
 
-    python -m benchmarks.size.run [--work FOLDER] [--blocks 30] [--memory-limit 16GB] [--document benchmarks/README.md]
+    python -m benchmarks.size.run [--work FOLDER] [--blocks 30] [--memory-limit 16GB] [--layout embedded]
+        [--document benchmarks/README.md]
 
 Weights are random and the video is tiny, so nothing here says anything about pictures; memory depends on the weights.
 Every stage runs in a process of its own, whose record the system keeps. FOLDER, about 40 GB with all blocks, is left as
@@ -86,6 +87,7 @@ class Results(BaseModel):
     cores: int
     threads: int
     memory_limit: str
+    layout: str
     rows: tuple[Row, ...]
 
 
@@ -95,6 +97,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/bench-size"))
     parser.add_argument("--blocks", type=int, default=BLOCKS, help="fewer make another model, whose rows say so")
     parser.add_argument("--memory-limit", default="16GB")
+    parser.add_argument("--layout", default="embedded")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--keep", action="store_true", help="leave FOLDER as it is at the end too")
     parser.add_argument("--document", type=Path, help="file with the markers that the table goes between")
@@ -105,11 +108,12 @@ def main() -> None:
     weights = checkpoint / "transformer" / "diffusion_pytorch_model.safetensors"
     make_once(policy, lambda file: write_policy(file, weights))
     given = [checkpoint, "--policy", policy, "--output", run, "--memory-limit", options.memory_limit]
-    given += ["--target", TARGET, "--formats", ",".join(FORMATS), "--steps", STEPS, "--batch", 1, *SAMPLES, *VIDEO]
+    given += ["--layout", options.layout, "--target", TARGET, "--formats", ",".join(FORMATS), "--steps", STEPS, "--batch", 1, *SAMPLES, *VIDEO]
     name = "Wan2.1-1.3B" if options.blocks == BLOCKS else f"Wan2.1-1.3B, {options.blocks} of {BLOCKS} blocks"
     rows = [measure(options.work, stage, name, weights, given) for stage in COMMANDS]
     limit, threads = options.memory_limit, torch.get_num_threads()
-    results = Results(cores=os.cpu_count() or 1, threads=threads, memory_limit=limit, rows=tuple(rows))
+    cores = os.cpu_count() or 1
+    results = Results(cores=cores, threads=threads, memory_limit=limit, layout=options.layout, rows=tuple(rows))
     write_json_model(options.results, results)
     table = table_of(results)
     sys.stdout.write(table)

@@ -28,8 +28,8 @@ _KEPT = 2
 _SOLVER = 3 * 8 + 4
 # Copies of a weight in float32 while it is rounded.
 _ROUNDED = 6
-# What the export needs where it copies the weights in 16 bits, as a multiple of these; what the compiler needs, likewise,
-# for a graph with its weights and for one whose weights are inputs.
+# What the export needs where it copies the weights in 16 bits, as a multiple of these; what the compiler needs,
+# likewise, for a graph with its weights and for one whose weights are inputs.
 _EXPORT, _COMPILER, _WEIGHTLESS = 3, 4, 0.25
 _LIBRARIES = 400_000_000  # that are imported on the way
 _STEP = 100_000_000  # limits are named in such steps
