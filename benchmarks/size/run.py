@@ -108,7 +108,8 @@ def main() -> None:
     weights = checkpoint / "transformer" / "diffusion_pytorch_model.safetensors"
     make_once(policy, lambda file: write_policy(file, weights))
     given = [checkpoint, "--policy", policy, "--output", run, "--memory-limit", options.memory_limit]
-    given += ["--layout", options.layout, "--target", TARGET, "--formats", ",".join(FORMATS), "--steps", STEPS, "--batch", 1, *SAMPLES, *VIDEO]
+    given += ["--layout", options.layout, "--target", TARGET, "--formats", ",".join(FORMATS)]
+    given += ["--steps", STEPS, "--batch", 1, *SAMPLES, *VIDEO]
     name = "Wan2.1-1.3B" if options.blocks == BLOCKS else f"Wan2.1-1.3B, {options.blocks} of {BLOCKS} blocks"
     rows = [measure(options.work, stage, name, weights, given) for stage in COMMANDS]
     limit, threads = options.memory_limit, torch.get_num_threads()
