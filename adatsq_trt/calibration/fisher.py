@@ -17,32 +17,35 @@ The adjoints are kept: aᵀ δ predicts, to first order, what an error δ at ste
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adatsq_trt.calibration.trajectory import Samples
-from adatsq_trt.models.adapter import guide
-from adatsq_trt.models.capture import captured
+from adatsq_trt.models.adapter import OUTSIDE, guide
+from adatsq_trt.models.blocks import BlockCall, LeafGradients, cut_at_blocks
+from adatsq_trt.models.capture import Capture, captured
 
 
 @dataclass(frozen=True)
-class BackwardStep:
-    """One step of the backward sweep.
+class LayerGradients:
+    """What some layers are given at a step, and what the loss makes of their outputs.
 
     Attributes:
         step: index in the loop.
-        adjoint: a_t, float32 [projections, samples, *latent_shape].
         inputs: module path → layer input [samples, rows, K], float32 or what autocast makes of it; rows are the tokens
             of both guidance branches.
         gradients: module path → ∂L/∂(layer output), of the same type, [projections, samples, rows, N].
     """
 
     step: int
-    adjoint: Tensor
     inputs: dict[str, Tensor]
     gradients: dict[str, Tensor]
+
+
+Visit = Callable[[LayerGradients], None]
 
 
 def projections(samples: int, latent_shape: tuple[int, ...], count: int, seed: int) -> Tensor:
@@ -50,7 +53,9 @@ def projections(samples: int, latent_shape: tuple[int, ...], count: int, seed: i
     return torch.randn(count, samples, *latent_shape, generator=torch.Generator().manual_seed(seed))
 
 
-def backward_step(samples: Samples, latent: Tensor, adjoint: Tensor, step: int) -> BackwardStep:
+def backward_step(
+    samples: Samples, latent: Tensor, adjoint: Tensor, step: int, visit: Visit, by_block: bool = False
+) -> Tensor:
     """One step of the adjoint recursion.
 
     Args:
@@ -58,26 +63,99 @@ def backward_step(samples: Samples, latent: Tensor, adjoint: Tensor, step: int) 
         latent: x_t of its full-precision trajectory, float32 [samples, *latent_shape].
         adjoint: a_{t + 1}, float32 [projections, samples, *latent_shape]; u itself after the last step of all.
         step: t.
+        visit: is shown every quantizable layer once: all together, or the layers of one block after the other.
+        by_block: whether one block at a time is kept for its gradients; each is called twice for that. The numbers are
+            the same.
+
+    Returns:
+        a_t, float32 [projections, samples, *latent_shape].
     """
     latent = latent.clone().requires_grad_(True)
-    with captured(samples.adapter.quantizable_layers()) as capture, torch.enable_grad():
+    way = _through_blocks if by_block else _at_once
+    with torch.enable_grad():
+        return way(samples, latent, adjoint, step, visit)
+
+
+def _at_once(samples: Samples, latent: Tensor, adjoint: Tensor, step: int, visit: Visit) -> Tensor:
+    with captured(samples.adapter.quantizable_layers()) as capture:
         inputs, following = _differentiable_step(samples, latent, step)
-        adjoints, gradients = [], dict[str, Tensor]()
+        adjoints, gradients = [], _Rows(len(adjoint), len(latent))
         for number, row in enumerate(adjoint):
             final = number == len(adjoint) - 1  # frees the step's graph
             loss = (following * row).sum()
             adjoints.append(torch.autograd.grad(loss, [latent, *inputs], retain_graph=not final)[0])
-            for name in list(capture.output_gradients):  # each is freed as soon as it is in its place
-                gradient = _by_sample(capture.output_gradients.pop(name), len(latent))
-                if name not in gradients:
-                    gradients[name] = gradient.new_empty(len(adjoint), *gradient.shape)
-                gradients[name][number] = gradient
-    return BackwardStep(
-        step,
-        torch.stack(adjoints),
-        {name: _by_sample(value, len(latent)) for name, value in capture.inputs.items()},
-        gradients,
-    )
+            gradients.take(capture, number)
+    visit(LayerGradients(step, _by_sample_all(capture.inputs, len(latent)), gradients.by_layer))
+    return torch.stack(adjoints)
+
+
+def _through_blocks(samples: Samples, latent: Tensor, adjoint: Tensor, step: int, visit: Visit) -> Tensor:
+    """Between the blocks gradients go backwards as usual; a block is called again when its outputs have theirs."""
+    layers, groups = samples.adapter.quantizable_layers(), samples.adapter.layers_by_block()
+    outer = {name: layers[name] for name in groups.get(OUTSIDE, ())}
+    with captured(outer) as outside, cut_at_blocks(samples.adapter) as calls:
+        inputs, following = _differentiable_step(samples, latent, step)
+    leaves = LeafGradients([latent, *inputs, *(x for call in calls for x in call.outputs)], len(adjoint))
+    between = _Rows(len(adjoint), len(latent))
+    for number, row in enumerate(adjoint):
+        leaves.send(number, [following], [row])
+        between.take(outside, number)
+    while calls:
+        call = calls.pop()
+        own = {name: layers[name] for name in groups.get(call.block, ())}
+        sent = _through_block(call, own, leaves, len(latent), step, visit)
+        leaves.drop(call.outputs)
+        for number, (tensors, gradients) in enumerate(sent):
+            if tensors:
+                leaves.send(number, tensors, gradients)
+                between.take(outside, number)
+    if outer:
+        visit(LayerGradients(step, _by_sample_all(outside.inputs, len(latent)), between.by_layer))
+    found = [leaves.of(number, latent) for number in range(len(adjoint))]
+    return torch.stack([gradient for gradient in found if gradient is not None])
+
+
+def _through_block(
+    call: BlockCall, layers: Mapping[str, nn.Linear], leaves: LeafGradients, samples: int, step: int, visit: Visit
+) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """A block's layers are shown; for each row the block's inputs and their gradients, where there are any."""
+    rows, sent = leaves.rows, []
+    arrived = [{i: leaves.of(row, leaf) for i, leaf in enumerate(call.outputs)} for row in range(rows)]
+    with captured(layers) as capture:
+        inputs, outputs = call.repeat()
+        gradients = _Rows(rows, samples)
+        for row in range(rows):
+            given = {i: gradient for i, gradient in arrived[row].items() if gradient is not None}
+            found = torch.autograd.grad(
+                [outputs[i] for i in given], inputs, list(given.values()), retain_graph=True, allow_unused=True
+            )
+            gradients.take(capture, row)
+            pairs = [(x, gradient) for x, gradient in zip(call.inputs, found, strict=True) if gradient is not None]
+            sent.append(([x for x, _ in pairs], [gradient for _, gradient in pairs]))
+    if layers:
+        visit(LayerGradients(step, _by_sample_all(capture.inputs, samples), gradients.by_layer))
+    return sent
+
+
+class _Rows:
+    """Gradients of layers' outputs, put together from one projection after the other."""
+
+    def __init__(self, count: int, samples: int) -> None:
+        self._count, self._samples = count, samples
+        self._taken: set[tuple[str, int]] = set()
+        self.by_layer: dict[str, Tensor] = {}
+
+    def take(self, capture: Capture, number: int) -> None:
+        """Move what was captured of a projection to its place, or add it to what came there another way."""
+        for name in list(capture.output_gradients):
+            gradient = _by_sample(capture.output_gradients.pop(name), self._samples)
+            if name not in self.by_layer:
+                self.by_layer[name] = gradient.new_zeros(self._count, *gradient.shape)
+            if (name, number) in self._taken:
+                self.by_layer[name][number] += gradient
+            else:
+                self.by_layer[name][number] = gradient
+                self._taken.add((name, number))
 
 
 def _differentiable_step(samples: Samples, latent: Tensor, step: int) -> tuple[list[Tensor], Tensor]:
@@ -87,6 +165,10 @@ def _differentiable_step(samples: Samples, latent: Tensor, step: int) -> tuple[l
     inputs = {name: value if value.requires_grad else value.detach().requires_grad_() for name, value in inputs.items()}
     velocity = guide(adapter.predict(inputs), conditioning, samples.guidance)
     return list(inputs.values()), schedule.advance(latent, velocity, step)
+
+
+def _by_sample_all(values: Mapping[str, Tensor], samples: int) -> dict[str, Tensor]:
+    return {name: _by_sample(value, samples) for name, value in values.items()}
 
 
 def _by_sample(value: Tensor, samples: int) -> Tensor:

@@ -75,7 +75,8 @@ def layer_moments(
     moments: dict[str, LayerMoments] = {}
     # Results come in the order of the steps, so sums are taken in that order wherever they were computed.
     for step, found in enumerate(workers.map(_step_inputs, batch, units)):
-        for name, inputs in found.items():
+        for name in list(found):
+            inputs = found.pop(name)  # or they would be there while those of the next step are made
             if name not in moments:
                 zero = torch.zeros_like(inputs.moment)
                 moments[name] = LayerMoments(zero, zero.clone(), torch.zeros(len(latents) - 1))

@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from adatsq_trt.calibration.fisher import BackwardStep, backward_step, squared_weight_gradient
+from adatsq_trt.calibration.fisher import LayerGradients, backward_step, squared_weight_gradient
 from adatsq_trt.calibration.trajectory import Samples
 from adatsq_trt.workers import Shared, Workers
 
@@ -20,7 +20,6 @@ from adatsq_trt.workers import Shared, Workers
 PART = 16
 
 ExtraT = TypeVar("ExtraT")
-MeasuredT = TypeVar("MeasuredT")
 
 
 @dataclass(frozen=True)
@@ -73,38 +72,41 @@ class Measured(Generic[ExtraT]):
     Attributes:
         samples: the batch.
         extra: what the measurement needs beside it.
+        by_block: whether one block at a time is in memory (`backward_step`).
     """
 
     samples: Samples
     extra: ExtraT
+    by_block: bool = False
 
 
 @dataclass(frozen=True)
-class Swept(Generic[MeasuredT]):
+class Swept:
     """A step of the sweep.
 
     Attributes:
         step: index in the loop.
         adjoint: a_t of all samples, float32 [projections, samples, *latent_shape].
-        measured: what was measured, by part of the batch.
+        measured: what was measured of every layer, by part of the batch: [layers, ...].
     """
 
     step: int
     adjoint: Tensor
-    measured: list[MeasuredT]
+    measured: list[Tensor]
 
 
-Measure = Callable[[Measured[ExtraT], BackwardStep], MeasuredT]
+# Module path → tensor, for the layers that it is shown.
+Measure = Callable[[Measured[ExtraT], LayerGradients], dict[str, Tensor]]
 
 
 def backward_sweep(
     workers: Workers,
     common: Shared[Measured[ExtraT]],
-    measure: Measure[ExtraT, MeasuredT],
+    measure: Measure[ExtraT],
     latents: Tensor,
     adjoint: Tensor,
     last: int,
-) -> Iterator[Swept[MeasuredT]]:
+) -> Iterator[Swept]:
     """The adjoint recursion from step `last` to the first, with a measurement at each.
 
     Args:
@@ -125,15 +127,17 @@ def backward_sweep(
         yield Swept(step, adjoint, [value for _, value in results])
 
 
-def _measure_backwards(
-    common: Measured[ExtraT], unit: tuple[Measure[ExtraT, MeasuredT], Place, Tensor]
-) -> tuple[Tensor, MeasuredT]:
-    measure, place, adjoint = unit
-    backward = backward_step(common.samples.part(place.samples), place.latent, adjoint, place.step)
-    return backward.adjoint, measure(common, backward)
+def _measure_backwards(common: Measured[ExtraT], unit: tuple[Measure[ExtraT], Place, Tensor]) -> tuple[Tensor, Tensor]:
+    (measure, place, adjoint), found = unit, dict[str, Tensor]()
+
+    def visit(layers: LayerGradients) -> None:
+        found.update(measure(common, layers))
+
+    samples = common.samples.part(place.samples)
+    before = backward_step(samples, place.latent, adjoint, place.step, visit, common.by_block)
+    return before, torch.stack([found[name] for name in samples.adapter.quantizable_layers()])
 
 
-def squared_gradients(common: Measured[None], backward: BackwardStep) -> Tensor:
-    """||dL/dW||² of every layer, projection and sample: float32 [layers, projections, samples]."""
-    layers = common.samples.adapter.quantizable_layers()
-    return torch.stack([squared_weight_gradient(backward.inputs[n], backward.gradients[n]) for n in layers])
+def squared_gradients(_common: Measured[None], layers: LayerGradients) -> dict[str, Tensor]:
+    """||dL/dW||² of every projection and sample: float32 [projections, samples]."""
+    return {name: squared_weight_gradient(x, layers.gradients[name]) for name, x in layers.inputs.items()}

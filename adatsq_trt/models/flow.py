@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,11 +21,17 @@ class Flow:
         largest_bytes: the largest output of an innermost module.
         outputs_bytes: the outputs of all innermost modules, which a backward pass keeps.
         layers_bytes: the outputs of the quantizable layers, which have gradients of the same size.
+        blocks_bytes: the outputs of the blocks.
+        block_outputs_bytes: as `outputs_bytes`, of the largest block.
+        block_layers_bytes: as `layers_bytes`, of the largest block.
     """
 
     largest_bytes: int
     outputs_bytes: int
     layers_bytes: int
+    blocks_bytes: int
+    block_outputs_bytes: int
+    block_layers_bytes: int
 
 
 def measure_flow(adapter: ModelAdapter, schedule: Schedule, guidance: float) -> Flow:
@@ -40,28 +46,43 @@ def measure_flow(adapter: ModelAdapter, schedule: Schedule, guidance: float) -> 
     latent = torch.zeros(1, *adapter.latent_shape)
     inputs = adapter.guided_inputs(latent, schedule.model_time(0), conditioning, guidance)
     module = copy.deepcopy(adapter.trace_module()).to("meta")
-    sizes = _output_sizes(module, {name: value.to("meta") for name, value in inputs.items()})
-    layers = sum(4 * size for name, size in sizes.items() if _is_layer(name, adapter))
-    return Flow(4 * max(sizes.values()), 4 * sum(sizes.values()), layers)
+    prefix, blocks = _prefix(adapter), adapter.blocks()
+    sizes = _output_bytes(module, {f"{prefix}{block}" for block in blocks}, [v.to("meta") for v in inputs.values()])
+    own = {name.removeprefix(prefix): size for name, size in sizes.items()}
+    inner = {name: size for name, size in own.items() if name not in blocks}
+    layers = {name: own[name] for name in adapter.quantizable_layers()}
+    return Flow(
+        max(inner.values()),
+        sum(inner.values()),
+        sum(layers.values()),
+        sum(own[block] for block in blocks),
+        max((_inside(inner, block) for block in blocks), default=0),
+        max((_inside(layers, block) for block in blocks), default=0),
+    )
 
 
-def _is_layer(name: str, adapter: ModelAdapter) -> bool:
-    """Whether a module of the trace is quantizable; the trace module has a prefix of its own."""
-    return any(name == layer or name.endswith(f".{layer}") for layer in adapter.quantizable_layers())
+def _prefix(adapter: ModelAdapter) -> str:
+    """What the trace module puts before the module paths of the transformer."""
+    names = [name for name, module in adapter.trace_module().named_modules() if module is adapter.transformer]
+    return f"{names[0]}." if names and names[0] else ""
+
+
+def _inside(sizes: Mapping[str, int], block: str) -> int:
+    return sum(size for name, size in sizes.items() if name.startswith(f"{block}."))
 
 
 @torch.no_grad()
-def _output_sizes(module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, int]:
-    """Numbers in the output of every innermost module."""
+def _output_bytes(module: nn.Module, blocks: Collection[str], inputs: Sequence[Tensor]) -> dict[str, int]:
+    """Bytes, in float32, of what every innermost module and every block gives."""
     sizes: dict[str, int] = {}
 
     def watch(name: str, inner: nn.Module) -> None:
-        inner.register_forward_hook(lambda _m, _i, output: sizes.__setitem__(name, _numbers(output)))
+        inner.register_forward_hook(lambda _m, _i, output: sizes.__setitem__(name, 4 * _numbers(output)))
 
     for name, inner in module.named_modules():
-        if not list(inner.children()):
+        if name in blocks or not list(inner.children()):
             watch(name, inner)
-    module(*inputs.values())
+    module(*inputs)
     return sizes
 
 

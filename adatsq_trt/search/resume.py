@@ -46,6 +46,7 @@ def measure_sensitivity(
     folder: Path,
     on_step: Progress,
     workers: Workers,
+    by_block: bool = False,
 ) -> tuple[Sensitivity, Tensor]:
     """One backward sweep over the trajectory, a file per step.
 
@@ -58,6 +59,7 @@ def measure_sensitivity(
         folder: of the search.
         on_step: called after each step.
         workers: who computes.
+        by_block: whether one block at a time is in memory for its gradients (`backward_step`).
 
     Returns:
         The sensitivity and the adjoints, float32 [steps + 1, projections, samples, *latent_shape].
@@ -70,7 +72,7 @@ def measure_sensitivity(
     if missing:
         last = max(missing)
         adjoint = start if last == steps - 1 else read_tensors(files[last + 1])["adjoint"]
-        common = workers.share(Measured(samples, Candidates(tuple(formats), store)))
+        common = workers.share(Measured(samples, Candidates(tuple(formats), store), by_block))
         for swept in backward_sweep(workers, common, measure_contributions, latents, adjoint, last):
             contributions = join_parts(swept.measured, projections=len(start))
             write_tensors(files[swept.step], {"contributions": contributions, "adjoint": swept.adjoint})

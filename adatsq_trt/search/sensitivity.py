@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adatsq_trt.calibration.fisher import BackwardStep
+from adatsq_trt.calibration.fisher import LayerGradients
 from adatsq_trt.calibration.units import Measured
 from adatsq_trt.formats import Format
 from adatsq_trt.models.adapter import ModelAdapter
@@ -99,50 +99,51 @@ class Candidates:
     store: FormatStore
 
 
-def measure_contributions(common: Measured[Candidates], backward: BackwardStep) -> Tensor:
-    """`step_contributions` where the unit is computed: some samples."""
+def measure_contributions(common: Measured[Candidates], layers: LayerGradients) -> dict[str, Tensor]:
+    """`layer_contributions` where the unit is computed: some samples."""
     adapter = common.samples.adapter
     with exact(adapter.device.type):
-        return step_contributions(backward, adapter, common.extra.formats, common.extra.store)
+        return layer_contributions(layers, adapter, common.extra.formats, common.extra.store)
 
 
 def join_parts(parts: Sequence[Tensor], projections: int) -> Tensor:
     """The contributions of all samples: float32 [formats, layers, projections * samples].
 
     Args:
-        parts: of some samples each, float32 [formats, layers, projections * some samples].
+        parts: of some samples each, float32 [layers, formats, projections * some samples].
         projections: how many there are.
     """
-    return torch.cat([part.unflatten(2, (projections, -1)) for part in parts], dim=3).flatten(2)
+    joined = torch.cat([part.unflatten(2, (projections, -1)) for part in parts], dim=3)
+    return joined.flatten(2).transpose(0, 1).contiguous()
 
 
-def step_contributions(
-    backward: BackwardStep, adapter: ModelAdapter, formats: Sequence[Format], store: FormatStore
-) -> Tensor:
-    """The contributions of one step, unscaled: float32 [formats, layers, projections * samples].
+def layer_contributions(
+    layers: LayerGradients, adapter: ModelAdapter, formats: Sequence[Format], store: FormatStore
+) -> dict[str, Tensor]:
+    """The contributions of some layers at a step, unscaled: float32 [formats, projections * samples].
 
     Args:
-        backward: the step's inputs and output gradients.
+        layers: their inputs and output gradients.
         adapter: the full-precision model.
         formats: candidate formats.
         store: their weights and activation scales.
     """
-    linears = adapter.quantizable_layers()
-    result = []
-    for index, (layer, linear) in enumerate(linears.items()):
+    result = {}
+    for index, (layer, linear) in enumerate(adapter.quantizable_layers().items()):
+        if layer not in layers.inputs:
+            continue
         # The transform changes neither the exact output nor what its branch adds: only the rounded part errs.
         transform = store.transform(layer)
-        inputs = transform.input_map.inputs(backward.inputs[layer].float())
+        inputs = transform.input_map.inputs(layers.inputs[layer].float())
         exact = functional.linear(inputs, transform.rounded_weight(linear.weight.float()))
         changes = []
         for fmt in formats:
-            scale = store.scales[fmt.name][backward.step, index] if fmt.static_activation else None
+            scale = store.scales[fmt.name][layers.step, index] if fmt.static_activation else None
             rounded = round_input(inputs, fmt.activation, scale)
             changes.append(functional.linear(rounded, stored_weight(store.weights[fmt.name][layer], fmt)) - exact)
-        gradients = backward.gradients[layer].float().flatten(2)
-        products = torch.einsum("psn,fsn->fps", gradients, torch.stack(changes).flatten(2))
-        result.append(products.flatten(1))
-    return torch.stack(result, dim=1)
+        gradients = layers.gradients[layer].float().flatten(2)
+        result[layer] = torch.einsum("psn,fsn->fps", gradients, torch.stack(changes).flatten(2)).flatten(1)
+    return result
 
 
 def assemble(formats: Sequence[Format], steps: Mapping[int, Tensor], latent_size: int, samples: int) -> Sensitivity:
@@ -152,7 +153,7 @@ def assemble(formats: Sequence[Format], steps: Mapping[int, Tensor], latent_size
 
     Args:
         formats: cheapest first.
-        steps: step → `step_contributions`.
+        steps: step → contributions of all layers, unscaled: float32 [formats, layers, rows].
         latent_size: elements of one sample's latent.
         samples: how many there are.
     """

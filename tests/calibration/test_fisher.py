@@ -1,5 +1,8 @@
 """Adjoints and Fisher information against finite differences and autograd's own weight gradients."""
 
+import weakref
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,13 +11,18 @@ from hypothesis.extra import numpy as npst
 from torch import Tensor
 
 from adatsq_trt.calibration.fisher import (
-    BackwardStep,
+    LayerGradients,
+    backward_step,
     projections,
     squared_weight_gradient,
     temporal_weights,
 )
-from adatsq_trt.calibration.trajectory import Samples
-from tests.sweep import backward_steps
+from adatsq_trt.calibration.trajectory import Samples, trajectory
+from adatsq_trt.models.adapter import ModelAdapter
+from tests.sweep import BackwardStep, backward_steps
+from tests.tiny_flux import make_tiny_flux
+from tests.tiny_wan import make_tiny_wan
+from tests.tiny_z_image import make_tiny_z_image
 
 COUNT = 2
 
@@ -94,6 +102,47 @@ def test_squared_weight_gradients_are_those_of_autograd(
         for layer, gradient in zip(layers, gradients, strict=True):
             got = squared_weight_gradient(sweep[step].inputs[layer], sweep[step].gradients[layer])[1, sample]
             torch.testing.assert_close(got, gradient.square().sum(), rtol=1e-3, atol=1e-9, msg=layer)
+
+
+@pytest.mark.parametrize("make", [lambda: make_tiny_flux(32, 4), make_tiny_wan, make_tiny_z_image])
+def test_one_block_at_a_time_gives_the_same_numbers(make: Callable[[], ModelAdapter]) -> None:
+    adapter = make()
+    adapter.transformer.requires_grad_(False)
+    samples = Samples(adapter, adapter.schedule(2), 2.0, prompts=(0, 2), seeds=(11, 5))
+    start = projections(2, adapter.latent_shape, COUNT, seed=0)
+    found = [list(backward_steps(samples, trajectory(samples), start, 1, by_block)) for by_block in (False, True)]
+    for whole, parts in zip(*found, strict=True):
+        assert torch.equal(whole.adjoint, parts.adjoint)
+        assert set(whole.inputs) == set(parts.inputs) == set(parts.gradients) == set(adapter.quantizable_layers())
+        for layer in whole.inputs:
+            assert torch.equal(whole.inputs[layer], parts.inputs[layer])
+            assert torch.equal(whole.gradients[layer], parts.gradients[layer])
+    for name in adapter.blocks():
+        assert "forward" not in vars(adapter.transformer.get_submodule(name))
+
+
+def test_one_block_at_a_time_is_kept() -> None:
+    adapter = make_tiny_wan()
+    adapter.transformer.requires_grad_(False)
+    samples = Samples(adapter, adapter.schedule(2), 2.0, prompts=(0,), seeds=(11,))
+    start = projections(1, adapter.latent_shape, COUNT, seed=0)
+    kept: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def keep(value: Tensor) -> Tensor:
+        own = value.detach()  # an output with its graph would never be freed
+        kept.append(weakref.ref(own))
+        alive.append(sum(value.nbytes for ref in kept if (value := ref()) is not None))
+        return own
+
+    most, shown = [], list[LayerGradients]()
+    for by_block in (False, True):
+        alive.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+            backward_step(samples, samples.noise(), start, 0, shown.append, by_block)
+        most.append(max(alive))
+    assert len(shown) == 1 + len(adapter.blocks()) == 3
+    assert most[1] < 0.7 * most[0]  # there are some operations before and after the blocks
 
 
 def test_layers_that_never_see_the_latent_have_information(sweep: dict[int, BackwardStep]) -> None:

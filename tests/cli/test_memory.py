@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from adatsq_trt.calibration.fisher import LayerGradients, backward_step, projections
 from adatsq_trt.calibration.hessian import layer_moments
 from adatsq_trt.cli.options import open_run
 from adatsq_trt.cli.stages import calibrate, quantize
@@ -13,6 +14,7 @@ from adatsq_trt.cli.stages.context import Memory
 from adatsq_trt.cli.stages.memory import plan_memory
 from adatsq_trt.errors import UserError
 from adatsq_trt.files import MappedTensors, read_tensors
+from adatsq_trt.search.resume import measure_sensitivity
 
 
 def test_hessians_in_many_passes_are_those_of_one(built: Path) -> None:
@@ -45,6 +47,31 @@ def test_weights_that_do_not_fit_are_dequantized_at_every_call(built: Path) -> N
             model.assign(dict.fromkeys(model.layers, context.formats[0]), 0)
             outputs.append(context.calibration.step(context.calibration.noise(), 0))
     assert torch.equal(*outputs)
+
+
+def test_a_backward_pass_by_block_gives_the_sensitivities_of_one_at_once(built: Path, tmp_path: Path) -> None:
+    context, found = open_run(built), []
+    latents = read_tensors(built / "calibrate" / "trajectory.safetensors")["latents"]
+    start = projections(latents.shape[1], context.adapter.latent_shape, 2, seed=0)
+    store = quantize.load(context)
+    for memory in (Memory(backward_bytes=1), Memory(0, backward_bytes=1)):
+        by_block = replace(context, memory=memory).by_block(2)
+        assert by_block == (memory.limit_bytes == 0)
+        what = (context.calibration, latents, start, context.formats, store, tmp_path / str(by_block))
+        found.append(measure_sensitivity(*what, lambda: None, context.workers, by_block))
+    assert torch.equal(found[0][0].contributions, found[1][0].contributions)
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_the_plan_knows_what_a_backward_pass_keeps(built: Path) -> None:
+    context = open_run(built)
+    memory = plan_memory(None, context.settings, context.model)
+    adapter, samples = context.adapter, context.calibration.part(slice(0, 16))
+    latents = read_tensors(built / "calibrate" / "trajectory.safetensors")["latents"]
+    start, shown = projections(len(samples.seeds), adapter.latent_shape, 1, seed=0), list[LayerGradients]()
+    backward_step(samples, latents[0, :16], start, 0, shown.append)
+    (layers,) = shown
+    assert memory.projection_bytes == sum(gradient.nbytes for gradient in layers.gradients.values())
 
 
 def test_the_limit_that_a_refusal_names_is_accepted(built: Path) -> None:

@@ -1,6 +1,7 @@
 """Predicted against actual changes of the final picture."""
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -14,17 +15,25 @@ from adatsq_trt.models.format_store import FormatStore
 from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.models.transforms import IDENTITY
 from adatsq_trt.quantize import QuantizedWeight
-from adatsq_trt.search.sensitivity import SMOOTHED_STEPS, Sensitivity, assemble, join_parts, step_contributions
-from tests.sweep import backward_steps
+from adatsq_trt.search.sensitivity import SMOOTHED_STEPS, Sensitivity, assemble, join_parts, layer_contributions
+from tests.sweep import BackwardStep, backward_steps
 
 SET = tuple(FORMATS[name] for name in ("w4a4", "fp8", "w8a8", "fp32"))
 STEPS = 3
 
 
+def all_contributions(
+    backward: BackwardStep, samples: Samples, formats: Sequence[Format], store: FormatStore
+) -> Tensor:
+    """Of a step: [formats, layers, rows]."""
+    found = layer_contributions(backward, samples.adapter, formats, store)
+    return torch.stack([found[layer] for layer in samples.adapter.quantizable_layers()], dim=1)
+
+
 @pytest.fixture(scope="module")
 def sensitivity(samples: Samples, latents: Tensor, start: Tensor, store: FormatStore) -> Sensitivity:
     sweep = backward_steps(samples, latents, start, STEPS - 1)
-    parts = {b.step: step_contributions(b, samples.adapter, SET, store) for b in sweep}
+    parts = {b.step: all_contributions(b, samples, SET, store) for b in sweep}
     return assemble(SET, parts, latents[0, 0].numel(), 2)
 
 
@@ -60,7 +69,7 @@ def test_contributions_of_all_steps_and_layers_add_up_to_the_change_of_the_pictu
         off[name] = QuantizedWeight(weight + 1e-3 * torch.randn(weight.shape, generator=generator))
     store = FormatStore({exact.name: off}, {}, transforms)
     sweep = backward_steps(samples, latents, start, STEPS - 1)
-    parts = {b.step: step_contributions(b, samples.adapter, [exact], store) for b in sweep}
+    parts = {b.step: all_contributions(b, samples, [exact], store) for b in sweep}
     sensitivity = assemble([exact], parts, latents[0, 0].numel(), 2)
     actual = actual_change(samples, latents, start, store, {})
     assert relative(sensitivity.contributions.sum(dim=(0, 1, 2)), actual) < 0.03
@@ -161,5 +170,6 @@ def test_formats_without_error_leave_all_samples_equal() -> None:
 
 def test_parts_of_the_batch_are_joined_by_projection_then_sample() -> None:
     whole = torch.arange(2 * 3 * 4 * 5.0).reshape(2, 3, 4, 5)  # formats, layers, projections, samples
-    parts = [whole[..., :2].flatten(2), whole[..., 2:4].flatten(2), whole[..., 4:].flatten(2)]
+    split = [whole[..., :2], whole[..., 2:4], whole[..., 4:]]
+    parts = [part.flatten(2).transpose(0, 1) for part in split]  # layers first
     assert torch.equal(join_parts(parts, projections=4), whole.flatten(2))

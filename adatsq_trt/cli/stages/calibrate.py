@@ -72,7 +72,7 @@ def _fisher(context: Context, this: Stage, latents: Tensor, advance: Advance) ->
         last = max(missing)
         start = projections(len(samples.seeds), context.adapter.latent_shape, 1, context.settings.seed)
         adjoint = start if last == steps - 1 else read_tensors(files[last + 1])["adjoint"]
-        common = context.workers.share(Measured(samples, None))
+        common = context.workers.share(Measured(samples, None, context.by_block(projections=1)))
         for step in backward_sweep(context.workers, common, squared_gradients, latents, adjoint, last):
             information = torch.cat(step.measured, dim=2).mean(dim=(1, 2))
             write_tensors(files[step.step], {"information": information, "adjoint": step.adjoint})

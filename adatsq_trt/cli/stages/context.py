@@ -40,10 +40,14 @@ class Memory:
     Attributes:
         limit_bytes: most of it.
         call_bytes: what a call of the model needs beside its weights.
+        backward_bytes: what a backward pass through the whole model at once keeps.
+        projection_bytes: what it keeps for each projection beside that.
     """
 
     limit_bytes: int = field(default_factory=machine_bytes)
     call_bytes: int = 0
+    backward_bytes: int = 0
+    projection_bytes: int = 0
 
     @property
     def room_bytes(self) -> int:
@@ -92,6 +96,12 @@ class Context:
         """What is left for sums, where they are kept and where they are computed."""
         room = self.memory.room_bytes
         return min(room, torch.cuda.mem_get_info(self.device)[0]) if self.device.type == CUDA else room
+
+    def by_block(self, projections: int) -> bool:
+        """Whether a backward pass has to go block by block, where the model is now, since the whole would not fit."""
+        needed = self.memory.backward_bytes + projections * self.memory.projection_bytes
+        gpu = self.device.type == CUDA
+        return needed > (torch.cuda.mem_get_info(self.device)[0] if gpu else self.memory.room_bytes)
 
     def simulated(self, store: FormatStore) -> SimulatedModel:
         """The fake-quantized model, which holds as many dequantized weights as memory does.

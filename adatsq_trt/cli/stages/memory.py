@@ -11,6 +11,7 @@ import torch
 
 from adatsq_trt.calibration.hessian import hessian_bytes
 from adatsq_trt.calibration.trajectory import PART
+from adatsq_trt.calibration.units import PART as BACKWARD_PART
 from adatsq_trt.cli.stages.context import Memory, base_type
 from adatsq_trt.errors import UserError
 from adatsq_trt.meter import machine_bytes, resident_bytes
@@ -84,7 +85,13 @@ def plan_memory(
             f"{model.weights / 1e9:.2f} billion weights; pass at least --memory-limit {smallest:.1f}GB, or fewer "
             "samples or a smaller size"
         )
-    return Memory(machine_bytes() if limit is None else limit, _call_bytes(settings, model.flow))
+    flow, samples = model.flow, min(BACKWARD_PART, settings.calibration_samples)
+    return Memory(
+        machine_bytes() if limit is None else limit,
+        _call_bytes(settings, flow),
+        samples * (_KEPT * flow.outputs_bytes + flow.layers_bytes),
+        samples * flow.layers_bytes,
+    )
 
 
 def needed_bytes(settings: Settings, model: Model, before: int) -> dict[str, int]:
@@ -97,7 +104,9 @@ def needed_bytes(settings: Settings, model: Model, before: int) -> dict[str, int
     """
     flow, pairs, before = model.flow, [pair for block in model.shapes for pair in block], before + _LIBRARIES
     held = before + model.resident_bytes + 2 * model.encodings
-    backward = settings.calibration_samples * (_KEPT * flow.outputs_bytes + 2 * flow.layers_bytes)
+    samples = min(BACKWARD_PART, settings.calibration_samples)
+    block, layers = samples * _KEPT * flow.block_outputs_bytes, samples * flow.block_layers_bytes
+    backward = samples * flow.blocks_bytes + block + 2 * layers
     # Hessians of a block, and one of its two files as it is being written.
     sums = max(sum(hessian_bytes(width for width, _ in block)) for block in model.shapes)
     sums += max(sum(4 * width**2 for width, _ in block) for block in model.shapes)
@@ -106,8 +115,7 @@ def needed_bytes(settings: Settings, model: Model, before: int) -> dict[str, int
     block_codes = max(sum(4 * width * rows for width, rows in block) for block in model.shapes)
     search = call + rounded
     if settings.policy is None:
-        gradients = settings.calibration_samples * 2 * settings.projections * flow.layers_bytes
-        search = max(search, backward + gradients + rounded)
+        search = max(search, backward + settings.projections * layers + rounded)
     copy, compiler = (_EXPORT if model.copied else 0), (_WEIGHTLESS if settings.layout == "shared" else _COMPILER)
     return {
         "embed": before + model.encoder_bytes,
