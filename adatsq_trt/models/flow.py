@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.schedule import Schedule
 
+# A backward pass keeps what lies between the innermost modules too.
+_KEPT = 2
+
 
 @dataclass(frozen=True)
 class Flow:
@@ -32,6 +35,14 @@ class Flow:
     blocks_bytes: int
     block_outputs_bytes: int
     block_layers_bytes: int
+
+    def backward_bytes(self, projections: int) -> int:
+        """What a backward pass through the whole model keeps of a sample."""
+        return _KEPT * self.outputs_bytes + (1 + projections) * self.layers_bytes
+
+    def block_backward_bytes(self, projections: int) -> int:
+        """The same, where it goes block by block."""
+        return self.blocks_bytes + _KEPT * self.block_outputs_bytes + (1 + projections) * self.block_layers_bytes
 
 
 def measure_flow(adapter: ModelAdapter, schedule: Schedule, guidance: float) -> Flow:

@@ -34,11 +34,14 @@ from adatsq_trt.cli.progress import progress
 from adatsq_trt.files import read_json_model, write_json_model
 from adatsq_trt.formats import resolve_formats
 from adatsq_trt.image import ImageShape
+from adatsq_trt.meter import machine_bytes, resident_bytes
+from adatsq_trt.models.flow import measure_flow
 from adatsq_trt.models.flux import FluxAdapter
 from adatsq_trt.models.format_store import FormatStore
 from adatsq_trt.models.prompts import StoredPrompts
 from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.quantize import quantize_nearest
+from adatsq_trt.schedule import Schedule
 from adatsq_trt.search.beam import Pruning
 from adatsq_trt.search.denoising import DenoisingProblem, format_bits
 from adatsq_trt.search.plan import make_plan
@@ -84,6 +87,7 @@ class Row(BaseModel):
         search: what was searched, and how.
         trajectory_seconds: of the steps in full precision that errors are relative to.
         sweep_seconds: of the sensitivities, with one projection; the default of a search is eight.
+        sweep_by_block: whether the backward passes of the sweep went block by block, since the whole would not fit.
         plan_seconds: of the plan; None where the beam's seconds hold it.
         beam_seconds: of the beam.
         beam_calls: denoiser calls of the beam.
@@ -95,6 +99,7 @@ class Row(BaseModel):
     search: Search
     trajectory_seconds: float
     sweep_seconds: float
+    sweep_by_block: bool = False
     plan_seconds: float | None = None
     beam_seconds: float
     beam_calls: int
@@ -155,6 +160,13 @@ def make_store(adapter: FluxAdapter) -> FormatStore:
     )
 
 
+def goes_by_block(adapter: FluxAdapter, schedule: Schedule, device: torch.device, search: Search) -> bool:
+    """As the search of a run decides it."""
+    whole = measure_flow(adapter, schedule, GUIDANCE).backward_bytes(PROJECTIONS)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == CUDA else machine_bytes() - resident_bytes()
+    return whole * getattr(torch, search.precision).itemsize // 4 > free
+
+
 def measure(device: torch.device, search: Search) -> Row:
     """Make the model, search, forget both."""
     if device.type == CUDA:
@@ -164,6 +176,7 @@ def measure(device: torch.device, search: Search) -> Row:
     adapter, steps = make_adapter(device, search), search.steps
     store, schedule = make_store(adapter), adapter.schedule(steps)
     samples = seeded_samples(adapter, schedule, GUIDANCE, 1, 0, 1)
+    by_block = goes_by_block(adapter, schedule, device, search)
     noise = samples.noise()
     began = perf_counter()
     latents = torch.stack([noise, *measured_trajectory(workers, workers.share(samples), noise, steps)])
@@ -172,7 +185,7 @@ def measure(device: torch.device, search: Search) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         with progress("sensitivity", steps) as advance:
             sensitivity, adjoints = measure_sensitivity(
-                samples, latents, start, FORMATS, store, Path(folder), advance, workers
+                samples, latents, start, FORMATS, store, Path(folder), advance, workers, by_block
             )
         swept = perf_counter()
         plan = make_plan(sensitivity, format_bits(FORMATS), BITS, CANDIDATES)
@@ -186,6 +199,7 @@ def measure(device: torch.device, search: Search) -> Row:
         search=search,
         trajectory_seconds=drawn - began,
         sweep_seconds=swept - drawn,
+        sweep_by_block=by_block,
         plan_seconds=planned - swept,
         beam_seconds=ended - planned,
         beam_calls=problem.calls,

@@ -97,9 +97,9 @@ class Context:
         room = self.memory.room_bytes
         return min(room, torch.cuda.mem_get_info(self.device)[0]) if self.device.type == CUDA else room
 
-    def by_block(self, projections: int) -> bool:
-        """Whether a backward pass has to go block by block, where the model is now, since the whole would not fit."""
-        needed = self.memory.backward_bytes + projections * self.memory.projection_bytes
+    def by_block(self, projections: int, dtype: torch.dtype = torch.float32) -> bool:
+        """Whether a backward pass of this type goes block by block, where the model is: the whole would not fit."""
+        needed = (self.memory.backward_bytes + projections * self.memory.projection_bytes) * dtype.itemsize // 4
         gpu = self.device.type == CUDA
         return needed > (torch.cuda.mem_get_info(self.device)[0] if gpu else self.memory.room_bytes)
 

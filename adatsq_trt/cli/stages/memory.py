@@ -23,8 +23,6 @@ from adatsq_trt.zoo.loading import LoadedModel
 
 # Outputs as large as the largest that are alive at once in a call.
 _ALIVE = 4
-# A backward pass keeps what lies between the innermost modules too.
-_KEPT = 2
 # GPTQ works on three float64 copies of a Hessian, and a float32 one.
 _SOLVER = 3 * 8 + 4
 # Copies of a weight in float32 while it is rounded.
@@ -89,7 +87,7 @@ def plan_memory(
     return Memory(
         machine_bytes() if limit is None else limit,
         _call_bytes(settings, flow),
-        samples * (_KEPT * flow.outputs_bytes + flow.layers_bytes),
+        samples * flow.backward_bytes(0),
         samples * flow.layers_bytes,
     )
 
@@ -105,8 +103,6 @@ def needed_bytes(settings: Settings, model: Model, before: int) -> dict[str, int
     flow, pairs, before = model.flow, [pair for block in model.shapes for pair in block], before + _LIBRARIES
     held = before + model.resident_bytes + 2 * model.encodings
     samples = min(BACKWARD_PART, settings.calibration_samples)
-    block, layers = samples * _KEPT * flow.block_outputs_bytes, samples * flow.block_layers_bytes
-    backward = samples * flow.blocks_bytes + block + 2 * layers
     # Hessians of a block, and one of its two files as it is being written.
     sums = max(sum(hessian_bytes(width for width, _ in block)) for block in model.shapes)
     sums += max(sum(4 * width**2 for width, _ in block) for block in model.shapes)
@@ -115,12 +111,12 @@ def needed_bytes(settings: Settings, model: Model, before: int) -> dict[str, int
     block_codes = max(sum(4 * width * rows for width, rows in block) for block in model.shapes)
     search = call + rounded
     if settings.policy is None:
-        search = max(search, backward + settings.projections * layers + rounded)
+        search = max(search, samples * flow.block_backward_bytes(settings.projections) + rounded)
     copy, compiler = (_EXPORT if model.copied else 0), (_WEIGHTLESS if settings.layout == "shared" else _COMPILER)
     return {
         "embed": before + model.encoder_bytes,
         "loading": held + model.file_bytes,
-        "calibrate": held + max(backward, call + sums),
+        "calibrate": held + max(samples * flow.block_backward_bytes(1), call + sums),
         "quantize": held + max(_SOLVER * width**2 for width, _ in pairs) + rounded + block_codes,
         "search": held + search,
         "export": held + max(copy * 2 * model.weights, call + rounded, 8 * model.encodings),

@@ -264,7 +264,7 @@ def _sensitivity(
     """Sensitivity and adjoints along the trajectory of the calibration batch."""
     settings = context.settings
     start = projections(len(latents[0]), context.adapter.latent_shape, settings.projections, settings.seed)
-    by_block = context.by_block(settings.projections)
+    by_block = context.by_block(settings.projections, torch.bfloat16 if _reduced(context) else torch.float32)
     with progress("search: sensitivity", settings.steps) as advance:
         sensitivity, adjoints = measure_sensitivity(
             context.calibration, latents, start, context.formats, store, folder, advance, workers, by_block
