@@ -177,12 +177,12 @@ class ModelAdapter(ABC):
                 layer.place(torch.device("cpu"), torch.float32)
 
     @contextmanager
-    def as_stored(self) -> Iterator[None]:
-        """Inside the block stored layers are plain ones, with weights in the type and place that they are stored in."""
+    def as_stored(self, dtype: torch.dtype) -> Iterator[None]:
+        """Inside the block stored layers are plain ones of a type; weights that have it stay where they are stored."""
         own = list(stored_layers(self.trace_module()))
         try:
             for parent, name, layer in own:
-                setattr(parent, name, layer.plain())
+                setattr(parent, name, layer.plain(dtype))
             yield
         finally:
             for parent, name, layer in own:

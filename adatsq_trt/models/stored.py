@@ -7,6 +7,7 @@ keep for it is the whole model.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,10 +18,26 @@ from torch.nn import functional
 LEAST_NUMBERS = 1 << 20
 
 
+@dataclass(frozen=True)
+class LowRankChange:
+    """What is added to a stored weight: factor · up · down.
+
+    Attributes:
+        up: float32 [N, rank].
+        down: float32 [rank, K].
+        factor: a number.
+    """
+
+    up: Tensor
+    down: Tensor
+    factor: float
+
+
 class StoredLinear(nn.Linear):
     """A linear layer without a parameter for its weight.
 
     Attributes:
+        changes: of the weight, added to every copy.
         dtype: of the copies.
         held: a copy on another device, which all calls use, or None.
     """
@@ -36,6 +53,7 @@ class StoredLinear(nn.Linear):
         nn.Module.__init__(self)
         self._tensors, self._name = tensors, name
         self.out_features, self.in_features = self.stored.shape
+        self.changes: list[LowRankChange] = []
         self.dtype = torch.float32
         self.held: Tensor | None = None
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
@@ -44,8 +62,16 @@ class StoredLinear(nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """A copy [N, K] of the weight, or the one that is held."""
+        return self._copy(self.dtype) if self.held is None else self.held
+
+    def _copy(self, dtype: torch.dtype) -> Tensor:
         # Copied also where the type is right: products of tensors in other places in memory may round differently.
-        return self.stored.to(self.dtype, copy=True) if self.held is None else self.held
+        if not self.changes:
+            return self.stored.to(dtype, copy=True)
+        weight = self.stored.to(torch.float32, copy=True)
+        for change in self.changes:
+            weight += change.up @ change.down * change.factor
+        return weight.to(dtype)
 
     @property
     def stored(self) -> Tensor:
@@ -60,13 +86,14 @@ class StoredLinear(nn.Linear):
 
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         """Have copies on a device, in a type: one for all calls, or, on the processor, one for each."""
-        self.dtype, self.held = dtype, None if device.type == "cpu" else self.stored.to(device, dtype)
+        self.dtype, self.held = dtype, None if device.type == "cpu" else self._copy(dtype).to(device)
 
-    def plain(self) -> nn.Linear:
-        """The same layer with its weight as a parameter, in the type and place that it is stored in."""
+    def plain(self, dtype: torch.dtype) -> nn.Linear:
+        """The same layer with its weight as a parameter of a type: the stored tensor itself, where that is it."""
         with torch.device("meta"):
             linear = nn.Linear(self.in_features, self.out_features, bias=False)
-        linear.weight, linear.bias = nn.Parameter(self.stored, requires_grad=False), self.bias
+        weight = self._copy(dtype) if self.changes else self.stored.to(dtype)
+        linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), self.bias
         return linear
 
     def __getstate__(self) -> dict[str, Any]:
@@ -129,6 +156,14 @@ def keep(root: nn.Module) -> None:
     for path, linear in large_linears(root).items():
         bias = None if linear.bias is None else _float32(linear.bias.detach())
         _put(root, path, StoredLinear({"weight": linear.weight.detach()}, "weight", bias))
+
+
+def named_weights(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A module's parameters, and copies of what it has stored, by name."""
+    yield from root.named_parameters()
+    for path, module in root.named_modules():
+        if isinstance(module, StoredLinear):
+            yield f"{path}.weight", module.weight
 
 
 def count_weights(root: nn.Module) -> int:

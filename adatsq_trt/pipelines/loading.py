@@ -18,7 +18,7 @@ from adatsq_trt.files import MappedTensors, read_json_model
 from adatsq_trt.image import PixelScale
 from adatsq_trt.models.architectures import ADAPTERS
 from adatsq_trt.models.prompts import StoredPrompts
-from adatsq_trt.models.stored import count_weights, fill, keep, large_linears
+from adatsq_trt.models.stored import count_weights, fill, keep, large_linears, named_weights
 from adatsq_trt.pipelines.kinds import AGAIN, Canvas, JsonObject
 from adatsq_trt.pipelines.lora import Lora, fuse, parse_lora
 from adatsq_trt.pipelines.source import Source, find_source
@@ -73,8 +73,7 @@ class OpenedPipeline:
     def load(self, encodings: Mapping[str, Tensor]) -> LoadedModel:
         """Check the transformer's weights and fuse the LoRA files.
 
-        Large layers' weights stay on disk. Only a LoRA takes the whole transformer in float32, and a single file in
-        another layout than diffusers' takes it in its own type.
+        Large layers' weights stay on disk, or, of a single file in another layout than diffusers', in its own type.
 
         Args:
             encodings: of the prompts (`encode_prompts`).
@@ -83,13 +82,16 @@ class OpenedPipeline:
             DamagedFileError: weights that are NaN or infinite, or that diffusers cannot load.
             MismatchError: a LoRA that does not fit.
         """
-        transformer = self._mapped() if self._stays_mapped else self._loaded()
+        transformer = self._mapped() if self._stays_mapped else self._converted()
+        for lora in self.loras:
+            fuse(self.source.kind, transformer, lora)
+            require_finite(named_weights(transformer), lora.file)
         return self._model(transformer.requires_grad_(False), encodings)
 
     @cached_property
     def _stays_mapped(self) -> bool:
         """Whether large layers' weights need not be in memory."""
-        return not self.loras and set(self._weights.shapes) == set(self._outline.state_dict())
+        return set(self._weights.shapes) == set(self._outline.state_dict())
 
     def _mapped(self) -> nn.Module:
         """The transformer over its files, which are in diffusers' layout."""
@@ -97,17 +99,6 @@ class OpenedPipeline:
         require_finite(tensors.items(), self.source.transformer)
         transformer = self.source.kind.make_empty(self._config)
         fill(transformer, tensors)
-        return transformer
-
-    def _loaded(self) -> Any:
-        """The transformer as diffusers loads it: in float32 for a LoRA, else in the files' own type."""
-        transformer = self._transformer(torch.float32 if self.loras else self._dtype)
-        require_finite(transformer.named_parameters(), self.source.transformer)
-        for lora in self.loras:
-            fuse(self.source.kind, transformer, lora)
-            require_finite(transformer.named_parameters(), lora.file)
-        if not self.loras:
-            keep(transformer)
         return transformer
 
     @cached_property
@@ -128,18 +119,15 @@ class OpenedPipeline:
         types = set(self._weights.dtypes.values())
         return _TYPES.get(types.pop(), torch.float32) if len(types) == 1 else torch.float32
 
-    def _transformer(self, dtype: torch.dtype) -> Any:
+    def _converted(self) -> Any:
+        """The transformer as diffusers makes it of a single file in another layout, in the file's own type."""
         source = self.source
         kind = source.kind.load_class(source.kind.transformer)
         try:
-            if not source.single_file:
-                return kind.from_pretrained(
-                    source.transformer, torch_dtype=dtype, use_safetensors=True, local_files_only=True
-                )
             loaded = kind.from_single_file(
                 str(source.transformer),
                 config=str(source.config.parent),
-                torch_dtype=dtype,
+                torch_dtype=self._dtype,
                 local_files_only=True,
             )
         except Exception as error:  # what is raised depends on the file
@@ -151,6 +139,8 @@ class OpenedPipeline:
                 f"'{source.transformer}' has no '{empty[0]}', which the base's '{source.config}' expects; name the "
                 "base that it was trained from"
             )
+        require_finite(loaded.named_parameters(), source.transformer)
+        keep(loaded)
         return loaded
 
     def _model(self, transformer: Any, encodings: Mapping[str, Tensor]) -> LoadedModel:
@@ -193,15 +183,13 @@ class OpenedPipeline:
 
     @property
     def mapped_type(self) -> torch.dtype | None:
-        """Of the weights, where they stay on disk."""
-        return self._dtype if self._stays_mapped else None
+        """Of the weights, where they stay on disk unchanged."""
+        return self._dtype if self._stays_mapped and not self.loras else None
 
     @property
     def resident_bytes(self) -> int:
         """What the loaded transformer has resident, with the copy that a call makes of a stored weight."""
         weights = count_weights(self._outline)
-        if self.loras:
-            return 4 * weights
         large = [linear.in_features * linear.out_features for linear in large_linears(self._outline).values()]
         small, copy = 4 * (weights - sum(large)), (4 + self._dtype.itemsize) * max(large, default=0)
         return small + copy + (0 if self._stays_mapped else self._dtype.itemsize * sum(large))

@@ -9,7 +9,10 @@ from importlib import util
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from adatsq_trt.errors import DamagedFileError, DependencyError, MismatchError, MissingFileError, UserError
+from adatsq_trt.models.stored import LowRankChange, StoredLinear
 from adatsq_trt.pipelines.kinds import PipelineKind
 from adatsq_trt.pipelines.weights import read_headers, refuse_pickle
 
@@ -91,6 +94,7 @@ def fuse(kind: PipelineKind, transformer: Any, lora: Lora) -> None:
         transformer.load_lora_adapter(
             {key: tensors[key] for key in own}, network_alphas=alphas, adapter_name=name, prefix="transformer"
         )
+        _change_stored(transformer, name, lora.scale)
         transformer.fuse_lora(lora_scale=lora.scale, adapter_names=[name], safe_fusing=True)
         transformer.unload_lora()
     except Exception as error:
@@ -98,6 +102,22 @@ def fuse(kind: PipelineKind, transformer: Any, lora: Lora) -> None:
             f"--lora '{lora.file}' does not fit this {kind.transformer} ({_reason(error)}); give one that was trained "
             "for this model"
         ) from error
+
+
+def _change_stored(transformer: Any, name: str, scale: float) -> None:
+    """Leave stored weights where they are, which peft cannot change, and add what it would add at every call."""
+    from peft.tuners.lora import LoraLayer
+
+    layers: list[Any] = [module for module in transformer.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        stored = layer.base_layer
+        if not isinstance(stored, StoredLinear):
+            continue
+        if name in layer.lora_variant or layer.lora_bias[name]:  # not a plain product: peft's own way, in memory
+            layer.base_layer = stored.plain(torch.float32)
+            continue
+        up, down = (part[name].weight.detach().float() for part in (layer.lora_B, layer.lora_A))
+        stored.changes.append(LowRankChange(up, down, layer.scaling[name] * scale))
 
 
 def _read(loader: Any, file: Path) -> tuple[dict[str, Any], Any]:

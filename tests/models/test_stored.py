@@ -77,10 +77,12 @@ def test_a_copy_needs_no_file(layers: tuple[StoredLinear, nn.Linear], tmp_path: 
 
 def test_a_plain_layer_has_the_stored_type(layers: tuple[StoredLinear, nn.Linear], tensors: MappedTensors) -> None:
     own, _ = layers
-    plain = own.plain()
+    dtype = tensors["b.weight"].dtype
+    plain = own.plain(dtype)
     assert type(plain) is nn.Linear
     assert torch.equal(plain.weight, tensors["b.weight"])
-    assert plain.weight.dtype is tensors["b.weight"].dtype
+    assert plain.weight.dtype is dtype
+    assert own.plain(torch.float64).weight.dtype is torch.float64
 
 
 def test_copies_in_bfloat16(layers: tuple[StoredLinear, nn.Linear]) -> None:

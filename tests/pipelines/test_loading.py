@@ -13,6 +13,7 @@ from diffusers import FluxPipeline, WanPipeline, ZImagePipeline
 from adatsq_trt.calibration.trajectory import Samples, trajectory
 from adatsq_trt.errors import UserError
 from adatsq_trt.files import read_tensors, write_tensors
+from adatsq_trt.models import stored
 from adatsq_trt.pipelines.loading import OpenedPipeline, open_pipeline
 from adatsq_trt.pipelines.prompts import encode_prompts
 from adatsq_trt.settings import PipelineSettings
@@ -186,6 +187,34 @@ def test_two_loras_add_up(saved_flux: Path, loaded: LoadedModel, tmp_path: Path)
         tensors = read_tensors(file)
         expected += tensors[f"transformer.{layer}.lora_B.weight"] @ tensors[f"transformer.{layer}.lora_A.weight"]
     torch.testing.assert_close(both.adapter.transformer.state_dict()[f"{layer}.weight"], expected)
+
+
+def to_bfloat16(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.bfloat16() for name, value in tensors.items()}
+
+
+def to_dora(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """With a magnitude for each row of the weight."""
+    ups = {name: value for name, value in tensors.items() if "lora_B" in name}
+    sizes = {name.replace("lora_B.weight", "lora_magnitude_vector"): value.norm(dim=1) for name, value in ups.items()}
+    return tensors | sizes
+
+
+@pytest.mark.parametrize("change", [lambda tensors: tensors, to_bfloat16, to_dora])
+def test_a_lora_changes_weights_that_stay_on_disk(
+    saved_flux: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: Callable
+) -> None:
+    """As in memory, bit for bit: scales, several files and the type of the files' matrices included."""
+    files = [save_lora(tmp_path / f"{seed}.safetensors", seed) for seed in (1, 2)]
+    write_tensors(files[0], change(read_tensors(files[0])))
+    found = []
+    for least in (10**9, 1):
+        monkeypatch.setattr(stored, "LEAST_NUMBERS", least)
+        tuned = load(open_pipeline(settings(saved_flux, loras=(f"{files[0]}:0.3", str(files[1])))))
+        found.append(dict(stored.named_weights(tuned.adapter.transformer)))
+    assert any(isinstance(module, stored.StoredLinear) for module in tuned.adapter.transformer.modules())
+    assert set(found[0]) == set(found[1])
+    assert [name for name in found[0] if not torch.equal(found[0][name], found[1][name])] == []
 
 
 # ------------------------------------------------------------------------------------------------ bad input

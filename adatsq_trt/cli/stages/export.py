@@ -105,8 +105,9 @@ def _graphs(context: Context, policy: Policy, folder: Path) -> None:
 
 def _trace(adapter: ModelAdapter, inputs: Mapping[str, Tensor], base: BaseName, any_size: bool) -> ir.Model:
     """The model's graph, for the size of the inputs or for any."""
-    common = (inputs, OUTPUT_NAME, getattr(torch, base), adapter.float32_inputs)
-    with adapter.as_stored():
+    dtype = getattr(torch, base)
+    common = (inputs, OUTPUT_NAME, dtype, adapter.float32_inputs)
+    with adapter.as_stored(dtype):
         if not any_size:
             return trace(adapter.trace_module(), *common)
         opened = adapter.any_size()
