@@ -26,6 +26,7 @@ from adatsq_trt.pipelines.weights import (
     WeightFiles,
     find_weights,
     read_headers,
+    refuse_eight_bits,
     require_finite,
     require_shapes,
     verified_sha256,
@@ -234,6 +235,7 @@ def open_pipeline(settings: PipelineSettings) -> OpenedPipeline:
     _refuse_quantized(source.config, opened._config)
     outline = opened._outline
     weights = opened._weights
+    refuse_eight_bits(weights)
     # A single file in another layout than diffusers' is first understood when it is converted.
     if not source.single_file or set(weights.shapes) & set(outline.state_dict()):
         require_shapes(weights, outline, source.config)

@@ -14,11 +14,12 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from adatsq_trt.errors import DamagedFileError, MissingFileError, UserError
+from adatsq_trt.errors import DamagedFileError, MismatchError, MissingFileError, UserError
 from adatsq_trt.files import read_json_model, sha256
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _STEMS = ("diffusion_pytorch_model", "model")  # of diffusers and of transformers
+_TYPES = ("BF16", "F16", "F32", "F64")  # as safetensors calls them
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _AGAIN = "download or save the model again"
 
@@ -161,6 +162,20 @@ def require_shapes(weights: WeightFiles, model: nn.Module, config: Path) -> None
         raise DamagedFileError(
             f"'{weights.places[extra[0]]}' holds '{extra[0]}', which a model of '{config}' does not have; {_AGAIN}"
         )
+
+
+def refuse_eight_bits(weights: WeightFiles) -> None:
+    """Refuse weights that are quantized already, and say nothing of it in their configuration.
+
+    Raises:
+        MismatchError: names the first tensor.
+    """
+    for name, dtype in weights.dtypes.items():
+        if name.endswith(".weight") and dtype not in _TYPES:
+            raise MismatchError(
+                f"'{weights.places[name]}' holds '{name}' as {dtype}, expected {', '.join(_TYPES)}: it is quantized "
+                "already; give the checkpoint in 16 or 32 bits"
+            )
 
 
 def verified_sha256(file: Path) -> str:

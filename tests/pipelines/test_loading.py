@@ -404,6 +404,14 @@ def test_weights_that_are_not_finite_are_named(own_flux: Path, value: float) -> 
     assert "weight 'single_transformer_blocks.0.proj_mlp.weight' has 2 of 16384 numbers that are NaN" in message
 
 
+def test_weights_that_are_quantized_already_are_named(own_flux: Path) -> None:
+    file, name = own_flux / WEIGHTS, "transformer_blocks.0.attn.to_q.weight"
+    tensors = read_tensors(file)
+    write_tensors(file, tensors | {name: tensors[name].to(torch.float8_e4m3fn)})
+    message = refusal(lambda: open_pipeline(settings(own_flux)))
+    assert f"holds '{name}' as F8_E4M3, expected BF16, F16, F32, F64: it is quantized already" in message
+
+
 def test_encoders_that_are_not_finite_are_refused(own_flux: Path) -> None:
     file = own_flux / "text_encoder_2" / "model.safetensors"
     tensors = read_tensors(file)
