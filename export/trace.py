@@ -81,14 +81,29 @@ def trace(
                 *({0: batch, **axes.get(name, {})} for name in inputs),
             ),
             verbose=False,
+            optimize=False,
         )
-    assert program is not None, "the exporter was given no file, so it returns the program"
-    model = program.model
+        assert program is not None, "the exporter was given no file, so it returns the program"
+        model = _optimized(program)
     _require_dynamic(model, {**{name: {0} for name in inputs}, output: {0}}, axes)
     _name_axes(model)
     tidy = (NameNodes(_wrapper_prefix(module)), WidenConvolutions(), common.RemoveUnusedNodesPass())
     ir.passes.Sequential(*tidy)(model)
     return model
+
+
+def _optimized(program: torch.onnx.ONNXProgram) -> ir.Model:
+    """The exporter's own optimization, after which no weight is known but those of the model.
+
+    It writes some weights anew, and its rules, which live as long as the process, remember the graph with the others.
+    """
+    before = list(program.model.graph.initializers.values())
+    program.optimize()
+    kept = {id(value) for value in program.model.graph.initializers.values()}
+    for value in before:
+        if id(value) not in kept:
+            value.const_value = None
+    return program.model
 
 
 def _require_dynamic(
