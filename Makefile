@@ -91,6 +91,8 @@ bench-budgets: $(INSTALLED)
 .PHONY: bench-size
 bench-size: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.size.run --document benchmarks/README.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.size.run --memory-limit 5GB --layout shared \
+		--results benchmarks/size/limit-5GB.json --document benchmarks/README.md --marker size-limit
 	$(BIN)/python -m benchmarks.size.compiler --document benchmarks/README.md
 
 # Methods of quantization side by side on the models that draw scenes: results.json, comparisons.json, figures and the

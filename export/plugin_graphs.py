@@ -83,9 +83,10 @@ def export_plugin_graphs(
     with atomic_path(folder / WEIGHTS_NAME) as temporary, temporary.open("wb") as file:
         store = WeightStore(file, folder)
         move_initializers(template, store)
-        operands = {layer: _store(layer, own[layer], store) for layer in profiles}
+        groups = {layer: group_size(weights) for layer, weights in own.items()}
+        operands = {layer: _store(layer, own.pop(layer), store) for layer in profiles}
     model = template.clone()
-    InsertPlugin(profiles, operands, {layer: group_size(own[layer]) for layer in profiles})(model)
+    InsertPlugin(profiles, operands, groups)(model)
     files = _write_all(template, model, profiles, folder, on_graph)
     size = (folder / WEIGHTS_NAME).stat().st_size
     index = GraphIndex(base_type=base, graphs=files, weight_bytes=size, blocks=tuple(blocks))

@@ -83,7 +83,6 @@ def trace(
             verbose=False,
             optimize=False,
         )
-        assert program is not None, "the exporter was given no file, so it returns the program"
         model = _optimized(program)
     _require_dynamic(model, {**{name: {0} for name in inputs}, output: {0}}, axes)
     _name_axes(model)
@@ -92,11 +91,12 @@ def trace(
     return model
 
 
-def _optimized(program: torch.onnx.ONNXProgram) -> ir.Model:
+def _optimized(program: torch.onnx.ONNXProgram | None) -> ir.Model:
     """The exporter's own optimization, after which no weight is known but those of the model.
 
     It writes some weights anew, and its rules, which live as long as the process, remember the graph with the others.
     """
+    assert program is not None, "the exporter was given no file, so it returns the program"
     before = list(program.model.graph.initializers.values())
     program.optimize()
     kept = {id(value) for value in program.model.graph.initializers.values()}

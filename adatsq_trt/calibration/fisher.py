@@ -28,6 +28,9 @@ from adatsq_trt.models.adapter import OUTSIDE, guide
 from adatsq_trt.models.blocks import BlockCall, LeafGradients, cut_at_blocks
 from adatsq_trt.models.capture import Capture, captured
 
+# Numbers in the products of all rows of a batch with each other, such as are worth keeping at once.
+MOST_ROW_PRODUCTS = 1 << 24
+
 
 @dataclass(frozen=True)
 class LayerGradients:
@@ -71,7 +74,9 @@ def backward_step(
         a_t, float32 [projections, samples, *latent_shape].
     """
     latent = latent.clone().requires_grad_(True)
-    way = _through_blocks if by_block else _at_once
+    # Of a layer outside of the blocks gradients would be summed in another order.
+    whole = not by_block or OUTSIDE in samples.adapter.layers_by_block()
+    way = _at_once if whole else _through_blocks
     with torch.enable_grad():
         return way(samples, latent, adjoint, step, visit)
 
@@ -92,49 +97,37 @@ def _at_once(samples: Samples, latent: Tensor, adjoint: Tensor, step: int, visit
 def _through_blocks(samples: Samples, latent: Tensor, adjoint: Tensor, step: int, visit: Visit) -> Tensor:
     """Between the blocks gradients go backwards as usual; a block is called again when its outputs have theirs."""
     layers, groups = samples.adapter.quantizable_layers(), samples.adapter.layers_by_block()
-    outer = {name: layers[name] for name in groups.get(OUTSIDE, ())}
-    with captured(outer) as outside, cut_at_blocks(samples.adapter) as calls:
+    with cut_at_blocks(samples.adapter) as calls:
         inputs, following = _differentiable_step(samples, latent, step)
     leaves = LeafGradients([latent, *inputs, *(x for call in calls for x in call.outputs)], len(adjoint))
-    between = _Rows(len(adjoint), len(latent))
     for number, row in enumerate(adjoint):
         leaves.send(number, [following], [row])
-        between.take(outside, number)
     while calls:
         call = calls.pop()
         own = {name: layers[name] for name in groups.get(call.block, ())}
-        sent = _through_block(call, own, leaves, len(latent), step, visit)
-        leaves.drop(call.outputs)
-        for number, (tensors, gradients) in enumerate(sent):
-            if tensors:
-                leaves.send(number, tensors, gradients)
-                between.take(outside, number)
-    if outer:
-        visit(LayerGradients(step, _by_sample_all(outside.inputs, len(latent)), between.by_layer))
-    found = [leaves.of(number, latent) for number in range(len(adjoint))]
-    return torch.stack([gradient for gradient in found if gradient is not None])
+        # Nothing refers to a block's gradients but its visit, which has them when the block's graph is gone.
+        visit(LayerGradients(step, *_through_block(call, own, leaves, len(latent))))
+    return torch.stack([leaves.of(number, latent) for number in range(len(adjoint))])
 
 
 def _through_block(
-    call: BlockCall, layers: Mapping[str, nn.Linear], leaves: LeafGradients, samples: int, step: int, visit: Visit
-) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """A block's layers are shown; for each row the block's inputs and their gradients, where there are any."""
-    rows, sent = leaves.rows, []
-    arrived = [{i: leaves.of(row, leaf) for i, leaf in enumerate(call.outputs)} for row in range(rows)]
+    call: BlockCall, layers: Mapping[str, nn.Linear], leaves: LeafGradients, samples: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Send what has arrived at a block's outputs through it; its layers' inputs and gradients (`LayerGradients`)."""
+    sent, gradients = [], _Rows(leaves.rows, samples)
     with captured(layers) as capture:
         inputs, outputs = call.repeat()
-        gradients = _Rows(rows, samples)
-        for row in range(rows):
-            given = {i: gradient for i, gradient in arrived[row].items() if gradient is not None}
-            found = torch.autograd.grad(
-                [outputs[i] for i in given], inputs, list(given.values()), retain_graph=True, allow_unused=True
-            )
+        for row in range(leaves.rows):
+            reached = [i for i, leaf in enumerate(call.outputs) if leaves.reached(row, leaf)]
+            given = [leaves.of(row, call.outputs[i]) for i in reached]
+            some = [outputs[i] for i in reached]
+            sent.append(torch.autograd.grad(some, inputs, given, retain_graph=True, allow_unused=True))
             gradients.take(capture, row)
-            pairs = [(x, gradient) for x, gradient in zip(call.inputs, found, strict=True) if gradient is not None]
-            sent.append(([x for x, _ in pairs], [gradient for _, gradient in pairs]))
-    if layers:
-        visit(LayerGradients(step, _by_sample_all(capture.inputs, samples), gradients.by_layer))
-    return sent
+    leaves.drop(call.outputs)
+    for row, found in enumerate(sent):
+        pairs = [(x, gradient) for x, gradient in zip(call.inputs, found, strict=True) if gradient is not None]
+        leaves.send(row, [x for x, _ in pairs], [gradient for _, gradient in pairs])
+    return _by_sample_all(capture.inputs, samples), gradients.by_layer
 
 
 class _Rows:
@@ -142,20 +135,15 @@ class _Rows:
 
     def __init__(self, count: int, samples: int) -> None:
         self._count, self._samples = count, samples
-        self._taken: set[tuple[str, int]] = set()
         self.by_layer: dict[str, Tensor] = {}
 
     def take(self, capture: Capture, number: int) -> None:
-        """Move what was captured of a projection to its place, or add it to what came there another way."""
+        """Move what was captured of a projection to its place; each is freed as soon as it is there."""
         for name in list(capture.output_gradients):
             gradient = _by_sample(capture.output_gradients.pop(name), self._samples)
             if name not in self.by_layer:
-                self.by_layer[name] = gradient.new_zeros(self._count, *gradient.shape)
-            if (name, number) in self._taken:
-                self.by_layer[name][number] += gradient
-            else:
-                self.by_layer[name][number] = gradient
-                self._taken.add((name, number))
+                self.by_layer[name] = gradient.new_empty(self._count, *gradient.shape)
+            self.by_layer[name][number] = gradient
 
 
 def _differentiable_step(samples: Samples, latent: Tensor, step: int) -> tuple[list[Tensor], Tensor]:
@@ -179,7 +167,7 @@ def _by_sample(value: Tensor, samples: int) -> Tensor:
 
 
 def squared_weight_gradient(inputs: Tensor, gradients: Tensor) -> Tensor:
-    """||Gᵀ X||² per sample without forming the weight gradient: the sum of (X Xᵀ) * (G Gᵀ).
+    """||Gᵀ X||² per sample, without forming the weight gradient where rows are few: the sum of (X Xᵀ) * (G Gᵀ).
 
     Args:
         inputs: X, float32 [samples, rows, K].
@@ -188,7 +176,10 @@ def squared_weight_gradient(inputs: Tensor, gradients: Tensor) -> Tensor:
     Returns:
         float32 [..., samples].
     """
-    return ((inputs @ inputs.mT) * (gradients @ gradients.mT)).sum(dim=(-2, -1))
+    if len(inputs) * inputs.shape[1] ** 2 <= MOST_ROW_PRODUCTS:
+        return ((inputs @ inputs.mT) * (gradients @ gradients.mT)).sum(dim=(-2, -1))
+    pairs = zip(inputs, gradients.unbind(-3), strict=True)
+    return torch.stack([(own.mT @ x).square().sum(dim=(-2, -1)) for x, own in pairs], dim=-1)
 
 
 def temporal_weights(information: Tensor, temperature: float) -> Tensor:

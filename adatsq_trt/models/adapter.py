@@ -110,7 +110,7 @@ class ModelAdapter(ABC):
 
     @abstractmethod
     def blocks(self) -> tuple[str, ...]:
-        """Module paths of the transformer's blocks, in the order of execution."""
+        """Module paths of the transformer's blocks, in the order of execution; a call of the model calls each once."""
 
     def layers_by_block(self) -> dict[str, tuple[str, ...]]:
         """Quantizable layers by the block that holds them; those outside of all blocks are under `OUTSIDE`."""
@@ -177,12 +177,12 @@ class ModelAdapter(ABC):
                 layer.place(torch.device("cpu"), torch.float32)
 
     @contextmanager
-    def as_stored(self, dtype: torch.dtype) -> Iterator[None]:
-        """Inside the block stored layers are plain ones of a type; weights that have it stay where they are stored."""
+    def as_stored(self) -> Iterator[None]:
+        """Inside the block stored layers are plain ones, whose weights stay in the place and type of their files."""
         own = list(stored_layers(self.trace_module()))
         try:
             for parent, name, layer in own:
-                setattr(parent, name, layer.plain(dtype))
+                setattr(parent, name, layer.plain())
             yield
         finally:
             for parent, name, layer in own:

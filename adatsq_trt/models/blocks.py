@@ -42,7 +42,11 @@ class BlockCall:
         args, kwargs = pytree.tree_map(lambda x: own.get(id(x), x), self.arguments)
         with torch.enable_grad():
             outputs = self.forward(*args, **kwargs)
-        return tuple(own.values()), tuple(x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor))
+        return tuple(own.values()), tuple(filter(_differentiable, pytree.tree_leaves(outputs)))
+
+
+def _differentiable(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 @contextmanager
@@ -50,13 +54,14 @@ def cut_at_blocks(adapter: ModelAdapter) -> Iterator[list[BlockCall]]:
     """Inside the block, calls of the model's blocks are listed, and autograd sees only what lies between them."""
     calls: list[BlockCall] = []
     modules = {name: adapter.transformer.get_submodule(name) for name in adapter.blocks()}
+    hooked = {name: module.forward for name, module in modules.items() if "forward" in vars(module)}
 
     def cut(block: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             with torch.no_grad():
                 values, structure = pytree.tree_flatten(forward(*args, **kwargs))
-            values = [x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in values]
-            outputs = tuple(x for x in values if isinstance(x, Tensor))
+            values = [x.detach().requires_grad_() if _differentiable(x) else x for x in values]
+            outputs = tuple(filter(_differentiable, values))
             calls.append(BlockCall(block, forward, (args, kwargs), outputs))
             return pytree.tree_unflatten(values, structure)
 
@@ -67,8 +72,10 @@ def cut_at_blocks(adapter: ModelAdapter) -> Iterator[list[BlockCall]]:
             module.forward = cut(name, module.forward)
         yield calls
     finally:
-        for module in modules.values():
+        for name, module in modules.items():
             del module.forward
+            if name in hooked:
+                module.forward = hooked[name]
 
 
 class LeafGradients:
@@ -91,6 +98,8 @@ class LeafGradients:
 
     def send(self, row: int, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Send gradients from tensors of the graph to the leaves that these were made from."""
+        if not outputs:
+            return
         sums = self._sums[row]
         # What has arrived is sent along, from the youngest operations there are, which autograd looks at first. So sums
         # are taken in the order, and have the bits, that they would have in one graph.
@@ -106,9 +115,13 @@ class LeafGradients:
         pairs = zip(self._leaves, found, strict=True)
         self._sums[row] = {id(leaf): gradient for leaf, gradient in pairs if gradient is not None}
 
-    def of(self, row: int, leaf: Tensor) -> Tensor | None:
+    def reached(self, row: int, leaf: Tensor) -> bool:
+        """Whether anything has arrived at a leaf."""
+        return id(leaf) in self._sums[row]
+
+    def of(self, row: int, leaf: Tensor) -> Tensor:
         """What has arrived at a leaf."""
-        return self._sums[row].get(id(leaf))
+        return self._sums[row][id(leaf)]
 
     def drop(self, leaves: Sequence[Tensor]) -> None:
         """Forget the latest leaves: nothing more is made from them."""

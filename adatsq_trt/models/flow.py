@@ -25,6 +25,7 @@ class Flow:
         outputs_bytes: the outputs of all innermost modules, which a backward pass keeps.
         layers_bytes: the outputs of the quantizable layers, which have gradients of the same size.
         blocks_bytes: the outputs of the blocks.
+        block_bytes: the outputs of the block that has most.
         block_outputs_bytes: as `outputs_bytes`, of the largest block.
         block_layers_bytes: as `layers_bytes`, of the largest block.
     """
@@ -33,6 +34,7 @@ class Flow:
     outputs_bytes: int
     layers_bytes: int
     blocks_bytes: int
+    block_bytes: int
     block_outputs_bytes: int
     block_layers_bytes: int
 
@@ -41,8 +43,9 @@ class Flow:
         return _KEPT * self.outputs_bytes + (1 + projections) * self.layers_bytes
 
     def block_backward_bytes(self, projections: int) -> int:
-        """The same, where it goes block by block."""
-        return self.blocks_bytes + _KEPT * self.block_outputs_bytes + (1 + projections) * self.block_layers_bytes
+        """The same, where it goes block by block; gradients arrive at outputs, leave inputs, and are added up."""
+        block = _KEPT * self.block_outputs_bytes + (1 + projections) * self.block_layers_bytes
+        return self.blocks_bytes + block + 3 * projections * self.block_bytes
 
 
 def measure_flow(adapter: ModelAdapter, schedule: Schedule, guidance: float) -> Flow:
@@ -67,6 +70,7 @@ def measure_flow(adapter: ModelAdapter, schedule: Schedule, guidance: float) -> 
         sum(inner.values()),
         sum(layers.values()),
         sum(own[block] for block in blocks),
+        max((own[block] for block in blocks), default=0),
         max((_inside(inner, block) for block in blocks), default=0),
         max((_inside(layers, block) for block in blocks), default=0),
     )

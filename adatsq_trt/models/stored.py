@@ -88,12 +88,18 @@ class StoredLinear(nn.Linear):
         """Have copies on a device, in a type: one for all calls, or, on the processor, one for each."""
         self.dtype, self.held = dtype, None if device.type == "cpu" else self._copy(dtype).to(device)
 
-    def plain(self, dtype: torch.dtype) -> nn.Linear:
-        """The same layer with its weight as a parameter of a type: the stored tensor itself, where that is it."""
+    def plain(self) -> nn.Linear:
+        """The same layer with its weight as a parameter: the stored tensor itself; of a changed one a float32 copy."""
         with torch.device("meta"):
             linear = nn.Linear(self.in_features, self.out_features, bias=False)
-        weight = self._copy(dtype) if self.changes else self.stored.to(dtype)
+        weight = self._copy(torch.float32) if self.changes else self.stored
         linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), self.bias
+        return linear
+
+    def in_memory(self) -> nn.Linear:
+        """The same layer with a float32 weight in memory."""
+        linear = self.plain()
+        linear.weight = nn.Parameter(self._copy(torch.float32), requires_grad=False)
         return linear
 
     def __getstate__(self) -> dict[str, Any]:
@@ -114,7 +120,9 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         """∂L/∂x = ∂L/∂y W."""
         (gradient,) = gradients
-        return gradient @ ctx.layer.weight.to(gradient.dtype), None
+        # As autograd does it for a layer in memory: a product of three dimensions would round differently.
+        rows = gradient.reshape(-1, gradient.shape[-1]) @ ctx.layer.weight.to(gradient.dtype)
+        return rows.view(*gradient.shape[:-1], -1), None
 
 
 def stored_layers(root: nn.Module) -> Iterator[tuple[nn.Module, str, StoredLinear]]:
@@ -145,17 +153,9 @@ def fill(root: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for path, linear in large.items():
         bias = None if linear.bias is None else _float32(tensors[f"{path}.bias"])
         _put(root, path, StoredLinear(tensors, f"{path}.weight", bias))
-    for name, value in root.state_dict().items():
-        if value.is_meta:
-            loaded, (parent, last) = _float32(tensors[name]), _place(root, name)
-            setattr(parent, last, nn.Parameter(loaded, False) if last in parent._parameters else loaded)
-
-
-def keep(root: nn.Module) -> None:
-    """Leave the large linear layers' weights in the type that they have; float32 copies are made by each call."""
-    for path, linear in large_linears(root).items():
-        bias = None if linear.bias is None else _float32(linear.bias.detach())
-        _put(root, path, StoredLinear({"weight": linear.weight.detach()}, "weight", bias))
+    for name in root.state_dict():
+        loaded, (parent, last) = _float32(tensors[name]), _place(root, name)
+        setattr(parent, last, nn.Parameter(loaded, False) if last in parent._parameters else loaded)
 
 
 def named_weights(root: nn.Module) -> Iterator[tuple[str, Tensor]]:

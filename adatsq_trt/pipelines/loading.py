@@ -18,7 +18,7 @@ from adatsq_trt.files import MappedTensors, read_json_model
 from adatsq_trt.image import PixelScale
 from adatsq_trt.models.architectures import ADAPTERS
 from adatsq_trt.models.prompts import StoredPrompts
-from adatsq_trt.models.stored import count_weights, fill, keep, large_linears, named_weights
+from adatsq_trt.models.stored import count_weights, fill, large_linears, named_weights
 from adatsq_trt.pipelines.kinds import AGAIN, Canvas, JsonObject
 from adatsq_trt.pipelines.lora import Lora, fuse, parse_lora
 from adatsq_trt.pipelines.source import Source, find_source
@@ -41,7 +41,7 @@ _SUFFIXES = (
     ".txt",
     ".jinja",
 )  # of encoders and tokenizers: neither pickles nor code
-_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
+_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,11 @@ class OpenedPipeline:
             DamagedFileError: weights that are NaN or infinite, or that diffusers cannot load.
             MismatchError: a LoRA that does not fit.
         """
-        transformer = self._mapped() if self._stays_mapped else self._converted()
+        mapped = self._stays_mapped
+        tensors = MappedTensors(self._weights.files, AGAIN) if mapped else self._converted()
+        require_finite(tensors.items(), self.source.transformer)
+        transformer = self.source.kind.make_empty(self._config)
+        fill(transformer, tensors)
         for lora in self.loras:
             fuse(self.source.kind, transformer, lora)
             require_finite(named_weights(transformer), lora.file)
@@ -93,14 +97,6 @@ class OpenedPipeline:
     def _stays_mapped(self) -> bool:
         """Whether large layers' weights need not be in memory."""
         return set(self._weights.shapes) == set(self._outline.state_dict())
-
-    def _mapped(self) -> nn.Module:
-        """The transformer over its files, which are in diffusers' layout."""
-        tensors = MappedTensors(self._weights.files, AGAIN)
-        require_finite(tensors.items(), self.source.transformer)
-        transformer = self.source.kind.make_empty(self._config)
-        fill(transformer, tensors)
-        return transformer
 
     @cached_property
     def _config(self) -> dict[str, JsonValue]:
@@ -115,34 +111,33 @@ class OpenedPipeline:
             raise DamagedFileError(f"'{config}' does not describe a model ({_reason(error)}); {AGAIN}") from error
 
     @cached_property
-    def _dtype(self) -> torch.dtype:
-        """The type of all weights; float32 where they have several."""
-        types = set(self._weights.dtypes.values())
-        return _TYPES.get(types.pop(), torch.float32) if len(types) == 1 else torch.float32
+    def _widest(self) -> torch.dtype:
+        """The type that all weights fit in."""
+        types = {_TYPES.get(name, torch.float32) for name in self._weights.dtypes.values()}
+        return types.pop() if len(types) == 1 else torch.float32
 
-    def _converted(self) -> Any:
-        """The transformer as diffusers makes it of a single file in another layout, in the file's own type."""
+    def _converted(self) -> dict[str, Tensor]:
+        """The weights that diffusers makes of a single file in another layout, in the file's widest type."""
         source = self.source
         kind = source.kind.load_class(source.kind.transformer)
         try:
             loaded = kind.from_single_file(
                 str(source.transformer),
                 config=str(source.config.parent),
-                torch_dtype=self._dtype,
+                torch_dtype=self._widest,
                 local_files_only=True,
             )
         except Exception as error:  # what is raised depends on the file
             raise DamagedFileError(f"'{source.transformer}' does not load ({_reason(error)}); {AGAIN}") from error
         # Diffusers leaves what a single file lacks without values.
-        empty = [name for name, value in loaded.state_dict().items() if value.is_meta]
+        state: dict[str, Tensor] = loaded.state_dict()
+        empty = [name for name, value in state.items() if value.is_meta]
         if empty:
             raise MismatchError(
                 f"'{source.transformer}' has no '{empty[0]}', which the base's '{source.config}' expects; name the "
                 "base that it was trained from"
             )
-        require_finite(loaded.named_parameters(), source.transformer)
-        keep(loaded)
-        return loaded
+        return state
 
     def _model(self, transformer: Any, encodings: Mapping[str, Tensor]) -> LoadedModel:
         source, settings, kind = self.source, self.settings, self.source.kind
@@ -183,17 +178,29 @@ class OpenedPipeline:
         return sum(encoders) + max(encoders)
 
     @property
-    def mapped_type(self) -> torch.dtype | None:
-        """Of the weights, where they stay on disk unchanged."""
-        return self._dtype if self._stays_mapped and not self.loras else None
+    def mapped_types(self) -> set[torch.dtype]:
+        """Of the large layers' weights, where all stay on disk unchanged; else empty."""
+        if self.loras or not self._stays_mapped:
+            return set()
+        return {_TYPES.get(self._weights.dtypes[f"{path}.weight"], torch.float32) for path in self._large}
 
     @property
     def resident_bytes(self) -> int:
-        """What the loaded transformer has resident, with the copy that a call makes of a stored weight."""
-        weights = count_weights(self._outline)
-        large = [linear.in_features * linear.out_features for linear in large_linears(self._outline).values()]
-        small, copy = 4 * (weights - sum(large)), (4 + self._dtype.itemsize) * max(large, default=0)
-        return small + copy + (0 if self._stays_mapped else self._dtype.itemsize * sum(large))
+        """What the loaded transformer has resident, with the copy that a call makes of a stored weight.
+
+        A LoRA that is no plain product of matrices takes more.
+        """
+        sizes = [linear.in_features * linear.out_features for linear in self._large.values()]
+        small = 4 * (count_weights(self._outline) - sum(sizes))
+        # A copy in float32 and the pages that it is made of; with a LoRA also its product, and that scaled.
+        copy = (4 + 4 + (8 if self.loras else 0)) * max(sizes, default=0)
+        changes = sum(2 * lora.file.stat().st_size for lora in self.loras)  # in float32
+        return small + copy + changes + (0 if self._stays_mapped else self._widest.itemsize * sum(sizes))
+
+    @cached_property
+    def _large(self) -> dict[str, nn.Linear]:
+        """Layers whose weights stay as they are stored."""
+        return large_linears(self._outline)
 
     @property
     def file_bytes(self) -> int:

@@ -9,8 +9,6 @@ from importlib import util
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from adatsq_trt.errors import DamagedFileError, DependencyError, MismatchError, MissingFileError, UserError
 from adatsq_trt.models.stored import LowRankChange, StoredLinear
 from adatsq_trt.pipelines.kinds import PipelineKind
@@ -114,10 +112,11 @@ def _change_stored(transformer: Any, name: str, scale: float) -> None:
         if not isinstance(stored, StoredLinear):
             continue
         if name in layer.lora_variant or layer.lora_bias[name]:  # not a plain product: peft's own way, in memory
-            layer.base_layer = stored.plain(torch.float32)
+            layer.base_layer = stored.in_memory()
             continue
         up, down = (part[name].weight.detach().float() for part in (layer.lora_B, layer.lora_A))
         stored.changes.append(LowRankChange(up, down, layer.scaling[name] * scale))
+        layer.merged_adapters.append(name)  # peft leaves it alone then
 
 
 def _read(loader: Any, file: Path) -> tuple[dict[str, Any], Any]:

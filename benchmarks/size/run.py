@@ -1,7 +1,7 @@
 """Seconds and peak memory of every stage on the real configuration of Wan2.1-1.3B: results.json.
 
     python -m benchmarks.size.run [--work FOLDER] [--blocks 30] [--memory-limit 16GB] [--layout embedded]
-        [--document benchmarks/README.md]
+        [--results FILE] [--document benchmarks/README.md] [--marker size]
 
 Weights are random and the video is tiny, so nothing here says anything about pictures; memory depends on the weights.
 Every stage runs in a process of its own, whose record the system keeps. FOLDER, about 40 GB with all blocks, is left as
@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--keep", action="store_true", help="leave FOLDER as it is at the end too")
     parser.add_argument("--document", type=Path, help="file with the markers that the table goes between")
+    parser.add_argument("--marker", default="size", help="of the table in the document")
     options = parser.parse_args()
     checkpoint, run = options.work / "wan", options.work / "run"
     make_once(checkpoint, lambda folder: save_checkpoint(folder, options.blocks))
@@ -119,7 +120,7 @@ def main() -> None:
     table = table_of(results)
     sys.stdout.write(table)
     if options.document is not None:
-        replace_marked(options.document, "size", table)
+        replace_marked(options.document, options.marker, table)
     if not options.keep:
         shutil.rmtree(options.work)
 

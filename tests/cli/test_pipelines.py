@@ -1,6 +1,7 @@
 """Checkpoints as users bring them go from a folder to engines with one command."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -115,12 +116,20 @@ def test_a_second_build_runs_no_stage(cli, flux: Checkpoint, flux_run: Path) -> 
     assert cli.state(flux_run / "embed") | cli.state(flux_run / "bundle") == before
 
 
-@pytest.mark.parametrize(("stage", "options"), [("export", ()), ("search", ("--transform", "balance-low-rank"))])
+@pytest.mark.parametrize(
+    ("make", "dtype", "stage", "options"),
+    [
+        (make_flux_pipeline, torch.bfloat16, "export", ()),
+        (make_flux_pipeline, torch.bfloat16, "search", ("--transform", "balance-low-rank")),
+        # In a Wan some weights are float32 in a graph of 16 bits.
+        (make_wan_pipeline, torch.float32, "export", ("--frames", "5", "--guidance", "1")),
+    ],
+)
 def test_weights_that_stay_on_disk_give_the_same_bytes(
-    cli, monkeypatch, stage: str, options: tuple[str, ...], tmp_path: Path
+    cli, monkeypatch, make: Callable, dtype: torch.dtype, stage: str, options: tuple[str, ...], tmp_path: Path
 ) -> None:
-    pipe, written = make_flux_pipeline(), []
-    pipe.transformer.bfloat16()
+    pipe, written = make(), []
+    pipe.transformer.to(dtype)
     checkpoint = Checkpoint(tmp_path, pipe, "--simulate", "--formats", "w4a4,w8a8", *options)
     for least in (1, 10**9):
         monkeypatch.setattr(stored, "LEAST_NUMBERS", least)

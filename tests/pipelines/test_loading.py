@@ -144,6 +144,52 @@ def test_a_single_file_takes_the_rest_from_its_base(saved_flux: Path, loaded: Lo
     assert single.name == "my-tune"
 
 
+WAN_NAMES = (
+    ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
+    ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
+    ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
+    ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
+    ("condition_embedder.time_proj", "time_projection.1"),
+    (r"^scale_shift_table", "head.modulation"),
+    ("scale_shift_table", "modulation"),
+    ("proj_out", "head.head"),
+    ("ffn.net.0.proj", "ffn.0"),
+    ("ffn.net.2", "ffn.2"),
+    ("norm2", "norm3"),
+    ("attn1", "self_attn"),
+    ("attn2", "cross_attn"),
+    (r"to_out\.0", "o"),
+    (r"to_([qkv])", r"\1"),
+)
+
+
+def authors_name(name: str) -> str:
+    """What Wan's authors call a weight."""
+    for ours, theirs in WAN_NAMES:
+        name = re.sub(ours, theirs, name)
+    return f"model.diffusion_model.{name}"
+
+
+def test_a_single_file_in_its_authors_layout_is_the_folders_model(
+    saved_wan: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In bfloat16, with tables of angles that need more, and layers that are smaller than what is left in files."""
+    folder = Path(shutil.copytree(saved_wan, tmp_path / "tiny-wan"))
+    tensors = {name: value.bfloat16() for name, value in read_tensors(folder / WEIGHTS).items()}
+    write_tensors(folder / WEIGHTS, tensors)
+    file = tmp_path / "tuned.safetensors"
+    write_tensors(file, {authors_name(name): value for name, value in tensors.items()})
+    monkeypatch.setattr(stored, "LEAST_NUMBERS", 4096)
+    found = [load(open_pipeline(settings(path, base=base))) for path, base in ((folder, None), (file, str(folder)))]
+    modules = [dict(stored.named_weights(model.adapter.trace_module())) for model in found]
+    buffers = [dict(model.adapter.trace_module().named_buffers()) for model in found]
+    for whole, single in (modules, buffers):
+        assert set(whole) == set(single)
+        assert [name for name in whole if not torch.equal(whole[name], single[name])] == []
+    kinds = {type(module) for module in found[1].adapter.transformer.modules()}
+    assert {torch.nn.Linear, stored.StoredLinear} <= kinds
+
+
 def test_shards_are_one_model(own_flux: Path, loaded: LoadedModel) -> None:
     shard(own_flux / "transformer")
     sharded = load(open_pipeline(settings(own_flux)))

@@ -27,8 +27,7 @@ from tests.workers.pretend_device import NAME, pretend_device
 def make_stored_flux() -> ModelAdapter:
     """Weights of bfloat16 in layers that leave theirs where they are."""
     adapter, stored.LEAST_NUMBERS = make_tiny_flux(32, 4), 1
-    stored.keep(adapter.transformer.bfloat16())
-    adapter.transformer.float()
+    stored.fill(adapter.transformer, adapter.transformer.bfloat16().state_dict())
     return adapter
 
 

@@ -29,7 +29,7 @@ BaseName = Literal["bfloat16", "float16", "float32"]
 # Seeds of the batches never meet: each has a million of its own per --seed.
 _SEEDS_PER_RUN = 10_000_000
 _SELECTION_SEEDS, _HELD_OUT_SEEDS, _EVALUATION_SEEDS = 1_000_000, 2_000_000, 3_000_000
-# Share of the limit that is left alone: a calibration that used all of it ended 1.4 % above (benchmarks/size).
+# Share of the limit that is left alone, since what a call needs is told from shapes.
 _KEPT = 0.03
 
 
@@ -40,7 +40,7 @@ class Memory:
     Attributes:
         limit_bytes: most of it.
         call_bytes: what a call of the model needs beside its weights.
-        backward_bytes: what a backward pass through the whole model at once keeps.
+        backward_bytes: what a backward pass through the whole model at once keeps of activations.
         projection_bytes: what it keeps for each projection beside that.
     """
 
@@ -48,6 +48,10 @@ class Memory:
     call_bytes: int = 0
     backward_bytes: int = 0
     projection_bytes: int = 0
+
+    def backward_bytes_of(self, projections: int) -> int:
+        """What a backward pass through the whole model at once keeps with some projections."""
+        return self.backward_bytes + projections * self.projection_bytes
 
     @property
     def room_bytes(self) -> int:
@@ -62,7 +66,7 @@ class Context:
     Attributes:
         run: where files go, opened for writing.
         settings: resolved.
-        model: loaded in float32.
+        model: loaded; large layers of a checkpoint may be on disk.
         memory: what may be resident. Decides what is kept and what is read or computed again, never a result.
         workers: who computes units of work.
     """
@@ -95,13 +99,12 @@ class Context:
     def room_bytes(self) -> int:
         """What is left for sums, where they are kept and where they are computed."""
         room = self.memory.room_bytes
-        return min(room, torch.cuda.mem_get_info(self.device)[0]) if self.device.type == CUDA else room
+        return min(room, _free_bytes(self.device)) if self.device.type == CUDA else room
 
     def by_block(self, projections: int, dtype: torch.dtype = torch.float32) -> bool:
         """Whether a backward pass of this type goes block by block, where the model is: the whole would not fit."""
-        needed = (self.memory.backward_bytes + projections * self.memory.projection_bytes) * dtype.itemsize // 4
-        gpu = self.device.type == CUDA
-        return needed > (torch.cuda.mem_get_info(self.device)[0] if gpu else self.memory.room_bytes)
+        needed = self.memory.backward_bytes_of(projections) * dtype.itemsize // 4
+        return needed > (_free_bytes(self.device) if self.device.type == CUDA else self.memory.room_bytes)
 
     def simulated(self, store: FormatStore) -> SimulatedModel:
         """The fake-quantized model, which holds as many dequantized weights as memory does.
@@ -176,6 +179,12 @@ class Context:
         """Some of the settings, for a stage's key."""
         values = self.settings.model_dump(mode="json")
         return {name: values[name] for name in names}
+
+
+def _free_bytes(gpu: torch.device) -> int:
+    """Memory of a GPU that nothing uses, what PyTorch keeps for later included."""
+    kept = torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
+    return torch.cuda.mem_get_info(gpu)[0] + kept
 
 
 def base_type(settings: Settings) -> BaseName:

@@ -105,9 +105,8 @@ def _graphs(context: Context, policy: Policy, folder: Path) -> None:
 
 def _trace(adapter: ModelAdapter, inputs: Mapping[str, Tensor], base: BaseName, any_size: bool) -> ir.Model:
     """The model's graph, for the size of the inputs or for any."""
-    dtype = getattr(torch, base)
-    common = (inputs, OUTPUT_NAME, dtype, adapter.float32_inputs)
-    with adapter.as_stored(dtype):
+    common = (inputs, OUTPUT_NAME, getattr(torch, base), adapter.float32_inputs)
+    with adapter.as_stored():
         if not any_size:
             return trace(adapter.trace_module(), *common)
         opened = adapter.any_size()

@@ -5,10 +5,12 @@ The estimates are upper bounds with the factors below, which `benchmarks/size` c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from adatsq_trt.calibration.fisher import MOST_ROW_PRODUCTS
 from adatsq_trt.calibration.hessian import hessian_bytes
 from adatsq_trt.calibration.trajectory import PART
 from adatsq_trt.calibration.units import PART as BACKWARD_PART
@@ -102,7 +104,7 @@ def needed_bytes(settings: Settings, model: Model, before: int) -> dict[str, int
     """
     flow, pairs, before = model.flow, [pair for block in model.shapes for pair in block], before + _LIBRARIES
     held = before + model.resident_bytes + 2 * model.encodings
-    samples = min(BACKWARD_PART, settings.calibration_samples)
+    fisher, sensitivity = sweep_bytes(settings, flow, pairs)
     # Hessians of a block, and one of its two files as it is being written.
     sums = max(sum(hessian_bytes(width for width, _ in block)) for block in model.shapes)
     sums += max(sum(4 * width**2 for width, _ in block) for block in model.shapes)
@@ -111,17 +113,33 @@ def needed_bytes(settings: Settings, model: Model, before: int) -> dict[str, int
     block_codes = max(sum(4 * width * rows for width, rows in block) for block in model.shapes)
     search = call + rounded
     if settings.policy is None:
-        search = max(search, samples * flow.block_backward_bytes(settings.projections) + rounded)
+        search = max(search, sensitivity)
     copy, compiler = (_EXPORT if model.copied else 0), (_WEIGHTLESS if settings.layout == "shared" else _COMPILER)
     return {
         "embed": before + model.encoder_bytes,
         "loading": held + model.file_bytes,
-        "calibrate": held + max(samples * flow.block_backward_bytes(1), call + sums),
+        "calibrate": held + max(fisher, call + sums),
         "quantize": held + max(_SOLVER * width**2 for width, _ in pairs) + rounded + block_codes,
         "search": held + search,
         "export": held + max(copy * 2 * model.weights, call + rounded, 8 * model.encodings),
         "bundle": before + int(compiler * 2 * model.weights),
     }
+
+
+def sweep_bytes(settings: Settings, flow: Flow, shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """What the backward sweeps for Fisher information and for sensitivities need at least.
+
+    Args:
+        settings: of the run.
+        flow: of one sample.
+        shapes: (K, N) of the quantizable layers.
+    """
+    samples, largest = min(BACKWARD_PART, settings.calibration_samples), 4 * max(k * n for k, n in shapes)
+    squares = max(3 * 4 * MOST_ROW_PRODUCTS, 2 * largest)
+    fisher = samples * flow.block_backward_bytes(1) + squares
+    # Outputs of a layer in all formats, twice, the exact one and the rounded input.
+    measured = samples * (2 * len(settings.formats) + 2) * flow.largest_bytes + _ROUNDED * largest
+    return fisher, samples * flow.block_backward_bytes(settings.projections) + measured
 
 
 def _model(settings: Settings, outline: LoadedModel, pipeline: OpenedPipeline | None) -> Model:
@@ -137,7 +155,7 @@ def _model(settings: Settings, outline: LoadedModel, pipeline: OpenedPipeline | 
     weights = count_weights(adapter.transformer)
     loading = (0, 4 * weights, 0, True)
     if pipeline is not None:
-        copied = pipeline.mapped_type is not getattr(torch, base_type(settings))
+        copied = pipeline.mapped_types != {getattr(torch, base_type(settings))}
         loading = (pipeline.encoder_bytes, pipeline.resident_bytes, pipeline.file_bytes, copied)
     return Model(weights, shapes, flow, encodings, *loading)
 

@@ -189,7 +189,8 @@ def _exact_workers(context: Context) -> Iterator[Workers]:
     count = torch.get_num_threads()
     size = 4 * count_weights(context.adapter.transformer)
     copied = count * size * (1 + len(context.formats))
-    small = copied <= min(_MOST_COPIED_BYTES, context.memory.room_bytes)
+    together = copied + count * context.memory.backward_bytes_of(context.settings.projections)
+    small = copied <= _MOST_COPIED_BYTES and together <= context.memory.room_bytes
     if count == 1 or not small or not isinstance(context.workers, InProcess):
         yield context.workers
     else:

@@ -1,0 +1,90 @@
+"""What is planned for a unit of the backward sweep by block, and the memory that it takes, both in bytes.
+
+A process of its own, whose record the system keeps.
+"""
+
+import resource
+import sys
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+
+from adatsq_trt.calibration.fisher import projections
+from adatsq_trt.calibration.trajectory import Samples
+from adatsq_trt.calibration.units import Measured, backward_sweep, squared_gradients
+from adatsq_trt.cli.stages.memory import sweep_bytes
+from adatsq_trt.formats import resolve_formats
+from adatsq_trt.image import ImageShape
+from adatsq_trt.meter import release_memory, resident_bytes
+from adatsq_trt.models.flow import measure_flow
+from adatsq_trt.models.format_store import FormatStore
+from adatsq_trt.models.prompts import TextEncoder
+from adatsq_trt.models.wan import WanAdapter
+from adatsq_trt.quantize import quantize_nearest
+from adatsq_trt.search.sensitivity import Candidates, measure_contributions
+from adatsq_trt.settings import Settings
+from adatsq_trt.workers import InProcess
+
+FORMATS = resolve_formats("w4a4,w8a8")
+
+
+def make_adapter() -> WanAdapter:
+    """Three blocks and 2,048 tokens."""
+    transformer = WanTransformer3DModel(
+        num_attention_heads=4,
+        attention_head_dim=64,
+        in_channels=4,
+        out_channels=4,
+        text_dim=32,
+        freq_dim=32,
+        ffn_dim=1024,
+        num_layers=3,
+        rope_max_seq_len=128,
+    )
+    transformer.requires_grad_(False)
+    encoder = TextEncoder(("a",), ("a",), text_tokens=9, width=32)
+    video = ImageShape(64, channels=1, frames=2)
+    return WanAdapter(transformer, encoder, FlowMatchEulerDiscreteScheduler(), video, guidance_distilled=True)
+
+
+def main(kind: str, count: int) -> None:
+    """Measure one step."""
+    adapter = make_adapter()
+    samples = Samples(adapter, adapter.schedule(1), 1.0, prompts=(0,), seeds=(0,))
+    layers = adapter.quantizable_layers()
+    settings = Settings(
+        model="wan",
+        weights_sha256="0" * 64,
+        model_sha256="0" * 64,
+        format_set="w4a4,w8a8",
+        formats=tuple(fmt.name for fmt in FORMATS),
+        targets=(),
+        simulate=True,
+        steps=1,
+        guidance=1.0,
+        budget_bits=8.0,
+        projections=count,
+        calibration_samples=1,
+        selection_samples=1,
+        held_out_samples=1,
+    )
+    shapes = [(layer.in_features, layer.out_features) for layer in layers.values()]
+    planned = sweep_bytes(settings, measure_flow(adapter, samples.schedule, 1.0), shapes)[kind == "sensitivity"]
+    weights = {f.name: {n: quantize_nearest(layer.weight, f) for n, layer in layers.items()} for f in FORMATS}
+    latents, start = samples.noise()[None], projections(1, adapter.latent_shape, count, 0)
+    samples.step(latents[0], 0)  # what libraries keep from their first call on
+    workers = InProcess()
+    if kind == "sensitivity":
+        extra, measure = Candidates(FORMATS, FormatStore(weights, {})), measure_contributions
+    else:
+        extra, measure = None, squared_gradients
+    release_memory()
+    before = resident_bytes()
+    list(backward_sweep(workers, workers.share(Measured(samples, extra, by_block=True)), measure, latents, start, 0))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    sys.stdout.write(f"{planned} {peak - before}\n")
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main(sys.argv[1], int(sys.argv[2]))
