@@ -296,7 +296,7 @@ def run_stages(request: Request, until: StageName) -> None:
     opened = open_model(open_at_first(request.model, choice.shapes))
     settings = resolve(request, choice, opened)
     search.require_possible(settings, opened.outline)
-    memory = plan_memory(choice.memory_limit, settings, opened.outline, opened.pipeline)
+    memory = plan_memory(choice.memory_limit, settings, opened.outline, opened.pipeline, until.value)
     console = Console()
     # A simulated run gets a folder of its own, so that it never replaces a run with engines.
     names = [settings.model, *choice.targets, *(["simulated"] if request.formats.simulate else [])]

@@ -12,7 +12,7 @@ import torch
 from adatsq_trt.calibration.fisher import LayerGradients, backward_step, projections
 from adatsq_trt.calibration.hessian import layer_moments
 from adatsq_trt.cli.options import open_run
-from adatsq_trt.cli.stages import calibrate, quantize
+from adatsq_trt.cli.stages import calibrate, memory, quantize
 from adatsq_trt.cli.stages.context import Memory
 from adatsq_trt.cli.stages.memory import plan_memory
 from adatsq_trt.errors import UserError
@@ -47,8 +47,8 @@ def test_hessians_in_many_passes_are_those_of_one(built: Path) -> None:
 def test_weights_that_do_not_fit_are_dequantized_at_every_call(built: Path) -> None:
     context = open_run(built)
     outputs = []
-    for memory in (Memory(), Memory(0)):
-        with replace(context, memory=memory).simulated(quantize.load(context)).installed() as model:
+    for limits in (Memory(), Memory(0)):
+        with replace(context, memory=limits).simulated(quantize.load(context)).installed() as model:
             model.assign(dict.fromkeys(model.layers, context.formats[0]), 0)
             outputs.append(context.calibration.step(context.calibration.noise(), 0))
     assert torch.equal(*outputs)
@@ -59,9 +59,9 @@ def test_a_backward_pass_by_block_gives_the_sensitivities_of_one_at_once(built: 
     latents = read_tensors(built / "calibrate" / "trajectory.safetensors")["latents"]
     start = projections(latents.shape[1], context.adapter.latent_shape, 2, seed=0)
     store = quantize.load(context)
-    for memory in (Memory(backward_bytes=1), Memory(0, backward_bytes=1)):
-        by_block = replace(context, memory=memory).by_block(2)
-        assert by_block == (memory.limit_bytes == 0)
+    for limits in (Memory(backward_bytes=1), Memory(0, backward_bytes=1)):
+        by_block = replace(context, memory=limits).by_block(2)
+        assert by_block == (limits.limit_bytes == 0)
         what = (context.calibration, latents, start, context.formats, store, tmp_path / str(by_block))
         found.append(measure_sensitivity(*what, lambda: None, context.workers, by_block))
     assert torch.equal(found[0][0].contributions, found[1][0].contributions)
@@ -70,13 +70,31 @@ def test_a_backward_pass_by_block_gives_the_sensitivities_of_one_at_once(built: 
 
 def test_the_plan_knows_what_a_backward_pass_keeps(built: Path) -> None:
     context = open_run(built)
-    memory = plan_memory(None, context.settings, context.model)
+    planned = plan_memory(None, context.settings, context.model)
     adapter, samples = context.adapter, context.calibration.part(slice(0, 16))
     latents = read_tensors(built / "calibrate" / "trajectory.safetensors")["latents"]
     start, shown = projections(len(samples.seeds), adapter.latent_shape, 1, seed=0), list[LayerGradients]()
     backward_step(samples, latents[0, :16], start, 0, shown.append)
     (layers,) = shown
-    assert memory.projection_bytes == sum(gradient.nbytes for gradient in layers.gradients.values())
+    assert planned.projection_bytes == sum(gradient.nbytes for gradient in layers.gradients.values())
+
+
+def test_only_stages_that_run_need_memory(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = open_run(built)
+    large = replace(memory._model(context.settings, context.model, None), weights=10**11)
+    monkeypatch.setattr(memory, "_model", lambda *_: large)
+    settings = context.settings.model_copy(update={"simulate": False, "targets": ("sm120",), "layout": "embedded"})
+
+    def refusal(until: str = "bundle", **changes: object) -> str:
+        with pytest.raises(UserError) as refused:
+            plan_memory(1, settings.model_copy(update=changes), context.model, until=until)
+        return str(refused.value)
+
+    assert "stage 'bundle' needs 80" in refusal()
+    assert refusal().endswith("or --layout shared, whose plans hold no weights")
+    for changes in ({"layout": "shared"}, {"simulate": True}, {"targets": ("cpu",)}, {"until": "export"}):
+        assert "stage 'export' needs 60" in refusal(**changes)
+    assert "stage 'export'" not in refusal(until="quantize")
 
 
 @pytest.mark.parametrize(("kind", "count"), [("fisher", 1), ("sensitivity", 1), ("sensitivity", 8)])

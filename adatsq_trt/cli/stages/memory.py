@@ -16,6 +16,7 @@ from adatsq_trt.calibration.trajectory import PART
 from adatsq_trt.calibration.units import PART as BACKWARD_PART
 from adatsq_trt.cli.stages.context import Memory, base_type
 from adatsq_trt.errors import UserError
+from adatsq_trt.formats import PLUGIN_LAYOUT, target_named
 from adatsq_trt.meter import machine_bytes, resident_bytes
 from adatsq_trt.models.flow import Flow, measure_flow
 from adatsq_trt.models.stored import count_weights
@@ -32,6 +33,8 @@ _ROUNDED = 6
 # What the export needs where it copies the weights in 16 bits, as a multiple of these; what the compiler needs,
 # likewise, for a graph with its weights and for one whose weights are inputs.
 _EXPORT, _COMPILER, _WEIGHTLESS = 3, 4, 0.25
+BUNDLE = "bundle"  # the last stage
+_LESS_PLAN = "--layout shared, whose plans hold no weights"
 _LIBRARIES = 400_000_000  # that are imported on the way
 _STEP = 100_000_000  # limits are named in such steps
 
@@ -62,7 +65,11 @@ class Model:
 
 
 def plan_memory(
-    limit: int | None, settings: Settings, outline: LoadedModel, pipeline: OpenedPipeline | None = None
+    limit: int | None,
+    settings: Settings,
+    outline: LoadedModel,
+    pipeline: OpenedPipeline | None = None,
+    until: str = BUNDLE,
 ) -> Memory:
     """What a run may have resident.
 
@@ -71,19 +78,21 @@ def plan_memory(
         settings: of the run.
         outline: the model, whose weights need not be in memory.
         pipeline: the checkpoint that it comes from.
+        until: the last stage that is to run.
 
     Raises:
         UserError: the limit is too small; names the smallest that would do.
     """
     model = _model(settings, outline, pipeline)
     least = needed_bytes(settings, model, resident_bytes())
-    if limit is not None and limit < max(least.values()):
-        stage = max(least, key=lambda name: least[name])
+    names = list(least)
+    stage = max(names[: names.index(until) + 1], key=lambda name: least[name])
+    if limit is not None and limit < least[stage]:
         smallest = -(-least[stage] // _STEP) * _STEP / 1e9
         raise UserError(
             f"--memory-limit {limit / 1e9:g} GB: stage '{stage}' needs {least[stage] / 1e9:.1f} GB for "
-            f"{model.weights / 1e9:.2f} billion weights; pass at least --memory-limit {smallest:.1f}GB, or fewer "
-            "samples or a smaller size"
+            f"{model.weights / 1e9:.2f} billion weights; pass at least --memory-limit {smallest:.1f}GB, or "
+            f"{_LESS_PLAN if stage == BUNDLE else 'fewer samples or a smaller size'}"
         )
     flow, samples = model.flow, min(BACKWARD_PART, settings.calibration_samples)
     return Memory(
@@ -95,7 +104,7 @@ def plan_memory(
 
 
 def needed_bytes(settings: Settings, model: Model, before: int) -> dict[str, int]:
-    """Stage → the least that it can have resident.
+    """Stage → the least that it can have resident, in the order of the stages.
 
     Args:
         settings: of the run.
@@ -114,7 +123,7 @@ def needed_bytes(settings: Settings, model: Model, before: int) -> dict[str, int
     search = call + rounded
     if settings.policy is None:
         search = max(search, sensitivity)
-    copy, compiler = (_EXPORT if model.copied else 0), (_WEIGHTLESS if settings.layout == "shared" else _COMPILER)
+    copy = _EXPORT if model.copied else 0
     return {
         "embed": before + model.encoder_bytes,
         "loading": held + model.file_bytes,
@@ -122,8 +131,17 @@ def needed_bytes(settings: Settings, model: Model, before: int) -> dict[str, int
         "quantize": held + max(_SOLVER * width**2 for width, _ in pairs) + rounded + block_codes,
         "search": held + search,
         "export": held + max(copy * 2 * model.weights, call + rounded, 8 * model.encodings),
-        "bundle": before + int(compiler * 2 * model.weights),
+        BUNDLE: before + int(_compiled(settings) * 2 * model.weights),
     }
+
+
+def _compiled(settings: Settings) -> float:
+    """What the compiler needs, as a multiple of the weights in 16 bits."""
+    if settings.simulate or settings.layout == PLUGIN_LAYOUT:
+        return 0
+    if all(target_named(name).compute_capability is None for name in settings.targets):
+        return 0
+    return _WEIGHTLESS if settings.layout == "shared" else _COMPILER
 
 
 def sweep_bytes(settings: Settings, flow: Flow, shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
