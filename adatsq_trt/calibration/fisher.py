@@ -98,8 +98,8 @@ def _through_blocks(samples: Samples, latent: Tensor, adjoint: Tensor, step: int
     """Between the blocks gradients go backwards as usual; a block is called again when its outputs have theirs."""
     layers, groups = samples.adapter.quantizable_layers(), samples.adapter.layers_by_block()
     with cut_at_blocks(samples.adapter) as calls:
-        inputs, following = _differentiable_step(samples, latent, step)
-    leaves = LeafGradients([latent, *inputs, *(x for call in calls for x in call.outputs)], len(adjoint))
+        _, following = _differentiable_step(samples, latent, step)
+    leaves = LeafGradients([latent, *(x for call in calls for x in call.outputs)], len(adjoint))
     for number, row in enumerate(adjoint):
         leaves.send(number, [following], [row])
     while calls:

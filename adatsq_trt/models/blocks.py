@@ -89,7 +89,7 @@ class LeafGradients:
         """Nothing has arrived.
 
         Args:
-            leaves: in the order in which they were made.
+            leaves: of the graph, in the order in which they were made.
             rows: how many vectors there are.
         """
         self.rows = rows
