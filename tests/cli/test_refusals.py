@@ -72,7 +72,7 @@ REQUESTS = {
     ),
     "memory limit": (
         ("digits-flux", *SM120, "--memory-limit", "100MB"),
-        "--memory-limit 0.1 GB: stage 'search' needs ",
+        "--memory-limit 0.1 GB: stage 'calibrate' needs ",
     ),
     "no memory limit": (("digits-flux", *SM120, "--memory-limit", "12 XB"), "--memory-limit '12 XB': expected a size"),
     "guidance": (("digits-flux", *SM120, "--guidance", "nan"), "--guidance: got nan, expected a finite number"),
