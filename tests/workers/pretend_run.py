@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from adatsq_trt.cli.stages import export, search
-from adatsq_trt.cli.stages.context import Context
+from adatsq_trt.cli.stages.context import Context, Memory
 from adatsq_trt.formats import resolve_formats
 from adatsq_trt.models import stored
 from adatsq_trt.models.adapter import ModelAdapter
@@ -61,8 +61,10 @@ def run(folder: Path, device: str, model: str, stage: str, formats: str, transfo
         selection_samples=2,
         held_out_samples=2,
     )
+    # The pretended device has no room: backward passes go block by block, Hessians are summed a block at a time.
+    memory = Memory() if place.type == CPU else Memory(0, backward_bytes=1)
     with RunDirectory.open(folder) as directory:
-        {"search": search, "export": export}[stage].run(Context(directory, settings, loaded, workers=workers))
+        {"search": search, "export": export}[stage].run(Context(directory, settings, loaded, memory, workers))
 
 
 if __name__ == "__main__":
