@@ -85,6 +85,14 @@ class OnDevice:
             yield result
 
 
+def free_bytes(gpu: torch.device) -> int:
+    """Memory of a GPU that nothing uses, what PyTorch keeps for later included."""
+    import torch
+
+    kept = torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
+    return torch.cuda.mem_get_info(gpu)[0] + kept
+
+
 @contextmanager
 def told_when_full(device: torch.device) -> Iterator[None]:
     """Say what to do when the memory of a device is too small.

@@ -48,7 +48,7 @@ from adatsq_trt.search.plan import make_plan
 from adatsq_trt.search.resume import measure_sensitivity, search_columns
 from adatsq_trt.search.simulation import Simulation
 from adatsq_trt.workers import InProcess, Workers
-from adatsq_trt.workers.device import CPU, CUDA, OnDevice, parse_device
+from adatsq_trt.workers.device import CPU, CUDA, OnDevice, free_bytes, parse_device
 from adatsq_trt.workers.precision import Bfloat16
 from benchmarks.document import replace_marked
 
@@ -163,7 +163,7 @@ def make_store(adapter: FluxAdapter) -> FormatStore:
 def goes_by_block(adapter: FluxAdapter, schedule: Schedule, device: torch.device, search: Search) -> bool:
     """As the search of a run decides it."""
     whole = measure_flow(adapter, schedule, GUIDANCE).backward_bytes(PROJECTIONS)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == CUDA else machine_bytes() - resident_bytes()
+    free = free_bytes(device) if device.type == CUDA else machine_bytes() - resident_bytes()
     return whole * getattr(torch, search.precision).itemsize // 4 > free
 
 

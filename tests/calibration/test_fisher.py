@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from torch import Tensor
 
+from adatsq_trt.calibration import fisher
 from adatsq_trt.calibration.fisher import (
     LayerGradients,
     backward_step,
@@ -143,6 +144,17 @@ def test_one_block_at_a_time_is_kept() -> None:
         most.append(max(alive))
     assert len(shown) == 1 + len(adapter.blocks()) == 3
     assert most[1] < 0.7 * most[0]  # there are some operations before and after the blocks
+
+
+def test_many_rows_give_the_squares_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs, gradients = torch.randn(3, 7, 5, generator=generator), torch.randn(2, 3, 7, 4, generator=generator)
+    few = squared_weight_gradient(inputs, gradients)
+    monkeypatch.setattr(fisher, "MOST_ROW_PRODUCTS", 3 * 7**2 - 1)
+    many = squared_weight_gradient(inputs, gradients)
+    assert many.shape == (2, 3)
+    torch.testing.assert_close(many, few)
+    torch.testing.assert_close(many[1, 2], (gradients[1, 2].mT @ inputs[2]).square().sum())
 
 
 def test_layers_that_never_see_the_latent_have_information(sweep: dict[int, BackwardStep]) -> None:

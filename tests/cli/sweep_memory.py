@@ -58,22 +58,8 @@ def main(kind: str, count: int) -> None:
     adapter = make_adapter()
     samples = Samples(adapter, adapter.schedule(1), 1.0, prompts=(0,), seeds=(0,))
     layers = adapter.quantizable_layers()
-    settings = Settings(
-        model="wan",
-        weights_sha256="0" * 64,
-        model_sha256="0" * 64,
-        format_set="w4a4,w8a8",
-        formats=tuple(fmt.name for fmt in FORMATS),
-        targets=(),
-        simulate=True,
-        steps=1,
-        guidance=1.0,
-        budget_bits=8.0,
-        projections=count,
-        calibration_samples=1,
-        selection_samples=1,
-        held_out_samples=1,
-    )
+    names = tuple(fmt.name for fmt in FORMATS)
+    settings = Settings.model_construct(formats=names, projections=count, calibration_samples=1)
     shapes = [(layer.in_features, layer.out_features) for layer in layers.values()]
     planned = sweep_bytes(settings, measure_flow(adapter, samples.schedule, 1.0), shapes)[kind == "sensitivity"]
     weights = {f.name: {n: quantize_nearest(layer.weight, f) for n, layer in layers.items()} for f in FORMATS}

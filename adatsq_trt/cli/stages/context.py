@@ -21,7 +21,7 @@ from adatsq_trt.run import Json, RunDirectory
 from adatsq_trt.schedule import Schedule
 from adatsq_trt.settings import Settings
 from adatsq_trt.workers import InProcess, Workers
-from adatsq_trt.workers.device import CPU, CUDA, OnDevice, told_when_full
+from adatsq_trt.workers.device import CPU, CUDA, OnDevice, free_bytes, told_when_full
 from adatsq_trt.zoo.loading import LoadedModel
 
 BaseName = Literal["bfloat16", "float16", "float32"]
@@ -99,12 +99,12 @@ class Context:
     def room_bytes(self) -> int:
         """What is left for sums, where they are kept and where they are computed."""
         room = self.memory.room_bytes
-        return min(room, _free_bytes(self.device)) if self.device.type == CUDA else room
+        return min(room, free_bytes(self.device)) if self.device.type == CUDA else room
 
     def by_block(self, projections: int, dtype: torch.dtype = torch.float32) -> bool:
         """Whether a backward pass of this type goes block by block, where the model is: the whole would not fit."""
         needed = self.memory.backward_bytes_of(projections) * dtype.itemsize // 4
-        return needed > (_free_bytes(self.device) if self.device.type == CUDA else self.memory.room_bytes)
+        return needed > (free_bytes(self.device) if self.device.type == CUDA else self.memory.room_bytes)
 
     def simulated(self, store: FormatStore) -> SimulatedModel:
         """The fake-quantized model, which holds as many dequantized weights as memory does.
@@ -179,12 +179,6 @@ class Context:
         """Some of the settings, for a stage's key."""
         values = self.settings.model_dump(mode="json")
         return {name: values[name] for name in names}
-
-
-def _free_bytes(gpu: torch.device) -> int:
-    """Memory of a GPU that nothing uses, what PyTorch keeps for later included."""
-    kept = torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
-    return torch.cuda.mem_get_info(gpu)[0] + kept
 
 
 def base_type(settings: Settings) -> BaseName:
