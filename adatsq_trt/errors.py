@@ -69,3 +69,9 @@ class OutputError(UserError):
 
 class DependencyError(UserError):
     """A library that the command needs and that is not installed."""
+
+
+def one_line(error: Exception, limit: int = 300) -> str:
+    """What a library's exception says, without line breaks and not too long; its type where it says nothing."""
+    text = " ".join(str(error).split())
+    return (text if len(text) <= limit else f"{text[:limit]} ...") or type(error).__name__

@@ -1,4 +1,4 @@
-"""LoRA files, fused into the transformer before anything is measured, by diffusers' and peft's own loaders."""
+"""LoRA files, fused into the transformer before anything is measured."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from importlib import util
 from pathlib import Path
 from typing import Any
 
-from adatsq_trt.errors import DamagedFileError, DependencyError, MismatchError, MissingFileError, UserError
+from torch import nn
+
+from adatsq_trt.errors import DependencyError, MissingFileError, UserError
 from adatsq_trt.models.stored import LowRankChange, StoredLinear
 from adatsq_trt.pipelines.kinds import PipelineKind
+from adatsq_trt.pipelines.lora_file import LayerChange, read_changes
 from adatsq_trt.pipelines.weights import read_headers, refuse_pickle
 
 log = logging.getLogger(__name__)
@@ -59,74 +62,50 @@ def parse_lora(text: str) -> Lora:
 
 
 def fuse(kind: PipelineKind, transformer: Any, lora: Lora) -> None:
-    """Add a LoRA to the transformer's weights: W + scale B A.
+    """Add a LoRA to the transformer's weights: W + scale · alpha / rank · B A.
 
     Raises:
-        MismatchError: the file has nothing for this transformer, or matrices of other shapes.
+        MismatchError: the file changes what the transformer does not have, or does so in a way that is not followed.
         DamagedFileError: it holds something that is no LoRA.
     """
-    # The pipeline's loader understands the dialects of the many trainers.
-    loader, name = kind.load_class(kind.pipeline), "lora"
-    try:
-        tensors, alphas = _read(loader, lora.file)
-    except Exception as error:  # what is raised depends on the dialect
-        raise DamagedFileError(
-            f"--lora '{lora.file}' is not a LoRA that diffusers understands ({_reason(error)}); give another file"
-        ) from error
-    own = {key for key in tensors if key.startswith("transformer.")}
-    others = sorted({key.partition(".")[0] for key in set(tensors) - own})
-    if others:
-        log.warning("--lora '%s': its changes of %s are left out; only the transformer's are fused", lora.file, others)
-    if not own:
-        raise MismatchError(
-            f"--lora '{lora.file}' changes nothing in a {kind.transformer}; give one that was trained for it"
+    changes = read_changes(kind, transformer, lora.file)
+    for path, change in changes.layers.items():
+        _change_layer(transformer, path, change, lora.scale)
+    for name, difference in changes.differences.items():
+        path, _, last = name.rpartition(".")
+        module = transformer.get_submodule(path)
+        if isinstance(module, StoredLinear) and last == "weight":
+            module = _in_memory(transformer, path, module)
+        getattr(module, last).data.add_(difference, alpha=lora.scale)
+    layers = len(changes.layers)
+    also = f" and {len(changes.differences)} other tensors" if changes.differences else ""
+    log.info("--lora '%s': %d layers%s changed, scale %g", lora.file, layers, also, lora.scale)
+    if changes.left_out:
+        log.warning(
+            "--lora '%s': its %d tensors of text encoders are left out, such as '%s'; only the transformer is changed",
+            lora.file,
+            len(changes.left_out),
+            changes.left_out[0],
         )
-    modules = dict(transformer.named_modules())
-    strange = sorted({key.removeprefix("transformer.").split(".lora")[0] for key in own} - set(modules))
-    if strange:
-        raise MismatchError(
-            f"--lora '{lora.file}' changes '{strange[0]}', which this {kind.transformer} does not have; give one that "
-            "was trained for this model"
-        )
-    try:
-        transformer.load_lora_adapter(
-            {key: tensors[key] for key in own}, network_alphas=alphas, adapter_name=name, prefix="transformer"
-        )
-        _change_stored(transformer, name, lora.scale)
-        transformer.fuse_lora(lora_scale=lora.scale, adapter_names=[name], safe_fusing=True)
-        transformer.unload_lora()
-    except Exception as error:
-        raise MismatchError(
-            f"--lora '{lora.file}' does not fit this {kind.transformer} ({_reason(error)}); give one that was trained "
-            "for this model"
-        ) from error
 
 
-def _change_stored(transformer: Any, name: str, scale: float) -> None:
-    """Leave stored weights where they are, which peft cannot change, and add what it would add at every call."""
-    from peft.tuners.lora import LoraLayer
-
-    layers: list[Any] = [module for module in transformer.modules() if isinstance(module, LoraLayer)]
-    for layer in layers:
-        stored = layer.base_layer
-        if not isinstance(stored, StoredLinear):
-            continue
-        if name in layer.lora_variant or layer.lora_bias[name]:  # not a plain product: peft's own way, in memory
-            layer.base_layer = stored.in_memory()
-            continue
-        up, down = (part[name].weight.detach().float() for part in (layer.lora_B, layer.lora_A))
-        stored.changes.append(LowRankChange(up, down, layer.scaling[name] * scale))
-        layer.merged_adapters.append(name)  # peft leaves it alone then
-
-
-def _read(loader: Any, file: Path) -> tuple[dict[str, Any], Any]:
-    options = {"weight_name": file.name, "use_safetensors": True, "local_files_only": True}
-    read = loader.lora_state_dict
-    if "return_alphas" in read.__code__.co_varnames:
-        tensors, alphas = read(file.parent, return_alphas=True, **options)
-        return dict(tensors), alphas
-    return dict(read(file.parent, **options)), None
+def _change_layer(transformer: Any, path: str, change: LayerChange, scale: float) -> None:
+    """A stored weight stays where it is, and gets the change at every call; with magnitudes it is put in memory."""
+    layer = transformer.get_submodule(path)
+    if change.bias is not None:
+        layer.bias.data.add_(change.bias, alpha=scale)
+    product = LowRankChange(change.up, change.down, scale)
+    if change.magnitude is None and isinstance(layer, StoredLinear):
+        layer.changes.append(product)
+        return
+    if isinstance(layer, StoredLinear):
+        layer = _in_memory(transformer, path, layer)
+    product.add_to(layer.weight.data)
+    if change.magnitude is not None:  # DoRA: arXiv:2402.09353, equation 5, by rows as peft has it
+        layer.weight.data.mul_((change.magnitude / layer.weight.norm(dim=1))[:, None])
 
 
-def _reason(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+def _in_memory(transformer: Any, path: str, layer: StoredLinear) -> nn.Linear:
+    linear = layer.in_memory()
+    transformer.set_submodule(path, linear)
+    return linear
