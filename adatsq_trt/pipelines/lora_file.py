@@ -7,7 +7,7 @@ them drop tensors or strengths without a word. So strengths are multiplied in be
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,8 @@ def read_changes(kind: PipelineKind, transformer: nn.Module, file: Path) -> Chan
         plain = _PREFIX.sub("", name, count=1)
         if name.startswith(PEFT_PREFIX) and own.path(name) and config is None and "alpha" not in parts:
             raise MismatchError(
-                f"--lora '{file}' was saved by peft, which keeps its strength in adapter_config.json; put that beside it"
+                f"--lora '{file}' was saved by peft, which keeps its strength in adapter_config.json; put that file "
+                "beside it"
             )
         _multiply(parts, layer_strength(file, name, plain, parts, config))
     differences = {key: others.pop(key) for key in list(others) if _DIFFERENCE.fullmatch(key)}
@@ -281,14 +282,17 @@ def _differences(
     """Differences of whole parameters, in the names that Wan's trainers use, by parameter."""
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
-    result, shapes = dict[str, Tensor](), {name: value.shape for name, value in transformer.state_dict().items()}
+    result, shapes = dict[str, Tensor](), {name: tuple(value.shape) for name, value in transformer.named_parameters()}
+    for path, module in transformer.named_modules():
+        if isinstance(module, nn.Linear):  # of a stored one the weight is no parameter
+            shapes[f"{path}.weight"] = (module.out_features, module.in_features)
     for key, value in tensors.items():
         match = _DIFFERENCE.fullmatch(key)
         assert match is not None
         name = _PREFIX.sub("", f"{match[1]}.{_DIFFERENCES[match[2]]}", count=1)
         if kind.transformer.startswith("Wan"):
             name = next(iter(convert_wan_transformer_to_diffusers({name: value})))
-        if name not in shapes or shapes[name] != value.shape:
+        if shapes.get(name) != value.shape:
             raise MismatchError(
                 f"--lora '{file}' holds '{key}' of {list(value.shape)}, which fits no weight of this "
                 f"{kind.transformer}; give one that was trained for this model"
