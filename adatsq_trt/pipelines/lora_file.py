@@ -183,7 +183,7 @@ class _Traced(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         from torch.utils._pytree import tree_leaves
 
-        result = super().__torch_function__(func, types, args, kwargs)
+        result = super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         keys = frozenset[str]().union(*(leaf.keys for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls)))
         for leaf in tree_leaves(result):
             if isinstance(leaf, cls):
@@ -192,7 +192,7 @@ class _Traced(Tensor):
 
 
 def _trace(value: Tensor, key: str) -> _Traced:
-    traced: _Traced = value.as_subclass(_Traced)  # type: ignore[assignment]
+    traced: _Traced = value.as_subclass(_Traced)
     traced.keys = frozenset({key})
     return traced
 

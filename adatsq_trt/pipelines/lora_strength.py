@@ -21,7 +21,7 @@ _TRAINING = {
     *("lora_ga_config", "megatron_config", "megatron_core", "peft_version", "qalora_group_size", "revision"),
     *("target_modules", "task_type"),
 }
-_UNSET = (None, False, "none", [], {})
+_UNSET: tuple[JsonValue, ...] = (None, False, "none", [], {})
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # others change the weights that training starts from
 
 
@@ -56,8 +56,8 @@ class PeftConfig(BaseModel):
         """What a layer's change is multiplied by, and the rank that it should have."""
         from peft.utils.other import get_pattern_key
 
-        rank = self.rank_pattern.get(get_pattern_key(self.rank_pattern, layer), self.r)
-        alpha = self.alpha_pattern.get(get_pattern_key(self.alpha_pattern, layer), self.lora_alpha)
+        rank = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), layer), self.r)
+        alpha = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), layer), self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank), rank
 
 
