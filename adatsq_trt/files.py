@@ -204,27 +204,29 @@ class MappedTensors(Mapping[str, "Tensor"]):
     Every lookup maps the tensor's file anew, so its pages leave memory together with the tensor.
     """
 
-    def __init__(self, files: Iterable[Path], advice: str | None = None) -> None:
+    def __init__(self, files: Iterable[Path], advice: str | None = None, prefix: str = "") -> None:
         """Read the headers.
 
         Args:
             files: no name is in two of them.
             advice: what messages tell the user to do with a bad file; None for a file that a stage writes.
+            prefix: of the tensors that are wanted, whose names here are without it.
 
         Raises:
             MissingFileError: no such file.
             DamagedFileError: truncated or not safetensors.
         """
-        self._advice = advice
+        self._advice, self._prefix = advice, prefix
         self._places: dict[str, Path] = {}
         for path in files:
             with _opened_tensors(path, advice) as opened:
-                self._places |= dict.fromkeys(opened.keys(), path)
+                names = (name.removeprefix(prefix) for name in opened.keys() if name.startswith(prefix))  # noqa: SIM118
+                self._places |= dict.fromkeys(names, path)
 
     def __getitem__(self, name: str) -> Tensor:
         """One tensor; its pages are read when they are used."""
         with _opened_tensors(self._places[name], self._advice) as opened:
-            return opened.get_tensor(name)  # type: ignore[no-any-return]
+            return opened.get_tensor(f"{self._prefix}{name}")  # type: ignore[no-any-return]
 
     def __iter__(self) -> Iterator[str]:
         """Names."""

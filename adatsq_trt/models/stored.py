@@ -32,10 +32,6 @@ class LowRankChange:
     down: Tensor
     factor: float
 
-    def add_to(self, weight: Tensor) -> None:
-        """Change a weight, float32 [N, K], in place."""
-        weight += self.up @ self.down * self.factor
-
 
 class StoredLinear(nn.Linear):
     """A linear layer without a parameter for its weight.
@@ -74,7 +70,7 @@ class StoredLinear(nn.Linear):
             return self.stored.to(dtype, copy=True)
         weight = self.stored.to(torch.float32, copy=True)
         for change in self.changes:
-            change.add_to(weight)
+            weight += change.up @ change.down * change.factor
         return weight.to(dtype)
 
     @property

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from pydantic import JsonValue
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from adatsq_trt.errors import DamagedFileError, MismatchError, UserError
+from adatsq_trt.errors import DamagedFileError, MismatchError, UserError, one_line
 from adatsq_trt.files import MappedTensors, read_json_model
 from adatsq_trt.image import PixelScale
 from adatsq_trt.models.architectures import ADAPTERS
@@ -21,6 +22,7 @@ from adatsq_trt.models.prompts import StoredPrompts
 from adatsq_trt.models.stored import count_weights, fill, large_linears, named_weights
 from adatsq_trt.pipelines.kinds import AGAIN, Canvas, JsonObject
 from adatsq_trt.pipelines.lora import Lora, fuse, parse_lora
+from adatsq_trt.pipelines.single_file import convert, require_layout, transformer_weights
 from adatsq_trt.pipelines.source import Source, find_source
 from adatsq_trt.pipelines.weights import (
     WeightFiles,
@@ -80,11 +82,11 @@ class OpenedPipeline:
             encodings: of the prompts (`encode_prompts`).
 
         Raises:
-            DamagedFileError: weights that are NaN or infinite, or that diffusers cannot load.
+            DamagedFileError: weights that are NaN or infinite.
             MismatchError: a LoRA that does not fit.
         """
         mapped = self._stays_mapped
-        tensors = MappedTensors(self._weights.files, AGAIN) if mapped else self._converted()
+        tensors = MappedTensors(self._weights.files, AGAIN, self._weights.prefix) if mapped else self._converted()
         require_finite(tensors.items(), self.source.transformer)
         transformer = self.source.kind.make_empty(self._config)
         fill(transformer, tensors)
@@ -108,7 +110,7 @@ class OpenedPipeline:
         try:
             return self.source.kind.make_outline(self._config)
         except (TypeError, ValueError, AttributeError, ZeroDivisionError, RuntimeError) as error:
-            raise DamagedFileError(f"'{config}' does not describe a model ({_reason(error)}); {AGAIN}") from error
+            raise DamagedFileError(f"'{config}' does not describe a model ({one_line(error)}); {AGAIN}") from error
 
     @cached_property
     def _widest(self) -> torch.dtype:
@@ -118,26 +120,11 @@ class OpenedPipeline:
 
     def _converted(self) -> dict[str, Tensor]:
         """The weights that diffusers makes of a single file in another layout, in the file's widest type."""
-        source = self.source
-        kind = source.kind.load_class(source.kind.transformer)
-        try:
-            loaded = kind.from_single_file(
-                str(source.transformer),
-                config=str(source.config.parent),
-                torch_dtype=self._widest,
-                local_files_only=True,
-            )
-        except Exception as error:  # what is raised depends on the file
-            raise DamagedFileError(f"'{source.transformer}' does not load ({_reason(error)}); {AGAIN}") from error
-        # Diffusers leaves what a single file lacks without values.
-        state: dict[str, Tensor] = loaded.state_dict()
-        empty = [name for name, value in state.items() if value.is_meta]
-        if empty:
-            raise MismatchError(
-                f"'{source.transformer}' has no '{empty[0]}', which the base's '{source.config}' expects; name the "
-                "base that it was trained from"
-            )
-        return state
+        weights, file = self._weights, self.source.transformer
+        with safe_open(file, framework="pt") as opened:
+            given = {name: opened.get_tensor(f"{weights.prefix}{name}") for name in weights.shapes}
+        converted = convert(self.source.kind, given)
+        return {name: converted.pop(name).to(self._widest, copy=True) for name in list(converted)}
 
     def _model(self, transformer: Any, encodings: Mapping[str, Tensor]) -> LoadedModel:
         source, settings, kind = self.source, self.settings, self.source.kind
@@ -224,7 +211,9 @@ class OpenedPipeline:
     @cached_property
     def _weights(self) -> WeightFiles:
         source = self.source
-        return read_headers([source.transformer]) if source.single_file else find_weights(source.transformer)
+        if source.single_file:
+            return transformer_weights(read_headers([source.transformer]))
+        return find_weights(source.transformer)
 
 
 def open_pipeline(settings: PipelineSettings) -> OpenedPipeline:
@@ -243,8 +232,9 @@ def open_pipeline(settings: PipelineSettings) -> OpenedPipeline:
     outline = opened._outline
     weights = opened._weights
     refuse_eight_bits(weights)
-    # A single file in another layout than diffusers' is first understood when it is converted.
-    if not source.single_file or set(weights.shapes) & set(outline.state_dict()):
+    if source.single_file:
+        require_layout(source.kind, weights, outline, source.config)
+    else:
         require_shapes(weights, outline, source.config)
     find_weights(source.folder / "vae")
     canvas = _canvas(settings, source)
@@ -311,7 +301,3 @@ def _silence() -> None:
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()
         library.set_verbosity_error()
-
-
-def _reason(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -94,13 +94,12 @@ def _change_layer(transformer: Any, path: str, change: LayerChange, scale: float
     layer = transformer.get_submodule(path)
     if change.bias is not None:
         layer.bias.data.add_(change.bias, alpha=scale)
-    product = LowRankChange(change.up, change.down, scale)
     if change.magnitude is None and isinstance(layer, StoredLinear):
-        layer.changes.append(product)
+        layer.changes.append(LowRankChange(change.up, change.down, scale))
         return
     if isinstance(layer, StoredLinear):
         layer = _in_memory(transformer, path, layer)
-    product.add_to(layer.weight.data)
+    layer.weight.data += change.up @ change.down * scale  # as a stored weight has it, bit for bit
     if change.magnitude is not None:  # DoRA: arXiv:2402.09353, equation 5, by rows as peft has it
         layer.weight.data.mul_((change.magnitude / layer.weight.norm(dim=1))[:, None])
 

@@ -10,13 +10,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
 from adatsq_trt.errors import DamagedFileError, MismatchError, one_line
 from adatsq_trt.pipelines.kinds import PipelineKind
 from adatsq_trt.pipelines.lora_strength import PEFT_PREFIX, layer_strength, read_peft_config
+from adatsq_trt.pipelines.tracing import sources, trace
 
 _MATRICES = {"lora_A": "down", "lora_down": "down", "lora.down": "down"}
 _MATRICES |= {"lora_B": "up", "lora_up": "up", "lora.up": "up"}
@@ -174,29 +174,6 @@ class _OwnNames:
 # ------------------------------------------------------------------------------------- authors' and trainers' names
 
 
-class _Traced(Tensor):
-    """A tensor that knows which of the file's it was made of."""
-
-    keys: frozenset[str] = frozenset()
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from torch.utils._pytree import tree_leaves
-
-        result = super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
-        keys = frozenset[str]().union(*(leaf.keys for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls)))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, cls):
-                leaf.keys = keys
-        return result
-
-
-def _trace(value: Tensor, key: str) -> _Traced:
-    traced: _Traced = value.as_subclass(_Traced)
-    traced.keys = frozenset({key})
-    return traced
-
-
 def _convert(kind: PipelineKind, file: Path, layers: _Layers, others: Mapping[str, Tensor]) -> _Layers:
     """Diffusers' conversion of other names than its own.
 
@@ -206,11 +183,11 @@ def _convert(kind: PipelineKind, file: Path, layers: _Layers, others: Mapping[st
     """
     if not layers and not others:
         return {}
-    given = {key: _trace(value, key) for key, value in others.items()}
+    given = {key: trace(value, key) for key, value in others.items()}
     for name, parts in layers.items():
         for part, value in parts.items():
-            given[_spell(kind, name, part)] = _trace(value, f"{name} ({part})")
-    keys = frozenset[str]().union(*(value.keys for value in given.values()))
+            given[_spell(kind, name, part)] = trace(value, f"{name} ({part})")
+    keys = sources(given.values())
     try:
         converted = dict(kind.load_class(kind.pipeline).lora_state_dict(given))
     except Exception as error:  # what is raised depends on the dialect
@@ -219,7 +196,7 @@ def _convert(kind: PipelineKind, file: Path, layers: _Layers, others: Mapping[st
         ) from error
     found, strange = _group(file, {_PREFIX.sub("", key, count=1): converted[key] for key in converted})
     arrived = (value for parts in found.values() for value in parts.values())
-    lost = sorted(keys.difference(*(value.keys for value in arrived if isinstance(value, _Traced))))
+    lost = sorted(keys - sources(arrived))
     if lost or strange:
         raise MismatchError(
             f"--lora '{file}' holds '{(lost or sorted(strange))[0]}', which changes nothing in a {kind.transformer} as "

@@ -6,7 +6,7 @@ Everything here looks at headers and hashes only; a pickle is never opened.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,6 +40,8 @@ class WeightFiles:
         places: tensor → its file.
         dtypes: tensor → safetensors' name of its type, such as "BF16".
         index: the file that lists the shards, where there are several.
+        variant: a part of the files' names, such as "fp16", or None.
+        prefix: of the names in the files, which tensors have here without it.
     """
 
     files: tuple[Path, ...]
@@ -47,6 +49,8 @@ class WeightFiles:
     places: Mapping[str, Path]
     dtypes: Mapping[str, str]
     index: Path | None = None
+    variant: str | None = None
+    prefix: str = ""
 
     @property
     def all_files(self) -> tuple[Path, ...]:
@@ -76,17 +80,34 @@ def find_weights(folder: Path) -> WeightFiles:
         DamagedFileError: the index or a header cannot be read, or a shard lacks a tensor of the index.
         UserError: the weights are there as a pickle only.
     """
-    for stem in _STEMS:
-        index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
-        if index.is_file():
-            return _shards(index)
-        if single.is_file():
-            return read_headers([single])
+    found = [(variant, file) for stem in _STEMS for variant, file in _candidates(folder, stem)]
+    plain = [file for variant, file in found if variant is None]
+    if len(found) > 1 and not plain:
+        raise UserError(
+            f"'{folder}' has weights in {len(found)} variants ({', '.join(file.name for _, file in found)}), expected "
+            f"{_STEMS[0]}.safetensors or one variant; leave one there"
+        )
+    for variant, file in found:
+        if not plain or file == plain[0]:
+            weights = _shards(file) if file.suffix == ".json" else read_headers([file])
+            return replace(weights, variant=variant)
     for file in sorted(folder.glob("*")):
         refuse_pickle(file)
     raise MissingFileError(
         f"'{folder}' has no weights: expected {_STEMS[0]}.safetensors or its index with shards; {_AGAIN}"
     )
+
+
+def _candidates(folder: Path, stem: str) -> Iterator[tuple[str | None, Path]]:
+    """Files of weights or their indices, an index first, with the variant that diffusers and transformers name them by."""
+    names = [
+        re.compile(rf"{stem}\.safetensors\.index(?:\.(\w+))?\.json"),
+        re.compile(rf"{stem}(?:\.(\w+))?\.safetensors"),
+    ]
+    for name in names:
+        for file in sorted(folder.glob(f"{stem}*")):
+            if file.is_file() and (match := name.fullmatch(file.name)):
+                yield match[1], file
 
 
 def _shards(index: Path) -> WeightFiles:
