@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,11 @@ class Vae:
             raise DamagedFileError(f"'{folder}' is a {name}, expected one of {', '.join(_CLASSES)}; {_AGAIN}")
         try:
             self._vae: Any = getattr(diffusers, str(name)).from_pretrained(
-                folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
+                folder,
+                torch_dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+                variant=weights_variant(folder),
             )
         except Exception as error:  # what diffusers raises depends on the file
             raise DamagedFileError(f"'{folder}' does not load ({error}); {_AGAIN}") from error
@@ -66,3 +71,10 @@ class Vae:
         if "latents_std" in config and config.latents_std is not None:
             return latent * latent.new_tensor(config.latents_std) + latent.new_tensor(config.latents_mean)
         return latent / config.scaling_factor + (config.shift_factor or 0.0)  # type: ignore[no-any-return]
+
+
+def weights_variant(folder: Path) -> str | None:
+    """The variant in the names of a diffusers component's weights, such as "fp16"; None where there is a plain name."""
+    pattern = re.compile(r"\w+(?:\.safetensors\.index(?:\.(\w+))?\.json|(?:\.(\w+))?\.safetensors)")
+    found = {match[1] or match[2] for file in folder.iterdir() if (match := pattern.fullmatch(file.name))}
+    return None if None in found else next(iter(sorted(found)), None)

@@ -102,6 +102,7 @@ def _load_encoders(source: Source) -> Any:
                 transformer=None,
                 vae=None,
                 torch_dtype=torch.float32 if wide else torch.bfloat16,
+                variant=next((files.variant for files in weights if files.variant), None),
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,

@@ -78,19 +78,18 @@ def find_weights(folder: Path) -> WeightFiles:
     Raises:
         MissingFileError: there are none, or a shard of the index is not there.
         DamagedFileError: the index or a header cannot be read, or a shard lacks a tensor of the index.
-        UserError: the weights are there as a pickle only.
+        UserError: the weights are there as a pickle only, or in several variants.
     """
     found = [(variant, file) for stem in _STEMS for variant, file in _candidates(folder, stem)]
-    plain = [file for variant, file in found if variant is None]
-    if len(found) > 1 and not plain:
+    variants = {variant for variant, _ in found}
+    if len(variants) > 1 and None not in variants:
         raise UserError(
-            f"'{folder}' has weights in {len(found)} variants ({', '.join(file.name for _, file in found)}), expected "
-            f"{_STEMS[0]}.safetensors or one variant; leave one there"
+            f"'{folder}' has weights in {len(variants)} variants ({', '.join(sorted(map(str, variants)))}), expected "
+            f"{_STEMS[0]}.safetensors or one variant; leave the files of one there"
         )
     for variant, file in found:
-        if not plain or file == plain[0]:
-            weights = _shards(file) if file.suffix == ".json" else read_headers([file])
-            return replace(weights, variant=variant)
+        if variant is None or None not in variants:
+            return replace(_shards(file) if file.suffix == ".json" else read_headers([file]), variant=variant)
     for file in sorted(folder.glob("*")):
         refuse_pickle(file)
     raise MissingFileError(
@@ -99,14 +98,10 @@ def find_weights(folder: Path) -> WeightFiles:
 
 
 def _candidates(folder: Path, stem: str) -> Iterator[tuple[str | None, Path]]:
-    """Files of weights or their indices, an index first, with the variant that diffusers and transformers name them by."""
-    names = [
-        re.compile(rf"{stem}\.safetensors\.index(?:\.(\w+))?\.json"),
-        re.compile(rf"{stem}(?:\.(\w+))?\.safetensors"),
-    ]
-    for name in names:
+    """Indices of shards, then single files, each with its variant, as diffusers and transformers name them."""
+    for pattern in (rf"{stem}\.safetensors\.index(?:\.(\w+))?\.json", rf"{stem}(?:\.(\w+))?\.safetensors"):
         for file in sorted(folder.glob(f"{stem}*")):
-            if file.is_file() and (match := name.fullmatch(file.name)):
+            if file.is_file() and (match := re.fullmatch(pattern, file.name)):
                 yield match[1], file
 
 

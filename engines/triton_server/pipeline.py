@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, RootModel
 
 from adatsq_trt.engines.bundle import BundleFiles
 from adatsq_trt.engines.runtime import Bundle, Conditioning
+from adatsq_trt.engines.vae import weights_variant
 from adatsq_trt.errors import DamagedFileError, MismatchError, MissingFileError
 from adatsq_trt.files import read_json_model, sha256, write_json_model
 
@@ -121,6 +122,9 @@ class Pipeline:
                 folder / PIPELINE_NAME,
                 transformer=None,
                 torch_dtype=torch.bfloat16,
+                variant=next(
+                    filter(None, (weights_variant(folder / PIPELINE_NAME / part) for part in _WITH_WEIGHTS)), None
+                ),
                 use_safetensors=True,
                 local_files_only=True,
             ).to(device)

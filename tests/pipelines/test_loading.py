@@ -11,14 +11,16 @@ import torch
 from diffusers import FluxPipeline, WanPipeline, ZImagePipeline
 
 from adatsq_trt.calibration.trajectory import Samples, trajectory
+from adatsq_trt.engines.vae import Vae
 from adatsq_trt.errors import UserError
 from adatsq_trt.files import read_tensors, write_tensors
 from adatsq_trt.models import stored
 from adatsq_trt.pipelines.loading import OpenedPipeline, open_pipeline
 from adatsq_trt.pipelines.prompts import encode_prompts
+from adatsq_trt.pipelines.source import find_source
 from adatsq_trt.settings import PipelineSettings
 from adatsq_trt.zoo.loading import LoadedModel
-from tests.tiny_checkpoints import HEIGHT, WIDTH, save_lora, shard
+from tests.tiny_checkpoints import HEIGHT, LATENT_CHANNELS, WIDTH, save_lora, shard
 
 PROMPTS = ("a red", "three green and seven", "a")
 WEIGHTS = Path("transformer") / "diffusion_pytorch_model.safetensors"
@@ -195,6 +197,41 @@ def test_shards_are_one_model(own_flux: Path, loaded: LoadedModel) -> None:
     sharded = load(open_pipeline(settings(own_flux)))
     assert same_weights(sharded, loaded)
     assert sharded.weights_sha256 != loaded.weights_sha256
+
+
+def rename_to_variant(folder: Path, variant: str = "fp16") -> None:
+    """As the hub's repositories have it; a shard's variant stands before its number, in the index too."""
+    for file in [*folder.glob("*.safetensors"), *folder.glob("*.index.json")]:
+        name = re.sub(r"^(\w+)(.*)\.safetensors$", rf"\1.{variant}\2.safetensors", file.name)
+        name = re.sub(r"\.index\.json$", f".index.{variant}.json", name)
+        text = file.read_text().replace("model-", f"model.{variant}-") if file.suffix == ".json" else None
+        file = file.rename(folder / name)
+        if text is not None:
+            file.write_text(text)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_variants_of_weights_are_the_same_model(
+    own_flux: Path, saved_flux: Path, loaded: LoadedModel, sharded: bool
+) -> None:
+    if sharded:
+        shard(own_flux / "transformer")
+    for part in ("transformer", "text_encoder_2", "vae"):  # not every part has one
+        rename_to_variant(own_flux / part)
+    assert same_weights(load(open_pipeline(settings(own_flux))), loaded)
+    found, expected = (
+        encode_prompts(find_source(str(f), None), PROMPTS[:1], lambda: None) for f in (own_flux, saved_flux)
+    )
+    assert torch.equal(found["tokens"], expected["tokens"])
+    latent = torch.zeros(1, 4, 3, LATENT_CHANNELS).numpy()
+    assert Vae(own_flux / "vae").decode(latent).shape == (1, 32, 24, 3)
+
+
+def test_two_variants_of_weights_are_refused(own_flux: Path) -> None:
+    file = own_flux / WEIGHTS
+    shutil.copy(file, file.with_suffix(".bf16.safetensors"))
+    file.rename(file.with_suffix(".fp16.safetensors"))
+    assert "has weights in 2 variants (bf16, fp16), expected" in refusal(lambda: open_pipeline(settings(own_flux)))
 
 
 def test_other_prompts_or_sizes_are_another_model(saved_flux: Path, loaded: LoadedModel) -> None:
