@@ -1,4 +1,4 @@
-"""Transformers in one file, as authors, ComfyUI and users of diffusers publish them: the folder's weights or a refusal."""
+"""Transformers in one file, as authors, ComfyUI and others publish them: the weights of the folder, or a refusal."""
 
 import json
 import re
