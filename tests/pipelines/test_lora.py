@@ -406,6 +406,12 @@ REFUSED: dict[str, tuple[PipelineKind, Callable[[], Tensors], str]] = {
         of_products("lora_unet_double_blocks_0_img_attn_proj", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
         "hada_w1_a': LoHa",
     ),
+    "a Tucker decomposition": (
+        FLUX,
+        with_extra("lora_unet_double_blocks_0_img_attn_proj.lora_mid.weight", kohya_flux, 4, 4),
+        "lora_mid.weight': a Tucker decomposition",
+    ),
+    "OFT": (FLUX, of_products("lora_unet_double_blocks_0_img_attn_proj", "oft_blocks"), "oft_blocks': OFT"),
     "BFL control": (
         FLUX,
         with_extra("double_blocks.0.img_attn.norm.query_norm.scale", fal_flux, 32),

@@ -134,6 +134,16 @@ REFUSED: dict[str, tuple[str, Callable[[Tensors], Tensors], str]] = {
         with_extra("transformer_blocks.0.attn.to_q.weight.quant_state.bitsandbytes__nf4", dict, 8),
         "bitsandbytes__nf4': it is quantized already",
     ),
+    "ComfyUI's newer scales": (
+        "flux",
+        with_extra("transformer_blocks.0.attn.to_q.weight_scale", dict, 1),
+        "weight_scale': it is quantized already",
+    ),
+    "GPTQ and Nunchaku": (
+        "flux",
+        with_extra("transformer_blocks.0.attn.to_q.qweight", dict, 4, 4),
+        "qweight': it is quantized already",
+    ),
     "fp8 without scales": ("flux", fp8, "as F8_E4M3, expected BF16, F16, F32, F64: it is quantized already"),
     "more blocks": (
         "wan",
