@@ -99,11 +99,11 @@ def read_changes(kind: PipelineKind, transformer: nn.Module, file: Path) -> Chan
     foreign = {name: parts for name, parts in layers.items() if own.path(name) is None}
     found = [(path, name, parts) for name, parts in layers.items() if (path := own.path(name)) is not None]
     found += [(path, path, parts) for path, parts in _convert(kind, file, foreign, others).items()]
-    changes = dict[str, LayerChange]()
+    changes, modules = dict[str, LayerChange](), dict(transformer.named_modules())
     for path, name, parts in found:
         if path in changes:
             raise MismatchError(f"--lora '{file}' changes '{path}' twice, the second time as '{name}'; save it again")
-        changes[path] = _layer_change(kind, file, path, parts, transformer)
+        changes[path] = _layer_change(kind, file, path, parts, modules.get(path))
     if not changes and not differences:
         raise MismatchError(
             f"--lora '{file}' changes nothing in a {kind.transformer}; give one that was trained for it"
@@ -128,8 +128,10 @@ def _group(file: Path, tensors: Mapping[str, Tensor]) -> tuple[_Layers, dict[str
                     f"--lora '{file}' holds '{key}': {method}, which is not followed; give a plain LoRA, or a "
                     "checkpoint that it is merged into"
                 )
-        if match := _MATRIX.fullmatch(key):
-            part = "bias" if match[3] == "bias" and _MATRICES[match[2]] == "up" else _MATRICES[match[2]]
+        if (match := _MATRIX.fullmatch(key)) and match[3] == "weight":
+            part = _MATRICES[match[2]]
+        elif match and _MATRICES[match[2]] == "up":
+            part = "bias"
         elif match := _BESIDE.fullmatch(key):
             part = "alpha" if match[2] == "alpha" else "magnitude"
         else:
@@ -224,10 +226,9 @@ def _spell(kind: PipelineKind, name: str, part: str) -> str:
 
 
 def _layer_change(
-    kind: PipelineKind, file: Path, path: str, parts: Mapping[str, Tensor], transformer: nn.Module
+    kind: PipelineKind, file: Path, path: str, parts: Mapping[str, Tensor], linear: nn.Module | None
 ) -> LayerChange:
     """One layer's change, which fits the layer."""
-    linear = dict(transformer.named_modules()).get(path)
     if not isinstance(linear, nn.Linear):
         raise MismatchError(
             f"--lora '{file}' changes '{path}', which this {kind.transformer} does not have as a linear layer; give "
@@ -274,5 +275,7 @@ def _differences(
                 f"--lora '{file}' holds '{key}' of {list(value.shape)}, which fits no weight of this "
                 f"{kind.transformer}; give one that was trained for this model"
             )
+        if name in result:
+            raise MismatchError(f"--lora '{file}' changes '{name}' twice, the second time as '{key}'; save it again")
         result[name] = value
     return result
