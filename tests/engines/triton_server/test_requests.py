@@ -48,7 +48,7 @@ BAD = {
     "numbers differ": ({"seed": [1]}, "", "got 2 prompts and 1 seeds, expected one seed for every prompt, 1 to 2"),
     "none": ({"prompt": [], "seed": []}, "", "got 0 prompts"),
     "too many": ({"prompt": [0] * 3, "seed": [0] * 3}, "", "got 3 prompts and 3 seeds, .* 1 to 2"),
-    "guidance": ({"guidance": [np.nan]}, "", "guidance: got nan, expected a finite number"),
+    "guidance": ({"guidance": [np.nan]}, "", "guidance: got nan, expected 0 to 100; leave it out for the bundle's own, 2"),
     "two guidances": ({"guidance": [1, 2]}, "", "guidance: got 2 values, expected one"),
     "steps": ({"steps": [20]}, "", "steps: got 20, the bundle's policy is for 4"),
     "output": ({}, '{"output": "latent"}', "unknown output 'latent'; did you mean 'latents'"),
