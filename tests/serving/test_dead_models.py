@@ -34,20 +34,22 @@ from tests.serving.conftest import TINY
 pytestmark = pytest.mark.serving
 NOTICED_SECONDS = 20  # from the end of a process to an error for its clients, on a slow machine
 STEP = f"{TINY}_step"
-# The second step of several samples takes its time, so that requests are under way when the process is killed.
-SLOW = """
+# Several samples never get beyond their first step, so that requests are under way when the process is killed.
+ENDLESS = """
 import time
 from adatsq_trt.engines.triton_server.batching import StepBatcher
 
 advance = StepBatcher.advance
 
 
-def slowly(self, chosen):
-    time.sleep(60 * any(len(generation.latents) > 1 and generation.step for generation in chosen))
-    advance(self, chosen)
+def endlessly(self, chosen):
+    if any(len(generation.latents) > 1 and generation.step for generation in chosen):
+        time.sleep(0.1)
+    else:
+        advance(self, chosen)
 
 
-StepBatcher.advance = slowly
+StepBatcher.advance = endlessly
 """
 BUSY = """
 import time
@@ -66,10 +68,10 @@ TritonPythonModel.execute = busily
 
 @pytest.fixture
 def own(tiny: BundleFiles, tmp_path: Path) -> Path:
-    """A repository with a loop model that takes long for several samples, and its step model."""
+    """A repository with a loop model that never finishes several samples, and its step model."""
     write_repository([Deployment(TINY, tiny, step_model=True)], tmp_path / "repository")
     with (tmp_path / "repository" / TINY / "1" / "model.py").open("a") as file:
-        file.write(SLOW)
+        file.write(ENDLESS)
     return tmp_path / "repository"
 
 
@@ -214,7 +216,7 @@ def test_requests_under_way_get_an_error_and_the_model_comes_back(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     one, ports, _ = supervised
-    slow = {"prompt": [0, 0], "seed": [1, 1]}
+    endless = {"prompt": [0, 0], "seed": [1, 1]}
 
     def error_of(ask: Callable[[], object]) -> Exception:
         with pytest.raises((GoneError, RefusedError)) as caught:
@@ -225,7 +227,7 @@ def test_requests_under_way_get_an_error_and_the_model_comes_back(
 
     def stream(port: int, path: str) -> str:
         """The last message."""
-        body = json.dumps({**slow, "progress": True, "parameters": {"output": "latents"}}).encode()
+        body = json.dumps({**endless, "progress": True, "parameters": {"output": "latents"}}).encode()
         try:
             with urllib.request.urlopen(f"http://{HOST}:{port}{path}", data=body, timeout=60) as answer:
                 first = answer.readline()
@@ -237,8 +239,8 @@ def test_requests_under_way_get_an_error_and_the_model_comes_back(
     page = free_ports().http
     with Page(page, ports.http, tiny, TINY), ThreadPoolExecutor(4) as pool, caplog.at_level(logging.WARNING):
         clients = [
-            pool.submit(error_of, lambda: HttpClient(ports).latents(TINY, **slow)),
-            pool.submit(error_of, lambda: GrpcClient(ports).latents(TINY, **slow)),
+            pool.submit(error_of, lambda: HttpClient(ports).latents(TINY, **endless)),
+            pool.submit(error_of, lambda: GrpcClient(ports).latents(TINY, **endless)),
             pool.submit(error_of, lambda: stream(ports.http, f"/v2/models/{TINY}/generate_stream")),
         ]
         shown = pool.submit(stream, page, "/generate")
