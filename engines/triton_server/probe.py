@@ -53,7 +53,7 @@ def main() -> int:
         for model in models:
             require_answer(f"http://{options.address}/v2/models/{model}", model, options.timeout)
     except SilentError as error:
-        print(error, file=sys.stderr)
+        sys.stderr.write(f"{error}\n")
         if isinstance(error, DeadError) and options.end_server is not None:
             _end(options.end_server)
         return 1
@@ -121,7 +121,7 @@ def _end(file: Path) -> None:
     try:
         os.kill(int(file.read_text()), signal.SIGKILL)
     except (OSError, ValueError) as error:
-        print(f"cannot end the server of '{file}': {error}", file=sys.stderr)
+        sys.stderr.write(f"cannot end the server of '{file}': {error}\n")
 
 
 if __name__ == "__main__":

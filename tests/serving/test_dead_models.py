@@ -29,7 +29,7 @@ from adatsq_trt.engines.triton_server.server import HOST, Installation, Ports, S
 from adatsq_trt.engines.triton_server.supervisor import Supervisor
 from adatsq_trt.errors import AdatsqError
 from benchmarks.serving.client import GoneError, GrpcClient, HttpClient, RefusedError
-from tests.serving.conftest import TINY
+from tests.serving.conftest import TINY, process_of, until
 
 pytestmark = pytest.mark.serving
 NOTICED_SECONDS = 20  # from the end of a process to an error for its clients, on a slow machine
@@ -75,27 +75,10 @@ def own(tiny: BundleFiles, tmp_path: Path) -> Path:
     return tmp_path / "repository"
 
 
-def process_of(model: str, below: int) -> psutil.Process:
-    """The process of a model, below that of a server."""
-    for child in psutil.Process(below).children(recursive=True):
-        if child.status() != psutil.STATUS_ZOMBIE and any(
-            part.endswith(f"/{model}/1/model.py") for part in child.cmdline()
-        ):
-            return child
-    raise AssertionError(f"{model} has no process")
-
-
 def probe(repository: Path, ports: Ports, *options: str) -> subprocess.CompletedProcess[str]:
     """The written probe with a Python that has no packages."""
     command = [sys.executable, "-I", "-S", repository / "probe.py", "--address", f"{HOST}:{ports.http}", *options]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-
-
-def until(holds: Callable[[], bool], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 # ------------------------------------------------------------------------------------------------------ the probe
