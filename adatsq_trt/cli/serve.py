@@ -32,6 +32,8 @@ def serve(
 ) -> None:
     """Serve a bundle with Triton server on the loopback address until Ctrl-C.
 
+    A server that ends, or whose model loses its process, is started again.
+
     Example: adatsq-trt serve runs/demo --ui
     """
     # Ended by another process as by Ctrl-C: the server must not stay behind.
@@ -39,20 +41,23 @@ def serve(
     from adatsq_trt.engines.bundle import BundleFiles
     from adatsq_trt.engines.triton_server.page import Page
     from adatsq_trt.engines.triton_server.repository import Deployment, curl_line, write_repository
-    from adatsq_trt.engines.triton_server.server import HOST, Installation, Ports, Server
+    from adatsq_trt.engines.triton_server.server import HOST, Installation, Ports
+    from adatsq_trt.engines.triton_server.supervisor import Supervisor
 
     files, installation = BundleFiles.open(bundle), Installation.find(server)
     name = name or files.manifest.model
     with ExitStack() as stack:
-        repository = Path(stack.enter_context(TemporaryDirectory(prefix="adatsq-serve-")), "models")
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="adatsq-serve-")))
+        repository = folder / "models"
         write_repository([Deployment(name, files)], repository, link=True)
-        running = stack.enter_context(Server(repository, Ports(http_port, grpc_port, metrics_port), installation))
+        ports = Ports(http_port, grpc_port, metrics_port)
+        supervisor = stack.enter_context(Supervisor(repository, [name], ports, installation, folder / "server.log"))
         page = stack.enter_context(Page(ui_port, http_port, files, name)) if ui else None
-        running.wait_until_ready([name])
-        typer.echo(f"serving {name}; the server's log is {running.log_file}; try:\n")
+        supervisor.start()
+        typer.echo(f"serving {name}; the server's log is {supervisor.log_file}; try:\n")
         typer.echo(f"  {curl_line(name, f'{HOST}:{http_port}')}\n")
         if page is not None:
             typer.echo(f"or open http://{HOST}:{ui_port}\n")
         typer.echo("Ctrl-C ends it")
         with suppress(KeyboardInterrupt):
-            running.wait()
+            supervisor.keep_running()

@@ -17,9 +17,8 @@ from tritonclient.utils import InferenceServerException
 from adatsq_trt.engines.triton_server.server import HOST, Ports
 
 TYPES = {
-    **dict.fromkeys(("prompt", "seed"), ("INT64", np.int64)),
+    **dict.fromkeys(("prompt", "seed", "steps"), ("INT64", np.int64)),
     "guidance": ("FP32", np.float32),
-    "steps": ("INT32", np.int32),
     **dict.fromkeys(("quantized", "progress", "preview"), ("BOOL", bool)),
 }
 TIMEOUT_SECONDS = 60  # of an answer, unless a client is told otherwise

@@ -30,7 +30,7 @@ from adatsq_trt.engines.triton_server.python_backend import (
     refusal,
 )
 from adatsq_trt.engines.triton_server.requests import Request, read_request, render
-from adatsq_trt.errors import UserError
+from adatsq_trt.errors import AdatsqError, UserError
 
 log = logging.getLogger(__name__)
 _FINAL = server.TRITONSERVER_RESPONSE_COMPLETE_FINAL
@@ -144,18 +144,28 @@ class TritonPythonModel:
         try:
             self._batcher.advance(chosen)
             self._metrics.count(self._assignment(chosen[0], steps[0]), steps)
-            for generation in chosen:
-                self._report(generation)
         except Exception as error:  # whatever the libraries below raise: the server goes on
             for generation in chosen:
+                self._end(generation, failure(f"step {steps[0]}", error))
+            return
+        for generation, step in zip(chosen, steps, strict=True):
+            try:
+                self._report(generation)
+            except Exception as error:  # one that cannot be drawn costs the others nothing
                 if generation in self._running:
-                    self._end(generation, failure(f"step {steps[0]}", error))
+                    self._end(generation, failure(f"step {step}", error))
 
     def _assignment(self, generation: Generation, step: int) -> str:
         return str(self._bundle.policy.step_assignments[step]) if generation.quantized else "full precision"
 
     def _report(self, generation: Generation) -> None:
-        """The last message, or one of progress where it was asked for."""
+        """The last message, or one of progress where it was asked for.
+
+        Raises:
+            AdatsqError: latents or images have NaN or infinity.
+        """
+        if not np.isfinite(generation.latents).all():
+            raise AdatsqError("the latents have NaN or infinity; ask for less guidance, or for another prompt")
         request, finished = self._running[generation].request, generation.step == self._steps
         if not (finished or request.progress):
             return

@@ -6,13 +6,14 @@ import json
 import urllib.error
 import urllib.request
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from adatsq_trt.engines.bundle import BundleFiles
 from adatsq_trt.engines.triton_server.server import HOST, require_free
@@ -109,12 +110,12 @@ class _Handler(BaseHTTPRequestHandler):
             answer = error  # its body is Triton server's sentence
         except (OSError, HTTPException) as error:
             self._begin(502, "application/json")
-            self.wfile.write(json.dumps({"error": f"Triton server does not answer: {error}"}).encode())
+            self.wfile.write(_error_message(f"Triton server does not answer: {error}"))
             return
         with answer, suppress(ConnectionError):  # the browser may leave
             self._begin(answer.status, "text/event-stream")
-            for line in answer:
-                self.wfile.write(line)
+            for part in _parts(answer):
+                self.wfile.write(part)
 
     def _begin(self, status: int, kind: str) -> None:
         self.send_response(status)
@@ -123,3 +124,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing: the terminal is for the command."""
+
+
+def _parts(answer: Any) -> Iterator[bytes]:
+    """What comes, as it comes; at the end a message of our own where the server goes away before the last one."""
+    try:
+        while part := answer.read1():
+            yield part
+    except (OSError, HTTPException):
+        yield b"\n\ndata: " + _error_message("Triton server went away before the answer; ask again") + b"\n\n"
+
+
+def _error_message(text: str) -> bytes:
+    return json.dumps({"error": text}).encode()

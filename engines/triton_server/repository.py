@@ -12,6 +12,7 @@ from adatsq_trt import __version__
 from adatsq_trt.engines.bundle import MANIFEST_NAME, BundleFiles
 from adatsq_trt.engines.runtime import TIME_INPUT
 from adatsq_trt.engines.triton_server.pipeline import copy_pipeline, require_pipeline
+from adatsq_trt.engines.triton_server.requests import MAX_GUIDANCE
 from adatsq_trt.engines.triton_server.writing import dims, fill, require_names, whole_folder
 from adatsq_trt.errors import UserError
 from adatsq_trt.files import sha256
@@ -23,6 +24,9 @@ _REQUIREMENTS = "numpy onnxruntime-gpu pillow pydantic safetensors"
 _VAE_REQUIREMENTS = "accelerate diffusers"
 _PIPELINE_REQUIREMENTS = f"{_VAE_REQUIREMENTS} transformers"
 _RTX_LIBRARY = "tensorrt-rtx"
+_PROBE = Path(__file__).with_name("probe.py")
+_ALL_GPUS = "{ driver: nvidia, count: all, capabilities: [gpu] }"
+_GPUS = f"    deploy: {{ resources: {{ reservations: {{ devices: [{_ALL_GPUS}] }} }} }}\n"
 _INSTANCES = {"onnxruntime": "kind: KIND_CPU", "rtx": "kind: KIND_GPU gpus: [ 0 ]"}
 _QUEUE_DELAY_US = 200
 _TEXT = 'Its parameter "text" is the prompt in words, the same for all samples, and then there is no input "prompt".'
@@ -152,6 +156,7 @@ def _values(deployment: Deployment) -> dict[str, object]:
         "buckets": len(policy.buckets),
         "last_prompt": manifest.prompts - 1,
         "guidance": f"{manifest.guidance:g}",
+        "max_guidance": f"{MAX_GUIDANCE:g}",
         "latent_dims": dims(manifest.latent_shape),
         "image_dims": dims(axes),
         "image_axes": f"[{', '.join(axes)}]",
@@ -187,6 +192,9 @@ def _write_documents(deployments: Sequence[Deployment], requirements: str, repos
     }
     readme = fill("README.md", {**values, "gpus": "--gpus all " if gpu else ""})
     (repository / "README.md").write_text(readme, encoding="utf-8")
+    compose = fill("compose.yaml", {"version": __version__, "gpus": _GPUS if gpu else ""})
+    (repository / "compose.yaml").write_text(compose, encoding="utf-8")
+    shutil.copyfile(_PROBE, repository / _PROBE.name)
     dockerfile = fill("Dockerfile", {"image": IMAGE, "requirements": requirements})
     (repository / "Dockerfile").write_text(dockerfile, encoding="utf-8")
 

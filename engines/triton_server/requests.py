@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -11,11 +10,16 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from adatsq_trt.engines.runtime import Bundle, Conditioning
+from adatsq_trt.engines.runtime import GUIDANCE_INPUT, Bundle, Conditioning
 from adatsq_trt.engines.triton_server.batching import Generation
+from adatsq_trt.engines.triton_server.parameters import cut, read_parameters
 from adatsq_trt.engines.triton_server.pipeline import Pipeline
-from adatsq_trt.errors import UnknownNameError, UserError
+from adatsq_trt.errors import AdatsqError, UnknownNameError, UserError
 
+# Models are used with scales up to about 30.
+MAX_GUIDANCE = 100.0
+INPUTS = ("prompt", "seed", "guidance", "steps", "quantized", "progress", "preview")
+PARAMETERS = ("output", "text")
 OutputName = Literal["png", "image", "latents"]
 
 
@@ -47,14 +51,15 @@ def read_request(
 
     Args:
         tensors: `seed` and `prompt`, int64 [samples], and any of the optional inputs, [1], that config.pbtxt lists.
-        parameters: JSON object that comes with the request, of which `output` and `text` are read.
+        parameters: JSON object that comes with the request: `output`, `text`, and what is the server's own.
         bundle: what runs it.
         max_samples: most samples of one request.
         pipeline: what understands any `text`; without it, `text` is that of a prompt of the bundle.
 
     Raises:
-        UserError: says which input is wrong.
+        UserError: says which input or parameter is wrong or unknown.
     """
+    asked = read_parameters(parameters, PARAMETERS, INPUTS)
     sizes = {name: value.size for name, value in tensors.items()}
     for name in sorted(set(tensors) - {"prompt", "seed"}):
         if sizes[name] != 1:
@@ -64,26 +69,42 @@ def read_request(
     if sizes.get("prompt", sizes["seed"]) != sizes["seed"] or not 0 < sizes["seed"] <= max_samples:
         count = f"{sizes['prompt']} prompts and " if "prompt" in sizes else ""
         raise UserError(f"got {count}{sizes['seed']} seeds, expected one seed for every prompt, 1 to {max_samples}")
-    asked = json.loads(parameters or "{}")
     seeds = tensors["seed"].ravel().tolist()
     prompts = tensors["prompt"].ravel().tolist() if "prompt" in tensors else None
     if min(seeds) < 0:
         raise UserError(f"seed: got {min(seeds)}, expected 0 to {np.iinfo(np.int64).max}")
-    guidance = float(_only(tensors, "guidance", bundle.manifest.guidance))
-    if not np.isfinite(guidance):
-        raise UserError(f"guidance: got {guidance}, expected a finite number; leave it out for the bundle's own")
+    guidance = _guidance(tensors, bundle)
     bundle.require_steps(int(_only(tensors, "steps", bundle.policy.steps)))
     outputs = _outputs(bundle, pipeline)
     output = asked.get("output", outputs[0])
     if output not in outputs:
-        raise UnknownNameError("output", str(output), outputs)
+        raise UnknownNameError("output", cut(str(output)), outputs)
+    progress, preview = (bool(_only(tensors, name, False)) for name in ("progress", "preview"))
+    if preview and not progress:
+        raise UserError("preview: there are messages to carry it with progress only; ask for progress too")
     conditioning = _conditioning(prompts, asked.get("text"), len(seeds), bundle, pipeline)
     return Request(
         Generation(bundle.noise(seeds), conditioning, guidance, quantized=bool(_only(tensors, "quantized", True))),
         output=output,
-        progress=bool(_only(tensors, "progress", False)),
-        preview=bool(_only(tensors, "preview", False)),
+        progress=progress,
+        preview=preview,
     )
+
+
+def _guidance(tensors: Mapping[str, np.ndarray], bundle: Bundle) -> float:
+    """The scale of guidance, the bundle's own unless asked for."""
+    own = bundle.manifest.guidance
+    if "guidance" not in tensors:
+        return own
+    guidance = float(_only(tensors, "guidance", own))
+    if not 0 <= guidance <= MAX_GUIDANCE:  # nor is NaN
+        raise UserError(
+            f"guidance: got {guidance:g}, expected 0 to {MAX_GUIDANCE:g}; leave it out for the bundle's own, {own:g}"
+        )
+    embedded = any(signature.name == GUIDANCE_INPUT for signature in bundle.inputs)
+    if not (np.isclose(guidance, own) or embedded or bundle.conditioning([0]).unconditional):
+        raise UserError(f"guidance: got {guidance:g}, the bundle was built without guidance; leave it out")
+    return guidance
 
 
 def _conditioning(
@@ -96,14 +117,14 @@ def _conditioning(
     if text is None or prompts is not None:
         raise UserError(f"got {'both' if text is not None else 'neither'}, expected the parameter 'text' or {stored}")
     if not isinstance(text, str) or not text.strip():
-        raise UserError(f"text: got {text!r}, expected words")
+        raise UserError(f"text: got {cut(repr(text))}, expected words")
     if pipeline is not None:
         return pipeline.conditioning(text, samples)
     texts = bundle.manifest.prompt_texts
     if text not in texts:
         near = get_close_matches(text, texts) or texts[:3]
         known = f", such as {', '.join(map(repr, near))}; ask for one of them or" if near else "; ask"
-        raise UserError(f"text {text!r}: not one of the bundle's {len(texts)} texts{known} with {stored}")
+        raise UserError(f"text {cut(text)!r}: not one of the bundle's {len(texts)} texts{known} with {stored}")
     return bundle.conditioning([texts.index(text)] * samples)
 
 
@@ -122,10 +143,15 @@ def render(decode: Callable[[np.ndarray], np.ndarray], latents: np.ndarray, outp
         latents: float32 [samples, *latent_shape].
         output: "latents" as they are; "image" what `decode` makes; "png" the bytes of one picture with all samples side
             by side, uint8 [bytes]. A video's frames are side by side, and samples below each other.
+
+    Raises:
+        AdatsqError: the images have NaN or infinity, which a picture would hide.
     """
     if output == "latents":
         return latents
     images = decode(latents)
+    if not np.isfinite(images).all():
+        raise AdatsqError("the decoded images have NaN or infinity; ask for less guidance, or for another seed")
     return images if output == "image" else _png(_sheet(images))
 
 

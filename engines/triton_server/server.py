@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 HOST = "127.0.0.1"
 INSTALL = "pip install --no-deps nvidia-pytriton==0.7.0"
 _INSTALLED = Path("/opt/tritonserver/bin/tritonserver")  # in the vendor's images
-_START_SECONDS, _POLL_SECONDS = 300, 0.1
+_START_SECONDS, _POLL_SECONDS, _WATCH_SECONDS = 300, 0.1, 0.5
 # Given to what it has accepted. A client's open stream uses up all of it, and the server may hang afterwards.
 _FINISH_SECONDS, _STOP_SECONDS = 10, 15
 _SHARED_MEMORY = Path("/dev/shm")
@@ -113,7 +113,12 @@ class Server:
     """
 
     def __init__(
-        self, repository: Path, ports: Ports, installation: Installation | None = None, options: Sequence[str] = ()
+        self,
+        repository: Path,
+        ports: Ports,
+        installation: Installation | None = None,
+        options: Sequence[str] = (),
+        log_file: Path | None = None,
     ) -> None:
         """Start a server.
 
@@ -122,6 +127,7 @@ class Server:
             ports: where it is to listen.
             installation: which server; the one that is found unless given.
             options: further arguments of its command line.
+            log_file: to which it writes at the end; one that goes with the server unless given.
 
         Raises:
             UserError: a port is in use.
@@ -132,7 +138,7 @@ class Server:
             require_free(port)
         self.ports = ports
         self._scratch = Path(mkdtemp(prefix="adatsq-tritonserver-"))
-        self.log_file = self._scratch / "server.log"
+        self.log_file = log_file or self._scratch / "server.log"
         command, environment = installation.command(self._scratch)
         addresses = [f"--{kind}-{what}" for kind in ("http", "grpc", "metrics") for what in ("address", "port")]
         values = [HOST, ports.http, HOST, ports.grpc, HOST, ports.metrics]
@@ -141,7 +147,8 @@ class Server:
         arguments += [f"--model-repository={repository.resolve()}", "--exit-on-error=false"]
         arguments += [f"--exit-timeout-secs={_FINISH_SECONDS}"]
         arguments += [f"--backend-config=python,shm-region-prefix-name={self._scratch.name}", *options]
-        with self.log_file.open("wb") as output:
+        with self.log_file.open("ab") as output:
+            self._log_start = output.tell()
             # The folder it runs in comes first in the models' module search path.
             self.process = subprocess.Popen(
                 [*command, *arguments],
@@ -182,14 +189,35 @@ class Server:
             time.sleep(_POLL_SECONDS)
         raise AdatsqError(f"Triton server was not ready after {_START_SECONDS} seconds: {self._last_words()}")
 
-    def wait(self) -> NoReturn:
-        """Wait until the server ends, which it does only when something is wrong.
+    def wait(self, models: Sequence[str] = ()) -> NoReturn:
+        """Wait until the server or the process of a model ends, which they do only when something is wrong.
+
+        A server whose model has lost its process says that it is ready, and what it has passed to that process is never
+        answered, even when the model is loaded again. So such a server is killed, which ends its clients' connections.
+
+        Args:
+            models: of the Python backend that are loaded; each has a process.
 
         Raises:
-            AdatsqError: it has ended; with its own words.
+            AdatsqError: says what has ended; of the server, with its own words.
         """
-        code = self.process.wait()
+        while (code := self.process.poll()) is None:
+            if gone := sorted(set(models) - self._models_with_a_process()):
+                self.process.kill()
+                raise AdatsqError(f"the process of model '{gone[0]}' has ended")
+            time.sleep(_WATCH_SECONDS)
         raise AdatsqError(f"Triton server ended with code {code}: {self._last_words()}")
+
+    def _models_with_a_process(self) -> set[str]:
+        """Of the Python backend; its processes are called with the path of "<model>/<version>/model.py"."""
+        import psutil
+
+        models = set()
+        with suppress(psutil.NoSuchProcess):  # the server itself
+            for child in psutil.Process(self.process.pid).children():
+                with suppress(psutil.NoSuchProcess):  # one that has ended and that the server has not noticed, too
+                    models |= {Path(part).parents[1].name for part in child.cmdline() if part.endswith("/model.py")}
+        return models
 
     def _states(self) -> dict[str, dict[str, Any]]:
         """Name → entry of the server's model index; empty while it does not listen."""
@@ -200,7 +228,8 @@ class Server:
         return _ask(f"http://{HOST}:{self.ports.metrics}/metrics") is not None
 
     def _last_words(self) -> str:
-        lines = self.log_file.read_text(errors="replace").splitlines()
+        written = self.log_file.read_bytes()[self._log_start :]
+        lines = written.decode(errors="replace").splitlines()
         said = [line.strip() for line in lines if line.strip() and not _FRAME.match(line)]
         return " ".join(said[-3:]) or "it wrote nothing"
 

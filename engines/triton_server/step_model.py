@@ -13,6 +13,7 @@ import triton_python_backend_utils as server
 
 from adatsq_trt.engines.runtime import TIME_INPUT
 from adatsq_trt.engines.triton_server.batching import interchangeable_steps
+from adatsq_trt.engines.triton_server.parameters import read_parameters
 from adatsq_trt.engines.triton_server.python_backend import (
     failure,
     make_response,
@@ -20,7 +21,7 @@ from adatsq_trt.engines.triton_server.python_backend import (
     read_tensors,
     refusal,
 )
-from adatsq_trt.errors import UserError
+from adatsq_trt.errors import AdatsqError, UserError
 
 
 class TritonPythonModel:
@@ -34,6 +35,7 @@ class TritonPythonModel:
         """
         self._bundle, _ = open_bundle(args)
         self._groups = interchangeable_steps(self._bundle)
+        self._inputs = {"step", *(signature.name for signature in self._bundle.inputs)} - {TIME_INPUT}
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer a batch that the server has gathered."""
@@ -41,9 +43,12 @@ class TritonPythonModel:
         groups: dict[int, list[tuple[int, int, dict[str, np.ndarray]]]] = {}
         for index, request in enumerate(requests):
             try:
+                read_parameters(request.parameters(), (), self._inputs)
                 step, inputs = self._read(read_tensors(request))
             except UserError as error:
                 responses[index] = refusal(str(error), server.TritonError.INVALID_ARG)
+            except Exception as error:  # the rest of the batch is answered
+                responses[index] = failure("reading the request", error)
             else:
                 groups.setdefault(self._groups[step], []).append((index, step, inputs))
         for group in groups.values():
@@ -75,9 +80,15 @@ class TritonPythonModel:
     def _answers(self, step: int, inputs: tuple[dict[str, np.ndarray], ...]) -> list[Any]:
         """Responses to requests that share a call."""
         try:
-            return [make_response({"velocity": velocity}) for velocity in self._predict(step, inputs)]
+            velocities = self._predict(step, inputs)
         except Exception as error:  # whatever the libraries below raise: the rest of the batch is answered
             return [failure(f"step {step}", error) for _ in inputs]
+        return [
+            make_response({"velocity": velocity})
+            if np.isfinite(velocity).all()
+            else failure(f"step {step}", AdatsqError("the velocities have NaN or infinity; give smaller inputs"))
+            for velocity in velocities
+        ]
 
     def _predict(self, step: int, inputs: tuple[dict[str, np.ndarray], ...]) -> list[np.ndarray]:
         """Velocities of requests that share a call, in one call."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from string import Template
 from tempfile import mkdtemp
 
+from adatsq_trt.engines.triton_server.parameters import cut
 from adatsq_trt.errors import OutputError, UserError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -49,9 +50,9 @@ def require_names(names: Sequence[str]) -> None:
     """
     for name in names:
         if not _NAME.fullmatch(name):
-            raise UserError(f"--name '{name}': expected letters, digits, '_', '.' and '-'; choose such a name")
+            raise UserError(f"--name '{cut(name)}': expected letters, digits, '_', '.' and '-'; choose such a name")
         if names.count(name) > 1:
-            raise UserError(f"two models would be served as '{name}'; give each bundle a --name of its own")
+            raise UserError(f"two models would be served as '{cut(name)}'; give each bundle a --name of its own")
 
 
 def fill(template: str, values: Mapping[str, object]) -> str:

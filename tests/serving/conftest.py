@@ -1,6 +1,7 @@
 """The real Triton server with two bundles, started once for the tests that leave it as it is."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import psutil
 import pytest
 
 from adatsq_trt.engines.bundle import BundleFiles
@@ -124,6 +126,24 @@ def infer_inputs(tensors: Mapping[str, np.ndarray]) -> "list[InferInput]":
         InferInput(name, value.shape, kinds[value.dtype.kind]).set_data_from_numpy(value)
         for name, value in tensors.items()
     ]
+
+
+def process_of(model: str, below: int) -> psutil.Process:
+    """The process of a model, below that of a server."""
+    for child in psutil.Process(below).children(recursive=True):
+        if child.status() != psutil.STATUS_ZOMBIE and any(
+            part.endswith(f"/{model}/1/model.py") for part in child.cmdline()
+        ):
+            return child
+    raise AssertionError(f"{model} has no process")
+
+
+def until(holds: Callable[[], bool], seconds: float = 120) -> None:
+    """Wait for something."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """`adatsq-trt serve` as a user meets it."""
 
+import re
 import signal
 import subprocess
 import time
@@ -12,8 +13,9 @@ from PIL import Image
 
 from adatsq_trt.engines.bundle import BundleFiles
 from adatsq_trt.engines.triton_server.server import HOST, Server, free_ports
+from benchmarks.serving.client import HttpClient
 from tests.cli.conftest import CommandLine
-from tests.serving.conftest import SERVER_FOLDER
+from tests.serving.conftest import SERVER_FOLDER, process_of, until
 
 pytestmark = pytest.mark.serving
 
@@ -55,6 +57,26 @@ def test_the_printed_curl_line_makes_a_picture(digits: BundleFiles, tmp_path: Pa
     process.send_signal(end)
     assert process.wait(60) == 0
     assert psutil.wait_procs(below, 10)[1] == []
+
+
+def test_a_model_that_is_killed_comes_back(digits: BundleFiles, tmp_path: Path) -> None:
+    ports, said = free_ports(), tmp_path / "said"
+    arguments = ["serve", str(digits.folder), "--name", "small", *options(ports.http, ports.grpc, ports.metrics)]
+    with said.open("w") as output:
+        process = subprocess.Popen([CommandLine.script, *arguments], stdout=output, stderr=output)
+
+    try:
+        until(lambda: "Ctrl-C ends it" in said.read_text())
+        log = Path(re.search(r"the server's log is (.*); try", said.read_text().replace("\n", ""))[1])
+        process_of("small", process.pid).kill()
+        until(lambda: "ready again" in log.read_text())
+        assert len(HttpClient(ports).latents("small", prompt=0, seed=1)) == 64
+        line = "the process of model 'small' has ended; requests under way are lost"
+        assert log.read_text().count(line) == 1
+        assert line in " ".join(said.read_text().split())
+    finally:
+        process.terminate()
+        assert process.wait(60) == 0
 
 
 def test_refusals(digits: BundleFiles, server: Server, tmp_path: Path) -> None:

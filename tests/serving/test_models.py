@@ -210,7 +210,7 @@ def test_bad_requests(client, name: str) -> None:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_guidance_that_is_not_finite(server: Server, value: float) -> None:
-    with GrpcClient(server.ports) as client, pytest.raises(RefusedError, match=r"guidance: got .*, expected a finite"):
+    with GrpcClient(server.ports) as client, pytest.raises(RefusedError, match=r"guidance: got .*, expected 0 to 100"):
         client.latents(DIGITS, prompt=0, seed=1, guidance=value)
 
 

@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from adatsq_trt.engines.bundle import MANIFEST_NAME, BundleFiles, ImageSpec, PlanFile
 from adatsq_trt.engines.triton_server.repository import Deployment, curl_line, write_repository
@@ -19,7 +20,8 @@ def with_plans(files: BundleFiles, max_rows: int, version: str) -> BundleFiles:
 def test_files(tiny_bundle: BundleFiles, tmp_path: Path) -> None:
     output = tmp_path / "new" / "repository"
     write_repository([Deployment("tiny", tiny_bundle, step_model=True), Deployment("other", tiny_bundle)], output)
-    assert sorted(path.name for path in output.iterdir()) == ["Dockerfile", "README.md", "other", "tiny", "tiny_step"]
+    written = ["Dockerfile", "README.md", "compose.yaml", "other", "probe.py", "tiny", "tiny_step"]
+    assert sorted(path.name for path in output.iterdir()) == written
     copied = BundleFiles.open(output / "tiny" / "1")
     assert copied.manifest == tiny_bundle.manifest
     config = (output / "tiny" / "config.pbtxt").read_text()
@@ -49,6 +51,8 @@ def test_plans_on_a_gpu(tiny_bundle: BundleFiles, tmp_path: Path) -> None:
     assert "kind: KIND_GPU" in (tmp_path / "r" / "tiny" / "config.pbtxt").read_text()
     assert "tensorrt-rtx==1.7.1 torch" in (tmp_path / "r" / "Dockerfile").read_text()
     assert "docker run --rm --gpus all --publish" in (tmp_path / "r" / "README.md").read_text()
+    service = yaml.safe_load((tmp_path / "r" / "compose.yaml").read_text())["services"]["tritonserver"]
+    assert service["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
 
 
 def test_videos_that_a_vae_decodes(tiny_bundle: BundleFiles, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from adatsq_trt.engines.bundle import BundleFiles, ImageSpec
 from adatsq_trt.engines.runtime import Bundle
 from adatsq_trt.engines.triton_server.requests import read_request, render
-from adatsq_trt.errors import UserError
+from adatsq_trt.errors import AdatsqError, UserError
 
 
 @pytest.fixture
@@ -48,11 +48,23 @@ BAD = {
     "numbers differ": ({"seed": [1]}, "", "got 2 prompts and 1 seeds, expected one seed for every prompt, 1 to 2"),
     "none": ({"prompt": [], "seed": []}, "", "got 0 prompts"),
     "too many": ({"prompt": [0] * 3, "seed": [0] * 3}, "", "got 3 prompts and 3 seeds, .* 1 to 2"),
-    "guidance": ({"guidance": [np.nan]}, "", "guidance: got nan, expected a finite number"),
+    "guidance": (
+        {"guidance": [np.nan]},
+        "",
+        "guidance: got nan, expected 0 to 100; leave it out for the bundle's own, 2",
+    ),
     "two guidances": ({"guidance": [1, 2]}, "", "guidance: got 2 values, expected one"),
     "steps": ({"steps": [20]}, "", "steps: got 20, the bundle's policy is for 4"),
     "output": ({}, '{"output": "latent"}', "unknown output 'latent'; did you mean 'latents'"),
     "output of another type": ({}, '{"output": 3}', "unknown output '3'"),
+    "large guidance": ({"guidance": [1e30]}, "", "guidance: got 1e\\+30, expected 0 to 100"),
+    "negative guidance": ({"guidance": [-1]}, "", "guidance: got -1, expected 0 to 100"),
+    "unknown field": ({}, '{"guidence": 9}', "unknown request field 'guidence'; did you mean 'guidance'?"),
+    "an input as parameter": ({}, '{"guidance": 9}', "'guidance' is an input, not a parameter"),
+    "twice": ({}, '{"output": "png", "output": "latents"}', "parameter 'output' is given twice"),
+    "preview": ({"preview": [True]}, "", "preview: there are messages to carry it with progress only"),
+    "long output": ({}, f'{{"output": "{"x" * 10_000}"}}', f"unknown output '{'x' * 80}\\.\\.\\.'; choose"),
+    "long field": ({}, f'{{"{"x" * 10_000}": 1}}', f"unknown request field '{'x' * 80}\\.\\.\\.'; choose"),
 }
 
 
@@ -77,6 +89,20 @@ def test_texts_of_stored_prompts(bundle: Bundle) -> None:
             read_request(seeds, json.dumps({"text": text}), known, max_samples=2)
     with pytest.raises(UserError, match="got neither, expected the parameter 'text' or 'prompt', 0 to 2"):
         read_request(seeds, "", known, max_samples=2)
+
+
+def test_a_bundle_without_guidance_takes_none(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = {name: value for name, value in bundle.files.prompts.items() if name.startswith("conditional")}
+    monkeypatch.setitem(bundle.files.__dict__, "prompts", prompts)
+    with pytest.raises(UserError, match="guidance: got 3, the bundle was built without guidance; leave it out"):
+        read_request(tensors(guidance=[3]), "", bundle, max_samples=2)
+    assert read_request(tensors(guidance=[2]), "", bundle, max_samples=2).generation.guidance == 2.0
+
+
+def test_images_that_are_not_finite(bundle: Bundle) -> None:
+    for output in ("image", "png"):
+        with pytest.raises(AdatsqError, match="the decoded images have NaN or infinity"):
+            render(lambda _: np.full((1, 2, 2, 3), np.nan, np.float32), bundle.noise([1]), output)
 
 
 def test_no_seed(bundle: Bundle) -> None:
