@@ -92,16 +92,19 @@ def test_times_that_the_benchmark_measured_are_spent(cli, tmp_path: Path) -> Non
     assert ended.code == 0, ended.err
     settings = json.loads((run / "settings.json").read_text())
     assert (settings["budget_ms"], settings["formats"]) == (3.0, formats.split(","))
+    kept = cli.state(run / "search")
     ended = cli("search", "digits-flux", *options, "--budget-ms", "1e-6", "--output", run)
     assert "the fastest policy of these formats takes" in ended.refusal
     assert "(measured on NVIDIA H200)" in ended.refusal
+    assert cli.state(run / "search") == kept
 
 
 def test_milliseconds_that_no_policy_takes_are_refused_after_calibration(cli, tmp_path: Path) -> None:
     ended = cli(*cli.build, "--budget-ms", "1e-6", "--gpu", GPU, "--output", tmp_path / "run")
     assert "the fastest policy of these formats takes" in ended.refusal
     assert "(roofline of NVIDIA GeForce RTX 5090's published rates)" in ended.refusal
-    assert not (tmp_path / "run" / "search" / "policy.json").exists()
+    assert (tmp_path / "run" / "calibrate").exists()
+    assert not (tmp_path / "run" / "quantize").exists()
 
 
 def test_every_card_of_the_roofline_knows_16_bits() -> None:

@@ -128,6 +128,9 @@ def _given_policy(settings: Settings, layers: Sequence[str]) -> Policy:
 
 def run(context: Context) -> Stage:
     """Search, unless that is done."""
+    calibrate.run(context)
+    if context.settings.policy is None and budget.priced(context.settings):
+        budget.budgets(context)  # refused before weights are quantized and an earlier result is replaced
     quantize.run(context)
     this = stage(context)
     if this.done:
