@@ -225,7 +225,7 @@ def _measured_rows(table: TimeTable, fmt: Format) -> _Rows:
 def _measured_ms(table: TimeTable, fmt: Format, shape: LayerShape) -> float:
     """Times of the measured shapes that are nearest in the logarithm, scaled by what is done.
 
-    A multiplication by its operations, a quantizer by the elements of the layer's input, whatever the layer makes of it.
+    A multiplication by its operations, a quantizer by the elements of the layer's input.
     """
     gemms, quantizers = _measured_rows(table, fmt)
     m, n, k = shape.tokens, shape.out_features, shape.in_features
