@@ -42,7 +42,7 @@ class Grid:
         element: the number type.
         bits: bits of one element; integers are signed and symmetric: -qmax to qmax, qmax = 2^(bits-1) - 1.
         granularity: how scales are shared.
-        group_size: elements along the input axis that share a scale, when granularity is GROUP.
+        group_size: elements along the input axis that share a scale, when granularity is GROUP; see `group_of`.
         scale_bits: bits of one stored scale.
     """
 
@@ -58,6 +58,21 @@ class Grid:
         if self.element is Element.INT:
             return float(2 ** (self.bits - 1) - 1)
         return {Element.E4M3: 448.0, Element.E2M1: 6.0}[self.element]
+
+    def group_of(self, in_features: int, *, whole: bool = False) -> int | None:
+        """Inputs of a layer that share a scale, for grids in groups: the largest group that divides its width.
+
+        Integers may be in smaller groups than `group_size`; blocks of e2m1 have one size only.
+
+        Args:
+            in_features: K of the layer.
+            whole: `group_size` is the only one, as enterprise TensorRT and the plugin's kernels have it.
+
+        Returns:
+            None where none divides K.
+        """
+        sizes = GROUPS if self.element is Element.INT and not whole else (self.group_size,)
+        return next((size for size in sizes if in_features % size == 0), None)
 
     @property
     def is_float(self) -> bool:
@@ -113,13 +128,14 @@ class Format:
 def _scale_share(grid: Grid, in_features: int) -> float:
     """Scale bits per element."""
     if grid.granularity is Granularity.GROUP:
-        return grid.scale_bits / grid.group_size
+        return grid.scale_bits / (grid.group_of(in_features) or grid.group_size)
     if grid.granularity in (Granularity.CHANNEL, Granularity.TOKEN):
         return grid.scale_bits / in_features
     return 0.0
 
 
 GROUP = 64
+GROUPS = (GROUP, 32, 16)  # of integer weights, the largest first: TensorRT-RTX keeps weights in 4 bits with each
 NVFP4_BLOCK = 16
 
 
@@ -304,21 +320,38 @@ def require_accelerated(
             )
 
 
-def require_shapes(formats: Iterable[Format], layers: Iterable[tuple[str, int]]) -> None:
-    """Refuse grouped formats where a layer's input width is not a multiple of the group.
+def require_shapes(
+    formats: Iterable[Format],
+    layers: Iterable[tuple[str, int]],
+    possible: Iterable[str] = FORMATS,
+    *,
+    whole_groups: bool = False,
+) -> None:
+    """Refuse formats in groups where none divides a layer's input width.
 
     Args:
         formats: the candidate formats.
         layers: (module path, in_features).
+        possible: names of the formats that could be chosen instead.
+        whole_groups: whether there are no smaller groups than a format's own (`Grid.group_of`).
 
     Raises:
-        UnsupportedFormatError: names the layer, the width and the group.
+        UnsupportedFormatError: names the layer, the width, the group and the formats that suit all layers.
     """
-    groups = {g.group_size: f.name for f in formats for g in (f.weight, f.activation) if g.group_size}
-    for name, width in layers:
-        for size, format_name in groups.items():
-            if width % size:
-                raise UnsupportedFormatError(
-                    f"layer '{name}': in_features {width} is not a multiple of {size}, the group size of format "
-                    f"'{format_name}'; choose other formats with --formats"
-                )
+    layers = list(layers)
+
+    def refused_by(fmt: Format) -> tuple[str, int, Grid] | None:
+        grids = [grid for grid in (fmt.weight, fmt.activation) if grid.group_size]
+        unfit = ((*layer, g) for layer in layers for g in grids if g.group_of(layer[1], whole=whole_groups) is None)
+        return next(unfit, None)
+
+    for fmt in formats:
+        if (unfit := refused_by(fmt)) is None:
+            continue
+        name, width, grid = unfit
+        least = grid.group_size if whole_groups or grid.element is not Element.INT else GROUPS[-1]
+        suitable = [other for other in sorted(possible) if refused_by(format_named(other)) is None]
+        raise UnsupportedFormatError(
+            f"layer '{name}': in_features {width} is not a multiple of {least}, the smallest group of format "
+            f"'{fmt.name}' here; choose formats that suit all layers with --formats: {', '.join(suitable) or 'none'}"
+        )

@@ -17,6 +17,7 @@ from adatsq_trt.cli.loading import ModelRequest, OpenedModel, open_model, reopen
 from adatsq_trt.cli.shapes import Shape, open_at_first, parse_shapes, resolve_shapes, written
 from adatsq_trt.errors import MissingFileError, UserError
 from adatsq_trt.formats import (
+    FORMATS,
     PLUGIN_LAYOUT,
     TARGETS,
     Format,
@@ -33,6 +34,8 @@ from adatsq_trt.workers.cluster import connected, parse_address, require_cluster
 from adatsq_trt.workers.device import AUTO, CPU, OnDevice, parse_device
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from adatsq_trt.cli.stages.context import Context
     from adatsq_trt.engines.sizes import SizeReport
     from adatsq_trt.report.summary import Summary
@@ -225,8 +228,7 @@ def resolve(request: Request, choice: Choice, opened: OpenedModel) -> Settings:
     if len({shape[1:] for shape in shapes}) == 1:  # of the model's own size, which --batch is for
         batch, shapes = tuple(shape[0] for shape in shapes), ()
     compiler = asdict(request.compiler) | {"batch": batch, "shapes": shapes}
-    layers = model.adapter.quantizable_layers().items()
-    require_shapes(choice.formats, [(name, layer.in_features) for name, layer in layers])
+    _require_layers(request, choice, model.adapter.quantizable_layers())
     return Settings(
         model=model.name,
         pipeline=opened.settings,
@@ -246,6 +248,26 @@ def resolve(request: Request, choice: Choice, opened: OpenedModel) -> Settings:
         transform=request.formats.transform,
         **{"steps": model.default_steps, **request.given},
     )
+
+
+def _require_layers(request: Request, choice: Choice, layers: Mapping[str, nn.Linear]) -> None:
+    """Refuse formats and layouts that do not suit a layer, before anything runs.
+
+    Raises:
+        UnsupportedFormatError: names the layer, and the formats that suit all.
+    """
+    compiler = request.compiler
+    targets = [] if request.formats.simulate else [target_named(name) for name in choice.targets]
+    require_shapes(
+        choice.formats,
+        [(name, layer.in_features) for name, layer in layers.items()],
+        set(FORMATS).intersection(*(target.accelerated(compiler.layout, compiler.backend) for target in targets)),
+        whole_groups=bool(targets) and (compiler.layout == PLUGIN_LAYOUT or compiler.backend == "tensorrt"),
+    )
+    if compiler.layout == PLUGIN_LAYOUT:
+        from adatsq_trt.export.plugin_operands import require_plugin_shapes
+
+        require_plugin_shapes({name: (layer.out_features, layer.in_features) for name, layer in layers.items()})
 
 
 def choose_workers(place: PlaceRequest) -> AbstractContextManager[Workers]:
