@@ -6,7 +6,8 @@ through which path.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -229,7 +230,7 @@ class Target:
         return self.tensorrt_formats if backend == "tensorrt" and self.compute_capability is not None else self.formats
 
 
-PLUGIN_LAYOUT = "plugin"
+PLUGIN_LAYOUT, PLUGIN_SET = "plugin", "hopper"
 PLUGIN_FORMATS = frozenset({"w8a8", "w4a8", "int4wo", "fp16", "bf16", "fp8"})
 _PLUGIN_WITHOUT_FP8 = PLUGIN_FORMATS - {"fp8"}
 _TENSORRT = frozenset({"bf16", "fp16", "int4wo", "w8a8s"})
@@ -283,6 +284,39 @@ def resolve_formats(names: str) -> tuple[Format, ...]:
     else:
         raise UnknownNameError("format or format set", names, [*FORMAT_SETS, *FORMATS])
     return tuple(sorted((format_named(name) for name in members), key=lambda f: (f.bits, f.name)))
+
+
+def default_formats(targets: Sequence[Target], layout: str = "embedded", backend: str = "rtx") -> str:
+    """The candidates where none are asked for: what all targets accelerate of a set.
+
+    The set is the oldest target's, unless another target's leaves more; in layout `plugin` it is that of the kernels.
+
+    Args:
+        targets: at least one.
+        layout: of the plans.
+        backend: what compiles them.
+
+    Returns:
+        A set's name where all of it is accelerated, else a list.
+
+    Raises:
+        UnsupportedFormatError: several targets accelerate nothing in common.
+    """
+    ordered = sorted(targets, key=lambda target: target.compute_capability or math.inf)
+    able = frozenset(FORMATS).intersection(*(target.accelerated(layout, backend) for target in targets))
+    names = [PLUGIN_SET] if layout == PLUGIN_LAYOUT else [target.default_set for target in ordered]
+    kept = {name: [member for member in FORMAT_SETS[name] if member in able] for name in names}
+    best = max(names, key=lambda name: len(kept[name]))
+    if len(kept[best]) == len(FORMAT_SETS[best]):
+        return best
+    if not kept[best]:
+        if len(targets) > 1:
+            raise UnsupportedFormatError(
+                f"targets {', '.join(target.name for target in targets)} accelerate no format of their sets in common "
+                f"in layout {layout}; build for each in a run of its own, or choose with --formats"
+            )
+        return best  # refused by name afterwards
+    return ",".join(kept[best])
 
 
 def default_budget(names: str) -> float:

@@ -7,6 +7,7 @@ from adatsq_trt.formats import (
     FORMAT_SETS,
     FORMATS,
     TARGETS,
+    default_formats,
     format_named,
     require_accelerated,
     require_shapes,
@@ -95,6 +96,31 @@ def test_formats_without_an_accelerated_path_are_refused_with_those_that_have_on
     targets = [TARGETS["sm120"], TARGETS["sm89"]]
     with pytest.raises(UnsupportedFormatError, match=r"'sm89' does not accelerate nvfp4; .* bf16, fp16, fp8, int4wo;"):
         require_accelerated(resolve_formats("blackwell"), targets)
+
+
+@pytest.mark.parametrize(
+    ("targets", "layout", "backend", "expected"),
+    [
+        (("sm120",), "embedded", "rtx", "blackwell"),
+        (("sm89", "sm120"), "embedded", "rtx", "ada"),
+        (("sm120", "sm89"), "shared", "rtx", "ada"),
+        (("sm120", "sm80"), "embedded", "rtx", "ampere"),
+        (("sm80", "sm86"), "embedded", "tensorrt", "ampere"),
+        (("sm120", "cpu"), "embedded", "tensorrt", "w8a8s"),
+        (("sm120",), "plugin", "rtx", "hopper"),
+        (("sm90",), "plugin", "rtx", "hopper"),
+        (("sm80",), "plugin", "rtx", "w4a8,w8a8,bf16"),
+        (("sm120", "sm86"), "plugin", "rtx", "w4a8,w8a8,bf16"),
+        (("sm90",), "embedded", "rtx", "hopper"),  # refused by name afterwards
+    ],
+)
+def test_default_formats_are_what_all_targets_accelerate(
+    targets: tuple[str, ...], layout: str, backend: str, expected: str
+) -> None:
+    chosen = [TARGETS[name] for name in targets]
+    assert default_formats(chosen, layout, backend) == expected
+    if expected != "hopper" or layout == "plugin":
+        require_accelerated(resolve_formats(expected), chosen, layout, backend)
 
 
 def test_a_layer_has_the_largest_group_that_divides_its_width() -> None:

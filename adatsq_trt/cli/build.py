@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from adatsq_trt.cli.budgets import BudgetRequest
+from adatsq_trt.cli.shapes import MOST_PIXELS
 
 
 class StageName(StrEnum):
@@ -115,18 +116,35 @@ Prompts = Annotated[
 Height = Annotated[
     int | None,
     typer.Option(
-        "--height", min=1, help="Of the picture, in pixels.", show_default="the model's", rich_help_panel=_CHECKPOINT
+        "--height",
+        min=1,
+        max=MOST_PIXELS,
+        help="Of the picture, in pixels.",
+        show_default="the model's",
+        rich_help_panel=_CHECKPOINT,
     ),
 ]
 Width = Annotated[
     int | None,
     typer.Option(
-        "--width", min=1, help="Of the picture, in pixels.", show_default="the model's", rich_help_panel=_CHECKPOINT
+        "--width",
+        min=1,
+        max=MOST_PIXELS,
+        help="Of the picture, in pixels.",
+        show_default="the model's",
+        rich_help_panel=_CHECKPOINT,
     ),
 ]
 Frames = Annotated[
     int | None,
-    typer.Option("--frames", min=1, help="Of a video.", show_default="the model's", rich_help_panel=_CHECKPOINT),
+    typer.Option(
+        "--frames",
+        min=1,
+        max=MOST_PIXELS,
+        help="Of a video.",
+        show_default="the model's",
+        rich_help_panel=_CHECKPOINT,
+    ),
 ]
 TargetOption = Annotated[
     list[str] | None,
@@ -148,12 +166,13 @@ Simulate = Annotated[
     typer.Option("--simulate", help="Study a policy: allow formats without an accelerated path, build no engines."),
 ]
 Layout = Annotated[
-    LayoutName,
+    LayoutName | None,
     typer.Option(
         "--layout",
         help="embedded: a self-contained plan for each assignment; shared: plans without weights over one store; "
         "switch: one plan in which assignments take turns; plugin: one graph of plugin nodes and the commands that "
         "compile it with enterprise TensorRT.",
+        show_default="embedded",
     ),
 ]
 Backend = Annotated[
@@ -425,7 +444,7 @@ def engine(
     gpu: Gpu = None,
     max_assignments: MaxAssignments = None,
     simulate: Simulate = False,
-    layout: Layout = LayoutName.EMBEDDED,
+    layout: Layout = None,
     batch: Batch = None,
     shapes: Shapes = None,
     backend: Backend = BackendName.RTX,
@@ -468,7 +487,9 @@ def engine(
         place=options.PlaceRequest(output, memory_limit, ray, device),
         formats=options.FormatRequest(formats, None if transform is None else transform.value, simulate),
         budgets=BudgetRequest(budget_bits, budget_bytes, budget_ms, gpu),
-        compiler=options.PlanRequest(layout.value, backend.value, hardware.value, versions, streaming, batch, shapes),
+        compiler=options.PlanRequest(
+            layout and layout.value, backend.value, hardware.value, versions, streaming, batch, shapes
+        ),
         policy=policy,
         given=_given(locals()),
     )

@@ -22,6 +22,7 @@ from adatsq_trt.formats import (
     TARGETS,
     Format,
     Target,
+    default_formats,
     require_accelerated,
     require_shapes,
     resolve_formats,
@@ -39,8 +40,11 @@ if TYPE_CHECKING:
     from adatsq_trt.cli.stages.context import Context
     from adatsq_trt.engines.sizes import SizeReport
     from adatsq_trt.report.summary import Summary
+    from adatsq_trt.zoo.loading import LoadedModel
 
 SIMULATED_SET = "paper-fine"  # what --simulate without a target studies
+MOST_GUIDANCE = 1000  # far beyond what any model is used with
+DEFAULT_LAYOUT: Literal["embedded"] = "embedded"
 PLUGIN_TARGET = "sm90"  # of layout `plugin` without a target: its graph is the same for all
 
 
@@ -55,9 +59,9 @@ class FormatRequest:
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """How plans are arranged, what compiles them, and what enterprise TensorRT is to make of them."""
+    """How plans are arranged (None: as by default), what compiles them, and what enterprise TensorRT makes of them."""
 
-    layout: Literal["embedded", "shared", "switch", "plugin"]
+    layout: Literal["embedded", "shared", "switch", "plugin"] | None
     backend: Literal["rtx", "tensorrt"]
     hardware_compatibility: Literal["none", "same_compute_capability", "ampere_plus"]
     version_compatible: bool
@@ -139,23 +143,56 @@ def choose(request: Request) -> Choice:
     names = request.targets
     if request.compiler.layout == PLUGIN_LAYOUT:
         names = names or (PLUGIN_TARGET,)
-        if request.formats.simulate:
-            raise UserError("--layout plugin: --simulate builds nothing that has a layout; leave one of them out")
     targets = [target_named(name) for name in names]
     if not targets and not request.formats.simulate:
         raise UserError(f"no --target: expected one of {', '.join(TARGETS)}; or pass --simulate to build no plans")
-    format_set = request.formats.names or (targets[0].default_set if targets else SIMULATED_SET)
+    _require_layout(request, targets)
+    layout, backend = request.compiler.layout or DEFAULT_LAYOUT, request.compiler.backend
+    own = default_formats(targets, layout, backend) if targets and not request.formats.simulate else None
+    format_set = request.formats.names or own or (targets[0].default_set if targets else SIMULATED_SET)
     formats = resolve_formats(format_set)
     if not request.formats.simulate:
-        require_accelerated(formats, targets, request.compiler.layout, request.compiler.backend)
+        require_accelerated(formats, targets, layout, backend)
     _require_backend(request, targets)
     budgets = choose_budgets(request.budgets, format_set)
-    require_finite("--guidance", request.model.guidance)
+    _require_guidance(request.model.guidance)
     shapes = () if request.compiler.shapes is None else parse_shapes(request.compiler.shapes)
     if shapes and request.compiler.batch:
         raise UserError("--batch: --shapes says how many samples of each size; leave one of them out")
     policy = _policy_text(request.policy)
     return Choice(names, format_set, formats, budgets, policy, request.place.limit_bytes, shapes)
+
+
+def _require_guidance(guidance: float | None) -> None:
+    """Refuse a scale at which 16-bit numbers, or any, overflow.
+
+    Raises:
+        UserError: says what was given.
+    """
+    require_finite("--guidance", guidance)
+    if guidance is not None and abs(guidance) > MOST_GUIDANCE:
+        raise UserError(
+            f"--guidance {guidance:g}: expected a number from -{MOST_GUIDANCE} to {MOST_GUIDANCE}; pass such a number "
+            "or leave the option out"
+        )
+
+
+def _require_layout(request: Request, targets: Sequence[Target]) -> None:
+    """Refuse a layout where there are no plans.
+
+    Raises:
+        UserError: says why there are none.
+    """
+    layout = request.compiler.layout
+    if layout is None:
+        return
+    if request.formats.simulate:
+        raise UserError(f"--layout {layout}: --simulate builds nothing that has a layout; leave one of them out")
+    if all(target.compute_capability is None for target in targets):
+        raise UserError(
+            f"--layout {layout}: target 'cpu' runs graphs, not plans, so nothing of it has a layout; leave it out or "
+            "add a GPU with --target"
+        )
 
 
 def _require_backend(request: Request, targets: Sequence[Target]) -> None:
@@ -227,7 +264,9 @@ def resolve(request: Request, choice: Choice, opened: OpenedModel) -> Settings:
     batch = tuple(sorted(set(request.compiler.batch or ())))
     if len({shape[1:] for shape in shapes}) == 1:  # of the model's own size, which --batch is for
         batch, shapes = tuple(shape[0] for shape in shapes), ()
-    compiler = asdict(request.compiler) | {"batch": batch, "shapes": shapes}
+    layout = request.compiler.layout or DEFAULT_LAYOUT
+    compiler = asdict(request.compiler) | {"batch": batch, "shapes": shapes, "layout": layout}
+    _require_size(model)
     _require_layers(request, choice, model.adapter.quantizable_layers())
     return Settings(
         model=model.name,
@@ -250,21 +289,36 @@ def resolve(request: Request, choice: Choice, opened: OpenedModel) -> Settings:
     )
 
 
+def _require_size(model: LoadedModel) -> None:
+    """Refuse a size that no bundle may have, before anything of that size is made.
+
+    Raises:
+        UserError: says how large a latent would be.
+    """
+    from adatsq_trt.engines.manifest import MAX_LATENT_ELEMENTS
+
+    if (elements := model.adapter.image.elements) > MAX_LATENT_ELEMENTS:
+        raise UserError(
+            f"size {written(model.scale.size(model.adapter.image))}: a latent has {elements} elements, the most is "
+            f"{MAX_LATENT_ELEMENTS}; choose smaller numbers with --height, --width and --frames"
+        )
+
+
 def _require_layers(request: Request, choice: Choice, layers: Mapping[str, nn.Linear]) -> None:
     """Refuse formats and layouts that do not suit a layer, before anything runs.
 
     Raises:
         UnsupportedFormatError: names the layer, and the formats that suit all.
     """
-    compiler = request.compiler
+    compiler, layout = request.compiler, request.compiler.layout or DEFAULT_LAYOUT
     targets = [] if request.formats.simulate else [target_named(name) for name in choice.targets]
     require_shapes(
         choice.formats,
         [(name, layer.in_features) for name, layer in layers.items()],
-        set(FORMATS).intersection(*(target.accelerated(compiler.layout, compiler.backend) for target in targets)),
-        whole_groups=bool(targets) and (compiler.layout == PLUGIN_LAYOUT or compiler.backend == "tensorrt"),
+        set(FORMATS).intersection(*(target.accelerated(layout, compiler.backend) for target in targets)),
+        whole_groups=bool(targets) and (layout == PLUGIN_LAYOUT or compiler.backend == "tensorrt"),
     )
-    if compiler.layout == PLUGIN_LAYOUT:
+    if layout == PLUGIN_LAYOUT:
         from adatsq_trt.export.plugin_operands import require_plugin_shapes
 
         require_plugin_shapes({name: (layer.out_features, layer.in_features) for name, layer in layers.items()})
