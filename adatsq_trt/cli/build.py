@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import typer
 
 from adatsq_trt.cli.budgets import BudgetRequest
-from adatsq_trt.cli.shapes import MOST_PIXELS
 
 
 class StageName(StrEnum):
@@ -118,7 +117,6 @@ Height = Annotated[
     typer.Option(
         "--height",
         min=1,
-        max=MOST_PIXELS,
         help="Of the picture, in pixels.",
         show_default="the model's",
         rich_help_panel=_CHECKPOINT,
@@ -129,7 +127,6 @@ Width = Annotated[
     typer.Option(
         "--width",
         min=1,
-        max=MOST_PIXELS,
         help="Of the picture, in pixels.",
         show_default="the model's",
         rich_help_panel=_CHECKPOINT,
@@ -140,7 +137,6 @@ Frames = Annotated[
     typer.Option(
         "--frames",
         min=1,
-        max=MOST_PIXELS,
         help="Of a video.",
         show_default="the model's",
         rich_help_panel=_CHECKPOINT,

@@ -14,7 +14,7 @@ from rich.table import Table
 from adatsq_trt.cli.budgets import BudgetChoice, BudgetRequest, choose_budgets, parse_bytes, require_finite
 from adatsq_trt.cli.build import StageName
 from adatsq_trt.cli.loading import ModelRequest, OpenedModel, open_model, reopen_model, require_model
-from adatsq_trt.cli.shapes import Shape, open_at_first, parse_shapes, resolve_shapes, written
+from adatsq_trt.cli.shapes import Shape, open_at_first, parse_shapes, require_sides, resolve_shapes, written
 from adatsq_trt.errors import MissingFileError, UserError
 from adatsq_trt.formats import (
     FORMATS,
@@ -140,6 +140,7 @@ def choose(request: Request) -> Choice:
         UserError: names, formats, targets, numbers or files that do not go together.
     """
     require_model(request.model)
+    require_sides(request.model.height, request.model.width, request.model.frames)
     names = request.targets
     if request.compiler.layout == PLUGIN_LAYOUT:
         names = names or (PLUGIN_TARGET,)
@@ -473,11 +474,18 @@ def summary_table(summary: Summary) -> Table:
 
 def size_table(report: SizeReport) -> Table:
     """Bytes of every layout beside the least that the policy needs; the plans of the one that is built."""
-    table = Table("layout", "engines", "weights", "of the least", "plans beside weights", box=None)
+    table = Table("layout", "engines", "weights", "of the least", "plans", box=None)
     for row in report.layouts:
-        code = ", ".join(f"{target} {size / 1e6:.1f} MB" for target, size in row.plan_overhead_bytes.items())
+        plans = [
+            f"{target} {size / 1e6:.1f} MB, {row.plan_overhead_bytes[target] / 1e6:.1f} MB beside weights"
+            for target, size in row.plan_bytes.items()
+        ]
         ratio = f"{row.weight_bytes / report.floor_bytes:.2f} ×"
-        table.add_row(row.layout, str(row.engines), f"{row.weight_bytes / 1e6:.1f} MB", ratio, code or "not built")
+        parts = f"{row.branches} branches" if row.branches else f"{row.engines} engines"
+        unknown = f"not built: code of {parts} comes on top"
+        table.add_row(
+            row.layout, str(row.engines), f"{row.weight_bytes / 1e6:.1f} MB", ratio, "; ".join(plans) or unknown
+        )
     table.caption = (
         f"the least: {report.floor_bytes / 1e6:.1f} MB, every (layer, format) and the rest of the model once"
     )

@@ -56,6 +56,17 @@ def written(numbers: Sequence[int]) -> str:
     return "x".join(map(str, numbers))
 
 
+def require_sides(height: int | None, width: int | None, frames: int | None) -> None:
+    """Refuse, before anything is opened, pictures and videos larger than any.
+
+    Raises:
+        UserError: names the option.
+    """
+    for option, value in (("--height", height), ("--width", width), ("--frames", frames)):
+        if value is not None and value > MOST_PIXELS:
+            raise UserError(f"{option} {value}: expected at most {MOST_PIXELS}; choose a smaller number")
+
+
 def resolve_shapes(shapes: Sequence[Shape], model: LoadedModel) -> tuple[Shape, ...]:
     """What was asked for, without repetitions: the model's own size first, and by samples within each size.
 

@@ -62,7 +62,10 @@ REQUESTS = {
         ("digits-flux", *SM120, "--target", "cpu"),
         "targets sm120, cpu accelerate no format of their sets in common in layout embedded; build for each in a run",
     ),
-    "huge picture": (("some/hub-id", *SM120, "--height", "1000000"), "1000000 is not in the range 1<=x<=32768"),
+    "huge picture": (
+        ("some/hub-id", *SM120, "--height", "1000000"),
+        "--height 1000000: expected at most 32768; choose",
+    ),
     "huge guidance": (
         ("digits-flux", *SM120, "--guidance", "1e300"),
         "--guidance 1e+300: expected a number from -1000",
