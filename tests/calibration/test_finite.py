@@ -15,9 +15,7 @@ def test_inputs_that_float16_cannot_hold_name_layer_step_and_format() -> None:
     largest = torch.tensor([[1.0, 65504.0], [2.0, 70000.0]])
     require_range([FORMATS[name] for name in ("bf16", "fp8", "fp32", "w4a4")], LAYERS, largest)
     require_range([FORMATS["fp16"]], LAYERS, largest[:1])
-    with pytest.raises(
-        UnsupportedFormatError, match=r"'ff': its inputs reach 7e\+04 at step 1, .* 'fp16' .* 65504"
-    ):
+    with pytest.raises(UnsupportedFormatError, match=r"'ff': its inputs reach 7e\+04 at step 1, .* 'fp16' .* 65504"):
         require_range([FORMATS["fp8"], FORMATS["fp16"]], LAYERS, largest)
 
 
