@@ -484,7 +484,7 @@ def engine(
         formats=options.FormatRequest(formats, None if transform is None else transform.value, simulate),
         budgets=BudgetRequest(budget_bits, budget_bytes, budget_ms, gpu),
         compiler=options.PlanRequest(
-            layout and layout.value, backend.value, hardware.value, versions, streaming, batch, shapes
+            None if layout is None else layout.value, backend.value, hardware.value, versions, streaming, batch, shapes
         ),
         policy=policy,
         given=_given(locals()),

@@ -70,8 +70,8 @@ def size_table(report: SizeReport) -> Table:
             for target, size in row.plan_bytes.items()
         ]
         ratio = f"{row.weight_bytes / report.floor_bytes:.2f} ×"
-        parts = f"{row.branches} branches" if row.branches else f"{row.engines} engines"
-        unknown = f"not built: code of {parts} comes on top"
+        coded = f"{row.branches} branches" if row.branches else f"{row.engines} engines"
+        unknown = f"not built: code of {coded} comes on top"
         table.add_row(
             row.layout, str(row.engines), f"{row.weight_bytes / 1e6:.1f} MB", ratio, "; ".join(plans) or unknown
         )
