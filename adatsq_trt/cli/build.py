@@ -115,32 +115,18 @@ Prompts = Annotated[
 Height = Annotated[
     int | None,
     typer.Option(
-        "--height",
-        min=1,
-        help="Of the picture, in pixels.",
-        show_default="the model's",
-        rich_help_panel=_CHECKPOINT,
+        "--height", min=1, help="Of the picture, in pixels.", show_default="the model's", rich_help_panel=_CHECKPOINT
     ),
 ]
 Width = Annotated[
     int | None,
     typer.Option(
-        "--width",
-        min=1,
-        help="Of the picture, in pixels.",
-        show_default="the model's",
-        rich_help_panel=_CHECKPOINT,
+        "--width", min=1, help="Of the picture, in pixels.", show_default="the model's", rich_help_panel=_CHECKPOINT
     ),
 ]
 Frames = Annotated[
     int | None,
-    typer.Option(
-        "--frames",
-        min=1,
-        help="Of a video.",
-        show_default="the model's",
-        rich_help_panel=_CHECKPOINT,
-    ),
+    typer.Option("--frames", min=1, help="Of a video.", show_default="the model's", rich_help_panel=_CHECKPOINT),
 ]
 TargetOption = Annotated[
     list[str] | None,
@@ -389,8 +375,6 @@ HeldOut = Annotated[
         rich_help_panel=_EFFORT,
     ),
 ]
-
-
 MemoryLimit = Annotated[
     str | None,
     typer.Option(
@@ -401,8 +385,6 @@ MemoryLimit = Annotated[
         rich_help_panel=_EFFORT,
     ),
 ]
-
-
 Ray = Annotated[
     str | None,
     typer.Option(
@@ -414,8 +396,6 @@ Ray = Annotated[
         rich_help_panel=_EFFORT,
     ),
 ]
-
-
 Device = Annotated[
     str,
     typer.Option(
@@ -481,15 +461,18 @@ def engine(
         model=loading.ModelRequest(model, base, tuple(lora or ()), prompts, height, width, frames, guidance),
         targets=tuple(dict.fromkeys(target or ())),
         place=options.PlaceRequest(output, memory_limit, ray, device),
-        formats=options.FormatRequest(formats, None if transform is None else transform.value, simulate),
+        formats=options.FormatRequest(formats, _value(transform), simulate),
         budgets=BudgetRequest(budget_bits, budget_bytes, budget_ms, gpu),
-        compiler=options.PlanRequest(
-            None if layout is None else layout.value, backend.value, hardware.value, versions, streaming, batch, shapes
-        ),
+        compiler=options.PlanRequest(_value(layout), backend.value, hardware.value, versions, streaming, batch, shapes),
         policy=policy,
         given=_given(locals()),
     )
     options.run_stages(request, until)
+
+
+def _value(choice: LayoutName | TransformName | None) -> Any:
+    """What was chosen, None for nothing."""
+    return None if choice is None else choice.value
 
 
 def _given(parameters: Mapping[str, Any]) -> dict[str, int | str]:
