@@ -6,7 +6,8 @@ through which path.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -42,7 +43,7 @@ class Grid:
         element: the number type.
         bits: bits of one element; integers are signed and symmetric: -qmax to qmax, qmax = 2^(bits-1) - 1.
         granularity: how scales are shared.
-        group_size: elements along the input axis that share a scale, when granularity is GROUP.
+        group_size: elements along the input axis that share a scale, when granularity is GROUP; see `group_of`.
         scale_bits: bits of one stored scale.
     """
 
@@ -58,6 +59,21 @@ class Grid:
         if self.element is Element.INT:
             return float(2 ** (self.bits - 1) - 1)
         return {Element.E4M3: 448.0, Element.E2M1: 6.0}[self.element]
+
+    def group_of(self, in_features: int, *, whole: bool = False) -> int | None:
+        """Inputs of a layer that share a scale, for grids in groups: the largest group that divides its width.
+
+        Integers may be in smaller groups than `group_size`; blocks of e2m1 have one size only.
+
+        Args:
+            in_features: K of the layer.
+            whole: `group_size` is the only one, as enterprise TensorRT and the plugin's kernels have it.
+
+        Returns:
+            None where none divides K.
+        """
+        sizes = GROUPS if self.element is Element.INT and not whole else (self.group_size,)
+        return next((size for size in sizes if in_features % size == 0), None)
 
     @property
     def is_float(self) -> bool:
@@ -113,13 +129,14 @@ class Format:
 def _scale_share(grid: Grid, in_features: int) -> float:
     """Scale bits per element."""
     if grid.granularity is Granularity.GROUP:
-        return grid.scale_bits / grid.group_size
+        return grid.scale_bits / (grid.group_of(in_features) or grid.group_size)
     if grid.granularity in (Granularity.CHANNEL, Granularity.TOKEN):
         return grid.scale_bits / in_features
     return 0.0
 
 
 GROUP = 64
+GROUPS = (GROUP, 32, 16)  # of integer weights, the largest first: TensorRT-RTX keeps weights in 4 bits with each
 NVFP4_BLOCK = 16
 
 
@@ -213,7 +230,7 @@ class Target:
         return self.tensorrt_formats if backend == "tensorrt" and self.compute_capability is not None else self.formats
 
 
-PLUGIN_LAYOUT = "plugin"
+PLUGIN_LAYOUT, PLUGIN_SET = "plugin", "hopper"
 PLUGIN_FORMATS = frozenset({"w8a8", "w4a8", "int4wo", "fp16", "bf16", "fp8"})
 _PLUGIN_WITHOUT_FP8 = PLUGIN_FORMATS - {"fp8"}
 _TENSORRT = frozenset({"bf16", "fp16", "int4wo", "w8a8s"})
@@ -269,6 +286,39 @@ def resolve_formats(names: str) -> tuple[Format, ...]:
     return tuple(sorted((format_named(name) for name in members), key=lambda f: (f.bits, f.name)))
 
 
+def default_formats(targets: Sequence[Target], layout: str = "embedded", backend: str = "rtx") -> str:
+    """The candidates where none are asked for: what all targets accelerate of a set.
+
+    The set is the oldest target's, unless another target's leaves more; in layout `plugin` it is that of the kernels.
+
+    Args:
+        targets: at least one.
+        layout: of the plans.
+        backend: what compiles them.
+
+    Returns:
+        A set's name where all of it is accelerated, else a list.
+
+    Raises:
+        UnsupportedFormatError: several targets accelerate nothing in common.
+    """
+    ordered = sorted(targets, key=lambda target: target.compute_capability or math.inf)
+    able = frozenset(FORMATS).intersection(*(target.accelerated(layout, backend) for target in targets))
+    names = [PLUGIN_SET] if layout == PLUGIN_LAYOUT else [target.default_set for target in ordered]
+    kept = {name: [member for member in FORMAT_SETS[name] if member in able] for name in names}
+    best = max(names, key=lambda name: len(kept[name]))
+    if len(kept[best]) == len(FORMAT_SETS[best]):
+        return best
+    if not kept[best]:
+        if len(targets) > 1:
+            raise UnsupportedFormatError(
+                f"targets {', '.join(target.name for target in targets)} accelerate no format of their sets in common "
+                f"in layout {layout}; build for each in a run of its own, or choose with --formats"
+            )
+        return best  # refused by name afterwards
+    return ",".join(kept[best])
+
+
 def default_budget(names: str) -> float:
     """The budget in mean bits that is used when none is asked for.
 
@@ -304,21 +354,38 @@ def require_accelerated(
             )
 
 
-def require_shapes(formats: Iterable[Format], layers: Iterable[tuple[str, int]]) -> None:
-    """Refuse grouped formats where a layer's input width is not a multiple of the group.
+def require_shapes(
+    formats: Iterable[Format],
+    layers: Iterable[tuple[str, int]],
+    possible: Iterable[str] = FORMATS,
+    *,
+    whole_groups: bool = False,
+) -> None:
+    """Refuse formats in groups where none divides a layer's input width.
 
     Args:
         formats: the candidate formats.
         layers: (module path, in_features).
+        possible: names of the formats that could be chosen instead.
+        whole_groups: whether there are no smaller groups than a format's own (`Grid.group_of`).
 
     Raises:
-        UnsupportedFormatError: names the layer, the width and the group.
+        UnsupportedFormatError: names the layer, the width, the group and the formats that suit all layers.
     """
-    groups = {g.group_size: f.name for f in formats for g in (f.weight, f.activation) if g.group_size}
-    for name, width in layers:
-        for size, format_name in groups.items():
-            if width % size:
-                raise UnsupportedFormatError(
-                    f"layer '{name}': in_features {width} is not a multiple of {size}, the group size of format "
-                    f"'{format_name}'; choose other formats with --formats"
-                )
+    layers = list(layers)
+
+    def refused_by(fmt: Format) -> tuple[str, int, Grid] | None:
+        grids = [grid for grid in (fmt.weight, fmt.activation) if grid.group_size]
+        unfit = ((*layer, g) for layer in layers for g in grids if g.group_of(layer[1], whole=whole_groups) is None)
+        return next(unfit, None)
+
+    for fmt in formats:
+        if (unfit := refused_by(fmt)) is None:
+            continue
+        name, width, grid = unfit
+        least = grid.group_size if whole_groups or grid.element is not Element.INT else GROUPS[-1]
+        suitable = [other for other in sorted(possible) if refused_by(format_named(other)) is None]
+        raise UnsupportedFormatError(
+            f"layer '{name}': in_features {width} is not a multiple of {least}, the smallest group of format "
+            f"'{fmt.name}' here; choose formats that suit all layers with --formats: {', '.join(suitable) or 'none'}"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -160,7 +161,9 @@ class Policy(BaseModel):
         Raises:
             MismatchError: says what differs.
         """
-        if self.weights_sha256 != weights_sha256 or tuple(layers) != self.layers:
+        if self.weights_sha256 == weights_sha256:
+            self._require_layers(layers)
+        else:
             raise MismatchError(
                 f"the policy was searched for model '{self.model}' with weights {self.weights_sha256[:12]}, this model "
                 f"has weights {weights_sha256[:12]}; run 'adatsq-trt search' on this model"
@@ -168,6 +171,29 @@ class Policy(BaseModel):
         if self.steps != steps:
             raise MismatchError(
                 f"the policy has {self.steps} steps, the run has {steps}; pass --steps {self.steps} or search again"
+            )
+
+    def _require_layers(self, layers: Sequence[str]) -> None:
+        """Refuse other layers than those of the model: the hash says that the weights are the same, not the list."""
+        missing = [name for name in layers if name not in self.layers]
+        for name in self.layers:
+            if name not in layers:
+                near = difflib.get_close_matches(name, missing, n=1)
+                hint = f"; did you mean '{near[0]}'?" if near else ""
+                raise MismatchError(
+                    f"the policy has a layer '{name}', which model '{self.model}' has not or does not quantize{hint} "
+                    f"({GIVEN_POLICY_ADVICE})"
+                )
+        if missing:
+            raise MismatchError(
+                f"the policy says nothing of {len(missing)} layers of model '{self.model}', the first is "
+                f"'{missing[0]}'; {GIVEN_POLICY_ADVICE}"
+            )
+        if tuple(layers) != self.layers:
+            index = next(i for i, name in enumerate(layers) if name != self.layers[i])
+            raise MismatchError(
+                f"the policy lists the layers of model '{self.model}' in another order: got '{self.layers[index]}' at "
+                f"place {index}, expected '{layers[index]}'; {GIVEN_POLICY_ADVICE}"
             )
 
     def save(self, path: Path) -> None:

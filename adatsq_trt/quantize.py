@@ -105,7 +105,11 @@ def round_to_grid(scaled: Tensor, grid: Grid, *, in_place: bool = False) -> Tens
 
 def group_width(grid: Grid, in_features: int) -> int:
     """How many inputs share a weight scale."""
-    return grid.group_size if grid.granularity is Granularity.GROUP else in_features
+    if grid.granularity is not Granularity.GROUP:
+        return in_features
+    group = grid.group_of(in_features)
+    assert group is not None, "such layers were refused"
+    return group
 
 
 def weight_global_scale(weight: Tensor, grid: Grid) -> Tensor | None:

@@ -67,7 +67,7 @@ class Settings(BaseModel):
         projections: random projections per calibration sample.
         selection_samples: fresh trajectories that decide between finished policies.
         held_out_samples: trajectories that the reported errors are measured on; with none the search reports none, and
-            leaves uniform policies out. The command line asks for at least one.
+            leaves out uniform policies above a budget in bits. The command line asks for at least one.
         temperature: tau of the temporal weights.
         damping: of the Hessian, as a part of its mean diagonal.
         transform: what happens to weights and inputs before they are rounded; None for nothing.

@@ -26,7 +26,9 @@ class LayoutSize(BaseModel):
         layout: its name.
         engines: how many plans it has for a target.
         weight_bytes: of the weights that all its plans and its store hold: what stays on the GPU beside activations.
-        plan_overhead_bytes: target → what the plans hold besides, code above all; empty for a layout that is not built.
+        branches: of layout `switch`: alternatives of its layers, each with code of its own in the one plan.
+        plan_bytes: target → all plans, as they are stored; empty for a layout that is not built.
+        plan_overhead_bytes: target → what the plans hold beside weights, code above all; empty likewise.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -34,6 +36,8 @@ class LayoutSize(BaseModel):
     layout: Layout
     engines: int
     weight_bytes: int
+    branches: int = 0
+    plan_bytes: dict[str, int] = {}
     plan_overhead_bytes: dict[str, int]
 
 
@@ -89,6 +93,8 @@ def size_report(files: BundleFiles) -> SizeReport | None:
                 layout=layout,
                 engines=1 if layout == "switch" else len(own),
                 weight_bytes=weights[layout],
+                branches=_branches(files) if layout == "switch" else 0,
+                plan_bytes=dict(_plan_bytes(files)) if layout == files.manifest.layout else {},
                 plan_overhead_bytes=_overhead(files, layout, weights[layout]),
             )
             for layout in LAYOUTS
@@ -128,6 +134,12 @@ def operand_sizes(path: Path) -> tuple[OperandSize, ...]:
 def _size(tensor: TensorProto) -> int:
     weight = weight_of(tensor)
     return len(tensor.raw_data) if weight is None else weight.length
+
+
+def _branches(files: BundleFiles) -> int:
+    """Formats of the layers that have several."""
+    formats = (len(set(column)) for column in zip(*files.policy.assignments, strict=True))
+    return sum(count for count in formats if count > 1)
 
 
 def _overhead(files: BundleFiles, layout: Layout, weight_bytes: int) -> dict[str, int]:

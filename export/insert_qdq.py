@@ -35,6 +35,7 @@ from adatsq_trt.export.emitter import TRT_DOMAIN, Emitter
 from adatsq_trt.export.encode import EncodedWeight, element_type
 from adatsq_trt.export.normalize_linears import find_linears, weight_of
 from adatsq_trt.formats import Element, Format, Granularity, Grid
+from adatsq_trt.quantize import group_width
 
 FORMAT = "adatsq.format"
 SCALE_SUFFIX = "activation_scale"
@@ -108,7 +109,8 @@ def _dequantized(
         second = constants.number("weight_global_scale", weight.global_scale)
         wide = emit.op("DequantizeWeightScale", "DequantizeLinear", [scales, second], DataType.FLOAT)
         scales = wide if kind is DataType.FLOAT else emit.cast("CastWeightScale", wide, kind)
-    blocked = {"axis": 1, "block_size": grid.group_size} if grid.granularity is Granularity.GROUP else {"axis": 0}
+    grouped = grid.granularity is Granularity.GROUP
+    blocked = {"axis": 1, "block_size": group_width(grid, weight.codes.shape[1])} if grouped else {"axis": 0}
     return emit.op("DequantizeWeight", "DequantizeLinear", [codes, scales], kind, **blocked)
 
 

@@ -24,8 +24,9 @@ from pydantic import BaseModel, ConfigDict
 
 from adatsq_trt.errors import AdatsqError, DamagedFileError
 from adatsq_trt.files import write_bytes, write_json_model
-from adatsq_trt.plugins.catalog import DTYPES, EVEN_ODD, KERNELS, SHARED_BYTES
+from adatsq_trt.plugins.catalog import DTYPES, KERNELS, SHARED_BYTES
 from adatsq_trt.plugins.tiles import Place, Tile, Tiles
+from adatsq_trt.timed_kernels import EVEN_ODD, QUANTIZE_TOKENS
 
 if TYPE_CHECKING:
     from triton.compiler import CompiledKernel
@@ -128,7 +129,7 @@ class Variant:
     def name(self) -> str:
         """Name of the file and in messages."""
         group = f"_g{self.place.group}" if self.place.group else ""
-        order = "_even_odd" if self.place.kernel == "quantize_tokens" and self.order == EVEN_ODD else ""
+        order = "_even_odd" if self.place.kernel == QUANTIZE_TOKENS and self.order == EVEN_ODD else ""
         block = f"{self.tile.block_m}x{self.tile.block_n}x{self.tile.block_k}"
         return f"{self.place.kernel}{group}{order}_{self.dtype}_{block}_{self.place.target}"
 

@@ -26,6 +26,16 @@ from adatsq_trt.plugins.catalog import KERNELS, TARGETS
 from adatsq_trt.plugins.kernels import cases, quantize
 from adatsq_trt.plugins.kernels.cases import GEMMS, Problem
 from adatsq_trt.plugins.tiles import Place, Tile, Tiles, load_tiles, tile_for
+from adatsq_trt.timed_kernels import (
+    EVEN_ODD,
+    GEMM_FP8,
+    MATMUL_16,
+    NATURAL,
+    QUANTIZE_FP8,
+    QUANTIZE_TOKENS,
+    gemm_row,
+    quantizer_row,
+)
 
 log = logging.getLogger("adatsq_trt.plugins.benchmark")
 
@@ -151,7 +161,7 @@ def _check_quantizers(wrong: list[str], target: str, device: str) -> int:
             wanted = quantize.even_odd(expected) if even_odd else expected
             wrong += [] if torch.equal(q, wanted) and torch.equal(q_scale, scale) else [f"quantize_tokens {dtype}"]
             count += 1
-        if target in KERNELS["quantize_fp8"].targets:
+        if target in KERNELS[QUANTIZE_FP8].targets:
             step = torch.tensor([0.01], device=device)
             same = (
                 cases.quantize_fp8(x, step)
@@ -168,20 +178,19 @@ def _candidates(
 ) -> Iterator[tuple[str, Callable[[], object]]]:
     """What is timed on one shape, torch.matmul first; weights and activations are quantized beforehand."""
     x, w = (torch.randn(rows, k, device=device, dtype=torch.bfloat16) for rows in (m, n))
-    yield "torch.matmul bf16", lambda: x @ w.T
+    yield MATMUL_16, lambda: x @ w.T
     codes, w_codes = (torch.randint(-127, 128, (rows, k), device=device, dtype=torch.int8) for rows in (m, n))
     if m > 16:  # a condition of torch._int_mm
         yield "torch._int_mm", lambda: torch._int_mm(codes, w_codes.T)
-    if target in KERNELS["gemm_fp8"].targets:
+    if target in KERNELS[GEMM_FP8].targets:
         one, (a, b) = torch.ones((), device=device), (t.to(torch.float8_e4m3fn) for t in (x, w))
         yield "torch._scaled_mm", lambda: torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16)
-    for even_odd in (False, True):
-        order = "even-odd" if even_odd else "natural"
-        yield f"quantize_tokens {order}", partial(cases.quantize_tokens, x, None, 127.0, even_odd)
+        yield quantizer_row(QUANTIZE_FP8), partial(cases.quantize_fp8, x, torch.full((1,), 0.01, device=device))
+    for order in (NATURAL, EVEN_ODD):
+        yield quantizer_row(QUANTIZE_TOKENS, order), partial(cases.quantize_tokens, x, None, 127.0, order == EVEN_ODD)
     for place in places(target):
         case = GEMMS[place.kernel](Problem(m, n, k, torch.bfloat16, device=device), place.group)
-        tile, name = tile_for(tiles[place], m), f"{place.kernel} {place.group or ''}".strip()
-        yield name, partial(case.launch, tile)
+        yield gemm_row(place.kernel, place.group), partial(case.launch, tile_for(tiles[place], m))
 
 
 def measure(
@@ -207,7 +216,7 @@ def measure(
         bf16 = math.nan
         for what, run in _candidates(tiles, target, device, m, n, k):
             median, low, high = do_bench(run, quantiles=[0.5, 0.2, 0.8])
-            bf16 = median if what.startswith("torch.matmul") else bf16
+            bf16 = median if what == MATMUL_16 else bf16
             rate = m * n * k / median / ceiling
             timings.append(Timing(what, m, n, k, median, low, high, bf16 / median, rate))
             log.info("%-24s M %5d N %5d K %5d: %.4f ms, %.2f × bf16", what, m, n, k, median, bf16 / median)

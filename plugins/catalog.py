@@ -4,11 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from adatsq_trt.timed_kernels import (
+    EVEN_ODD,
+    GEMM_16,
+    GEMM_FP8,
+    GEMM_W4A8,
+    GEMM_W4A16,
+    GEMM_W8A8,
+    GEMM_W8A8_NESTED,
+    GEMM_W8A16,
+    NATURAL,
+    QUANTIZE_FP8,
+    QUANTIZE_TOKENS,
+)
+
 TARGETS = ("sm80", "sm86", "sm89", "sm90", "sm120")
 _FP8_TARGETS = ("sm89", "sm90", "sm120")
 DTYPES = ("fp16", "bf16")
 GROUPS = (64, 128)
-NATURAL, EVEN_ODD = "natural", "even_odd"
 
 # Largest shared memory of a thread block, bytes: CUDA C++ Programming Guide, table "Technical Specifications per
 # Compute Capability", less 1 KiB that the system keeps.
@@ -52,25 +65,25 @@ KERNELS: dict[str, Kernel] = {
     kernel.name: kernel
     for kernel in (
         Kernel(
-            "quantize_tokens",
+            QUANTIZE_TOKENS,
             "quantize",
             (*_TOKENS, ("maximum", "fp32"), ("has_smooth", "i32")),
             orders=(NATURAL, EVEN_ODD),
             divisible=("k",),
         ),
         Kernel(
-            "quantize_fp8",
+            QUANTIZE_FP8,
             "quantize",
             (("x", "*16"), ("scale", "*fp32"), ("q", "*fp8e4nv"), ("k", "i32")),
             targets=_FP8_TARGETS,
             divisible=("k",),
         ),
-        Kernel("gemm_w8a8", "gemm_int8", (*_INT8, *_CODES, *_END)),
-        Kernel("gemm_w8a8_nested", "gemm_int8", (*_INT8, *_PLANES, *_END), orders=(EVEN_ODD,)),
-        Kernel("gemm_w4a8", "gemm_int4", (*_INT8, *_CODES, *_END), groups=GROUPS, orders=(EVEN_ODD,)),
-        Kernel("gemm_w4a16", "gemm_int4", (("x", "*16"), *_CODES, *_END), groups=GROUPS),
-        Kernel("gemm_w8a16", "gemm_float", (("x", "*16"), *_CODES, *_END)),
-        Kernel("gemm_16", "gemm_float", (("x", "*16"), ("w", "*16"), *_END)),
-        Kernel("gemm_fp8", "gemm_float", (*_FP8, *_END), targets=_FP8_TARGETS),
+        Kernel(GEMM_W8A8, "gemm_int8", (*_INT8, *_CODES, *_END)),
+        Kernel(GEMM_W8A8_NESTED, "gemm_int8", (*_INT8, *_PLANES, *_END), orders=(EVEN_ODD,)),
+        Kernel(GEMM_W4A8, "gemm_int4", (*_INT8, *_CODES, *_END), groups=GROUPS, orders=(EVEN_ODD,)),
+        Kernel(GEMM_W4A16, "gemm_int4", (("x", "*16"), *_CODES, *_END), groups=GROUPS),
+        Kernel(GEMM_W8A16, "gemm_float", (("x", "*16"), *_CODES, *_END)),
+        Kernel(GEMM_16, "gemm_float", (("x", "*16"), ("w", "*16"), *_END)),
+        Kernel(GEMM_FP8, "gemm_float", (*_FP8, *_END), targets=_FP8_TARGETS),
     )
 }

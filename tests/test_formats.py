@@ -7,6 +7,7 @@ from adatsq_trt.formats import (
     FORMAT_SETS,
     FORMATS,
     TARGETS,
+    default_formats,
     format_named,
     require_accelerated,
     require_shapes,
@@ -97,9 +98,47 @@ def test_formats_without_an_accelerated_path_are_refused_with_those_that_have_on
         require_accelerated(resolve_formats("blackwell"), targets)
 
 
-def test_layers_must_be_made_of_whole_groups() -> None:
+@pytest.mark.parametrize(
+    ("targets", "layout", "backend", "expected"),
+    [
+        (("sm120",), "embedded", "rtx", "blackwell"),
+        (("sm89", "sm120"), "embedded", "rtx", "ada"),
+        (("sm120", "sm89"), "shared", "rtx", "ada"),
+        (("sm120", "sm80"), "embedded", "rtx", "ampere"),
+        (("sm80", "sm86"), "embedded", "tensorrt", "ampere"),
+        (("sm120", "cpu"), "embedded", "tensorrt", "w8a8s"),
+        (("sm120",), "plugin", "rtx", "hopper"),
+        (("sm90",), "plugin", "rtx", "hopper"),
+        (("sm80",), "plugin", "rtx", "w4a8,w8a8,bf16"),
+        (("sm120", "sm86"), "plugin", "rtx", "w4a8,w8a8,bf16"),
+        (("sm90",), "embedded", "rtx", "hopper"),  # refused by name afterwards
+    ],
+)
+def test_default_formats_are_what_all_targets_accelerate(
+    targets: tuple[str, ...], layout: str, backend: str, expected: str
+) -> None:
+    chosen = [TARGETS[name] for name in targets]
+    assert default_formats(chosen, layout, backend) == expected
+    if expected != "hopper" or layout == "plugin":
+        require_accelerated(resolve_formats(expected), chosen, layout, backend)
+
+
+def test_a_layer_has_the_largest_group_that_divides_its_width() -> None:
+    int4, fp4 = FORMATS["int4wo"].weight, FORMATS["nvfp4"].weight
+    assert [int4.group_of(width) for width in (64, 96, 128, 80, 100)] == [64, 32, 64, 16, None]
+    assert [int4.group_of(width, whole=True) for width in (64, 96)] == [64, None]
+    assert [fp4.group_of(width) for width in (64, 96, 80, 72)] == [16, 16, 16, None]
+    assert FORMATS["int4wo"].stored_weight_bits(96) == 4 + 16 / 32
+
+
+def test_layers_that_no_group_divides_are_refused_with_the_formats_that_suit() -> None:
     formats = resolve_formats("w4a4,nvfp4")
-    require_shapes(formats, [("ff", 128)])
-    with pytest.raises(UnsupportedFormatError, match=r"layer 'ff': in_features 80 is not a multiple of 64.*'w4a4'"):
-        require_shapes(formats, [("ok", 64), ("ff", 80)])
+    require_shapes(formats, [("ff", 128), ("odd", 96), ("small", 80)])
     require_shapes(resolve_formats("fp8,w8a8"), [("ff", 77)])
+    layers, possible = [("ok", 64), ("ff", 72)], ("fp8", "w8a8", "int4wo", "nvfp4")
+    for names, least in (("w4a4", 16), ("nvfp4", 16)):
+        message = rf"'ff': in_features 72 is not a multiple of {least}, .* '{names}' here; .* all layers .*: fp8, w8a8$"
+        with pytest.raises(UnsupportedFormatError, match=message):
+            require_shapes(resolve_formats(names), layers, possible)
+    with pytest.raises(UnsupportedFormatError, match=r"'odd': in_features 96 is not a multiple of 64, .* nvfp4, w8a8$"):
+        require_shapes(resolve_formats("int4wo"), [("odd", 96)], possible, whole_groups=True)

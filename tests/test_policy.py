@@ -1,6 +1,7 @@
 """Policies: averages, buckets, and what becomes of damaged or foreign files."""
 
 import json
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -134,10 +135,25 @@ def test_a_policy_for_something_else_is_refused() -> None:
     policy.require("0" * 64, 2, LAYERS)
     with pytest.raises(MismatchError, match="weights 000000000000, this model has weights 111111111111"):
         policy.require("1" * 64, 2, LAYERS)
-    with pytest.raises(MismatchError, match="searched for model 'tiny'"):
-        policy.require("0" * 64, 2, ("a", "b"))
     with pytest.raises(MismatchError, match="has 2 steps, the run has 3; pass --steps 2"):
         policy.require("0" * 64, 3, LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("of_model", "message"),
+    [
+        (lambda names: names[:2], "the policy has a layer '{last}', which model 'tiny' has not or does not quantize "),
+        (lambda names: (*names[:2], names[2] + "x"), "'{last}', which model .*; did you mean '{last}x'"),
+        (lambda names: (*names, "more", "still"), "says nothing of 2 layers of model 'tiny', the first is 'more';"),
+        (lambda names: names[::-1], "layers of model 'tiny' in another order: got '{first}' at place 0, expected"),
+    ],
+)
+def test_a_policy_with_other_layers_of_the_same_weights_names_them(
+    of_model: Callable[[tuple[str, ...]], tuple[str, ...]], message: str
+) -> None:
+    policy = make("fp8 fp8 fp8", "bf16 bf16 bf16")
+    with pytest.raises(MismatchError, match=message.format(first=LAYERS[0], last=LAYERS[-1])):
+        policy.require("0" * 64, 2, of_model(tuple(LAYERS)))
 
 
 def test_policies_do_not_change() -> None:

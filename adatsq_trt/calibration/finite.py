@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from adatsq_trt.calibration.trajectory import Samples
-from adatsq_trt.errors import UserError
+from adatsq_trt.errors import UnsupportedFormatError, UserError
+from adatsq_trt.formats import Format
+from adatsq_trt.quantize import QuantizedWeight, plain_type
 
 
 def require_finite_trajectory(samples: Samples, latents: Tensor) -> None:
@@ -27,7 +29,8 @@ def require_finite_trajectory(samples: Samples, latents: Tensor) -> None:
         return
     following = int(bad.any(dim=1).nonzero()[0])
     step, sample = max(following - 1, 0), int(bad[following].nonzero()[0])
-    with _watched(samples.adapter.transformer) as found:
+    modules = samples.adapter.transformer.named_modules()
+    with watched((name, module) for name, module in modules if not list(module.children())) as found:
         latent = latents[step, sample : sample + 1].to(samples.adapter.device)
         samples.part(slice(sample, sample + 1)).step(latent, step)
     layer = f"layer '{found[0]}' gives" if found else "the model's output has"
@@ -38,9 +41,46 @@ def require_finite_trajectory(samples: Samples, latents: Tensor) -> None:
     )
 
 
+def require_range(formats: Sequence[Format], layers: Sequence[str], largest: Tensor) -> None:
+    """Refuse a plain 16-bit format that some layer's input overflows.
+
+    Args:
+        formats: the candidates.
+        layers: module paths.
+        largest: magnitude of their inputs, float32 [steps, layers].
+
+    Raises:
+        UnsupportedFormatError: names the layer, the step and the format.
+    """
+    for fmt in formats:
+        if not fmt.activation.is_float:
+            continue
+        over = ~largest.to(plain_type(fmt.activation)).isfinite()
+        if bool(over.any()):
+            step, index = (int(i) for i in over.nonzero()[0])
+            raise UnsupportedFormatError(
+                f"layer '{layers[index]}': its inputs reach {float(largest[step, index]):.4g} at step {step}, which "
+                f"format '{fmt.name}' cannot hold: its largest number is "
+                f"{torch.finfo(plain_type(fmt.activation)).max:.5g}; leave it out of --formats, or take bf16"
+            )
+
+
+def require_finite_weight(layer: str, fmt: Format, weight: QuantizedWeight) -> None:
+    """Refuse a plain format that a layer's weights overflow.
+
+    Raises:
+        UnsupportedFormatError: names the layer and the format.
+    """
+    if fmt.weight.is_float and not bool(weight.codes.isfinite().all()):
+        raise UnsupportedFormatError(
+            f"layer '{layer}': format '{fmt.name}' cannot hold its weights: its largest number is "
+            f"{torch.finfo(plain_type(fmt.weight)).max:.5g}; leave it out of --formats, or take bf16"
+        )
+
+
 @contextmanager
-def _watched(model: nn.Module) -> Iterator[list[str]]:
-    """Names of the innermost modules with outputs that are not finite, in the order of execution."""
+def watched(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[list[str]]:
+    """Names of those modules that gave outputs that are not finite, in the order of execution."""
     found: list[str] = []
 
     def watch(name: str, module: nn.Module):  # type: ignore[no-untyped-def]
@@ -50,7 +90,7 @@ def _watched(model: nn.Module) -> Iterator[list[str]]:
 
         return module.register_forward_hook(hook)
 
-    handles = [watch(name, module) for name, module in model.named_modules() if not list(module.children())]
+    handles = [watch(name, module) for name, module in modules]
     try:
         yield found
     finally:

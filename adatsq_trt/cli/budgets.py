@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 from adatsq_trt.errors import UserError
-from adatsq_trt.formats import default_budget
+from adatsq_trt.formats import default_budget, resolve_formats
 
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]*)?(?:e[0-9]+)?) *([kMG]?B?)", re.IGNORECASE)
 _UNITS = {"": 1.0, "b": 1.0, "k": 1e3, "kb": 1e3, "m": 1e6, "mb": 1e6, "g": 1e9, "gb": 1e9}
@@ -51,7 +51,8 @@ def choose_budgets(request: BudgetRequest, format_set: str) -> BudgetChoice:
     """Fill in the default: without any budget the format set's, in bits.
 
     Raises:
-        UserError: a number that is none, a size of no known unit, milliseconds of no card, or an unknown card.
+        UserError: a number that is none, a size of no known unit, milliseconds of no card, an unknown card, or a format
+            whose time there nobody knows.
     """
     require_finite("--budget-bits", request.bits)
     require_finite("--budget-ms", request.ms)
@@ -63,7 +64,9 @@ def choose_budgets(request: BudgetRequest, format_set: str) -> BudgetChoice:
 
     require_one_unit(request.gpu, request.ms)
     assert request.gpu is not None
-    return BudgetChoice(request.bits, size, request.ms, time_model(request.gpu)[1])
+    model, times = time_model(request.gpu)
+    model.require(resolve_formats(format_set))
+    return BudgetChoice(request.bits, size, request.ms, times)
 
 
 def parse_bytes(text: str, option: str = "--budget-bytes") -> float:

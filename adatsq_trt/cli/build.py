@@ -148,12 +148,13 @@ Simulate = Annotated[
     typer.Option("--simulate", help="Study a policy: allow formats without an accelerated path, build no engines."),
 ]
 Layout = Annotated[
-    LayoutName,
+    LayoutName | None,
     typer.Option(
         "--layout",
         help="embedded: a self-contained plan for each assignment; shared: plans without weights over one store; "
         "switch: one plan in which assignments take turns; plugin: one graph of plugin nodes and the commands that "
         "compile it with enterprise TensorRT.",
+        show_default="embedded",
     ),
 ]
 Backend = Annotated[
@@ -374,8 +375,6 @@ HeldOut = Annotated[
         rich_help_panel=_EFFORT,
     ),
 ]
-
-
 MemoryLimit = Annotated[
     str | None,
     typer.Option(
@@ -386,8 +385,6 @@ MemoryLimit = Annotated[
         rich_help_panel=_EFFORT,
     ),
 ]
-
-
 Ray = Annotated[
     str | None,
     typer.Option(
@@ -399,8 +396,6 @@ Ray = Annotated[
         rich_help_panel=_EFFORT,
     ),
 ]
-
-
 Device = Annotated[
     str,
     typer.Option(
@@ -425,7 +420,7 @@ def engine(
     gpu: Gpu = None,
     max_assignments: MaxAssignments = None,
     simulate: Simulate = False,
-    layout: Layout = LayoutName.EMBEDDED,
+    layout: Layout = None,
     batch: Batch = None,
     shapes: Shapes = None,
     backend: Backend = BackendName.RTX,
@@ -466,13 +461,18 @@ def engine(
         model=loading.ModelRequest(model, base, tuple(lora or ()), prompts, height, width, frames, guidance),
         targets=tuple(dict.fromkeys(target or ())),
         place=options.PlaceRequest(output, memory_limit, ray, device),
-        formats=options.FormatRequest(formats, None if transform is None else transform.value, simulate),
+        formats=options.FormatRequest(formats, _value(transform), simulate),
         budgets=BudgetRequest(budget_bits, budget_bytes, budget_ms, gpu),
-        compiler=options.PlanRequest(layout.value, backend.value, hardware.value, versions, streaming, batch, shapes),
+        compiler=options.PlanRequest(_value(layout), backend.value, hardware.value, versions, streaming, batch, shapes),
         policy=policy,
         given=_given(locals()),
     )
     options.run_stages(request, until)
+
+
+def _value(choice: LayoutName | TransformName | None) -> Any:
+    """What was chosen, None for nothing."""
+    return None if choice is None else choice.value
 
 
 def _given(parameters: Mapping[str, Any]) -> dict[str, int | str]:

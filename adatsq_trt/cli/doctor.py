@@ -118,9 +118,6 @@ _LIBRARIES = (
     _Library(
         "ModelOpt", "modelopt", ("nvidia-modelopt",), "comparison with other quantizers", "pip install nvidia-modelopt"
     ),
-    _Library(
-        "Triton server", "pytriton", ("nvidia-pytriton",), "serve", "pip install --no-deps nvidia-pytriton==0.7.0"
-    ),
     _Library("Ray", "ray", ("ray",), "--ray", "pip install ray", _loads("ray")),
     _Library("Triton language", "triton", ("triton",), "build plugins", "pip install triton"),
 )
@@ -142,6 +139,7 @@ def diagnose(folder: Path = Path()) -> list[Capability]:
     return [
         Capability("Python", True, platform.python_version(), "everything", ""),
         *(_library(library) for library in _LIBRARIES),
+        _triton_server(),
         _gpu(),
         *(_compiler(*row) for row in _COMPILERS),
         _disk(folder),
@@ -169,6 +167,18 @@ def _versions(distributions: tuple[str, ...]) -> Iterator[str]:
             yield metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+
+
+def _triton_server() -> Capability:
+    """The server that `serve` would start."""
+    from adatsq_trt.engines.triton_server.server import INSTALL, Installation
+    from adatsq_trt.errors import DependencyError
+
+    name, needed_for = "Triton server", "serve"
+    try:
+        return Capability(name, True, Installation.find().detail, needed_for, "")
+    except DependencyError as error:
+        return Capability(name, False, _first_line(str(error)).partition(";")[0], needed_for, INSTALL)
 
 
 def _gpu() -> Capability:

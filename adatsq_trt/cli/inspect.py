@@ -28,7 +28,7 @@ def inspect(
     """
     from rich.console import Console
 
-    from adatsq_trt.cli.options import size_table
+    from adatsq_trt.cli.tables import size_table
     from adatsq_trt.engines.bundle import BundleFiles
     from adatsq_trt.engines.inspection import inspect_bundle
 

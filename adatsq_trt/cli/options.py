@@ -9,18 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
-from rich.table import Table
 
 from adatsq_trt.cli.budgets import BudgetChoice, BudgetRequest, choose_budgets, parse_bytes, require_finite
 from adatsq_trt.cli.build import StageName
 from adatsq_trt.cli.loading import ModelRequest, OpenedModel, open_model, reopen_model, require_model
-from adatsq_trt.cli.shapes import Shape, open_at_first, parse_shapes, resolve_shapes, written
+from adatsq_trt.cli.shapes import Shape, open_at_first, parse_shapes, require_sides, resolve_shapes, written
+from adatsq_trt.cli.tables import settings_table, size_table, summary_table
 from adatsq_trt.errors import MissingFileError, UserError
 from adatsq_trt.formats import (
+    FORMATS,
     PLUGIN_LAYOUT,
     TARGETS,
     Format,
     Target,
+    default_formats,
     require_accelerated,
     require_shapes,
     resolve_formats,
@@ -33,11 +35,14 @@ from adatsq_trt.workers.cluster import connected, parse_address, require_cluster
 from adatsq_trt.workers.device import AUTO, CPU, OnDevice, parse_device
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from adatsq_trt.cli.stages.context import Context
-    from adatsq_trt.engines.sizes import SizeReport
-    from adatsq_trt.report.summary import Summary
+    from adatsq_trt.zoo.loading import LoadedModel
 
 SIMULATED_SET = "paper-fine"  # what --simulate without a target studies
+MOST_GUIDANCE = 1000  # far beyond what any model is used with
+DEFAULT_LAYOUT: Literal["embedded"] = "embedded"
 PLUGIN_TARGET = "sm90"  # of layout `plugin` without a target: its graph is the same for all
 
 
@@ -52,9 +57,9 @@ class FormatRequest:
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """How plans are arranged, what compiles them, and what enterprise TensorRT is to make of them."""
+    """How plans are arranged (None: as by default), what compiles them, and what enterprise TensorRT makes of them."""
 
-    layout: Literal["embedded", "shared", "switch", "plugin"]
+    layout: Literal["embedded", "shared", "switch", "plugin"] | None
     backend: Literal["rtx", "tensorrt"]
     hardware_compatibility: Literal["none", "same_compute_capability", "ampere_plus"]
     version_compatible: bool
@@ -133,26 +138,60 @@ def choose(request: Request) -> Choice:
         UserError: names, formats, targets, numbers or files that do not go together.
     """
     require_model(request.model)
+    require_sides(request.model.height, request.model.width, request.model.frames)
     names = request.targets
     if request.compiler.layout == PLUGIN_LAYOUT:
         names = names or (PLUGIN_TARGET,)
-        if request.formats.simulate:
-            raise UserError("--layout plugin: --simulate builds nothing that has a layout; leave one of them out")
     targets = [target_named(name) for name in names]
     if not targets and not request.formats.simulate:
         raise UserError(f"no --target: expected one of {', '.join(TARGETS)}; or pass --simulate to build no plans")
-    format_set = request.formats.names or (targets[0].default_set if targets else SIMULATED_SET)
+    _require_layout(request, targets)
+    layout, backend = request.compiler.layout or DEFAULT_LAYOUT, request.compiler.backend
+    own = default_formats(targets, layout, backend) if targets and not request.formats.simulate else None
+    format_set = request.formats.names or own or (targets[0].default_set if targets else SIMULATED_SET)
     formats = resolve_formats(format_set)
     if not request.formats.simulate:
-        require_accelerated(formats, targets, request.compiler.layout, request.compiler.backend)
+        require_accelerated(formats, targets, layout, backend)
     _require_backend(request, targets)
     budgets = choose_budgets(request.budgets, format_set)
-    require_finite("--guidance", request.model.guidance)
+    _require_guidance(request.model.guidance)
     shapes = () if request.compiler.shapes is None else parse_shapes(request.compiler.shapes)
     if shapes and request.compiler.batch:
         raise UserError("--batch: --shapes says how many samples of each size; leave one of them out")
     policy = _policy_text(request.policy)
     return Choice(names, format_set, formats, budgets, policy, request.place.limit_bytes, shapes)
+
+
+def _require_guidance(guidance: float | None) -> None:
+    """Refuse a scale at which 16-bit numbers, or any, overflow.
+
+    Raises:
+        UserError: says what was given.
+    """
+    require_finite("--guidance", guidance)
+    if guidance is not None and abs(guidance) > MOST_GUIDANCE:
+        raise UserError(
+            f"--guidance {guidance:g}: expected a number from -{MOST_GUIDANCE} to {MOST_GUIDANCE}; pass such a number "
+            "or leave the option out"
+        )
+
+
+def _require_layout(request: Request, targets: Sequence[Target]) -> None:
+    """Refuse a layout where there are no plans.
+
+    Raises:
+        UserError: says why there are none.
+    """
+    layout = request.compiler.layout
+    if layout is None:
+        return
+    if request.formats.simulate:
+        raise UserError(f"--layout {layout}: --simulate builds nothing that has a layout; leave one of them out")
+    if all(target.compute_capability is None for target in targets):
+        raise UserError(
+            f"--layout {layout}: target 'cpu' runs graphs, not plans, so nothing of it has a layout; leave it out or "
+            "add a GPU with --target"
+        )
 
 
 def _require_backend(request: Request, targets: Sequence[Target]) -> None:
@@ -224,9 +263,10 @@ def resolve(request: Request, choice: Choice, opened: OpenedModel) -> Settings:
     batch = tuple(sorted(set(request.compiler.batch or ())))
     if len({shape[1:] for shape in shapes}) == 1:  # of the model's own size, which --batch is for
         batch, shapes = tuple(shape[0] for shape in shapes), ()
-    compiler = asdict(request.compiler) | {"batch": batch, "shapes": shapes}
-    layers = model.adapter.quantizable_layers().items()
-    require_shapes(choice.formats, [(name, layer.in_features) for name, layer in layers])
+    layout = request.compiler.layout or DEFAULT_LAYOUT
+    compiler = asdict(request.compiler) | {"batch": batch, "shapes": shapes, "layout": layout}
+    _require_size(model)
+    _require_layers(request, choice, model.adapter.quantizable_layers())
     return Settings(
         model=model.name,
         pipeline=opened.settings,
@@ -246,6 +286,41 @@ def resolve(request: Request, choice: Choice, opened: OpenedModel) -> Settings:
         transform=request.formats.transform,
         **{"steps": model.default_steps, **request.given},
     )
+
+
+def _require_size(model: LoadedModel) -> None:
+    """Refuse a size that no bundle may have, before anything of that size is made.
+
+    Raises:
+        UserError: says how large a latent would be.
+    """
+    from adatsq_trt.engines.manifest import MAX_LATENT_ELEMENTS
+
+    if (elements := model.adapter.image.elements) > MAX_LATENT_ELEMENTS:
+        raise UserError(
+            f"size {written(model.scale.size(model.adapter.image))}: a latent has {elements} elements, the most is "
+            f"{MAX_LATENT_ELEMENTS}; choose smaller numbers with --height, --width and --frames"
+        )
+
+
+def _require_layers(request: Request, choice: Choice, layers: Mapping[str, nn.Linear]) -> None:
+    """Refuse formats and layouts that do not suit a layer, before anything runs.
+
+    Raises:
+        UnsupportedFormatError: names the layer, and the formats that suit all.
+    """
+    compiler, layout = request.compiler, request.compiler.layout or DEFAULT_LAYOUT
+    targets = [] if request.formats.simulate else [target_named(name) for name in choice.targets]
+    require_shapes(
+        choice.formats,
+        [(name, layer.in_features) for name, layer in layers.items()],
+        set(FORMATS).intersection(*(target.accelerated(layout, compiler.backend) for target in targets)),
+        whole_groups=bool(targets) and (layout == PLUGIN_LAYOUT or compiler.backend == "tensorrt"),
+    )
+    if layout == PLUGIN_LAYOUT:
+        from adatsq_trt.export.plugin_operands import require_plugin_shapes
+
+        require_plugin_shapes({name: (layer.out_features, layer.in_features) for name, layer in layers.items()})
 
 
 def choose_workers(place: PlaceRequest) -> AbstractContextManager[Workers]:
@@ -309,7 +384,7 @@ def run_stages(request: Request, until: StageName) -> None:
         StageName.BUNDLE: bundle.run,
     }
     with chosen_workers as workers, RunDirectory.open(output) as run:
-        console.print(_settings_table(settings))
+        console.print(settings_table(settings))
         write_json_model(run.path / SETTINGS_NAME, settings)
         outline = Context(run, settings, opened.outline, memory, workers)
         if until is StageName.BUNDLE and settings.times is None:
@@ -346,66 +421,3 @@ def open_run(path: Path) -> Context:
     run = RunDirectory.existing(path)
     settings = read_json_model(run.path / SETTINGS_NAME, Settings)
     return Context(run, settings, reopen_model(settings, run))
-
-
-_NOT_SHOWN = {"schema_version", "weights_sha256", "model_sha256", "policy", "pipeline", "times"}
-
-
-def _settings_table(settings: Settings) -> Table:
-    table = Table("setting", "value", box=None, title="settings", title_justify="left")
-    values = settings.model_dump(exclude=_NOT_SHOWN)
-    if settings.pipeline is not None:
-        values |= settings.pipeline.model_dump(exclude={"prompts"}) | {"prompts": len(settings.pipeline.prompts)}
-    for name, value in values.items():
-        value = tuple(map(written, value)) if name == "shapes" else value
-        table.add_row(name, ", ".join(map(str, value)) if isinstance(value, tuple) else str(value))
-    return table
-
-
-def summary_table(summary: Summary) -> Table:
-    """The figures of a run beside those of simpler policies."""
-    from adatsq_trt.report.numbers import ratio
-
-    table = Table("policy", "mean bits", "latent MSE", "of the chosen", box=None)
-    rows = [("chosen", f"{summary.mean_bits:.3f}", summary.final_error)]
-    static = summary.static_errors
-    rows += [
-        (name, "" if summary.budget_bits is None else f"≤ {summary.budget_bits:g}", error)
-        for name, error in (("best layer-only", static.layer_only), ("best time-only", static.time_only))
-        if error is not None
-    ]
-    if summary.unlimited is not None:
-        rows.append((f"without --max-assignments: {summary.unlimited.assignments}", "", summary.unlimited.error))
-    rows += [(f"uniform {name}", "", error) for name, error in summary.uniform_errors.items()]
-    for name, bits, error in rows:
-        spread = f" ± {summary.final_standard_error:.0e}" if name == "chosen" else ""
-        times = ratio(error / summary.final_error) if summary.final_error else ""
-        table.add_row(name, bits, f"{error:.3e}{spread}", times)
-    table.caption = (
-        f"{summary.buckets} buckets, {summary.assignments} distinct assignments; errors on {summary.held_out_samples} "
-        f"held-out samples; {summary.denoiser_calls} denoiser calls; engines {summary.engine_bytes / 1e6:.1f} MB"
-    )
-    if summary.budget_bytes is not None:
-        resident, most = summary.resident_weight_bytes / 1e6, summary.budget_bytes / 1e6
-        table.caption += f"\nquantized weights {resident:.4g} MB of a budget of {most:.4g} MB"
-    if summary.budget_ms is not None:
-        table.caption += (
-            f"\n{summary.ms:.4g} ms per sample of a budget of {summary.budget_ms:g} ms: {summary.ms_source}"
-        )
-    return table
-
-
-def size_table(report: SizeReport) -> Table:
-    """Bytes of every layout beside the least that the policy needs; the plans of the one that is built."""
-    table = Table("layout", "engines", "weights", "of the least", "plans beside weights", box=None)
-    for row in report.layouts:
-        code = ", ".join(f"{target} {size / 1e6:.1f} MB" for target, size in row.plan_overhead_bytes.items())
-        ratio = f"{row.weight_bytes / report.floor_bytes:.2f} ×"
-        table.add_row(row.layout, str(row.engines), f"{row.weight_bytes / 1e6:.1f} MB", ratio, code or "not built")
-    table.caption = (
-        f"the least: {report.floor_bytes / 1e6:.1f} MB, every (layer, format) and the rest of the model once"
-    )
-    if report.operands:
-        parts = [f"{o.name} {o.bytes / 1e3:.1f} kB in {o.layers} layers" for o in report.operands]
-        table.caption += f"\ninputs of plugin nodes: {', '.join(parts)}"
-    return table

@@ -26,7 +26,7 @@ def serve(
         typer.Option(
             "--server",
             help="Folder into which nvidia-pytriton was installed with pip's --target.",
-            show_default="this environment, or /opt/tritonserver",
+            show_default="this environment, where make test-serving puts it, or /opt/tritonserver",
         ),
     ] = None,
 ) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 OPTION = "--shapes"
-_MOST_SAMPLES, _MOST_PIXELS = 4096, 1 << 15
+_MOST_SAMPLES, MOST_PIXELS = 4096, 1 << 15
 
 
 def parse_size(text: str, option: str) -> Shape:
@@ -36,9 +36,9 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
     expected = "SAMPLESxHEIGHTxWIDTH, or SAMPLESxFRAMESxHEIGHTxWIDTH for videos, such as 1x1024x1024,4x512x512"
     shapes = tuple(_numbers(part, OPTION, (3, 4), expected) for part in text.split(","))
     for samples, *size in shapes:
-        if samples > _MOST_SAMPLES or max(size) > _MOST_PIXELS:
+        if samples > _MOST_SAMPLES or max(size) > MOST_PIXELS:
             raise UserError(
-                f"{OPTION} {written((samples, *size))}: expected at most {_MOST_SAMPLES} samples and {_MOST_PIXELS} "
+                f"{OPTION} {written((samples, *size))}: expected at most {_MOST_SAMPLES} samples and {MOST_PIXELS} "
                 "pixels along a side; choose smaller numbers"
             )
     return shapes
@@ -54,6 +54,17 @@ def _numbers(text: str, option: str, lengths: tuple[int, int], expected: str) ->
 def written(numbers: Sequence[int]) -> str:
     """As it is asked for."""
     return "x".join(map(str, numbers))
+
+
+def require_sides(height: int | None, width: int | None, frames: int | None) -> None:
+    """Refuse, before anything is opened, pictures and videos larger than any.
+
+    Raises:
+        UserError: names the option.
+    """
+    for option, value in (("--height", height), ("--width", width), ("--frames", frames)):
+        if value is not None and value > MOST_PIXELS:
+            raise UserError(f"{option} {value}: expected at most {MOST_PIXELS}; choose a smaller number")
 
 
 def resolve_shapes(shapes: Sequence[Shape], model: LoadedModel) -> tuple[Shape, ...]:

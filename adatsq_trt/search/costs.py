@@ -18,9 +18,10 @@ from pydantic import BaseModel, Field, FiniteFloat
 
 from adatsq_trt.errors import UnknownNameError, UnsupportedFormatError, UserError
 from adatsq_trt.files import parse_json_model, read_json_model
-from adatsq_trt.formats import Element, Format
+from adatsq_trt.formats import Element, Format, format_named
 from adatsq_trt.policy import LayerShape
 from adatsq_trt.search.candidates import Array
+from adatsq_trt.timed_kernels import TIMED_KERNELS, gemm_row
 
 _ADVICE = "write it with 'adatsq-trt benchmark kernels'"
 _OUTPUT_BYTES = 2
@@ -93,15 +94,9 @@ class TimeTable(BaseModel):
     card: str
     timings: tuple[_Timing, ...] = Field(min_length=1)
 
-
-# Format → how the table names the kernels that run it, one after the other.
-_KERNELS = {
-    "bf16": ("torch.matmul",),
-    "fp16": ("torch.matmul",),
-    "fp8": ("gemm_fp8",),
-    "w8a8": ("quantize_tokens natural", "gemm_int8"),
-    "w4a8": ("quantize_tokens even-odd", "gemm_int4"),
-}
+    def rows(self, what: str) -> list[_Timing]:
+        """Those of exactly this name."""
+        return [timing for timing in self.timings if timing.what == what]
 
 
 @dataclass(frozen=True)
@@ -131,19 +126,25 @@ class TimeModel:
             UnsupportedFormatError: the card has no rate, or the table no time, for this format.
         """
         if self.table is not None:
-            return sum(_nearest(self.table, kernel, fmt, shape) for kernel in _kernels(self.table, fmt))
+            return _measured_ms(self.table, fmt, shape)
         assert self.card is not None
-        # Weight-only formats compute in 16 bits; simulated grids would need units that no card has.
-        rate = self.card.tops.get(fmt.activation.element)
-        if rate is None or (fmt.activation.element is Element.INT and fmt.activation.bits != 8):
-            raise UnsupportedFormatError(
-                f"--budget-ms: the roofline of {self.card.title} has no rate for format '{fmt.name}'; leave it out of "
-                "--formats, or choose another card with --gpu"
-            )
+        rate = _rate(self.card, fmt)
         weights = fmt.stored_weight_bits(shape.in_features) / 8 * shape.in_features * shape.out_features
         inputs = fmt.moved_activation_bits(shape.in_features) / 8 * shape.tokens * shape.in_features
         moved = weights + inputs + _OUTPUT_BYTES * shape.tokens * shape.out_features
         return max(_operations(shape) / (rate * 1e9), moved / (self.card.memory_gbs * 1e6))
+
+    def require(self, formats: Sequence[Format]) -> None:
+        """Refuse formats whose time nobody knows, before anything runs.
+
+        Raises:
+            UnsupportedFormatError: the card has no rate, or the table no time, for one of them.
+        """
+        for fmt in formats:
+            if self.table is not None:
+                _measured_rows(self.table, fmt)
+            elif self.card is not None:
+                _rate(self.card, fmt)
 
     def rest_ms(self, operations: float) -> float:
         """Milliseconds of everything that is not quantized, in one step: 0 where only layers were measured.
@@ -185,29 +186,59 @@ def _operations(shape: LayerShape) -> float:
     return 2.0 * shape.tokens * shape.in_features * shape.out_features
 
 
-def _kernels(table: TimeTable, fmt: Format) -> tuple[str, ...]:
-    kernels = _KERNELS.get(fmt.name, ())
-    known = [kernel for kernel in kernels if any(timing.what.startswith(kernel) for timing in table.timings)]
-    if not kernels or len(known) < len(kernels):
+def _rate(card: Card, fmt: Format) -> float:
+    """10^12 operations per second of a format on a card."""
+    # Weight-only formats compute in 16 bits; simulated grids would need units that no card has.
+    rate = card.tops.get(fmt.activation.element)
+    if rate is None or (fmt.activation.element is Element.INT and fmt.activation.bits != 8):
         raise UnsupportedFormatError(
-            f"--budget-ms: the table measured on {table.card} has no time for format '{fmt.name}'; leave it out of "
-            "--formats, or name a card with --gpu"
+            f"--budget-ms: the roofline of {card.title} has no rate for format '{fmt.name}'; leave it out of "
+            "--formats, or choose another card with --gpu"
         )
-    return kernels
+    return rate
 
 
-def _nearest(table: TimeTable, kernel: str, fmt: Format, shape: LayerShape) -> float:
-    """The time of the measured shape that is nearest in the logarithm, scaled by the number of operations."""
-    group = f" {fmt.weight.group_size}" if fmt.weight.group_size else ""
-    rows = [t for t in table.timings if t.what.startswith(kernel)]
-    rows = [t for t in rows if t.what.startswith(kernel + group)] or rows
+_Rows = tuple[list[_Timing], list[_Timing]]
 
-    def distance(timing: _Timing) -> float:
-        pairs = ((timing.m, shape.tokens), (timing.n, shape.out_features), (timing.k, shape.in_features))
+
+def _timed(table: TimeTable, fmt: Format) -> _Rows | None:
+    """A format's multiplications, and what quantizes its activations before (none where nothing does)."""
+    kernels = TIMED_KERNELS.get(fmt.name)
+    if kernels is None:
+        return None
+    gemms = table.rows(gemm_row(kernels.gemm, fmt.weight.group_size))
+    quantizers = next((rows for what in kernels.quantizers if (rows := table.rows(what))), [])
+    return (gemms, quantizers) if gemms and bool(quantizers) == bool(kernels.quantizers) else None
+
+
+def _measured_rows(table: TimeTable, fmt: Format) -> _Rows:
+    rows = _timed(table, fmt)
+    if rows is None:
+        known = ", ".join(name for name in TIMED_KERNELS if _timed(table, format_named(name))) or "none"
+        raise UnsupportedFormatError(
+            f"--budget-ms: the table measured on {table.card} has no time for format '{fmt.name}', its formats are "
+            f"{known}; leave it out of --formats, or name a card with --gpu"
+        )
+    return rows
+
+
+def _measured_ms(table: TimeTable, fmt: Format, shape: LayerShape) -> float:
+    """Times of the measured shapes that are nearest in the logarithm, scaled by what is done.
+
+    A multiplication by its operations, a quantizer by the elements of the layer's input.
+    """
+    gemms, quantizers = _measured_rows(table, fmt)
+    m, n, k = shape.tokens, shape.out_features, shape.in_features
+
+    def distance(*pairs: tuple[int, int]) -> float:
         return sum(abs(log(a / b)) for a, b in pairs)
 
-    best = min(rows, key=distance)
-    return best.median_ms * _operations(shape) / (2.0 * best.m * best.n * best.k)
+    gemm = min(gemms, key=lambda t: distance((t.m, m), (t.n, n), (t.k, k)))
+    total = gemm.median_ms * (m * n * k) / (gemm.m * gemm.n * gemm.k)
+    if quantizers:
+        quantizer = min(quantizers, key=lambda t: distance((t.m, m), (t.k, k)))
+        total += quantizer.median_ms * (m * k) / (quantizer.m * quantizer.k)
+    return total
 
 
 def require_one_unit(gpu: str | None, budget_ms: float | None) -> None:

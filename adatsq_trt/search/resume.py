@@ -29,7 +29,7 @@ from adatsq_trt.search.candidates import Assignment
 from adatsq_trt.search.denoising import DenoisingProblem, row_errors
 from adatsq_trt.search.plan import Rows
 from adatsq_trt.search.sensitivity import Candidates, Sensitivity, assemble, join_parts, measure_contributions
-from adatsq_trt.search.simulation import Simulation
+from adatsq_trt.search.simulation import Simulation, require_finite
 from adatsq_trt.workers import Workers
 
 Progress = Callable[[], None]
@@ -194,5 +194,6 @@ class Scorer:
         for rows in policies:
             if not self._file(rows).is_file():  # results come in the order in which policies are first named
                 errors = row_errors(next(measured), self.reference)
+                require_finite(self._simulation, self.samples, rows, errors)
                 write_json_model(self._file(rows), Score.of(errors))
             yield read_json_model(self._file(rows), Score)

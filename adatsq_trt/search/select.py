@@ -113,23 +113,98 @@ def judge(
     return [p.model_copy(update={"on_front": i in best}) for i, p in enumerate(points)]
 
 
-def finalists(points: Sequence[Point], within_budget: Callable[[Point], bool]) -> list[int]:
-    """Indices of the points that deserve a second look: the best few of each kind of search within the budgets.
+KINDS: tuple[Kind, ...] = ("given", "beam", "plan", "merged", "layer_only", "time_only", "uniform")
+# Kinds of search, and how many of each get a second look at least.
+_SEATS: tuple[tuple[tuple[Kind, ...], int], ...] = (
+    (("beam", "plan"), 4),
+    (("merged",), 4),
+    (("layer_only",), 2),
+    (("time_only",), 2),
+)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a policy must keep to be deployed.
+
+    Attributes:
+        within_budget: whether it keeps every budget.
+        limit: most distinct assignments; None for any number.
+    """
+
+    within_budget: Callable[[Point], bool]
+    limit: int | None = None
+
+    def eligible(self, points: Sequence[Point]) -> list[list[int]]:
+        """Indices of the points that keep the budgets and, first, the limit too; then those that need not."""
+        within = [i for i, point in enumerate(points) if self.within_budget(point)]
+        if self.limit is None:
+            return [within]
+        return [[i for i in within if points[i].assignments <= self.limit], within]
+
+
+def finalists(points: Sequence[Point], rules: Rules) -> list[int]:
+    """Indices of the points that deserve a second look: the best few of each kind of search that keep the rules.
 
     A handful of samples that flip to another picture decide a mean over a small batch, so near ties on the screening
-    batch are settled on a larger one, with a cap on what one sample counts; the static rivals get the same.
+    batch are settled on a larger one, with a cap on what one sample counts; the static rivals get the same. Where there
+    is a limit on assignments, those that keep it have seats of their own.
     """
-    groups: tuple[tuple[tuple[Kind, ...], int], ...] = (
-        (("beam", "plan"), 4),
-        (("merged",), 4),
-        (("layer_only",), 2),
-        (("time_only",), 2),
-    )
     chosen: list[int] = []
-    for kinds, count in groups:
-        within = [i for i, p in enumerate(points) if p.kind in kinds and within_budget(p)]
-        chosen += sorted(within, key=lambda i: (points[i].rank_error, points[i].buckets, i))[:count]
-    return chosen
+    for among in rules.eligible(points):
+        for kinds, count in _SEATS:
+            chosen += _ranked(points, [i for i in among if points[i].kind in kinds])[:count]
+    return list(dict.fromkeys(chosen))
+
+
+def look_again(
+    screened: Sequence[Point], rules: Rules, look: Callable[[Sequence[Point], Sequence[int]], list[Point]]
+) -> tuple[list[Point], list[int]]:
+    """Give finalists and whoever may still beat the best of them a second look.
+
+    Args:
+        screened: all points, with their errors on the screening batch.
+        rules: what a policy must keep.
+        look: replaces the errors of the points with some indices by those on all samples.
+
+    Returns:
+        The points, and the indices of those that got it. No point that keeps the rules has a smaller error than the
+        best of these.
+    """
+    points, looked, more = list(screened), list[int](), finalists(screened, rules)
+    while more := more or rivals(screened, points, looked, rules):
+        points = look(points, more)
+        looked, more = [*looked, *more], []
+    return points, looked
+
+
+def rivals(screened: Sequence[Point], points: Sequence[Point], looked: Sequence[int], rules: Rules) -> list[int]:
+    """Indices of further points that deserve a second look, since the best so far has not beaten them.
+
+    Finalists are the best of their kind, so one that was left out may still be ahead of the winner of all kinds. It is
+    beaten when its error on the screening batch is no less than the winner's, on that batch and on all samples.
+
+    Args:
+        screened: all points, with their errors on the screening batch.
+        points: the same after the second look.
+        looked: indices of those that got it.
+        rules: what a policy must keep.
+    """
+    found: list[int] = []
+    for among in rules.eligible(points):
+        best = _best(points, [i for i in among if i in looked])
+        mark = float("inf") if best is None else max(points[best].rank_error, screened[best].rank_error)
+        found += [i for i in among if i not in looked and screened[i].rank_error < mark]
+    return list(dict.fromkeys(found))
+
+
+def _ranked(points: Sequence[Point], among: Sequence[int]) -> list[int]:
+    """The least capped error first; of equals the fewest buckets."""
+    return sorted(among, key=lambda i: (points[i].rank_error, points[i].buckets, i))
+
+
+def _best(points: Sequence[Point], among: Sequence[int]) -> int | None:
+    return next(iter(_ranked(points, among)), None)
 
 
 def second_look(
@@ -198,7 +273,7 @@ def best_of(
         limit: most distinct assignments.
     """
     among = [i for i in wanted if points[i].kind in kinds and (limit is None or points[i].assignments <= limit)]
-    return min(among, key=lambda i: (points[i].rank_error, points[i].buckets, i), default=None)
+    return _best(points, among)
 
 
 def measure_held_out(

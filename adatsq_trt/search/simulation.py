@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adatsq_trt.calibration.finite import watched
 from adatsq_trt.calibration.trajectory import PART, Samples, trajectory
+from adatsq_trt.errors import UnsupportedFormatError
 from adatsq_trt.formats import Format
 from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.schedule import Schedule
@@ -101,7 +103,8 @@ class Simulation:
         """
         self.model, self.formats, self._together = model, tuple(formats), together
         self._workers = InProcess() if workers is None else workers
-        self._loop = self._workers.share(_Loop(model, self.formats, schedule, guidance))
+        self._own = _Loop(model, self.formats, schedule, guidance)
+        self._loop = self._workers.share(self._own)
 
     def advance(self, samples: Samples, step: int, moves: Sequence[tuple[Tensor, Assignment]]) -> Iterator[Tensor]:
         """Latents after one step, for each of several latents and assignments, in their order.
@@ -142,10 +145,47 @@ class Simulation:
         for _ in policies:
             yield torch.cat([next(latents) for _ in parts])
 
+    def overflow(self, sample: Samples, rows: Sequence[Assignment]) -> tuple[int, str, str]:
+        """The step, layer and format in which the numbers of a sample first stop being finite; in this process."""
+        layers, before = self.model.layers, list[int]()
+        transformer = self.model.adapter.transformer
+        with watched((name, transformer.get_submodule(name)) for name in layers) as found:
+
+            def begin(step: int) -> None:
+                before.append(len(found))
+                self._own.assign(rows[step], step)
+
+            trajectory(self._own.samples(_Batch(sample.prompts, sample.seeds)), begin)
+        step = before.count(0) - 1
+        layer = found[0] if found else layers[0]
+        return step, layer, self.formats[rows[step][layers.index(layer)]].name
+
     def trajectories(self, samples: Samples, policies: Sequence[Sequence[Assignment]]) -> Iterator[Tensor]:
         """All latents of a small batch under each policy, float32 [steps + 1, samples, *latent_shape]."""
         batch = _Batch(samples.prompts, samples.seeds)
         return self._workers.map(_trajectory, self._loop, [_Whole(batch, tuple(rows)) for rows in policies])
+
+
+def require_finite(simulation: Simulation, samples: Samples, rows: Sequence[Assignment], errors: Tensor) -> None:
+    """Refuse a policy under which a sample's numbers stop being finite: no figure of it would say anything.
+
+    Args:
+        simulation: of the model.
+        samples: that were drawn under the policy.
+        rows: the policy.
+        errors: of the samples.
+
+    Raises:
+        UnsupportedFormatError: names the step, the layer whose output is the first that is not finite, and its format.
+    """
+    if bool(errors.isfinite().all()):
+        return
+    sample = int((~errors.isfinite()).nonzero()[0])
+    step, layer, fmt = simulation.overflow(samples.part(slice(sample, sample + 1)), rows)
+    raise UnsupportedFormatError(
+        f"step {step}: layer '{layer}' in format '{fmt}' gives NaN or infinite numbers, which full precision does not; "
+        "leave the format out of --formats"
+    )
 
 
 def as_formats(layers: Sequence[str], assignment: Assignment, formats: Sequence[Format]) -> dict[str, Format]:

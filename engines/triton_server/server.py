@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 HOST = "127.0.0.1"
 INSTALL = "pip install --no-deps nvidia-pytriton==0.7.0"
 _INSTALLED = Path("/opt/tritonserver/bin/tritonserver")  # in the vendor's images
+APART = Path(sys.prefix) / "tritonserver"  # where `make test-serving` puts the wheel
 _START_SECONDS, _POLL_SECONDS, _WATCH_SECONDS = 300, 0.1, 0.5
 # Given to what it has accepted. A client's open stream uses up all of it, and the server may hang afterwards.
 _FINISH_SECONDS, _STOP_SECONDS = 10, 15
@@ -65,21 +67,31 @@ class Installation:
         """Find a server.
 
         Args:
-            folder: where the wheel was installed with pip's --target; looked for in this environment unless given.
+            folder: where the wheel was installed with pip's --target; unless given, it is looked for among this
+                environment's packages and where 'make test-serving' puts it.
 
         Raises:
             DependencyError: there is none.
         """
         spec = importlib.util.find_spec("pytriton") if folder is None else None
-        wheel = Path(spec.origin).parents[1] if spec is not None and spec.origin else folder
-        if wheel is not None and (wheel / "pytriton" / "tritonserver" / "bin" / "tritonserver").is_file():
-            return cls(wheel.resolve())
+        packages = [Path(spec.origin).parents[1]] if spec is not None and spec.origin else []
+        for wheel in [*packages, APART] if folder is None else [folder]:
+            if (wheel / "pytriton" / "tritonserver" / "bin" / "tritonserver").is_file():
+                return cls(wheel.resolve())
         if folder is None and _INSTALLED.is_file():
             return cls(None)
         where = "this environment" if folder is None else f"'{folder}'"
         raise DependencyError(
             f"no Triton server in {where}; run: {INSTALL} (without its dependencies, which pin numpy below 2)"
         )
+
+    @property
+    def detail(self) -> str:
+        """Version, as far as the installation says it, and where it is."""
+        if self.wheel is None:
+            return str(_INSTALLED)
+        found = importlib.metadata.distributions(name="nvidia-pytriton", path=[str(self.wheel)])
+        return f"{next((one.version for one in found), 'unknown version')} in {self.wheel}"
 
     def command(self, scratch: Path) -> tuple[list[str], dict[str, str]]:
         """The server's command line and environment.

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[2]
 BESIDE = ("engines", "export", "plugins")  # folders that the installation maps into the package
 
 DATA = {"", "errors", "fields", "files", "formats", "graph_index", "image", "policy", "schedule", "step_policy"}
+DATA |= {"timed_kernels"}
 TENSORS = DATA | {"packing", "quantize"}
 MODELS = TENSORS | {"models", "zoo"}
 CALIBRATION = MODELS | {"calibration", "workers"}
@@ -30,7 +31,7 @@ ALLOWED = {
     "evaluation": CALIBRATION | {"evaluation"},
     "export": TENSORS | {"export"},
     "engines": DATA | {"engines"},
-    "plugins": {"", "errors", "files", "formats", "packing", "plugins"},
+    "plugins": {"", "errors", "files", "formats", "packing", "plugins", "timed_kernels"},
     "report": DATA | {"run", "settings", "report"},
 }
 METHOD = set(ALLOWED) - {"evaluation", "export", "engines", "plugins"}  # modelopt's methods are peers of ours

@@ -11,6 +11,7 @@ from adatsq_trt.policy import LayerShape, Policy, resident_weight_bytes
 from adatsq_trt.search.costs import time_model
 from adatsq_trt.zoo.loading import load_model
 
+MEASURED = Path(__file__).parents[2] / "benchmarks" / "kernels" / "results.json"
 GPU, MS, BYTES, BITS = "rtx-5090", 0.0009, 300_000, 6.0
 
 
@@ -70,6 +71,8 @@ BUDGETS = {
     "no card": (("--budget-ms", "1"), "--budget-ms 1: on which card? pass --gpu with one of a100, "),
     "unknown card": (("--budget-ms", "1", "--gpu", "rtx-509"), "unknown card 'rtx-509'; did you mean 'rtx-5090'?"),
     "card alone": (("--gpu", "a100"), "--gpu a100: it says where --budget-ms is spent; pass --budget-ms too"),
+    "no rate": (("--budget-ms", "1", "--gpu", "a100"), "A100 80GB SXM has no rate for format 'nvfp4'; leave it out of"),
+    "no time": (("--budget-ms", "1", "--gpu", str(MEASURED)), "measured on NVIDIA H200 has no time for format 'nvfp4'"),
     "NaN": (("--budget-ms", "nan", "--gpu", "a100"), "--budget-ms: got nan, expected a finite number"),
     "bits beside bytes": (("--budget-bits", "3", "--budget-bytes", "1MB"), "cheapest is nvfp4 everywhere"),
 }
@@ -82,11 +85,26 @@ def test_budgets_that_cannot_be_kept_are_refused_before_anything_runs(cli, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+def test_times_that_the_benchmark_measured_are_spent(cli, tmp_path: Path) -> None:
+    run, formats = tmp_path / "run", "w4a8,fp8,w8a8,int4wo,bf16"
+    options = ("--formats", formats, "--layout", "plugin", *cli.small, "--gpu", MEASURED)
+    ended = cli("search", "digits-flux", *options, "--budget-ms", "3", "--output", run)
+    assert ended.code == 0, ended.err
+    settings = json.loads((run / "settings.json").read_text())
+    assert (settings["budget_ms"], settings["formats"]) == (3.0, formats.split(","))
+    kept = cli.state(run / "search")
+    ended = cli("search", "digits-flux", *options, "--budget-ms", "1e-6", "--output", run)
+    assert "the fastest policy of these formats takes" in ended.refusal
+    assert "(measured on NVIDIA H200)" in ended.refusal
+    assert cli.state(run / "search") == kept
+
+
 def test_milliseconds_that_no_policy_takes_are_refused_after_calibration(cli, tmp_path: Path) -> None:
     ended = cli(*cli.build, "--budget-ms", "1e-6", "--gpu", GPU, "--output", tmp_path / "run")
     assert "the fastest policy of these formats takes" in ended.refusal
     assert "(roofline of NVIDIA GeForce RTX 5090's published rates)" in ended.refusal
-    assert not (tmp_path / "run" / "search" / "policy.json").exists()
+    assert (tmp_path / "run" / "calibrate").exists()
+    assert not (tmp_path / "run" / "quantize").exists()
 
 
 def test_every_card_of_the_roofline_knows_16_bits() -> None:

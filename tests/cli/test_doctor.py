@@ -71,6 +71,25 @@ def test_compilers_are_looked_for_on_the_path(monkeypatch: pytest.MonkeyPatch, t
     assert not found["cmake"].found
 
 
+def test_the_server_is_found_where_its_make_target_puts_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("adatsq_trt.engines.triton_server.server.APART", tmp_path)
+    monkeypatch.setattr("adatsq_trt.engines.triton_server.server._INSTALLED", tmp_path / "none")
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+
+    def server() -> Capability:
+        return next(c for c in diagnose() if c.name == "Triton server")
+
+    assert (server().found, server().detail) == (False, "no Triton server in this environment")
+    assert server().advice == "pip install --no-deps nvidia-pytriton==0.7.0"
+    binary = tmp_path / "pytriton" / "tritonserver" / "bin" / "tritonserver"
+    binary.parent.mkdir(parents=True)
+    binary.touch()
+    metadata = tmp_path / "nvidia_pytriton-0.7.0.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: nvidia-pytriton\nVersion: 0.7.0\n")
+    assert (server().found, server().detail) == (True, f"0.7.0 in {tmp_path}")
+
+
 def test_a_folder_that_does_not_exist_has_no_disk(tmp_path: Path) -> None:
     disk = next(c for c in diagnose(tmp_path / "absent") if c.name == "disk")
     assert not disk.found

@@ -50,6 +50,26 @@ REQUESTS = {
         ("digits-flux", "--layout", "plugin", "--simulate"),
         "--simulate builds nothing that has a layout",
     ),
+    "layout of a simulation": (
+        ("digits-flux", "--layout", "shared", "--simulate"),
+        "--layout shared: --simulate builds nothing that has a layout",
+    ),
+    "layout of a processor": (
+        ("digits-flux", "--target", "cpu", "--layout", "embedded"),
+        "--layout embedded: target 'cpu' runs graphs, not plans, so nothing of it has a layout; leave it out or add",
+    ),
+    "targets without a common format": (
+        ("digits-flux", *SM120, "--target", "cpu"),
+        "targets sm120, cpu accelerate no format of their sets in common in layout embedded; build for each in a run",
+    ),
+    "huge picture": (
+        ("some/hub-id", *SM120, "--height", "1000000"),
+        "--height 1000000: expected at most 32768; choose",
+    ),
+    "huge guidance": (
+        ("digits-flux", *SM120, "--guidance", "1e300"),
+        "--guidance 1e+300: expected a number from -1000",
+    ),
     "budget": (("digits-flux", *SM120, "--budget-bits", "3.99"), "cheapest is nvfp4 everywhere with a mean of 4 bits"),
     "negative budget": (("digits-flux", *SM120, "--budget-bits", "-6"), "cheapest is nvfp4 everywhere"),
     "NaN budget": (("digits-flux", *SM120, "--budget-bits", "nan"), "--budget-bits: got nan, expected a finite number"),
@@ -164,7 +184,7 @@ def missing(_built: Path, _file: Path) -> None:
             other_weights,
             "policy was searched for model 'digits-flux' with weights 000000000000, this model has weights",
         ),
-        (other_layers, "run 'adatsq-trt search' on this model"),
+        (other_layers, "the policy has a layer 'xtransformer_blocks.0"),
         (unknown_format, "unknown format 'nvfp5'"),
         (format_of_another_set, "--policy uses int4wo, the formats of this run are nvfp4, fp8, bf16; pass --formats"),
         (truncated, "is not complete JSON"),

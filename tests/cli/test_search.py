@@ -38,6 +38,23 @@ def test_few_expansions_and_bfloat16_find_a_policy_as_good(cli, tmp_path: Path) 
     assert 0 < float((own[-1] - exact[-1]).norm() / exact[-1].norm()) < 0.05
 
 
+@pytest.mark.parametrize("limit", [1, 2, None])
+def test_no_judged_policy_within_budget_and_limit_beats_the_chosen_one(
+    cli, tmp_path_factory: pytest.TempPathFactory, limit: int | None
+) -> None:
+    run = tmp_path_factory.getbasetemp() / "limited"  # calibration and weights are made once
+    options = ("--simulate", "--formats", "w3a3,w4a4,w5a5", *cli.small, "--steps", "4", "--budget-bits", "4")
+    few = () if limit is None else ("--max-assignments", str(limit))
+    ended = cli("search", "digits-flux", *options, *few, "--output", run)
+    assert ended.code == 0, ended.err
+    found = result(run)
+    chosen = found.points[found.chosen]
+    eligible = [p for p in found.points if p.mean_bits <= 4 and (limit is None or p.assignments <= limit)]
+    assert {"merged" if limit else "plan", "layer_only", "time_only", "uniform"} <= {p.kind for p in found.points}
+    assert chosen in eligible
+    assert chosen.rank_error == min(p.rank_error for p in eligible)
+
+
 def test_settings_that_came_later_leave_earlier_runs_alone(
     cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

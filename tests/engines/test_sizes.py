@@ -33,6 +33,9 @@ def test_weights_of_each_layout(tiny_bundle: BundleFiles) -> None:
     assert once < report.floor_bytes < once + 600
     assert rows["shared"].weight_bytes == rows["switch"].weight_bytes == report.floor_bytes
     assert [row.engines for row in report.layouts] == [3, 3, 1]
+    columns = [set(column) for column in zip(*ASSIGNMENTS, strict=True)]
+    assert rows["switch"].branches == sum(len(column) for column in columns if len(column) > 1) > 0
+    assert rows["embedded"].branches == rows["shared"].branches == 0
     assert all(row.plan_overhead_bytes == {} for row in report.layouts if row.layout != "embedded")
 
 
@@ -46,7 +49,10 @@ def test_overhead_is_what_plans_hold_beside_weights(own_bundle: BundleFiles) -> 
         assert report is not None
         row = next(row for row in report.layouts if row.layout == layout)
         inside = 0 if layout == "shared" else row.weight_bytes
-        assert row.plan_overhead_bytes == {"sm120": sum(plan.bytes for plan in plans) - inside}
+        whole = sum((own_bundle.folder / plan.path).stat().st_size for plan in plans)
+        assert row.plan_bytes == {"sm120": whole}
+        assert row.plan_overhead_bytes == {"sm120": whole - inside}
+        assert [other.plan_bytes for other in report.layouts if other is not row] == [{}, {}]
 
 
 def test_a_bundle_without_target_graphs_has_no_report(own_bundle: BundleFiles) -> None:

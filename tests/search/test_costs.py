@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 
 from adatsq_trt.errors import DamagedFileError, UnknownNameError, UnsupportedFormatError, UserError
-from adatsq_trt.formats import FORMATS
+from adatsq_trt.formats import FORMATS, PLUGIN_FORMATS
 from adatsq_trt.policy import LayerShape
 from adatsq_trt.search.costs import CARDS, require_one_unit, stored_time_model, time_model
+from adatsq_trt.timed_kernels import TIMED_KERNELS
 
+MEASURED = Path(__file__).parents[2] / "benchmarks" / "kernels" / "results.json"
 SMALL, LARGE = LayerShape("a", 3072, 3072, 16), LayerShape("b", 3072, 12288, 4608)
 
 
@@ -35,35 +37,54 @@ def test_a_format_without_a_rate_is_refused(card: str, name: str) -> None:
         time_model(card)[0].layer_ms(FORMATS[name], SMALL)
 
 
-@pytest.fixture
-def table(tmp_path: Path) -> Path:
-    """As `adatsq-trt benchmark kernels` writes it."""
-    rows = [("torch.matmul bf16", 0.4), ("gemm_int8", 0.2), ("gemm_int4 128", 0.3), ("quantize_tokens natural", 0.01)]
-    rows += [("quantize_tokens even-odd", 0.02), ("gemm_int4 64", 0.25)]
-    timings = [
-        {"what": what, "m": m, "n": 3072, "k": 3072, "median_ms": ms * m / 512, "p20_ms": 0, "of_bf16": 1}
-        for what, ms in rows
-        for m in (64, 512)
-    ]
-    file = tmp_path / "times.json"
-    content = {"schema_version": 1, "measured": True, "card": "NVIDIA Test", "date": "2026-01-01", "timings": timings}
-    file.write_text(json.dumps(content))
-    return file
+def row(what: str, m: int, n: int, k: int) -> float:
+    """Of the file that the benchmark wrote."""
+    timings = json.loads(MEASURED.read_text())["timings"]
+    (found,) = (t for t in timings if (t["what"], t["m"], t["n"], t["k"]) == (what, m, n, k))
+    return float(found["median_ms"])
 
 
-def test_measured_times_are_taken_from_the_nearest_shape(table: Path) -> None:
-    model, text = time_model(str(table))
-    near = LayerShape("a", 3072, 3072, 512)
-    assert model.source == "measured on NVIDIA Test"
-    assert model.layer_ms(FORMATS["bf16"], near) == pytest.approx(0.4)
-    assert model.layer_ms(FORMATS["w8a8"], near) == pytest.approx(0.21)
-    assert model.layer_ms(FORMATS["w4a8"], near) == pytest.approx(0.27)  # group 64, with its quantizer
-    twice = LayerShape("a", 3072, 6144, 512)
-    assert model.layer_ms(FORMATS["bf16"], twice) == pytest.approx(0.8)
+@pytest.mark.parametrize(
+    ("name", "quantizer", "gemm"),
+    [
+        ("bf16", None, "torch.matmul bf16"),
+        ("fp16", None, "torch.matmul bf16"),
+        ("w8a8", "quantize_tokens natural", "gemm_w8a8"),  # not gemm_w8a8_nested, which begins alike
+        ("w4a8", "quantize_tokens even-odd", "gemm_w4a8 64"),
+        ("int4wo", None, "gemm_w4a16 64"),
+        ("fp8", "quantize_tokens natural", "gemm_fp8"),  # that file is older than times of fp8's own quantizer
+    ],
+)
+def test_a_file_that_the_benchmark_wrote_has_the_time_of_every_kernel(
+    name: str, quantizer: str | None, gemm: str
+) -> None:
+    model, text = time_model(str(MEASURED))
+    assert name in PLUGIN_FORMATS
+    quantized = row(quantizer, 512, 3072, 3072) if quantizer else 0.0
+    multiplied = row(gemm, 512, 3072, 3072)
+    expected = pytest.approx(quantized + multiplied, rel=1e-12)
+    assert model.layer_ms(FORMATS[name], LayerShape("a", 3072, 3072, 512)) == expected
+    # Twice the outputs take twice the operations; the same inputs are quantized.
+    twice = pytest.approx(quantized + 2 * multiplied, rel=1e-12)
+    assert model.layer_ms(FORMATS[name], LayerShape("a", 3072, 6144, 512)) == twice
+    assert model.source == "measured on NVIDIA H200"
     assert model.rest_ms(1e12) == 0
     assert stored_time_model(text) == model
-    with pytest.raises(UnsupportedFormatError, match="has no time for format 'fp8'"):
-        model.layer_ms(FORMATS["fp8"], near)
+
+
+def test_every_format_of_the_plugin_can_be_timed() -> None:
+    time_model(str(MEASURED))[0].require([FORMATS[name] for name in sorted(PLUGIN_FORMATS)])
+    assert set(TIMED_KERNELS) == PLUGIN_FORMATS
+
+
+def test_a_format_that_was_not_timed_is_refused_with_those_that_were(tmp_path: Path) -> None:
+    content = json.loads(MEASURED.read_text())
+    content["timings"] = [t for t in content["timings"] if t["what"] in ("gemm_w8a8_nested", "torch.matmul bf16")]
+    file = tmp_path / "times.json"
+    file.write_text(json.dumps(content))
+    for path, name, known in ((MEASURED, "nvfp4", "bf16, fp16, fp8, w8a8, w4a8, int4wo"), (file, "w8a8", "bf16, fp16")):
+        with pytest.raises(UnsupportedFormatError, match=f"no time for format '{name}', its formats are {known}; "):
+            time_model(str(path))[0].require([FORMATS["bf16"], FORMATS[name]])
 
 
 def test_tables_and_cards_that_cannot_be_used(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from adatsq_trt.files import read_json_model, write_json_model
@@ -12,13 +14,16 @@ from adatsq_trt.formats import FORMATS
 from adatsq_trt.search.plan import Rows
 from adatsq_trt.search.resume import Score, Scorer
 from adatsq_trt.search.select import (
+    KINDS,
     Kind,
     Point,
     Proposal,
+    Rules,
     SearchResult,
     best_of,
     finalists,
     judge,
+    look_again,
     measure_held_out,
     second_look,
 )
@@ -52,7 +57,9 @@ def table(errors: dict[Rows, float], samples: int = 1) -> Scorer:
     return cast(Scorer, Table(errors, samples))
 
 
-def point(kind: Kind, bits: float, error: float, buckets: int = 1) -> Point:
+def point(
+    kind: Kind, bits: float, error: float, buckets: int = 1, formats: tuple[tuple[str, ...], ...] = (("w4a4",),)
+) -> Point:
     return Point(
         kind=kind,
         name="",
@@ -60,8 +67,12 @@ def point(kind: Kind, bits: float, error: float, buckets: int = 1) -> Point:
         selection_error=100.0,
         rank_error=error,
         buckets=buckets,
-        formats=(("w4a4",),),
+        formats=formats,
     )
+
+
+def everything(_: Point) -> bool:
+    return True
 
 
 def ignore() -> None:
@@ -116,8 +127,48 @@ def test_finalists_keep_the_budget_and_leave_room_for_the_rivals() -> None:
         point("time_only", 3.9, 20.0),
         point("uniform", 4, 0.2),
     ]
-    found = finalists(points, lambda point: point.mean_bits <= 4.0)
+    found = finalists(points, Rules(lambda point: point.mean_bits <= 4.0))
     assert sorted(found) == [0, 1, 2, 7, 8, 9, 11]
+
+
+def test_policies_that_keep_a_limit_have_seats_of_their_own() -> None:
+    many, few = (("w4a4",), ("w8a8",), ("w3a3",)), (("w4a4",),) * 3
+    points = [point("time_only", 4, 1.0 + i, formats=many) for i in range(3)]
+    points += [point("time_only", 4, 10.0, formats=few), point("merged", 4, 11.0, formats=few)]
+    assert sorted(finalists(points, Rules(everything, limit=2))) == [0, 1, 3, 4]
+    assert sorted(finalists(points, Rules(everything))) == [0, 1, 4]
+
+
+ERROR = st.integers(1, 6).map(float)  # few values, so that there are ties
+JUDGED = st.tuples(st.sampled_from(KINDS[1:]), st.integers(3, 5), ERROR, ERROR, st.integers(1, 4))
+
+
+@settings(max_examples=300)
+@given(st.lists(JUDGED, min_size=1, max_size=24), st.sampled_from([None, 1, 2, 3]))
+def test_no_judged_policy_that_keeps_the_rules_beats_the_one_that_is_returned(
+    judged: list[tuple[Kind, int, float, float, int]], limit: int | None
+) -> None:
+    """Points of any kind, with errors on the screening batch and on all samples; a budget of 4 bits."""
+    screened = [
+        point(kind, bits, first, formats=tuple((f"format {i}",) for i in range(assignments)))
+        for kind, bits, first, _, assignments in judged
+    ]
+
+    def look(points: Sequence[Point], wanted: Sequence[int]) -> list[Point]:
+        assert len(set(wanted)) == len(wanted)
+        seen = {i: p.model_copy(update={"rank_error": judged[i][3], "finalist": True}) for i, p in enumerate(points)}
+        return [seen[i] if i in wanted else p for i, p in enumerate(points)]
+
+    points, looked = look_again(screened, Rules(lambda p: p.mean_bits <= 4, limit), look)
+    assert [i for i, p in enumerate(points) if p.finalist] == sorted(looked)
+    for most in {limit, None}:
+        keeps = [i for i, p in enumerate(points) if p.mean_bits <= 4 and (most is None or p.assignments <= most)]
+        best = best_of(points, looked, KINDS, most)
+        assert (best is None) == (not keeps)
+        for i in keeps if best is not None else ():
+            assert best in keeps
+            assert points[best].rank_error <= points[i].rank_error
+            assert points[i].finalist or screened[best].rank_error <= screened[i].rank_error
 
 
 def test_the_second_look_is_the_mean_over_all_samples() -> None:

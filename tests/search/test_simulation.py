@@ -1,12 +1,18 @@
 """Latents of a beam that go through the model together."""
 
+from dataclasses import replace
+from math import isfinite
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from adatsq_trt.calibration.trajectory import Samples
+from adatsq_trt.errors import UnsupportedFormatError
 from adatsq_trt.models.format_store import FormatStore
 from adatsq_trt.models.simulated import SimulatedModel
+from adatsq_trt.search.resume import Scorer
 from adatsq_trt.search.simulation import Simulation
 from adatsq_trt.workers import InProcess
 from tests.search.conftest import SET
@@ -38,3 +44,25 @@ def test_equal_assignments_share_a_call_and_results_keep_their_order(
         expected = [next(iter(alone.advance(samples, 1, [move]))) for move in moves]
     assert workers.units == units
     torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_a_policy_that_overflows_names_step_layer_and_format(
+    samples: Samples, store: FormatStore, tmp_path: Path
+) -> None:
+    """Two layers of one format have an infinite scale; it is the first in the order of execution that is named."""
+    layers = list(samples.adapter.quantizable_layers())
+    bad, fmt = (layers[1], layers[-1]), SET[1]
+    weights = {name: dict(own) for name, own in store.weights.items()}
+    for layer in bad:
+        whole = weights[fmt.name][layer]
+        assert whole.scales is not None
+        weights[fmt.name][layer] = replace(whole, scales=whole.scales * torch.inf)
+    with SimulatedModel(samples.adapter, replace(store, weights=weights)).installed() as model:
+        simulation = Simulation(model, SET, samples.schedule, samples.guidance)
+        scorer = Scorer(simulation, samples, tmp_path)
+        fine, one = (0,) * len(layers), (1,) * len(layers)
+        rows = (fine, one, *(fine,) * (samples.schedule.steps - 2))
+        assert all(isfinite(score.error) for score in scorer.scores([(fine,) * samples.schedule.steps]))
+        with pytest.raises(UnsupportedFormatError, match=f"step 1: layer '{bad[0]}' in format '{fmt.name}' gives NaN"):
+            list(scorer.scores([rows]))
+    assert not any("null" in file.read_text() for file in tmp_path.rglob("*.json"))

@@ -13,6 +13,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from adatsq_trt.calibration.finite import require_finite_weight, require_range
 from adatsq_trt.calibration.gptq import factorize, gptq_factored
 from adatsq_trt.calibration.nested import NARROW, WIDE, NestedWeight, nest
 from adatsq_trt.calibration.transforms.make import make_transforms
@@ -57,6 +58,8 @@ def run(context: Context) -> Stage:
     this = stage(context)
     if this.done:
         return this
+    statistics = read_tensors(calibrate.stage(context).folder / calibrate.STATISTICS)
+    require_range(context.formats, context.layers, statistics["largest"])
     with this.run():
         hessians = calibrate.load_hessians(context)
         transforms = _transforms(context, this)
@@ -97,6 +100,7 @@ def _quantize_block(
     solved: dict[str, dict[str, QuantizedWeight]] = {fmt.name: {} for fmt in missing}
     for layer, weights in zip(layers, solve_layers(context, layers, missing, hessians, transforms), strict=True):
         for fmt, weight in weights.items():
+            require_finite_weight(layer, fmt, weight)
             solved[fmt.name][layer] = weight
         advance()
     for name, by_layer in solved.items():

@@ -20,7 +20,7 @@ from adatsq_trt.cli.stages import budget, calibrate, quantize
 from adatsq_trt.cli.stages.context import Context
 from adatsq_trt.errors import BudgetError, MismatchError, UserError
 from adatsq_trt.files import parse_json_model, read_tensors, write_json_model, write_tensors
-from adatsq_trt.formats import format_named
+from adatsq_trt.formats import Format, format_named
 from adatsq_trt.models.format_store import FormatStore
 from adatsq_trt.models.stored import count_weights
 from adatsq_trt.policy import GIVEN_POLICY_ADVICE, Policy
@@ -31,13 +31,15 @@ from adatsq_trt.search.merge import merged_policies
 from adatsq_trt.search.plan import Plan, Rows, make_plan, make_priced_plan
 from adatsq_trt.search.resume import Scorer, measure_sensitivity, search_columns
 from adatsq_trt.search.select import (
+    KINDS,
     Kind,
     Point,
     Proposal,
+    Rules,
     SearchResult,
     best_of,
-    finalists,
     judge,
+    look_again,
     measure_held_out,
     second_look,
 )
@@ -59,7 +61,6 @@ _MOST_COPIED_BYTES = 512 << 20
 RESULT, POLICY = "result.json", "policy.json"
 # Kept for the report: latent MSE of each rounding alone, and of whole policies after every step.
 SENSITIVITY, TRAJECTORY_ERRORS = "sensitivity.safetensors", "trajectory_errors.safetensors"
-KINDS: tuple[Kind, ...] = ("given", "beam", "plan", "merged", "layer_only", "time_only")
 STATIC_KINDS: tuple[Kind, Kind] = ("layer_only", "time_only")
 _SETTINGS = (
     *("model", "weights_sha256", "model_sha256", "formats", "steps", "guidance", "policy", "seed"),
@@ -128,6 +129,9 @@ def _given_policy(settings: Settings, layers: Sequence[str]) -> Policy:
 
 def run(context: Context) -> Stage:
     """Search, unless that is done."""
+    calibrate.run(context)
+    if context.settings.policy is None and budget.priced(context.settings):
+        budget.budgets(context)  # refused before weights are quantized and an earlier result is replaced
     quantize.run(context)
     this = stage(context)
     if this.done:
@@ -158,13 +162,13 @@ def _search(context: Context, folder: Path) -> SearchResult:
                 settings = context.settings
                 pruning = Pruning(settings.beam, settings.slack, settings.expansions)
                 paths = search_columns(problem, pruning, folder, advance)
-            starts = [*plan.policies, *plan.hedges, *(path.assignments for path in paths)]
+            starts = [*plan.policies, *plan.hedges, *(path.assignments for path in paths), *(p.rows for p in static)]
             proposals = [
                 *(Proposal("beam", path.assignments) for path in paths),
                 *(Proposal("plan", rows) for rows in (*plan.policies, *plan.hedges)),
                 *(Proposal("merged", rows) for rows in _merged(context, sensitivity, starts)),
                 *static,
-                *(_uniforms(context) if context.settings.held_out_samples else ()),
+                *_uniforms(context),
             ]
             return _judge(context, simulation, proposals, within, problem.calls, folder)
 
@@ -284,8 +288,11 @@ def _merged(context: Context, sensitivity: Sensitivity, starts: Sequence[Rows]) 
 
 
 def _uniforms(context: Context) -> list[Proposal]:
-    steps, layers = context.settings.steps, len(context.layers)
-    return [Proposal("uniform", uniform(index, steps, layers)) for index in range(len(context.formats))]
+    """One format everywhere: every format, for the report; without a report those that a budget in bits allows."""
+    settings, layers = context.settings, len(context.layers)
+    most = math.inf if settings.held_out_samples or settings.budget_bits is None else settings.budget_bits
+    rows = [uniform(i, settings.steps, layers) for i, fmt in enumerate(context.formats) if fmt.bits <= most]
+    return [Proposal("uniform", row) for row in rows]
 
 
 def _given_proposal(context: Context) -> Proposal:
@@ -315,16 +322,14 @@ def _judge(
     scorers = [Scorer(simulation, batch, folder) for batch in batches if batch.seeds]
     with progress("search: screening", len(set(proposals))) as advance:
         points = judge(proposals, formats, scorers[0], advance)
-    given = [i for i, point in enumerate(points) if point.kind == "given"]
-    wanted = given or finalists(points, within)
-    second = [points[i] for i in wanted] if len(scorers) == 2 else []
-    if second:
-        with progress("search: finalists", len(wanted)) as advance:
-            points = second_look(points, wanted, formats, (scorers[0], scorers[1]), advance)
+    look = partial(_look, scorers, formats)
     limit = settings.max_assignments
+    given = [i for i, point in enumerate(points) if point.kind == "given"]
+    points, wanted = (look(points, given), given) if given else look_again(points, Rules(within, limit), look)
     chosen, unlimited = (best_of(points, wanted, KINDS, most) for most in (limit, None))
     assert chosen is not None and unlimited is not None, "the plan meets the budget, and merged policies the limit"
     static = [best_of(points, wanted, (kind,)) for kind in STATIC_KINDS]
+    second = _distinct([points[i] for i in wanted]) if len(scorers) == 2 else set()
     uniforms = [i for i, point in enumerate(points) if point.kind == "uniform"]
     reported = list(dict.fromkeys([chosen, unlimited, *(i for i in static if i is not None), *uniforms]))
     if settings.held_out_samples:
@@ -339,9 +344,19 @@ def _judge(
         layer_only=static[0],
         time_only=static[1],
         unlimited=None if limit is None else unlimited,
-        denoiser_calls=calls + (len(_distinct(points)) + len(_distinct(second))) * settings.steps,
+        denoiser_calls=calls + (len(_distinct(points)) + len(second)) * settings.steps,
         sensitivity_sweeps=0 if given else settings.projections,
     )
+
+
+def _look(
+    scorers: Sequence[Scorer], formats: Sequence[Format], points: Sequence[Point], wanted: Sequence[int]
+) -> list[Point]:
+    """The second look at some points: none where all samples have been seen."""
+    if len(scorers) == 1:
+        return list(points)
+    with progress("search: finalists", len(wanted)) as advance:
+        return second_look(points, wanted, formats, (scorers[0], scorers[1]), advance)
 
 
 def _keep_trajectory_errors(

@@ -13,9 +13,12 @@ import torch
 
 import adatsq_trt
 from adatsq_trt.errors import AdatsqError, DamagedFileError, DependencyError, OutputError
+from adatsq_trt.formats import FORMATS, PLUGIN_FORMATS
 from adatsq_trt.plugins import benchmark
 from adatsq_trt.plugins.kernels import cases, quantize
 from adatsq_trt.plugins.tiles import Tile, dump_tiles, load_tiles, tile_for
+from adatsq_trt.policy import LayerShape
+from adatsq_trt.search.costs import time_model
 
 ROOT = Path(__file__).parents[3]
 TILES = {place: (Tile(16, 16, place.group or 32, 2, 4, 2),) for place in benchmark.places("sm90")}
@@ -91,7 +94,7 @@ def test_the_script_checks_and_times_every_kernel(tmp_path: Path, monkeypatch: p
     assert ended.value.code == 0
     timings = json.loads((tmp_path / "results.json").read_text())["timings"]
     kernels = {f"{place.kernel} {place.group or ''}".strip() for place in TILES}
-    quantizers = {"quantize_tokens natural", "quantize_tokens even-odd"}
+    quantizers = {"quantize_tokens natural", "quantize_tokens even-odd", "quantize_fp8"}
     torchs = {"torch.matmul bf16", "torch._int_mm", "torch._scaled_mm"}
     for m in (16, 17):
         rows = [row for row in timings if row["m"] == m]
@@ -103,6 +106,26 @@ def test_the_script_checks_and_times_every_kernel(tmp_path: Path, monkeypatch: p
             assert row["of_bf16"] == bf16["median_ms"] / row["median_ms"]
             assert row["of_ceiling"] == m * 32 * 128 / row["median_ms"] / 8**3
             assert row["p20_ms"] < row["median_ms"] < row["p80_ms"]
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_the_search_prices_every_format_of_the_plugin_from_what_the_benchmark_writes(tmp_path: Path) -> None:
+    (tmp_path / "tuning.json").write_text(dump_tiles(TILES, "for the interpreter"))
+    file = tmp_path / "results.json"
+    benchmark.benchmark(file, tmp_path / "tuning.json")
+    model, _ = time_model(str(file))
+    written = {row["what"]: row["median_ms"] for row in json.loads(file.read_text())["timings"] if row["m"] == 17}
+    expected = {
+        "bf16": written["torch.matmul bf16"],
+        "fp16": written["torch.matmul bf16"],
+        "fp8": written["quantize_fp8"] + written["gemm_fp8"],
+        "w8a8": written["quantize_tokens natural"] + written["gemm_w8a8"],
+        "w4a8": written["quantize_tokens even-odd"] + written["gemm_w4a8 64"],
+        "int4wo": written["gemm_w4a16 64"],
+    }
+    assert expected.keys() == PLUGIN_FORMATS
+    shape = LayerShape("layer", 128, 32, 17)
+    assert {name: model.layer_ms(FORMATS[name], shape) for name in expected} == expected
 
 
 @pytest.fixture
