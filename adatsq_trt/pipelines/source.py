@@ -157,6 +157,12 @@ def _pipeline_kind(folder: Path) -> PipelineKind:
             f"'{folder}' has a second transformer, expected one that denoises all steps; choose another checkpoint, "
             "such as Wan 2.1"
         )
+    for option, value in kind.pipeline_options.items():
+        if option in index and index[option] != value:
+            raise MismatchError(
+                f"'{folder / INDEX}': {option} is {index[option]!r}, expected {value!r}; its pipeline treats the "
+                "transformer in another way, as Wan 2.2's does; choose another checkpoint, such as Wan 2.1"
+            )
     return kind
 
 
