@@ -248,6 +248,12 @@ def resolve(request: Request, choice: Choice, opened: OpenedModel) -> Settings:
     )
 
 
+def _drawn(request: Request) -> int:
+    """Samples of the largest batch; each batch draws the first prompts in turn."""
+    names = ("calibration_samples", "selection_samples", "held_out_samples")
+    return max(int(request.given.get(name, Settings.model_fields[name].default)) for name in names)
+
+
 def choose_workers(place: PlaceRequest) -> AbstractContextManager[Workers]:
     """Who computes: a Ray cluster's processors, a GPU, or this machine's processors.
 
@@ -293,7 +299,7 @@ def run_stages(request: Request, until: StageName) -> None:
     from adatsq_trt.meter import release_memory
     from adatsq_trt.run import RunDirectory
 
-    opened = open_model(open_at_first(request.model, choice.shapes))
+    opened = open_model(open_at_first(request.model, choice.shapes), _drawn(request))
     settings = resolve(request, choice, opened)
     search.require_possible(settings, opened.outline)
     memory = plan_memory(choice.memory_limit, settings, opened.outline, opened.pipeline, until.value)

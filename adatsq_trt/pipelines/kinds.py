@@ -6,6 +6,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import util
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ import torch
 from pydantic import JsonValue, RootModel
 from torch import Tensor, nn
 
-from adatsq_trt.errors import DamagedFileError, MismatchError
+from adatsq_trt.errors import DamagedFileError, DependencyError, MismatchError
 from adatsq_trt.files import read_json_model
 from adatsq_trt.image import ImageShape
 from adatsq_trt.pipelines.schedulers import make_scheduler
@@ -64,6 +65,7 @@ class PipelineKind(ABC):
         transformer: class name of its transformer.
         encoders: folders of its text encoders and tokenizers.
         text_tokens: most tokens of a prompt.
+        text_library: that the pipeline cleans prompts with where it is installed.
         token_multiple: prompts are filled up with zeros to a multiple of so many tokens.
         patch: cells of the VAE's latent along one side of a token.
         packed: whether a latent is a row of tokens; else it has the VAE's own shape.
@@ -80,6 +82,7 @@ class PipelineKind(ABC):
     transformer: str
     encoders: tuple[str, ...] = ("text_encoder", "tokenizer")
     text_tokens: int = 512
+    text_library: str | None = None
     token_multiple: int = 1
     patch: int = 2
     packed: bool = False
@@ -134,6 +137,18 @@ class PipelineKind(ABC):
         file = folder / SCHEDULER_CONFIG
         config = read_json_model(file, JsonObject, AGAIN).root
         return make_scheduler(file, config, self.schedulers, self.scheduler_options)
+
+    def require_libraries(self) -> None:
+        """Refuse to encode prompts without a library that changes what comes out.
+
+        Raises:
+            DependencyError: names it.
+        """
+        if self.text_library is not None and util.find_spec(self.text_library) is None:
+            raise DependencyError(
+                f"{self.pipeline} cleans its prompts with the library {self.text_library}, without which they are "
+                "encoded differently; install it with: pip install 'adatsq-trt[pipelines]'"
+            )
 
     def require_supported(self, config: Mapping[str, JsonValue], file: Path, folder: Path) -> None:
         """Refuse a transformer that takes or gives anything but latents of the pipeline's VAE and a text.
@@ -238,6 +253,7 @@ class WanKind(PipelineKind):
 
     pipeline, transformer = "WanPipeline", "WanTransformer3DModel"
     canvas = Canvas(480, 832, 81)
+    text_library = "ftfy"
     schedulers = (EULER, UNIPC)
     transformer_options: ClassVar = {"image_dim": None, "added_kv_proj_dim": None, "pos_embed_seq_len": None}
     pipeline_options: ClassVar = {"expand_timesteps": False, "boundary_ratio": None}

@@ -242,6 +242,7 @@ def open_pipeline(settings: PipelineSettings) -> OpenedPipeline:
     source = find_source(settings.path, settings.base)
     opened = OpenedPipeline(settings, source, tuple(parse_lora(text) for text in settings.loras))
     _refuse_quantized(source.config, opened._config)
+    source.kind.require_libraries()
     source.kind.require_supported(opened._config, source.config, source.folder)
     outline = opened._outline
     weights = opened._weights
