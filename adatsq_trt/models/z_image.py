@@ -181,7 +181,7 @@ class ZImageTrace(nn.Module):
             "places": places.float(),
         }
         for name, value in buffers.items():
-            self.register_buffer(name, value, persistent=False)
+            self.register_buffer(name, value.contiguous(), persistent=False)
 
     def _rotations(self, ids: Tensor) -> Tensor:
         """Cosines and sines of positions [S, 3]: float32 [2, S, 1, attention head's width / 2]."""

@@ -66,7 +66,7 @@ def assert_alone(adapter: ZImageAdapter, rows: tuple[int | None, ...]) -> None:
 
 @torch.no_grad()
 def test_a_caption_does_not_see_how_long_the_others_are() -> None:
-    """Of 9, 33, 64, 12, 32 and, for the empty prompt, 5 tokens: padding and the image's positions are each caption's."""
+    """Of 9, 33, 64, 12, 32 and, for the empty prompt, 5 tokens: padding and the image's positions are its own."""
     assert_alone(make_z_image_of_several_lengths(), (0, 1, 2, 3, 4, None))
 
 

@@ -1,4 +1,4 @@
-"""Z-Image's captions of very different lengths, in one batch and beside the empty prompt, as the pipeline treats them."""
+"""Z-Image's captions of different lengths, in one batch and beside the empty prompt, as the pipeline treats them."""
 
 from pathlib import Path
 
