@@ -142,7 +142,7 @@ def test_what_whole_models_hold_beside_their_encoder_is_left_out(own_flux: Path)
 def test_prompts_that_the_encoder_does_not_tell_apart(saved_wan: Path) -> None:
     """Wan's pipeline makes one space of several."""
     with pytest.raises(
-        UserError, match="--prompts: 'a red' and 'a  red' have the same encoding: .* leave one of them out"
+        UserError, match=r"--prompts: 'a red' and 'a  red' have the same encoding: .* leave one of them out"
     ):
         encode(saved_wan, ("a red", "three", "a  red"))
 
