@@ -88,9 +88,9 @@ class PipelineKind(ABC):
     packed: bool = False
     guided: bool = True
     schedulers: tuple[str, ...] = (EULER,)
-    scheduler_options: Mapping[str, JsonValue] = {}
-    transformer_options: Mapping[str, JsonValue] = {}
-    pipeline_options: Mapping[str, JsonValue] = {}
+    scheduler_options: ClassVar[Mapping[str, JsonValue]] = {}
+    transformer_options: ClassVar[Mapping[str, JsonValue]] = {}
+    pipeline_options: ClassVar[Mapping[str, JsonValue]] = {}
     vae_channels: str = "latent_channels"
     canvas: Canvas = Canvas(1024, 1024)
 
@@ -208,8 +208,10 @@ class FluxKind(PipelineKind):
     pipeline, transformer = "FluxPipeline", "FluxTransformer2DModel"
     encoders = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     packed, guided = True, False
-    scheduler_options: ClassVar = {"use_flow_sigmas": False}  # a scheduler that was UniPC is asked for its own sigmas
-    transformer_options: ClassVar = {"patch_size": 1}
+    scheduler_options: ClassVar[Mapping[str, JsonValue]] = {
+        "use_flow_sigmas": False
+    }  # a scheduler that was UniPC is asked for its own sigmas
+    transformer_options: ClassVar[Mapping[str, JsonValue]] = {"patch_size": 1}
 
     def defaults(self, config: Mapping[str, JsonValue]) -> tuple[int, float]:
         """Of Flux dev and of Flux schnell."""
@@ -230,7 +232,11 @@ class ZImageKind(PipelineKind):
 
     pipeline, transformer = "ZImagePipeline", "ZImageTransformer2DModel"
     token_multiple = 32
-    transformer_options: ClassVar = {"all_patch_size": [2], "all_f_patch_size": [1], "siglip_feat_dim": None}
+    transformer_options: ClassVar[Mapping[str, JsonValue]] = {
+        "all_patch_size": [2],
+        "all_f_patch_size": [1],
+        "siglip_feat_dim": None,
+    }
 
     def defaults(self, config: Mapping[str, JsonValue]) -> tuple[int, float]:
         """Of Z-Image; Z-Image-Turbo, which has the same configuration, wants 9 steps and a scale of 1."""
@@ -255,8 +261,12 @@ class WanKind(PipelineKind):
     canvas = Canvas(480, 832, 81)
     text_library = "ftfy"
     schedulers = (EULER, UNIPC)
-    transformer_options: ClassVar = {"image_dim": None, "added_kv_proj_dim": None, "pos_embed_seq_len": None}
-    pipeline_options: ClassVar = {"expand_timesteps": False, "boundary_ratio": None}
+    transformer_options: ClassVar[Mapping[str, JsonValue]] = {
+        "image_dim": None,
+        "added_kv_proj_dim": None,
+        "pos_embed_seq_len": None,
+    }
+    pipeline_options: ClassVar[Mapping[str, JsonValue]] = {"expand_timesteps": False, "boundary_ratio": None}
     vae_channels = "z_dim"
 
     def defaults(self, config: Mapping[str, JsonValue]) -> tuple[int, float]:
