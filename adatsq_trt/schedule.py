@@ -1,9 +1,10 @@
-"""The denoising schedule: step index, timestep and sigma, taken from diffusers' flow-matching scheduler."""
+"""The denoising schedule: step index, timestep and sigma, taken from diffusers' schedulers of a flow."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,9 +13,10 @@ from adatsq_trt.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 TRAIN_TIMESTEPS = 1000
+EULER, UNIPC = "FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler"
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Schedule:
     Attributes:
         sigmas: noise level at the start of each step and, last, at the end of the loop: `steps + 1` numbers, 1 to 0.
         timesteps: what the scheduler calls the timestep of each step: `steps` numbers in (0, 1000].
-        scheduler_config: the diffusers scheduler's configuration, so that a bundle can make the same scheduler again.
+        scheduler_config: of the diffusers scheduler that takes these very steps, with its class (`scheduler`).
     """
 
     sigmas: tuple[float, ...]
@@ -35,6 +37,13 @@ class Schedule:
     def steps(self) -> int:
         """Number of denoising steps."""
         return len(self.timesteps)
+
+    def scheduler(self) -> FlowMatchEulerDiscreteScheduler | UniPCMultistepScheduler:
+        """A scheduler of diffusers with which a pipeline takes these very steps, by Euler's method."""
+        import diffusers
+
+        kind = getattr(diffusers, UNIPC if self.scheduler_config.get("_class_name") == UNIPC else EULER)
+        return kind.from_config(self.scheduler_config)
 
     def model_time(self, step: int) -> float:
         """What a trace module is given at `step`: timestep / 1000, in (0, 1]."""
@@ -54,11 +63,13 @@ class Schedule:
         return latent + (self.sigmas[step + 1] - self.sigmas[step]) * velocity
 
 
-def make_schedule(scheduler: FlowMatchEulerDiscreteScheduler, steps: int, image_tokens: int | None = None) -> Schedule:
-    """The schedule that diffusers' pipelines use with this scheduler.
+def make_schedule(
+    scheduler: FlowMatchEulerDiscreteScheduler | UniPCMultistepScheduler, steps: int, image_tokens: int | None = None
+) -> Schedule:
+    """The sigmas and timesteps that diffusers' pipelines use with this scheduler.
 
     Flux and Z-Image ask for the sigmas 1 to 1/steps, shifted as the scheduler says. Wan takes the scheduler's own
-    spacing, which ends at its smallest sigma.
+    spacing; of UniPC, which combines the predictions of several steps, the loop takes the spacing alone.
 
     Args:
         scheduler: with or without dynamic shifting, which needs the image tokens.
@@ -66,7 +77,7 @@ def make_schedule(scheduler: FlowMatchEulerDiscreteScheduler, steps: int, image_
         image_tokens: length of the image sequence; dynamic shifting depends on it. None for the scheduler's spacing.
 
     Raises:
-        UserError: fewer than one step, or dynamic shifting without image tokens.
+        UserError: fewer than one step, more than the scheduler has, or dynamic shifting without image tokens.
     """
     if steps < 1:
         raise UserError(f"steps: got {steps}, expected at least 1; pass --steps with a positive number")
@@ -77,11 +88,43 @@ def make_schedule(scheduler: FlowMatchEulerDiscreteScheduler, steps: int, image_
         raise UserError("the scheduler shifts dynamically, expected a fixed shift; set use_dynamic_shifting to false")
     else:
         scheduler.set_timesteps(steps)
-    return Schedule(
+    schedule = Schedule(
         sigmas=tuple(float(s) for s in scheduler.sigmas),
         timesteps=tuple(float(t) for t in scheduler.timesteps),
-        scheduler_config={k: v for k, v in scheduler.config.items() if not k.startswith("_")},
+        scheduler_config=_euler_config(scheduler, steps),
     )
+    _require_falling(schedule)
+    return schedule
+
+
+def _euler_config(scheduler: FlowMatchEulerDiscreteScheduler | UniPCMultistepScheduler, steps: int) -> dict[str, Any]:
+    """The configuration of the scheduler with which a pipeline takes the same steps.
+
+    UniPC of first order without its corrector is DDIM, which on a flow is Euler's method: with sigma s before and t
+    after the step and x0 = x - s v, t/s x + (1 - t/s) x0 = x + (t - s) v.
+    """
+    name = type(scheduler).__name__
+    config = {"_class_name": name, **{k: v for k, v in scheduler.config.items() if not k.startswith("_")}}
+    return config | {"solver_order": 1, "disable_corrector": list(range(steps))} if name == UNIPC else config
+
+
+def _require_falling(schedule: Schedule) -> None:
+    """Refuse steps that go nowhere.
+
+    Raises:
+        UserError: names the first.
+    """
+    for step, (sigma, following) in enumerate(pairwise(schedule.sigmas)):
+        if not sigma > following:  # NaN falls nowhere
+            raise UserError(
+                f"step {step} of {schedule.steps}: the scheduler's sigma is {sigma:g} and then {following:g}, expected "
+                "one that falls; pass fewer --steps, or save the pipeline with another scheduler"
+            )
+    if not schedule.timesteps[-1] > 0:
+        raise UserError(
+            f"step {schedule.steps - 1}: the scheduler's timestep is {schedule.timesteps[-1]:g}, expected more than 0; "
+            "pass fewer --steps, or save the pipeline with another scheduler"
+        )
 
 
 def _shift(scheduler: FlowMatchEulerDiscreteScheduler, image_tokens: int) -> float | None:

@@ -4,10 +4,10 @@
     pipe(prompt, num_inference_steps=20, …)
 
 The pipeline stays as it is: it keeps its scheduler, its guidance and its loop. This serves FluxPipeline, ZImagePipeline
-and WanPipeline; the scheduler is FlowMatchEulerDiscreteScheduler, which a WanPipeline has to be given:
+and WanPipeline. With UniPC, which Wan's pipelines come with, the pipeline combines the predictions of several steps; it
+draws what the bundle's own loop draws, which takes Euler's steps at the same sigmas, with
 
-    config = pipe.transformer.bundle.schedule.scheduler_config
-    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+    pipe.scheduler = pipe.transformer.scheduler
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
@@ -77,6 +78,11 @@ class AdatsqTransformer(nn.Module):
         """Where inputs and outputs are."""
         return torch.device("cpu")
 
+    @property
+    def scheduler(self) -> FlowMatchEulerDiscreteScheduler | UniPCMultistepScheduler:
+        """A scheduler with which the pipeline takes the steps of the bundle's own loop."""
+        return self.bundle.schedule.scheduler()
+
     @contextmanager
     def cache_context(self, name: str, **_about: Any) -> Iterator[None]:
         """What pipelines announce a guidance branch with; both branches of a step have the same formats."""
@@ -131,6 +137,11 @@ class AdatsqTransformer(nn.Module):
         """The step of a size's schedule that a timestep belongs to."""
         schedule = self.bundle.files.schedule(size)
         times = np.asarray([schedule.model_time(step) for step in range(schedule.steps)])
+        if len(set(times)) < len(times):
+            raise MismatchError(
+                f"two of the bundle's {schedule.steps} steps have the same timestep, by which a pipeline tells its "
+                "step; build a bundle with fewer --steps, or run this one with Bundle.denoise"
+            )
         step = int(np.abs(times - timestep.flat[0]).argmin())
         if np.abs(timestep - times[step]).max() > _TIME_TOLERANCE * times[step]:
             raise MismatchError(

@@ -4,8 +4,9 @@ The exporter writes softmax(q kᵀ / sqrt(d)) as MatMul(c q, c kᵀ) with the co
 bfloat16 this shifts every logit by up to 0.4 % unless d is a power of 16.
 
 Rules:
-    1. A 16-bit scalar that only scales operands of a MatMul whose product goes to Softmax, and that is d^(-1/4)
-       rounded, where d is the last axis of one of those operands: becomes d^(-1/4) in float32.
+    1. A 16-bit scalar that only scales operands of a MatMul whose product goes to Softmax, with or without a mask
+       added on the way, and that is d^(-1/4) rounded, where d is the last axis of one of those operands: becomes
+       d^(-1/4) in float32.
 """
 
 from __future__ import annotations
@@ -38,14 +39,25 @@ class RestoreAttentionScale(ir.passes.InPlacePass):
 
 
 def _scales_attention(node: ir.Node) -> bool:
-    """Whether a node is a Mul → MatMul → Softmax."""
+    """Whether a node is a Mul → MatMul → Softmax, or one with an Add before the Softmax."""
     if node.op_type != "Mul":
         return False
-    products = [user for user, _ in node.outputs[0].uses()]
+    products = _users(node)
     return bool(products) and all(
-        product.op_type == "MatMul" and any(user.op_type == "Softmax" for user, _ in product.outputs[0].uses())
-        for product in products
+        product.op_type == "MatMul" and any(map(_takes_logits, _users(product))) for product in products
     )
+
+
+def _takes_logits(node: ir.Node) -> bool:
+    """Whether a node is a Softmax, or an Add before one."""
+    return node.op_type == "Softmax" or (
+        node.op_type == "Add" and any(user.op_type == "Softmax" for user in _users(node))
+    )
+
+
+def _users(node: ir.Node) -> list[ir.Node]:
+    """Of a node's output."""
+    return [user for user, _ in node.outputs[0].uses()]
 
 
 def _exact_scale(rounded: np.ndarray, products: list[ir.Node]) -> float | None:

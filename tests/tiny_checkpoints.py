@@ -119,7 +119,7 @@ def make_z_image_pipeline() -> ZImagePipeline:
             n_kv_heads=2,
             cap_feat_dim=T5_WIDTH,
             axes_dims=[8, 12, 12],
-            axes_lens=[64, 16, 16],
+            axes_lens=[256, 16, 16],
         )
         for token in (transformer.x_pad_token, transformer.cap_pad_token):
             torch.nn.init.normal_(token)

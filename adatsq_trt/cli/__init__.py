@@ -22,6 +22,7 @@ from adatsq_trt.cli.doctor import doctor
 from adatsq_trt.cli.evaluate import evaluate
 from adatsq_trt.cli.export import export
 from adatsq_trt.cli.generate import generate
+from adatsq_trt.cli.homes import expanding_homes
 from adatsq_trt.cli.inspect import inspect
 from adatsq_trt.cli.models import models
 from adatsq_trt.cli.policy import export as export_policy
@@ -38,24 +39,24 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 build_app = typer.Typer(no_args_is_help=True)
 app.add_typer(build_app, name="build", help="Build what runs on the target: engines and their plugins.")
 for _build_command in (engine, plugins):
-    build_app.command(no_args_is_help=True)(_build_command)
+    build_app.command(no_args_is_help=True)(expanding_homes(_build_command))
 benchmark_app = typer.Typer(no_args_is_help=True)
 app.add_typer(benchmark_app, name="benchmark", help="Measure on this machine: bundles, and the kernels of the plugin.")
 for _benchmark_command in (bundle, kernels):
-    benchmark_app.command(no_args_is_help=True)(_benchmark_command)
+    benchmark_app.command(no_args_is_help=True)(expanding_homes(_benchmark_command))
 deploy_app = typer.Typer(no_args_is_help=True)
 app.add_typer(deploy_app, name="deploy", help="Write what a server loads.")
-deploy_app.command(no_args_is_help=True)(triton)
+deploy_app.command(no_args_is_help=True)(expanding_homes(triton))
 policy_app = typer.Typer(no_args_is_help=True)
 app.add_typer(policy_app, name="policy", help="Policies in the words of other programs.")
-policy_app.command("export", no_args_is_help=True)(export_policy)
-policy_app.command("import", no_args_is_help=True)(import_policy)
+policy_app.command("export", no_args_is_help=True)(expanding_homes(export_policy))
+policy_app.command("import", no_args_is_help=True)(expanding_homes(import_policy))
 _WITH_ARGUMENTS: tuple[Callable[..., None], ...] = (
     *(calibrate, quantize, search, export),
     *(check, generate, inspect, compare, evaluate, report, serve),
 )
 for _command in (*_WITH_ARGUMENTS, models, doctor):
-    app.command(no_args_is_help=_command in _WITH_ARGUMENTS)(_command)
+    app.command(no_args_is_help=_command in _WITH_ARGUMENTS)(expanding_homes(_command))
 
 
 def _print_version(wanted: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from adatsq_trt.pipelines.loading import OpenedPipeline
     from adatsq_trt.run import RunDirectory
     from adatsq_trt.zoo.loading import LoadedModel
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,12 @@ class OpenedModel:
         return self.pipeline.load(embed.run(run, self.pipeline))
 
 
-def open_model(request: ModelRequest) -> OpenedModel:
+def open_model(request: ModelRequest, drawn: int) -> OpenedModel:
     """Check a model.
+
+    Args:
+        request: what was asked for.
+        drawn: most samples of a batch, each of which draws a prompt; no more are encoded.
 
     Raises:
         UserError: it does not exist, is damaged, or is of an architecture that has no adapter.
@@ -104,6 +111,15 @@ def open_model(request: ModelRequest) -> OpenedModel:
         return OpenedModel(load_model(request.name))
     from adatsq_trt.pipelines.prompts import default_prompts, read_prompts
 
+    prompts = default_prompts() if request.prompts is None else read_prompts(request.prompts)
+    if request.prompts is not None and len(prompts) > drawn:
+        log.warning(
+            "--prompts '%s': the first %d of %d prompts are drawn, encoded and in the bundle; more with "
+            "--held-out-samples",
+            request.prompts,
+            drawn,
+            len(prompts),
+        )
     return _open(
         PipelineSettings(
             path=request.name,
@@ -113,7 +129,7 @@ def open_model(request: ModelRequest) -> OpenedModel:
             width=request.width,
             frames=request.frames,
             guided=request.guidance is None or request.guidance != 1.0,
-            prompts=default_prompts() if request.prompts is None else read_prompts(request.prompts),
+            prompts=prompts[:drawn],
         )
     )
 

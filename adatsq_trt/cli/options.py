@@ -323,6 +323,12 @@ def _require_layers(request: Request, choice: Choice, layers: Mapping[str, nn.Li
         require_plugin_shapes({name: (layer.out_features, layer.in_features) for name, layer in layers.items()})
 
 
+def _drawn(request: Request) -> int:
+    """Samples of the largest batch; each batch draws the first prompts in turn."""
+    names = ("calibration_samples", "selection_samples", "held_out_samples")
+    return max(int(request.given.get(name, Settings.model_fields[name].default)) for name in names)
+
+
 def choose_workers(place: PlaceRequest) -> AbstractContextManager[Workers]:
     """Who computes: a Ray cluster's processors, a GPU, or this machine's processors.
 
@@ -368,7 +374,7 @@ def run_stages(request: Request, until: StageName) -> None:
     from adatsq_trt.meter import release_memory
     from adatsq_trt.run import RunDirectory
 
-    opened = open_model(open_at_first(request.model, choice.shapes))
+    opened = open_model(open_at_first(request.model, choice.shapes), _drawn(request))
     settings = resolve(request, choice, opened)
     search.require_possible(settings, opened.outline)
     memory = plan_memory(choice.memory_limit, settings, opened.outline, opened.pipeline, until.value)

@@ -22,8 +22,8 @@ from adatsq_trt.schedule import TRAIN_TIMESTEPS, Schedule, make_schedule
 class WanAdapter(PromptedAdapter):
     """A Wan with a closed set of prompts; latents are [channels, frames, rows, columns].
 
-    The schedule is that of FlowMatchEulerDiscreteScheduler with its own sigmas, as a WanPipeline with that scheduler
-    uses it. UniPC, which Wan's pipelines come with, combines the predictions of several steps: it is not supported.
+    The steps are Euler's, at the sigmas that its scheduler, FlowMatchEulerDiscreteScheduler or UniPC, makes by itself
+    in a WanPipeline.
     """
 
     architecture = "WanTransformer3DModel"

@@ -18,13 +18,17 @@ from adatsq_trt.models.prompted import PromptedAdapter
 from adatsq_trt.models.rotary import require_positions, rotate_pairs
 from adatsq_trt.schedule import Schedule, make_schedule
 
+# Added to a product of a query and a key; its exponential is 0 in every type, and in fp16 it is a number.
+_UNSEEN = -3e4
+
 
 class ZImageAdapter(PromptedAdapter):
     """A Z-Image with a closed set of prompts.
 
-    Latents are [channels, rows, columns]. Captions have a fixed length, a multiple of 32: shorter ones are filled up
-    with the learned pad token. diffusers fills up to the next multiple only, so a caption is treated exactly as there
-    when it has at most 31 tokens less than the length. A guidance scale here is one more than the pipeline's.
+    Latents are [channels, rows, columns]. Captions are tensors of one length, a multiple of 32, in which rows of zeros
+    follow a caption's own tokens. As in diffusers, the learned pad token fills a caption up to the next multiple of 32;
+    what is beyond that is seen by nobody, and the image's positions follow each caption's own end. A guidance scale
+    here is one more than the pipeline's.
     """
 
     architecture = "ZImageTransformer2DModel"
@@ -75,7 +79,7 @@ class ZImageAdapter(PromptedAdapter):
         return AnySize(module, {"rotations": module.image_rotations}, axes)
 
     def condition(self, tokens: Tensor, pooled: Tensor) -> dict[str, Tensor]:
-        """Caption features; rows of zeros stand for pad tokens, up to a multiple of 32 rows."""
+        """Caption features; rows of zeros stand for no token, up to a multiple of 32 rows."""
         return {"encoder_hidden_states": functional.pad(tokens, (0, 0, 0, -tokens.shape[1] % SEQ_MULTI_OF))}
 
     def model_inputs(
@@ -95,7 +99,11 @@ class ZImageAdapter(PromptedAdapter):
 
 
 class RealRotaryProcessor(ZSingleStreamAttnProcessor):  # type: ignore[misc]
-    """Z-Image's attention with real numbers: `freqs_cis` are cosines and sines, each [S, 1, D / 2]."""
+    """Z-Image's attention with real numbers.
+
+    `freqs_cis` are cosines and sines, each [S, 1, D / 2] or [B, S, 1, D / 2]; `attention_mask` [B, S] is added to the
+    products with the keys.
+    """
 
     def __call__(
         self,
@@ -114,19 +122,23 @@ class RealRotaryProcessor(ZSingleStreamAttnProcessor):  # type: ignore[misc]
             query, key = attn.norm_q(query), attn.norm_k(key)
         query, key = (rotate_pairs(x.float(), *freqs_cis).type_as(x) for x in (query, key))
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        mixed = functional.scaled_dot_product_attention(query, key, value)
+        mask = None if attention_mask is None else attention_mask[:, None, None]
+        mixed = functional.scaled_dot_product_attention(query, key, value, mask)
         return attn.to_out[0](mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
 class ZImageTrace(nn.Module):
-    """ZImageTransformer2DModel on one image size and caption length: batches instead of lists, real instead of complex.
+    """ZImageTransformer2DModel on one image size: batches instead of lists, real instead of complex numbers.
 
-    Without padding between samples every sequence has the same length, so there is no attention mask.
+    Captions of several lengths share a batch: zeros in the condition say where each ends. Where all have 32 tokens with
+    their padding, nothing depends on a caption's length, and there is no attention mask.
     """
 
     image_rotations: Tensor
     pad_rotations: Tensor
     caption_rotations: Tensor
+    plane_rotations: Tensor
+    places: Tensor
 
     def __init__(self, transformer: ZImageTransformer2DModel, latent_shape: tuple[int, ...], length: int) -> None:
         """Wrap a transformer.
@@ -134,7 +146,7 @@ class ZImageTrace(nn.Module):
         Args:
             transformer: with one patch size; its attention gets a processor that also takes real rotations.
             latent_shape: (channels, rows, columns).
-            length: of a caption in tokens, a multiple of 32.
+            length: of the longest caption with its padding, a multiple of 32.
 
         Raises:
             MismatchError: the caption or the image is longer than the transformer's tables of positions.
@@ -155,12 +167,21 @@ class ZImageTrace(nn.Module):
             if isinstance(module, Attention):
                 module.set_processor(RealRotaryProcessor())
         # As diffusers counts: captions from 1, then the image as one plane; pad tokens of the image are at the origin.
-        zero = torch.zeros(1, dtype=torch.int64)
-        caption = torch.cartesian_prod(torch.arange(1, length + 1), zero, zero)
+        zero, places = torch.zeros(1, dtype=torch.int64), torch.arange(1, length + 1)
         image = torch.cartesian_prod(zero + length + 1, *map(torch.arange, grid))
-        self.register_buffer("image_rotations", self._rotations(image).unflatten(1, grid), persistent=False)
-        self.register_buffer("pad_rotations", self._rotations(zero.expand(self.padding, 3)), persistent=False)
-        self.register_buffer("caption_rotations", self._rotations(caption), persistent=False)
+        planes = torch.cartesian_prod(torch.arange(1, length + 2, SEQ_MULTI_OF), zero, zero)
+        # What a caption's length decides is the first axis of the image's positions.
+        own, self.one_length = transformer.config.axes_dims[0] // 2, length == SEQ_MULTI_OF
+        rotations = self._rotations(image).unflatten(1, grid)
+        buffers = {
+            "image_rotations": rotations if self.one_length else rotations[..., own:],
+            "plane_rotations": self._rotations(planes)[..., :own].transpose(0, 1)[:, :, None],
+            "pad_rotations": self._rotations(zero.expand(self.padding, 3)),
+            "caption_rotations": self._rotations(torch.cartesian_prod(places, zero, zero)),
+            "places": places.float(),
+        }
+        for name, value in buffers.items():
+            self.register_buffer(name, value.contiguous(), persistent=False)
 
     def _rotations(self, ids: Tensor) -> Tensor:
         """Cosines and sines of positions [S, 3]: float32 [2, S, 1, attention head's width / 2]."""
@@ -172,7 +193,7 @@ class ZImageTrace(nn.Module):
         return self._predict(self.image_rotations, hidden_states, encoder_hidden_states, timestep)
 
     def _predict(self, rotations: Tensor, latent: Tensor, condition: Tensor, timestep: Tensor) -> Tensor:
-        """The same with the rotations of the image [2, rows, columns, 1, D / 2], which say its size."""
+        """The same with the rotations of the image [2, rows, columns, 1, ...], which say its size."""
         model, key = self.transformer, f"{self.patch}-1"
         modulation = model.t_embedder((1 - timestep) * model.t_scale).type_as(latent)
         rows, columns = rotations.shape[1:3]
@@ -180,19 +201,57 @@ class ZImageTrace(nn.Module):
         if self.padding:
             padding = model.x_pad_token.expand(image.shape[0], self.padding, -1)
             image = torch.cat([image, padding], dim=1)
-        own = torch.cat([rotations.flatten(1, 2), self.pad_rotations], dim=1)
+        tokens = self._count_tokens(condition)
+        own = self._image_rotations(rotations.flatten(1, 2), tokens)
         for block in model.noise_refiner:
-            image = block(image, None, tuple(own), modulation)
+            image = block(image, None, own, modulation)
         caption = model.cap_embedder(condition)
-        real = condition.abs().amax(-1, keepdim=True) > 0
-        caption = torch.where(real, caption, model.cap_pad_token)
+        caption = torch.where((self.places <= tokens[:, None])[..., None], caption, model.cap_pad_token)
+        mask = None if self.one_length else self._mask(tokens).type_as(caption)
         for block in model.context_refiner:
-            caption = block(caption, None, tuple(self.caption_rotations))
-        unified, both = torch.cat([image, caption], dim=1), torch.cat([own, self.caption_rotations], dim=1)
+            caption = block(caption, mask, tuple(self.caption_rotations))
+        unified = torch.cat([image, caption], dim=1)
+        both = tuple(map(self._followed_by_caption, own, self.caption_rotations))
+        mask = None if mask is None else functional.pad(mask, (image.shape[1], 0))
         for block in model.layers:
-            unified = block(unified, None, tuple(both), modulation)
-        tokens = unified[:, : rows * columns]
-        return -self._unpatchify(model.all_final_layer[key](tokens, c=modulation), rows, columns)
+            unified = block(unified, mask, both, modulation)
+        latent_tokens = unified[:, : rows * columns]
+        return -self._unpatchify(model.all_final_layer[key](latent_tokens, c=modulation), rows, columns)
+
+    def _count_tokens(self, condition: Tensor) -> Tensor:
+        """Tokens of each caption [B, T, D], but for the zeros that follow them: float32 [B]."""
+        there = condition.abs().amax(-1) > 0
+        return torch.where(there, self.places, torch.zeros_like(self.places)).amax(1)
+
+    def _image_rotations(self, rotations: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the image's and its pad tokens, [S, 1, D / 2], or [B, S, 1, D / 2] for several lengths.
+
+        Args:
+            rotations: of rows and columns, [2, tokens of the image, 1, ...]; for one length of all axes.
+            tokens: of each caption, [B]; the plane of the image follows its padding.
+        """
+        if self.one_length:
+            cosines, sines = torch.cat([rotations, self.pad_rotations], dim=1)
+            return cosines, sines
+        planes = self.plane_rotations.index_select(0, torch.ceil(tokens / SEQ_MULTI_OF).long())
+        count, batch = rotations.shape[1], planes.shape[0]
+        image = torch.cat(
+            [planes.expand(-1, -1, count, -1, -1), rotations.expand(batch, -1, -1, -1, -1)],
+            dim=-1,
+        )
+        whole = torch.cat([image, self.pad_rotations.expand(batch, -1, -1, -1, -1)], dim=2)
+        return whole[:, 0], whole[:, 1]
+
+    def _mask(self, tokens: Tensor) -> Tensor:
+        """What is added to the products with the caption's keys: float32 [B, T], `_UNSEEN` beyond its padding."""
+        length = torch.ceil(tokens / SEQ_MULTI_OF) * SEQ_MULTI_OF
+        return torch.where(self.places <= length[:, None], 0.0, _UNSEEN)
+
+    @staticmethod
+    def _followed_by_caption(image: Tensor, caption: Tensor) -> Tensor:
+        """The image's cosines or sines, then the caption's [T, 1, D / 2]."""
+        own = caption if image.ndim == caption.ndim else caption.expand(image.shape[0], -1, -1, -1)
+        return torch.cat([image, own], dim=-3)
 
     def _patchify(self, latent: Tensor, rows: int, columns: int) -> Tensor:
         """[B, C, H, W] → [B, tokens, p² C]."""
@@ -213,5 +272,5 @@ class ZImageAnySizeTrace(ZImageTrace):
     def forward(  # type: ignore[override]
         self, rotations: Tensor, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor
     ) -> Tensor:
-        """Predicted velocity; `rotations` [2, rows, columns, 1, D / 2] of the image's tokens."""
+        """Predicted velocity; `rotations` [2, rows, columns, 1, ...] of the image's tokens, as `image_rotations`."""
         return self._predict(rotations, hidden_states, encoder_hidden_states, timestep)

@@ -6,20 +6,23 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import util
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import JsonValue, RootModel
 from torch import Tensor, nn
 
-from adatsq_trt.errors import DamagedFileError, MismatchError
+from adatsq_trt.errors import DamagedFileError, DependencyError, MismatchError
 from adatsq_trt.files import read_json_model
 from adatsq_trt.image import ImageShape
+from adatsq_trt.pipelines.schedulers import make_scheduler
+from adatsq_trt.schedule import EULER, UNIPC
+from adatsq_trt.zoo.loading import SCHEDULER_CONFIG
 
 log = logging.getLogger(__name__)
 AGAIN = "save the pipeline again with diffusers' save_pretrained, or download it again"
-_EULER = "FlowMatchEulerDiscreteScheduler"
 
 
 class JsonObject(RootModel[dict[str, JsonValue]]):
@@ -62,10 +65,16 @@ class PipelineKind(ABC):
         transformer: class name of its transformer.
         encoders: folders of its text encoders and tokenizers.
         text_tokens: most tokens of a prompt.
+        text_library: that the pipeline cleans prompts with where it is installed.
         token_multiple: prompts are filled up with zeros to a multiple of so many tokens.
         patch: cells of the VAE's latent along one side of a token.
         packed: whether a latent is a row of tokens; else it has the VAE's own shape.
         guided: whether guidance takes a second branch, with the empty prompt.
+        schedulers: that the pipeline's loop is known for.
+        scheduler_options: of the scheduler that the loop looks at itself → the value that is followed.
+        transformer_options: of the transformer's configuration → the value that is supported.
+        pipeline_options: of the pipeline → the value that is supported.
+        vae_channels: the VAE's setting that says how many channels its latents have.
         canvas: what is drawn when nothing else is asked for; Flux's and Z-Image's own VAEs have 8 pixels to a cell.
     """
 
@@ -73,10 +82,16 @@ class PipelineKind(ABC):
     transformer: str
     encoders: tuple[str, ...] = ("text_encoder", "tokenizer")
     text_tokens: int = 512
+    text_library: str | None = None
     token_multiple: int = 1
     patch: int = 2
     packed: bool = False
     guided: bool = True
+    schedulers: tuple[str, ...] = (EULER,)
+    scheduler_options: ClassVar[Mapping[str, JsonValue]] = {}
+    transformer_options: ClassVar[Mapping[str, JsonValue]] = {}
+    pipeline_options: ClassVar[Mapping[str, JsonValue]] = {}
+    vae_channels: str = "latent_channels"
     canvas: Canvas = Canvas(1024, 1024)
 
     @abstractmethod
@@ -112,28 +127,60 @@ class PipelineKind(ABC):
         return module
 
     def make_scheduler(self, folder: Path) -> Any:
-        """The scheduler of the denoising loop, which is Euler's method on a flow.
+        """The scheduler whose sigmas the loop takes, with Euler's method.
 
         Raises:
-            MismatchError: the pipeline has another one.
+            MismatchError: the pipeline has another one, or one with an option that is not followed.
             MissingFileError: it has none.
+            DamagedFileError: diffusers cannot make it.
         """
-        file = folder / "scheduler" / "scheduler_config.json"
+        file = folder / SCHEDULER_CONFIG
         config = read_json_model(file, JsonObject, AGAIN).root
-        if config.get("_class_name") == _EULER:
-            return self.load_class(_EULER).from_pretrained(file.parent, local_files_only=True)
-        return self.translate_scheduler(file, config)
+        return make_scheduler(file, config, self.schedulers, self.scheduler_options)
 
-    def translate_scheduler(self, file: Path, config: Mapping[str, JsonValue]) -> Any:
-        """What stands for another scheduler.
+    def require_libraries(self) -> None:
+        """Refuse to encode prompts without a library that changes what comes out.
 
         Raises:
-            MismatchError: nothing does.
+            DependencyError: names it.
         """
-        raise MismatchError(
-            f"'{file}': got the scheduler {config.get('_class_name')}, expected {_EULER}; save the pipeline with that "
-            "one"
-        )
+        if self.text_library is not None and util.find_spec(self.text_library) is None:
+            raise DependencyError(
+                f"{self.pipeline} cleans its prompts with the library {self.text_library}, without which they are "
+                "encoded differently; install it with: pip install 'adatsq-trt[pipelines]'"
+            )
+
+    def require_supported(self, config: Mapping[str, JsonValue], file: Path, folder: Path) -> None:
+        """Refuse a transformer that takes or gives anything but latents of the pipeline's VAE and a text.
+
+        Args:
+            config: of the transformer.
+            file: what messages call the configuration.
+            folder: of the pipeline.
+
+        Raises:
+            MismatchError: names the setting.
+        """
+        given, returned = config.get("in_channels"), config.get("out_channels")
+        if returned not in (None, given):
+            raise MismatchError(
+                f"'{file}': in_channels {given} and out_channels {returned}: it takes a picture or a mask beside the "
+                f"noise, expected a transformer that takes noise and a text; choose another {self.pipeline}"
+            )
+        for name, value in self.transformer_options.items():
+            if name in config and config[name] != value:
+                raise MismatchError(
+                    f"'{file}': {name} is {config[name]!r}, expected {value!r}, as in a transformer that takes noise "
+                    f"and a text; choose another {self.pipeline}"
+                )
+        vae = folder / "vae" / "config.json"
+        channels = read_json_model(vae, JsonObject, AGAIN).root.get(self.vae_channels)
+        cells = self.patch**2 if self.packed else 1
+        if isinstance(channels, int) and given != channels * cells:
+            raise MismatchError(
+                f"'{file}': in_channels {given}, the VAE '{vae}' has {self.vae_channels} {channels}, which makes "
+                f"{channels * cells}; choose a transformer and a pipeline that go together"
+            )
 
     def vae_scale(self, folder: Path) -> VaeScale:
         """What a cell of the latent stands for.
@@ -161,6 +208,10 @@ class FluxKind(PipelineKind):
     pipeline, transformer = "FluxPipeline", "FluxTransformer2DModel"
     encoders = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     packed, guided = True, False
+    scheduler_options: ClassVar[Mapping[str, JsonValue]] = {
+        "use_flow_sigmas": False
+    }  # a scheduler that was UniPC is asked for its own sigmas
+    transformer_options: ClassVar[Mapping[str, JsonValue]] = {"patch_size": 1}
 
     def defaults(self, config: Mapping[str, JsonValue]) -> tuple[int, float]:
         """Of Flux dev and of Flux schnell."""
@@ -181,6 +232,11 @@ class ZImageKind(PipelineKind):
 
     pipeline, transformer = "ZImagePipeline", "ZImageTransformer2DModel"
     token_multiple = 32
+    transformer_options: ClassVar[Mapping[str, JsonValue]] = {
+        "all_patch_size": [2],
+        "all_f_patch_size": [1],
+        "siglip_feat_dim": None,
+    }
 
     def defaults(self, config: Mapping[str, JsonValue]) -> tuple[int, float]:
         """Of Z-Image; Z-Image-Turbo, which has the same configuration, wants 9 steps and a scale of 1."""
@@ -203,6 +259,15 @@ class WanKind(PipelineKind):
 
     pipeline, transformer = "WanPipeline", "WanTransformer3DModel"
     canvas = Canvas(480, 832, 81)
+    text_library = "ftfy"
+    schedulers = (EULER, UNIPC)
+    transformer_options: ClassVar[Mapping[str, JsonValue]] = {
+        "image_dim": None,
+        "added_kv_proj_dim": None,
+        "pos_embed_seq_len": None,
+    }
+    pipeline_options: ClassVar[Mapping[str, JsonValue]] = {"expand_timesteps": False, "boundary_ratio": None}
+    vae_channels = "z_dim"
 
     def defaults(self, config: Mapping[str, JsonValue]) -> tuple[int, float]:
         """Of Wan 2.1."""
@@ -219,13 +284,12 @@ class WanKind(PipelineKind):
         """Of UMT5."""
         return config["text_dim"], 0
 
-    def translate_scheduler(self, file: Path, config: Mapping[str, JsonValue]) -> Any:
-        """UniPC, which Wan's pipelines are saved with, predicts the same flow; Euler's method takes its shift."""
-        if config.get("_class_name") != "UniPCMultistepScheduler" or not config.get("use_flow_sigmas"):
-            return super().translate_scheduler(file, config)
-        shift = config.get("flow_shift") or 1.0
-        log.warning("'%s': denoising with Euler's method and shift %s instead of UniPC", file, shift)
-        return self.load_class(_EULER)(shift=shift)
+    def make_scheduler(self, folder: Path) -> Any:
+        """UniPC, which Wan's pipelines are saved with, gives its sigmas; the steps are Euler's."""
+        scheduler = super().make_scheduler(folder)
+        if type(scheduler).__name__ == UNIPC:
+            log.warning("'%s': denoising with Euler's method on the sigmas of UniPC", folder / SCHEDULER_CONFIG)
+        return scheduler
 
     def vae_scale(self, folder: Path) -> VaeScale:
         """Of Wan's video VAE."""

@@ -22,6 +22,7 @@ from adatsq_trt.models.prompts import StoredPrompts
 from adatsq_trt.models.stored import count_weights, fill, large_linears, named_weights
 from adatsq_trt.pipelines.kinds import AGAIN, Canvas, JsonObject
 from adatsq_trt.pipelines.lora import Lora, fuse, parse_lora
+from adatsq_trt.pipelines.schedulers import require_schedule
 from adatsq_trt.pipelines.single_file import convert, require_layout, transformer_weights
 from adatsq_trt.pipelines.source import Source, find_source
 from adatsq_trt.pipelines.weights import (
@@ -34,7 +35,7 @@ from adatsq_trt.pipelines.weights import (
     verified_sha256,
 )
 from adatsq_trt.settings import PipelineSettings
-from adatsq_trt.zoo.loading import LoadedModel
+from adatsq_trt.zoo.loading import SCHEDULER_CONFIG, LoadedModel
 
 _SUFFIXES = (
     ".json",
@@ -137,6 +138,7 @@ class OpenedPipeline:
         prompts = StoredPrompts(settings.prompts, encodings["tokens"], encodings["pooled"])
         adapter = ADAPTERS[kind.transformer](transformer, prompts, self._scheduler, image, not settings.guided)
         steps, guidance = kind.defaults(self._config)
+        require_schedule(adapter, steps, source.folder / SCHEDULER_CONFIG)
         return LoadedModel(
             source.name, adapter, self.weights_sha256, self.model_sha256, steps, guidance, scale, source.folder / "vae"
         )
@@ -229,6 +231,8 @@ def open_pipeline(settings: PipelineSettings) -> OpenedPipeline:
     source = find_source(settings.path, settings.base)
     opened = OpenedPipeline(settings, source, tuple(parse_lora(text) for text in settings.loras))
     _refuse_quantized(source.config, opened._config)
+    source.kind.require_libraries()
+    source.kind.require_supported(opened._config, source.config, source.folder)
     outline = opened._outline
     weights = opened._weights
     refuse_eight_bits(weights)

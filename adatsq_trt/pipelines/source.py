@@ -15,6 +15,7 @@ from adatsq_trt.pipelines.weights import refuse_pickle
 from adatsq_trt.zoo import zoo_models
 
 INDEX = "model_index.json"
+_REPOSITORY, _SLASH = "models--", "--"  # OWNER/NAME as the hub's cache writes it: models--OWNER--NAME
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _LIBRARIES = ("diffusers", "transformers")  # of a pipeline's parts; anything else would be code from the checkpoint
 _EXPECTED = "the folder of a diffusers pipeline or transformer, a .safetensors file, or a hub id such as OWNER/NAME"
@@ -67,12 +68,12 @@ def find_source(text: str, base: str | None) -> Source:
         if place.suffix != ".safetensors":
             raise UserError(f"'{place}': got a {place.suffix or 'nameless'} file, expected {_EXPECTED}")
         folder, kind = _base(base, place, "a single file holds the transformer alone")
-        return Source(_name(place.stem), kind, folder, place, folder / "transformer" / "config.json")
+        return Source(_name(place.with_suffix("")), kind, folder, place, folder / "transformer" / "config.json")
     if (place / INDEX).is_file():
         if base is not None:
             raise UserError(f"--base {base}: '{place}' is a whole pipeline already; leave --base out")
         return Source(
-            _name(text), _pipeline_kind(place), place, place / "transformer", place / "transformer" / "config.json"
+            _name(place), _pipeline_kind(place), place, place / "transformer", place / "transformer" / "config.json"
         )
     if (place / "config.json").is_file():
         own = _transformer_kind(place / "config.json")
@@ -82,7 +83,7 @@ def find_source(text: str, base: str | None) -> Source:
                 f"'{place}' is a {own.transformer}, --base '{folder}' a {kind.pipeline} with a "
                 f"{kind.transformer}; name a {own.pipeline}"
             )
-        return Source(_name(text), kind, folder, place, place / "config.json")
+        return Source(_name(place), kind, folder, place, place / "config.json")
     for file in sorted(place.glob("*")):
         refuse_pickle(file)
     raise MissingFileError(f"'{place}' has neither {INDEX} nor config.json; expected {_EXPECTED}")
@@ -157,6 +158,12 @@ def _pipeline_kind(folder: Path) -> PipelineKind:
             f"'{folder}' has a second transformer, expected one that denoises all steps; choose another checkpoint, "
             "such as Wan 2.1"
         )
+    for option, value in kind.pipeline_options.items():
+        if option in index and index[option] != value:
+            raise MismatchError(
+                f"'{folder / INDEX}': {option} is {index[option]!r}, expected {value!r}; its pipeline treats the "
+                "transformer in another way, as Wan 2.2's does; choose another checkpoint, such as Wan 2.1"
+            )
     return kind
 
 
@@ -176,7 +183,13 @@ def _class_of(place: JsonValue) -> JsonValue:
     return place[1] if isinstance(place, list) and len(place) == 2 else place
 
 
-def _name(text: str) -> str:
-    """The last part of a path or hub id, in letters that folders, files and servers take."""
-    name = re.sub(r"[^\w.+-]+", "-", Path(text).absolute().name, flags=re.ASCII).lstrip(".-+")
+def _name(place: Path) -> str:
+    """The last part of a path, in letters that folders, files and servers take.
+
+    A snapshot in the hub's cache is called by its repository: its own name is a hash.
+    """
+    name = place.name
+    if place.parent.name == "snapshots" and place.parent.parent.name.startswith(_REPOSITORY):
+        name = place.parent.parent.name.removeprefix(_REPOSITORY).rpartition(_SLASH)[2]
+    name = re.sub(r"[^\w.+-]+", "-", name, flags=re.ASCII).lstrip(".-+")
     return name[:100] or "model"

@@ -189,6 +189,18 @@ def test_prompt_files_that_cannot_work(
     assert not (tmp_path / "run").exists()
 
 
+def test_only_as_many_prompts_are_encoded_as_are_drawn(cli, flux: Checkpoint, tmp_path: Path) -> None:
+    """The largest batch has three samples; ten thousand prompts would take minutes."""
+    file, run = tmp_path / "prompts.txt", tmp_path / "run"
+    file.write_text("".join(f"{name}\n" for name in (*PROMPTS, *(f"a red {i}" for i in range(10_000)))))
+    samples = ("--calibration-samples", "2", "--selection-samples", "3", "--held-out-samples", "1")
+    ended = cli("calibrate", *flux.build("--prompts", file, *samples, "--output", run)[2:])
+    assert ended.code == 0, ended.err
+    assert "the first 3 of 10003 prompts are drawn, encoded and in the bundle" in ended.err
+    assert len(read_tensors(run / "embed" / "encodings.safetensors")["tokens"]) == 3 + 1
+    assert json.loads((run / "settings.json").read_text())["pipeline"]["prompts"] == list(PROMPTS)
+
+
 def test_damaged_weights_leave_no_run(cli, tmp_path: Path) -> None:
     checkpoint = Checkpoint(tmp_path, make_flux_pipeline())
     file = checkpoint.folder / WEIGHTS

@@ -25,15 +25,21 @@ from adatsq_trt.quantize import quantize_nearest, static_activation_scale
 from tests.export.separated import require_equal_layers
 from tests.tiny_flux import make_tiny_flux
 from tests.tiny_wan import make_tiny_wan
-from tests.tiny_z_image import make_tiny_z_image
+from tests.tiny_z_image import make_tiny_z_image, make_z_image_of_several_lengths
 
 # Rows and columns of a latent, and frames; the first is traced, two of Flux have as many tokens.
 SIZES = {
     "flux": [(4, 4), (2, 8), (5, 6)],
     "z-image": [(8, 16), (16, 16)],
+    "z-image-captions": [(8, 16), (16, 16)],
     "wan": [(4, 4, 3), (6, 8, 2)],
 }
-MAKERS = {"flux": lambda: make_tiny_flux(32, 4), "z-image": make_tiny_z_image, "wan": make_tiny_wan}
+MAKERS = {
+    "flux": lambda: make_tiny_flux(32, 4),
+    "z-image": make_tiny_z_image,
+    "z-image-captions": make_z_image_of_several_lengths,
+    "wan": make_tiny_wan,
+}
 NAMES = ("nvfp4", "fp8", "bf16", "int4wo")
 
 

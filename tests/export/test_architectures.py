@@ -25,9 +25,9 @@ from adatsq_trt.policy import Policy
 from adatsq_trt.quantize import quantize_nearest, static_activation_scale
 from tests.export.separated import require_equal_layers
 from tests.tiny_wan import make_tiny_wan
-from tests.tiny_z_image import make_tiny_z_image
+from tests.tiny_z_image import make_tiny_z_image, make_z_image_of_several_lengths
 
-MAKERS = {"z-image": make_tiny_z_image, "wan": make_tiny_wan}
+MAKERS = {"z-image": make_tiny_z_image, "z-image-captions": make_z_image_of_several_lengths, "wan": make_tiny_wan}
 BLACKWELL = ("nvfp4", "fp8", "bf16", "int4wo")
 ROWS = {"target": [("fp8",), BLACKWELL], "cpu": [tuple(FORMATS)]}  # formats of an assignment, in turn over the layers
 Inputs = dict[str, torch.Tensor]

@@ -8,10 +8,12 @@ from adatsq_trt.models.capture import captured_outputs
 from adatsq_trt.models.flow import measure_flow
 from tests.tiny_flux import make_tiny_flux
 from tests.tiny_wan import make_tiny_wan
-from tests.tiny_z_image import make_tiny_z_image
+from tests.tiny_z_image import make_tiny_z_image, make_z_image_of_several_lengths
 
 
-@pytest.mark.parametrize("make", [lambda: make_tiny_flux(64, 4), make_tiny_wan, make_tiny_z_image])
+@pytest.mark.parametrize(
+    "make", [lambda: make_tiny_flux(64, 4), make_tiny_wan, make_tiny_z_image, make_z_image_of_several_lengths]
+)
 def test_layers_give_as_many_bytes_as_told(make) -> None:
     adapter: ModelAdapter = make()
     schedule = adapter.schedule(2)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adatsq_trt.errors import MismatchError
 from adatsq_trt.models.z_image import ZImageAdapter, ZImageTrace
-from tests.tiny_z_image import make_tiny_z_image
+from tests.tiny_z_image import LENGTHS, make_tiny_z_image, make_z_image_of_several_lengths
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,39 @@ def test_the_trace_module_computes_what_diffusers_computes(adapter: ZImageAdapte
     features = torch.stack([torch.cat([c, torch.zeros(32 - len(c), 32)]) for c in captions])
     inputs = adapter.model_inputs(latents(adapter, 3), 0.3, {"encoder_hidden_states": features}, 1.0)
     wanted = original(adapter, latents(adapter, 3), captions, 0.3)
+    torch.testing.assert_close(adapter.predict(inputs), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+
+
+def assert_alone(adapter: ZImageAdapter, rows: tuple[int | None, ...]) -> None:
+    """A batch of prompts gives what diffusers gives for each of them alone."""
+    latent, features = latents(adapter, len(rows)), adapter._encode(rows)
+    got = adapter.predict(adapter.model_inputs(latent, 0.3, features, 1.0))
+    for row, prompt in enumerate(rows):
+        own = features["encoder_hidden_states"][row, : LENGTHS[-1 if prompt is None else prompt]]
+        wanted = original(adapter, latent[row : row + 1], [own], 0.3)
+        torch.testing.assert_close(got[row : row + 1], wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+
+
+@torch.no_grad()
+def test_a_caption_does_not_see_how_long_the_others_are() -> None:
+    """Of 9, 33, 64, 12, 32 and, for the empty prompt, 5 tokens: padding and the image's positions are its own."""
+    assert_alone(make_z_image_of_several_lengths(), (0, 1, 2, 3, 4, None))
+
+
+@torch.no_grad()
+def test_images_with_pad_tokens_and_captions_of_several_lengths() -> None:
+    adapter = make_z_image_of_several_lengths()
+    assert_alone(adapter.resized(adapter.image.resized(6, 10)), (2, 0))
+
+
+@torch.no_grad()
+def test_a_caption_without_tokens() -> None:
+    """As a text encoder may give for the empty prompt; diffusers takes one beside others."""
+    adapter = make_z_image_of_several_lengths()
+    features = adapter._encode([2, None])["encoder_hidden_states"]
+    features[1] = 0
+    inputs = adapter.model_inputs(latents(adapter, 2), 0.3, {"encoder_hidden_states": features}, 1.0)
+    wanted = original(adapter, latents(adapter, 2), [features[0], features[1, :0]], 0.3)
     torch.testing.assert_close(adapter.predict(inputs), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
 
 

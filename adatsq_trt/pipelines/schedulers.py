@@ -1,0 +1,165 @@
+"""The schedulers that are followed, option by option: each is followed, of no effect, or refused by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import JsonValue
+
+from adatsq_trt.errors import DamagedFileError, MismatchError, one_line
+from adatsq_trt.schedule import EULER, TRAIN_TIMESTEPS, UNIPC
+
+if TYPE_CHECKING:
+    from adatsq_trt.models.adapter import ModelAdapter
+
+_ADVICE = "correct it, or save or download the pipeline again"
+# Diffusers keeps the options of the class that a scheduler was converted from, where nothing reads them.
+_RELATIVES = (EULER, UNIPC, "DPMSolverMultistepScheduler", "FlowMatchHeunDiscreteScheduler")
+
+
+@dataclass(frozen=True)
+class SchedulerOptions:
+    """What becomes of each option of a class of schedulers.
+
+    Attributes:
+        followed: decide sigmas and timesteps, which the scheduler itself makes.
+        idle: have no effect under the values that are required, or on Euler's step.
+        required: option → its one value that is followed.
+    """
+
+    followed: frozenset[str]
+    idle: frozenset[str]
+    required: Mapping[str, JsonValue] = field(default_factory=dict)
+
+
+OPTIONS = {
+    EULER: SchedulerOptions(
+        followed=frozenset(
+            {
+                *("shift", "use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len"),
+                *("max_image_seq_len", "time_shift_type", "shift_terminal"),
+                *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
+            }
+        ),
+        idle=frozenset(),
+        required={
+            "num_train_timesteps": TRAIN_TIMESTEPS,
+            "invert_sigmas": False,  # sigmas that rise
+            "stochastic_sampling": False,  # fresh noise in every step
+        },
+    ),
+    UNIPC: SchedulerOptions(
+        followed=frozenset(
+            {
+                *("flow_shift", "shift_terminal", "use_karras_sigmas", "sigma_min", "sigma_max"),
+                # Of Karras' sigmas.
+                *("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"),
+            }
+        ),
+        idle=frozenset(
+            {
+                # How UniPC combines the predictions of several steps, where Euler's method takes one.
+                *("solver_order", "solver_type", "lower_order_final", "disable_corrector", "predict_x0"),
+                *("dynamic_thresholding_ratio", "sample_max_value"),  # of thresholding
+                "time_shift_type",  # of dynamic shifting
+                *("timestep_spacing", "steps_offset"),  # of sigmas that are no flow's
+            }
+        ),
+        required={
+            "num_train_timesteps": TRAIN_TIMESTEPS,
+            "prediction_type": "flow_prediction",
+            "use_flow_sigmas": True,
+            "use_dynamic_shifting": False,  # Wan's pipeline does not say how far
+            "use_exponential_sigmas": False,  # of a variance-preserving diffusion, not of a flow
+            "use_beta_sigmas": False,  # likewise
+            "thresholding": False,
+            "final_sigmas_type": "zero",
+            "solver_p": None,
+        },
+    ),
+}
+
+
+def make_scheduler(
+    file: Path, config: Mapping[str, JsonValue], allowed: tuple[str, ...], required: Mapping[str, JsonValue]
+) -> Any:
+    """The scheduler of a pipeline.
+
+    Args:
+        file: what messages call its configuration.
+        config: the configuration.
+        allowed: classes that the pipeline's loop is known for.
+        required: options that the loop looks at itself, beside those of the class → the value that is followed.
+
+    Raises:
+        MismatchError: another class, or an option that is not followed.
+        DamagedFileError: diffusers cannot make it.
+    """
+    import diffusers
+
+    name = config.get("_class_name")
+    if name not in allowed:
+        which = "that one" if len(allowed) == 1 else "one of these"
+        raise MismatchError(
+            f"'{file}': got the scheduler {name}, expected {' or '.join(allowed)}; save the pipeline with {which}"
+        )
+    try:
+        scheduler = getattr(diffusers, str(name)).from_config(dict(config))
+    except Exception as error:  # what is raised depends on the option
+        raise DamagedFileError(f"'{file}' does not describe a scheduler ({one_line(error)}); {_ADVICE}") from error
+    _require_options(file, scheduler, required)
+    return scheduler
+
+
+def require_schedule(adapter: ModelAdapter, steps: int, file: Path) -> None:
+    """Refuse a scheduler that makes no schedule: some options are first looked at then.
+
+    Args:
+        adapter: the model with its scheduler.
+        steps: of the schedule.
+        file: what messages call the scheduler's configuration.
+
+    Raises:
+        DamagedFileError: diffusers cannot make a schedule.
+        UserError: as `make_schedule`.
+    """
+    try:
+        adapter.schedule(steps)
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise DamagedFileError(f"'{file}' gives no schedule of {steps} steps ({one_line(error)}); {_ADVICE}") from error
+
+
+def _require_options(file: Path, scheduler: Any, required: Mapping[str, JsonValue]) -> None:
+    """Refuse an option that is neither followed nor without effect.
+
+    Raises:
+        MismatchError: names it.
+    """
+    name = type(scheduler).__name__
+    options, expected = OPTIONS[name], {**_defaults(name), **OPTIONS[name].required, **required}
+    leftovers = {option for relative in _RELATIVES for option in _defaults(relative)}
+    for option, value in scheduler.config.items():
+        if option.startswith("_") or option in options.followed | options.idle:
+            continue
+        if option in expected and value != expected[option]:
+            raise MismatchError(
+                f"'{file}': {name} with {option} = {value!r} is not followed, expected {expected[option]!r}; save the "
+                "pipeline with a scheduler that has this"
+            )
+        if option not in expected and option not in leftovers:
+            raise MismatchError(
+                f"'{file}': {name} of the installed diffusers has no option '{option}'; take it out, or install the "
+                "diffusers that the pipeline was saved with"
+            )
+
+
+def _defaults(name: str) -> dict[str, Any]:
+    """Options of a class of diffusers → their defaults."""
+    import diffusers
+
+    parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
+    return {key: parameter.default for key, parameter in parameters.items() if key != "self"}
