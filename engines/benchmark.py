@@ -6,7 +6,6 @@ All cases take turns, so that whatever else the machine does falls on all of the
 from __future__ import annotations
 
 import os
-import platform
 import statistics
 import time
 from collections import Counter
@@ -18,11 +17,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from adatsq_trt.engines.processor import INTEGER_INSTRUCTIONS, processor
 from adatsq_trt.engines.runtime import BackendName, Bundle
 
 WARM_UP_ROUNDS = 2
-# What decides how fast integer products are on a processor.
-_INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 
 
 class _Record(BaseModel):
@@ -189,25 +187,11 @@ def machine(backend: BackendName) -> Machine:
 
         library = TensorRTBackend() if backend == "tensorrt" else RtxBackend()
         gpu, versions = torch.cuda.get_device_name(), {library.title: library.version()}
-    name, flags = _processor()
+    name, flags = processor()
     return Machine(
         processor=name,
-        instructions=tuple(flag for flag in _INSTRUCTIONS if flag in flags),
+        instructions=tuple(flag for flag in INTEGER_INSTRUCTIONS if flag in flags),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         gpu=gpu,
         versions=versions,
     )
-
-
-def _processor() -> tuple[str, set[str]]:
-    """Name and flags of the processor, as Linux tells them."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine(), set()
-    fields: dict[str, str] = {}
-    for line in lines:
-        key, _, value = line.partition(":")
-        fields.setdefault(key.strip(), value.strip())
-    name = fields.get("model name") or platform.machine()
-    return name, set((fields.get("flags") or fields.get("Features") or "").split())

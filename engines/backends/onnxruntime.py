@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from adatsq_trt.engines.backends.base import Backend, Runner, StepRunner
+from adatsq_trt.engines.backends.int8 import PRECISE_PRODUCTS, precise_products_needed
 from adatsq_trt.engines.bundle import BundleFiles
 from adatsq_trt.errors import AdatsqError, DamagedFileError, DependencyError
 from adatsq_trt.graph_index import GraphFile
@@ -85,8 +86,9 @@ def _session(path: Path) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _LOG_ERRORS
     options.use_deterministic_compute = True
-    # Without VNNI instructions the fused unsigned-by-signed INT8 product saturates in 16 bit and is plainly wrong.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    options.add_session_config_entry(PRECISE_PRODUCTS, str(int(precise_products_needed())))
+    # Else a session's threads spin for some 30 ms after a call, and take the processors from the next session's.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     return onnxruntime.InferenceSession(path, options, providers=[PROVIDER])
 
 

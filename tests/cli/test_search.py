@@ -10,27 +10,43 @@ from adatsq_trt.files import read_json_model, read_tensors
 from adatsq_trt.search.select import SearchResult
 
 STEPS, EXPANSIONS = 3, 2
+BUDGET = 6.0  # mean bits: the default
 
 
 def result(run: Path) -> SearchResult:
     return read_json_model(run / search.NAME / search.RESULT, SearchResult)
 
 
-def test_few_expansions_and_bfloat16_find_a_policy_as_good(cli, tmp_path: Path) -> None:
+def log_sensitivities(run: Path) -> torch.Tensor:
+    """Of w4a4, one number for each step and layer."""
+    return read_tensors(run / search.NAME / search.SENSITIVITY)["errors"][0].flatten().double().log()
+
+
+def test_few_expansions_and_bfloat16_keep_their_limits_and_choose_the_best_they_saw(cli, tmp_path: Path) -> None:
+    """Which policy is found is no part of it: on two samples that is decided by how a processor rounds.
+
+    How good policies from few expansions are is measured on many problems in tests/search/test_beam.py.
+    """
     run = tmp_path / "run"
     command = ("search", "digits-flux", "--simulate", "--formats", "w4a4,w8a8", *cli.small, "--output", run)
     command = (*command, "--steps", str(STEPS))
     cli(*command)
-    full, columns = result(run), run / search.NAME / "columns"
+    full, columns, exact_logs = result(run), run / search.NAME / "columns", log_sensitivities(run)
     all_calls = int(read_tensors(columns / f"column_{STEPS - 1:03d}.safetensors")["calls"])
     cli(*command, "--expansions", str(EXPANSIONS), "--search-precision", "bfloat16")
     few = result(run)
     few_calls = int(read_tensors(columns / f"column_{STEPS - 1:03d}.safetensors")["calls"])
     assert few_calls <= STEPS * EXPANSIONS < all_calls
-    errors = [found.points[found.chosen].held_out_error for found in (full, few)]
-    assert errors[0] is not None
-    assert errors[1] is not None
-    assert errors[1] < 1.25 * errors[0]
+    for found in (full, few):
+        allowed = [point for point in found.points if point.kind != "uniform" and point.mean_bits <= BUDGET + 1e-9]
+        assert {"beam", "plan", "layer_only", "time_only"} <= {point.kind for point in allowed}
+        chosen = found.points[found.chosen]
+        assert chosen in allowed
+        assert chosen.rank_error == min(point.rank_error for point in allowed)
+    # Both precisions see the same steps and layers as sensitive: 132 numbers over three orders of magnitude.
+    logs = torch.stack([exact_logs, log_sensitivities(run)])
+    assert not torch.equal(logs[0], logs[1])
+    assert float(torch.corrcoef(logs)[0, 1]) > 0.95
     # Errors are relative to a trajectory of the same precision.
     own = read_tensors(run / search.NAME / "trajectory.safetensors")["latents"]
     exact = read_tensors(run / "calibrate" / "trajectory.safetensors")["latents"]

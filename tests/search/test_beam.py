@@ -60,6 +60,16 @@ def test_mean_regret_at_the_default_settings_is_under_five_per_cent(regret: Modu
     assert regret.regrets(regret.Choice(1, 5, 0.1), problems).mean() > 2 * measured.mean()
 
 
+def test_fewer_expansions_cost_some_regret_and_not_much(regret: ModuleType, problems: Any) -> None:
+    """Out of up to 24 in a column: the predictions that choose them are worth having."""
+    defaults = regret.DEFAULTS
+    chosen = [regret.Choice(defaults.beam, defaults.candidates, defaults.slack, most) for most in (1, 4, 8)]
+    means = [float(regret.regrets(choice, problems).mean()) for choice in chosen]
+    assert means[0] > 1.5 * means[1]
+    assert means[1] < 0.12
+    assert means[2] < 0.08
+
+
 def test_every_path_keeps_the_budget(problems: Any, regret: ModuleType) -> None:
     for dynamics, _ in problems[:20]:
         for path in beam_search(regret.SmallProblem(dynamics, 4), Pruning(4, 0.1)):

@@ -21,6 +21,7 @@ from adatsq_trt.zoo.loading import LoadedModel, PixelScale
 from tests.tiny_flux import make_tiny_flux
 from tests.tiny_wan import make_tiny_wan
 from tests.tiny_z_image import make_tiny_z_image
+from tests.workers.alike import BUDGET_BITS
 from tests.workers.pretend_device import NAME, pretend_device
 
 
@@ -54,7 +55,7 @@ def run(folder: Path, device: str, model: str, stage: str, formats: str, transfo
         simulate=True,
         steps=2,
         guidance=2.0,
-        budget_bits=8.0,
+        budget_bits=BUDGET_BITS,
         beam=2,
         transform=transform,
         calibration_samples=2,

@@ -16,8 +16,8 @@ def test_agrees_with_pytorch_and_differs_from_full_precision(tiny_bundle: Bundle
     for row in report.rows:
         assert row.error is not None
         assert row.quantization_error is not None
-        assert row.error < 1e-2 * row.tolerance
-        assert row.quantization_error > row.error
+        # Either side rounds in float32 at every step, which is no error of the format.
+        assert row.error < min(row.tolerance, 1e-3 * row.quantization_error)
 
 
 @pytest.mark.parametrize("change", ["guidance", "sigmas"])

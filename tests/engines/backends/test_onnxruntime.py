@@ -1,6 +1,8 @@
 """ONNX Runtime on the CPU."""
 
+import statistics
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +53,23 @@ def test_int8_products_do_not_saturate(tmp_path: Path) -> None:
         outputs = runner.run({"x": x, "s": np.array(1, np.float32)})
     assert list(outputs) == ["y"]
     np.testing.assert_array_equal(outputs["y"], np.full((2, N), 127 * 127 * K * 0.5, np.float32))
+
+
+def test_a_session_that_rests_leaves_the_processors_to_others(tmp_path: Path) -> None:
+    """ONNX Runtime's threads would spin for tens of milliseconds after each call, beside another session's call."""
+    weight = numpy_helper.from_array(np.ones((1024, 1024), np.float32), "w")
+    sides = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [256, 1024]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "wide", sides[:1], sides[1:], [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    (tmp_path / "graph.onnx").write_bytes(model.SerializeToString())
+    x, spent = np.ones((256, 1024), np.float32), []
+    with OnnxRuntimeBackend().load(tmp_path / "graph.onnx") as runner:
+        for _ in range(9):
+            runner.run({"x": x})
+            before = time.process_time()
+            time.sleep(0.1)
+            spent.append(time.process_time() - before)
+    assert statistics.median(spent) < 0.004
 
 
 def test_a_file_that_is_no_graph(tmp_path: Path) -> None:
