@@ -36,7 +36,7 @@ def assert_alike(here: Path, there: Path, precision: float) -> None:
     assert kinds == {"calibrate", "codes"}
     results = [read_json_model(run / search.NAME / search.RESULT, SearchResult) for run in (here, there)]
     for result in results:
-        rivals = [p for p in result.points if p.kind != "uniform" and p.mean_bits <= BUDGET_BITS + 1e-9]
+        rivals = [p for p in result.points if p.mean_bits <= BUDGET_BITS + 1e-9]
         assert result.points[result.chosen].rank_error == min(p.rank_error for p in rivals)
     # Two policies that nearly tie may change places, so a policy is compared that both runs have measured.
     errors = [next(p.held_out_error for p in result.points if p.kind == "uniform") for result in results]
