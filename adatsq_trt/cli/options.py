@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from rich.console import Console
 from rich.table import Table
 
+from adatsq_trt.base_type import require_one_type
 from adatsq_trt.cli.budgets import BudgetChoice, BudgetRequest, choose_budgets, parse_bytes, require_finite
 from adatsq_trt.cli.build import StageName
 from adatsq_trt.cli.loading import ModelRequest, OpenedModel, open_model, reopen_model, require_model
@@ -143,6 +144,7 @@ def choose(request: Request) -> Choice:
         raise UserError(f"no --target: expected one of {', '.join(TARGETS)}; or pass --simulate to build no plans")
     format_set = request.formats.names or (targets[0].default_set if targets else SIMULATED_SET)
     formats = resolve_formats(format_set)
+    require_one_type(fmt.name for fmt in formats)
     if not request.formats.simulate:
         require_accelerated(formats, targets, request.compiler.layout, request.compiler.backend)
     _require_backend(request, targets)
@@ -314,12 +316,12 @@ def run_stages(request: Request, until: StageName) -> None:
         outline = Context(run, settings, opened.outline, memory, workers)
         if until is StageName.BUNDLE and settings.times is None:
             if not _exported(outline, opened):
-                export.run(Context(run, settings, opened.load(run), memory, workers))
+                export.run(Context(run, settings, opened.load(run, settings), memory, workers))
                 release_memory()  # compilers need that of the weights
             context = outline
             result = bundle.build(context).folder
         else:
-            context = Context(run, settings, opened.load(run), memory, workers)
+            context = Context(run, settings, opened.load(run, settings), memory, workers)
             result = stages[until](context).folder
         if until is StageName.BUNDLE:
             console.print(summary_table(summary.write(context)))
@@ -385,6 +387,8 @@ def summary_table(summary: Summary) -> Table:
         f"{summary.buckets} buckets, {summary.assignments} distinct assignments; errors on {summary.held_out_samples} "
         f"held-out samples; {summary.denoiser_calls} denoiser calls; engines {summary.engine_bytes / 1e6:.1f} MB"
     )
+    if summary.rounding_error is not None:
+        table.caption += f"\n{_rounding(summary.base_type, summary.rounding_error)}"
     if summary.budget_bytes is not None:
         resident, most = summary.resident_weight_bytes / 1e6, summary.budget_bytes / 1e6
         table.caption += f"\nquantized weights {resident:.4g} MB of a budget of {most:.4g} MB"
@@ -393,6 +397,13 @@ def summary_table(summary: Summary) -> Table:
             f"\n{summary.ms:.4g} ms per sample of a budget of {summary.budget_ms:g} ms: {summary.ms_source}"
         )
     return table
+
+
+def _rounding(base_type: str | None, error: float) -> str:
+    """What rounding the checkpoint cost before anything was quantized."""
+    if error == 0:
+        return f"{base_type} holds the checkpoint's weights exactly"
+    return f"rounding the checkpoint's weights to {base_type} costs a latent MSE of {error:.3e}, which is in no row"
 
 
 def size_table(report: SizeReport) -> Table:
