@@ -41,8 +41,8 @@ def require_one_type(formats: Iterable[str]) -> None:
     names = {"bf16", "fp16"}
     if names <= set(formats):
         raise UnsupportedFormatError(
-            "--formats with both bf16 and fp16: a model has one 16-bit type for all that is not quantized, to which its "
-            "weights are rounded; leave one of them out"
+            "--formats with both bf16 and fp16: a model has one 16-bit type for all that is not quantized, and its "
+            "weights are rounded to that; leave one of them out"
         )
 
 
