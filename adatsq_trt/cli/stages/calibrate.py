@@ -14,7 +14,7 @@ from torch import Tensor
 from adatsq_trt.calibration.finite import require_finite_trajectory
 from adatsq_trt.calibration.fisher import projections, temporal_weights
 from adatsq_trt.calibration.hessian import LayerMoments, hessian_bytes, layer_moments
-from adatsq_trt.calibration.trajectory import Samples, final_latents, latent_mse
+from adatsq_trt.calibration.trajectory import Samples, latent_mse, trajectory
 from adatsq_trt.calibration.units import Measured, backward_sweep, measured_trajectory, squared_gradients
 from adatsq_trt.cli.progress import progress
 from adatsq_trt.cli.stages import embed
@@ -46,7 +46,6 @@ def run(context: Context) -> Stage:
         return this
     steps = context.settings.steps
     with this.run():
-        _rounding(context, this)
         with context.on_device():
             batch = context.workers.share(context.calibration)
             with progress("calibrate: trajectory", steps) as advance:
@@ -54,21 +53,8 @@ def run(context: Context) -> Stage:
             with progress("calibrate: Fisher information", steps) as advance:
                 information = _fisher(context, this, latents, advance)
             _hessians(context, this, batch, latents, information)
+        _rounding(context, this, latents[-1])
     return this
-
-
-def _rounding(context: Context, this: Stage) -> None:
-    """Latent MSE of the model as rounded against the checkpoint's own numbers, both in full precision: float32 []."""
-    file, rounding = this.unit(ROUNDING), context.model.rounding
-    if file.is_file():
-        return
-    samples, error = context.calibration.part(slice(0, _ROUNDING_SAMPLES)), 0.0
-    if not rounding.changes_nothing:
-        with rounding.undone(), context.on_device():
-            own = final_latents(samples).to(CPU)
-        with context.on_device():
-            error = latent_mse(final_latents(samples).to(CPU), own)
-    write_tensors(file, {"error": torch.tensor(error)})
 
 
 def _trajectory(context: Context, this: Stage, batch: Shared[Samples], advance: Advance) -> Tensor:
@@ -124,6 +110,29 @@ def _hessians(context: Context, this: Stage, batch: Shared[Samples], latents: Te
         "tokens": torch.stack([ranges[f"{layer}.tokens"] for layer in context.layers]),
     }
     write_tensors(this.unit(STATISTICS), statistics)
+
+
+def _rounding(context: Context, this: Stage, last: Tensor) -> None:
+    """Latent MSE of the model as rounded against the checkpoint's own numbers, both in full precision: float32 [].
+
+    Args:
+        context: of the run.
+        this: the stage.
+        last: final latents of the rounded model, float32 [samples, *latent_shape].
+    """
+    file, rounding, error = this.unit(ROUNDING), context.model.rounding, 0.0
+    if file.is_file():
+        return
+    if not rounding.changes_nothing:
+        samples = context.calibration.part(slice(0, _ROUNDING_SAMPLES))
+        with (
+            progress("calibrate: rounding of the weights", context.settings.steps) as advance,
+            rounding.undone(),
+            context.on_device(),
+        ):
+            own = trajectory(samples, on_step=advance)[-1].to(CPU)
+        error = latent_mse(last[: len(own)], own)
+    write_tensors(file, {"error": torch.tensor(error)})
 
 
 def hessian_passes(context: Context, blocks: Sequence[str]) -> list[list[str]]:
