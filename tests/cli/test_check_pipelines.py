@@ -96,3 +96,5 @@ def test_check_passes(cli, tmp_path: Path, monkeypatch, pipeline: str, dtype: st
     assert summary.rounding_error is not None
     assert (summary.rounding_error == 0) == exact
     assert summary.rounding_error < 1e-3
+    told = f"{declared} holds the checkpoint's weights" if exact else f"checkpoint's weights to {declared} costs"
+    assert told in " ".join(built.out.split())
