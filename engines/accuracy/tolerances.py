@@ -46,8 +46,8 @@ its root mean square: so is the limit of the median. `make demo` (nvfp4 in bfloa
 0.192, and for the median 0.083, limit 0.130. A float32 target block differs from its twin by flips only; its limits are
 one step s for the relative error and 2^-10 for the median.
 
-What comes nearest: an untrained Z-Image of width 192 with all layers in nvfp4 shows 0.183 behind the gate of its context
-refiner, limit 0.249, and for the median 0.119, limit 0.168. The gate's factors have errors of their own, which add up.
+What comes nearest: an untrained Z-Image of width 192 with all layers in nvfp4 shows 0.183 behind the gate of its
+context refiner, limit 0.249, and for the median 0.119, limit 0.168.
 """
 
 from __future__ import annotations
