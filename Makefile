@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 DEVELOPED := $(VENV)/.developed
 DEMO := runs/demo
 
-.PHONY: install demo test lint format docs docs-figures clean
+.PHONY: install demo test test-matrix lint format docs docs-figures clean
 
 install: $(DEVELOPED)
 
@@ -35,6 +35,10 @@ demo: $(INSTALLED)
 
 test: $(DEVELOPED)
 	$(BIN)/python -m pytest -n 2
+
+# `check` on every pipeline in every type for every kind of bundle, of which `make test` has a part; ten minutes.
+test-matrix: $(DEVELOPED)
+	$(BIN)/python -m pytest -n 2 -m 'matrix or not matrix' tests/cli/test_check_pipelines.py
 
 lint: $(DEVELOPED)
 	$(BIN)/ruff check .

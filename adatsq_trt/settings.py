@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from adatsq_trt.base_type import BaseName, base_type
+
 SETTINGS_NAME = "settings.json"
 
 
@@ -117,3 +119,8 @@ class Settings(BaseModel):
     slack: float = 0.1
     expansions: int | None = None
     search_precision: Literal["float32", "bfloat16"] = "float32"
+
+    @property
+    def base_type(self) -> BaseName:
+        """The model's declared type: that of everything that is not quantized."""
+        return base_type(self.targets, self.formats, self.simulate)

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from onnx_ir import DataType
 from onnx_ir.passes import common
 
+from adatsq_trt.base_type import BaseName
 from adatsq_trt.errors import MismatchError, OutputError, UnsupportedFormatError
 from adatsq_trt.export.conditions import check_graph
 from adatsq_trt.export.emitter import BASE_TYPES, TRT_DOMAIN
@@ -37,7 +38,6 @@ from adatsq_trt.graph_index import (
 from adatsq_trt.policy import Policy
 from adatsq_trt.quantize import QuantizedWeight
 
-BaseName = Literal["bfloat16", "float16", "float32"]
 Variant = Literal["target", "cpu", "reference"]
 TARGET_FORMATS = frozenset().union(*(target.formats for target in TARGETS.values()))
 REFERENCE_NAME = "reference.cpu.onnx"

@@ -14,13 +14,13 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from adatsq_trt.base_type import BaseName
 from adatsq_trt.errors import MismatchError
 from adatsq_trt.export.encode import tensor_bytes
 from adatsq_trt.export.graphs import (
     LOWER_TO_CPU,
     REFERENCE_NAME,
     STANDARD_VERSIONS,
-    BaseName,
     clear_export,
     move_initializers,
     write_graph,

@@ -19,6 +19,7 @@ import torch
 from onnx_ir.passes import common
 from torch import Tensor, nn
 
+from adatsq_trt.base_type import keeps_float32
 from adatsq_trt.errors import AdatsqError
 from adatsq_trt.export.name_nodes import NameNodes
 from adatsq_trt.export.widen_convolutions import WidenConvolutions
@@ -61,7 +62,7 @@ def trace(
     # all where they have it: nothing here changes them.
     memo: dict[int, object] = {}
     for name, parameter in module.named_parameters():
-        dtype = torch.float32 if _stays_float32(module, name) else base
+        dtype = torch.float32 if keeps_float32(module, name) else base
         memo[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
     twin = copy.deepcopy(module, memo).eval()
     batch = torch.export.Dim(BATCH_AXIS)
@@ -131,12 +132,6 @@ def _name_axes(model: ir.Model) -> None:
 def _plain(formula: str) -> str:
     name = re.sub(r"\W+", "_", formula)
     return name if name.isidentifier() else f"_{name}"
-
-
-def _stays_float32(module: nn.Module, parameter: str) -> bool:
-    """Whether diffusers keeps a parameter in float32 when it loads the model in 16 bits."""
-    kept = [name for child in module.children() for name in getattr(child, "_keep_in_fp32_modules", None) or ()]
-    return any(part in kept for part in parameter.split("."))
 
 
 def _example(value: Tensor, base: torch.dtype) -> Tensor:

@@ -92,8 +92,8 @@ def make_flux_pipeline(guidance_embeds: bool = True) -> FluxPipeline:
         )
 
 
-def make_z_image_pipeline() -> ZImagePipeline:
-    """Z-Image in small, with a Qwen3 and a chat template."""
+def make_z_image_pipeline(heads: int = 2) -> ZImagePipeline:
+    """Z-Image in small, with a Qwen3 and a chat template; six heads make all layers multiples of 64 wide."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         clip, _ = tokenizers()
@@ -112,11 +112,11 @@ def make_z_image_pipeline() -> ZImagePipeline:
         )
         transformer = ZImageTransformer2DModel(
             in_channels=LATENT_CHANNELS,
-            dim=64,
+            dim=32 * heads,
             n_layers=1,
             n_refiner_layers=1,
-            n_heads=2,
-            n_kv_heads=2,
+            n_heads=heads,
+            n_kv_heads=heads,
             cap_feat_dim=T5_WIDTH,
             axes_dims=[8, 12, 12],
             axes_lens=[256, 16, 16],

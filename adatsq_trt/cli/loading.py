@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,13 +86,13 @@ class OpenedModel:
         """Where the checkpoint comes from."""
         return None if self.pipeline is None else self.pipeline.settings
 
-    def load(self, run: RunDirectory) -> LoadedModel:
-        """Encode the prompts unless that is done, free the encoders, then load the transformer."""
+    def load(self, run: RunDirectory, settings: Settings) -> LoadedModel:
+        """Encode the prompts unless that is done, free the encoders, load the transformer and round it to its type."""
         if self.pipeline is None:
-            return self.outline
+            return declared(self.outline, settings)
         from adatsq_trt.cli.stages import embed
 
-        return self.pipeline.load(embed.run(run, self.pipeline))
+        return declared(self.pipeline.load(embed.run(run, self.pipeline)), settings)
 
 
 def open_model(request: ModelRequest, drawn: int) -> OpenedModel:
@@ -150,9 +150,19 @@ def reopen_model(settings: Settings, run: RunDirectory) -> LoadedModel:
     if settings.pipeline is None:
         from adatsq_trt.zoo.loading import load_model
 
-        return load_model(settings.model)
+        return declared(load_model(settings.model), settings)
     from adatsq_trt.cli.stages import embed
 
     opened = _open(settings.pipeline)
     assert opened.pipeline is not None
-    return opened.pipeline.load(embed.read(run, opened.pipeline))
+    return declared(opened.pipeline.load(embed.read(run, opened.pipeline)), settings)
+
+
+def declared(model: LoadedModel, settings: Settings) -> LoadedModel:
+    """A model that was just loaded, its weights rounded to the type that its graphs will have."""
+    import torch
+
+    from adatsq_trt.models.declared import declare_type
+
+    rounding = declare_type(model.adapter.trace_module(), getattr(torch, settings.base_type))
+    return replace(model, rounding=rounding)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 
+from adatsq_trt.base_type import require_one_type
 from adatsq_trt.cli.budgets import BudgetChoice, BudgetRequest, choose_budgets, parse_bytes, require_finite
 from adatsq_trt.cli.build import StageName
 from adatsq_trt.cli.loading import ModelRequest, OpenedModel, open_model, reopen_model, require_model
@@ -150,6 +151,7 @@ def choose(request: Request) -> Choice:
     own = default_formats(targets, layout, backend) if targets and not request.formats.simulate else None
     format_set = request.formats.names or own or (targets[0].default_set if targets else SIMULATED_SET)
     formats = resolve_formats(format_set)
+    require_one_type(fmt.name for fmt in formats)
     if not request.formats.simulate:
         require_accelerated(formats, targets, layout, backend)
     _require_backend(request, targets)
@@ -395,12 +397,12 @@ def run_stages(request: Request, until: StageName) -> None:
         outline = Context(run, settings, opened.outline, memory, workers)
         if until is StageName.BUNDLE and settings.times is None:
             if not _exported(outline, opened):
-                export.run(Context(run, settings, opened.load(run), memory, workers))
+                export.run(Context(run, settings, opened.load(run, settings), memory, workers))
                 release_memory()  # compilers need that of the weights
             context = outline
             result = bundle.build(context).folder
         else:
-            context = Context(run, settings, opened.load(run), memory, workers)
+            context = Context(run, settings, opened.load(run, settings), memory, workers)
             result = stages[until](context).folder
         if until is StageName.BUNDLE:
             console.print(summary_table(summary.write(context)))

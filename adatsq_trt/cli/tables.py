@@ -51,6 +51,8 @@ def summary_table(summary: Summary) -> Table:
         f"{summary.buckets} buckets, {summary.assignments} distinct assignments; errors on {summary.held_out_samples} "
         f"held-out samples; {summary.denoiser_calls} denoiser calls; engines {summary.engine_bytes / 1e6:.1f} MB"
     )
+    if summary.rounding_error is not None:
+        table.caption += f"\n{_rounding(summary.base_type, summary.rounding_error)}"
     if summary.budget_bytes is not None:
         resident, most = summary.resident_weight_bytes / 1e6, summary.budget_bytes / 1e6
         table.caption += f"\nquantized weights {resident:.4g} MB of a budget of {most:.4g} MB"
@@ -59,6 +61,13 @@ def summary_table(summary: Summary) -> Table:
             f"\n{summary.ms:.4g} ms per sample of a budget of {summary.budget_ms:g} ms: {summary.ms_source}"
         )
     return table
+
+
+def _rounding(base_type: str | None, error: float) -> str:
+    """What rounding the checkpoint cost before anything was quantized."""
+    if error == 0:
+        return f"{base_type} holds the checkpoint's weights exactly"
+    return f"rounding the checkpoint's weights to {base_type} costs a latent MSE of {error:.3e}, which is in no row"
 
 
 def size_table(report: SizeReport) -> Table:

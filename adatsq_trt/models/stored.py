@@ -38,6 +38,7 @@ class StoredLinear(nn.Linear):
 
     Attributes:
         changes: of the weight, added to every copy.
+        declared: type that every copy is rounded to before it gets its own, or None.
         dtype: of the copies.
         held: a copy on another device, which all calls use, or None.
     """
@@ -54,6 +55,7 @@ class StoredLinear(nn.Linear):
         self._tensors, self._name = tensors, name
         self.out_features, self.in_features = self.stored.shape
         self.changes: list[LowRankChange] = []
+        self.declared: torch.dtype | None = None
         self.dtype = torch.float32
         self.held: Tensor | None = None
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
@@ -67,11 +69,15 @@ class StoredLinear(nn.Linear):
     def _copy(self, dtype: torch.dtype) -> Tensor:
         # Copied also where the type is right: products of tensors in other places in memory may round differently.
         if not self.changes:
-            return self.stored.to(dtype, copy=True)
+            return self.stored.to(self.declared or self.stored.dtype).to(dtype, copy=True)
         weight = self.stored.to(torch.float32, copy=True)
         for change in self.changes:
             weight += change.up @ change.down * change.factor
-        return weight.to(dtype)
+        return weight.to(self.declared or dtype).to(dtype)
+
+    def differs(self, dtype: torch.dtype) -> bool:
+        """Whether the weight may have other numbers than those of a type."""
+        return dtype is not torch.float32 and (bool(self.changes) or self.stored.dtype is not dtype)
 
     @property
     def stored(self) -> Tensor:
@@ -89,10 +95,10 @@ class StoredLinear(nn.Linear):
         self.dtype, self.held = dtype, None if device.type == "cpu" else self._copy(dtype).to(device)
 
     def plain(self) -> nn.Linear:
-        """The same layer with its weight as a parameter: the stored tensor itself; of a changed one a float32 copy."""
+        """The same layer with its weight as a parameter: the stored tensor itself; of a changed one a copy."""
         with torch.device("meta"):
             linear = nn.Linear(self.in_features, self.out_features, bias=False)
-        weight = self._copy(torch.float32) if self.changes else self.stored
+        weight = self._copy(self.declared or torch.float32) if self.changes else self.stored
         linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), self.bias
         return linear
 

@@ -180,9 +180,11 @@ class OpenedPipeline:
         A LoRA that is no plain product of matrices takes more.
         """
         sizes = [linear.in_features * linear.out_features for linear in self._large.values()]
-        small = 4 * (count_weights(self._outline) - sum(sizes))
-        # A copy in float32 and the pages that it is made of; with a LoRA also its product, and that scaled.
-        copy = (4 + 4 + (8 if self.loras else 0)) * max(sizes, default=0)
+        # As they are rounded to the declared type, and as they were before.
+        small = (4 + 4) * (count_weights(self._outline) - sum(sizes))
+        # A copy in float32, one in 16 bits and the pages that they are made of; with a LoRA also its product, and that
+        # scaled.
+        copy = (4 + 2 + 4 + (8 if self.loras else 0)) * max(sizes, default=0)
         changes = sum(2 * lora.file.stat().st_size for lora in self.loras)  # in float32
         return small + copy + changes + (0 if self._stays_mapped else self._widest.itemsize * sum(sizes))
 

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from adatsq_trt.base_type import BaseName
+
 
 class StageFigures(BaseModel):
     """What a stage cost: wall-clock seconds over all attempts, peak resident bytes of the process."""
@@ -61,6 +63,9 @@ class Summary(BaseModel):
         buckets: runs of steps with one assignment.
         assignments: distinct assignments.
         unlimited: the policy that a limit on assignments kept from being chosen; None without a limit.
+        base_type: the model's declared type: its weights were rounded to it before anything was measured.
+        rounding_error: what that cost: latent MSE against the checkpoint's own numbers on a few calibration samples,
+            both in full precision; 0 where the type holds them exactly.
         mean_bits: unweighted mean over (step, layer) of (nominal weight bits + nominal activation bits) / 2.
         mean_weight_bits: with scales, weighted by parameters.
         mean_activation_bits: with dynamic scales, weighted by multiply-accumulates.
@@ -98,6 +103,8 @@ class Summary(BaseModel):
     buckets: int
     assignments: int
     unlimited: Unlimited | None = None
+    base_type: BaseName | None = None
+    rounding_error: float | None = None
     mean_bits: float
     mean_weight_bits: float
     mean_activation_bits: float

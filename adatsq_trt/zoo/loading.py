@@ -18,6 +18,7 @@ from adatsq_trt.files import read_json_model, read_tensors, sha256
 from adatsq_trt.image import ImageShape, PixelScale
 from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.models.architectures import ADAPTERS
+from adatsq_trt.models.declared import Rounding
 from adatsq_trt.models.prompted import PromptedAdapter
 from adatsq_trt.models.prompts import ClassEncoder, PromptEncoder, TextEncoder
 from adatsq_trt.zoo import TextEncoderConfig, ZooIndex, find_model
@@ -50,6 +51,7 @@ class LoadedModel:
         default_guidance: guidance scale when none is asked for.
         scale: from its images to pixels.
         vae: folder of the VAE that decodes its latents, if there is one.
+        rounding: of its weights to the type that graphs hold; to float32 as long as they are as the files have them.
     """
 
     name: str
@@ -60,6 +62,7 @@ class LoadedModel:
     default_guidance: float
     scale: PixelScale
     vae: Path | None = None
+    rounding: Rounding = Rounding(torch.float32)  # noqa: RUF009  (frozen)
 
 
 def load_model(name: str) -> LoadedModel:

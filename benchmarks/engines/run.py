@@ -26,6 +26,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from torch import nn
 
+from adatsq_trt.base_type import BaseName
 from adatsq_trt.engines.backends.fold import fold, weight_file_bytes
 from adatsq_trt.engines.benchmark import benchmark_bundles
 from adatsq_trt.engines.build import build_plans
@@ -42,7 +43,6 @@ from adatsq_trt.engines.bundle import (
 )
 from adatsq_trt.engines.sizes import LAYOUTS, size_report
 from adatsq_trt.export import export_graphs, trace
-from adatsq_trt.export.graphs import BaseName
 from adatsq_trt.files import write_bytes, write_tensors
 from adatsq_trt.formats import FORMATS, TARGETS
 from adatsq_trt.models.adapter import ImageShape, ModelAdapter

@@ -15,7 +15,7 @@ from adatsq_trt.engines.accuracy.comparison import CPU_NAME, Arrays, SavedArrays
 from adatsq_trt.engines.accuracy.loop import check_loop
 from adatsq_trt.engines.accuracy.references import OUTPUT_SUFFIX, Reference
 from adatsq_trt.engines.accuracy.report import REPORT_NAME, CheckReport, CheckRow, write_report
-from adatsq_trt.engines.accuracy.separate_layers import given_inputs, write_separated
+from adatsq_trt.engines.accuracy.separate_layers import chosen_outputs, given_inputs, write_separated
 from adatsq_trt.engines.accuracy.tolerances import (
     FLOAT32,
     Tolerance,
@@ -172,9 +172,10 @@ def _run_layers(bundle: BundleFiles, steps: Mapping[int, Arrays], folder: Path) 
         failure = str(error)
     for (step, layers), feed, got in zip(steps.items(), feeds, results, strict=True):
         rows = len(next(iter(layers.values())))
-        expected = {value: layers[layer] for value, layer in names.items()} | {output: reference.output(step, rows)}
-        tolerances = {value: _layer_tolerance(reference, step, layer, layers) for value, layer in names.items()}
-        tolerances[output] = FLOAT32
+        chosen = chosen_outputs(layers)
+        expected = {value: chosen[value] for value in names} | {output: reference.output(step, rows)}
+        limits = {value: _layer_tolerance(reference, step, layer, chosen[value]) for value, layer in names.items()}
+        tolerances = limits | {output: FLOAT32}
         run = _Comparison(
             bundle, _subject(bundle, step, separated=True), folder, f"step_{step:03d}.layers", separated, tolerances
         )
@@ -189,10 +190,9 @@ def _layer_feed(reference: Reference, step: int, layers: Arrays) -> Arrays:
     return {**reference.feed(step, len(next(iter(layers.values())))), **given_inputs(layers)}
 
 
-def _layer_tolerance(reference: Reference, step: int, layer: str, layers: Arrays) -> Tolerance:
+def _layer_tolerance(reference: Reference, step: int, layer: str, rows: np.ndarray) -> Tolerance:
     fmt = reference.bundle.policy.formats_at(step)[layer]
-    tokens = layers[layer].size // layers[layer].shape[-1]
-    return layer_tolerance(fmt.activation, tokens, reference.in_features(layer))
+    return layer_tolerance(fmt.activation, len(rows), reference.in_features(layer))
 
 
 def _run_outputs(bundle: BundleFiles, steps: Sequence[int], folder: Path) -> Iterator[list[CheckRow]]:

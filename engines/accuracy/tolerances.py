@@ -11,7 +11,8 @@ grid, relative to the largest magnitude on it (integers: 1 / qmax) or to the val
 v = 2^-20 what float32 sums differ by, relative to a token's root mean square:
 
 - An input flips with the probability p = 8 v / s: two sides of a tie, and a factor of 4 since a floating grid has more
-  ties near zero. Of E = tokens * K inputs up to n = E p + 4 sqrt(E p) + 4 flip.
+  ties near zero. Tokens that are equal flip together, so few of them are compared
+  (`separate_layers`). Of E = tokens * K inputs up to n = E p + 4 sqrt(E p) + 4 flip.
 - A flip moves one of the K products of a sum by s of it. Magnitudes reach eight times their root mean square, so the
   relative error is at most 8 s sqrt(n / E), and never more than s. A block scale of e2m1 that flips moves 16 values by
   half of that step, for which n counts four times.
@@ -45,10 +46,8 @@ its root mean square: so is the limit of the median. `make demo` (nvfp4 in bfloa
 0.192, and for the median 0.083, limit 0.130. A float32 target block differs from its twin by flips only; its limits are
 one step s for the relative error and 2^-10 for the median.
 
-What the model misses: an untrained Z-Image with all layers in nvfp4 shows 0.252 behind the gate of its context
-refiner, 1 % above the limit of 0.249, and for the median 0.172, limit 0.168. The gate's factors are off by 0.15 each,
-which gives 0.21 for their product; the rest is the last layer's own, more than one rounding of an input that is off
-by u.
+What comes nearest: an untrained Z-Image of width 192 with all layers in nvfp4 shows 0.183 behind the gate of its
+context refiner, limit 0.249, and for the median 0.119, limit 0.168.
 """
 
 from __future__ import annotations
@@ -92,7 +91,7 @@ def layer_tolerance(grid: Grid, tokens: int, in_features: int) -> Tolerance:
 
     Args:
         grid: of the layer's activations.
-        tokens: rows of the layer's input.
+        tokens: rows that are compared.
         in_features: K.
     """
     step = _step(grid)

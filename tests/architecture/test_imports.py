@@ -10,8 +10,20 @@ import pytest
 ROOT = Path(__file__).parents[2]
 BESIDE = ("engines", "export", "plugins")  # folders that the installation maps into the package
 
-DATA = {"", "errors", "fields", "files", "formats", "graph_index", "image", "policy", "schedule", "step_policy"}
-DATA |= {"timed_kernels"}
+DATA = {
+    "",
+    "base_type",
+    "errors",
+    "fields",
+    "files",
+    "formats",
+    "graph_index",
+    "image",
+    "policy",
+    "schedule",
+    "step_policy",
+    "timed_kernels",
+}
 TENSORS = DATA | {"packing", "quantize"}
 MODELS = TENSORS | {"models", "zoo"}
 CALIBRATION = MODELS | {"calibration", "workers"}

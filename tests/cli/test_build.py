@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import pytest
 from adatsq_trt import zoo
 from adatsq_trt.cli.build import StageName
 from adatsq_trt.cli.loading import OpenedModel
-from adatsq_trt.cli.stages import search
+from adatsq_trt.cli.options import open_run
+from adatsq_trt.cli.stages import calibrate, export, quantize, search
 from adatsq_trt.engines.accuracy import CheckReport, CheckRow
 from adatsq_trt.engines.accuracy.report import LoopReport
 from adatsq_trt.engines.bundle import BundleFiles
@@ -69,6 +71,7 @@ def test_summary_has_the_figures_of_the_run(built: Path) -> None:
     assert summary.final_error == result.points[chosen].held_out_error
     assert summary.static_errors.layer_only == result.points[by_layer].held_out_error
     assert summary.static_errors.time_only == result.points[by_step].held_out_error
+    assert (summary.base_type, summary.rounding_error) == ("bfloat16", 0)
     assert summary.denoiser_calls > 0
     assert set(summary.stages) == set(STAGES)
     assert all(figures.seconds > 0 and figures.peak_bytes > 1 << 20 for figures in summary.stages.values())
@@ -105,7 +108,7 @@ def test_plans_are_made_again_without_loading_the_model(cli, copy: Path, monkeyp
     plans = sorted((copy / "bundle" / "plans").rglob("*.plan"))
     plans[0].unlink()
 
-    def load(_opened: OpenedModel, _run: RunDirectory) -> LoadedModel:
+    def load(_opened: OpenedModel, _run: RunDirectory, _settings: Settings) -> LoadedModel:
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(OpenedModel, "load", load)
@@ -146,6 +149,16 @@ def test_changed_settings_replace_what_depends_on_them_and_say_so(cli, copy: Pat
     assert cli.state(copy / "bundle") == bundle  # until a build replaces it
     assert Policy.load(copy / "search" / "policy.json").mean_bits <= 8
     assert "search" in cli("search", *cli.build[2:], "--output", copy).warnings[0]
+
+
+def test_another_declared_type_is_another_model_for_every_stage(built: Path) -> None:
+    """With `cpu` alone weights are float32; no other setting of these stages tells that."""
+    context = open_run(built)
+    other = replace(context, settings=context.settings.model_copy(update={"targets": ("cpu",)}))
+    assert (context.settings.base_type, other.settings.base_type) == ("bfloat16", "float32")
+    for stage in (calibrate, quantize, search, export):
+        assert stage.stage(context).done
+        assert stage.stage(other).key != stage.stage(context).key
 
 
 def test_a_class_that_calibration_never_asked_for_still_makes_another_model(

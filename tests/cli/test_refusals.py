@@ -46,6 +46,10 @@ REQUESTS = {
         "target 'sm90' does not accelerate w4a8, fp8, w8a8, bf16 in this layout; it accelerates nothing; choose among "
         "these with --formats, or --layout plugin, or pass --simulate",
     ),
+    "two types": (
+        ("digits-flux", *SM120, "--formats", "fp8,bf16,fp16"),
+        "--formats with both bf16 and fp16: a model has one 16-bit type for all that is not quantized",
+    ),
     "simulated layout": (
         ("digits-flux", "--layout", "plugin", "--simulate"),
         "--simulate builds nothing that has a layout",

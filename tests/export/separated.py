@@ -8,7 +8,7 @@ import numpy as np
 
 from adatsq_trt.engines.accuracy.comparison import compare, run_in_onnxruntime
 from adatsq_trt.engines.accuracy.references import OUTPUT_SUFFIX
-from adatsq_trt.engines.accuracy.separate_layers import given_inputs, write_separated
+from adatsq_trt.engines.accuracy.separate_layers import chosen_outputs, given_inputs, write_separated
 from adatsq_trt.engines.accuracy.tolerances import FLOAT32, layer_tolerance
 from adatsq_trt.formats import Format
 
@@ -32,10 +32,10 @@ def require_equal_layers(
         separated = Path(scratch) / graph.name
         write_separated(graph, layers, output[0], separated)
         (got,) = run_in_onnxruntime(separated, [{**feed, **given_inputs(layers)}])
-    expected = {f"{layer}{OUTPUT_SUFFIX}": value for layer, value in layers.items()} | dict([output])
+    expected = chosen_outputs(layers) | dict([output])
     limits = {output[0]: FLOAT32}
-    for layer, value in layers.items():
-        fmt, width = formats[layer]
-        limits[f"{layer}{OUTPUT_SUFFIX}"] = layer_tolerance(fmt.activation, value.size // value.shape[-1], width)
+    for layer, (fmt, width) in formats.items():
+        value = f"{layer}{OUTPUT_SUFFIX}"
+        limits[value] = layer_tolerance(fmt.activation, len(expected[value]), width)
     for name, figures in compare({name: got[name] for name in expected}, expected, limits).items():
         assert figures.passed, (name, figures, limits[name])

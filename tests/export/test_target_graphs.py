@@ -9,8 +9,8 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
+from adatsq_trt.base_type import BaseName
 from adatsq_trt.export import export_graphs, trace
-from adatsq_trt.export.graphs import BaseName
 from adatsq_trt.formats import FORMATS
 from adatsq_trt.policy import Policy
 from adatsq_trt.quantize import (

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from adatsq_trt.cli.loading import declared
 from adatsq_trt.cli.stages import export, search
 from adatsq_trt.cli.stages.context import Context, Memory
 from adatsq_trt.formats import resolve_formats
@@ -65,7 +66,9 @@ def run(folder: Path, device: str, model: str, stage: str, formats: str, transfo
     # The pretended device has no room: backward passes go block by block, Hessians are summed a block at a time.
     memory = Memory() if place.type == CPU else Memory(0, backward_bytes=1)
     with RunDirectory.open(folder) as directory:
-        {"search": search, "export": export}[stage].run(Context(directory, settings, loaded, memory, workers))
+        {"search": search, "export": export}[stage].run(
+            Context(directory, settings, declared(loaded, settings), memory, workers)
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Stage `calibrate`: trajectories, activation statistics, Fisher information, temporal weights, Hessians."""
+"""Stage `calibrate`: trajectories, activation statistics, Fisher information, temporal weights, Hessians.
+
+And what rounding the weights to the declared type costs, since nothing later sees the checkpoint's own numbers.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from torch import Tensor
 from adatsq_trt.calibration.finite import require_finite_trajectory
 from adatsq_trt.calibration.fisher import projections, temporal_weights
 from adatsq_trt.calibration.hessian import LayerMoments, hessian_bytes, layer_moments
-from adatsq_trt.calibration.trajectory import Samples
+from adatsq_trt.calibration.trajectory import Samples, latent_mse, trajectory
 from adatsq_trt.calibration.units import Measured, backward_sweep, measured_trajectory, squared_gradients
 from adatsq_trt.cli.progress import progress
 from adatsq_trt.cli.stages import embed
@@ -19,10 +22,12 @@ from adatsq_trt.cli.stages.context import Context
 from adatsq_trt.files import MappedTensors, read_tensors, write_tensors
 from adatsq_trt.run import Stage
 from adatsq_trt.workers import Shared
+from adatsq_trt.workers.device import CPU
 
 NAME = "calibrate"
-TRAJECTORY, STATISTICS = "trajectory.safetensors", "statistics.safetensors"
+TRAJECTORY, STATISTICS, ROUNDING = "trajectory.safetensors", "statistics.safetensors", "rounding.safetensors"
 HESSIANS, PLAIN_HESSIANS, RANGES = "hessians", "unweighted_hessians", "ranges"  # folders with a file for each block
+_ROUNDING_SAMPLES = 8  # of the batch, run once more with the checkpoint's own numbers
 _SETTINGS = ("weights_sha256", "model_sha256", "steps", "guidance", "seed", "calibration_samples", "temperature")
 
 Advance = Callable[[], None]
@@ -40,13 +45,15 @@ def run(context: Context) -> Stage:
     if this.done:
         return this
     steps = context.settings.steps
-    with this.run(), context.on_device():
-        batch = context.workers.share(context.calibration)
-        with progress("calibrate: trajectory", steps) as advance:
-            latents = _trajectory(context, this, batch, advance)
-        with progress("calibrate: Fisher information", steps) as advance:
-            information = _fisher(context, this, latents, advance)
-        _hessians(context, this, batch, latents, information)
+    with this.run():
+        with context.on_device():
+            batch = context.workers.share(context.calibration)
+            with progress("calibrate: trajectory", steps) as advance:
+                latents = _trajectory(context, this, batch, advance)
+            with progress("calibrate: Fisher information", steps) as advance:
+                information = _fisher(context, this, latents, advance)
+            _hessians(context, this, batch, latents, information)
+        _rounding(context, this, latents[-1])
     return this
 
 
@@ -103,6 +110,29 @@ def _hessians(context: Context, this: Stage, batch: Shared[Samples], latents: Te
         "tokens": torch.stack([ranges[f"{layer}.tokens"] for layer in context.layers]),
     }
     write_tensors(this.unit(STATISTICS), statistics)
+
+
+def _rounding(context: Context, this: Stage, last: Tensor) -> None:
+    """Latent MSE of the model as rounded against the checkpoint's own numbers, both in full precision: float32 [].
+
+    Args:
+        context: of the run.
+        this: the stage.
+        last: final latents of the rounded model, float32 [samples, *latent_shape].
+    """
+    file, rounding, error = this.unit(ROUNDING), context.model.rounding, 0.0
+    if file.is_file():
+        return
+    if not rounding.changes_nothing:
+        samples = context.calibration.part(slice(0, _ROUNDING_SAMPLES))
+        with (
+            progress("calibrate: rounding of the weights", context.settings.steps) as advance,
+            rounding.undone(),
+            context.on_device(),
+        ):
+            own = trajectory(samples, on_step=advance)[-1].to(CPU)
+        error = latent_mse(last[: len(own)], own)
+    write_tensors(file, {"error": torch.tensor(error)})
 
 
 def hessian_passes(context: Context, blocks: Sequence[str]) -> list[list[str]]:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
 
 import torch
 
@@ -23,8 +22,6 @@ from adatsq_trt.settings import Settings
 from adatsq_trt.workers import InProcess, Workers
 from adatsq_trt.workers.device import CPU, CUDA, OnDevice, free_bytes, told_when_full
 from adatsq_trt.zoo.loading import LoadedModel
-
-BaseName = Literal["bfloat16", "float16", "float32"]
 
 # Seeds of the batches never meet: each has a million of its own per --seed.
 _SEEDS_PER_RUN = 10_000_000
@@ -176,17 +173,9 @@ class Context:
         return seeded_samples(adapter, self.schedule, self.settings.guidance, count, first, len(adapter.prompts))
 
     def inputs(self, names: Sequence[str]) -> dict[str, Json]:
-        """Some of the settings, for a stage's key."""
-        values = self.settings.model_dump(mode="json")
-        return {name: values[name] for name in names}
-
-
-def base_type(settings: Settings) -> BaseName:
-    """The type of everything that is not quantized: float16 where a format asks for it, bfloat16 on other GPUs."""
-    targets = [target_named(name) for name in settings.targets]
-    if all(target.compute_capability is None for target in targets) and not settings.simulate:
-        return "float32"
-    return "float16" if "fp16" in settings.formats else "bfloat16"
+        """Some of the settings, for a stage's key; the weights are those of a file in the declared type."""
+        values = self.settings.model_dump(mode="json") | {"base": self.settings.base_type}
+        return {name: values[name] for name in (*names, *(["base"] if "weights_sha256" in names else []))}
 
 
 def layer_shapes(adapter: ModelAdapter, inputs: dict[str, int]) -> tuple[LayerShape, ...]:

@@ -9,11 +9,12 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from adatsq_trt.base_type import BaseName
 from adatsq_trt.calibration.trajectory import Samples, trajectory
 from adatsq_trt.cli.progress import progress
 from adatsq_trt.cli.shapes import written
 from adatsq_trt.cli.stages import calibrate, quantize, search
-from adatsq_trt.cli.stages.context import BaseName, Context, base_type
+from adatsq_trt.cli.stages.context import Context
 from adatsq_trt.export import export_graphs, export_plugin_graphs, trace
 from adatsq_trt.export.plugin_graphs import GRAPHS as PLUGIN_GRAPHS
 from adatsq_trt.files import read_tensors, write_tensors
@@ -53,7 +54,6 @@ def stage(context: Context) -> Stage:
     ]
     inputs = context.inputs(("weights_sha256", "model_sha256", "formats", "steps", "guidance"))
     own: dict[str, Json] = {
-        "base": base_type(context.settings),
         "variants": variants(context),
         "reference": _REFERENCE_CONTENT,
     }
@@ -85,7 +85,7 @@ def run(context: Context) -> Stage:
 
 
 def _graphs(context: Context, policy: Policy, folder: Path) -> None:
-    samples, base = context.calibration.part(slice(0, CHECK_SAMPLES)), base_type(context.settings)
+    samples, base = context.calibration.part(slice(0, CHECK_SAMPLES)), context.settings.base_type
     time, guidance = context.schedule.model_time(0), samples.guidance
     inputs = context.adapter.guided_inputs(samples.noise(), time, samples.conditioning, guidance)
     weights = quantize.load(context).weights
@@ -93,6 +93,7 @@ def _graphs(context: Context, policy: Policy, folder: Path) -> None:
     count = PLUGIN_GRAPHS if in_plugin else 1 + (len(policy.assignments) + 1) * len(names)
     with progress("export", 1 + count) as advance:
         adapter = context.adapter
+        assert context.model.rounding.dtype is getattr(torch, base), "the model is rounded when it is loaded"
         traced = _trace(adapter, inputs, base, any_size=bool(context.sizes))
         release_memory()  # the exporter's own graph refers to the weights too
         advance()

@@ -14,7 +14,7 @@ from adatsq_trt.calibration.fisher import MOST_ROW_PRODUCTS
 from adatsq_trt.calibration.hessian import hessian_bytes
 from adatsq_trt.calibration.trajectory import PART
 from adatsq_trt.calibration.units import PART as BACKWARD_PART
-from adatsq_trt.cli.stages.context import Memory, base_type
+from adatsq_trt.cli.stages.context import Memory
 from adatsq_trt.errors import UserError
 from adatsq_trt.formats import PLUGIN_LAYOUT, target_named
 from adatsq_trt.meter import machine_bytes, resident_bytes
@@ -173,7 +173,7 @@ def _model(settings: Settings, outline: LoadedModel, pipeline: OpenedPipeline | 
     weights = count_weights(adapter.transformer)
     loading = (0, 4 * weights, 0, True)
     if pipeline is not None:
-        copied = pipeline.mapped_types != {getattr(torch, base_type(settings))}
+        copied = pipeline.mapped_types != {getattr(torch, settings.base_type)}
         loading = (pipeline.encoder_bytes, pipeline.resident_bytes, pipeline.file_bytes, copied)
     return Model(weights, shapes, flow, encodings, *loading)
 

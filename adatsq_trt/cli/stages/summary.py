@@ -8,7 +8,7 @@ from adatsq_trt.cli.stages import budget, bundle, calibrate, embed, export, quan
 from adatsq_trt.cli.stages.context import Context
 from adatsq_trt.engines.bundle import Manifest
 from adatsq_trt.errors import MismatchError
-from adatsq_trt.files import read_json_model, sha256, write_bytes, write_json_model
+from adatsq_trt.files import read_json_model, read_tensors, sha256, write_bytes, write_json_model
 from adatsq_trt.graph_index import INDEX_NAME, GraphIndex
 from adatsq_trt.policy import Policy, resident_weight_bytes
 from adatsq_trt.report.summary import StageFigures, StaticErrors, Summary, Unlimited
@@ -70,6 +70,8 @@ def _summary(context: Context, policy: Policy) -> Summary:
         buckets=len(policy.buckets),
         assignments=len(policy.assignments),
         unlimited=_unlimited(result),
+        base_type=settings.base_type,
+        rounding_error=float(read_tensors(calibrate.stage(context).folder / calibrate.ROUNDING)["error"]),
         mean_bits=policy.mean_bits,
         mean_weight_bits=policy.mean_weight_bits(shapes),
         mean_activation_bits=policy.mean_activation_bits(shapes),
