@@ -22,6 +22,7 @@ from adatsq_trt.engines.accuracy.tolerances import (
     block_tolerance,
     layer_tolerance,
     output_tolerance,
+    unquantized_tolerance,
 )
 from adatsq_trt.engines.accuracy.written_formats import written_formats
 from adatsq_trt.engines.bundle import MANIFEST_NAME, BundleFiles
@@ -56,7 +57,7 @@ class Subject:
 def work_units(bundle: BundleFiles) -> int:
     """How often `check` reports progress."""
     policy, blocks = bundle.policy, len(bundle.index.blocks)
-    return policy.steps + len(policy.buckets) + len(_targets(bundle)) * blocks + 1
+    return policy.steps + len(policy.buckets) + len(_targets(bundle)) * (1 + blocks) + 1
 
 
 def check(
@@ -123,7 +124,7 @@ def _units(bundle: BundleFiles, folder: Path) -> Iterator[list[CheckRow]]:
     for assignment in range(len(bundle.policy.assignments)):
         yield from _check_steps(bundle, reference, assignment, folder)
     for assignment in _targets(bundle):
-        yield from _check_blocks(bundle, reference, assignment, folder)
+        yield from _check_target(bundle, reference, assignment, folder)
 
 
 def _check_steps(bundle: BundleFiles, reference: Reference, assignment: int, folder: Path) -> Iterator[list[CheckRow]]:
@@ -233,27 +234,44 @@ def _in_order(graph: Path, names: Mapping[str, str]) -> dict[str, str]:
     return {value: names[value] for value in sorted(names, key=place.__getitem__)}
 
 
-def _check_blocks(bundle: BundleFiles, reference: Reference, assignment: int, folder: Path) -> Iterator[list[CheckRow]]:
-    """All blocks of a target graph, at the assignment's first step, for one row of each guidance branch."""
+def _check_target(bundle: BundleFiles, reference: Reference, assignment: int, folder: Path) -> Iterator[list[CheckRow]]:
+    """All pieces of a target graph, at the assignment's first step, for one row of each guidance branch."""
     step = bundle.policy.step_assignments.index(assignment)
     pair = BlockPair(bundle, assignment, reference.feed(step, rows=2))
-    formats, base_type = bundle.policy.assignments[assignment], bundle.index.base_type
+    try:
+        outside = pair.outside
+    except UserError:
+        raise
+    except AdatsqError:  # the blocks' rows say why
+        outside = []
+    yield [row for name in outside for row in _check_piece(pair, step, name, folder)]
     for block in bundle.index.blocks:
-        subject = Subject(_bucket(bundle, step), step, assignment, "target", block)
-        name = f"assignment_{assignment:03d}.{block}"
-        path = folder / f"{name}.onnx"
-        comparison = _Comparison(bundle, subject, folder, name, path, {_NO_OUTPUT: block_tolerance(formats, base_type)})
-        try:
-            run = pair.run(block, path)
-        except UserError:
-            raise
-        except AdatsqError as error:
-            yield [comparison.failed({}, {}, str(error))]
-        else:
-            limits = {name: block_tolerance(formats, base_type, layers) for name, layers in run.layers.items()}
-            rows = replace(comparison, tolerances=limits).rows(run.inputs, run.got, run.expected, marked=True)
-            written = written_formats(bundle, "target", step)
-            yield [_with_written_format(row, written) for row in rows]
+        yield _check_piece(pair, step, block, folder)
+
+
+def _check_piece(pair: BlockPair, step: int, piece: str, folder: Path) -> list[CheckRow]:
+    bundle, assignment = pair.bundle, pair.assignment
+    subject = Subject(_bucket(bundle, step), step, assignment, "target", piece)
+    name = f"assignment_{assignment:03d}.{piece}"
+    path = folder / f"{name}.onnx"
+    comparison = _Comparison(bundle, subject, folder, name, path, {_NO_OUTPUT: FLOAT32})
+    try:
+        run = pair.run(piece, path)
+    except UserError:
+        raise
+    except AdatsqError as error:
+        return [comparison.failed({}, {}, str(error))]
+    limits = {name: _target_tolerance(bundle, assignment, piece, layers) for name, layers in run.layers.items()}
+    rows = replace(comparison, tolerances=limits).rows(run.inputs, run.got, run.expected, marked=True)
+    written = written_formats(bundle, "target", step)
+    return [_with_written_format(row, written) for row in rows]
+
+
+def _target_tolerance(bundle: BundleFiles, assignment: int, piece: str, layers: int) -> Tolerance:
+    base_type = bundle.index.base_type
+    if not layers and piece not in bundle.index.blocks:
+        return unquantized_tolerance(base_type)
+    return block_tolerance(bundle.policy.assignments[assignment], base_type, layers)
 
 
 def _with_written_format(row: CheckRow, written: Mapping[str, Sequence[str]]) -> CheckRow:
