@@ -64,7 +64,7 @@ def test_a_sound_bundle_passes(checked: tuple[CheckReport, Path]) -> None:
     assert report.passed
     assert report.buckets == ((0, 0), (1, 1), (2, 2), (3, 3))
     layers = ("blocks.0.linear", "blocks.1.linear")
-    blocks = (("blocks.0", layers[0]), ("blocks.0", None), ("blocks.1", layers[1]), ("blocks.1", None))
+    blocks = (("embed", None), ("blocks.0", layers[0]), ("blocks.0", None), ("blocks.1", layers[1]), ("blocks.1", None))
     cpu = [
         ("cpu", step, assignment, None, separated, layer)
         for step, assignment in enumerate((0, 1, 2, 0))
@@ -72,8 +72,9 @@ def test_a_sound_bundle_passes(checked: tuple[CheckReport, Path]) -> None:
     ]
     target = [("target", step, step, block, False, layer) for step in range(3) for block, layer in blocks]
     got = [(row.variant, row.step, row.assignment, row.block, row.separated, row.layer) for row in report.rows]
-    assert sorted(got, key=str) == sorted([*cpu, *target], key=str)
-    assert got[:8] == [*cpu[:4], *target[:4]]  # by bucket, layers in the order of execution
+    whole = [("reference", step, assignment, None, False, None) for step, assignment in enumerate((0, 1, 2, 0))]
+    assert sorted(got, key=str) == sorted([*cpu, *target, *whole], key=str)
+    assert got[:10] == [*cpu[:4], whole[0], *target[:5]]  # by bucket, layers in the order of execution
     assert {row.format for row in report.rows if row.step == 2} == {"bf16", "fp8", None}
     assert [row.step for row in report.loop.rows] == [0, 1, 2, 3]
     assert read_json_model(folder / REPORT_NAME, CheckReport) == report
@@ -275,7 +276,7 @@ def test_the_commands_repeat_the_rows(checked: tuple[CheckReport, Path]) -> None
     """By hand, from the saved files, with the same figures."""
     report, folder = checked
     rows = {(row.variant, row.separated, row.layer is None): row for row in report.rows if row.assignment == 2}
-    assert len(rows) == 5
+    assert len(rows) == 6
     for row in rows.values():
         code, ((median, relative),) = run_command(row.command, folder)
         assert code == 0
