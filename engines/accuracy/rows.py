@@ -89,7 +89,7 @@ def check(
     report = CheckReport(
         model=bundle.manifest.model,
         manifest_sha256=_identity(bundle),
-        passed=loop.passed and all(row.passed for row in (*rows, *exact)),
+        passed=loop.passed and all(row.passed for row in rows) and all(row.passed for row in exact),
         buckets=tuple((bucket.first, bucket.last) for bucket in bundle.policy.buckets),
         rows=tuple(sorted(rows, key=lambda row: (row.bucket, row.variant))),
         exact=exact,
