@@ -4,8 +4,10 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -236,6 +238,46 @@ def test_a_defect_in_a_target_graph(
     report = check(own_bundle, tmp_path)
     assert failed(report) == [("target", 1, 1)]
     assert first_layers(own_bundle, report, tmp_path) == [("target", 1, layer)]
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.1])
+def test_a_defect_outside_of_the_blocks_of_a_target_graph(
+    own_bundle: BundleFiles, tmp_path: Path, factor: float
+) -> None:
+    def scale_the_shift(model: ModelProto) -> None:
+        model.graph.initializer.append(numpy_helper.from_array(np.array(factor, ml_dtypes.bfloat16), "factor"))
+        place, node = next((i, n) for i, n in enumerate(model.graph.node) if n.output[0] == "shift")
+        scaled = onnx.helper.make_node("Mul", ["before", "factor"], ["shift"])
+        scaled.metadata_props.extend(node.metadata_props)
+        node.output[0] = "before"
+        model.graph.node.insert(place + 1, scaled)
+
+    edit_graph(own_bundle, "target", 1, scale_the_shift)
+    report = check(own_bundle, tmp_path)
+    wrong = [(row.variant, row.step, row.block, row.layer) for row in report.rows if not row.passed]
+    assert wrong == [("target", 1, "embed", None)]
+    assert not report.passed
+
+
+@pytest.mark.parametrize("layer", ["blocks.0.linear", "blocks.1.linear"])
+def test_a_dropped_bias_in_the_full_precision_graph(own_bundle: BundleFiles, tmp_path: Path, layer: str) -> None:
+    path = own_bundle.graph_path(own_bundle.graph("reference", None))
+    model = onnx.load(path, load_external_data=False)
+    multiply(f"{layer}.bias", 0.0)(model)
+    path.write_bytes(model.SerializeToString())
+    report = check(own_bundle, tmp_path)
+    assert [(variant, step) for variant, step, _ in failed(report)] == [("reference", step) for step in range(4)]
+    assert not report.passed
+    assert bisect(own_bundle, report, tmp_path).first_layers == ()
+
+
+def test_an_exact_difference_alone_fails(own_bundle: BundleFiles, tmp_path: Path) -> None:
+    manifest = own_bundle.manifest.model_copy(update={"prompt_texts": ("one", "two", "three")})
+    report = check(replace(own_bundle, manifest=manifest), tmp_path)
+    assert all(row.passed for row in report.rows)
+    assert report.loop.passed
+    assert [row.subject for row in report.exact if not row.passed] == ["prompts' texts"]
+    assert not report.passed
 
 
 def test_exchanged_target_graphs(own_bundle: BundleFiles, tmp_path: Path) -> None:
