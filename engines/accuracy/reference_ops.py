@@ -1,4 +1,4 @@
-"""onnx's own evaluator for `target` graphs: 16-bit types, FP8, and the one operator that ONNX does not have."""
+"""onnx's own evaluator for `target` graphs: 16-bit types, FP8, the one operator that ONNX does not have, exact sums."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import onnx
 from onnx.helper import tensor_dtype_to_np_dtype
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
+from onnx.reference.ops import op_layer_normalization, op_softmax
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 from polygraphy.datatype import DataType
@@ -53,6 +54,32 @@ class TRT_FP4DynamicQuantize(OpRun):  # noqa: N801  (evaluators find an operator
         return np.clip(points, -_E2M1_MAX, _E2M1_MAX).reshape(x.shape).astype(ml_dtypes.float4_e2m1fn), scales
 
 
+class _WideSums(OpRun):
+    """An operator of onnx's that sums, computed in float32 and rounded once, as TensorRT and PyTorch compute it.
+
+    onnx sums in the type of its inputs. In bfloat16 a sum of ones ends at 256, where one is half a step: a softmax over
+    512 equal scores so gives twice its weights, and the mean of 3,072 features a twelfth of it.
+    """
+
+    op_domain = ""
+
+    def _run(self, *inputs: np.ndarray, **attributes: object) -> tuple[np.ndarray, ...]:
+        """The operator's outputs, in the type of its first input."""
+        wide = [value.astype(np.float32) if value.dtype in _SIXTEEN_BITS else value for value in inputs]
+        return tuple(output.astype(inputs[0].dtype) for output in super()._run(*wide, **attributes))
+
+
+class Softmax(_WideSums, op_softmax.Softmax):
+    """Along one axis."""
+
+
+class LayerNormalization(_WideSums, op_layer_normalization.LayerNormalization):
+    """Over the last axes; ONNX itself says that mean and deviation are float32 (`stash_type`)."""
+
+
+OPERATORS = (TRT_FP4DynamicQuantize, Softmax, LayerNormalization)
+
+
 class ReferenceRunner(BaseRunner):  # type: ignore[misc]
     """polygraphy runner around onnx's ReferenceEvaluator: float32 at the borders, the graph's own types inside."""
 
@@ -68,7 +95,7 @@ class ReferenceRunner(BaseRunner):  # type: ignore[misc]
 
     def activate_impl(self) -> None:
         """Prepare the evaluator."""
-        self._evaluator = ReferenceEvaluator(self._model, new_ops=[TRT_FP4DynamicQuantize])
+        self._evaluator = ReferenceEvaluator(self._model, new_ops=list(OPERATORS))
 
     def get_input_metadata_impl(self) -> TensorMetadata:
         """Inputs as polygraphy feeds them: 16-bit types as float32."""

@@ -1,5 +1,6 @@
 """Z-Image and Wan through trace, Q/DQ, ONNX Runtime and TensorRT-RTX, as Flux in the other tests."""
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from adatsq_trt.engines.accuracy.block_cut import GraphView, find_cut, find_pieces
+from adatsq_trt.engines.accuracy.reference_ops import OPERATORS
 from adatsq_trt.engines.accuracy.rounded_layers import count_rounded_layers
 from adatsq_trt.engines.build import build_plans
 from adatsq_trt.export import export_graphs, trace
@@ -90,6 +92,15 @@ def layer_outputs(adapter: ModelAdapter, layers: Iterable[str]) -> Iterator[dict
             keep = layer.register_forward_hook(lambda _, _args, out, name=name: outputs.update({name: out.numpy()}))
             hooks.callback(keep.remove)
         yield outputs
+
+
+def test_check_computes_every_16_bit_sum_of_the_graphs_in_float32(traced) -> None:
+    """onnx's evaluator sums in the type of its inputs, but for products of matrices."""
+    wide = {operator.__name__ for operator in OPERATORS}
+    sums = re.compile(r"Reduce(?!Max|Min).*|.*(Softmax|Normalization|Pool)|CumSum|Einsum|Conv|Sum|Mean")
+    of_16_bits = {n.op_type for n in traced.graph if n.outputs[0].dtype in (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)}
+    assert {name for name in of_16_bits if sums.fullmatch(name)} <= wide
+    assert wide & of_16_bits
 
 
 def test_cpu_graphs_are_the_fake_quantized_model(exported, adapter, store, inputs) -> None:

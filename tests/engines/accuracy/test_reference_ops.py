@@ -1,5 +1,6 @@
-"""The FP4 operator of onnx's evaluator against the grid that the policy was searched with."""
+"""onnx's evaluator as `check` uses it: its FP4 operator, and sums in 16-bit graphs."""
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -64,3 +65,37 @@ def test_the_runner_rounds_inputs_to_the_graphs_type() -> None:
     output = results["reference"][0]["y"]
     assert output.dtype == np.float32
     assert output.tolist() == [1.0, 1.0]
+
+
+def evaluate(node: onnx.NodeProto, kind: int, *inputs: np.ndarray) -> np.ndarray:
+    """Output of one node in a 16-bit type."""
+    names = list(node.input)
+    graph = helper.make_graph(
+        [node],
+        "one",
+        [helper.make_tensor_value_info(name, kind, [None] * x.ndim) for name, x in zip(names, inputs, strict=True)],
+        [helper.make_tensor_value_info("y", kind, None)],
+    )
+    runner = ReferenceRunner(helper.make_model(graph, ir_version=10), "reference")
+    results = Comparator.run([runner], data_loader=[dict(zip(names, inputs, strict=True))])
+    return results["reference"][0]["y"]
+
+
+# Of bfloat16 a sum of ones ends at 256, of float16 at 2,048.
+@pytest.mark.parametrize(
+    ("kind", "dtype", "count"),
+    [(TensorProto.BFLOAT16, ml_dtypes.bfloat16, 512), (TensorProto.FLOAT16, np.float16, 4096)],
+)
+def test_long_sums_keep_what_is_added_last(kind: int, dtype: type, count: int) -> None:
+    """A softmax over the tokens of a padded prompt, the normalization of a wide token, and a product of matrices."""
+    equal = evaluate(helper.make_node("Softmax", ["x"], ["y"], axis=-1), kind, np.zeros((2, count), np.float32))
+    np.testing.assert_array_equal(equal, np.float32(1 / count))
+
+    x = np.where(np.arange(count) % 4 == 0, 5.0, 1.0).astype(np.float32)[None]  # mean 2, deviation sqrt(3)
+    normalize = helper.make_node("LayerNormalization", ["x", "w"], ["y"], axis=-1, epsilon=0.0)
+    got = evaluate(normalize, kind, x, np.ones(count, np.float32))
+    np.testing.assert_array_equal(got, ((x - 2) / np.sqrt(3)).astype(dtype).astype(np.float32))
+
+    ones = np.ones((3, 1, count), np.float32)
+    product = evaluate(helper.make_node("MatMul", ["a", "b"], ["y"]), kind, ones, ones.swapaxes(1, 2))
+    np.testing.assert_array_equal(product, np.full((3, 1, 1), count, np.float32))
