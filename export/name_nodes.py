@@ -2,7 +2,8 @@
 
 Rules:
     1. A node that the exporter gave a scope gets the metadata MODULE: its module path, without the trace wrapper's
-       prefix; none where the exporter itself added it. Every other remark of the exporter (source lines, stack traces) is dropped.
+       prefix; none where the exporter itself added it. Every other remark of the exporter (source lines, stack
+       traces) is dropped.
     2. A node without a scope belongs to the module of the node that makes its first input.
     3. A node is called "<module path>/<operator>"; the second of a kind gets a number.
     4. Parameters lose the trace wrapper's prefix.

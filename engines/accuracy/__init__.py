@@ -8,8 +8,8 @@ Polygraphy compares what is computed:
    against the `cpu` graph, piece by piece.
 3. The denoising loop on its own latents: every latent against the fake-quantized PyTorch model's loop.
 
-What must be as exported is compared bit for bit (`exact`): policy, guidance, sigmas, scales, prompts, every constant; and
-graphs of all assignments with those of each.
+What must be as exported is compared bit for bit (`exact`): policy, guidance, sigmas, scales, prompts, every constant;
+and graphs of all assignments with those of each.
 """
 
 from adatsq_trt.engines.accuracy.first_layer import LayerReference, bisect
