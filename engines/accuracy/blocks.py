@@ -64,7 +64,7 @@ class BlockPair:
 
     @cached_property
     def _graphs(self) -> tuple[GraphView, GraphView]:
-        target, cpu = (self.bundle.graph(variant, self.assignment) for variant in ("target", "cpu"))
+        target, cpu = (self.bundle.assignment_graph(variant, self.assignment) for variant in ("target", "cpu"))
         return GraphView(self.bundle.graph_path(target)), GraphView(self.bundle.graph_path(cpu))
 
     @cached_property

@@ -119,8 +119,12 @@ def _identity(bundle: BundleFiles) -> str:
     return sha256(bundle.folder / MANIFEST_NAME)
 
 
-def _targets(bundle: BundleFiles) -> list[int]:
-    return [g.assignment for g in bundle.index.graphs if g.variant == "target" and g.assignment is not None]
+def _targets(bundle: BundleFiles) -> Sequence[int]:
+    """Assignments that have a target graph."""
+    graphs = [graph.assignment for graph in bundle.index.graphs if graph.variant == "target"]
+    if graphs == [None]:  # layout `plugin`: one graph for all
+        return range(len(bundle.policy.assignments))
+    return [assignment for assignment in graphs if assignment is not None]
 
 
 def _units(bundle: BundleFiles, folder: Path) -> Iterator[list[CheckRow]]:
