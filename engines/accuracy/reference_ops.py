@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -54,27 +55,36 @@ class TRT_FP4DynamicQuantize(OpRun):  # noqa: N801  (evaluators find an operator
         return np.clip(points, -_E2M1_MAX, _E2M1_MAX).reshape(x.shape).astype(ml_dtypes.float4_e2m1fn), scales
 
 
-class _WideSums(OpRun):
+def _summed_in_float32(
+    operator: Callable[..., Sequence[np.ndarray]], inputs: Sequence[np.ndarray], attributes: Mapping[str, Any]
+) -> tuple[np.ndarray, ...]:
     """An operator of onnx's that sums, computed in float32 and rounded once, as TensorRT and PyTorch compute it.
 
     onnx sums in the type of its inputs. In bfloat16 a sum of ones ends at 256, where one is half a step: a softmax over
     512 equal scores so gives twice its weights, and the mean of 3,072 features a twelfth of it.
     """
+    wide = [value.astype(np.float32) if value.dtype in _SIXTEEN_BITS else value for value in inputs]
+    return tuple(output.astype(inputs[0].dtype) for output in operator(*wide, **attributes))
+
+
+class Softmax(op_softmax.Softmax):
+    """Along one axis."""
 
     op_domain = ""
 
-    def _run(self, *inputs: np.ndarray, **attributes: object) -> tuple[np.ndarray, ...]:
-        """The operator's outputs, in the type of its first input."""
-        wide = [value.astype(np.float32) if value.dtype in _SIXTEEN_BITS else value for value in inputs]
-        return tuple(output.astype(inputs[0].dtype) for output in super()._run(*wide, **attributes))
+    def _run(self, *inputs: np.ndarray, **attributes: Any) -> tuple[np.ndarray, ...]:
+        """As onnx has it, with a wide sum."""
+        return _summed_in_float32(super()._run, inputs, attributes)
 
 
-class Softmax(_WideSums, op_softmax.Softmax):
-    """Along one axis."""
-
-
-class LayerNormalization(_WideSums, op_layer_normalization.LayerNormalization):
+class LayerNormalization(op_layer_normalization.LayerNormalization):
     """Over the last axes; ONNX itself says that mean and deviation are float32 (`stash_type`)."""
+
+    op_domain = ""
+
+    def _run(self, *inputs: np.ndarray, **attributes: Any) -> tuple[np.ndarray, ...]:
+        """As onnx has it, with wide sums."""
+        return _summed_in_float32(super()._run, inputs, attributes)
 
 
 OPERATORS = (TRT_FP4DynamicQuantize, Softmax, LayerNormalization)
