@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -10,6 +12,7 @@ from adatsq_trt.fields import Dimension, ModulePath
 
 INDEX_NAME = "index.json"
 WEIGHTS_NAME = "weights.data"
+CONSTANTS_NAME = "constants.json"
 BUCKET_INPUT = "bucket"  # of a graph that holds all assignments: which one, as a scalar int32
 SELECTOR_INPUT = "selector"  # of a graph with plugin nodes: its extent, not its values, says which assignment
 
@@ -91,3 +94,33 @@ class GraphIndex(BaseModel):
             if graph.variant == variant and graph.assignment == assignment:
                 return graph
         raise KeyError(f"no {variant} graph for assignment {assignment}")
+
+
+class ConstantHashes(BaseModel):
+    """What the exporter put into its graphs, so that `check` can tell whether it is still there, bit for bit.
+
+    Attributes:
+        variants: variant of the graph → `constant_key` → `constant_hash`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = 1
+    variants: dict[str, dict[str, str]]
+
+
+def constant_key(name: str, formats: Mapping[str, str]) -> str:
+    """What a constant is called among those of all graphs of a variant: "<name>@<format>" for one of a layer.
+
+    Args:
+        name: in the graph: begins with the layer's module path, then "." or "/".
+        formats: module path → format in this graph.
+    """
+    ends = [place for place, letter in enumerate(name) if letter in "./"]
+    layer = next((name[:end] for end in ends if name[:end] in formats), None)
+    return name if layer is None or "@" in name else f"{name}@{formats[layer]}"
+
+
+def constant_hash(data_type: int, shape: Sequence[int], content_sha256: bytes) -> str:
+    """Hash of a constant: of its ONNX element type, its shape and its bytes."""
+    return hashlib.sha256(f"{data_type} {list(shape)} ".encode() + content_sha256).hexdigest()

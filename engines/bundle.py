@@ -152,13 +152,21 @@ class BundleFiles:
             ) from error
 
     def cpu_graph(self, step: int) -> GraphFile:
-        """The cpu graph that runs a step: its assignment's own, or that of all assignments where there is no other.
+        """The cpu graph that runs a step.
+
+        Raises:
+            DamagedFileError: the index has no such graph.
+        """
+        return self.assignment_graph("cpu", self.policy.step_assignments[step])
+
+    def assignment_graph(self, variant: str, assignment: int) -> GraphFile:
+        """The graph that computes an assignment: its own, or that of all assignments where there is no other.
 
         Raises:
             DamagedFileError: the index has no such graph.
         """
         together = self.manifest.layout == "plugin"
-        return self.graph("cpu", None if together else self.policy.step_assignments[step])
+        return self.graph(variant, None if together else assignment)
 
     def graph_path(self, graph: GraphFile) -> Path:
         """Where a graph's file lies."""

@@ -175,6 +175,39 @@ def write_store(path: Path, weights_file: Path, names: Mapping[Weight, str]) -> 
     return sum(weight.length for weight in names)
 
 
+def store_difference(store: Path, weights_file: Path, names_file: Path) -> str | None:
+    """The first weight of a store that is not the weight file's, as a sentence; None where all are the same.
+
+    Args:
+        store: that the plans are bound to.
+        weights_file: the export folder's.
+        names_file: `switch.target.onnx`, which names the weights.
+
+    Raises:
+        DamagedFileError: the store is not a safetensors file.
+    """
+    names = name_weights(names_file)
+    with store.open("rb") as stored, weights_file.open("rb") as source:
+        try:
+            size = int.from_bytes(stored.read(8), "little")
+            header = json.loads(stored.read(size))
+            places = {name: tuple(entry["data_offsets"]) for name, entry in header.items()}
+            kinds = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DamagedFileError(f"'{store}' is not a complete safetensors file ({error}); {REBUILD}") from error
+        lost = sorted(set(names.values()) ^ {name for name in places if not name.startswith(_PADDING)})
+        if lost:
+            return f"'{lost[0]}' is in the store or among the graph's weights, but not in both"
+        for weight, name in names.items():
+            begin, end = places[name]
+            stored.seek(8 + size + begin)
+            source.seek(weight.offset)
+            kind = (_TYPES[weight.dtype], _stored_shape(weight))
+            if kinds[name] != kind or stored.read(end - begin) != source.read(weight.length):
+                return f"'{name}' is not what '{weights_file.name}' holds"
+    return None
+
+
 def pack_plan(plan: bytes) -> bytes:
     """A plan, compressed; the same plan gives the same bytes."""
     return lzma.compress(plan, preset=_PRESET)

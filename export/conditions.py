@@ -32,7 +32,7 @@ def check_graph(path: Path, formats: Mapping[str, Collection[Format]]) -> None:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise AdatsqError(f"the exporter wrote a graph that onnx.checker refuses: {error}") from error
-    graphs = list(_with_subgraphs(onnx.load(path, load_external_data=False).graph))
+    graphs = list(with_subgraphs(onnx.load(path, load_external_data=False).graph))
     problems = [
         *_repeated_names(graphs),
         *_wrong_formats(graphs, formats),
@@ -43,12 +43,13 @@ def check_graph(path: Path, formats: Mapping[str, Collection[Format]]) -> None:
         raise AdatsqError(f"the exporter wrote a wrong graph, '{path.name}': {'; '.join(problems[:3])}")
 
 
-def _with_subgraphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+def with_subgraphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """A graph and the branches of its nodes."""
     yield graph
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from _with_subgraphs(attribute.g)
+                yield from with_subgraphs(attribute.g)
 
 
 def _repeated_names(graphs: Collection[onnx.GraphProto]) -> list[str]:

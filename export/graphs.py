@@ -13,6 +13,7 @@ from onnx_ir.passes import common
 from adatsq_trt.base_type import BaseName
 from adatsq_trt.errors import MismatchError, OutputError, UnsupportedFormatError
 from adatsq_trt.export.conditions import check_graph
+from adatsq_trt.export.constant_hashes import HashedConstants
 from adatsq_trt.export.emitter import BASE_TYPES, TRT_DOMAIN
 from adatsq_trt.export.encode import EncodedWeight, encode_weight
 from adatsq_trt.export.insert_qdq import SCALE_SUFFIX, InsertQdq
@@ -28,6 +29,7 @@ from adatsq_trt.files import atomic_path, write_json_model
 from adatsq_trt.formats import FORMATS, TARGETS, Format, format_named
 from adatsq_trt.graph_index import (
     BUCKET_INPUT,
+    CONSTANTS_NAME,
     INDEX_NAME,
     SELECTOR_INPUT,
     WEIGHTS_NAME,
@@ -83,13 +85,14 @@ def export_graphs(
         move_initializers(template, store)
         encoded = _encode_weights(policy, weights, BASE_TYPES[base], store)
     total = 1 + (len(policy.assignments) + 1) * len(variants)
-    files = []
-    for file_entry in _write_all(template, policy, encoded, folder, BASE_TYPES[base], variants):
+    files, constants = [], HashedConstants(store.hashes)
+    for file_entry in _write_all(template, policy, encoded, folder, BASE_TYPES[base], variants, constants):
         files.append(file_entry)
         if on_graph is not None:
             on_graph(len(files), total)
     size = (folder / WEIGHTS_NAME).stat().st_size
     index = GraphIndex(base_type=base, graphs=tuple(files), weight_bytes=size, blocks=tuple(blocks))
+    write_json_model(folder / CONSTANTS_NAME, constants.record)
     write_json_model(folder / INDEX_NAME, index)
     return index
 
@@ -108,7 +111,7 @@ def clear_export(folder: Path) -> None:
     """Remove an earlier export, its index first, so that no index ever speaks of other graphs."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in [folder / INDEX_NAME, *folder.glob("*.onnx")]:
+        for path in [folder / INDEX_NAME, folder / CONSTANTS_NAME, *folder.glob("*.onnx")]:
             path.unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"cannot write '{folder}': {error.strerror}; choose a folder that is writable") from error
@@ -148,6 +151,7 @@ def _write_all(
     folder: Path,
     base: DataType,
     variants: Sequence[str],
+    constants: HashedConstants,
 ) -> Iterator[GraphFile]:
     models = [_quantized(template, policy, index, encoded, base) for index in range(len(policy.assignments))]
     columns = zip(policy.layers, zip(*policy.assignments, strict=True), strict=True)
@@ -157,12 +161,13 @@ def _write_all(
             if variant == "cpu":
                 LOWER_TO_CPU(model)
             formats = {layer: [FORMATS[name]] for layer, name in zip(policy.layers, row, strict=True)}
-            yield write_graph(model, folder / f"assignment_{index:03d}.{variant}.onnx", variant, index, formats)
+            path = folder / f"assignment_{index:03d}.{variant}.onnx"
+            yield write_graph(model, path, variant, index, formats, constants)
         together = switch(models, policy.layers, policy.assignments, constants_outside=variant == "cpu")
-        yield write_graph(together, folder / f"switch.{variant}.onnx", variant, None, everything)
+        yield write_graph(together, folder / f"switch.{variant}.onnx", variant, None, everything, constants)
     reference = template.clone()
     LOWER_TO_CPU(reference)
-    yield write_graph(reference, folder / REFERENCE_NAME, "reference", None, {})
+    yield write_graph(reference, folder / REFERENCE_NAME, "reference", None, {}, constants)
 
 
 def _quantized(
@@ -186,7 +191,12 @@ def _in_order(variants: Sequence[str]) -> list[Variant]:
 
 
 def write_graph(
-    model: ir.Model, path: Path, variant: Variant, assignment: int | None, formats: Mapping[str, Collection[Format]]
+    model: ir.Model,
+    path: Path,
+    variant: Variant,
+    assignment: int | None,
+    formats: Mapping[str, Collection[Format]],
+    constants: HashedConstants,
 ) -> GraphFile:
     """Write one graph; it gets its name when it has passed the checks.
 
@@ -196,10 +206,13 @@ def write_graph(
         variant: as in the index.
         assignment: index into the policy's assignments; None for all of them, and for the reference.
         formats: module path → its formats.
+        constants: takes in the graph's.
     """
     _set_versions(model)
+    proto = ir.to_proto(model)
+    constants.add(proto, variant, {layer: next(iter(own)).name for layer, own in formats.items() if len(own) == 1})
     with atomic_path(path) as temporary:
-        temporary.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+        temporary.write_bytes(proto.SerializeToString(deterministic=True))
         check_graph(temporary, formats)
     scales = {
         f"{layer}.{SCALE_SUFFIX}": layer

@@ -2,7 +2,8 @@
 
 Rules:
     1. A node that the exporter gave a scope gets the metadata MODULE: its module path, without the trace wrapper's
-       prefix. Every other remark of the exporter (source lines, stack traces) is dropped.
+       prefix; none where the exporter itself added it. Every other remark of the exporter (source lines, stack
+       traces) is dropped.
     2. A node without a scope belongs to the module of the node that makes its first input.
     3. A node is called "<module path>/<operator>"; the second of a kind gets a number.
     4. Parameters lose the trace wrapper's prefix.
@@ -17,6 +18,7 @@ import onnx_ir as ir
 
 MODULE = "adatsq.module"
 _EXPORTER_SCOPES = "pkg.torch.onnx.name_scopes"
+_NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"  # how torch.export calls what it added by itself
 
 
 class NameNodes(ir.passes.InPlacePass):
@@ -64,7 +66,7 @@ class NameNodes(ir.passes.InPlacePass):
         if scopes is not None:
             enclosing = ast.literal_eval(scopes)[:-1]
             path = str(enclosing[-1]) if enclosing else ""
-            return "" if path == self._prefix.rstrip(".") else path.removeprefix(self._prefix)
+            return "" if path in (self._prefix.rstrip("."), _NO_MODULE) else path.removeprefix(self._prefix)
         for value in node.inputs:
             producer = value.producer() if value is not None else None
             if producer is not None:

@@ -16,6 +16,7 @@ from onnx_ir.passes import common
 
 from adatsq_trt.base_type import BaseName
 from adatsq_trt.errors import MismatchError
+from adatsq_trt.export.constant_hashes import HashedConstants
 from adatsq_trt.export.encode import tensor_bytes
 from adatsq_trt.export.graphs import (
     LOWER_TO_CPU,
@@ -39,7 +40,7 @@ from adatsq_trt.export.restore_attention_scale import RestoreAttentionScale
 from adatsq_trt.export.weight_store import StoredTensor, WeightStore
 from adatsq_trt.files import atomic_path, write_json_model
 from adatsq_trt.formats import FORMATS
-from adatsq_trt.graph_index import INDEX_NAME, WEIGHTS_NAME, GraphFile, GraphIndex
+from adatsq_trt.graph_index import CONSTANTS_NAME, INDEX_NAME, WEIGHTS_NAME, GraphFile, GraphIndex
 from adatsq_trt.policy import Policy
 from adatsq_trt.quantize import QuantizedWeight
 
@@ -87,9 +88,11 @@ def export_plugin_graphs(
         operands = {layer: _store(layer, own.pop(layer), store) for layer in profiles}
     model = template.clone()
     InsertPlugin(profiles, operands, groups)(model)
-    files = _write_all(template, model, profiles, folder, on_graph)
+    constants = HashedConstants(store.hashes)
+    files = _write_all(template, model, profiles, folder, constants, on_graph)
     size = (folder / WEIGHTS_NAME).stat().st_size
     index = GraphIndex(base_type=base, graphs=files, weight_bytes=size, blocks=tuple(blocks))
+    write_json_model(folder / CONSTANTS_NAME, constants.record)
     write_json_model(folder / INDEX_NAME, index)
     return index
 
@@ -119,21 +122,22 @@ def _write_all(
     model: ir.Model,
     profiles: Mapping[str, Sequence[str]],
     folder: Path,
+    constants: HashedConstants,
     on_graph: Callable[[], None],
 ) -> tuple[GraphFile, ...]:
     formats = {layer: [FORMATS[name] for name in set(column)] for layer, column in profiles.items()}
-    plain = write_graph(model, folder / "plugin.target.plain.onnx", "target", None, formats)
+    plain = write_graph(model, folder / "plugin.target.plain.onnx", "target", None, formats, constants)
     on_graph()
     _add_functions(model, in_float32=False)
-    target = write_graph(model, folder / "plugin.target.onnx", "target", None, formats)
+    target = write_graph(model, folder / "plugin.target.onnx", "target", None, formats, constants)
     on_graph()
     model.functions.clear()
     _WIDEN(model)
     _add_functions(model, in_float32=True)
-    cpu = write_graph(model, folder / "plugin.cpu.onnx", "cpu", None, formats)
+    cpu = write_graph(model, folder / "plugin.cpu.onnx", "cpu", None, formats, constants)
     on_graph()
     LOWER_TO_CPU(template)
-    reference = write_graph(template, folder / REFERENCE_NAME, "reference", None, {})
+    reference = write_graph(template, folder / REFERENCE_NAME, "reference", None, {}, constants)
     on_graph()
     return target.model_copy(update={"plain_path": plain.path}), cpu, reference
 

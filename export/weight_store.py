@@ -65,6 +65,11 @@ class WeightStore:
         self._file, self._folder = file, folder
         self._offsets: dict[bytes, int] = {}
 
+    @property
+    def hashes(self) -> dict[int, bytes]:
+        """Offset → sha256 of the content that was to be put there."""
+        return {offset: digest for digest, offset in self._offsets.items()}
+
     def add(self, content: bytes, dtype: DataType, shape: tuple[int, ...]) -> StoredTensor:
         """Store a tensor, unless the same bytes are there already."""
         if len(content) < INLINE_BYTES:

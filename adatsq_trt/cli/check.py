@@ -46,9 +46,10 @@ def check(
 ) -> None:
     """Compare a bundle's graphs with the fake-quantized PyTorch model.
 
-    Every step and, for each bucket, every layer of the cpu graphs is compared in ONNX Runtime; every layer of the
-    target graphs in onnx's reference evaluator; the denoising loop as a whole. Exit code 1 when a comparison fails. A
-    bundle that has passed and is unchanged, file by file, is not compared anew.
+    Every step and, for each bucket, every layer of the cpu graphs is compared in ONNX Runtime, as is every step of the
+    full-precision graph; every layer and module of the target graphs in onnx's reference evaluator; the denoising loop
+    as a whole; guidance, sigmas, scales and constants bit for bit. Exit code 1 when a comparison fails. A bundle that
+    has passed and is unchanged, file by file, is not compared anew.
 
     Example: adatsq-trt check runs/demo --bisect --junit check.xml
     """
@@ -104,6 +105,9 @@ def _failure(report: CheckReport, folder: Path) -> str:
     if failed:
         more = f" and {len(failed) - _SHOWN_FAILURES} more" if len(failed) > _SHOWN_FAILURES else ""
         parts.append(f"at {', '.join(failed[:_SHOWN_FAILURES])}{more}")
+    unequal = [row.subject for row in report.exact if not row.passed]
+    if unequal:
+        parts.append(f"in what must be exactly as exported ({', '.join(unequal)})")
     if not report.loop.passed:
         parts.append("in the denoising loop")
     advice = "" if report.first_layers or not failed else "; --bisect names the first wrong layer"
@@ -119,16 +123,19 @@ def _table(report: CheckReport, folder: Path, shape: str | None) -> Table:
     size = "" if shape is None else f" at {shape}"
     table = Table("steps", "variant", "outputs", "median", "≤", "relative", "≤", "", box=None)
     for index, (first, last) in enumerate(report.buckets):
-        for variant in ("cpu", "target"):
+        for variant in ("cpu", "target", "reference"):
             rows = [row for row in report.rows if (row.bucket, row.variant) == (index, variant)]
             if rows:
                 table.add_row(f"{first}–{last}", variant, str(len(rows)), *_worst(rows), _verdict(rows))
+    verdict = "ok" if all(row.passed for row in report.exact) else "FAILED"
+    table.add_row("all", "exact", str(len(report.exact)), "", "", "", "", verdict)
     loop = report.loop
     if loop.rows:
         worst = max(loop.rows, key=lambda row: float("inf") if row.error is None else row.error / row.tolerance)
         verdict = "ok" if loop.passed else "FAILED"
         table.add_row("all", "loop", str(len(loop.rows)), "", "", figure(worst.error), figure(worst.tolerance), verdict)
     lines = [f"{row.subject}: {row.finding}" for row in report.rows if not row.passed][:_SHOWN_FAILURES]
+    lines += [f"{row.subject}: {row.failure}" for row in report.exact if not row.passed]
     lines += [layer.sentence for layer in report.first_layers]
     lines += [f"the first of them again, in '{folder}': {row.command}" for row in report.rows if not row.passed][:1]
     last_error = figure(loop.rows[-1].quantization_error) if loop.rows else "none"

@@ -1,12 +1,14 @@
-"""Cut a transformer block out of a `target` graph, and the same block out of its `cpu` twin.
+"""Cut a `target` graph into pieces, and a piece out of it and out of its `cpu` twin.
 
-Nodes carry the path of their module as metadata, and values keep their names from one variant to the other, except for
-those that lowering adds. So a cut is a set of boundary values that both graphs have.
+The pieces are the transformer's blocks and, outside of them, one for each module: embedders, the final norm and
+projection. Together they cover the graph. Nodes carry the path of their module as metadata, and values keep their
+names from one variant to the other, except for those that lowering adds. So a cut is a set of boundary values that both
+graphs have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,11 +22,25 @@ from adatsq_trt.engines.store import self_contained
 from adatsq_trt.errors import AdatsqError
 
 MODULE_KEY = "adatsq.module"
+MODEL_PIECE = "model"  # nodes of the model itself, outside of all its modules
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Nodes of a target graph that are compared together.
+
+    Attributes:
+        name: module path of a block, or of a module outside of the blocks; MODEL_PIECE for nodes of no module.
+        nodes: first outputs of its nodes.
+    """
+
+    name: str
+    nodes: frozenset[str]
 
 
 @dataclass(frozen=True)
 class Cut:
-    """The border of a block.
+    """The border of a piece.
 
     Attributes:
         inputs: names of the values that enter it, graph inputs among them.
@@ -74,7 +90,7 @@ class GraphView:
         """
         inputs = list(inputs)
         given = {value.name for value in inputs}
-        needed = self._needed_nodes(given, outputs)
+        needed = self.needed_nodes(given, outputs)
         used = {name for node in needed for name in node.input}
         inputs += [value for value in self.graph.input if value.name in used - given]
         constants = [tensor for name, tensor in self.initializers.items() if name in used]
@@ -88,7 +104,7 @@ class GraphView:
             functions=self.model.functions,
         )
 
-    def _needed_nodes(self, given: Collection[str], outputs: Iterable[str]) -> list[NodeProto]:
+    def needed_nodes(self, given: Collection[str], outputs: Iterable[str]) -> list[NodeProto]:
         """Nodes that the outputs need, in the graph's order; the walk upwards ends at given values."""
         pending, needed = list(outputs), set[str]()
         while pending:
@@ -101,16 +117,39 @@ class GraphView:
         return [node for node in self.graph.node if node.output[0] in needed]
 
 
-def find_cut(target: GraphView, cpu: GraphView, block: str) -> Cut:
-    """The border of a block: what enters and leaves it in the target graph and has a name in the cpu graph too.
+def find_pieces(target: GraphView, cpu: GraphView, blocks: Sequence[str]) -> list[Piece]:
+    """What a target graph is compared in: modules outside of the blocks, in the order of execution, then the blocks.
+
+    Outside of the blocks, what nodes compute from constants alone, and Casts that lowering leaves out, belong to all
+    pieces that read them.
+
+    Args:
+        target: graph whose nodes carry module paths.
+        cpu: the graph that it was lowered to.
+        blocks: module paths.
+    """
+    nodes: dict[str, set[str]] = {}
+    inside: dict[str, set[str]] = {block: set() for block in blocks}
+    for node in target.graph.node:
+        path = module_of(node)
+        block = next((block for block in blocks if path == block or path.startswith(f"{block}.")), None)
+        if block is not None:
+            inside[block].add(node.output[0])
+        elif node.output[0] in target.varying and (node.op_type != "Cast" or node.output[0] in cpu.producers):
+            nodes.setdefault(path or MODEL_PIECE, set()).add(node.output[0])
+    return [Piece(name, frozenset(members)) for name, members in (*nodes.items(), *inside.items())]
+
+
+def find_cut(target: GraphView, cpu: GraphView, piece: Piece) -> Cut:
+    """The border of a piece: what enters and leaves it in the target graph and has a name in the cpu graph too.
 
     Lowering leaves out Casts between types that become one. Where it so renamed a value, the cut moves up to the next
-    value that both graphs have: beyond the block for what enters, up to the Cast's source for what leaves.
+    value that both graphs have: beyond the piece for what enters, up to the Cast's source for what leaves.
 
     Raises:
-        AdatsqError: no node belongs to the block, or no value that leaves it is in the cpu graph.
+        AdatsqError: no node belongs to the piece, or no value that leaves it is in the cpu graph.
     """
-    members = {node.output[0] for node in target.graph.node if _belongs(node, block)}
+    members = piece.nodes
     outside = [node for node in target.graph.node if node.output[0] not in members]
     wanted = {name for node in outside for name in node.input} | {value.name for value in target.graph.output}
     sources = [
@@ -123,8 +162,8 @@ def find_cut(target: GraphView, cpu: GraphView, block: str) -> Cut:
     leaving = dict.fromkeys(name for name in sources if name in cpu.producers)
     if not leaving:
         raise AdatsqError(
-            f"'{target.path}': no value leaves block '{block}' under a name that '{cpu.path.name}' has too "
-            f"({len(members)} nodes belong to the block); run 'adatsq-trt export' again"
+            f"'{target.path}': no value leaves '{piece.name}' under a name that '{cpu.path.name}' has too "
+            f"({len(members)} nodes belong to it); run 'adatsq-trt export' again"
         )
     return Cut(tuple(_entering(target, cpu, members, leaving)), tuple(leaving))
 
@@ -146,13 +185,8 @@ def module_of(node: NodeProto) -> str:
     return next((entry.value for entry in node.metadata_props if entry.key == MODULE_KEY), "")
 
 
-def _belongs(node: NodeProto, block: str) -> bool:
-    path = module_of(node)
-    return path == block or path.startswith(f"{block}.")
-
-
 def _cast_source(target: GraphView, cpu: GraphView, members: Collection[str], name: str) -> str:
-    """The value itself, or what the block's Casts made it of where the cpu graph has no such Cast."""
+    """The value itself, or what the piece's Casts made it of where the cpu graph has no such Cast."""
     while name not in cpu.producers:
         node = target.producers[name]
         if node.op_type != "Cast" or node.input[0] not in members:

@@ -1,6 +1,6 @@
-"""One block of a `target` graph, in onnx's reference evaluator, against the same block of its `cpu` twin.
+"""One piece of a `target` graph, in onnx's reference evaluator, against the same piece of its `cpu` twin.
 
-Both get the same values at the block's border, rounded to the target graph's types, so that only the block itself can
+Both get the same values at the piece's border, rounded to the target graph's types, so that only the piece itself can
 make a difference.
 """
 
@@ -16,7 +16,7 @@ from onnx import ModelProto, TensorProto, ValueInfoProto
 from onnx.helper import make_tensor_value_info, np_dtype_to_tensor_dtype, tensor_dtype_to_np_dtype
 from polygraphy.comparator import Comparator
 
-from adatsq_trt.engines.accuracy.block_cut import Cut, GraphView, find_cut
+from adatsq_trt.engines.accuracy.block_cut import Cut, GraphView, Piece, find_cut, find_pieces
 from adatsq_trt.engines.accuracy.comparison import Arrays, quiet_polygraphy, run_in_onnxruntime
 from adatsq_trt.engines.accuracy.reference_ops import ReferenceRunner
 from adatsq_trt.engines.accuracy.references import OUTPUT_SUFFIX
@@ -31,13 +31,13 @@ _FLOATS = (TensorProto.FLOAT, TensorProto.BFLOAT16, TensorProto.FLOAT16)
 
 @dataclass(frozen=True)
 class BlockRun:
-    """A block's outputs, computed twice.
+    """A piece's outputs, computed twice.
 
     Attributes:
-        inputs: of the cpu block.
-        expected: outputs of the target block in onnx's evaluator, those of its layers among them.
-        got: the same of the cpu block in ONNX Runtime.
-        graph: the cpu block as an ONNX file.
+        inputs: of the cpu piece.
+        expected: outputs of the target piece in onnx's evaluator, those of its layers among them.
+        got: the same of the cpu piece in ONNX Runtime.
+        graph: the cpu piece as an ONNX file.
         layers: output → how often a quantized layer's error counts in it.
     """
 
@@ -50,7 +50,7 @@ class BlockRun:
 
 @dataclass(frozen=True)
 class BlockPair:
-    """The graphs of one assignment in both variants, of which blocks are run.
+    """The graphs of one assignment in both variants, of which pieces are run.
 
     Attributes:
         bundle: with a target and a cpu graph for the assignment.
@@ -64,44 +64,60 @@ class BlockPair:
 
     @cached_property
     def _graphs(self) -> tuple[GraphView, GraphView]:
-        target, cpu = (self.bundle.graph(variant, self.assignment) for variant in ("target", "cpu"))
+        target, cpu = (self.bundle.assignment_graph(variant, self.assignment) for variant in ("target", "cpu"))
         return GraphView(self.bundle.graph_path(target)), GraphView(self.bundle.graph_path(cpu))
 
     @cached_property
+    def _pieces(self) -> dict[str, Piece]:
+        return {piece.name: piece for piece in find_pieces(*self._graphs, self.bundle.index.blocks)}
+
+    @property
+    def outside(self) -> list[str]:
+        """Names of the pieces outside of the blocks.
+
+        Raises:
+            AdatsqError: a file is not an ONNX graph.
+        """
+        return [name for name in self._pieces if name not in self.bundle.index.blocks]
+
+    @cached_property
     def _cuts(self) -> dict[str, Cut]:
-        """Block → its border, with the outputs of its layers among the outputs."""
+        """Piece → its border, with the outputs of its layers among the outputs."""
         target, cpu = self._graphs
         cuts = {}
-        for block in self.bundle.index.blocks:
-            layers = [f"{name}{OUTPUT_SUFFIX}" for name in self._layers(block)]
-            inside = [name for name in layers if name in target.producers and name in cpu.producers]
-            border = find_cut(target, cpu, block)
-            cuts[block] = Cut(border.inputs, tuple(dict.fromkeys((*inside, *border.outputs))))
+        for name, piece in self._pieces.items():
+            layers = [f"{layer}{OUTPUT_SUFFIX}" for layer in self._layers(name)]
+            inside = [value for value in layers if value in cpu.producers]
+            border = find_cut(target, cpu, piece)
+            cuts[name] = Cut(border.inputs, tuple(dict.fromkeys((*inside, *border.outputs))))
         return cuts
 
-    def _layers(self, block: str) -> list[str]:
-        """Module paths of a block's quantized layers."""
-        return [name for name in self.bundle.policy.layers if name.startswith(f"{block}.")]
+    def _layers(self, piece: str) -> list[str]:
+        """Module paths of a piece's quantized layers."""
+        nodes = self._pieces[piece].nodes
+        target, _ = self._graphs
+        outputs = {layer: target.producers.get(f"{layer}{OUTPUT_SUFFIX}") for layer in self.bundle.policy.layers}
+        return [layer for layer, node in outputs.items() if node is not None and node.output[0] in nodes]
 
     @cached_property
     def _values(self) -> dict[str, np.ndarray]:
-        """What enters the blocks, computed by the cpu graph."""
+        """What enters the pieces, computed by the cpu graph."""
         _, cpu = self._graphs
         entering = sorted({name for cut in self._cuts.values() for name in cut.inputs if name in cpu.producers})
         inside = run_in_onnxruntime(cpu.path, [self.feed], entering)[0] if entering else {}
         return {**self.feed, **inside}
 
-    def run(self, block: str, graph: Path) -> BlockRun:
-        """Cut a block out of both variants and run each.
+    def run(self, piece: str, graph: Path) -> BlockRun:
+        """Cut a piece out of both variants and run each.
 
         Args:
-            block: module path.
-            graph: where the cpu block is written as an ONNX file.
+            piece: its name.
+            graph: where the cpu piece is written as an ONNX file.
 
         Raises:
-            AdatsqError: the variants do not share the block's border, or a graph cannot be run.
+            AdatsqError: the variants do not share the piece's border, or a graph cannot be run.
         """
-        (target, cpu), cut, values = self._graphs, self._cuts[block], self._values
+        (target, cpu), cut, values = self._graphs, self._cuts[piece], self._values
         _require(values, cut.inputs, target.path)
         inputs = [_input(target, name, values[name], self.bundle.index.base_type) for name in cut.inputs]
         rounded = {**values, **{value.name: _rounded(values[value.name], value) for value in inputs}}
@@ -110,9 +126,10 @@ class BlockPair:
         write_bytes(graph, cpu_block.SerializeToString())
         cpu_inputs = {value.name: rounded[value.name] for value in cpu_block.graph.input}
         expected = _evaluate(target.extract(inputs, cut.outputs), {v.name: rounded[v.name] for v in inputs})
-        counts = count_rounded_layers(target, self._layers(block))
+        got = run_in_onnxruntime(graph, [cpu_inputs])[0]
+        counts = count_rounded_layers(target, self._layers(piece))
         layers = {name: counts.get(name, 0) for name in cut.outputs}
-        return BlockRun(cpu_inputs, expected, run_in_onnxruntime(graph, [cpu_inputs])[0], graph, layers)
+        return BlockRun(cpu_inputs, expected, {n: v.astype(np.float32) for n, v in got.items()}, graph, layers)
 
 
 def _require(values: Arrays, names: Iterable[str], graph: Path) -> None:
@@ -125,20 +142,20 @@ def _require(values: Arrays, names: Iterable[str], graph: Path) -> None:
 
 
 def _evaluate(block: ModelProto, feed: Arrays) -> dict[str, np.ndarray]:
-    """Outputs of a target block in onnx's evaluator."""
+    """Outputs of a target piece in onnx's evaluator."""
     # The evaluator documents no common base for what it does not like about a graph.
     try:
         with quiet_polygraphy():
             results = Comparator.run([ReferenceRunner(block, REFERENCE_NAME)], data_loader=[feed])
     except Exception as error:
         raise AdatsqError(
-            f"onnx's reference evaluator cannot run the target block: {error}; run 'adatsq-trt export' again"
+            f"onnx's reference evaluator cannot run the target piece: {error}; run 'adatsq-trt export' again"
         ) from error
     return dict(results[0][1][0])
 
 
 def _input(target: GraphView, name: str, value: np.ndarray, base_type: str) -> ValueInfoProto:
-    """The declaration of a value that enters the target block, in the type that it has there."""
+    """The declaration of a value that enters the target piece, in the type that it has there."""
     known = target.types.get(name)
     kind = known.type.tensor_type.elem_type if known is not None else TensorProto.UNDEFINED
     if kind == TensorProto.UNDEFINED:
@@ -157,7 +174,7 @@ def _rounded(value: np.ndarray, declared: ValueInfoProto) -> np.ndarray:
 
 
 def _cpu_block(cpu: GraphView, cut: Cut, values: Arrays) -> ModelProto:
-    """The same block of the cpu graph."""
+    """The same piece of the cpu graph."""
     inputs = [
         make_tensor_value_info(name, np_dtype_to_tensor_dtype(values[name].dtype), [None] * values[name].ndim)
         for name in cut.inputs

@@ -105,7 +105,7 @@ class ReferenceRunner(BaseRunner):  # type: ignore[misc]
 
     def activate_impl(self) -> None:
         """Prepare the evaluator."""
-        self._evaluator = ReferenceEvaluator(self._model, new_ops=list(OPERATORS))
+        self._evaluator = ReferenceEvaluator(_without_overloads(self._model), new_ops=list(OPERATORS))
 
     def get_input_metadata_impl(self) -> TensorMetadata:
         """Inputs as polygraphy feeds them: 16-bit types as float32."""
@@ -129,3 +129,16 @@ class ReferenceRunner(BaseRunner):  # type: ignore[misc]
     def deactivate_impl(self) -> None:
         """Free the evaluator."""
         del self._evaluator
+
+
+def _without_overloads(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same model with a name of its own for every function: onnx's evaluator does not know overloads."""
+    same = onnx.ModelProto()
+    same.CopyFrom(model)
+    for function in same.functions:
+        function.name += function.overload
+        function.ClearField("overload")
+    for node in same.graph.node:
+        node.op_type += node.overload
+        node.ClearField("overload")
+    return same

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from adatsq_trt.engines.bundle import REFERENCE_NAME, BundleFiles
+from adatsq_trt.engines.exported import SCALES_PREFIX
 from adatsq_trt.errors import DamagedFileError
+from adatsq_trt.graph_index import GraphFile
 
 # What the exporter calls a layer's output after its module path.
 OUTPUT_SUFFIX = ".output"
@@ -25,14 +27,15 @@ class Reference:
 
     bundle: BundleFiles
 
-    def feed(self, step: int, rows: int | None = None) -> dict[str, np.ndarray]:
-        """A step's calibration inputs, activation scales and choice of formats, as its cpu graph takes them.
+    def feed(self, step: int, rows: int | None = None, graph: GraphFile | None = None) -> dict[str, np.ndarray]:
+        """A step's calibration inputs, activation scales and choice of formats, as a graph takes them.
 
         Args:
             step: index in the loop.
             rows: so many evenly spaced rows of the batch; None for all.
+            graph: the step's cpu graph unless given.
         """
-        graph = self.bundle.cpu_graph(step)
+        graph = graph or self.bundle.cpu_graph(step)
         inputs = {s.name: self._array(f"step_{step:03d}.input.{s.name}") for s in graph.inputs}
         if rows is not None:
             inputs = {name: value[:: max(len(value) // rows, 1)] for name, value in inputs.items()}
@@ -42,6 +45,15 @@ class Reference:
         """The fake-quantized model's output for a step's inputs; `rows` as in `feed`."""
         output = self._array(f"step_{step:03d}.output")
         return output if rows is None else output[:: max(len(output) // rows, 1)]
+
+    def full_precision(self, step: int) -> np.ndarray:
+        """The unquantized model's output for the same inputs."""
+        return self._array(f"step_{step:03d}.full_precision")
+
+    def activation_scales(self) -> dict[str, np.ndarray]:
+        """Format → static scales [steps, layers] that the fake-quantized model was given."""
+        tables = {n: table for n, table in self.bundle.reference.items() if n.startswith(SCALES_PREFIX)}
+        return {name.removeprefix(SCALES_PREFIX): table for name, table in tables.items()}
 
     def output_spread(self, step: int) -> float:
         """Relative error of a step's output under noise at every layer's input; the largest of the exporter's runs."""

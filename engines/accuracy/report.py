@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from adatsq_trt.files import write_bytes, write_json_model
 
 REPORT_NAME = "check.json"
+Variant = Literal["cpu", "target", "reference"]
 # Libraries colour their messages with what XML 1.0 cannot hold.
 _NOT_XML = re.compile(r"[^\t\n\r\x20-\uD7FF\uE000-\uFFFD\U00010000-\U0010FFFF]")
 
@@ -27,8 +28,9 @@ class CheckRow(_Record):
         bucket: index into the policy's buckets.
         step: whose inputs and scales were fed.
         assignment: index into the policy's assignments.
-        variant: which graph is checked.
-        block: module path of the block that was cut out; None for the whole graph.
+        variant: which graph is checked; "reference" is the full-precision one.
+        block: module path of what was cut out, a block or a module outside of the blocks; "model" for nodes of no
+            module; None for the whole graph.
         separated: whether every layer was given what the reference computed before it.
         layer: module path of the layer whose output is compared; None for the output of the graph or block.
         format: the layer's format by the policy; None likewise.
@@ -47,7 +49,7 @@ class CheckRow(_Record):
     bucket: int
     step: int
     assignment: int
-    variant: Literal["cpu", "target"]
+    variant: Variant
     block: str | None
     separated: bool = False
     layer: str | None
@@ -66,7 +68,9 @@ class CheckRow(_Record):
     def subject(self) -> str:
         """What is compared, for people."""
         part = self.layer or self.block or ("behind the last layer" if self.separated else "")
-        return f"step {self.step}, {self.variant} graph of assignment {self.assignment}" + (f", {part}" if part else "")
+        own = "full-precision graph" if self.variant == "reference" else f"{self.variant} graph of assignment"
+        number = "" if self.variant == "reference" else f" {self.assignment}"
+        return f"step {self.step}, {own}{number}" + (f", {part}" if part else "")
 
     @property
     def finding(self) -> str:
@@ -115,6 +119,20 @@ class LoopReport(_Record):
     command: str
 
 
+class ExactRow(_Record):
+    """Something of the bundle that must be what the exporter had, bit for bit.
+
+    Attributes:
+        subject: what it is.
+        passed: whether it is the same.
+        failure: the first difference; None where there is none.
+    """
+
+    subject: str
+    passed: bool
+    failure: str | None
+
+
 class FirstLayer(_Record):
     """The first layer, in the order of execution, whose output leaves the tolerance.
 
@@ -130,7 +148,7 @@ class FirstLayer(_Record):
 
     step: int
     assignment: int
-    variant: Literal["cpu", "target"]
+    variant: Variant
     layer: str
     format: str
     graph_format: str | None
@@ -154,18 +172,20 @@ class CheckReport(_Record):
         model: the bundle's model.
         manifest_sha256: of the bundle's manifest, which hashes every other file: the bundle that was checked.
         passed: every row and the loop pass.
+        exact: what is compared bit for bit.
         buckets: first and last step of each bucket.
         rows: by bucket; cpu graphs before target graphs, layers in the order of execution.
         loop: the whole denoising loop.
         first_layers: where wrong graphs begin to be wrong; filled by `bisect`.
     """
 
-    schema_version: Literal[3] = 3
+    schema_version: Literal[4] = 4
     model: str
     manifest_sha256: str
     passed: bool
     buckets: tuple[tuple[int, int], ...]
     rows: tuple[CheckRow, ...]
+    exact: tuple[ExactRow, ...]
     loop: LoopReport
     first_layers: tuple[FirstLayer, ...] = ()
 
@@ -185,7 +205,7 @@ def write_report(folder: Path, report: CheckReport) -> None:
 
 
 def write_junit(path: Path, report: CheckReport) -> None:
-    """Write a report as JUnit XML: a test suite for each bucket and one for the loop.
+    """Write a report as JUnit XML: a test suite for each bucket, one for the loop, one for what is exact.
 
     Raises:
         OutputError: the file cannot be written.
@@ -196,6 +216,9 @@ def write_junit(path: Path, report: CheckReport) -> None:
         for row in (row for row in report.rows if row.bucket == index):
             advice = f"{row.finding}\nrepeat it in the report's folder: {row.command}"
             _case(suite, row.variant, row.subject, None if row.passed else row.finding, advice)
+    suite = _suite(root, "bit for bit")
+    for same in report.exact:
+        _case(suite, "exact", same.subject, same.failure, same.failure or "")
     suite = _suite(root, "denoising loop")
     for step in report.loop.rows:
         finding = f"relative {figure(step.error)} (limit {figure(step.tolerance)})"

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from adatsq_trt.engines.accuracy.block_cut import load_graph
 from adatsq_trt.engines.accuracy.blocks import REFERENCE_NAME, BlockPair
 from adatsq_trt.engines.accuracy.comparison import CPU_NAME, Arrays, SavedArrays, compare, run_in_onnxruntime
+from adatsq_trt.engines.accuracy.exact import check_exactly
 from adatsq_trt.engines.accuracy.loop import check_loop
 from adatsq_trt.engines.accuracy.references import OUTPUT_SUFFIX, Reference
-from adatsq_trt.engines.accuracy.report import REPORT_NAME, CheckReport, CheckRow, write_report
+from adatsq_trt.engines.accuracy.report import REPORT_NAME, CheckReport, CheckRow, Variant, write_report
 from adatsq_trt.engines.accuracy.separate_layers import chosen_outputs, given_inputs, write_separated
 from adatsq_trt.engines.accuracy.tolerances import (
     FLOAT32,
@@ -22,13 +23,15 @@ from adatsq_trt.engines.accuracy.tolerances import (
     block_tolerance,
     layer_tolerance,
     output_tolerance,
+    unquantized_tolerance,
 )
 from adatsq_trt.engines.accuracy.written_formats import written_formats
 from adatsq_trt.engines.bundle import MANIFEST_NAME, BundleFiles
 from adatsq_trt.errors import AdatsqError, UserError
 from adatsq_trt.files import read_json_model, sha256
 
-PYTORCH_NAME = "PyTorch, fake-quantized"
+PYTORCH_NAME, FULL_PRECISION_NAME = "PyTorch, fake-quantized", "PyTorch, full precision"
+_LONGEST_NAME = 120  # of a module, in the name of a file
 _NO_OUTPUT = ""  # of a graph that does not run and has no known outputs
 
 
@@ -48,7 +51,7 @@ class Subject:
     bucket: int
     step: int
     assignment: int
-    variant: Literal["cpu", "target"]
+    variant: Variant
     block: str | None = None
     separated: bool = False
 
@@ -56,7 +59,7 @@ class Subject:
 def work_units(bundle: BundleFiles) -> int:
     """How often `check` reports progress."""
     policy, blocks = bundle.policy, len(bundle.index.blocks)
-    return policy.steps + len(policy.buckets) + len(_targets(bundle)) * blocks + 1
+    return 2 * policy.steps + len(policy.buckets) + len(_targets(bundle)) * (1 + blocks) + 2
 
 
 def check(
@@ -79,15 +82,17 @@ def check(
         rows += unit
         if on_unit is not None:
             on_unit()
-    loop = check_loop(bundle, folder, fail_above)
+    exact, loop = check_exactly(bundle), check_loop(bundle, folder, fail_above)
     if on_unit is not None:
+        on_unit()
         on_unit()
     report = CheckReport(
         model=bundle.manifest.model,
         manifest_sha256=_identity(bundle),
-        passed=loop.passed and all(row.passed for row in rows),
+        passed=loop.passed and all(row.passed for row in rows) and all(row.passed for row in exact),
         buckets=tuple((bucket.first, bucket.last) for bucket in bundle.policy.buckets),
         rows=tuple(sorted(rows, key=lambda row: (row.bucket, row.variant))),
+        exact=exact,
         loop=loop,
     )
     write_report(folder, report)
@@ -114,16 +119,21 @@ def _identity(bundle: BundleFiles) -> str:
     return sha256(bundle.folder / MANIFEST_NAME)
 
 
-def _targets(bundle: BundleFiles) -> list[int]:
-    return [g.assignment for g in bundle.index.graphs if g.variant == "target" and g.assignment is not None]
+def _targets(bundle: BundleFiles) -> Sequence[int]:
+    """Assignments that have a target graph."""
+    graphs = [graph.assignment for graph in bundle.index.graphs if graph.variant == "target"]
+    if graphs == [None]:  # layout `plugin`: one graph for all
+        return range(len(bundle.policy.assignments))
+    return [assignment for assignment in graphs if assignment is not None]
 
 
 def _units(bundle: BundleFiles, folder: Path) -> Iterator[list[CheckRow]]:
     reference = Reference(bundle)
     for assignment in range(len(bundle.policy.assignments)):
         yield from _check_steps(bundle, reference, assignment, folder)
+    yield from _run_outputs(bundle, "reference", range(bundle.policy.steps), folder)
     for assignment in _targets(bundle):
-        yield from _check_blocks(bundle, reference, assignment, folder)
+        yield from _check_target(bundle, reference, assignment, folder)
 
 
 def _check_steps(bundle: BundleFiles, reference: Reference, assignment: int, folder: Path) -> Iterator[list[CheckRow]]:
@@ -132,7 +142,7 @@ def _check_steps(bundle: BundleFiles, reference: Reference, assignment: int, fol
     firsts = [bucket.first for bucket in policy.buckets if bucket.assignment == assignment]
     steps = [step for step, used in enumerate(policy.step_assignments) if used == assignment]
     yield from _run_layers(bundle, {step: reference.layers(step) for step in firsts}, folder)
-    yield from _run_outputs(bundle, steps, folder)
+    yield from _run_outputs(bundle, "cpu", steps, folder)
 
 
 def check_layers(bundle: BundleFiles, step: int, expected: Arrays, folder: Path) -> list[CheckRow]:
@@ -195,29 +205,35 @@ def _layer_tolerance(reference: Reference, step: int, layer: str, rows: np.ndarr
     return layer_tolerance(fmt.activation, len(rows), reference.in_features(layer))
 
 
-def _run_outputs(bundle: BundleFiles, steps: Sequence[int], folder: Path) -> Iterator[list[CheckRow]]:
-    """Run an assignment's whole cpu graph at its every step, with one session."""
-    reference, graph = Reference(bundle), bundle.cpu_graph(steps[0])
+def _run_outputs(bundle: BundleFiles, variant: Variant, steps: Sequence[int], folder: Path) -> Iterator[list[CheckRow]]:
+    """Run a whole graph, an assignment's or the full-precision one, at its every step, with one session."""
+    reference, whole = Reference(bundle), variant == "reference"
+    graph = bundle.graph(variant, None) if whole else bundle.cpu_graph(steps[0])
     path, output = bundle.graph_path(graph), graph.outputs[0].name
-    feeds = [reference.feed(step) for step in steps]
+    feeds = [reference.feed(step, graph=graph) for step in steps]
     failure, results = None, [dict[str, np.ndarray]() for _ in feeds]
     try:
         results = run_in_onnxruntime(path, feeds)
     except AdatsqError as error:
         failure = str(error)
     for step, feed, got in zip(steps, feeds, results, strict=True):
-        expected = reference.output(step)
-        formats = bundle.policy.assignments[bundle.policy.step_assignments[step]]
-        tolerances = {output: output_tolerance(formats, reference.output_spread(step))}
-        run = _Comparison(bundle, _subject(bundle, step), folder, f"step_{step:03d}", path, tolerances)
+        expected = reference.full_precision(step) if whole else reference.output(step)
+        limit = FLOAT32 if whole else _output_tolerance(reference, step)
+        name = f"step_{step:03d}.full_precision" if whole else f"step_{step:03d}"
+        run = _Comparison(bundle, _subject(bundle, step, variant), folder, name, path, {output: limit})
         if failure is not None:
             yield [run.failed(feed, {output: expected}, failure)]
         else:
             yield run.rows(feed, got, {output: expected}, marked=False)
 
 
-def _subject(bundle: BundleFiles, step: int, separated: bool = False) -> Subject:
-    return Subject(_bucket(bundle, step), step, bundle.policy.step_assignments[step], "cpu", separated=separated)
+def _output_tolerance(reference: Reference, step: int) -> Tolerance:
+    policy = reference.bundle.policy
+    return output_tolerance(policy.assignments[policy.step_assignments[step]], reference.output_spread(step))
+
+
+def _subject(bundle: BundleFiles, step: int, variant: Variant = "cpu", separated: bool = False) -> Subject:
+    return Subject(_bucket(bundle, step), step, bundle.policy.step_assignments[step], variant, separated=separated)
 
 
 def _in_order(graph: Path, names: Mapping[str, str]) -> dict[str, str]:
@@ -233,27 +249,44 @@ def _in_order(graph: Path, names: Mapping[str, str]) -> dict[str, str]:
     return {value: names[value] for value in sorted(names, key=place.__getitem__)}
 
 
-def _check_blocks(bundle: BundleFiles, reference: Reference, assignment: int, folder: Path) -> Iterator[list[CheckRow]]:
-    """All blocks of a target graph, at the assignment's first step, for one row of each guidance branch."""
+def _check_target(bundle: BundleFiles, reference: Reference, assignment: int, folder: Path) -> Iterator[list[CheckRow]]:
+    """All pieces of a target graph, at the assignment's first step, for one row of each guidance branch."""
     step = bundle.policy.step_assignments.index(assignment)
     pair = BlockPair(bundle, assignment, reference.feed(step, rows=2))
-    formats, base_type = bundle.policy.assignments[assignment], bundle.index.base_type
+    try:
+        outside = pair.outside
+    except UserError:
+        raise
+    except AdatsqError:  # the blocks' rows say why
+        outside = []
+    yield [row for name in outside for row in _check_piece(pair, step, name, folder)]
     for block in bundle.index.blocks:
-        subject = Subject(_bucket(bundle, step), step, assignment, "target", block)
-        name = f"assignment_{assignment:03d}.{block}"
-        path = folder / f"{name}.onnx"
-        comparison = _Comparison(bundle, subject, folder, name, path, {_NO_OUTPUT: block_tolerance(formats, base_type)})
-        try:
-            run = pair.run(block, path)
-        except UserError:
-            raise
-        except AdatsqError as error:
-            yield [comparison.failed({}, {}, str(error))]
-        else:
-            limits = {name: block_tolerance(formats, base_type, layers) for name, layers in run.layers.items()}
-            rows = replace(comparison, tolerances=limits).rows(run.inputs, run.got, run.expected, marked=True)
-            written = written_formats(bundle, "target", step)
-            yield [_with_written_format(row, written) for row in rows]
+        yield _check_piece(pair, step, block, folder)
+
+
+def _check_piece(pair: BlockPair, step: int, piece: str, folder: Path) -> list[CheckRow]:
+    bundle, assignment = pair.bundle, pair.assignment
+    subject = Subject(_bucket(bundle, step), step, assignment, "target", piece)
+    name = f"assignment_{assignment:03d}.{re.sub(r'[^A-Za-z0-9._-]', '_', piece)[:_LONGEST_NAME]}"
+    path = folder / f"{name}.onnx"
+    comparison = _Comparison(bundle, subject, folder, name, path, {_NO_OUTPUT: FLOAT32})
+    try:
+        run = pair.run(piece, path)
+    except UserError:
+        raise
+    except AdatsqError as error:
+        return [comparison.failed({}, {}, str(error))]
+    limits = {name: _target_tolerance(bundle, assignment, piece, layers) for name, layers in run.layers.items()}
+    rows = replace(comparison, tolerances=limits).rows(run.inputs, run.got, run.expected, marked=True)
+    written = written_formats(bundle, "target", step)
+    return [_with_written_format(row, written) for row in rows]
+
+
+def _target_tolerance(bundle: BundleFiles, assignment: int, piece: str, layers: int) -> Tolerance:
+    base_type = bundle.index.base_type
+    if not layers and piece not in bundle.index.blocks:
+        return unquantized_tolerance(base_type)
+    return block_tolerance(bundle.policy.assignments[assignment], base_type, layers)
 
 
 def _with_written_format(row: CheckRow, written: Mapping[str, Sequence[str]]) -> CheckRow:
@@ -325,12 +358,16 @@ class _Comparison:
     def _names(self) -> tuple[str, str]:
         """What computed both sides."""
         # A target block is the reference of its cpu twin for polygraphy, which runs the twin only.
-        return CPU_NAME, PYTORCH_NAME if self.subject.variant == "cpu" else REFERENCE_NAME
+        return CPU_NAME, REFERENCE_NAME if self.subject.variant == "target" else self._pytorch
+
+    @property
+    def _pytorch(self) -> str:
+        return FULL_PRECISION_NAME if self.subject.variant == "reference" else PYTORCH_NAME
 
     def _row(
         self, output: str, median: float | None, relative: float | None, passed: bool, failure: str | None, command: str
     ) -> CheckRow:
-        subject, whole = self.subject, self.subject.variant == "cpu"
+        subject, whole = self.subject, self.subject.variant != "target"
         formats: Mapping[str, str] = dict(
             zip(self.bundle.policy.layers, self.bundle.policy.assignments[subject.assignment], strict=True)
         )
@@ -346,7 +383,7 @@ class _Comparison:
             layer=layer if layer in formats else None,
             format=formats.get(layer),
             computed_by=CPU_NAME if whole else REFERENCE_NAME,
-            reference=PYTORCH_NAME if whole else f"the cpu graph in {CPU_NAME}",
+            reference=self._pytorch if whole else f"the cpu graph in {CPU_NAME}",
             median_error=median,
             median_tolerance=tolerance.median,
             relative_error=relative,

@@ -32,6 +32,9 @@ bfloat16, 2^-12 for float16) and s the coarsest grid's step:
 - rounding flips: a value that is off by u crosses a tie with probability 2 u / d and then moves by d, the distance to
   its neighbour, which has the root mean square sqrt(2 u d). On a floating grid d is up to 2 s.
 
+Modules outside of the blocks hold no quantized layer: their limit is the first effect's, and 0.67 times it for the
+median.
+
 Every quantized layer on the way to a value adds the second effect once more. The effects are independent, so R of them
 multiply it by sqrt(R). Magnitudes are uneven, for which another factor of 2 is allowed: the limit of the relative error
 is 2^3 u + 2 sqrt(4 R u s). R is read from the graph (`rounded_layers`):
@@ -145,6 +148,18 @@ def block_tolerance(formats: Sequence[str], base_type: str, layers: int = 0) -> 
         return Tolerance(_FLOAT32_BLOCK_MEDIAN, step) if step else FLOAT32
     unit = _TYPICAL_ROUNDING[base_type]
     relative = unit * _BLOCK_ROUNDINGS**0.5 + 2 * (4 * max(layers, _FEWEST_LAYERS) * unit * step) ** 0.5
+    return Tolerance(NORMAL_MEDIAN * relative, relative)
+
+
+def unquantized_tolerance(base_type: str) -> Tolerance:
+    """Limits for a value of a target graph that no layer is quantized in front of: 16-bit roundings alone.
+
+    Args:
+        base_type: type of the target graph.
+    """
+    if base_type == "float32":
+        return FLOAT32
+    relative = _TYPICAL_ROUNDING[base_type] * _BLOCK_ROUNDINGS**0.5
     return Tolerance(NORMAL_MEDIAN * relative, relative)
 
 

@@ -10,8 +10,7 @@ _FORMAT_KEY = "adatsq.format"
 
 def written_formats(bundle: BundleFiles, variant: str, step: int) -> dict[str, list[str]]:
     """Layer → formats as a step's graph was written, in the order of execution; several where they take turns."""
-    assignment = bundle.policy.step_assignments[step]
-    graph = bundle.cpu_graph(step) if variant == "cpu" else bundle.graph(variant, assignment)
+    graph = bundle.assignment_graph(variant, bundle.policy.step_assignments[step])
     nodes = load_graph(bundle.graph_path(graph)).graph.node
     formats = ((module_of(node), {e.key: e.value for e in node.metadata_props}.get(_FORMAT_KEY)) for node in nodes)
     return {layer: names.split(",") for layer, names in formats if names is not None}

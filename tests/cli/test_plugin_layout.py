@@ -85,6 +85,8 @@ def test_check_and_generate_run_the_plugin_graph(run: Path, cli: CommandLine) ->
     assert {row["format"] for row in layers} == {
         name for row in Policy.load(run / "policy.json").assignments for name in row
     }
+    targets = {(row["assignment"], row["layer"]) for row in layers if row["variant"] == "target"}
+    assert targets == {(assignment, row["layer"]) for assignment in (0, 1) for row in layers}
     assert cli("generate", run, "--samples", "1").code == 0
 
 
@@ -105,3 +107,24 @@ def test_a_wrong_plane_fails_the_check(run: Path, cli: CommandLine, tmp_path: Pa
         assert not accuracy.check(files, tmp_path).passed
     finally:
         path.write_bytes(before)
+
+
+def test_a_defect_in_the_target_graph_is_seen(run: Path, tmp_path: Path) -> None:
+    """Of both files that are compiled from: with the local functions and without them."""
+    bundle = BundleFiles.open(run)
+    path = bundle.graph_path(bundle.graph("target", None))
+    before = path.read_bytes()
+    model = onnx.load(path, load_external_data=False)
+    (bias,) = (tensor for tensor in model.graph.initializer if tensor.name == "proj_out.bias")
+    bias.raw_data = bytes(len(bias.raw_data))
+    path.write_bytes(model.SerializeToString(deterministic=True))
+    try:
+        report = accuracy.check(BundleFiles.open(run, verify=False), tmp_path)
+    finally:
+        path.write_bytes(before)
+    wrong = [(row.variant, row.assignment, row.block) for row in report.rows if not row.passed]
+    assert wrong == [("target", 0, "proj_out"), ("target", 1, "proj_out")]
+    unequal = {row.subject: row.failure for row in report.exact if not row.passed}
+    assert unequal.keys() == {"constants of the target graphs", "plugin.target.plain.onnx"}
+    plain = "'plugin.target.plain.onnx' computes 'proj_out' otherwise than 'plugin.target.onnx'"
+    assert unequal["plugin.target.plain.onnx"] == plain

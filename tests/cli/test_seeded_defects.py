@@ -4,9 +4,8 @@ The model is digits-flux cut down to one block of each kind, the policy is given
 in fp8. A defect is written into the files and the manifest is made anew, as if the exporter had been wrong.
 """
 
-import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,58 +18,22 @@ from adatsq_trt.engines.accuracy import CheckReport
 from adatsq_trt.engines.bundle import SCALES_NAME, BundleFiles, write_manifest
 from adatsq_trt.files import read_tensors, write_tensors
 from adatsq_trt.policy import Policy
+from tests.cli.one_block import FLUX, build
 
 MODEL = "one-block"
 DOUBLE, SINGLE = "transformer_blocks.0", "single_transformer_blocks.0"
 SPECIAL = {f"{SINGLE}.attn.to_q": "fp8", f"{SINGLE}.proj_out": "int4wo"}
 
 
-def write_model(folder: Path) -> None:
-    """digits-flux without its later blocks."""
-    shutil.copytree(zoo.find_model("digits-flux"), folder)
-    config = folder / "transformer" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "num_layers": 1, "num_single_layers": 1}))
-    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
-    kept = {
-        name: value
-        for name, value in read_tensors(weights).items()
-        if "transformer_blocks" not in name or name.startswith((f"{DOUBLE}.", f"{SINGLE}."))
-    }
-    write_tensors(weights, kept)
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run, built once."""
-    from adatsq_trt.cli.budgets import BudgetRequest
-    from adatsq_trt.cli.build import StageName
-    from adatsq_trt.cli.loading import ModelRequest
-    from adatsq_trt.cli.options import FormatRequest, PlaceRequest, PlanRequest, Request, run_stages
-    from adatsq_trt.cli.stages import bundle as bundle_stage
-    from adatsq_trt.zoo.loading import load_model
 
-    base = tmp_path_factory.mktemp("defects")
-    with pytest.MonkeyPatch.context() as patch:
-        write_model(base / "zoo" / MODEL)
-        patch.setattr(zoo, "ZOO_FOLDER", base / "zoo")
-        model = load_model(MODEL)
-        layers = tuple(model.adapter.quantizable_layers())
-        early = tuple(SPECIAL.get(layer, "nvfp4") for layer in layers)
-        rows = [early, early, ("fp8",) * len(layers)]
-        Policy.from_steps(MODEL, model.weights_sha256, layers, rows).save(base / "policy.json")
-        request = Request(
-            model=ModelRequest(MODEL),
-            targets=("sm120",),
-            place=PlaceRequest(base / "run"),
-            formats=FormatRequest("nvfp4,fp8,int4wo,bf16"),
-            budgets=BudgetRequest(bits=16),
-            compiler=PlanRequest("embedded", "rtx", "none", False, False, None, None),
-            policy=base / "policy.json",
-            given={"steps": 3, "calibration_samples": 2, "selection_samples": 1, "held_out_samples": 1},
-        )
-        patch.setattr(bundle_stage, "_plans", lambda *_: ())  # the check runs none
-        run_stages(request, StageName.BUNDLE)
-    return base / "run"
+    def rows(layers: Sequence[str]) -> list[Sequence[str]]:
+        early = [SPECIAL.get(layer, "nvfp4") for layer in layers]
+        return [early, early, ["fp8"] * len(layers)]
+
+    return build(tmp_path_factory.mktemp("defects"), MODEL, FLUX, "nvfp4,fp8,int4wo,bf16", rows)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """A bundle by hand: two residual blocks of one linear layer each, three assignments, four steps."""
 
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 
 import ml_dtypes
@@ -24,10 +25,13 @@ from adatsq_trt.engines.bundle import (
     ScheduleRecord,
     write_manifest,
 )
+from adatsq_trt.engines.exported import EXPORTED_NAME, SCALES_PREFIX, Exported, array_hash
+from adatsq_trt.export.conditions import with_subgraphs
+from adatsq_trt.export.constant_hashes import HashedConstants
 from adatsq_trt.export.switch import switch
 from adatsq_trt.files import write_json_model
 from adatsq_trt.formats import FORMATS
-from adatsq_trt.graph_index import WEIGHTS_NAME, GraphFile, GraphIndex, TensorSignature
+from adatsq_trt.graph_index import CONSTANTS_NAME, WEIGHTS_NAME, ConstantHashes, GraphFile, GraphIndex, TensorSignature
 from adatsq_trt.policy import Policy
 from adatsq_trt.quantize import (
     dequantize_weight,
@@ -267,12 +271,16 @@ def make_bundle(folder: Path) -> BundleFiles:
         base_type="bfloat16", graphs=tuple(files), weight_bytes=len(store), blocks=("blocks.0", "blocks.1")
     )
     write_json_model(graphs / "index.json", index)
+    write_json_model(graphs / CONSTANTS_NAME, hash_constants(graphs, files, bytes(store)))
     policy = Policy.from_steps("tiny", "0" * 64, LAYERS, [ASSIGNMENTS[i] for i in STEP_ASSIGNMENTS])
     policy.save(folder / POLICY_NAME)
-    _write_tensors(folder, model)
+    prompts = _write_tensors(folder, model)
     schedule = ScheduleRecord(
         sigmas=SIGMAS, timesteps=tuple(s * 1000 for s in SIGMAS[:-1]), scheduler_config={"shift": 1.0}
     )
+    arrays = {PROMPTS_NAME: {name: array_hash(array) for name, array in prompts.items()}}
+    exported = Exported(policy=policy, guidance=GUIDANCE, schedule=schedule, prompt_texts=(), arrays=arrays)
+    write_json_model(folder / EXPORTED_NAME, exported)
     manifest = Manifest(
         model="tiny",
         architecture="TinyModel",
@@ -292,7 +300,26 @@ def make_bundle(folder: Path) -> BundleFiles:
     return BundleFiles.open(folder)
 
 
-def _write_tensors(folder: Path, model: TinyModel) -> None:
+def hash_constants(graphs: Path, files: list[GraphFile], store: bytes) -> ConstantHashes:
+    """What the exporter notes down of its graphs' constants."""
+    models = [onnx.load(graphs / file.path, load_external_data=False) for file in files]
+    places = {
+        (int(place["offset"]), int(place["length"]))
+        for model in models
+        for graph in with_subgraphs(model.graph)
+        for place in ({entry.key: entry.value for entry in t.external_data} for t in graph.initializer)
+        if place
+    }
+    hashed = HashedConstants({start: sha256(store[start : start + size]).digest() for start, size in places})
+    for file, model in zip(files, models, strict=True):
+        rows = ASSIGNMENTS if file.assignment is None else ASSIGNMENTS[file.assignment : file.assignment + 1]
+        columns = zip(LAYERS, zip(*rows, strict=True), strict=True)
+        single = {layer: column[0] for layer, column in columns if len(set(column)) == 1}
+        hashed.add(model, file.variant, {} if file.variant == "reference" else single)
+    return hashed.record
+
+
+def _write_tensors(folder: Path, model: TinyModel) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(1)
     reference, steps = {"in_features": np.full(len(LAYERS), WIDTH)}, len(STEP_ASSIGNMENTS)
     spread = np.zeros(steps, np.float32)
@@ -311,6 +338,7 @@ def _write_tensors(folder: Path, model: TinyModel) -> None:
                 scales[name][step, i] = used[i]
         reference.update({f"step_{step:03d}.input.{name}": value for name, value in inputs.items()})
         reference[f"step_{step:03d}.output"] = output
+        reference[f"step_{step:03d}.full_precision"] = model.run(inputs, None)[0]
         spread[step] = _relative(model.run(inputs, row, noise=NOISE)[0], output)
         # Every step is the first of its bucket.
         reference.update({f"step_{step:03d}.layer.{name}": value[::2].copy() for name, value in layers.items()})
@@ -320,9 +348,11 @@ def _write_tensors(folder: Path, model: TinyModel) -> None:
         "unconditional.pooled": rng.standard_normal((1, WIDTH), dtype=np.float32),
     }
     reference.update(_loop_reference(model, prompts["conditional.pooled"], prompts["unconditional.pooled"], scales))
+    reference.update({f"{SCALES_PREFIX}{name}": table for name, table in scales.items()})
     (folder / REFERENCE_NAME).parent.mkdir()
     for name, tensors in ((REFERENCE_NAME, reference), (SCALES_NAME, scales), (PROMPTS_NAME, prompts)):
         save_file(tensors, folder / name)
+    return prompts
 
 
 def _loop_reference(

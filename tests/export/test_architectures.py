@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from adatsq_trt.engines.accuracy.block_cut import GraphView, find_cut
+from adatsq_trt.engines.accuracy.block_cut import GraphView, find_cut, find_pieces
 from adatsq_trt.engines.accuracy.reference_ops import OPERATORS
 from adatsq_trt.engines.accuracy.rounded_layers import count_rounded_layers
 from adatsq_trt.engines.build import build_plans
@@ -149,8 +149,9 @@ def test_blocks_have_the_same_border_in_both_variants(exported, adapter) -> None
     folder, index, policy = exported
     for number in range(len(policy.assignments)):
         target, cpu = (GraphView(folder / "onnx" / index.find(variant, number).path) for variant in ("target", "cpu"))
+        pieces = {piece.name: piece for piece in find_pieces(target, cpu, adapter.blocks())}
         for block in adapter.blocks():
-            cut = find_cut(target, cpu, block)
+            cut = find_cut(target, cpu, pieces[block])
             last = [layer for layer in policy.layers if layer.startswith(f"{block}.")][-1]
             upstream = target.extract([], cut.outputs)
             assert any(f"{last}.output" in node.output for node in upstream.graph.node)

@@ -14,7 +14,7 @@ from adatsq_trt.errors import MismatchError, OutputError, UnsupportedFormatError
 from adatsq_trt.export import export_graphs
 from adatsq_trt.files import read_json_model
 from adatsq_trt.formats import FORMATS
-from adatsq_trt.graph_index import INDEX_NAME, GraphIndex
+from adatsq_trt.graph_index import CONSTANTS_NAME, INDEX_NAME, GraphIndex
 from adatsq_trt.models.flux import FluxAdapter
 from adatsq_trt.policy import Policy
 from adatsq_trt.quantize import (
@@ -133,7 +133,7 @@ def test_the_index_describes_the_folder(exported, policy):
     folder, table = exported
     assert read_json_model(folder / INDEX_NAME, GraphIndex) == table
     listed = {graph.path for graph in table.graphs}
-    assert {path.name for path in folder.iterdir()} == {*listed, table.weights, INDEX_NAME}
+    assert {path.name for path in folder.iterdir()} == {*listed, table.weights, INDEX_NAME, CONSTANTS_NAME}
     assert table.weight_bytes == (folder / table.weights).stat().st_size
     assert len(table.graphs) == len(policy.assignments) + 2  # of all assignments, and the reference
     signature = table.find("cpu", 0).inputs[0]

@@ -39,6 +39,14 @@ def test_rule_1_metadata_is_the_module_path_alone():
     assert [dict(node.metadata_props) for node in nodes()[:2]] == [{MODULE: "a"}, {MODULE: "b.0"}]
 
 
+def test_rule_1_what_the_exporter_added_belongs_to_no_module():
+    made = model()
+    scope = "['', '_empty_nn_module_stack_from_metadata_hook', 'sym_size_int']"
+    next(iter(made.graph)).metadata_props[SCOPES] = scope
+    NameNodes("transformer.")(made)
+    assert next(iter(made.graph)).metadata_props[MODULE] == ""
+
+
 def test_rule_2_a_node_without_scope_belongs_to_its_input():
     assert [node.metadata_props[MODULE] for node in nodes()[2:]] == ["b.0", "b.0"]
 

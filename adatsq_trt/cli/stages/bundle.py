@@ -23,7 +23,6 @@ from adatsq_trt.engines.bundle import (
     ImageSpec,
     Manifest,
     PlanFile,
-    ScheduleRecord,
     ShapeRecord,
     write_manifest,
 )
@@ -37,7 +36,6 @@ from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.pipelines.weights import find_weights
 from adatsq_trt.policy import Policy
 from adatsq_trt.run import Stage
-from adatsq_trt.schedule import Schedule
 from adatsq_trt.settings import Settings
 
 NAME = "bundle"
@@ -173,7 +171,7 @@ def _manifest(context: Context, index: GraphIndex, policy: Policy, plans: tuple[
         targets=context.settings.targets,
         base_type=index.base_type,
         formats=export.used_formats(policy),
-        schedule=_schedule(context.schedule),
+        schedule=export.schedule_record(context.schedule),
         guidance=context.settings.guidance,
         latent_shape=adapter.latent_shape,
         image=ImageSpec(**asdict(adapter.image)),
@@ -186,12 +184,6 @@ def _manifest(context: Context, index: GraphIndex, policy: Policy, plans: tuple[
     )
 
 
-def _schedule(schedule: Schedule) -> ScheduleRecord:
-    return ScheduleRecord(
-        sigmas=schedule.sigmas, timesteps=schedule.timesteps, scheduler_config=schedule.scheduler_config
-    )
-
-
 def _shape(context: Context, size: tuple[int, ...], adapter: ModelAdapter) -> ShapeRecord:
     """One of several sizes; some models have other sigmas at each."""
     return ShapeRecord(
@@ -199,5 +191,5 @@ def _shape(context: Context, size: tuple[int, ...], adapter: ModelAdapter) -> Sh
         batches=tuple(samples for samples, *own in context.settings.shapes if tuple(own) == size),
         latent_shape=adapter.latent_shape,
         image=ImageSpec(**asdict(adapter.image)),
-        schedule=_schedule(adapter.schedule(context.settings.steps)),
+        schedule=export.schedule_record(adapter.schedule(context.settings.steps)),
     )

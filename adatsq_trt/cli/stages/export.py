@@ -15,9 +15,11 @@ from adatsq_trt.cli.progress import progress
 from adatsq_trt.cli.shapes import written
 from adatsq_trt.cli.stages import calibrate, quantize, search
 from adatsq_trt.cli.stages.context import Context
+from adatsq_trt.engines.exported import EXPORTED_NAME, SCALES_PREFIX, Exported, array_hash
+from adatsq_trt.engines.manifest import ScheduleRecord, size_name
 from adatsq_trt.export import export_graphs, export_plugin_graphs, trace
 from adatsq_trt.export.plugin_graphs import GRAPHS as PLUGIN_GRAPHS
-from adatsq_trt.files import read_tensors, write_tensors
+from adatsq_trt.files import read_tensors, write_json_model, write_tensors
 from adatsq_trt.formats import PLUGIN_LAYOUT
 from adatsq_trt.meter import release_memory
 from adatsq_trt.models.adapter import ModelAdapter
@@ -26,6 +28,7 @@ from adatsq_trt.models.format_store import SCALES_NAME
 from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.policy import Policy
 from adatsq_trt.run import Json, Stage
+from adatsq_trt.schedule import Schedule
 from adatsq_trt.workers.device import CPU, moved
 
 NAME = "export"
@@ -36,7 +39,8 @@ CHECK_SAMPLES = 2
 PROMPTS_AT_ONCE = 8
 # Noise that is sixteen times what float32 sums differ by, and how often it is drawn.
 NOISE, NOISE_DRAWS = 2.0**-16, 4
-_REFERENCE_CONTENT = "steps, layers, loop, spread"  # a part of the stage's key: exports that hold less are made again
+# A part of the stage's key: exports that hold less are made again.
+_REFERENCE_CONTENT = "steps, layers, loop, spread, full precision, exported"
 
 
 def variants(context: Context) -> tuple[str, ...]:
@@ -76,12 +80,35 @@ def run(context: Context) -> Stage:
         _graphs(context, policy, folder)
         with context.on_device():
             _reference(context, policy, folder)
-        write_tensors(this.unit(PROMPTS), _prompts(context))
+        arrays = {PROMPTS: _prompts(context)}
+        if context.sizes:
+            arrays[POSITIONS] = _positions(context)
+        for name, tensors in arrays.items():
+            write_tensors(this.unit(name), tensors)
         scales = read_tensors(quantize.stage(context).folder / SCALES_NAME)
         write_tensors(this.unit(SCALES_NAME), scales)
-        if context.sizes:
-            write_tensors(this.unit(POSITIONS), _positions(context))
+        write_json_model(this.unit(EXPORTED_NAME), _exported(context, policy, arrays))
     return this
+
+
+def _exported(context: Context, policy: Policy, arrays: Mapping[str, Mapping[str, Tensor]]) -> Exported:
+    """What the bundle has to say of its loop."""
+    steps = context.settings.steps
+    return Exported(
+        policy=policy,
+        guidance=context.calibration.guidance,
+        schedule=schedule_record(context.schedule),
+        shapes={size_name(size): schedule_record(own.schedule(steps)) for size, own in context.sizes.items()},
+        prompt_texts=context.adapter.prompts,
+        arrays={file: {n: array_hash(t.numpy()) for n, t in tensors.items()} for file, tensors in arrays.items()},
+    )
+
+
+def schedule_record(schedule: Schedule) -> ScheduleRecord:
+    """A schedule as text."""
+    return ScheduleRecord(
+        sigmas=schedule.sigmas, timesteps=schedule.timesteps, scheduler_config=schedule.scheduler_config
+    )
 
 
 def _graphs(context: Context, policy: Policy, folder: Path) -> None:
@@ -135,7 +162,12 @@ def _reference(context: Context, policy: Policy, folder: Path) -> None:
         "loop.seeds": torch.tensor(samples.seeds),
         "loop.full_precision": latents,
     }
-    with context.simulated(quantize.load(context)).installed() as model:
+    for step in range(policy.steps):
+        own = _one_step(context, samples, there[step], step, with_layers=False)
+        tensors[f"step_{step:03d}.full_precision"] = own[f"step_{step:03d}.output"].to(CPU)
+    store = quantize.load(context)
+    tensors |= moved({f"{SCALES_PREFIX}{name}": table for name, table in store.scales.items()}, CPU)
+    with context.simulated(store).installed() as model:
         for step in range(policy.steps):
             model.assign(policy.formats_at(step), step)
             tensors |= moved(_one_step(context, samples, there[step], step, with_layers=step in layered), CPU)

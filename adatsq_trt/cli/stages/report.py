@@ -99,7 +99,12 @@ def _check(folder: Path) -> Check | None:
         return None
     report = read_json_model(file, CheckReport)
     current = report.manifest_sha256 == sha256(folder / bundle.NAME / MANIFEST_NAME)
-    return Check(report.passed, current, (*map(_comparison, report.rows), *_loop_comparisons(report.loop)))
+    unequal = (
+        Comparison(0, f"{row.subject}: {row.failure}", "what was exported", None, False, f"adatsq-trt check {folder}")
+        for row in report.exact
+        if not row.passed
+    )
+    return Check(report.passed, current, (*map(_comparison, report.rows), *unequal, *_loop_comparisons(report.loop)))
 
 
 def _loop_comparisons(loop: LoopReport) -> Iterator[Comparison]:

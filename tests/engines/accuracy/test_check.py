@@ -4,8 +4,10 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -64,7 +66,7 @@ def test_a_sound_bundle_passes(checked: tuple[CheckReport, Path]) -> None:
     assert report.passed
     assert report.buckets == ((0, 0), (1, 1), (2, 2), (3, 3))
     layers = ("blocks.0.linear", "blocks.1.linear")
-    blocks = (("blocks.0", layers[0]), ("blocks.0", None), ("blocks.1", layers[1]), ("blocks.1", None))
+    blocks = (("embed", None), ("blocks.0", layers[0]), ("blocks.0", None), ("blocks.1", layers[1]), ("blocks.1", None))
     cpu = [
         ("cpu", step, assignment, None, separated, layer)
         for step, assignment in enumerate((0, 1, 2, 0))
@@ -72,8 +74,9 @@ def test_a_sound_bundle_passes(checked: tuple[CheckReport, Path]) -> None:
     ]
     target = [("target", step, step, block, False, layer) for step in range(3) for block, layer in blocks]
     got = [(row.variant, row.step, row.assignment, row.block, row.separated, row.layer) for row in report.rows]
-    assert sorted(got, key=str) == sorted([*cpu, *target], key=str)
-    assert got[:8] == [*cpu[:4], *target[:4]]  # by bucket, layers in the order of execution
+    whole = [("reference", step, assignment, None, False, None) for step, assignment in enumerate((0, 1, 2, 0))]
+    assert sorted(got, key=str) == sorted([*cpu, *target, *whole], key=str)
+    assert got[:10] == [*cpu[:4], whole[0], *target[:5]]  # by bucket, layers in the order of execution
     assert {row.format for row in report.rows if row.step == 2} == {"bf16", "fp8", None}
     assert [row.step for row in report.loop.rows] == [0, 1, 2, 3]
     assert read_json_model(folder / REPORT_NAME, CheckReport) == report
@@ -237,6 +240,46 @@ def test_a_defect_in_a_target_graph(
     assert first_layers(own_bundle, report, tmp_path) == [("target", 1, layer)]
 
 
+@pytest.mark.parametrize("factor", [0.0, 1.1])
+def test_a_defect_outside_of_the_blocks_of_a_target_graph(
+    own_bundle: BundleFiles, tmp_path: Path, factor: float
+) -> None:
+    def scale_the_shift(model: ModelProto) -> None:
+        model.graph.initializer.append(numpy_helper.from_array(np.array(factor, ml_dtypes.bfloat16), "factor"))
+        place, node = next((i, n) for i, n in enumerate(model.graph.node) if n.output[0] == "shift")
+        scaled = onnx.helper.make_node("Mul", ["before", "factor"], ["shift"])
+        scaled.metadata_props.extend(node.metadata_props)
+        node.output[0] = "before"
+        model.graph.node.insert(place + 1, scaled)
+
+    edit_graph(own_bundle, "target", 1, scale_the_shift)
+    report = check(own_bundle, tmp_path)
+    wrong = [(row.variant, row.step, row.block, row.layer) for row in report.rows if not row.passed]
+    assert wrong == [("target", 1, "embed", None)]
+    assert not report.passed
+
+
+@pytest.mark.parametrize("layer", ["blocks.0.linear", "blocks.1.linear"])
+def test_a_dropped_bias_in_the_full_precision_graph(own_bundle: BundleFiles, tmp_path: Path, layer: str) -> None:
+    path = own_bundle.graph_path(own_bundle.graph("reference", None))
+    model = onnx.load(path, load_external_data=False)
+    multiply(f"{layer}.bias", 0.0)(model)
+    path.write_bytes(model.SerializeToString())
+    report = check(own_bundle, tmp_path)
+    assert [(variant, step) for variant, step, _ in failed(report)] == [("reference", step) for step in range(4)]
+    assert not report.passed
+    assert bisect(own_bundle, report, tmp_path).first_layers == ()
+
+
+def test_an_exact_difference_alone_fails(own_bundle: BundleFiles, tmp_path: Path) -> None:
+    manifest = own_bundle.manifest.model_copy(update={"prompt_texts": ("one", "two", "three")})
+    report = check(replace(own_bundle, manifest=manifest), tmp_path)
+    assert all(row.passed for row in report.rows)
+    assert report.loop.passed
+    assert [row.subject for row in report.exact if not row.passed] == ["prompts' texts"]
+    assert not report.passed
+
+
 def test_exchanged_target_graphs(own_bundle: BundleFiles, tmp_path: Path) -> None:
     exchange(own_bundle, "target")
     assert {("target", 0, 0), ("target", 1, 1)} <= set(failed(check(own_bundle, tmp_path)))
@@ -275,7 +318,7 @@ def test_the_commands_repeat_the_rows(checked: tuple[CheckReport, Path]) -> None
     """By hand, from the saved files, with the same figures."""
     report, folder = checked
     rows = {(row.variant, row.separated, row.layer is None): row for row in report.rows if row.assignment == 2}
-    assert len(rows) == 5
+    assert len(rows) == 6
     for row in rows.values():
         code, ((median, relative),) = run_command(row.command, folder)
         assert code == 0

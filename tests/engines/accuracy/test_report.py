@@ -19,9 +19,10 @@ def test_a_suite_for_each_bucket_and_a_case_for_each_row(report: CheckReport, tm
     suites = ElementTree.parse(tmp_path / "check.xml").getroot().findall("testsuite")
     assert [suite.get("name") for suite in suites] == [
         *(f"bucket {i}: steps {i} to {i}" for i in range(4)),
+        "bit for bit",
         "denoising loop",
     ]
-    assert [int(suite.get("tests", "")) for suite in suites] == [8, 8, 8, 4, 4]
+    assert [int(suite.get("tests", "")) for suite in suites] == [10, 10, 10, 5, len(report.exact), 4]
     assert all(suite.get("failures") == "0" for suite in suites)
 
 
