@@ -38,7 +38,7 @@ from adatsq_trt.graph_index import (
     TensorSignature,
 )
 from adatsq_trt.policy import Policy
-from adatsq_trt.quantize import QuantizedWeight
+from adatsq_trt.quantizers import QuantizedWeight
 
 Variant = Literal["target", "cpu", "reference"]
 TARGET_FORMATS = frozenset().union(*(target.formats for target in TARGETS.values()))

@@ -35,7 +35,7 @@ from adatsq_trt.export.emitter import TRT_DOMAIN, Emitter
 from adatsq_trt.export.encode import EncodedWeight, element_type
 from adatsq_trt.export.normalize_linears import find_linears, weight_of
 from adatsq_trt.formats import Element, Format, Granularity, Grid
-from adatsq_trt.quantize import group_width
+from adatsq_trt.quantizers import group_width
 
 FORMAT = "adatsq.format"
 SCALE_SUFFIX = "activation_scale"

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from adatsq_trt.pipelines.kinds import KINDS, PipelineKind
+from adatsq_trt.checkpoints.kinds import KINDS, PipelineKind
 
 _BY_NAME = {kind.pipeline: kind for kind in KINDS}
 FLUX, Z_IMAGE, WAN = (_BY_NAME[name] for name in ("FluxPipeline", "ZImagePipeline", "WanPipeline"))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from adatsq_trt.calibration.trajectory import Samples
 from adatsq_trt.errors import UnsupportedFormatError, UserError
 from adatsq_trt.formats import Format
-from adatsq_trt.quantize import QuantizedWeight, plain_type
+from adatsq_trt.quantizers import QuantizedWeight, plain_type
 
 
 def require_finite_trajectory(samples: Samples, latents: Tensor) -> None:

@@ -12,8 +12,8 @@ from adatsq_trt.settings import PipelineSettings, Settings
 from adatsq_trt.zoo import find_model, zoo_models
 
 if TYPE_CHECKING:
-    from adatsq_trt.pipelines.loading import OpenedPipeline
-    from adatsq_trt.run import RunDirectory
+    from adatsq_trt.checkpoints.loading import OpenedPipeline
+    from adatsq_trt.stages.run_directory import RunDirectory
     from adatsq_trt.zoo.loading import LoadedModel
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class OpenedModel:
         """Encode the prompts unless that is done, free the encoders, load the transformer and round it to its type."""
         if self.pipeline is None:
             return declared(self.outline, settings)
-        from adatsq_trt.cli.stages import embed
+        from adatsq_trt.stages import embed
 
         return declared(self.pipeline.load(embed.run(run, self.pipeline)), settings)
 
@@ -109,7 +109,7 @@ def open_model(request: ModelRequest, drawn: int) -> OpenedModel:
         from adatsq_trt.zoo.loading import load_model
 
         return OpenedModel(load_model(request.name))
-    from adatsq_trt.pipelines.prompts import default_prompts, read_prompts
+    from adatsq_trt.checkpoints.prompts import default_prompts, read_prompts
 
     prompts = default_prompts() if request.prompts is None else read_prompts(request.prompts)
     if request.prompts is not None and len(prompts) > drawn:
@@ -135,7 +135,7 @@ def open_model(request: ModelRequest, drawn: int) -> OpenedModel:
 
 
 def _open(settings: PipelineSettings) -> OpenedModel:
-    from adatsq_trt.pipelines.loading import open_pipeline
+    from adatsq_trt.checkpoints.loading import open_pipeline
 
     opened = open_pipeline(settings)
     return OpenedModel(opened.outline, opened)
@@ -151,7 +151,7 @@ def reopen_model(settings: Settings, run: RunDirectory) -> LoadedModel:
         from adatsq_trt.zoo.loading import load_model
 
         return declared(load_model(settings.model), settings)
-    from adatsq_trt.cli.stages import embed
+    from adatsq_trt.stages import embed
 
     opened = _open(settings.pipeline)
     assert opened.pipeline is not None

@@ -17,6 +17,9 @@ from adatsq_trt.cli.loading import ModelRequest, OpenedModel, open_model, reopen
 from adatsq_trt.cli.shapes import Shape, open_at_first, parse_shapes, require_sides, resolve_shapes, written
 from adatsq_trt.cli.tables import settings_table, size_table, summary_table
 from adatsq_trt.errors import MissingFileError, UserError
+from adatsq_trt.execution import InProcess, Workers
+from adatsq_trt.execution.cluster import connected, parse_address, require_cluster
+from adatsq_trt.execution.device import AUTO, CPU, OnDevice, parse_device
 from adatsq_trt.formats import (
     FORMATS,
     PLUGIN_LAYOUT,
@@ -31,14 +34,11 @@ from adatsq_trt.formats import (
 )
 from adatsq_trt.policy import GIVEN_POLICY_ADVICE, Policy
 from adatsq_trt.settings import SETTINGS_NAME, Settings
-from adatsq_trt.workers import InProcess, Workers
-from adatsq_trt.workers.cluster import connected, parse_address, require_cluster
-from adatsq_trt.workers.device import AUTO, CPU, OnDevice, parse_device
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from adatsq_trt.cli.stages.context import Context
+    from adatsq_trt.stages.context import Context
     from adatsq_trt.zoo.loading import LoadedModel
 
 SIMULATED_SET = "paper-fine"  # what --simulate without a target studies
@@ -351,7 +351,7 @@ def choose_workers(place: PlaceRequest) -> AbstractContextManager[Workers]:
 
 def _exported(outline: Context, opened: OpenedModel) -> bool:
     """Whether all that needs the model's weights is done, so that they need not be loaded."""
-    from adatsq_trt.cli.stages import calibrate, embed, export, quantize, search
+    from adatsq_trt.stages import calibrate, embed, export, quantize, search
 
     if opened.pipeline is not None and not embed.stage(outline.run, opened.pipeline).done:
         return False
@@ -366,15 +366,15 @@ def run_stages(request: Request, until: StageName) -> None:
     choice = choose(request)
     _require_exportable(request, until)
     chosen_workers = choose_workers(request.place)
-    from adatsq_trt.cli.stages import bundle, calibrate, export, quantize, search, summary
-    from adatsq_trt.cli.stages.context import Context
-    from adatsq_trt.cli.stages.memory import plan_memory
     from adatsq_trt.engines.bundle import BundleFiles
     from adatsq_trt.engines.plugin_commands import COMMANDS_NAME
     from adatsq_trt.engines.sizes import size_report
     from adatsq_trt.files import write_json_model
-    from adatsq_trt.meter import release_memory
-    from adatsq_trt.run import RunDirectory
+    from adatsq_trt.stages import bundle, calibrate, export, quantize, search, summary
+    from adatsq_trt.stages.context import Context
+    from adatsq_trt.stages.memory import plan_memory
+    from adatsq_trt.stages.meter import release_memory
+    from adatsq_trt.stages.run_directory import RunDirectory
 
     opened = open_model(open_at_first(request.model, choice.shapes), _drawn(request))
     settings = resolve(request, choice, opened)
@@ -422,9 +422,9 @@ def open_run(path: Path) -> Context:
         MissingFileError: there is no run directory, or it was never started.
         DamagedFileError: its settings are of another schema version.
     """
-    from adatsq_trt.cli.stages.context import Context
     from adatsq_trt.files import read_json_model
-    from adatsq_trt.run import RunDirectory
+    from adatsq_trt.stages.context import Context
+    from adatsq_trt.stages.run_directory import RunDirectory
 
     run = RunDirectory.existing(path)
     settings = read_json_model(run.path / SETTINGS_NAME, Settings)

@@ -14,11 +14,11 @@ from torch import Tensor
 from adatsq_trt.calibration.finite import watched
 from adatsq_trt.calibration.trajectory import PART, Samples, trajectory
 from adatsq_trt.errors import UnsupportedFormatError
+from adatsq_trt.execution import InProcess, Workers
 from adatsq_trt.formats import Format
 from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.schedule import Schedule
 from adatsq_trt.search.candidates import Assignment
-from adatsq_trt.workers import InProcess, Workers
 
 
 @dataclass(frozen=True)

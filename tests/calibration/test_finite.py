@@ -6,7 +6,7 @@ import torch
 from adatsq_trt.calibration.finite import require_finite_weight, require_range
 from adatsq_trt.errors import UnsupportedFormatError
 from adatsq_trt.formats import FORMATS
-from adatsq_trt.quantize import quantize_nearest
+from adatsq_trt.quantizers import quantize_nearest
 
 LAYERS = ("to_q", "ff")
 

@@ -62,7 +62,7 @@ def build(base: Path, name: str, source: Source, formats: str, rows: Rows) -> Pa
     from adatsq_trt.cli.build import StageName
     from adatsq_trt.cli.loading import ModelRequest
     from adatsq_trt.cli.options import FormatRequest, PlaceRequest, PlanRequest, Request, run_stages
-    from adatsq_trt.cli.stages import bundle as bundle_stage
+    from adatsq_trt.stages import bundle as bundle_stage
     from adatsq_trt.zoo.loading import load_model
 
     with pytest.MonkeyPatch.context() as patch:

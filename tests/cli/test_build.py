@@ -12,16 +12,16 @@ from adatsq_trt import zoo
 from adatsq_trt.cli.build import StageName
 from adatsq_trt.cli.loading import OpenedModel
 from adatsq_trt.cli.options import open_run
-from adatsq_trt.cli.stages import calibrate, export, quantize, search
 from adatsq_trt.engines.accuracy import CheckReport, CheckRow
 from adatsq_trt.engines.accuracy.report import LoopReport
 from adatsq_trt.engines.bundle import BundleFiles
 from adatsq_trt.files import read_json_model, read_tensors, write_tensors
 from adatsq_trt.policy import Policy
 from adatsq_trt.report.summary import Summary
-from adatsq_trt.run import RunDirectory, StageRecord
 from adatsq_trt.search.select import SearchResult
 from adatsq_trt.settings import Settings
+from adatsq_trt.stages import calibrate, export, quantize, search
+from adatsq_trt.stages.run_directory import RunDirectory, StageRecord
 from adatsq_trt.zoo.loading import LoadedModel
 
 STAGES = tuple(stage.value for stage in StageName)

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from adatsq_trt import zoo
-from adatsq_trt.cli.stages import bundle as bundle_stage
 from adatsq_trt.engines.accuracy import CheckReport
 from adatsq_trt.engines.bundle import BundleFiles
 from adatsq_trt.files import read_tensors, write_tensors
 from adatsq_trt.formats import FORMAT_SETS
 from adatsq_trt.policy import Policy
+from adatsq_trt.stages import bundle as bundle_stage
 from adatsq_trt.zoo import zoo_models
 from adatsq_trt.zoo.loading import TRANSFORMER_WEIGHTS, load_model
 

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from adatsq_trt.base_type import base_type
-from adatsq_trt.cli.stages import bundle as bundle_stage
+from adatsq_trt.checkpoints.loading import open_pipeline
 from adatsq_trt.engines.accuracy import CheckReport
 from adatsq_trt.engines.bundle import BundleFiles
 from adatsq_trt.formats import FORMAT_SETS
-from adatsq_trt.pipelines.loading import open_pipeline
 from adatsq_trt.policy import Policy
 from adatsq_trt.report.summary import Summary
 from adatsq_trt.settings import PipelineSettings
+from adatsq_trt.stages import bundle as bundle_stage
 from tests.tiny_checkpoints import HEIGHT, WIDTH, make_flux_pipeline, make_wan_pipeline, make_z_image_pipeline
 
 STEPS = 2

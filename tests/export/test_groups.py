@@ -14,7 +14,7 @@ from adatsq_trt.export import export_graphs, trace
 from adatsq_trt.formats import FORMATS
 from adatsq_trt.graph_index import GraphIndex
 from adatsq_trt.policy import LayerShape, Policy, resident_weight_bytes
-from adatsq_trt.quantize import QuantizedWeight, dequantize_weight
+from adatsq_trt.quantizers import QuantizedWeight, dequantize_weight
 from tests.export.conftest import Runner
 from tests.export.test_target_graphs import build
 

@@ -1,0 +1,110 @@
+"""LoRA files, fused into the transformer before anything is measured."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from adatsq_trt.checkpoints.kinds import PipelineKind
+from adatsq_trt.checkpoints.lora_file import LayerChange, read_changes
+from adatsq_trt.checkpoints.weights import read_headers, refuse_pickle
+from adatsq_trt.errors import DependencyError, MissingFileError, UserError
+from adatsq_trt.models.stored import LowRankChange, StoredLinear
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A file of low-rank changes.
+
+    Attributes:
+        file: in safetensors.
+        scale: what the changes are multiplied by.
+    """
+
+    file: Path
+    scale: float
+
+
+def parse_lora(text: str) -> Lora:
+    """FILE or FILE:SCALE.
+
+    Raises:
+        UserError: no such number, a pickle, or another kind of file.
+        MissingFileError: no such file.
+        DamagedFileError: it is not complete.
+        DependencyError: peft is not installed.
+    """
+    name, colon, number = text.rpartition(":")
+    if not colon or Path(text).is_file():
+        name, number = text, "1"
+    try:
+        scale = float(number)
+    except ValueError:
+        scale = math.nan
+    if not math.isfinite(scale):
+        raise UserError(f"--lora '{text}': got the scale '{number}', expected a number; write FILE or FILE:SCALE")
+    file = Path(name)
+    if not file.is_file():
+        raise MissingFileError(f"--lora '{text}': '{file}' does not exist; give a .safetensors file")
+    refuse_pickle(file)
+    read_headers([file])
+    if util.find_spec("peft") is None:
+        raise DependencyError("--lora needs the library peft; install it with: pip install 'adatsq-trt[lora]'")
+    return Lora(file.absolute(), scale)
+
+
+def fuse(kind: PipelineKind, transformer: Any, lora: Lora) -> None:
+    """Add a LoRA to the transformer's weights: W + scale · alpha / rank · B A.
+
+    Raises:
+        MismatchError: the file changes what the transformer does not have, or does so in a way that is not followed.
+        DamagedFileError: it holds something that is no LoRA.
+    """
+    changes = read_changes(kind, transformer, lora.file)
+    for path, change in changes.layers.items():
+        _change_layer(transformer, path, change, lora.scale)
+    for name, difference in changes.differences.items():
+        path, _, last = name.rpartition(".")
+        module = transformer.get_submodule(path)
+        if isinstance(module, StoredLinear) and last == "weight":
+            module = _in_memory(transformer, path, module)
+        getattr(module, last).data.add_(difference, alpha=lora.scale)
+    layers = len(changes.layers)
+    also = f" and {len(changes.differences)} other tensors" if changes.differences else ""
+    log.info("--lora '%s': %d layers%s changed, scale %g", lora.file, layers, also, lora.scale)
+    if changes.left_out:
+        log.warning(
+            "--lora '%s': its %d tensors of text encoders are left out, such as '%s'; only the transformer is changed",
+            lora.file,
+            len(changes.left_out),
+            changes.left_out[0],
+        )
+
+
+def _change_layer(transformer: Any, path: str, change: LayerChange, scale: float) -> None:
+    """A stored weight stays where it is, and gets the change at every call; with magnitudes it is put in memory."""
+    layer = transformer.get_submodule(path)
+    if change.bias is not None:
+        layer.bias.data.add_(change.bias, alpha=scale)
+    if change.magnitude is None and isinstance(layer, StoredLinear):
+        layer.changes.append(LowRankChange(change.up, change.down, scale))
+        return
+    if isinstance(layer, StoredLinear):
+        layer = _in_memory(transformer, path, layer)
+    layer.weight.data += change.up @ change.down * scale  # as a stored weight has it, bit for bit
+    if change.magnitude is not None:  # DoRA: arXiv:2402.09353, equation 5, by rows as peft has it
+        layer.weight.data.mul_((change.magnitude / layer.weight.norm(dim=1))[:, None])
+
+
+def _in_memory(transformer: Any, path: str, layer: StoredLinear) -> nn.Linear:
+    linear = layer.in_memory()
+    transformer.set_submodule(path, linear)
+    return linear

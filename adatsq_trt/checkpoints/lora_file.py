@@ -1,0 +1,281 @@
+"""What a LoRA file changes: which layers, by how much, and that nothing in it is lost.
+
+Trainers name layers as diffusers does or as the model's authors do. Diffusers' converters read the latter, but some of
+them drop tensors or strengths without a word. So strengths are multiplied in before, and every tensor must arrive.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from adatsq_trt.checkpoints.kinds import PipelineKind
+from adatsq_trt.checkpoints.lora_strength import PEFT_PREFIX, layer_strength, read_peft_config
+from adatsq_trt.checkpoints.tracing import sources, trace
+from adatsq_trt.errors import DamagedFileError, MismatchError, one_line
+
+_MATRICES = {"lora_A": "down", "lora_down": "down", "lora.down": "down"}
+_MATRICES |= {"lora_B": "up", "lora_up": "up", "lora.up": "up"}
+_MATRIX = re.compile(rf"(.+?)\.({'|'.join(map(re.escape, _MATRICES))})(?:\.default)?\.(weight|bias)")
+_BESIDE = re.compile(r"(.+?)\.(alpha|lora_magnitude_vector)(?:\.default)?(?:\.weight)?")
+_PREFIX = re.compile(rf"(?:{re.escape(PEFT_PREFIX)})?(?:transformer\.|(?:model\.)?diffusion_model\.)?")
+_FLAT = re.compile(r"lora_transformer_|lora_unet__?")  # then a name with underscores for dots
+_NUMBER = re.compile(r"\d+")
+_FLAT_WAN = re.compile(r"lora_unet__?blocks_(\d+)_(self_attn|cross_attn|ffn)_(\w+)")
+_TEXT = ("text_encoder", "lora_te", "te1_", "te2_", "te3_", "lora_qwen3", "cond_stage_model.", "conditioner.")
+_METHODS = {
+    "dora_scale": "magnitudes of DoRA as kohya's trainers write them",
+    "lokr_": "LoKr, Kronecker products",
+    "hada_": "LoHa, Hadamard products",
+    "lora_mid": "a Tucker decomposition",
+    "oft_": "OFT, rotations",
+    "_norm.scale": "norms of a control LoRA, whose base takes more channels",
+}
+# What Wan's trainers call a difference, and what that is added to.
+_DIFFERENCE = re.compile(r"(.+)\.(diff|diff_b|diff_m)")
+_DIFFERENCES = {"diff": "weight", "diff_b": "bias", "diff_m": "modulation"}
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    """W + up · down and b + bias; with magnitudes, every row of the sum has that length.
+
+    Attributes:
+        up: float32 [N, rank], alpha / rank multiplied in.
+        down: float32 [rank, K].
+        bias: float32 [N], likewise, or None.
+        magnitude: float32 [N], or None.
+    """
+
+    up: Tensor
+    down: Tensor
+    bias: Tensor | None = None
+    magnitude: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Changes:
+    """All that a file does.
+
+    Attributes:
+        layers: linear layer → its change.
+        differences: parameter → what is added to it, float32.
+        left_out: tensors of text encoders.
+    """
+
+    layers: Mapping[str, LayerChange]
+    differences: Mapping[str, Tensor]
+    left_out: tuple[str, ...]
+
+
+_Layers = dict[str, dict[str, Tensor]]  # layer → "down", "up", "bias", "magnitude", "alpha"
+
+
+def read_changes(kind: PipelineKind, transformer: nn.Module, file: Path) -> Changes:
+    """Read a LoRA file for a transformer, whose weights may be on the meta device.
+
+    Raises:
+        MismatchError: it changes what the transformer does not have, or does so in a way that is not followed.
+        DamagedFileError: diffusers does not understand it.
+    """
+    tensors, metadata = _read(file)
+    left_out = tuple(key for key in tensors if key.startswith(_TEXT))
+    layers, others = _group(file, {key: tensors[key] for key in tensors if key not in left_out})
+    own = _OwnNames(transformer)
+    config = read_peft_config(file, metadata, list(layers))
+    for name, parts in layers.items():
+        plain = _PREFIX.sub("", name, count=1)
+        if name.startswith(PEFT_PREFIX) and own.path(name) and config is None and "alpha" not in parts:
+            raise MismatchError(
+                f"--lora '{file}' was saved by peft, which keeps its strength in adapter_config.json; put that file "
+                "beside it"
+            )
+        _multiply(parts, layer_strength(file, name, plain, parts, config))
+    differences = {key: others.pop(key) for key in list(others) if _DIFFERENCE.fullmatch(key)}
+    foreign = {name: parts for name, parts in layers.items() if own.path(name) is None}
+    found = [(path, name, parts) for name, parts in layers.items() if (path := own.path(name)) is not None]
+    found += [(path, path, parts) for path, parts in _convert(kind, file, foreign, others).items()]
+    changes, modules = dict[str, LayerChange](), dict(transformer.named_modules())
+    for path, name, parts in found:
+        if path in changes:
+            raise MismatchError(f"--lora '{file}' changes '{path}' twice, the second time as '{name}'; save it again")
+        changes[path] = _layer_change(kind, file, path, parts, modules.get(path))
+    if not changes and not differences:
+        raise MismatchError(
+            f"--lora '{file}' changes nothing in a {kind.transformer}; give one that was trained for it"
+        )
+    return Changes(changes, _differences(kind, file, differences, transformer), left_out)
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        return {key: opened.get_tensor(key).float() for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+
+
+def _group(file: Path, tensors: Mapping[str, Tensor]) -> tuple[_Layers, dict[str, Tensor]]:
+    """The parts of every layer's change, and what is none."""
+    layers, others = _Layers(), dict[str, Tensor]()
+    for key, value in tensors.items():
+        for mark, method in _METHODS.items():
+            if mark in key:
+                raise MismatchError(
+                    f"--lora '{file}' holds '{key}': {method}, which is not followed; give a plain LoRA, or a "
+                    "checkpoint that it is merged into"
+                )
+        if (match := _MATRIX.fullmatch(key)) and match[3] == "weight":
+            part = _MATRICES[match[2]]
+        elif match and _MATRICES[match[2]] == "up":
+            part = "bias"
+        elif match := _BESIDE.fullmatch(key):
+            part = "alpha" if match[2] == "alpha" else "magnitude"
+        else:
+            others[key] = value
+            continue
+        if part in layers.setdefault(match[1], {}):
+            raise MismatchError(f"--lora '{file}' holds '{key}' twice, under another name too; save it again")
+        layers[match[1]][part] = value
+    for name, parts in layers.items():
+        missing = [part for part in ("down", "up") if part not in parts]
+        if missing:
+            raise MismatchError(
+                f"--lora '{file}': '{name}' has {', '.join(sorted(parts))} but no matrix '{missing[0]}'; give a whole "
+                "file"
+            )
+    return layers, others
+
+
+def _multiply(parts: dict[str, Tensor], strength: float) -> None:
+    """W + strength · up · down, with a bias likewise; alpha = rank says nothing any more."""
+    parts.pop("alpha", None)
+    for part in {"up", "bias"} & set(parts):
+        parts[part] = parts[part] * strength
+
+
+class _OwnNames:
+    """Which layers of a file are called as diffusers calls them, with dots or with underscores."""
+
+    def __init__(self, transformer: nn.Module) -> None:
+        paths = [path for path, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+        self._paths = {path.replace(".", "_"): path for path in paths} | {path: path for path in paths}
+        self._patterns = {_NUMBER.sub("0", name) for name in self._paths}
+
+    def path(self, name: str) -> str | None:
+        """The layer's path, which another number of blocks may not have; None for a name of another kind."""
+        candidates = (_PREFIX.sub("", name, count=1), _FLAT.sub("", name, count=1))
+        exact = (self._paths[candidate] for candidate in candidates if candidate in self._paths)
+        similar = (candidate for candidate in candidates if _NUMBER.sub("0", candidate) in self._patterns)
+        return next(exact, None) or next(similar, None)
+
+
+# ------------------------------------------------------------------------------------- authors' and trainers' names
+
+
+def _convert(kind: PipelineKind, file: Path, layers: _Layers, others: Mapping[str, Tensor]) -> _Layers:
+    """Diffusers' conversion of other names than its own.
+
+    Raises:
+        DamagedFileError: it does not know them.
+        MismatchError: a tensor is left over, or arrives where the transformer has no layer.
+    """
+    if not layers and not others:
+        return {}
+    given = {key: trace(value, key) for key, value in others.items()}
+    for name, parts in layers.items():
+        for part, value in parts.items():
+            given[_spell(kind, name, part)] = trace(value, f"{name} ({part})")
+    keys = sources(given.values())
+    try:
+        converted = dict(kind.load_class(kind.pipeline).lora_state_dict(given))
+    except Exception as error:  # what is raised depends on the dialect
+        raise DamagedFileError(
+            f"--lora '{file}' is not a LoRA that diffusers understands ({one_line(error)}); give another file"
+        ) from error
+    found, strange = _group(file, {_PREFIX.sub("", key, count=1): converted[key] for key in converted})
+    arrived = (value for parts in found.values() for value in parts.values())
+    lost = sorted(keys - sources(arrived))
+    if lost or strange:
+        raise MismatchError(
+            f"--lora '{file}' holds '{(lost or sorted(strange))[0]}', which changes nothing in a {kind.transformer} as "
+            "diffusers reads it; give a LoRA that was trained for this model"
+        )
+    return {path: {part: value.as_subclass(Tensor) for part, value in parts.items()} for path, parts in found.items()}
+
+
+def _spell(kind: PipelineKind, name: str, part: str) -> str:
+    """A part of a layer's change as diffusers' converter for the architecture looks for it."""
+    if match := _FLAT_WAN.fullmatch(name):
+        name = f"diffusion_model.blocks.{match[1]}.{match[2]}.{match[3]}"
+    elif not _FLAT.match(name):
+        name = f"diffusion_model.{_PREFIX.sub('', name, count=1)}"
+    if part not in ("up", "down"):
+        return f"{name}.lora_up.bias" if part == "bias" else f"{name}.{part}"
+    if kind.transformer.startswith("ZImage") and name.startswith("diffusion_model."):
+        # The one spelling of which the converter splits attention.qkv.
+        name = name.replace(".final_layer.", ".all_final_layer.2-1.").replace(".x_embedder", ".all_x_embedder.2-1")
+        return f"{name}.lora.{part}.weight"
+    return f"{name}.lora_{part}.weight"
+
+
+# ------------------------------------------------------------------------------------------------------- what arrives
+
+
+def _layer_change(
+    kind: PipelineKind, file: Path, path: str, parts: Mapping[str, Tensor], linear: nn.Module | None
+) -> LayerChange:
+    """One layer's change, which fits the layer."""
+    if not isinstance(linear, nn.Linear):
+        raise MismatchError(
+            f"--lora '{file}' changes '{path}', which this {kind.transformer} does not have as a linear layer; give "
+            "one that was trained for this model"
+        )
+    up, down, magnitude, bias = parts["up"], parts["down"], parts.get("magnitude"), parts.get("bias")
+    got = {"down": [*down.shape], "up": [*up.shape]}
+    expected = {"down": [len(down), linear.in_features], "up": [linear.out_features, len(down)]}
+    for part, value in (("bias", bias), ("magnitude", magnitude)):
+        if value is not None:
+            got[part], expected[part] = [*value.shape], [linear.out_features]
+    for part, shape in got.items():
+        if shape != expected[part]:
+            raise MismatchError(
+                f"--lora '{file}' does not fit this {kind.transformer}: '{path}' has the matrix '{part}' of {shape}, "
+                f"expected {expected[part]}; give one that was trained for this model"
+            )
+    if bias is not None and linear.bias is None:
+        raise MismatchError(
+            f"--lora '{file}' changes the bias of '{path}', which this {kind.transformer} does not have; give one that "
+            "was trained for this model"
+        )
+    return LayerChange(up, down, bias, magnitude)
+
+
+def _differences(
+    kind: PipelineKind, file: Path, tensors: Mapping[str, Tensor], transformer: nn.Module
+) -> dict[str, Tensor]:
+    """Differences of whole parameters, in the names that Wan's trainers use, by parameter."""
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+
+    result, shapes = dict[str, Tensor](), {name: tuple(value.shape) for name, value in transformer.named_parameters()}
+    for path, module in transformer.named_modules():
+        if isinstance(module, nn.Linear):  # of a stored one the weight is no parameter
+            shapes[f"{path}.weight"] = (module.out_features, module.in_features)
+    for key, value in tensors.items():
+        match = _DIFFERENCE.fullmatch(key)
+        assert match is not None
+        name = _PREFIX.sub("", f"{match[1]}.{_DIFFERENCES[match[2]]}", count=1)
+        if kind.transformer.startswith("Wan"):
+            name = next(iter(convert_wan_transformer_to_diffusers({name: value})))
+        if shapes.get(name) != value.shape:
+            raise MismatchError(
+                f"--lora '{file}' holds '{key}' of {list(value.shape)}, which fits no weight of this "
+                f"{kind.transformer}; give one that was trained for this model"
+            )
+        if name in result:
+            raise MismatchError(f"--lora '{file}' changes '{name}' twice, the second time as '{key}'; save it again")
+        result[name] = value
+    return result

@@ -1,0 +1,206 @@
+"""The prompts that calibration draws, and their encodings, made once by the pipeline's own text encoders."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module, resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import JsonValue
+from torch import Tensor
+from torch.nn import functional
+
+from adatsq_trt.checkpoints.kinds import AGAIN, JsonObject
+from adatsq_trt.checkpoints.source import INDEX, Source
+from adatsq_trt.checkpoints.weights import find_weights
+from adatsq_trt.errors import DamagedFileError, MissingFileError, UserError, one_line
+from adatsq_trt.files import read_json_model
+
+_DEFAULT = "prompts.txt"
+# What files of whole language and picture models hold beside their text encoder.
+_NOT_OF_ENCODERS = ("decoder.", "lm_head.", "vision_model.", "visual_projection.", "text_projection.", "logit_scale")
+
+
+def default_prompts() -> tuple[str, ...]:
+    """128 prompts of many subjects, styles and lengths, written for this package."""
+    text = resources.files("adatsq_trt.checkpoints").joinpath(_DEFAULT).read_text(encoding="utf-8")
+    return _lines(text)
+
+
+def read_prompts(file: Path) -> tuple[str, ...]:
+    """A file of prompts, one in a line, which a line feed ends; empty lines and repetitions are left out.
+
+    Raises:
+        MissingFileError: no such file.
+        UserError: it is not UTF-8, or there is no prompt in it.
+    """
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError as error:
+        raise MissingFileError(
+            f"--prompts '{file}' does not exist; give a text file with a prompt in each line"
+        ) from error
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"--prompts '{file}', line {line}: byte 0x{content[error.start]:02x} is not UTF-8; save the file as UTF-8"
+        ) from error
+    prompts = _lines(text)
+    if not prompts:
+        raise UserError(f"--prompts '{file}' holds no prompt; write one in each line, or leave --prompts out")
+    return prompts
+
+
+def _lines(text: str) -> tuple[str, ...]:
+    """Nothing but a line feed ends a line: form feeds, U+2028 and the like may be in a prompt."""
+    return tuple(dict.fromkeys(line.strip() for line in text.split("\n") if line.strip()))
+
+
+def encode_prompts(source: Source, prompts: tuple[str, ...], on_prompt: Callable[[], None]) -> dict[str, Tensor]:
+    """Encode prompts with the pipeline's text encoders, which are gone from memory afterwards.
+
+    Args:
+        source: of the pipeline.
+        prompts: texts; what is too long for an encoder is cut off, as the pipeline does.
+        on_prompt: called after each.
+
+    Returns:
+        "tokens" [prompts + 1, tokens, width] and "pooled" [prompts + 1, width], the empty prompt last, in the type
+        that the encoders have on disk (bfloat16 for 16 bits). Short prompts are filled up with zeros.
+
+    Raises:
+        DamagedFileError: diffusers or transformers cannot load a part, or encodings that say nothing of the prompts.
+        MissingFileError: an encoder has no weights.
+        UserError: prompts that the encoders do not tell apart.
+    """
+    pipe, tokens, pooled = _load_encoders(source), list[Tensor](), list[Tensor]()
+    with torch.no_grad():
+        for prompt in (*prompts, ""):
+            encoded = source.kind.encode(pipe, prompt)
+            _require_numbers(source, prompt, encoded)
+            tokens.append(encoded[0])
+            pooled.append(encoded[1])
+            on_prompt()
+    del pipe
+    gc.collect()
+    _require_distinct(source, (*prompts, ""), tokens, pooled)
+    length = max(map(len, tokens))
+    length += -length % source.kind.token_multiple
+    filled = [functional.pad(rows, (0, 0, 0, length - len(rows))) for rows in tokens]
+    return {"tokens": torch.stack(filled), "pooled": torch.stack(pooled)}
+
+
+def _require_numbers(source: Source, prompt: str, encoded: tuple[Tensor, Tensor]) -> None:
+    """Refuse an encoding that is not finite, or zero throughout.
+
+    Raises:
+        DamagedFileError: names the prompt.
+    """
+    for value in encoded:
+        what = None if value.isfinite().all() else "has NaN or infinite numbers"
+        if value.numel() and not value.any():
+            what = "is zero throughout"
+        if what is not None:
+            raise DamagedFileError(
+                f"'{source.folder}': the encoding of the prompt '{prompt}' {what}; its text encoders are damaged; "
+                f"{AGAIN}"
+            )
+
+
+def _require_distinct(
+    source: Source, prompts: Sequence[str], tokens: Sequence[Tensor], pooled: Sequence[Tensor]
+) -> None:
+    """Refuse encodings that do not depend on the prompt, and prompts that have the same.
+
+    Args:
+        source: of the pipeline.
+        prompts: the empty one last.
+        tokens: of each.
+        pooled: of each.
+
+    Raises:
+        DamagedFileError: an encoder gives the same for all prompts.
+        UserError: two prompts with one encoding.
+    """
+    digests = [list(map(_digest, values)) for values in (tokens, pooled)]
+    for part, values, own in zip(("tokens", "pooled projections"), (tokens, pooled), digests, strict=True):
+        if len(set(own)) == 1 < len(set(prompts)) and values[0].numel():
+            raise DamagedFileError(
+                f"'{source.folder}': the prompts, '{prompts[0]}' and the empty one among them, all have the same "
+                f"{part}; a text encoder is damaged; {AGAIN}"
+            )
+    first = dict[tuple[bytes, ...], str]()
+    for prompt, digest in zip(prompts, zip(*digests, strict=True), strict=True):
+        other = first.setdefault(digest, prompt)
+        if other != prompt:
+            raise UserError(
+                f"--prompts: '{other}' and '{prompt}' have the same encoding: '{source.folder}' does not tell them "
+                "apart, or reads only as far as they are alike; leave one of them out"
+            )
+
+
+def _digest(value: Tensor) -> bytes:
+    content = value.contiguous().view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(repr(tuple(value.shape)).encode() + content).digest()
+
+
+def _load_encoders(source: Source) -> Any:
+    """The pipeline without transformer and VAE."""
+    kind = source.kind
+    parts = [part for part in kind.encoders if part.startswith("text_encoder")]
+    weights = [find_weights(source.folder / part) for part in parts]
+    wide = any("F32" in files.dtypes.values() for files in weights)
+    common = {
+        "torch_dtype": torch.float32 if wide else torch.bfloat16,
+        "use_safetensors": True,
+        "local_files_only": True,
+    }
+    index = read_json_model(source.folder / INDEX, JsonObject, AGAIN).root
+    variants = {part: files.variant for part, files in zip(parts, weights, strict=True)}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of a newer name for torch_dtype, which older ones lack
+            encoders = {
+                part: _load_encoder(source.folder / part, index.get(part), {**common, "variant": variants[part]})
+                for part in parts
+            }
+            return kind.load_class(kind.pipeline).from_pretrained(
+                source.folder, transformer=None, vae=None, trust_remote_code=False, **encoders, **common
+            )
+    except DamagedFileError:
+        raise
+    except Exception as error:  # what is raised depends on the part and the library
+        raise DamagedFileError(
+            f"'{source.folder}': its text encoders do not load ({one_line(error)}); {AGAIN}"
+        ) from error
+
+
+def _load_encoder(folder: Path, place: JsonValue, common: Mapping[str, Any]) -> Any:
+    """A text encoder, all of whose weights are those of its file: transformers fills gaps at random.
+
+    Raises:
+        DamagedFileError: names a tensor that is missing, left over or of another shape.
+    """
+    assert isinstance(place, list)  # `find_source` has seen library and class
+    library, name = map(str, place)
+    encoder, found = getattr(import_module(library), name).from_pretrained(folder, output_loading_info=True, **common)
+    left_over = {key for key in found["unexpected_keys"] if not key.startswith(_NOT_OF_ENCODERS)}
+    mismatched = {entry[0] for entry in found["mismatched_keys"]}
+    for tensors, what in (
+        (set(found["missing_keys"]), "are missing, so they would be random"),
+        (mismatched, "have another shape, so they would be random"),
+        (left_over, "are more than its configuration has layers for, so they would be left out"),
+    ):
+        if tensors:
+            raise DamagedFileError(
+                f"'{folder}': {len(tensors)} tensors {what}, '{min(tensors)}' among them; a {name} is expected as its "
+                f"config.json describes it; {AGAIN}"
+            )
+    return encoder

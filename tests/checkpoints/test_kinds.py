@@ -1,0 +1,43 @@
+"""Transformers and pipelines that are not what their class makes one think are refused before any long work."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from adatsq_trt.checkpoints.loading import open_pipeline
+from adatsq_trt.errors import MismatchError
+from adatsq_trt.settings import PipelineSettings
+from tests.tiny_checkpoints import HEIGHT, WIDTH
+
+TRANSFORMER, INDEX, VAE = "transformer/config.json", "model_index.json", "vae/config.json"
+
+
+@pytest.mark.parametrize(
+    ("saved", "file", "changes", "message"),
+    [
+        ("wan", INDEX, {"expand_timesteps": True}, "expand_timesteps is True, expected False; .* such as Wan 2.1"),
+        ("wan", INDEX, {"boundary_ratio": 0.875}, "boundary_ratio is 0.875, expected None; .* such as Wan 2.1"),
+        ("wan", TRANSFORMER, {"in_channels": 36}, "in_channels 36 and out_channels 16: it takes a picture or a mask"),
+        ("wan", TRANSFORMER, {"image_dim": 1280}, "image_dim is 1280, expected None, as in a transformer that takes"),
+        ("wan", TRANSFORMER, {"added_kv_proj_dim": 64}, "added_kv_proj_dim is 64, expected None"),
+        ("wan", VAE, {"z_dim": 48}, r"in_channels 16, the VAE '.*config.json' has z_dim 48, which makes 48"),
+        ("flux", TRANSFORMER, {"in_channels": 384, "out_channels": 64}, "in_channels 384 and out_channels 64"),  # Fill
+        ("flux", TRANSFORMER, {"in_channels": 128, "out_channels": 64}, "in_channels 128 and out_channels 64"),  # Canny
+        ("flux", TRANSFORMER, {"patch_size": 2}, "patch_size is 2, expected 1"),
+        ("flux", VAE, {"latent_channels": 4}, "in_channels 64, the VAE .* has latent_channels 4, which makes 16"),
+        ("z_image", TRANSFORMER, {"siglip_feat_dim": 1152}, "siglip_feat_dim is 1152, expected None"),
+        ("z_image", TRANSFORMER, {"all_patch_size": [2, 4]}, r"all_patch_size is \[2, 4\], expected \[2\]"),
+    ],
+)
+def test_what_is_not_a_model_of_noise_and_text_is_named(
+    request: pytest.FixtureRequest, tmp_path: Path, saved: str, file: str, changes: dict[str, object], message: str
+) -> None:
+    folder = Path(shutil.copytree(request.getfixturevalue(f"saved_{saved}"), tmp_path / "pipeline"))
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | changes))
+    with pytest.raises(MismatchError) as refused:
+        open_pipeline(PipelineSettings(path=str(folder), height=HEIGHT, width=WIDTH, prompts=("a red",)))
+    assert re.search(message, str(refused.value))
+    assert refused.value.exit_code == 2
