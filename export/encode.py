@@ -11,7 +11,7 @@ from torch import Tensor
 from adatsq_trt.export.weight_store import StoredTensor, WeightStore
 from adatsq_trt.formats import Element, Format, Granularity, Grid
 from adatsq_trt.packing import pack_nibbles
-from adatsq_trt.quantize import QuantizedWeight
+from adatsq_trt.quantizers import QuantizedWeight
 
 _PLAIN = {Element.FP32: DataType.FLOAT, Element.BF16: DataType.BFLOAT16, Element.FP16: DataType.FLOAT16}
 _TORCH = {

@@ -35,7 +35,7 @@ from adatsq_trt.graph_index import (
     TensorSignature,
 )
 from adatsq_trt.policy import Policy
-from adatsq_trt.quantize import QuantizedWeight
+from adatsq_trt.quantizers import QuantizedWeight
 
 BaseName = Literal["bfloat16", "float16", "float32"]
 Variant = Literal["target", "cpu", "reference"]

@@ -29,7 +29,7 @@ from adatsq_trt.export.insert_qdq import FORMAT
 from adatsq_trt.export.name_nodes import MODULE
 from adatsq_trt.export.weight_store import reinterpret
 from adatsq_trt.formats import FORMATS, Element, Granularity
-from adatsq_trt.quantize import E2M1_MAX, E4M3_MAX
+from adatsq_trt.quantizers import E2M1_MAX, E4M3_MAX
 
 FLOAT, E4M3, INT8 = DataType.FLOAT, DataType.FLOAT8E4M3FN, DataType.INT8
 _E2M1_TABLE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

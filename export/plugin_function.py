@@ -24,7 +24,7 @@ from onnx_ir import DataType
 
 from adatsq_trt.export.encode import element_type
 from adatsq_trt.formats import FORMATS, Granularity
-from adatsq_trt.quantize import E4M3_MAX
+from adatsq_trt.quantizers import E4M3_MAX
 
 PLUGIN_DOMAIN, PLUGIN_OP, PLUGIN_VERSION = "adatsq", "AdatsqLinear", "1"
 ATTRIBUTES = ("profiles", "inputs", "group_size", "plugin_namespace", "plugin_version")

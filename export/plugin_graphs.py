@@ -41,7 +41,7 @@ from adatsq_trt.files import atomic_path, write_json_model
 from adatsq_trt.formats import FORMATS
 from adatsq_trt.graph_index import INDEX_NAME, WEIGHTS_NAME, GraphFile, GraphIndex
 from adatsq_trt.policy import Policy
-from adatsq_trt.quantize import QuantizedWeight
+from adatsq_trt.quantizers import QuantizedWeight
 
 GRAPHS = 4  # how often export_plugin_graphs reports
 _WIDEN = ir.passes.Sequential(RestoreAttentionScale(), LowerTypes(), common.RemoveUnusedNodesPass())

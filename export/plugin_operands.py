@@ -15,7 +15,7 @@ from torch import Tensor
 from adatsq_trt.errors import MismatchError, UnsupportedFormatError
 from adatsq_trt.formats import GROUP, PLUGIN_FORMATS
 from adatsq_trt.packing import join_planes, pack_nibbles, split_planes
-from adatsq_trt.quantize import QuantizedWeight
+from adatsq_trt.quantizers import QuantizedWeight
 
 ALIGNMENT = 16  # of N and K: rows of the kernels' operands are read in 16-byte pieces
 FOUR_BIT_FORMATS = ("w4a8", "int4wo")

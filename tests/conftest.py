@@ -41,7 +41,7 @@ def untrained_flux() -> "FluxAdapter":
     """The zoo's architecture with random weights: for tests that need the real class but no trained one."""
     import torch
 
-    from adatsq_trt.zoo.train_digits_flux import make_adapter
+    from examples.zoo.train_digits_flux import make_adapter
 
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -25,7 +25,7 @@ from adatsq_trt.files import (
     write_json_model,
     write_tensors,
 )
-from adatsq_trt.meter import resident_bytes
+from adatsq_trt.stages.meter import resident_bytes
 
 FullDisk = Callable[[], AbstractContextManager[None]]
 

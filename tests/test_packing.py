@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from onnx import helper
 
 from adatsq_trt.packing import join_planes, pack_nibbles, split_planes, unpack_nibbles
-from adatsq_trt.quantize import decode_e2m1
+from adatsq_trt.quantizers import decode_e2m1
 
 
 def unpacked(packed: torch.Tensor, count: int) -> list[int]:

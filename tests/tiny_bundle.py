@@ -25,7 +25,7 @@ from adatsq_trt.formats import FORMATS
 from adatsq_trt.image import PixelScale
 from adatsq_trt.models.adapter import AnySize, Conditioning, ModelAdapter
 from adatsq_trt.policy import Policy
-from adatsq_trt.quantize import quantize_nearest
+from adatsq_trt.quantizers import quantize_nearest
 
 STEPS, GUIDANCE = 4, 2.0
 

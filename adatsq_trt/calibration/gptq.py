@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from adatsq_trt.formats import Format, Grid
-from adatsq_trt.quantize import (
+from adatsq_trt.quantizers import (
     QuantizedWeight,
     encode_weight,
     group_width,

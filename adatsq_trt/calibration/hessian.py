@@ -10,8 +10,8 @@ from torch import Tensor
 
 from adatsq_trt.calibration.trajectory import Samples
 from adatsq_trt.calibration.units import Place
+from adatsq_trt.execution import Shared, Workers
 from adatsq_trt.models.capture import observed_inputs
-from adatsq_trt.workers import Shared, Workers
 
 
 @dataclass

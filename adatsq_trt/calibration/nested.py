@@ -20,7 +20,7 @@ from torch import Tensor
 from adatsq_trt.calibration.gptq import damped_hessian, feedback_factor, gptq_columns
 from adatsq_trt.formats import FORMATS, GROUP, Format
 from adatsq_trt.packing import join_planes, split_planes
-from adatsq_trt.quantize import QuantizedWeight, dequantize_weight, round_scale
+from adatsq_trt.quantizers import QuantizedWeight, dequantize_weight, round_scale
 
 NARROW, WIDE = FORMATS["w4a8"], FORMATS["w8a8"]
 LIMIT = 1.5  # largest error of either width, relative to a copy of its own, at which a layer is nested

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adatsq_trt.calibration.fisher import LayerGradients, backward_step, squared_weight_gradient
 from adatsq_trt.calibration.trajectory import Samples
-from adatsq_trt.workers import Shared, Workers
+from adatsq_trt.execution import Shared, Workers
 
 # Samples of a unit.
 PART = 16

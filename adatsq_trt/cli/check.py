@@ -87,7 +87,7 @@ def _compare(bundle: BundleFiles, folder: Path, fail_above: float | None) -> Che
 def _layer_reference(path: Path, bundle: BundleFiles) -> LayerReference | None:
     """Layers of any step, computed by PyTorch's model, where the bundle lies in the run that made it."""
     from adatsq_trt.cli.options import open_run
-    from adatsq_trt.cli.stages import export, summary
+    from adatsq_trt.stages import export, summary
 
     try:
         context = open_run(path)

@@ -24,7 +24,7 @@ def compare(
     from rich.table import Table
 
     from adatsq_trt.cli.options import open_run
-    from adatsq_trt.cli.stages.compare import solver_errors
+    from adatsq_trt.stages.compare import solver_errors
 
     errors = solver_errors(open_run(run))
     if json:

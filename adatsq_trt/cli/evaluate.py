@@ -72,8 +72,8 @@ def evaluate(
 
     from rich.console import Console
 
-    from adatsq_trt.cli.stages.evaluate import Effort, Evaluation
-    from adatsq_trt.cli.stages.quality import table
+    from adatsq_trt.stages.evaluate import Effort, Evaluation
+    from adatsq_trt.stages.quality import table
     from adatsq_trt.zoo.loading import load_model
 
     loaded = load_model(model)

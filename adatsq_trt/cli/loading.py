@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adatsq_trt.config import PipelineSettings, Settings
 from adatsq_trt.errors import UserError
-from adatsq_trt.settings import PipelineSettings, Settings
 from adatsq_trt.zoo import find_model, zoo_models
 
 if TYPE_CHECKING:
-    from adatsq_trt.pipelines.loading import OpenedPipeline
-    from adatsq_trt.run import RunDirectory
+    from adatsq_trt.checkpoints.loading import OpenedPipeline
+    from adatsq_trt.stages.run_directory import RunDirectory
     from adatsq_trt.zoo.loading import LoadedModel
 
 
@@ -87,7 +87,7 @@ class OpenedModel:
         """Encode the prompts unless that is done, free the encoders, then load the transformer."""
         if self.pipeline is None:
             return self.outline
-        from adatsq_trt.cli.stages import embed
+        from adatsq_trt.stages import embed
 
         return self.pipeline.load(embed.run(run, self.pipeline))
 
@@ -102,7 +102,7 @@ def open_model(request: ModelRequest) -> OpenedModel:
         from adatsq_trt.zoo.loading import load_model
 
         return OpenedModel(load_model(request.name))
-    from adatsq_trt.pipelines.prompts import default_prompts, read_prompts
+    from adatsq_trt.checkpoints.prompts import default_prompts, read_prompts
 
     return _open(
         PipelineSettings(
@@ -119,7 +119,7 @@ def open_model(request: ModelRequest) -> OpenedModel:
 
 
 def _open(settings: PipelineSettings) -> OpenedModel:
-    from adatsq_trt.pipelines.loading import open_pipeline
+    from adatsq_trt.checkpoints.loading import open_pipeline
 
     opened = open_pipeline(settings)
     return OpenedModel(opened.outline, opened)
@@ -135,7 +135,7 @@ def reopen_model(settings: Settings, run: RunDirectory) -> LoadedModel:
         from adatsq_trt.zoo.loading import load_model
 
         return load_model(settings.model)
-    from adatsq_trt.cli.stages import embed
+    from adatsq_trt.stages import embed
 
     opened = _open(settings.pipeline)
     assert opened.pipeline is not None

@@ -15,7 +15,11 @@ from adatsq_trt.cli.budgets import BudgetChoice, BudgetRequest, choose_budgets, 
 from adatsq_trt.cli.build import StageName
 from adatsq_trt.cli.loading import ModelRequest, OpenedModel, open_model, reopen_model, require_model
 from adatsq_trt.cli.shapes import Shape, open_at_first, parse_shapes, resolve_shapes, written
+from adatsq_trt.config import SETTINGS_NAME, Settings
 from adatsq_trt.errors import MissingFileError, UserError
+from adatsq_trt.execution import InProcess, Workers
+from adatsq_trt.execution.cluster import connected, parse_address, require_cluster
+from adatsq_trt.execution.device import AUTO, CPU, OnDevice, parse_device
 from adatsq_trt.formats import (
     PLUGIN_LAYOUT,
     TARGETS,
@@ -27,15 +31,11 @@ from adatsq_trt.formats import (
     target_named,
 )
 from adatsq_trt.policy import GIVEN_POLICY_ADVICE, Policy
-from adatsq_trt.settings import SETTINGS_NAME, Settings
-from adatsq_trt.workers import InProcess, Workers
-from adatsq_trt.workers.cluster import connected, parse_address, require_cluster
-from adatsq_trt.workers.device import AUTO, CPU, OnDevice, parse_device
 
 if TYPE_CHECKING:
-    from adatsq_trt.cli.stages.context import Context
     from adatsq_trt.engines.sizes import SizeReport
     from adatsq_trt.report.summary import Summary
+    from adatsq_trt.stages.context import Context
 
 SIMULATED_SET = "paper-fine"  # what --simulate without a target studies
 PLUGIN_TARGET = "sm90"  # of layout `plugin` without a target: its graph is the same for all
@@ -268,7 +268,7 @@ def choose_workers(place: PlaceRequest) -> AbstractContextManager[Workers]:
 
 def _exported(outline: Context, opened: OpenedModel) -> bool:
     """Whether all that needs the model's weights is done, so that they need not be loaded."""
-    from adatsq_trt.cli.stages import calibrate, embed, export, quantize, search
+    from adatsq_trt.stages import calibrate, embed, export, quantize, search
 
     if opened.pipeline is not None and not embed.stage(outline.run, opened.pipeline).done:
         return False
@@ -283,15 +283,15 @@ def run_stages(request: Request, until: StageName) -> None:
     choice = choose(request)
     _require_exportable(request, until)
     chosen_workers = choose_workers(request.place)
-    from adatsq_trt.cli.stages import bundle, calibrate, export, quantize, search, summary
-    from adatsq_trt.cli.stages.context import Context
-    from adatsq_trt.cli.stages.memory import plan_memory
     from adatsq_trt.engines.bundle import BundleFiles
     from adatsq_trt.engines.plugin_commands import COMMANDS_NAME
     from adatsq_trt.engines.sizes import size_report
     from adatsq_trt.files import write_json_model
-    from adatsq_trt.meter import release_memory
-    from adatsq_trt.run import RunDirectory
+    from adatsq_trt.stages import bundle, calibrate, export, quantize, search, summary
+    from adatsq_trt.stages.context import Context
+    from adatsq_trt.stages.memory import plan_memory
+    from adatsq_trt.stages.meter import release_memory
+    from adatsq_trt.stages.run_directory import RunDirectory
 
     opened = open_model(open_at_first(request.model, choice.shapes))
     settings = resolve(request, choice, opened)
@@ -339,9 +339,9 @@ def open_run(path: Path) -> Context:
         MissingFileError: there is no run directory, or it was never started.
         DamagedFileError: its settings are of another schema version.
     """
-    from adatsq_trt.cli.stages.context import Context
     from adatsq_trt.files import read_json_model
-    from adatsq_trt.run import RunDirectory
+    from adatsq_trt.stages.context import Context
+    from adatsq_trt.stages.run_directory import RunDirectory
 
     run = RunDirectory.existing(path)
     settings = read_json_model(run.path / SETTINGS_NAME, Settings)

@@ -23,9 +23,9 @@ def report(
 
     Example: adatsq-trt report runs/demo
     """
-    from adatsq_trt.cli.stages.report import gather
     from adatsq_trt.report.page import FIGURES_FOLDER, write_report
-    from adatsq_trt.run import RunDirectory
+    from adatsq_trt.stages.report import gather
+    from adatsq_trt.stages.run_directory import RunDirectory
 
     directory = RunDirectory.existing(run)
     written = write_report(gather(directory), output or run / "report.html", run / FIGURES_FOLDER)

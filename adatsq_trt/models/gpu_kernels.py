@@ -10,7 +10,7 @@ from torch import Tensor
 
 # Added to a float32 number of magnitude below 2^22 and taken off again, it rounds to the nearest integer, ties to even.
 _ROUND: tl.constexpr = tl.constexpr(1.5 * 2.0**23)
-# As adatsq_trt.quantize has it.
+# As adatsq_trt.quantizers has it.
 _SMALLEST: tl.constexpr = tl.constexpr(1e-12)
 WIDEST = 32768  # numbers of a token: a program holds all of them in registers
 _NUMBERS_PER_WARP, _MOST_WARPS, _MOST_WEIGHTS = 1024, 16, 2048

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adatsq_trt.formats import Element, Format, Granularity, Grid
-from adatsq_trt.quantize import QuantizedWeight, dequantize_weight, fake_quantize_activation
+from adatsq_trt.quantizers import QuantizedWeight, dequantize_weight, fake_quantize_activation
 
 LOGGER = logging.getLogger(__name__)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from adatsq_trt.calibration.trajectory import Samples
 from adatsq_trt.calibration.units import Measured, backward_sweep
+from adatsq_trt.execution import Workers
 from adatsq_trt.files import read_json_model, read_tensors, write_json_model, write_tensors
 from adatsq_trt.formats import Format
 from adatsq_trt.models.format_store import FormatStore
@@ -30,7 +31,6 @@ from adatsq_trt.search.denoising import DenoisingProblem, row_errors
 from adatsq_trt.search.plan import Rows
 from adatsq_trt.search.sensitivity import Candidates, Sensitivity, assemble, join_parts, measure_contributions
 from adatsq_trt.search.simulation import Simulation
-from adatsq_trt.workers import Workers
 
 Progress = Callable[[], None]
 # Median samples that one sample counts for at most when policies are ranked.

@@ -21,11 +21,11 @@ from torch.nn import functional
 
 from adatsq_trt.calibration.fisher import LayerGradients
 from adatsq_trt.calibration.units import Measured
+from adatsq_trt.execution.precision import exact
 from adatsq_trt.formats import Format
 from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.models.format_store import FormatStore
 from adatsq_trt.models.rounding import round_input, stored_weight
-from adatsq_trt.workers.precision import exact
 
 # Steps of a trajectory whose neighbours are averaged with a width of one step.
 SMOOTHED_STEPS = 20

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from adatsq_trt.calibration.trajectory import PART, Samples, trajectory
+from adatsq_trt.execution import InProcess, Workers
 from adatsq_trt.formats import Format
 from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.schedule import Schedule
 from adatsq_trt.search.candidates import Assignment
-from adatsq_trt.workers import InProcess, Workers
 
 
 @dataclass(frozen=True)

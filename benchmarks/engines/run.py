@@ -49,7 +49,7 @@ from adatsq_trt.models.adapter import ImageShape, ModelAdapter
 from adatsq_trt.models.flux import FluxAdapter
 from adatsq_trt.models.prompts import ClassEncoder
 from adatsq_trt.policy import Policy
-from adatsq_trt.quantize import quantize_nearest
+from adatsq_trt.quantizers import quantize_nearest
 from adatsq_trt.zoo.loading import load_model
 
 STEPS, TARGET, MAX_ROWS, PATCHES = 12, "sm120", 8, 16

@@ -11,14 +11,14 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 
-from adatsq_trt.cli.stages import search
-from adatsq_trt.cli.stages.evaluate import Cell, Evaluation
 from adatsq_trt.evaluation.methods import BITS, FULL_BITS, FULL_PRECISION, METHODS
 from adatsq_trt.files import read_json_model, read_tensors, write_bytes
 from adatsq_trt.formats import format_named
 from adatsq_trt.report.contact_sheet import write_contact_sheet
 from adatsq_trt.report.theme import ACCENT, COLORMAP, CONTRAST, MUTED, STYLE, Chart, format_colors, render
 from adatsq_trt.search.select import SearchResult
+from adatsq_trt.stages import search
+from adatsq_trt.stages.evaluate import Cell, Evaluation
 
 PICTURES = 20
 _OURS = ("adatsq", "adatsq-fine", "adatsq-best")

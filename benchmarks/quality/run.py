@@ -22,11 +22,11 @@ from typing import Literal, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
-from adatsq_trt.cli.stages.evaluate import Cell, Effort, Evaluation
-from adatsq_trt.cli.stages.quality import Difference, difference, intervals
 from adatsq_trt.evaluation.methods import ABLATIONS, BITS, FULL_BITS, FULL_PRECISION, METHODS, Method
 from adatsq_trt.evaluation.scores import Interval
 from adatsq_trt.files import read_json_model, write_bytes, write_json_model
+from adatsq_trt.stages.evaluate import Cell, Effort, Evaluation
+from adatsq_trt.stages.quality import Difference, difference, intervals
 from adatsq_trt.zoo import zoo_models
 from adatsq_trt.zoo.loading import load_model
 from benchmarks.document import replace_marked

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from adatsq_trt.cli.stages.evaluate import Cell
-from adatsq_trt.cli.stages.quality import verdict
 from adatsq_trt.evaluation.methods import BITS, method_named
 from adatsq_trt.evaluation.scores import Interval
+from adatsq_trt.stages.evaluate import Cell
+from adatsq_trt.stages.quality import verdict
 
 if TYPE_CHECKING:
     from benchmarks.quality.run import CellInterval, Comparisons

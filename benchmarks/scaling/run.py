@@ -25,12 +25,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from adatsq_trt.cli.options import open_run
-from adatsq_trt.cli.stages import calibrate, quantize, search
-from adatsq_trt.cli.stages.context import Context
+from adatsq_trt.execution import InProcess, Shared
 from adatsq_trt.files import read_json_model, write_json_model
-from adatsq_trt.run import RunDirectory, StageRecord
 from adatsq_trt.search.select import SearchResult
-from adatsq_trt.workers import InProcess, Shared
+from adatsq_trt.stages import calibrate, quantize, search
+from adatsq_trt.stages.context import Context
+from adatsq_trt.stages.run_directory import RunDirectory, StageRecord
 from benchmarks.document import replace_marked
 from benchmarks.scaling.extrapolation import table
 

@@ -31,25 +31,25 @@ from adatsq_trt.calibration.fisher import projections
 from adatsq_trt.calibration.trajectory import seeded_samples
 from adatsq_trt.calibration.units import measured_trajectory
 from adatsq_trt.cli.progress import progress
+from adatsq_trt.execution import InProcess, Workers
+from adatsq_trt.execution.device import CPU, CUDA, OnDevice, free_bytes, parse_device
+from adatsq_trt.execution.precision import Bfloat16
 from adatsq_trt.files import read_json_model, write_json_model
 from adatsq_trt.formats import resolve_formats
 from adatsq_trt.image import ImageShape
-from adatsq_trt.meter import machine_bytes, resident_bytes
 from adatsq_trt.models.flow import measure_flow
 from adatsq_trt.models.flux import FluxAdapter
 from adatsq_trt.models.format_store import FormatStore
 from adatsq_trt.models.prompts import StoredPrompts
 from adatsq_trt.models.simulated import SimulatedModel
-from adatsq_trt.quantize import quantize_nearest
+from adatsq_trt.quantizers import quantize_nearest
 from adatsq_trt.schedule import Schedule
 from adatsq_trt.search.beam import Pruning
 from adatsq_trt.search.denoising import DenoisingProblem, format_bits
 from adatsq_trt.search.plan import make_plan
 from adatsq_trt.search.resume import measure_sensitivity, search_columns
 from adatsq_trt.search.simulation import Simulation
-from adatsq_trt.workers import InProcess, Workers
-from adatsq_trt.workers.device import CPU, CUDA, OnDevice, free_bytes, parse_device
-from adatsq_trt.workers.precision import Bfloat16
+from adatsq_trt.stages.meter import machine_bytes, resident_bytes
 from benchmarks.document import replace_marked
 
 RESULTS = Path(__file__).with_name("flux_dev.json")

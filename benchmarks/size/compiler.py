@@ -22,7 +22,7 @@ import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from adatsq_trt.files import write_json_model
-from adatsq_trt.meter import resident_bytes
+from adatsq_trt.stages.meter import resident_bytes
 from benchmarks.document import replace_marked
 
 RESULTS = Path(__file__).with_name("compiler.json")

@@ -27,7 +27,7 @@ from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
 from adatsq_trt.files import read_json_model, sha256, write_json_model
 from adatsq_trt.models.wan import WanAdapter
 from adatsq_trt.policy import Policy
-from adatsq_trt.run import RunDirectory
+from adatsq_trt.stages.run_directory import RunDirectory
 from benchmarks.document import replace_marked
 
 HERE = Path(__file__).parent

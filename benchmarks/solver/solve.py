@@ -17,7 +17,7 @@ GROUP, DAMPING = 64, 0.01
 def ours(weight: Tensor, hessian: Tensor) -> Tensor:
     from adatsq_trt.calibration.gptq import gptq
     from adatsq_trt.formats import format_named
-    from adatsq_trt.quantize import dequantize_weight
+    from adatsq_trt.quantizers import dequantize_weight
 
     fmt = format_named("w4a4")
     assert fmt.weight.group_size == GROUP

@@ -7,7 +7,7 @@ from torch import Tensor
 
 # Added to a float32 number of magnitude below 2^22 and taken off again, it rounds to the nearest integer, ties to even.
 _ROUND: tl.constexpr = tl.constexpr(1.5 * 2.0**23)
-# Smallest scale, so that a token of zeros stays finite: as adatsq_trt.quantize has it.
+# Smallest scale, so that a token of zeros stays finite: as adatsq_trt.quantizers has it.
 _SMALLEST: tl.constexpr = tl.constexpr(1e-12)
 _E4M3_MAX: tl.constexpr = tl.constexpr(448.0)
 

@@ -222,7 +222,7 @@ def bad_tree(tmp_path: Path) -> Path:
         "adatsq_trt/search/beam.py": "from adatsq_trt import cli\nimport adatsq_trt.engines.build\n",
         "adatsq_trt/calibration/__init__.py": "def f():\n    from adatsq_trt.search import beam\n    import onnx_ir\n",
         "engines/__init__.py": "",
-        "engines/build.py": "import onnx\nimport adatsq_trt.quantize\nfrom adatsq_trt.export import qdq\n",
+        "engines/build.py": "import onnx\nimport adatsq_trt.quantizers\nfrom adatsq_trt.export import qdq\n",
         "export/__init__.py": "from adatsq_trt.errors import UserError\n",
         "export/qdq.py": "import onnx_ir\nfrom adatsq_trt.models.flux import FluxAdapter\n",
     }
@@ -238,7 +238,7 @@ def test_wrong_arrows_are_found(bad_tree: Path) -> None:
         "adatsq_trt.calibration:2 imports adatsq_trt.search.beam",
         "adatsq_trt.search.beam:1 imports adatsq_trt.cli",
         "adatsq_trt.search.beam:2 imports adatsq_trt.engines.build",
-        "adatsq_trt.engines.build:2 imports adatsq_trt.quantize",
+        "adatsq_trt.engines.build:2 imports adatsq_trt.quantizers",
         "adatsq_trt.engines.build:3 imports adatsq_trt.export.qdq",
         "adatsq_trt.export.qdq:2 imports adatsq_trt.models.flux",
     ]

@@ -9,7 +9,7 @@ from torch import Tensor
 from adatsq_trt.calibration.gptq import gptq
 from adatsq_trt.calibration.hessian import second_moment
 from adatsq_trt.formats import FORMATS, Element, Format
-from adatsq_trt.quantize import (
+from adatsq_trt.quantizers import (
     QuantizedWeight,
     dequantize_weight,
     encode_weight,

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from adatsq_trt.calibration.hessian import layer_moments, second_moment
 from adatsq_trt.calibration.trajectory import Samples
+from adatsq_trt.execution import InProcess
 from adatsq_trt.models.capture import captured
-from adatsq_trt.workers import InProcess
 
 
 def test_second_moment_is_the_mean_outer_product() -> None:

@@ -21,7 +21,7 @@ from adatsq_trt.calibration.nested import (
     weighted_error,
 )
 from adatsq_trt.packing import join_planes, split_planes
-from adatsq_trt.quantize import QuantizedWeight, round_scale
+from adatsq_trt.quantizers import QuantizedWeight, round_scale
 
 ROWS, INPUTS = 16, 128
 

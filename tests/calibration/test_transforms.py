@@ -22,7 +22,7 @@ from adatsq_trt.files import read_tensors, write_tensors
 from adatsq_trt.formats import FORMATS
 from adatsq_trt.models.simulated import SharedRounding, SimulatedLinear
 from adatsq_trt.models.transforms import hadamard, load_transforms, save_transforms
-from adatsq_trt.quantize import fake_quantize_activation
+from adatsq_trt.quantizers import fake_quantize_activation
 
 STEPS, WIDTH = 3, 640
 LAYERS = ("block.q", "block.k")

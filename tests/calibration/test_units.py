@@ -8,7 +8,7 @@ from adatsq_trt.calibration import units
 from adatsq_trt.calibration.fisher import projections, squared_weight_gradient
 from adatsq_trt.calibration.trajectory import Samples
 from adatsq_trt.calibration.units import Measured, backward_sweep, measured_trajectory, squared_gradients
-from adatsq_trt.workers import InProcess
+from adatsq_trt.execution import InProcess
 from tests.sweep import backward_steps
 
 HERE = InProcess()

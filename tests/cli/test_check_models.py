@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from adatsq_trt.cli.stages import bundle as bundle_stage
 from adatsq_trt.engines.accuracy import CheckReport
 from adatsq_trt.engines.bundle import BundleFiles
 from adatsq_trt.formats import FORMAT_SETS
 from adatsq_trt.policy import Policy
+from adatsq_trt.stages import bundle as bundle_stage
 from adatsq_trt.zoo import zoo_models
 from adatsq_trt.zoo.loading import load_model
 

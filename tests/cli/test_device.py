@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from adatsq_trt.cli.options import PlaceRequest, choose_workers
-from adatsq_trt.workers import InProcess
-from adatsq_trt.workers.device import OnDevice
+from adatsq_trt.execution import InProcess
+from adatsq_trt.execution.device import OnDevice
 
 SEARCH = ("search", "digits-flux", "--simulate", "--formats", "w4a4,w8a8", "--steps", "2")
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from adatsq_trt.files import read_tensors
-from adatsq_trt.run import RunDirectory
+from adatsq_trt.stages.run_directory import RunDirectory
 from tests.engines.conftest import make_bundle
 
 STAGES = ("calibrate", "quantize", "search", "export", "bundle")
@@ -109,7 +109,7 @@ def test_a_file_removed_between_two_stages(
     cli, copy: Path, monkeypatch: pytest.MonkeyPatch, before: str, file: str
 ) -> None:
     """While the command runs: the stage that wrote the file has ended, the one that reads it begins."""
-    from adatsq_trt.run import Stage
+    from adatsq_trt.stages.run_directory import Stage
 
     forget(copy, before)
     prepare = Stage._prepare
@@ -184,7 +184,7 @@ def interrupting(function: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     ("place", "command"),
     [
-        ("adatsq_trt.cli.stages.quantize.gptq_factored", "quantize"),
+        ("adatsq_trt.stages.quantize.gptq_factored", "quantize"),
         ("adatsq_trt.files.os.fsync", "quantize"),
         ("adatsq_trt.engines.build.write_bytes", "build"),
         ("adatsq_trt.engines.accuracy.rows.compare", "check"),

@@ -71,7 +71,7 @@ def test_a_build_killed_at_any_moment_ends_with_the_same_bytes(cli, built: Path,
     run, moments = tmp_path / "run", random_moments(built)
     # Children of a server that has imported everything, and computed nothing, start at once.
     context = get_context("forkserver")
-    context.set_forkserver_preload(["adatsq_trt.cli.stages.bundle", "adatsq_trt.cli.stages.summary"])
+    context.set_forkserver_preload(["adatsq_trt.stages.bundle", "adatsq_trt.stages.summary"])
     for index in sorted(random.Random(SEED).sample(range(len(moments)), count)):
         process = context.Process(target=die_at, args=(moments[index], cli.build, run))
         process.start()

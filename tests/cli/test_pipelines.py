@@ -10,11 +10,11 @@ import torch
 from diffusers import DiffusionPipeline, FluxPipeline
 from PIL import Image
 
+from adatsq_trt.checkpoints.prompts import default_prompts
 from adatsq_trt.engines.bundle import BundleFiles
 from adatsq_trt.engines.runtime import Bundle
 from adatsq_trt.files import read_tensors, write_tensors
 from adatsq_trt.models import stored
-from adatsq_trt.pipelines.prompts import default_prompts
 from tests.tiny_checkpoints import (
     HEIGHT,
     WIDTH,

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from adatsq_trt.run import RunDirectory
 from adatsq_trt.search import resume
+from adatsq_trt.stages.run_directory import RunDirectory
 
 STEPS = 4
 

@@ -9,9 +9,9 @@ import torch
 from adatsq_trt import zoo
 from adatsq_trt.engines.bundle import ImageSpec
 from adatsq_trt.zoo.loading import load_model
-from adatsq_trt.zoo.scenes import train_wan, train_z_image
 from adatsq_trt.zoo.scenes.clips import clip_prompts
-from adatsq_trt.zoo.scenes.training import save_model
+from examples.zoo.scenes import train_wan, train_z_image
+from examples.zoo.scenes.training import save_model
 
 
 @pytest.mark.slow

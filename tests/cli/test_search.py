@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from adatsq_trt.cli.stages import search
 from adatsq_trt.files import read_json_model, read_tensors
 from adatsq_trt.search.select import SearchResult
+from adatsq_trt.stages import search
 
 STEPS, EXPANSIONS = 3, 2
 

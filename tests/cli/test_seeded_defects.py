@@ -46,7 +46,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from adatsq_trt.cli.build import StageName
     from adatsq_trt.cli.loading import ModelRequest
     from adatsq_trt.cli.options import FormatRequest, PlaceRequest, PlanRequest, Request, run_stages
-    from adatsq_trt.cli.stages import bundle as bundle_stage
+    from adatsq_trt.stages import bundle as bundle_stage
     from adatsq_trt.zoo.loading import load_model
 
     base = tmp_path_factory.mktemp("defects")

@@ -29,7 +29,7 @@ from adatsq_trt.files import write_json_model
 from adatsq_trt.formats import FORMATS
 from adatsq_trt.graph_index import WEIGHTS_NAME, GraphFile, GraphIndex, TensorSignature
 from adatsq_trt.policy import Policy
-from adatsq_trt.quantize import (
+from adatsq_trt.quantizers import (
     dequantize_weight,
     fake_quantize_activation,
     quantize_nearest,

@@ -21,7 +21,7 @@ from adatsq_trt.models.capture import captured, captured_outputs
 from adatsq_trt.models.format_store import FormatStore
 from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.policy import Policy
-from adatsq_trt.quantize import quantize_nearest, static_activation_scale
+from adatsq_trt.quantizers import quantize_nearest, static_activation_scale
 from tests.export.separated import require_equal_layers
 from tests.tiny_flux import make_tiny_flux
 from tests.tiny_wan import make_tiny_wan

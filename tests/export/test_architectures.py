@@ -22,7 +22,7 @@ from adatsq_trt.models.format_store import FormatStore
 from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.models.wan import WanAdapter
 from adatsq_trt.policy import Policy
-from adatsq_trt.quantize import quantize_nearest, static_activation_scale
+from adatsq_trt.quantizers import quantize_nearest, static_activation_scale
 from tests.export.separated import require_equal_layers
 from tests.tiny_wan import make_tiny_wan
 from tests.tiny_z_image import make_tiny_z_image

@@ -7,7 +7,7 @@ from adatsq_trt.export.encode import encode_weight
 from adatsq_trt.export.weight_store import WeightStore
 from adatsq_trt.formats import FORMATS, Granularity
 from adatsq_trt.graph_index import WEIGHTS_NAME
-from adatsq_trt.quantize import dequantize_weight, quantize_nearest
+from adatsq_trt.quantizers import dequantize_weight, quantize_nearest
 
 
 @pytest.mark.parametrize("base", [DataType.BFLOAT16, DataType.FLOAT16, DataType.FLOAT])

@@ -14,7 +14,7 @@ from adatsq_trt.export import export_graphs
 from adatsq_trt.formats import FORMATS, TARGETS, resolve_formats
 from adatsq_trt.graph_index import GraphIndex
 from adatsq_trt.policy import Policy
-from adatsq_trt.quantize import quantize_nearest
+from adatsq_trt.quantizers import quantize_nearest
 
 GPUS = [name for name, target in TARGETS.items() if target.compute_capability is not None and target.formats]
 

@@ -17,7 +17,7 @@ from adatsq_trt.formats import FORMATS
 from adatsq_trt.graph_index import INDEX_NAME, GraphIndex
 from adatsq_trt.models.flux import FluxAdapter
 from adatsq_trt.policy import Policy
-from adatsq_trt.quantize import (
+from adatsq_trt.quantizers import (
     QuantizedWeight,
     dequantize_weight,
     fake_quantize_activation,

@@ -9,7 +9,7 @@ from adatsq_trt.export.normalize_linears import NormalizeLinears, find_linears, 
 from adatsq_trt.export.weight_store import WeightStore
 from adatsq_trt.formats import FORMATS
 from adatsq_trt.graph_index import WEIGHTS_NAME
-from adatsq_trt.quantize import quantize_nearest
+from adatsq_trt.quantizers import quantize_nearest
 
 LAYER = "up"
 

@@ -10,7 +10,7 @@ from onnx_ir import DataType
 from adatsq_trt.export.lower_quantizers import LowerQuantizers
 from adatsq_trt.export.weight_store import INLINE_LIMIT_BYTES
 from adatsq_trt.formats import FORMATS
-from adatsq_trt.quantize import (
+from adatsq_trt.quantizers import (
     decode_e2m1,
     fake_quantize_activation,
     static_activation_scale,

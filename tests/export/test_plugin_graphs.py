@@ -22,7 +22,7 @@ from adatsq_trt.models.format_store import FormatStore
 from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.packing import split_planes
 from adatsq_trt.policy import Policy
-from adatsq_trt.quantize import QuantizedWeight, quantize_nearest, static_activation_scale
+from adatsq_trt.quantizers import QuantizedWeight, quantize_nearest, static_activation_scale
 from tests.tiny_flux import make_tiny_flux
 
 Runner = Callable[[str | bytes, Mapping[str, np.ndarray]], np.ndarray]

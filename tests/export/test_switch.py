@@ -18,7 +18,7 @@ from adatsq_trt.export.switch import switch
 from adatsq_trt.formats import FORMATS, TARGETS
 from adatsq_trt.graph_index import GraphIndex
 from adatsq_trt.policy import Policy
-from adatsq_trt.quantize import quantize_nearest
+from adatsq_trt.quantizers import quantize_nearest
 
 # "modulation" never changes, "up" has two formats, "down" three.
 ROWS = [("fp8", "fp8", "nvfp4"), ("fp8", "bf16", "fp8"), ("fp8", "fp8", "bf16"), ("fp8", "bf16", "bf16")]

@@ -13,7 +13,7 @@ from adatsq_trt.export import export_graphs, trace
 from adatsq_trt.export.graphs import BaseName
 from adatsq_trt.formats import FORMATS
 from adatsq_trt.policy import Policy
-from adatsq_trt.quantize import (
+from adatsq_trt.quantizers import (
     dequantize_weight,
     fake_quantize_activation,
     quantize_nearest,

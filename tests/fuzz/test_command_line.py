@@ -67,7 +67,7 @@ def command_lines(draw: st.DrawFn) -> list[str]:
 
 
 def test_command_lines(cli: CommandLine, go_on: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from adatsq_trt.cli.stages import bundle, calibrate, export, quantize, search
+    from adatsq_trt.stages import bundle, calibrate, export, quantize, search
 
     def stop(*_: object) -> None:
         raise UserError("the request is sound")

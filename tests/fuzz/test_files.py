@@ -30,7 +30,7 @@ from adatsq_trt.files import parse_json_model, read_tensors, write_tensors
 from adatsq_trt.graph_index import GraphIndex
 from adatsq_trt.policy import Policy
 from adatsq_trt.report.summary import Summary
-from adatsq_trt.run import StageRecord
+from adatsq_trt.stages.run_directory import StageRecord
 from tests.engines.conftest import make_bundle
 from tests.fuzz.conftest import FUZZ
 from tests.report.test_summary import example

@@ -5,7 +5,7 @@ import torch
 
 from adatsq_trt.models.adapter import Conditioning, guide
 from adatsq_trt.models.flux import FluxAdapter, pack
-from adatsq_trt.zoo.scenes.train_flux import make_adapter
+from examples.zoo.scenes.train_flux import make_adapter
 
 
 def latents(adapter: FluxAdapter, batch: int) -> torch.Tensor:

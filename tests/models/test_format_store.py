@@ -9,7 +9,7 @@ from adatsq_trt.errors import DamagedFileError, MissingFileError
 from adatsq_trt.files import write_tensors
 from adatsq_trt.formats import FORMATS, Format
 from adatsq_trt.models.format_store import SCALES_NAME, StoredWeights, load_store, save_weights, weights_name
-from adatsq_trt.quantize import QuantizedWeight, dequantize_weight, quantize_nearest
+from adatsq_trt.quantizers import QuantizedWeight, dequantize_weight, quantize_nearest
 
 LAYERS = ("blocks.0.ff", "blocks.1.ff")
 

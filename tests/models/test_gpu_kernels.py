@@ -5,7 +5,7 @@ import torch
 
 from adatsq_trt.formats import format_named
 from adatsq_trt.models.gpu_kernels import WIDEST, round_tokens, scale_codes
-from adatsq_trt.quantize import dequantize_weight, fake_quantize_activation, quantize_nearest
+from adatsq_trt.quantizers import dequantize_weight, fake_quantize_activation, quantize_nearest
 
 
 @pytest.mark.parametrize("name", ["w3a3", "w4a4", "w8a8"])

@@ -9,7 +9,7 @@ from adatsq_trt.formats import FORMATS
 from adatsq_trt.models.flux import FluxAdapter
 from adatsq_trt.models.format_store import FormatStore
 from adatsq_trt.models.simulated import SharedRounding, SimulatedLinear, SimulatedModel
-from adatsq_trt.quantize import dequantize_weight, fake_quantize_activation, quantize_nearest
+from adatsq_trt.quantizers import dequantize_weight, fake_quantize_activation, quantize_nearest
 
 STEPS = 2
 NAMES = ("w4a4", "w8a8", "w8a8s", "fp8", "nvfp4", "bf16", "fp32")

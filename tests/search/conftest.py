@@ -15,7 +15,7 @@ from adatsq_trt.formats import FORMATS
 from adatsq_trt.models.capture import captured
 from adatsq_trt.models.flux import FluxAdapter
 from adatsq_trt.models.format_store import FormatStore
-from adatsq_trt.quantize import quantize_nearest, static_activation_scale
+from adatsq_trt.quantizers import quantize_nearest, static_activation_scale
 from tests.tiny_flux import make_tiny_flux
 
 STEPS = 3

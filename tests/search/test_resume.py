@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from adatsq_trt.calibration.trajectory import Samples, latent_mse, trajectory
+from adatsq_trt.execution import InProcess
 from adatsq_trt.formats import FORMATS
 from adatsq_trt.models.format_store import FormatStore
 from adatsq_trt.models.simulated import SimulatedModel
@@ -18,7 +19,6 @@ from adatsq_trt.search.plan import make_plan
 from adatsq_trt.search.resume import Score, Scorer, measure_sensitivity, search_columns
 from adatsq_trt.search.sensitivity import Sensitivity
 from adatsq_trt.search.simulation import Simulation
-from adatsq_trt.workers import InProcess
 
 SET = tuple(FORMATS[name] for name in ("w4a4", "fp8", "w8a8", "fp32"))
 BITS, BUDGET = format_bits(SET), 7.0

@@ -14,7 +14,7 @@ from adatsq_trt.formats import FORMATS, Format
 from adatsq_trt.models.format_store import FormatStore
 from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.models.transforms import IDENTITY
-from adatsq_trt.quantize import QuantizedWeight
+from adatsq_trt.quantizers import QuantizedWeight
 from adatsq_trt.search.sensitivity import SMOOTHED_STEPS, Sensitivity, assemble, join_parts, layer_contributions
 from tests.sweep import BackwardStep, backward_steps
 

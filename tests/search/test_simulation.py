@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from adatsq_trt.calibration.trajectory import Samples
+from adatsq_trt.execution import InProcess
 from adatsq_trt.models.format_store import FormatStore
 from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.search.simulation import Simulation
-from adatsq_trt.workers import InProcess
 from tests.search.conftest import SET
 
 

@@ -26,10 +26,10 @@ from adatsq_trt.zoo.loading import (
     load_model,
     model_sha256,
 )
-from adatsq_trt.zoo.sampling import sample
 from adatsq_trt.zoo.scenes.judge import column_scores, load_judge
 from adatsq_trt.zoo.scenes.prompts import evaluation_prompts
-from adatsq_trt.zoo.train_digits_flux import TRAIN_IMAGES, digits
+from examples.zoo.sampling import sample
+from examples.zoo.train_digits_flux import TRAIN_IMAGES, digits
 
 
 @pytest.fixture(scope="module")

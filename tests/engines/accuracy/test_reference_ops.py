@@ -12,7 +12,7 @@ from polygraphy.comparator import Comparator
 
 from adatsq_trt.engines.accuracy.reference_ops import ReferenceRunner, TRT_FP4DynamicQuantize
 from adatsq_trt.formats import FORMATS
-from adatsq_trt.quantize import fake_quantize_activation
+from adatsq_trt.quantizers import fake_quantize_activation
 
 
 def quantizer(width: int, scale: float, axis: int = -1) -> onnx.ModelProto:

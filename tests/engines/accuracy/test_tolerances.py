@@ -14,7 +14,7 @@ from adatsq_trt.engines.accuracy.tolerances import (
     output_tolerance,
 )
 from adatsq_trt.formats import FORMATS
-from adatsq_trt.quantize import fake_quantize_activation, static_activation_scale
+from adatsq_trt.quantizers import fake_quantize_activation, static_activation_scale
 
 
 def test_the_coarsest_step_is_that_of_the_activations() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from adatsq_trt.formats import FORMATS
 from adatsq_trt.plugins.kernels import cases
 from adatsq_trt.plugins.kernels.quantize import even_odd, quantize_fp8_reference, quantize_tokens_reference
-from adatsq_trt.quantize import fake_quantize_activation
+from adatsq_trt.quantizers import fake_quantize_activation
 
 DTYPES = (torch.float16, torch.bfloat16)
 

@@ -1,0 +1,317 @@
+"""A checkpoint of the user's as the model of a run: checked first, then encoded, then loaded."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import JsonValue
+from torch import Tensor, nn
+
+from adatsq_trt.checkpoints.kinds import AGAIN, Canvas, JsonObject
+from adatsq_trt.checkpoints.lora import Lora, fuse, parse_lora
+from adatsq_trt.checkpoints.source import Source, find_source
+from adatsq_trt.checkpoints.weights import (
+    WeightFiles,
+    find_weights,
+    read_headers,
+    refuse_eight_bits,
+    require_finite,
+    require_shapes,
+    verified_sha256,
+)
+from adatsq_trt.config import PipelineSettings
+from adatsq_trt.errors import DamagedFileError, MismatchError, UserError
+from adatsq_trt.files import MappedTensors, read_json_model
+from adatsq_trt.image import PixelScale
+from adatsq_trt.models.architectures import ADAPTERS
+from adatsq_trt.models.prompts import StoredPrompts
+from adatsq_trt.models.stored import count_weights, fill, large_linears, named_weights
+from adatsq_trt.zoo.loading import LoadedModel
+
+_SUFFIXES = (
+    ".json",
+    ".model",
+    ".safetensors",
+    ".txt",
+    ".jinja",
+)  # of encoders and tokenizers: neither pickles nor code
+_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+
+
+@dataclass(frozen=True)
+class OpenedPipeline:
+    """A checkpoint whose files are all there and go together; its weights are not in memory.
+
+    Attributes:
+        settings: what the user asked for, with the defaults filled in.
+        source: where the parts lie.
+        loras: to be fused.
+    """
+
+    settings: PipelineSettings
+    source: Source
+    loras: tuple[Lora, ...]
+
+    @cached_property
+    def outline(self) -> LoadedModel:
+        """The model without weights and encodings: its layers and settings, on the meta device."""
+        rows, kind = len(self.settings.prompts) + 1, self.source.kind
+        width, pooled = kind.widths(self._config)
+        # How long the longest prompt is shows when it is encoded.
+        length = kind.token_multiple if kind.token_multiple > 1 else kind.text_tokens
+        empty = {
+            "tokens": torch.empty(rows, length, width, device="meta"),
+            "pooled": torch.empty(rows, pooled, device="meta"),
+        }
+        return self._model(self._outline, empty)
+
+    def load(self, encodings: Mapping[str, Tensor]) -> LoadedModel:
+        """Check the transformer's weights and fuse the LoRA files.
+
+        Large layers' weights stay on disk, or, of a single file in another layout than diffusers', in its own type.
+
+        Args:
+            encodings: of the prompts (`encode_prompts`).
+
+        Raises:
+            DamagedFileError: weights that are NaN or infinite, or that diffusers cannot load.
+            MismatchError: a LoRA that does not fit.
+        """
+        mapped = self._stays_mapped
+        tensors = MappedTensors(self._weights.files, AGAIN) if mapped else self._converted()
+        require_finite(tensors.items(), self.source.transformer)
+        transformer = self.source.kind.make_empty(self._config)
+        fill(transformer, tensors)
+        for lora in self.loras:
+            fuse(self.source.kind, transformer, lora)
+            require_finite(named_weights(transformer), lora.file)
+        return self._model(transformer.requires_grad_(False), encodings)
+
+    @cached_property
+    def _stays_mapped(self) -> bool:
+        """Whether large layers' weights need not be in memory."""
+        return set(self._weights.shapes) == set(self._outline.state_dict())
+
+    @cached_property
+    def _config(self) -> dict[str, JsonValue]:
+        return read_json_model(self.source.config, JsonObject, AGAIN).root
+
+    @cached_property
+    def _outline(self) -> nn.Module:
+        config = self.source.config
+        try:
+            return self.source.kind.make_outline(self._config)
+        except (TypeError, ValueError, AttributeError, ZeroDivisionError, RuntimeError) as error:
+            raise DamagedFileError(f"'{config}' does not describe a model ({_reason(error)}); {AGAIN}") from error
+
+    @cached_property
+    def _widest(self) -> torch.dtype:
+        """The type that all weights fit in."""
+        types = {_TYPES.get(name, torch.float32) for name in self._weights.dtypes.values()}
+        return types.pop() if len(types) == 1 else torch.float32
+
+    def _converted(self) -> dict[str, Tensor]:
+        """The weights that diffusers makes of a single file in another layout, in the file's widest type."""
+        source = self.source
+        kind = source.kind.load_class(source.kind.transformer)
+        try:
+            loaded = kind.from_single_file(
+                str(source.transformer),
+                config=str(source.config.parent),
+                torch_dtype=self._widest,
+                local_files_only=True,
+            )
+        except Exception as error:  # what is raised depends on the file
+            raise DamagedFileError(f"'{source.transformer}' does not load ({_reason(error)}); {AGAIN}") from error
+        # Diffusers leaves what a single file lacks without values.
+        state: dict[str, Tensor] = loaded.state_dict()
+        empty = [name for name, value in state.items() if value.is_meta]
+        if empty:
+            raise MismatchError(
+                f"'{source.transformer}' has no '{empty[0]}', which the base's '{source.config}' expects; name the "
+                "base that it was trained from"
+            )
+        return state
+
+    def _model(self, transformer: Any, encodings: Mapping[str, Tensor]) -> LoadedModel:
+        source, settings, kind = self.source, self.settings, self.source.kind
+        assert settings.height is not None
+        assert settings.width is not None
+        canvas = Canvas(settings.height, settings.width, settings.frames)
+        cell = kind.vae_scale(source.folder)
+        image = kind.image(transformer, canvas, cell)
+        scale = PixelScale(image.patch_size * cell.pixels, cell.frames or 1)
+        prompts = StoredPrompts(settings.prompts, encodings["tokens"], encodings["pooled"])
+        adapter = ADAPTERS[kind.transformer](transformer, prompts, self._scheduler, image, not settings.guided)
+        steps, guidance = kind.defaults(self._config)
+        return LoadedModel(
+            source.name, adapter, self.weights_sha256, self.model_sha256, steps, guidance, scale, source.folder / "vae"
+        )
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Hash of the transformer's weights and of what is fused into them; of a single file its own."""
+        files = [*self._weights.files]
+        hashes = [verified_sha256(file) for file in files]
+        if len(hashes) == 1 and not self.loras:
+            return hashes[0]
+        hashes += [f"{verified_sha256(lora.file)} {lora.scale!r}" for lora in self.loras]
+        return _digest(hashes)
+
+    @cached_property
+    def encoders_sha256(self) -> str:
+        """Hash of text encoders and tokenizers."""
+        folders = [self.source.folder / name for name in self.source.kind.encoders]
+        return _digest(f"{f.parent.name}/{f.name} {verified_sha256(f)}" for folder in folders for f in _files(folder))
+
+    @property
+    def encoder_bytes(self) -> int:
+        """Most that is resident while the text encoders are loaded."""
+        folders = [self.source.folder / name for name in self.source.kind.encoders if name.startswith("text_encoder")]
+        encoders = [file.stat().st_size for folder in folders for file in find_weights(folder).files]
+        return sum(encoders) + max(encoders)
+
+    @property
+    def mapped_types(self) -> set[torch.dtype]:
+        """Of the large layers' weights, where all stay on disk unchanged; else empty."""
+        if self.loras or not self._stays_mapped:
+            return set()
+        return {_TYPES.get(self._weights.dtypes[f"{path}.weight"], torch.float32) for path in self._large}
+
+    @property
+    def resident_bytes(self) -> int:
+        """What the loaded transformer has resident, with the copy that a call makes of a stored weight.
+
+        A LoRA that is no plain product of matrices takes more.
+        """
+        sizes = [linear.in_features * linear.out_features for linear in self._large.values()]
+        small = 4 * (count_weights(self._outline) - sum(sizes))
+        # A copy in float32 and the pages that it is made of; with a LoRA also its product, and that scaled.
+        copy = (4 + 4 + (8 if self.loras else 0)) * max(sizes, default=0)
+        changes = sum(2 * lora.file.stat().st_size for lora in self.loras)  # in float32
+        return small + copy + changes + (0 if self._stays_mapped else self._widest.itemsize * sum(sizes))
+
+    @cached_property
+    def _large(self) -> dict[str, nn.Linear]:
+        """Layers whose weights stay as they are stored."""
+        return large_linears(self._outline)
+
+    @property
+    def file_bytes(self) -> int:
+        """Of the largest weight file, where it is mapped as a whole while it is read."""
+        return 0 if self._stays_mapped else max(file.stat().st_size for file in self._weights.files)
+
+    @cached_property
+    def model_sha256(self) -> str:
+        """Hash of all that decides what the model draws, but for the VAE."""
+        source, settings = self.source, self.settings
+        files = [source.config, *_files(source.folder / "scheduler")]
+        lines = [f"{file.name} {verified_sha256(file)}" for file in files]
+        lines += [self.weights_sha256, self.encoders_sha256, repr((settings.height, settings.width))]
+        lines += [repr((settings.frames, settings.guided)), *settings.prompts]
+        return _digest(lines)
+
+    @cached_property
+    def _scheduler(self) -> Any:
+        return self.source.kind.make_scheduler(self.source.folder)
+
+    @cached_property
+    def _weights(self) -> WeightFiles:
+        source = self.source
+        return read_headers([source.transformer]) if source.single_file else find_weights(source.transformer)
+
+
+def open_pipeline(settings: PipelineSettings) -> OpenedPipeline:
+    """Find a checkpoint's parts and check all that can be told without loading its weights.
+
+    Args:
+        settings: sizes may be None, which stands for the pipeline's default.
+
+    Raises:
+        UserError: what `find_source`, `parse_lora` and the checks of weights refuse, and sizes that do not fit.
+    """
+    _silence()
+    source = find_source(settings.path, settings.base)
+    opened = OpenedPipeline(settings, source, tuple(parse_lora(text) for text in settings.loras))
+    _refuse_quantized(source.config, opened._config)
+    outline = opened._outline
+    weights = opened._weights
+    refuse_eight_bits(weights)
+    # A single file in another layout than diffusers' is first understood when it is converted.
+    if not source.single_file or set(weights.shapes) & set(outline.state_dict()):
+        require_shapes(weights, outline, source.config)
+    find_weights(source.folder / "vae")
+    canvas = _canvas(settings, source)
+    places = {"path": _absolute(settings.path), "base": settings.base and _absolute(settings.base)}
+    loras = tuple(f"{lora.file}:{lora.scale!r}" for lora in opened.loras)
+    update = {**places, "loras": loras, **asdict(canvas)}
+    resolved = settings.model_copy(update={**update, "guided": settings.guided and source.kind.guided})
+    return OpenedPipeline(resolved, source, opened.loras)
+
+
+def _canvas(settings: PipelineSettings, source: Source) -> Canvas:
+    """The size that was asked for, or the pipeline's.
+
+    Raises:
+        UserError: it does not fit the transformer's tokens or the VAE's cells.
+    """
+    kind, scale = source.kind, source.kind.vae_scale(source.folder)
+    multiple = kind.patch * scale.pixels
+    height, width = settings.height or kind.canvas.height, settings.width or kind.canvas.width
+    for option, value in (("--height", height), ("--width", width)):
+        if value % multiple:
+            raise UserError(
+                f"{option} {value}: expected a multiple of {multiple} pixels for '{source.name}'; pass "
+                f"{option} {max(value // multiple, 1) * multiple}"
+            )
+    frames = settings.frames or kind.canvas.frames
+    if scale.frames is None and frames is not None:
+        raise UserError(f"--frames {frames}: '{source.name}' draws pictures; leave --frames out")
+    if scale.frames is not None and frames is not None and frames % scale.frames != 1 % scale.frames:
+        raise UserError(
+            f"--frames {frames}: expected 1 more than a multiple of {scale.frames} for '{source.name}'; pass --frames "
+            f"{max(frames // scale.frames, 1) * scale.frames + 1}"
+        )
+    return Canvas(height, width, frames)
+
+
+def _absolute(text: str) -> str:
+    """A path means the same from everywhere; a hub id stays one."""
+    return str(Path(text).absolute()) if Path(text).exists() else text
+
+
+def _refuse_quantized(file: Path, config: Mapping[str, JsonValue]) -> None:
+    quantized = config.get("quantization_config")
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise MismatchError(
+            f"'{file}' is of a model that is quantized already ({method}); give the checkpoint in 16 or 32 bits"
+        )
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    yield from sorted(path for path in folder.glob("*") if path.is_file() and path.suffix in _SUFFIXES)
+
+
+def _digest(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _silence() -> None:
+    """Our own progress and messages are enough."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
+
+
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

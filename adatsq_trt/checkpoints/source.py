@@ -1,0 +1,182 @@
+"""From what the user names to the folder of each part: a pipeline, a transformer, or a single file and its base."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from adatsq_trt.checkpoints.kinds import AGAIN, KINDS, JsonObject, PipelineKind
+from adatsq_trt.checkpoints.weights import refuse_pickle
+from adatsq_trt.errors import MismatchError, MissingFileError, UnknownNameError, UserError
+from adatsq_trt.files import read_json_model
+from adatsq_trt.zoo import zoo_models
+
+INDEX = "model_index.json"
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_LIBRARIES = ("diffusers", "transformers")  # of a pipeline's parts; anything else would be code from the checkpoint
+_EXPECTED = "the folder of a diffusers pipeline or transformer, a .safetensors file, or a hub id such as OWNER/NAME"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the parts lie.
+
+    Attributes:
+        name: what the model is called in files and folders.
+        kind: of pipeline.
+        folder: of the pipeline with text encoders, VAE and scheduler.
+        transformer: folder of the transformer, or a single file.
+        config: the transformer's configuration.
+    """
+
+    name: str
+    kind: PipelineKind
+    folder: Path
+    transformer: Path
+    config: Path
+
+    @property
+    def single_file(self) -> bool:
+        """Whether the transformer is one file, in any of the layouts that diffusers converts."""
+        return self.transformer.is_file()
+
+
+def looks_like_source(text: str) -> bool:
+    """Whether a model's name can be a path or a hub id; without looking into it."""
+    return text not in zoo_models() and (Path(text).exists() or _HUB_ID.fullmatch(text) is not None or "/" in text)
+
+
+def find_source(text: str, base: str | None) -> Source:
+    """Find the parts.
+
+    Args:
+        text: path or hub id of a pipeline; path of a transformer or of a single file.
+        base: path or hub id of the pipeline that a transformer or a single file belongs to.
+
+    Raises:
+        MissingFileError: a folder lacks what it should hold, or the hub cannot be asked.
+        MismatchError: an architecture that has no adapter, or a base of another one.
+        UserError: a base where none belongs or none where one is needed; a pickle.
+    """
+    place = _locate(text)
+    if place.is_file():
+        refuse_pickle(place)
+        if place.suffix != ".safetensors":
+            raise UserError(f"'{place}': got a {place.suffix or 'nameless'} file, expected {_EXPECTED}")
+        folder, kind = _base(base, place, "a single file holds the transformer alone")
+        return Source(_name(place.stem), kind, folder, place, folder / "transformer" / "config.json")
+    if (place / INDEX).is_file():
+        if base is not None:
+            raise UserError(f"--base {base}: '{place}' is a whole pipeline already; leave --base out")
+        return Source(
+            _name(text), _pipeline_kind(place), place, place / "transformer", place / "transformer" / "config.json"
+        )
+    if (place / "config.json").is_file():
+        own = _transformer_kind(place / "config.json")
+        folder, kind = _base(base, place, "a transformer alone has no text encoders")
+        if kind is not own:
+            raise MismatchError(
+                f"'{place}' is a {own.transformer}, --base '{folder}' a {kind.pipeline} with a "
+                f"{kind.transformer}; name a {own.pipeline}"
+            )
+        return Source(_name(text), kind, folder, place, place / "config.json")
+    for file in sorted(place.glob("*")):
+        refuse_pickle(file)
+    raise MissingFileError(f"'{place}' has neither {INDEX} nor config.json; expected {_EXPECTED}")
+
+
+def _locate(text: str) -> Path:
+    """A path as it is, a hub id as the folder that it was downloaded to."""
+    path = Path(text)
+    if path.exists():
+        return path.absolute()
+    if _HUB_ID.fullmatch(text):
+        return _download(text)
+    if "/" in text:
+        raise MissingFileError(f"'{text}' does not exist; expected {_EXPECTED}")
+    raise UnknownNameError("model", text, zoo_models())
+
+
+def _download(hub_id: str) -> Path:
+    """Diffusers' own download, which knows the parts of a pipeline and leaves pickles and code where they are."""
+    from diffusers import DiffusionPipeline
+    from huggingface_hub import is_offline_mode
+
+    try:
+        return Path(DiffusionPipeline.download(hub_id, use_safetensors=True, trust_remote_code=False))
+    except Exception as error:  # what is raised depends on the network, the hub and the repository
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        why = "HF_HUB_OFFLINE is set" if is_offline_mode() else reason
+        raise MissingFileError(
+            f"'{hub_id}' is neither a model of the zoo nor a path here, and it could not be downloaded ({why}); run "
+            f"'hf download {hub_id}' where the hub can be reached, or give the folder of a saved pipeline"
+        ) from error
+
+
+def _base(base: str | None, place: Path, why: str) -> tuple[Path, PipelineKind]:
+    if base is None:
+        raise UserError(f"'{place}': {why}; pass --base with the folder or hub id of the pipeline that it belongs to")
+    folder = _locate(base)
+    if not (folder / INDEX).is_file():
+        raise MissingFileError(f"--base '{folder}' has no {INDEX}; name the folder or hub id of a diffusers pipeline")
+    return folder, _pipeline_kind(folder)
+
+
+def _pipeline_kind(folder: Path) -> PipelineKind:
+    """The kind of a pipeline, every part of which is a class of a library.
+
+    Raises:
+        MismatchError: another pipeline, or a part with code of its own.
+    """
+    index = read_json_model(folder / INDEX, JsonObject, AGAIN).root
+    got = index.get("_class_name")
+    kind = next((kind for kind in KINDS if kind.pipeline == got), None)
+    if kind is None:
+        known = ", ".join(f"{kind.pipeline} ({kind.transformer})" for kind in KINDS)
+        model = _class_of(index.get("transformer") or index.get("unet"))
+        raise MismatchError(
+            f"'{folder}' is a {got} with a {model}, which has no adapter; supported are {known}; choose such a "
+            "checkpoint, or write an adapter (docs/how-to/own-checkpoint.md)"
+        )
+    for part, place in index.items():
+        if isinstance(place, list) and place[0] not in (*_LIBRARIES, None):
+            raise MismatchError(
+                f"'{folder / INDEX}': part '{part}' is made by '{place[0]}', which would be code from the checkpoint "
+                f"and is never run; expected a class of {' or '.join(_LIBRARIES)}"
+            )
+    if _class_of(index.get("transformer")) != kind.transformer:
+        raise MismatchError(
+            f"'{folder}': got the transformer {_class_of(index.get('transformer'))}, expected {kind.transformer}; "
+            "choose another checkpoint"
+        )
+    if _class_of(index.get("transformer_2")) is not None:
+        raise MismatchError(
+            f"'{folder}' has a second transformer, expected one that denoises all steps; choose another checkpoint, "
+            "such as Wan 2.1"
+        )
+    return kind
+
+
+def _transformer_kind(config: Path) -> PipelineKind:
+    got = read_json_model(config, JsonObject, AGAIN).root.get("_class_name")
+    kind = next((kind for kind in KINDS if kind.transformer == got), None)
+    if kind is None:
+        known = ", ".join(kind.transformer for kind in KINDS)
+        raise MismatchError(
+            f"'{config}' is of a {got}, which has no adapter; supported are {known}; choose such a checkpoint, or "
+            "write an adapter (docs/how-to/own-checkpoint.md)"
+        )
+    return kind
+
+
+def _class_of(place: JsonValue) -> JsonValue:
+    return place[1] if isinstance(place, list) and len(place) == 2 else place
+
+
+def _name(text: str) -> str:
+    """The last part of a path or hub id, in letters that folders, files and servers take."""
+    name = re.sub(r"[^\w.+-]+", "-", Path(text).absolute().name, flags=re.ASCII).lstrip(".-+")
+    return name[:100] or "model"

@@ -1,0 +1,119 @@
+"""The budgets of a search, from the settings and the shapes that calibration saw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from adatsq_trt.config import Settings
+from adatsq_trt.errors import BudgetError
+from adatsq_trt.files import read_tensors
+from adatsq_trt.formats import format_named
+from adatsq_trt.models.adapter import ModelAdapter
+from adatsq_trt.policy import LayerShape, Policy
+from adatsq_trt.search.budgets import Additive, Budgets, Storage
+from adatsq_trt.search.costs import TimeModel, stored_time_model
+from adatsq_trt.search.denoising import format_bits
+from adatsq_trt.stages import calibrate
+from adatsq_trt.stages.context import Context, layer_shapes
+
+
+@dataclass(frozen=True)
+class SampleTimes:
+    """Milliseconds of one sample.
+
+    Attributes:
+        model: where they come from.
+        shapes: of the layers.
+        rest_ms: of everything that is not quantized, in one step.
+    """
+
+    model: TimeModel
+    shapes: tuple[LayerShape, ...]
+    rest_ms: float
+
+    def policy_ms(self, policy: Policy) -> float:
+        """Of a whole policy."""
+        steps = (policy.formats_at(step) for step in range(policy.steps))
+        layers = sum(self.model.layer_ms(row[shape.name], shape) for row in steps for shape in self.shapes)
+        return layers + policy.steps * self.rest_ms
+
+
+def priced(settings: Settings) -> bool:
+    """Whether there is another budget than that in bits."""
+    return settings.budget_bytes is not None or settings.budget_ms is not None
+
+
+def shapes_of(context: Context) -> tuple[LayerShape, ...]:
+    """Shapes of the quantizable layers; calibration has counted their rows."""
+    counted = read_tensors(calibrate.stage(context).folder / calibrate.STATISTICS)["tokens"]
+    return layer_shapes(context.adapter, dict(zip(context.layers, (int(n) for n in counted), strict=True)))
+
+
+def sample_times(context: Context) -> SampleTimes | None:
+    """Where milliseconds come from, or None when nobody asked for them."""
+    if context.settings.times is None:
+        return None
+    model, shapes = stored_time_model(context.settings.times), shapes_of(context)
+    quantized = sum(2.0 * s.tokens * s.in_features * s.out_features for s in shapes)
+    return SampleTimes(model, shapes, model.rest_ms(max(_operations(context) - quantized, 0.0)))
+
+
+@torch.no_grad()
+def _operations(context: Context) -> float:
+    """Additions and multiplications of matrix products and attention in one step of one sample."""
+    one = context.calibration.part(slice(0, 1))
+    with FlopCounterMode(display=False) as counter:
+        one.step(one.noise(), 0)
+    return float(counter.get_total_flops())
+
+
+def budgets(context: Context) -> Budgets:
+    """All budgets of the settings.
+
+    Raises:
+        BudgetError: one that no policy can meet; names the cheapest.
+        UnsupportedFormatError: a format that takes nobody knows how long.
+    """
+    settings, formats, steps = context.settings, context.formats, context.settings.steps
+    layers, additive = len(context.layers), []
+    if settings.budget_bits is not None:
+        cost = format_bits(formats)[:, None].repeat(layers, axis=1)
+        additive.append(Additive("bits", cost, settings.budget_bits * steps * layers))
+    times = sample_times(context)
+    if times is not None:
+        assert settings.budget_ms is not None
+        rest = steps * times.rest_ms
+        found = Budgets(steps, (Additive("ms", times.model.table_of(formats, times.shapes), 0.0),))
+        least = found.cheapest("ms") + rest
+        if settings.budget_ms < least:
+            raise BudgetError(
+                f"--budget-ms {settings.budget_ms:g}: the fastest policy of these formats takes {least:.4g} ms "
+                f"({times.model.source}), {rest:.4g} of them for what is not quantized; raise the budget, add a format "
+                "or take fewer steps"
+            )
+        additive.append(Additive("ms", found.additive[0].cost, settings.budget_ms - rest))
+    storage = None
+    if settings.budget_bytes is not None:
+        storage = Storage.of(formats, shapes_of(context), settings.budget_bytes)
+    return Budgets(steps, tuple(additive), storage)
+
+
+def require_bytes(settings: Settings, adapter: ModelAdapter) -> None:
+    """Refuse, before anything runs, fewer bytes than the smallest weights have.
+
+    Raises:
+        BudgetError: says how many these are.
+    """
+    if settings.budget_bytes is None:
+        return
+    shapes = layer_shapes(adapter, dict.fromkeys(adapter.quantizable_layers(), 1))
+    formats = [format_named(name) for name in settings.formats]
+    least = Budgets(settings.steps, (), Storage.of(formats, shapes, settings.budget_bytes)).cheapest("bytes")
+    if settings.budget_bytes < least:
+        raise BudgetError(
+            f"--budget-bytes {settings.budget_bytes:.0f}: the smallest weights of these formats have {least:.0f} "
+            "bytes; raise the budget or add a format"
+        )

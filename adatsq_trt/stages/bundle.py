@@ -1,0 +1,203 @@
+"""Stage `bundle`: plans for every target and assignment, and the manifest that makes the folder a bundle."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path, PurePosixPath
+
+from adatsq_trt import __version__
+from adatsq_trt.checkpoints.weights import find_weights
+from adatsq_trt.cli.progress import progress
+from adatsq_trt.config import Settings
+from adatsq_trt.engines.backends.base import BatchRange, Profile
+from adatsq_trt.engines.backends.network import NetworkCompiler
+from adatsq_trt.engines.backends.rtx import RtxBackend
+from adatsq_trt.engines.backends.tensorrt import TensorRTBackend, TensorRTOptions
+from adatsq_trt.engines.build import build_plans
+from adatsq_trt.engines.bundle import (
+    POLICY_NAME,
+    VAE_FOLDER,
+    ImageSpec,
+    Manifest,
+    PlanFile,
+    ScheduleRecord,
+    ShapeRecord,
+    write_manifest,
+)
+from adatsq_trt.engines.manifest import Compatibility
+from adatsq_trt.engines.plugin_commands import write_commands
+from adatsq_trt.errors import MissingFileError
+from adatsq_trt.files import atomic_path, read_json_model
+from adatsq_trt.formats import PLUGIN_LAYOUT
+from adatsq_trt.graph_index import INDEX_NAME, GraphFile, GraphIndex
+from adatsq_trt.models.adapter import ModelAdapter
+from adatsq_trt.policy import Policy
+from adatsq_trt.schedule import Schedule
+from adatsq_trt.stages import export, search
+from adatsq_trt.stages.context import Context
+from adatsq_trt.stages.run_directory import Stage
+
+NAME = "bundle"
+# Models with more weights are compiled one graph at a time: a compiler holds several times their size.
+_LARGE_BYTES = 1 << 30
+_BACKEND_SETTINGS = ("backend", "hardware_compatibility", "version_compatible", "weight_streaming")
+TIMING_CACHE = "timing-cache"
+_LIBRARIES = ("torch", "diffusers", "onnx", "onnx-ir", "onnxruntime-gpu", "tensorrt-rtx", "polygraphy")
+
+
+def stage(context: Context) -> Stage:
+    """The stage for these settings."""
+    inputs = context.inputs(("model", "targets", "simulate", "layout", "steps", "guidance"))
+    if context.settings.batch != Settings.model_fields["batch"].default:
+        inputs |= context.inputs(("batch",))
+    if context.settings.shapes:
+        inputs |= context.inputs(("shapes",))
+    if context.settings.backend != "rtx":
+        inputs |= context.inputs(_BACKEND_SETTINGS)
+    versions = dict(library_versions())
+    files = [export.stage(context).folder, search.stage(context).folder / search.POLICY, *_vae_files(context)]
+    return context.run.stage(NAME, {**inputs, "versions": versions}, files)
+
+
+def library_versions() -> dict[str, str]:
+    """What a bundle was made with."""
+    return {"adatsq-trt": __version__, **{name: metadata.version(name) for name in _LIBRARIES if _installed(name)}}
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def run(context: Context) -> Stage:
+    """Export and build, unless that is done."""
+    export.run(context)
+    return build(context)
+
+
+def build(context: Context) -> Stage:
+    """Build from what was exported, unless that is done; needs the model's outline only."""
+    this = stage(context)
+    if this.done:
+        return this
+    with this.run() as folder:
+        for name in sorted(context.run.record(export.NAME).outputs):
+            _copy(context.run.path / name, folder / PurePosixPath(name).relative_to(export.NAME))
+        policy_file = search.stage(context).folder / search.POLICY
+        _copy(policy_file, folder / POLICY_NAME)
+        for file in _vae_files(context):
+            _copy(file, folder / VAE_FOLDER / file.name)
+        index = read_json_model(folder / export.GRAPHS / INDEX_NAME, GraphIndex)
+        write_manifest(folder, _manifest(context, index, Policy.load(policy_file), _plans(context, folder, index)))
+    return this
+
+
+def _vae_files(context: Context) -> list[Path]:
+    """Configuration and weights of the VAE, which the bundle carries; none for a model that draws pixels."""
+    folder = context.model.vae
+    return [] if folder is None else [folder / "config.json", *find_weights(folder).all_files]
+
+
+def _copy(source: Path, destination: Path) -> None:
+    """The same bytes in the bundle. No hard link: onnx refuses external data that has a second name."""
+    if not source.is_file():
+        raise MissingFileError(f"'{source}' is gone; run the same command again, which makes it anew")
+    with atomic_path(destination) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+def _plans(context: Context, folder: Path, index: GraphIndex) -> tuple[PlanFile, ...]:
+    targets = [target for target in context.targets if target.compute_capability is not None]
+    if context.settings.simulate or not targets:
+        return ()
+    layout = context.settings.layout
+    batch = _profiles(context, index.find("target", None))
+    if layout == PLUGIN_LAYOUT:
+        assignments = len(Policy.load(folder / POLICY_NAME).assignments)
+        write_commands(folder, index.find("target", None), assignments, batch)
+        return ()
+    graphs = 1 if layout == "switch" else sum(g.variant == "target" and g.assignment is not None for g in index.graphs)
+    compiler = _compiler(context)
+    # Kernels are measured on the one GPU, so only one compiler of enterprise TensorRT works at a time.
+    alone = index.weight_bytes > _LARGE_BYTES or compiler.name == TensorRTBackend.name
+    jobs = 1 if alone else os.cpu_count() or 1
+    with progress(f"build: {compiler.title}", graphs * len(targets)) as advance:
+        return build_plans(folder, index, targets, batch, lambda _done, _all: advance(), compiler, layout, jobs)
+
+
+def _profiles(context: Context, graph: GraphFile) -> BatchRange:
+    """The optimization profiles that were asked for, with a row for each branch of guidance."""
+    branches = 2 if context.calibration.conditioning.unconditional is not None else 1
+    if not context.sizes:
+        *smaller, most = (samples * branches for samples in context.settings.batch)
+        return BatchRange(1, most, most, tuple(smaller))
+    profiles = []
+    for samples, *size in context.settings.shapes:
+        adapter = context.sizes[tuple(size)]
+        shapes = {name: tuple(value.shape) for name, value in adapter.any_size().positions.items()}
+        grows = next(s.name for s in graph.inputs if any(isinstance(n, str) for n in s.shape[1:]))
+        shapes[grows] = (0, *adapter.latent_shape)
+        profiles.append(Profile(1, samples * branches, samples * branches, tuple(shapes.items())))
+    return BatchRange.of_sizes(profiles)
+
+
+def _compiler(context: Context) -> NetworkCompiler:
+    """The backend, with its options."""
+    settings = context.settings
+    if settings.backend == "rtx":
+        return RtxBackend()
+    return TensorRTBackend(
+        TensorRTOptions(_compatibility(settings), settings.weight_streaming, context.run.path / TIMING_CACHE)
+    )
+
+
+def _compatibility(settings: Settings) -> Compatibility:
+    return Compatibility(hardware=settings.hardware_compatibility, versions=settings.version_compatible)
+
+
+def _manifest(context: Context, index: GraphIndex, policy: Policy, plans: tuple[PlanFile, ...]) -> Manifest:
+    adapter, versions = context.adapter, library_versions()
+    if plans and context.settings.backend == TensorRTBackend.name:
+        versions[TensorRTBackend.name] = _compiler(context).version()
+    return Manifest(
+        model=context.model.name,
+        architecture=adapter.architecture,
+        backend=context.settings.backend if plans else "onnxruntime",
+        layout=context.settings.layout,
+        targets=context.settings.targets,
+        base_type=index.base_type,
+        formats=export.used_formats(policy),
+        schedule=_schedule(context.schedule),
+        guidance=context.settings.guidance,
+        latent_shape=adapter.latent_shape,
+        image=ImageSpec(**asdict(adapter.image)),
+        shapes=tuple(_shape(context, size, adapter) for size, adapter in context.sizes.items()),
+        prompts=len(adapter.prompts),
+        prompt_texts=adapter.prompts,
+        compatibility=_compatibility(context.settings),
+        plans=plans,
+        versions=versions,
+    )
+
+
+def _schedule(schedule: Schedule) -> ScheduleRecord:
+    return ScheduleRecord(
+        sigmas=schedule.sigmas, timesteps=schedule.timesteps, scheduler_config=schedule.scheduler_config
+    )
+
+
+def _shape(context: Context, size: tuple[int, ...], adapter: ModelAdapter) -> ShapeRecord:
+    """One of several sizes; some models have other sigmas at each."""
+    return ShapeRecord(
+        size=size,
+        batches=tuple(samples for samples, *own in context.settings.shapes if tuple(own) == size),
+        latent_shape=adapter.latent_shape,
+        image=ImageSpec(**asdict(adapter.image)),
+        schedule=_schedule(adapter.schedule(context.settings.steps)),
+    )

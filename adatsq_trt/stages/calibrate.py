@@ -1,0 +1,144 @@
+"""Stage `calibrate`: trajectories, activation statistics, Fisher information, temporal weights, Hessians."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from adatsq_trt.calibration.finite import require_finite_trajectory
+from adatsq_trt.calibration.fisher import projections, temporal_weights
+from adatsq_trt.calibration.hessian import LayerMoments, hessian_bytes, layer_moments
+from adatsq_trt.calibration.trajectory import Samples
+from adatsq_trt.calibration.units import Measured, backward_sweep, measured_trajectory, squared_gradients
+from adatsq_trt.cli.progress import progress
+from adatsq_trt.execution import Shared
+from adatsq_trt.files import MappedTensors, read_tensors, write_tensors
+from adatsq_trt.stages import embed
+from adatsq_trt.stages.context import Context
+from adatsq_trt.stages.run_directory import Stage
+
+NAME = "calibrate"
+TRAJECTORY, STATISTICS = "trajectory.safetensors", "statistics.safetensors"
+HESSIANS, PLAIN_HESSIANS, RANGES = "hessians", "unweighted_hessians", "ranges"  # folders with a file for each block
+_SETTINGS = ("weights_sha256", "model_sha256", "steps", "guidance", "seed", "calibration_samples", "temperature")
+
+Advance = Callable[[], None]
+
+
+def stage(context: Context) -> Stage:
+    """The stage for these settings."""
+    encodings = [] if context.settings.pipeline is None else [embed.encodings_file(context.run)]
+    return context.run.stage(NAME, {**context.inputs(_SETTINGS), "hessians": "by block"}, encodings)
+
+
+def run(context: Context) -> Stage:
+    """Calibrate, unless that is done."""
+    this = stage(context)
+    if this.done:
+        return this
+    steps = context.settings.steps
+    with this.run(), context.on_device():
+        batch = context.workers.share(context.calibration)
+        with progress("calibrate: trajectory", steps) as advance:
+            latents = _trajectory(context, this, batch, advance)
+        with progress("calibrate: Fisher information", steps) as advance:
+            information = _fisher(context, this, latents, advance)
+        _hessians(context, this, batch, latents, information)
+    return this
+
+
+def _trajectory(context: Context, this: Stage, batch: Shared[Samples], advance: Advance) -> Tensor:
+    file = this.unit(TRAJECTORY)
+    if not file.is_file():
+        latents = [context.calibration.noise()]
+        for latent in measured_trajectory(context.workers, batch, latents[0], context.settings.steps):
+            latents.append(latent)
+            advance()
+        whole = torch.stack(latents)
+        require_finite_trajectory(context.calibration, whole)
+        write_tensors(file, {"latents": whole})
+    return read_tensors(file)["latents"]
+
+
+def _fisher(context: Context, this: Stage, latents: Tensor, advance: Advance) -> Tensor:
+    """I[t,l], float32 [steps, layers]; one projection per sample, a file per step."""
+    samples, steps = context.calibration, context.settings.steps
+    files = [this.unit(f"fisher/step_{t:03d}.safetensors") for t in range(steps)]
+    missing = [t for t in range(steps) if not files[t].is_file()]
+    if missing:
+        last = max(missing)
+        start = projections(len(samples.seeds), context.adapter.latent_shape, 1, context.settings.seed)
+        adjoint = start if last == steps - 1 else read_tensors(files[last + 1])["adjoint"]
+        common = context.workers.share(Measured(samples, None, context.by_block(projections=1)))
+        for step in backward_sweep(context.workers, common, squared_gradients, latents, adjoint, last):
+            information = torch.cat(step.measured, dim=2).mean(dim=(1, 2))
+            write_tensors(files[step.step], {"information": information, "adjoint": step.adjoint})
+            advance()
+    return torch.stack([read_tensors(file)["information"] for file in files])
+
+
+def _hessians(context: Context, this: Stage, batch: Shared[Samples], latents: Tensor, information: Tensor) -> None:
+    """H' with temporal weights, the same without, and the largest activation of every (step, layer).
+
+    Memory holds the Hessians of some blocks at a time; each such group takes a pass over the trajectory.
+    """
+    alpha = temporal_weights(information, context.settings.temperature)
+    columns, blocks = dict(zip(context.layers, alpha.mT, strict=True)), context.adapter.layers_by_block()
+    missing = [block for block in blocks if not all(file.is_file() for file in _files_of(this, block))]
+    passes = hessian_passes(context, missing)
+    with progress("calibrate: Hessians", len(passes) * context.settings.steps) as advance:
+        for group in passes:
+            weights = {layer: columns[layer] for block in group for layer in blocks[block]}
+            moments = layer_moments(context.workers, batch, latents, weights, advance)
+            for block in group:
+                _write_block(this, block, {layer: moments.pop(layer) for layer in blocks[block]})
+    ranges = MappedTensors(this.unit(f"{RANGES}/{block}.safetensors") for block in blocks)
+    statistics = {
+        "information": information,
+        "alpha": alpha,
+        "largest": torch.stack([ranges[f"{layer}.largest"] for layer in context.layers], dim=1),
+        "tokens": torch.stack([ranges[f"{layer}.tokens"] for layer in context.layers]),
+    }
+    write_tensors(this.unit(STATISTICS), statistics)
+
+
+def hessian_passes(context: Context, blocks: Sequence[str]) -> list[list[str]]:
+    """Group consecutive blocks, so that the Hessians of a group fit in memory; a group has at least one block."""
+    linears, layers = context.adapter.quantizable_layers(), context.adapter.layers_by_block()
+    room, groups, free = context.room_bytes, list[list[str]](), 0
+    for block in blocks:
+        held, passing = hessian_bytes(linears[layer].in_features for layer in layers[block])
+        if not groups or held + passing > free:
+            groups.append([])
+            free = room
+        groups[-1].append(block)
+        free -= held
+    return groups
+
+
+def _files_of(this: Stage, block: str) -> list[Path]:
+    return [this.unit(f"{folder}/{block}.safetensors") for folder in (HESSIANS, PLAIN_HESSIANS, RANGES)]
+
+
+def _write_block(this: Stage, block: str, moments: dict[str, LayerMoments]) -> None:
+    """The files of a block."""
+    hessians, plain, ranges = _files_of(this, block)
+    write_tensors(hessians, {layer: moment.weighted for layer, moment in moments.items()})
+    write_tensors(plain, {layer: moment.plain for layer, moment in moments.items()})
+    largest = {f"{layer}.largest": moment.largest for layer, moment in moments.items()}
+    tokens = {f"{layer}.tokens": torch.tensor(moment.tokens) for layer, moment in moments.items()}
+    write_tensors(ranges, largest | tokens)
+
+
+def load_hessians(context: Context, folder: str = HESSIANS) -> MappedTensors:
+    """Module path → float32 [K, K], read when it is asked for.
+
+    Args:
+        context: a run that was calibrated.
+        folder: `HESSIANS` or `PLAIN_HESSIANS`.
+    """
+    where = stage(context).folder / folder
+    return MappedTensors(where / f"{block}.safetensors" for block in context.adapter.layers_by_block())

@@ -1,0 +1,202 @@
+"""What all stages share: the run directory, the settings, the model and the batches of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import torch
+
+from adatsq_trt.calibration.trajectory import Samples, seeded_samples
+from adatsq_trt.config import Settings
+from adatsq_trt.execution import InProcess, Workers
+from adatsq_trt.execution.device import CPU, CUDA, OnDevice, free_bytes, told_when_full
+from adatsq_trt.formats import Format, Target, format_named, target_named
+from adatsq_trt.models.adapter import ModelAdapter
+from adatsq_trt.models.format_store import FormatStore
+from adatsq_trt.models.simulated import SimulatedModel
+from adatsq_trt.policy import LayerShape
+from adatsq_trt.schedule import Schedule
+from adatsq_trt.stages.meter import machine_bytes, resident_bytes
+from adatsq_trt.stages.run_directory import Json, RunDirectory
+from adatsq_trt.zoo.loading import LoadedModel
+
+BaseName = Literal["bfloat16", "float16", "float32"]
+
+# Seeds of the batches never meet: each has a million of its own per --seed.
+_SEEDS_PER_RUN = 10_000_000
+_SELECTION_SEEDS, _HELD_OUT_SEEDS, _EVALUATION_SEEDS = 1_000_000, 2_000_000, 3_000_000
+# Share of the limit that is left alone, since what a call needs is told from shapes.
+_KEPT = 0.03
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What this process may have resident.
+
+    Attributes:
+        limit_bytes: most of it.
+        call_bytes: what a call of the model needs beside its weights.
+        backward_bytes: what a backward pass through the whole model at once keeps of activations.
+        projection_bytes: what it keeps for each projection beside that.
+    """
+
+    limit_bytes: int = field(default_factory=machine_bytes)
+    call_bytes: int = 0
+    backward_bytes: int = 0
+    projection_bytes: int = 0
+
+    def backward_bytes_of(self, projections: int) -> int:
+        """What a backward pass through the whole model at once keeps with some projections."""
+        return self.backward_bytes + projections * self.projection_bytes
+
+    @property
+    def room_bytes(self) -> int:
+        """What is left of the limit now, for what is kept between calls of the model."""
+        return max(int(self.limit_bytes * (1 - _KEPT)) - self.call_bytes - resident_bytes(), 0)
+
+
+@dataclass(frozen=True)
+class Context:
+    """A run.
+
+    Attributes:
+        run: where files go, opened for writing.
+        settings: resolved.
+        model: loaded; large layers of a checkpoint may be on disk.
+        memory: what may be resident. Decides what is kept and what is read or computed again, never a result.
+        workers: who computes units of work.
+    """
+
+    run: RunDirectory
+    settings: Settings
+    model: LoadedModel
+    memory: Memory = field(default_factory=Memory)
+    workers: Workers = field(default_factory=InProcess)
+
+    @property
+    def device(self) -> torch.device:
+        """Where units of work are computed."""
+        return self.workers.device if isinstance(self.workers, OnDevice) else torch.device(CPU)
+
+    @contextmanager
+    def on_device(self, dtype: torch.dtype = torch.float32) -> Iterator[None]:
+        """Have the model where units of work are computed, with weights of this type, until the block ends."""
+        if self.device.type == CPU and dtype is torch.float32:
+            yield
+            return
+        try:
+            with told_when_full(self.device), self.adapter.placed(self.device, dtype):
+                yield
+        finally:
+            if self.device.type == CUDA:
+                torch.cuda.empty_cache()  # a compiler may need it
+
+    @property
+    def room_bytes(self) -> int:
+        """What is left for sums, where they are kept and where they are computed."""
+        room = self.memory.room_bytes
+        return min(room, free_bytes(self.device)) if self.device.type == CUDA else room
+
+    def by_block(self, projections: int, dtype: torch.dtype = torch.float32) -> bool:
+        """Whether a backward pass of this type goes block by block, where the model is: the whole would not fit."""
+        needed = self.memory.backward_bytes_of(projections) * dtype.itemsize // 4
+        return needed > (free_bytes(self.device) if self.device.type == CUDA else self.memory.room_bytes)
+
+    def simulated(self, store: FormatStore) -> SimulatedModel:
+        """The fake-quantized model, which holds as many dequantized weights as memory does.
+
+        On a GPU, where memory is scarce, it holds none.
+        """
+        room = self.memory.room_bytes if self.adapter.device.type == CPU else 0
+        return SimulatedModel(self.adapter, store, room)
+
+    @property
+    def adapter(self) -> ModelAdapter:
+        """The model."""
+        return self.model.adapter
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """The denoising steps."""
+        return self.adapter.schedule(self.settings.steps)
+
+    @cached_property
+    def sizes(self) -> dict[tuple[int, ...], ModelAdapter]:
+        """Where there are several: size in pixels → the model at that size, its own first."""
+        own, image = self.model.scale.size(self.adapter.image), self.adapter.image
+        return {
+            size: self.adapter if size == own else self.adapter.resized(self.model.scale.resized(image, size))
+            for _, *sides in self.settings.shapes
+            for size in [tuple(sides)]
+        }
+
+    @cached_property
+    def layers(self) -> tuple[str, ...]:
+        """Quantizable layers."""
+        return tuple(self.adapter.quantizable_layers())
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        """Candidate formats, cheapest first."""
+        return tuple(format_named(name) for name in self.settings.formats)
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """What the bundle is built for."""
+        return tuple(target_named(name) for name in self.settings.targets)
+
+    @cached_property
+    def calibration(self) -> Samples:
+        """The batch that everything is measured on."""
+        return self._samples(self.settings.calibration_samples, 0)
+
+    @cached_property
+    def selection(self) -> Samples:
+        """The batch that decides between finished policies."""
+        return self._samples(self.settings.selection_samples, _SELECTION_SEEDS)
+
+    @cached_property
+    def held_out(self) -> Samples:
+        """The batch that reported errors are measured on; nothing is chosen by it."""
+        return self._samples(self.settings.held_out_samples, _HELD_OUT_SEEDS)
+
+    def evaluation(self, prompts: Sequence[int]) -> Samples:
+        """A batch with given prompts, to score methods on; nothing is chosen by it either."""
+        first = self.settings.seed * _SEEDS_PER_RUN + _EVALUATION_SEEDS
+        seeds = tuple(range(first, first + len(prompts)))
+        return Samples(self.adapter, self.schedule, self.settings.guidance, tuple(prompts), seeds)
+
+    def _samples(self, count: int, offset: int) -> Samples:
+        first = self.settings.seed * _SEEDS_PER_RUN + offset
+        adapter = self.adapter
+        return seeded_samples(adapter, self.schedule, self.settings.guidance, count, first, len(adapter.prompts))
+
+    def inputs(self, names: Sequence[str]) -> dict[str, Json]:
+        """Some of the settings, for a stage's key."""
+        values = self.settings.model_dump(mode="json")
+        return {name: values[name] for name in names}
+
+
+def base_type(settings: Settings) -> BaseName:
+    """The type of everything that is not quantized: float16 where a format asks for it, bfloat16 on other GPUs."""
+    targets = [target_named(name) for name in settings.targets]
+    if all(target.compute_capability is None for target in targets) and not settings.simulate:
+        return "float32"
+    return "float16" if "fp16" in settings.formats else "bfloat16"
+
+
+def layer_shapes(adapter: ModelAdapter, inputs: dict[str, int]) -> tuple[LayerShape, ...]:
+    """Shapes of the quantizable layers.
+
+    Args:
+        adapter: the model.
+        inputs: module path → rows that one sample sends through the layer.
+    """
+    return tuple(
+        LayerShape(name, linear.in_features, linear.out_features, inputs[name])
+        for name, linear in adapter.quantizable_layers().items()
+    )

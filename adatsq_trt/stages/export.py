@@ -1,0 +1,212 @@
+"""Stage `export`: one trace, a graph per distinct assignment and variant, and what a bundle needs beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from adatsq_trt.calibration.trajectory import Samples, trajectory
+from adatsq_trt.cli.progress import progress
+from adatsq_trt.cli.shapes import written
+from adatsq_trt.execution.device import CPU, moved
+from adatsq_trt.export import export_graphs, export_plugin_graphs, trace
+from adatsq_trt.export.plugin_graphs import GRAPHS as PLUGIN_GRAPHS
+from adatsq_trt.files import read_tensors, write_tensors
+from adatsq_trt.formats import PLUGIN_LAYOUT
+from adatsq_trt.models.adapter import ModelAdapter
+from adatsq_trt.models.capture import captured_outputs
+from adatsq_trt.models.format_store import SCALES_NAME
+from adatsq_trt.models.simulated import SimulatedModel
+from adatsq_trt.policy import Policy
+from adatsq_trt.stages import calibrate, quantize, search
+from adatsq_trt.stages.context import BaseName, Context, base_type
+from adatsq_trt.stages.meter import release_memory
+from adatsq_trt.stages.run_directory import Json, Stage
+
+NAME = "export"
+GRAPHS, PROMPTS, REFERENCE = "onnx", "prompts.safetensors", "check/reference.safetensors"
+POSITIONS = "positions.safetensors"
+OUTPUT_NAME = "velocity"
+CHECK_SAMPLES = 2
+PROMPTS_AT_ONCE = 8
+# Noise that is sixteen times what float32 sums differ by, and how often it is drawn.
+NOISE, NOISE_DRAWS = 2.0**-16, 4
+_REFERENCE_CONTENT = "steps, layers, loop, spread"  # a part of the stage's key: exports that hold less are made again
+
+
+def variants(context: Context) -> tuple[str, ...]:
+    """Graphs for TensorRT only where a plan will be built from them."""
+    gpu = any(target.compute_capability is not None for target in context.targets)
+    return ("target", "cpu") if gpu and not context.settings.simulate else ("cpu",)
+
+
+def stage(context: Context) -> Stage:
+    """The stage for these settings."""
+    files = [
+        search.stage(context).folder / search.POLICY,
+        quantize.stage(context).folder,
+        calibrate.stage(context).folder / calibrate.TRAJECTORY,
+    ]
+    inputs = context.inputs(("weights_sha256", "model_sha256", "formats", "steps", "guidance"))
+    own: dict[str, Json] = {
+        "base": base_type(context.settings),
+        "variants": variants(context),
+        "reference": _REFERENCE_CONTENT,
+    }
+    if context.settings.layout == PLUGIN_LAYOUT:
+        own["layout"] = PLUGIN_LAYOUT
+    if context.settings.shapes:
+        own["sizes"] = [list(size) for size in context.sizes]
+    return context.run.stage(NAME, {**inputs, **own}, files)
+
+
+def run(context: Context) -> Stage:
+    """Export, unless that is done."""
+    search.run(context)
+    this = stage(context)
+    if this.done:
+        return this
+    policy = Policy.load(search.stage(context).folder / search.POLICY)
+    policy.require(context.settings.weights_sha256, context.settings.steps, context.layers)
+    with this.run() as folder:
+        _graphs(context, policy, folder)
+        with context.on_device():
+            _reference(context, policy, folder)
+        write_tensors(this.unit(PROMPTS), _prompts(context))
+        scales = read_tensors(quantize.stage(context).folder / SCALES_NAME)
+        write_tensors(this.unit(SCALES_NAME), scales)
+        if context.sizes:
+            write_tensors(this.unit(POSITIONS), _positions(context))
+    return this
+
+
+def _graphs(context: Context, policy: Policy, folder: Path) -> None:
+    samples, base = context.calibration.part(slice(0, CHECK_SAMPLES)), base_type(context.settings)
+    time, guidance = context.schedule.model_time(0), samples.guidance
+    inputs = context.adapter.guided_inputs(samples.noise(), time, samples.conditioning, guidance)
+    weights = quantize.load(context).weights
+    names, in_plugin = variants(context), context.settings.layout == PLUGIN_LAYOUT
+    count = PLUGIN_GRAPHS if in_plugin else 1 + (len(policy.assignments) + 1) * len(names)
+    with progress("export", 1 + count) as advance:
+        adapter = context.adapter
+        traced = _trace(adapter, inputs, base, any_size=bool(context.sizes))
+        release_memory()  # the exporter's own graph refers to the weights too
+        advance()
+        blocks, graphs = adapter.blocks(), folder / GRAPHS
+        if in_plugin:
+            export_plugin_graphs(traced, policy, weights, graphs, base, blocks, advance)
+        else:
+            export_graphs(traced, policy, weights, graphs, base, blocks, names, lambda _done, _all: advance())
+
+
+def _trace(adapter: ModelAdapter, inputs: Mapping[str, Tensor], base: BaseName, any_size: bool) -> ir.Model:
+    """The model's graph, for the size of the inputs or for any."""
+    common = (inputs, OUTPUT_NAME, getattr(torch, base), adapter.float32_inputs)
+    with adapter.as_stored():
+        if not any_size:
+            return trace(adapter.trace_module(), *common)
+        opened = adapter.any_size()
+        return trace(opened.module, *common, opened.positions, opened.axes)
+
+
+def _positions(context: Context) -> dict[str, Tensor]:
+    """What graphs for several sizes are told at each: "<size>.<graph input>"."""
+    return {
+        f"{written(size)}.{name}": value
+        for size, adapter in context.sizes.items()
+        for name, value in adapter.any_size().positions.items()
+    }
+
+
+@torch.no_grad()
+def _reference(context: Context, policy: Policy, folder: Path) -> None:
+    """What `check` compares graphs with: the fake-quantized PyTorch model at every step and through the whole loop."""
+    samples = context.calibration.part(slice(0, CHECK_SAMPLES))
+    latents = read_tensors(calibrate.stage(context).folder / calibrate.TRAJECTORY)["latents"][:, :CHECK_SAMPLES]
+    there = latents.to(context.device)
+    layered = {bucket.first for bucket in policy.buckets}
+    tensors: dict[str, Tensor] = {
+        "loop.prompts": torch.tensor(samples.prompts),
+        "loop.seeds": torch.tensor(samples.seeds),
+        "loop.full_precision": latents,
+    }
+    with context.simulated(quantize.load(context)).installed() as model:
+        for step in range(policy.steps):
+            model.assign(policy.formats_at(step), step)
+            tensors |= moved(_one_step(context, samples, there[step], step, with_layers=step in layered), CPU)
+        tensors["loop.quantized"] = _loop(model, samples, policy)
+        spread = [_disturbed(context, model, policy, samples, there, seed) for seed in range(NOISE_DRAWS)]
+    outputs = torch.stack([tensors[f"step_{step:03d}.output"] for step in range(policy.steps)])
+    tensors["spread.outputs"] = _largest_error([draw[0] for draw in spread], outputs)
+    tensors["spread.loop"] = _largest_error([draw[1][1:] for draw in spread], tensors["loop.quantized"][1:])
+    linears = context.adapter.quantizable_layers()
+    tensors["in_features"] = torch.tensor([linears[name].in_features for name in context.layers])
+    write_tensors(folder / REFERENCE, tensors)
+
+
+def _loop(model: SimulatedModel, samples: Samples, policy: Policy) -> Tensor:
+    return trajectory(samples, lambda step: model.assign(policy.formats_at(step), step)).to(CPU)
+
+
+def _disturbed(
+    context: Context, model: SimulatedModel, policy: Policy, samples: Samples, latents: Tensor, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Outputs of all steps [steps, ...] and latents of the loop [steps + 1, ...] under noise at every layer's input."""
+    outputs = []
+    with model.disturbed(NOISE, seed):
+        for step in range(policy.steps):
+            model.assign(policy.formats_at(step), step)
+            tensors = _one_step(context, samples, latents[step], step, with_layers=False)
+            outputs.append(tensors[f"step_{step:03d}.output"])
+        return torch.stack(outputs).to(CPU), _loop(model, samples, policy)
+
+
+def _largest_error(draws: list[Tensor], expected: Tensor) -> Tensor:
+    """Largest relative error of each step among the draws, float32 [steps]."""
+    size = expected.flatten(1).norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.stack([(draw - expected).flatten(1).norm(dim=1) / size for draw in draws]).amax(dim=0)
+
+
+def _one_step(context: Context, samples: Samples, latent: Tensor, step: int, with_layers: bool) -> dict[str, Tensor]:
+    """Inputs and output of a step; on demand every layer's output, for the first sample of each guidance branch."""
+    time, guidance = context.schedule.model_time(step), samples.guidance
+    inputs = context.adapter.guided_inputs(latent, time, samples.conditioning, guidance)
+    tensors = {f"input.{name}": value.clone() for name, value in inputs.items()}
+    layers = {name: context.adapter.transformer.get_submodule(name) for name in context.layers}
+    with captured_outputs(layers if with_layers else {}) as outputs:
+        tensors["output"] = context.adapter.predict(inputs)
+    tensors |= {f"layer.{name}": output[:: len(samples.seeds)].clone() for name, output in outputs.items()}
+    return {f"step_{step:03d}.{name}": value for name, value in tensors.items()}
+
+
+@torch.no_grad()
+def layer_reference(context: Context, policy: Policy, step: int) -> dict[str, Tensor]:
+    """Outputs of all layers of the fake-quantized model at any step, by module path, as `_reference` stores them."""
+    samples = context.calibration.part(slice(0, CHECK_SAMPLES))
+    latents = read_tensors(calibrate.stage(context).folder / calibrate.TRAJECTORY)["latents"][step, :CHECK_SAMPLES]
+    with context.simulated(quantize.load(context)).installed() as model:
+        model.assign(policy.formats_at(step), step)
+        tensors = _one_step(context, samples, latents, step, with_layers=True)
+    return {name: tensors[f"step_{step:03d}.layer.{name}"] for name in context.layers}
+
+
+@torch.no_grad()
+def _prompts(context: Context) -> dict[str, Tensor]:
+    """Conditioning of every prompt of the model, and of the unguided branch."""
+    adapter, count = context.adapter, len(context.adapter.prompts)
+    empty = adapter.encode([0]).unconditional or {}
+    tensors: dict[str, Tensor] = {}
+    for start in range(0, count, PROMPTS_AT_ONCE):  # only few at a time also have rows for the unguided branch
+        part = range(start, min(start + PROMPTS_AT_ONCE, count))
+        for name, rows in adapter.encode(part).conditional.items():
+            tensors.setdefault(f"conditional.{name}", rows.new_empty(count, *rows.shape[1:]))[part] = rows
+    return tensors | {f"unconditional.{name}": value[:1].clone() for name, value in empty.items()}
+
+
+def used_formats(policy: Policy) -> tuple[str, ...]:
+    """Names of the formats that a policy uses, sorted."""
+    return tuple(sorted({name for row in policy.assignments for name in row}))

@@ -1,0 +1,184 @@
+"""What every stage keeps resident, told before anything runs, and the refusal of a limit that cannot work.
+
+The estimates are upper bounds with the factors below, which `benchmarks/size` checks against measured peaks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from adatsq_trt.calibration.fisher import MOST_ROW_PRODUCTS
+from adatsq_trt.calibration.hessian import hessian_bytes
+from adatsq_trt.calibration.trajectory import PART
+from adatsq_trt.calibration.units import PART as BACKWARD_PART
+from adatsq_trt.checkpoints.loading import OpenedPipeline
+from adatsq_trt.config import Settings
+from adatsq_trt.errors import UserError
+from adatsq_trt.formats import PLUGIN_LAYOUT, target_named
+from adatsq_trt.models.flow import Flow, measure_flow
+from adatsq_trt.models.stored import count_weights
+from adatsq_trt.stages.context import Memory, base_type
+from adatsq_trt.stages.meter import machine_bytes, resident_bytes
+from adatsq_trt.zoo.loading import LoadedModel
+
+# Outputs as large as the largest that are alive at once in a call.
+_ALIVE = 4
+# GPTQ works on three float64 copies of a Hessian, and a float32 one.
+_SOLVER = 3 * 8 + 4
+# Copies of a weight in float32 while it is rounded.
+_ROUNDED = 6
+# What the export needs where it copies the weights in 16 bits, as a multiple of these; what the compiler needs,
+# likewise, for a graph with its weights and for one whose weights are inputs.
+_EXPORT, _COMPILER, _WEIGHTLESS = 3, 4, 0.25
+BUNDLE = "bundle"  # the last stage
+_LESS_PLAN = "--layout shared, whose plans hold no weights"
+_LIBRARIES = 400_000_000  # that are imported on the way
+_STEP = 100_000_000  # limits are named in such steps
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the estimates depend on.
+
+    Attributes:
+        weights: parameters of the transformer.
+        shapes: (K, N) of the quantizable layers, by block.
+        flow: of one sample.
+        encodings: numbers in the encodings of all prompts.
+        encoder_bytes: while text encoders are loaded.
+        resident_bytes: of the transformer, with what a call makes of a stored weight.
+        file_bytes: of the largest weight file, where it is mapped as a whole while it is read.
+        copied: whether the export makes a copy of the weights.
+    """
+
+    weights: int
+    shapes: tuple[tuple[tuple[int, int], ...], ...]
+    flow: Flow
+    encodings: int
+    encoder_bytes: int
+    resident_bytes: int
+    file_bytes: int
+    copied: bool
+
+
+def plan_memory(
+    limit: int | None,
+    settings: Settings,
+    outline: LoadedModel,
+    pipeline: OpenedPipeline | None = None,
+    until: str = BUNDLE,
+) -> Memory:
+    """What a run may have resident.
+
+    Args:
+        limit: in bytes; None for all that the machine has.
+        settings: of the run.
+        outline: the model, whose weights need not be in memory.
+        pipeline: the checkpoint that it comes from.
+        until: the last stage that is to run.
+
+    Raises:
+        UserError: the limit is too small; names the smallest that would do.
+    """
+    model = _model(settings, outline, pipeline)
+    least = needed_bytes(settings, model, resident_bytes())
+    names = list(least)
+    stage = max(names[: names.index(until) + 1], key=lambda name: least[name])
+    if limit is not None and limit < least[stage]:
+        smallest = -(-least[stage] // _STEP) * _STEP / 1e9
+        raise UserError(
+            f"--memory-limit {limit / 1e9:g} GB: stage '{stage}' needs {least[stage] / 1e9:.1f} GB for "
+            f"{model.weights / 1e9:.2f} billion weights; pass at least --memory-limit {smallest:.1f}GB, or "
+            f"{_LESS_PLAN if stage == BUNDLE else 'fewer samples or a smaller size'}"
+        )
+    flow, samples = model.flow, min(BACKWARD_PART, settings.calibration_samples)
+    return Memory(
+        machine_bytes() if limit is None else limit,
+        _call_bytes(settings, flow),
+        samples * flow.backward_bytes(0),
+        samples * flow.layers_bytes,
+    )
+
+
+def needed_bytes(settings: Settings, model: Model, before: int) -> dict[str, int]:
+    """Stage → the least that it can have resident, in the order of the stages.
+
+    Args:
+        settings: of the run.
+        model: its model.
+        before: resident without a model.
+    """
+    flow, pairs, before = model.flow, [pair for block in model.shapes for pair in block], before + _LIBRARIES
+    held = before + model.resident_bytes + 2 * model.encodings
+    fisher, sensitivity = sweep_bytes(settings, flow, pairs)
+    # Hessians of a block, and one of its two files as it is being written.
+    sums = max(sum(hessian_bytes(width for width, _ in block)) for block in model.shapes)
+    sums += max(sum(4 * width**2 for width, _ in block) for block in model.shapes)
+    call = _call_bytes(settings, flow)
+    rounded = max(_ROUNDED * 4 * width * rows for width, rows in pairs)
+    block_codes = max(sum(4 * width * rows for width, rows in block) for block in model.shapes)
+    search = call + rounded
+    if settings.policy is None:
+        search = max(search, sensitivity)
+    copy = _EXPORT if model.copied else 0
+    return {
+        "embed": before + model.encoder_bytes,
+        "loading": held + model.file_bytes,
+        "calibrate": held + max(fisher, call + sums),
+        "quantize": held + max(_SOLVER * width**2 for width, _ in pairs) + rounded + block_codes,
+        "search": held + search,
+        "export": held + max(copy * 2 * model.weights, call + rounded, 8 * model.encodings),
+        BUNDLE: before + int(_compiled(settings) * 2 * model.weights),
+    }
+
+
+def _compiled(settings: Settings) -> float:
+    """What the compiler needs, as a multiple of the weights in 16 bits."""
+    if settings.simulate or settings.layout == PLUGIN_LAYOUT:
+        return 0
+    if all(target_named(name).compute_capability is None for name in settings.targets):
+        return 0
+    return _WEIGHTLESS if settings.layout == "shared" else _COMPILER
+
+
+def sweep_bytes(settings: Settings, flow: Flow, shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """What the backward sweeps for Fisher information and for sensitivities need at least.
+
+    Args:
+        settings: of the run.
+        flow: of one sample.
+        shapes: (K, N) of the quantizable layers.
+    """
+    samples, largest = min(BACKWARD_PART, settings.calibration_samples), 4 * max(k * n for k, n in shapes)
+    squares = max(3 * 4 * MOST_ROW_PRODUCTS, 2 * largest)
+    fisher = samples * flow.block_backward_bytes(1) + squares
+    # Outputs of a layer in all formats, twice, the exact one and the rounded input.
+    measured = samples * (2 * len(settings.formats) + 2) * flow.largest_bytes + _ROUNDED * largest
+    return fisher, samples * flow.block_backward_bytes(settings.projections) + measured
+
+
+def _model(settings: Settings, outline: LoadedModel, pipeline: OpenedPipeline | None) -> Model:
+    adapter = outline.adapter
+    linears = adapter.quantizable_layers()
+    shapes = tuple(
+        tuple((linears[name].in_features, linears[name].out_features) for name in names)
+        for names in adapter.layers_by_block().values()
+    )
+    flow = measure_flow(adapter, adapter.schedule(settings.steps), settings.guidance)
+    tensors, prompts = adapter.encode([0]).conditional.values(), len(adapter.prompts) + 1
+    encodings = prompts * sum(tensor.numel() for tensor in tensors)
+    weights = count_weights(adapter.transformer)
+    loading = (0, 4 * weights, 0, True)
+    if pipeline is not None:
+        copied = pipeline.mapped_types != {getattr(torch, base_type(settings))}
+        loading = (pipeline.encoder_bytes, pipeline.resident_bytes, pipeline.file_bytes, copied)
+    return Model(weights, shapes, flow, encodings, *loading)
+
+
+def _call_bytes(settings: Settings, flow: Flow) -> int:
+    """What a call of the model in full precision needs for the largest batch."""
+    judged = min(PART, max(settings.selection_samples, settings.held_out_samples))
+    return max(settings.calibration_samples, judged) * _ALIVE * flow.largest_bytes

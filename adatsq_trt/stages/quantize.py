@@ -1,0 +1,241 @@
+"""Stage `quantize`: GPTQ with the weighted Hessians, every layer in every candidate format, once.
+
+With a transform, what is rounded is the transformed weight, for the transformed input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from adatsq_trt.calibration.gptq import factorize, gptq_factored
+from adatsq_trt.calibration.nested import NARROW, WIDE, NestedWeight, nest
+from adatsq_trt.calibration.transforms.make import make_transforms
+from adatsq_trt.calibration.transforms.statistics import largest_inputs, measure_groups
+from adatsq_trt.cli.progress import progress
+from adatsq_trt.execution.device import CPU, moved
+from adatsq_trt.files import read_tensors, write_tensors
+from adatsq_trt.formats import PLUGIN_LAYOUT, Format, Grid
+from adatsq_trt.models.format_store import (
+    SCALES_NAME,
+    TRANSFORMS_NAME,
+    FormatStore,
+    StoredWeights,
+    load_store,
+    save_weights,
+    weights_name,
+)
+from adatsq_trt.models.transforms import IDENTITY, LayerTransform, load_transforms, save_transforms
+from adatsq_trt.quantizers import QuantizedWeight, quantize_nearest, static_activation_scale
+from adatsq_trt.stages import calibrate
+from adatsq_trt.stages.context import Context
+from adatsq_trt.stages.run_directory import Stage
+
+NAME = "quantize"
+NESTED = "nested.safetensors"  # planes of the layers that keep one copy for two widths
+
+
+def stage(context: Context) -> Stage:
+    """The stage for these settings."""
+    folder = calibrate.stage(context).folder
+    files = [folder / calibrate.HESSIANS, folder / calibrate.STATISTICS]
+    names: tuple[str, ...] = ("weights_sha256", "formats", "damping")
+    if context.settings.transform is not None:
+        names, files = (*names, "transform"), [*files, folder / calibrate.TRAJECTORY]
+    inputs = context.inputs(names)
+    return context.run.stage(NAME, {**inputs, "nested": True} if _nests(context) else inputs, files)
+
+
+def run(context: Context) -> Stage:
+    """Quantize, unless that is done."""
+    calibrate.run(context)
+    this = stage(context)
+    if this.done:
+        return this
+    with this.run():
+        hessians = calibrate.load_hessians(context)
+        transforms = _transforms(context, this)
+        with progress("quantize", len(context.layers)) as advance:
+            for block, layers in context.adapter.layers_by_block().items():
+                _quantize_block(context, this, block, layers, hessians, transforms, advance)
+        if _nests(context) and not this.unit(NESTED).is_file():
+            write_tensors(this.unit(NESTED), _nest(context, this.folder, hessians))
+        write_tensors(this.unit(SCALES_NAME), activation_scales(context, transforms))
+    return this
+
+
+def _transforms(context: Context, this: Stage) -> dict[str, LayerTransform]:
+    """The transform of every layer; none where the settings ask for none."""
+    if context.settings.transform is None:
+        return {}
+    file = this.unit(TRANSFORMS_NAME)
+    if not file.is_file():
+        latents = read_tensors(calibrate.stage(context).folder / calibrate.TRAJECTORY)["latents"]
+        with context.on_device():
+            groups = measure_groups(context.calibration, latents.to(context.device))
+            save_transforms(file, moved(make_transforms(context.settings.transform, groups), CPU))
+    return load_transforms(file)
+
+
+def _quantize_block(
+    context: Context,
+    this: Stage,
+    block: str,
+    layers: Sequence[str],
+    hessians: Mapping[str, Tensor],
+    transforms: Mapping[str, LayerTransform],
+    advance: Callable[[], None],
+) -> None:
+    """A file for every format; one Hessian at a time is in memory, and the block's codes."""
+    files = {fmt.name: this.unit(weights_name(fmt.name, block)) for fmt in context.formats}
+    missing = [fmt for fmt in context.formats if not files[fmt.name].is_file()]
+    solved: dict[str, dict[str, QuantizedWeight]] = {fmt.name: {} for fmt in missing}
+    for layer, weights in zip(layers, solve_layers(context, layers, missing, hessians, transforms), strict=True):
+        for fmt, weight in weights.items():
+            solved[fmt.name][layer] = weight
+        advance()
+    for name, by_layer in solved.items():
+        save_weights(files[name], by_layer)
+
+
+@dataclass(frozen=True)
+class Solver:
+    """What is done to every layer.
+
+    Attributes:
+        formats: to solve for.
+        damping: of the Hessian.
+    """
+
+    formats: tuple[Format, ...]
+    damping: float
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One layer.
+
+    Attributes:
+        weight: float32 [N, K].
+        hessian: of its inputs, float32 [K, K]; None where no format needs it.
+        transform: of weight and inputs.
+    """
+
+    weight: Tensor
+    hessian: Tensor | None
+    transform: LayerTransform
+
+
+def solve_layers(
+    context: Context,
+    layers: Sequence[str],
+    formats: Sequence[Format],
+    hessians: Mapping[str, Tensor],
+    transforms: Mapping[str, LayerTransform] = MappingProxyType({}),
+) -> Iterator[dict[Format, QuantizedWeight]]:
+    """Some layers in some formats, layer by layer; a Hessian is read when its layer's turn comes."""
+    linears = context.adapter.quantizable_layers()
+    curved = any(not fmt.weight.is_float for fmt in formats)
+    problems = (
+        Problem(linears[n].weight.detach(), hessians[n] if curved else None, transforms.get(n, IDENTITY))
+        for n in layers
+    )
+    common = context.workers.share(Solver(tuple(formats), context.settings.damping))
+    return context.workers.map(_solve_layer, common, problems)
+
+
+def _solve_layer(solver: Solver, problem: Problem) -> dict[Format, QuantizedWeight]:
+    """One layer in some formats, which share its factorized Hessian."""
+    weight = problem.transform.rounded_weight(problem.weight)
+    if problem.hessian is not None:
+        factored = factorize(problem.transform.input_map.second_moment(problem.hessian), solver.damping)
+    solved: dict[Grid, QuantizedWeight] = {}  # formats may differ in activations only
+    for fmt in solver.formats:
+        if fmt.weight not in solved:
+            plain = fmt.weight.is_float
+            solved[fmt.weight] = quantize_nearest(weight, fmt) if plain else gptq_factored(weight, factored, fmt)
+    return {fmt: solved[fmt.weight] for fmt in solver.formats}
+
+
+def solve(
+    context: Context,
+    fmt: Format,
+    hessians: Mapping[str, Tensor],
+    transforms: Mapping[str, LayerTransform] = MappingProxyType({}),
+) -> dict[str, QuantizedWeight]:
+    """One format of every layer."""
+    solved = solve_layers(context, context.layers, [fmt], hessians, transforms)
+    return {layer: weights[fmt] for layer, weights in zip(context.layers, solved, strict=True)}
+
+
+def _nests(context: Context) -> bool:
+    """Whether layers may be stored in two planes: where both widths are candidates and a backend reads planes."""
+    return context.settings.layout == PLUGIN_LAYOUT and {NARROW.name, WIDE.name} <= set(context.settings.formats)
+
+
+def _nest(context: Context, folder: Path, hessians: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Planes of the layers that lose little when they are nested: "<module path>.<attribute of NestedWeight>"."""
+    narrow, wide = (StoredWeights(folder / fmt.name, context.layers) for fmt in (NARROW, WIDE))
+    linears, tensors = context.adapter.quantizable_layers(), dict[str, Tensor]()
+    problems = ((linear.weight.detach(), hessians[n], narrow[n], wide[n]) for n, linear in linears.items())
+    with progress("quantize: nested layers", len(linears)) as advance:
+        solved = context.workers.map(_nest_layer, context.workers.share(context.settings.damping), problems)
+        for layer, planes in zip(linears, solved, strict=True):
+            if planes is not None:
+                tensors |= {f"{layer}.{field.name}": getattr(planes, field.name) for field in fields(planes)}
+            advance()
+    return tensors or {"none": torch.zeros(0)}  # safetensors needs a tensor
+
+
+def _nest_layer(
+    damping: float, problem: tuple[Tensor, Tensor, QuantizedWeight, QuantizedWeight]
+) -> NestedWeight | None:
+    return nest(*problem, damping)
+
+
+def activation_scales(
+    context: Context, transforms: Mapping[str, LayerTransform] = MappingProxyType({})
+) -> dict[str, Tensor]:
+    """Static scales of the formats that have them: float32 [steps, layers]."""
+    folder = calibrate.stage(context).folder
+    if transforms and any(fmt.static_activation for fmt in context.formats):
+        latents = read_tensors(folder / calibrate.TRAJECTORY)["latents"]
+        with context.on_device():
+            there = moved(transforms, context.device)
+            largest = largest_inputs(context.calibration, latents.to(context.device), there).to(CPU)
+    else:
+        largest = read_tensors(folder / calibrate.STATISTICS)["largest"]
+    scales = {f.name: static_activation_scale(largest, f.activation) for f in context.formats if f.static_activation}
+    return scales or {"none": largest.new_zeros(0)}  # safetensors needs a tensor
+
+
+def load_layer_transforms(context: Context) -> dict[str, LayerTransform]:
+    """Module path → transform; empty where the settings ask for none."""
+    return {} if context.settings.transform is None else load_transforms(stage(context).folder / TRANSFORMS_NAME)
+
+
+def load(context: Context) -> FormatStore:
+    """What the stage wrote, where the model is; nested layers have their planes in every format that reads them."""
+    store, device = _load(context), context.adapter.device
+    return store if device.type == CPU else moved(store, device)
+
+
+def _load(context: Context) -> FormatStore:
+    folder = stage(context).folder
+    store = load_store(folder, context.settings.formats, context.layers)
+    if not _nests(context):
+        return store
+    tensors, weights = read_tensors(folder / NESTED), {name: dict(own) for name, own in store.weights.items()}
+    for layer in context.layers:
+        if f"{layer}.high" in tensors:
+            planes = NestedWeight(**{field.name: tensors[f"{layer}.{field.name}"] for field in fields(NestedWeight)})
+            weights[WIDE.name][layer] = planes.wide
+            for fmt in context.formats:
+                if fmt.weight == NARROW.weight:
+                    weights[fmt.name][layer] = planes.narrow
+    return FormatStore(weights, store.scales, store.transforms)

@@ -1,0 +1,130 @@
+"""Gather what a report shows from the files of a finished run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+from adatsq_trt.config import SETTINGS_NAME, Settings
+from adatsq_trt.engines.accuracy.report import REPORT_NAME, CheckReport, CheckRow, LoopReport
+from adatsq_trt.engines.bundle import MANIFEST_NAME, Manifest
+from adatsq_trt.errors import DamagedFileError, MismatchError
+from adatsq_trt.files import read_json_model, read_tensors, sha256
+from adatsq_trt.policy import Policy
+from adatsq_trt.report.data import STATIC_LABELS, Array, Check, Comparison, EngineFile, JudgedPolicy, ReportData
+from adatsq_trt.search.select import SearchResult
+from adatsq_trt.stages import bundle, calibrate, search
+from adatsq_trt.stages.run_directory import RunDirectory
+from adatsq_trt.stages.summary import POLICY_NAME
+from adatsq_trt.stages.summary import read as read_summary
+
+CHECK_FOLDER, SAMPLES_NAME = "check", "samples.png"
+
+
+def gather(run: RunDirectory) -> ReportData:
+    """Everything that the report shows; what was not made yet (check, pictures) is left out.
+
+    Raises:
+        MissingFileError: the build has not run to its end.
+        MismatchError: a later command replaced what the build was made of.
+        DamagedFileError: a file is truncated or of another schema version.
+    """
+    folder, summary = run.path, read_summary(run)
+    settings = read_json_model(folder / SETTINGS_NAME, Settings)
+    policy = Policy.load(folder / POLICY_NAME)
+    if policy != Policy.load(folder / search.NAME / search.POLICY):
+        raise MismatchError(
+            f"'{folder / POLICY_NAME}' is not the policy of the search in '{folder / search.NAME}', which is newer; "
+            "run 'adatsq-trt build engine' with the options of that search to its end"
+        )
+    manifest = read_json_model(folder / bundle.NAME / MANIFEST_NAME, Manifest)
+    samples, shape = folder / SAMPLES_NAME, (policy.steps, len(policy.layers))
+    sensitivity = folder / search.NAME / search.SENSITIVITY
+    return ReportData(
+        run_name=folder.name,
+        summary=summary,
+        settings=settings,
+        policy=policy,
+        timesteps=manifest.schedule.timesteps,
+        sigmas=manifest.schedule.sigmas,
+        information=_table(folder / calibrate.NAME / calibrate.STATISTICS, "information", shape),
+        # A given policy has no sensitivities.
+        sensitivity=_table(sensitivity, "errors", (len(settings.formats), *shape)) if sensitivity.is_file() else None,
+        judged=_judged(read_json_model(folder / search.NAME / search.RESULT, SearchResult)),
+        trajectory_errors={
+            STATIC_LABELS.get(name, name): errors.numpy()
+            for name, errors in read_tensors(folder / search.NAME / search.TRAJECTORY_ERRORS).items()
+        },
+        layout=manifest.layout,
+        engines=tuple(EngineFile(plan.target, plan.assignment, plan.bytes) for plan in manifest.plans),
+        check=_check(folder),
+        samples_png=samples.read_bytes() if samples.is_file() else None,
+    )
+
+
+def _table(file: Path, name: str, shape: tuple[int, ...]) -> Array:
+    """One number for each place.
+
+    Raises:
+        DamagedFileError: there is no such table, or it holds other places or something else than numbers.
+    """
+    table = read_tensors(file).get(name)
+    if table is None or table.shape != shape or not bool(table.isfinite().all()):
+        got = "none" if table is None else f"{table.dtype} {list(table.shape)}"
+        raise DamagedFileError(
+            f"'{file}', '{name}': got {got}, expected {list(shape)} finite numbers; run 'adatsq-trt build engine' again"
+        )
+    return cast(Array, table.numpy())
+
+
+def _judged(result: SearchResult) -> tuple[JudgedPolicy, ...]:
+    return tuple(
+        JudgedPolicy(
+            kind=point.kind,
+            name=point.name,
+            mean_bits=point.mean_bits,
+            error=point.selection_error,
+            held_out_error=point.held_out_error,
+            on_front=point.on_front,
+            chosen=index == result.chosen,
+        )
+        for index, point in enumerate(result.points)
+    )
+
+
+def _check(folder: Path) -> Check | None:
+    file = folder / CHECK_FOLDER / REPORT_NAME
+    if not file.is_file():
+        return None
+    report = read_json_model(file, CheckReport)
+    current = report.manifest_sha256 == sha256(folder / bundle.NAME / MANIFEST_NAME)
+    return Check(report.passed, current, (*map(_comparison, report.rows), *_loop_comparisons(report.loop)))
+
+
+def _loop_comparisons(loop: LoopReport) -> Iterator[Comparison]:
+    """The latent after every step, and the user's own limit."""
+    for row in loop.rows:
+        part = _part(row.error, row.tolerance)
+        yield Comparison(row.step, "loop, latent so far", "PyTorch's loop", part, row.passed, loop.command)
+    if loop.fail_above is not None and loop.rows:
+        last = loop.rows[-1]
+        within = last.quantization_error is not None and last.quantization_error <= loop.fail_above
+        part = _part(last.quantization_error, loop.fail_above)
+        yield Comparison(last.step, "loop, last latent", "full precision", part, within, loop.command)
+
+
+def _comparison(row: CheckRow) -> Comparison:
+    parts = [_part(row.median_error, row.median_tolerance), _part(row.relative_error, row.relative_tolerance)]
+    return Comparison(
+        step=row.step,
+        graph=row.subject.partition(", ")[2],
+        reference=row.reference,
+        of_limit=max((part for part in parts if part is not None), default=None),
+        passed=row.passed,
+        command=row.command,
+    )
+
+
+def _part(error: float | None, limit: float | None) -> float | None:
+    return None if error is None or not limit else error / limit

@@ -1,0 +1,356 @@
+"""Stage `search`: sensitivities, beam, selection on whole samples, figures on held-out samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from adatsq_trt.calibration.finite import require_finite_trajectory
+from adatsq_trt.calibration.fisher import projections
+from adatsq_trt.calibration.trajectory import PART
+from adatsq_trt.calibration.units import measured_trajectory
+from adatsq_trt.cli.progress import progress
+from adatsq_trt.config import Settings
+from adatsq_trt.errors import BudgetError, MismatchError, UserError
+from adatsq_trt.execution import InProcess, Workers
+from adatsq_trt.execution.device import CPU
+from adatsq_trt.execution.precision import Bfloat16
+from adatsq_trt.execution.threads import threads
+from adatsq_trt.files import parse_json_model, read_tensors, write_json_model, write_tensors
+from adatsq_trt.formats import format_named
+from adatsq_trt.models.format_store import FormatStore
+from adatsq_trt.models.stored import count_weights
+from adatsq_trt.policy import GIVEN_POLICY_ADVICE, Policy
+from adatsq_trt.search.beam import Pruning
+from adatsq_trt.search.denoising import DenoisingProblem, PricedProblem, format_bits, row_errors
+from adatsq_trt.search.merge import merged_policies
+from adatsq_trt.search.plan import Plan, Rows, make_plan, make_priced_plan
+from adatsq_trt.search.resume import Scorer, measure_sensitivity, search_columns
+from adatsq_trt.search.select import (
+    Kind,
+    Point,
+    Proposal,
+    SearchResult,
+    best_of,
+    finalists,
+    judge,
+    measure_held_out,
+    second_look,
+)
+from adatsq_trt.search.sensitivity import Sensitivity
+from adatsq_trt.search.simulation import Simulation
+from adatsq_trt.search.static import layer_only, priced_layer_only, priced_time_only, time_only, uniform
+from adatsq_trt.stages import budget, calibrate, quantize
+from adatsq_trt.stages.context import Context
+from adatsq_trt.stages.run_directory import Stage
+from adatsq_trt.zoo.loading import LoadedModel
+
+NAME = "search"
+# Every proposal is judged on the first samples of the selection batch, finalists on all.
+SCREENING = 64
+# Copies of the model and of its weights in all formats, beyond which one unit at a time takes all processors.
+_MOST_COPIED_BYTES = 512 << 20
+RESULT, POLICY = "result.json", "policy.json"
+# Kept for the report: latent MSE of each rounding alone, and of whole policies after every step.
+SENSITIVITY, TRAJECTORY_ERRORS = "sensitivity.safetensors", "trajectory_errors.safetensors"
+KINDS: tuple[Kind, ...] = ("given", "beam", "plan", "merged", "layer_only", "time_only")
+STATIC_KINDS: tuple[Kind, Kind] = ("layer_only", "time_only")
+_SETTINGS = (
+    *("model", "weights_sha256", "model_sha256", "formats", "steps", "guidance", "policy", "seed"),
+    *("budget_bits", "budget_bytes", "budget_ms", "times"),
+    *("calibration_samples", "projections", "selection_samples", "held_out_samples", "beam", "candidates", "slack"),
+)
+_NEWER_SETTINGS = ("max_assignments", "expansions", "search_precision")
+
+
+def stage(context: Context) -> Stage:
+    """The stage for these settings."""
+    files = [calibrate.stage(context).folder / calibrate.TRAJECTORY, quantize.stage(context).folder]
+    # Newer settings count where they are not the default, so that earlier runs go on.
+    changed = [name for name in _NEWER_SETTINGS if getattr(context.settings, name) != _default(name)]
+    inputs = context.inputs((*_SETTINGS, *changed))
+    return context.run.stage(NAME, inputs, files)
+
+
+def _default(name: str) -> object:
+    return Settings.model_fields[name].default
+
+
+def require_possible(settings: Settings, model: LoadedModel) -> None:
+    """Refuse, before anything runs, a budget that no policy can meet and a policy that is not for this model.
+
+    Raises:
+        BudgetError: names the cheapest policy there is.
+        MismatchError: the given policy is for another model, step count or set of formats.
+        DamagedFileError: the given policy is not a policy.
+    """
+    if settings.policy is not None:
+        _given_policy(settings, tuple(model.adapter.quantizable_layers()))
+        return
+    if settings.max_assignments is not None and budget.priced(settings):
+        raise UserError(
+            "--max-assignments: assignments are merged within a budget of bits only; leave out --budget-bytes and "
+            "--budget-ms, or this limit"
+        )
+    budget.require_bytes(settings, model.adapter)
+    cheapest = format_named(settings.formats[0])
+    if settings.budget_bits is not None and not settings.budget_bits >= cheapest.bits:
+        raise BudgetError(
+            f"--budget-bits {settings.budget_bits:g}: no policy of these formats is that small; the cheapest is "
+            f"{cheapest.name} everywhere with a mean of {cheapest.bits:g} bits; raise the budget or add a format"
+        )
+
+
+def _given_policy(settings: Settings, layers: Sequence[str]) -> Policy:
+    assert settings.policy is not None
+    policy = parse_json_model(settings.policy, "--policy", Policy, GIVEN_POLICY_ADVICE)
+    policy.require(settings.weights_sha256, settings.steps, layers)
+    limit = settings.max_assignments
+    if limit is not None and len(policy.assignments) > limit:
+        raise MismatchError(
+            f"--policy has {len(policy.assignments)} assignments, --max-assignments is {limit}; leave out one of them: "
+            "a given policy is built as it is"
+        )
+    unknown = sorted({name for row in policy.assignments for name in row} - set(settings.formats))
+    if unknown:
+        raise MismatchError(
+            f"--policy uses {', '.join(unknown)}, the formats of this run are {', '.join(settings.formats)}; "
+            "pass --formats with all of the policy's formats"
+        )
+    return policy
+
+
+def run(context: Context) -> Stage:
+    """Search, unless that is done."""
+    quantize.run(context)
+    this = stage(context)
+    if this.done:
+        return this
+    with this.run() as folder:
+        with context.on_device(getattr(torch, context.settings.search_precision)):
+            result = _search(context, folder)
+        chosen = result.points[result.chosen]
+        policy = Policy.from_steps(context.model.name, context.settings.weights_sha256, context.layers, chosen.formats)
+        policy.save(this.unit(POLICY))
+        write_json_model(this.unit(RESULT), result)
+    return this
+
+
+def _search(context: Context, folder: Path) -> SearchResult:
+    """The steps of the search, each kept on disk as it goes."""
+    store, within = quantize.load(context), _within_budget(context)
+    with _workers(context) as workers:
+        latents = _reference(context, workers, folder)
+        if context.settings.policy is not None:
+            with _simulation(context, store, workers) as simulation:
+                return _judge(context, simulation, [_given_proposal(context), *_uniforms(context)], within, 0, folder)
+        sensitivity, adjoints = _sensitivity(context, store, latents, workers, folder)
+        plan, make_problem, static = _plans(context, sensitivity)
+        with _simulation(context, store, workers) as simulation:
+            problem = make_problem(context.calibration, simulation, latents, adjoints, plan)
+            with progress("search: beam", context.settings.steps) as advance:
+                settings = context.settings
+                pruning = Pruning(settings.beam, settings.slack, settings.expansions)
+                paths = search_columns(problem, pruning, folder, advance)
+            starts = [*plan.policies, *plan.hedges, *(path.assignments for path in paths)]
+            proposals = [
+                *(Proposal("beam", path.assignments) for path in paths),
+                *(Proposal("plan", rows) for rows in (*plan.policies, *plan.hedges)),
+                *(Proposal("merged", rows) for rows in _merged(context, sensitivity, starts)),
+                *static,
+                *(_uniforms(context) if context.settings.held_out_samples else ()),
+            ]
+            return _judge(context, simulation, proposals, within, problem.calls, folder)
+
+
+@contextmanager
+def _workers(context: Context) -> Iterator[Workers]:
+    """Those of the run, in the precision of the search.
+
+    For a small model in this process there are as many threads as torch would take for one unit.
+    """
+    with _exact_workers(context) as workers:
+        yield Bfloat16(workers, context.device.type) if _reduced(context) else workers
+
+
+def _reduced(context: Context) -> bool:
+    """Whether the search computes in less than float32."""
+    return context.settings.search_precision == "bfloat16"
+
+
+@contextmanager
+def _exact_workers(context: Context) -> Iterator[Workers]:
+    count = torch.get_num_threads()
+    size = 4 * count_weights(context.adapter.transformer)
+    copied = count * size * (1 + len(context.formats))
+    together = copied + count * context.memory.backward_bytes_of(context.settings.projections)
+    small = copied <= _MOST_COPIED_BYTES and together <= context.memory.room_bytes
+    if count == 1 or not small or not isinstance(context.workers, InProcess):
+        yield context.workers
+    else:
+        with threads(count) as workers:
+            yield workers
+
+
+@contextmanager
+def _simulation(context: Context, store: FormatStore, workers: Workers) -> Iterator[Simulation]:
+    """The fake-quantized model, given to the workers."""
+    with context.simulated(store).installed() as model:
+        settings = context.settings
+        # A processor's cache holds one path; elsewhere a call has as many samples as one of a finished policy.
+        most = max(PART // settings.calibration_samples, 1)
+        together = 1 if context.device.type == CPU else min(settings.beam, most)
+        yield Simulation(model, context.formats, context.schedule, settings.guidance, workers, together)
+
+
+def _plans(context: Context, sensitivity: Sensitivity) -> tuple[Plan, Callable[..., DenoisingProblem], list[Proposal]]:
+    """The plan, what makes the beam's problem of it, and the static policies; for bits alone or for other budgets."""
+    bits, count = format_bits(context.formats), context.settings.candidates
+    if budget.priced(context.settings):
+        all_budgets = budget.budgets(context)
+        plan, cost = make_priced_plan(sensitivity, bits, all_budgets, count)
+        by_layer = priced_layer_only(sensitivity, bits, all_budgets)
+        by_step = priced_time_only(sensitivity, bits, all_budgets)
+        make_problem: Callable[..., DenoisingProblem] = partial(
+            PricedProblem, budget=math.inf, budgets=all_budgets, cost=cost
+        )
+    else:
+        mean = context.settings.budget_bits
+        assert mean is not None
+        plan = make_plan(sensitivity, bits, mean, count)
+        by_layer, by_step = layer_only(sensitivity, bits, mean), time_only(sensitivity, bits, mean)
+        make_problem = partial(DenoisingProblem, budget=mean)
+    static = [*(Proposal("layer_only", rows) for rows in by_layer), *(Proposal("time_only", rows) for rows in by_step)]
+    return plan, make_problem, static
+
+
+def _within_budget(context: Context) -> Callable[[Point], bool]:
+    """Whether a judged policy keeps every budget."""
+    settings, index = context.settings, {fmt.name: i for i, fmt in enumerate(context.formats)}
+    if settings.policy is not None or not budget.priced(settings):
+        most = math.inf if settings.budget_bits is None else settings.budget_bits
+        return lambda point: point.mean_bits <= most + 1e-9
+    limits = budget.budgets(context)
+    return lambda point: limits.holds([tuple(index[name] for name in row) for row in point.formats])
+
+
+def _reference(context: Context, workers: Workers, folder: Path) -> Tensor:
+    """The trajectory of the calibration batch without fake quantization, float32 [steps + 1, samples, *latent_shape].
+
+    In the precision of the search: what that changes of a picture is no error of a policy.
+    """
+    if not (file := _reference_file(context, folder)).is_file():
+        noise = context.calibration.noise()
+        after = measured_trajectory(workers, workers.share(context.calibration), noise, context.settings.steps)
+        latents = torch.stack([noise, *after])
+        require_finite_trajectory(context.calibration, latents)
+        write_tensors(file, {"latents": latents})
+    return read_tensors(file)["latents"]
+
+
+def _reference_file(context: Context, folder: Path) -> Path:
+    """In float32 it is what was calibrated on."""
+    return (folder if _reduced(context) else calibrate.stage(context).folder) / calibrate.TRAJECTORY
+
+
+def _sensitivity(
+    context: Context, store: FormatStore, latents: Tensor, workers: Workers, folder: Path
+) -> tuple[Sensitivity, Tensor]:
+    """Sensitivity and adjoints along the trajectory of the calibration batch."""
+    settings = context.settings
+    start = projections(len(latents[0]), context.adapter.latent_shape, settings.projections, settings.seed)
+    by_block = context.by_block(settings.projections, torch.bfloat16 if _reduced(context) else torch.float32)
+    with progress("search: sensitivity", settings.steps) as advance:
+        sensitivity, adjoints = measure_sensitivity(
+            context.calibration, latents, start, context.formats, store, folder, advance, workers, by_block
+        )
+    write_tensors(folder / SENSITIVITY, {"errors": sensitivity.errors})
+    return sensitivity, adjoints
+
+
+def _merged(context: Context, sensitivity: Sensitivity, starts: Sequence[Rows]) -> list[Rows]:
+    """Policies with few assignments, where they are asked for."""
+    settings, limit = context.settings, context.settings.max_assignments
+    if limit is None:
+        return []
+    assert settings.budget_bits is not None, "other budgets were refused with a limit"
+    return merged_policies(sensitivity, format_bits(context.formats), settings.budget_bits, starts, limit)
+
+
+def _uniforms(context: Context) -> list[Proposal]:
+    steps, layers = context.settings.steps, len(context.layers)
+    return [Proposal("uniform", uniform(index, steps, layers)) for index in range(len(context.formats))]
+
+
+def _given_proposal(context: Context) -> Proposal:
+    """The policy that the user brought."""
+    policy = _given_policy(context.settings, context.layers)
+    index = {fmt.name: i for i, fmt in enumerate(context.formats)}
+    rows = [policy.assignments[i] for i in policy.step_assignments]
+    return Proposal("given", tuple(tuple(index[name] for name in row) for row in rows))
+
+
+def _distinct(points: Sequence[Point]) -> set[tuple[tuple[str, ...], ...]]:
+    """Policies that were measured: the same one may have come from several kinds of search."""
+    return {point.formats for point in points}
+
+
+def _judge(
+    context: Context,
+    simulation: Simulation,
+    proposals: list[Proposal],
+    within: Callable[[Point], bool],
+    calls: int,
+    folder: Path,
+) -> SearchResult:
+    """Screen all, look at the finalists again, choose; report on the held-out samples."""
+    settings, formats = context.settings, context.formats
+    batches = [context.selection.part(part) for part in (slice(0, SCREENING), slice(SCREENING, None))]
+    scorers = [Scorer(simulation, batch, folder) for batch in batches if batch.seeds]
+    with progress("search: screening", len(set(proposals))) as advance:
+        points = judge(proposals, formats, scorers[0], advance)
+    given = [i for i, point in enumerate(points) if point.kind == "given"]
+    wanted = given or finalists(points, within)
+    second = [points[i] for i in wanted] if len(scorers) == 2 else []
+    if second:
+        with progress("search: finalists", len(wanted)) as advance:
+            points = second_look(points, wanted, formats, (scorers[0], scorers[1]), advance)
+    limit = settings.max_assignments
+    chosen, unlimited = (best_of(points, wanted, KINDS, most) for most in (limit, None))
+    assert chosen is not None and unlimited is not None, "the plan meets the budget, and merged policies the limit"
+    static = [best_of(points, wanted, (kind,)) for kind in STATIC_KINDS]
+    uniforms = [i for i, point in enumerate(points) if point.kind == "uniform"]
+    reported = list(dict.fromkeys([chosen, unlimited, *(i for i in static if i is not None), *uniforms]))
+    if settings.held_out_samples:
+        with progress("search: held-out samples", len(reported)) as advance:
+            scorer = Scorer(simulation, context.held_out, folder)
+            points = measure_held_out(points, reported, formats, scorer, advance)
+        latents = read_tensors(_reference_file(context, folder))["latents"]
+        _keep_trajectory_errors(context, simulation, latents, [points[i] for i in reported], folder / TRAJECTORY_ERRORS)
+    return SearchResult(
+        points=tuple(points),
+        chosen=chosen,
+        layer_only=static[0],
+        time_only=static[1],
+        unlimited=None if limit is None else unlimited,
+        denoiser_calls=calls + (len(_distinct(points)) + len(_distinct(second))) * settings.steps,
+        sensitivity_sweeps=0 if given else settings.projections,
+    )
+
+
+def _keep_trajectory_errors(
+    context: Context, simulation: Simulation, reference: Tensor, points: Sequence[Point], file: Path
+) -> None:
+    """Measure, on the calibration batch, how the errors of the chosen policy (the first) and its rivals grow."""
+    names = [point.kind if point.kind in STATIC_KINDS else point.name for point in points[1:]]
+    index = {fmt.name: i for i, fmt in enumerate(context.formats)}
+    policies = [[tuple(index[name] for name in row) for row in point.formats] for point in points]
+    latents = simulation.trajectories(context.calibration, policies)
+    errors = {name: row_errors(own, reference) for name, own in zip(("chosen", *names), latents, strict=True)}
+    write_tensors(file, errors)
