@@ -10,30 +10,41 @@ import pytest
 ROOT = Path(__file__).parents[2]
 BESIDE = ("engines", "export", "plugins")  # folders that the installation maps into the package
 
-DATA = {"", "errors", "fields", "files", "formats", "graph_index", "image", "policy", "schedule", "step_policy"}
-TENSORS = DATA | {"packing", "quantize"}
+DATA = {
+    "",
+    "config",
+    "errors",
+    "fields",
+    "files",
+    "formats",
+    "graph_index",
+    "image",
+    "policy",
+    "schedule",
+    "step_policy",
+}
+TENSORS = DATA | {"packing", "quantizers"}
 MODELS = TENSORS | {"models", "zoo"}
-CALIBRATION = MODELS | {"calibration", "workers"}
+CALIBRATION = MODELS | {"calibration", "execution"}
+STAGES = CALIBRATION | {"checkpoints", "engines", "evaluation", "export", "report", "search", "stages"}
 
 # Area (module or subpackage of adatsq_trt) → areas that it may import.
 ALLOWED = {
     **dict.fromkeys(DATA, DATA),
-    **dict.fromkeys(("packing", "quantize"), TENSORS),
+    **dict.fromkeys(("packing", "quantizers"), TENSORS),
     **dict.fromkeys(("models", "zoo"), MODELS),
-    "workers": {"", "errors", "workers"},
-    "meter": DATA | {"meter"},
-    "run": DATA | {"meter", "run"},
-    "settings": DATA | {"settings"},
-    "pipelines": MODELS | {"pipelines", "settings"},
+    "execution": {"", "errors", "execution"},
+    "checkpoints": MODELS | {"checkpoints"},
     "calibration": CALIBRATION,
     "search": CALIBRATION | {"search"},
     "evaluation": CALIBRATION | {"evaluation"},
     "export": TENSORS | {"export"},
     "engines": DATA | {"engines"},
     "plugins": {"", "errors", "files", "formats", "packing", "plugins"},
-    "report": DATA | {"run", "settings", "report"},
+    "report": DATA | {"report"},
+    "stages": STAGES | {"cli"},
 }
-METHOD = set(ALLOWED) - {"evaluation", "export", "engines", "plugins"}  # modelopt's methods are peers of ours
+METHOD = set(ALLOWED) - {"evaluation", "export", "engines", "plugins", "stages"}  # modelopt's methods are peers of ours
 DEPLOYMENT_LIBRARIES = {
     "modelopt",
     "onnx",

@@ -2,16 +2,17 @@
 
 import ast
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("adatsq_trt", "engines", "export", "plugins")
+PACKAGE = ("adatsq_trt", "engines", "export", "plugins")
+FOLDERS = (*PACKAGE, "examples")
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 60
 
 
-def python_files(root: Path) -> list[Path]:
-    return sorted(path for folder in FOLDERS for path in (root / folder).rglob("*.py"))
+def python_files(root: Path, folders: Iterable[str] = FOLDERS) -> list[Path]:
+    return sorted(path for folder in folders for path in (root / folder).rglob("*.py"))
 
 
 def too_long(root: Path) -> Iterator[str]:
@@ -42,7 +43,7 @@ def forbidden_calls(root: Path) -> Iterator[str]:
 def missing_packages(root: Path) -> set[str]:
     """Folders with modules that pyproject.toml does not list."""
     listed = set(tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
-    folders = {path.parent.relative_to(root).as_posix().replace("/", ".") for path in python_files(root)}
+    folders = {path.parent.relative_to(root).as_posix().replace("/", ".") for path in python_files(root, PACKAGE)}
     return {f if f.startswith("adatsq_trt") else f"adatsq_trt.{f}" for f in folders} ^ listed
 
 
