@@ -10,7 +10,6 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 
-from adatsq_trt.config import Settings
 from adatsq_trt.files import read_json_model, read_tensors
 from adatsq_trt.graph_index import INDEX_NAME, GraphIndex
 from adatsq_trt.image import ImageShape, PixelScale
@@ -18,6 +17,7 @@ from adatsq_trt.models.architectures import ADAPTERS
 from adatsq_trt.models.prompted import PromptedAdapter
 from adatsq_trt.models.prompts import TextEncoder
 from adatsq_trt.policy import Policy
+from adatsq_trt.settings import Settings
 from adatsq_trt.stages import export, search
 from adatsq_trt.stages.context import Context
 from adatsq_trt.stages.run_directory import RunDirectory

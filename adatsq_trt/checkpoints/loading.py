@@ -25,13 +25,13 @@ from adatsq_trt.checkpoints.weights import (
     require_shapes,
     verified_sha256,
 )
-from adatsq_trt.config import PipelineSettings
 from adatsq_trt.errors import DamagedFileError, MismatchError, UserError
 from adatsq_trt.files import MappedTensors, read_json_model
 from adatsq_trt.image import PixelScale
 from adatsq_trt.models.architectures import ADAPTERS
 from adatsq_trt.models.prompts import StoredPrompts
 from adatsq_trt.models.stored import count_weights, fill, large_linears, named_weights
+from adatsq_trt.settings import PipelineSettings
 from adatsq_trt.zoo.loading import LoadedModel
 
 _SUFFIXES = (

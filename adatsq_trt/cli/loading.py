@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adatsq_trt.config import PipelineSettings, Settings
 from adatsq_trt.errors import UserError
+from adatsq_trt.settings import PipelineSettings, Settings
 from adatsq_trt.zoo import find_model, zoo_models
 
 if TYPE_CHECKING:

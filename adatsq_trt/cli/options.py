@@ -15,7 +15,6 @@ from adatsq_trt.cli.budgets import BudgetChoice, BudgetRequest, choose_budgets, 
 from adatsq_trt.cli.build import StageName
 from adatsq_trt.cli.loading import ModelRequest, OpenedModel, open_model, reopen_model, require_model
 from adatsq_trt.cli.shapes import Shape, open_at_first, parse_shapes, resolve_shapes, written
-from adatsq_trt.config import SETTINGS_NAME, Settings
 from adatsq_trt.errors import MissingFileError, UserError
 from adatsq_trt.execution import InProcess, Workers
 from adatsq_trt.execution.cluster import connected, parse_address, require_cluster
@@ -31,6 +30,7 @@ from adatsq_trt.formats import (
     target_named,
 )
 from adatsq_trt.policy import GIVEN_POLICY_ADVICE, Policy
+from adatsq_trt.settings import SETTINGS_NAME, Settings
 
 if TYPE_CHECKING:
     from adatsq_trt.engines.sizes import SizeReport

@@ -9,9 +9,9 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from adatsq_trt.config import Settings
 from adatsq_trt.policy import Policy
 from adatsq_trt.report.summary import Summary
+from adatsq_trt.settings import Settings
 
 Array: TypeAlias = NDArray[np.floating]
 STATIC_LABELS = {"layer_only": "best layer-only", "time_only": "best time-only"}

@@ -15,7 +15,6 @@ import jinja2
 import matplotlib
 from markupsafe import Markup
 
-from adatsq_trt.config import PipelineSettings, Settings
 from adatsq_trt.errors import UserError
 from adatsq_trt.files import write_bytes
 from adatsq_trt.report.charts import along_steps, check_chart, pareto, stages_chart
@@ -23,6 +22,7 @@ from adatsq_trt.report.data import Check, Comparison, EngineFile, ReportData
 from adatsq_trt.report.maps import policy_map, sensitivity_map
 from adatsq_trt.report.numbers import ratio, scientific, size
 from adatsq_trt.report.theme import STYLE, Chart, RenderedChart, format_colors, render
+from adatsq_trt.settings import PipelineSettings, Settings
 
 FIGURES_FOLDER = "report"
 _MOST_COMPARISONS = 60

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from adatsq_trt.config import Settings
 from adatsq_trt.errors import BudgetError
 from adatsq_trt.files import read_tensors
 from adatsq_trt.formats import format_named
@@ -16,6 +15,7 @@ from adatsq_trt.policy import LayerShape, Policy
 from adatsq_trt.search.budgets import Additive, Budgets, Storage
 from adatsq_trt.search.costs import TimeModel, stored_time_model
 from adatsq_trt.search.denoising import format_bits
+from adatsq_trt.settings import Settings
 from adatsq_trt.stages import calibrate
 from adatsq_trt.stages.context import Context, layer_shapes
 

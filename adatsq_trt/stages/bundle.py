@@ -11,7 +11,6 @@ from pathlib import Path, PurePosixPath
 from adatsq_trt import __version__
 from adatsq_trt.checkpoints.weights import find_weights
 from adatsq_trt.cli.progress import progress
-from adatsq_trt.config import Settings
 from adatsq_trt.engines.backends.base import BatchRange, Profile
 from adatsq_trt.engines.backends.network import NetworkCompiler
 from adatsq_trt.engines.backends.rtx import RtxBackend
@@ -36,6 +35,7 @@ from adatsq_trt.graph_index import INDEX_NAME, GraphFile, GraphIndex
 from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.policy import Policy
 from adatsq_trt.schedule import Schedule
+from adatsq_trt.settings import Settings
 from adatsq_trt.stages import export, search
 from adatsq_trt.stages.context import Context
 from adatsq_trt.stages.run_directory import Stage

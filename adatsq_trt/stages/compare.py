@@ -10,13 +10,13 @@ from torch import Tensor
 from adatsq_trt.calibration.gptq import gptq
 from adatsq_trt.calibration.trajectory import final_latents, latent_mse
 from adatsq_trt.cli.progress import progress
-from adatsq_trt.config import SETTINGS_NAME
 from adatsq_trt.errors import MissingFileError
 from adatsq_trt.formats import Element, Format, Granularity, Grid, format_named
 from adatsq_trt.models.format_store import FormatStore
 from adatsq_trt.models.transforms import IDENTITY
 from adatsq_trt.policy import Policy
 from adatsq_trt.quantizers import QuantizedWeight, quantize_nearest
+from adatsq_trt.settings import SETTINGS_NAME
 from adatsq_trt.stages import calibrate, quantize, search
 from adatsq_trt.stages.context import Context
 

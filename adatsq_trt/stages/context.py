@@ -11,7 +11,6 @@ from typing import Literal
 import torch
 
 from adatsq_trt.calibration.trajectory import Samples, seeded_samples
-from adatsq_trt.config import Settings
 from adatsq_trt.execution import InProcess, Workers
 from adatsq_trt.execution.device import CPU, CUDA, OnDevice, free_bytes, told_when_full
 from adatsq_trt.formats import Format, Target, format_named, target_named
@@ -20,6 +19,7 @@ from adatsq_trt.models.format_store import FormatStore
 from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.policy import LayerShape
 from adatsq_trt.schedule import Schedule
+from adatsq_trt.settings import Settings
 from adatsq_trt.stages.meter import machine_bytes, resident_bytes
 from adatsq_trt.stages.run_directory import Json, RunDirectory
 from adatsq_trt.zoo.loading import LoadedModel

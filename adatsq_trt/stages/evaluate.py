@@ -27,7 +27,6 @@ from adatsq_trt.calibration.trajectory import Samples, final_latents, trajectory
 from adatsq_trt.calibration.transforms.low_rank import rank_of
 from adatsq_trt.calibration.transforms.make import make_transforms
 from adatsq_trt.calibration.transforms.statistics import measure_groups
-from adatsq_trt.config import Settings
 from adatsq_trt.errors import MismatchError
 from adatsq_trt.evaluation.batch import Batch, Verdict, make_batch
 from adatsq_trt.evaluation.methods import FULL_BITS, FULL_PRECISION, Method, Peer, Weights, require_bits
@@ -40,6 +39,7 @@ from adatsq_trt.models.transforms import BRANCH_BITS, LayerTransform
 from adatsq_trt.policy import LayerShape, Policy
 from adatsq_trt.quantizers import quantize_nearest
 from adatsq_trt.search.select import SearchResult
+from adatsq_trt.settings import Settings
 from adatsq_trt.stages import calibrate, quantize, search
 from adatsq_trt.stages.context import Context, layer_shapes
 from adatsq_trt.stages.run_directory import RunDirectory, Stage

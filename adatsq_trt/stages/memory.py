@@ -15,11 +15,11 @@ from adatsq_trt.calibration.hessian import hessian_bytes
 from adatsq_trt.calibration.trajectory import PART
 from adatsq_trt.calibration.units import PART as BACKWARD_PART
 from adatsq_trt.checkpoints.loading import OpenedPipeline
-from adatsq_trt.config import Settings
 from adatsq_trt.errors import UserError
 from adatsq_trt.formats import PLUGIN_LAYOUT, target_named
 from adatsq_trt.models.flow import Flow, measure_flow
 from adatsq_trt.models.stored import count_weights
+from adatsq_trt.settings import Settings
 from adatsq_trt.stages.context import Memory, base_type
 from adatsq_trt.stages.meter import machine_bytes, resident_bytes
 from adatsq_trt.zoo.loading import LoadedModel

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
-from adatsq_trt.config import SETTINGS_NAME, Settings
 from adatsq_trt.engines.accuracy.report import REPORT_NAME, CheckReport, CheckRow, LoopReport
 from adatsq_trt.engines.bundle import MANIFEST_NAME, Manifest
 from adatsq_trt.errors import DamagedFileError, MismatchError
@@ -14,6 +13,7 @@ from adatsq_trt.files import read_json_model, read_tensors, sha256
 from adatsq_trt.policy import Policy
 from adatsq_trt.report.data import STATIC_LABELS, Array, Check, Comparison, EngineFile, JudgedPolicy, ReportData
 from adatsq_trt.search.select import SearchResult
+from adatsq_trt.settings import SETTINGS_NAME, Settings
 from adatsq_trt.stages import bundle, calibrate, search
 from adatsq_trt.stages.run_directory import RunDirectory
 from adatsq_trt.stages.summary import POLICY_NAME

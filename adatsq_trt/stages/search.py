@@ -16,7 +16,6 @@ from adatsq_trt.calibration.fisher import projections
 from adatsq_trt.calibration.trajectory import PART
 from adatsq_trt.calibration.units import measured_trajectory
 from adatsq_trt.cli.progress import progress
-from adatsq_trt.config import Settings
 from adatsq_trt.errors import BudgetError, MismatchError, UserError
 from adatsq_trt.execution import InProcess, Workers
 from adatsq_trt.execution.device import CPU
@@ -46,6 +45,7 @@ from adatsq_trt.search.select import (
 from adatsq_trt.search.sensitivity import Sensitivity
 from adatsq_trt.search.simulation import Simulation
 from adatsq_trt.search.static import layer_only, priced_layer_only, priced_time_only, time_only, uniform
+from adatsq_trt.settings import Settings
 from adatsq_trt.stages import budget, calibrate, quantize
 from adatsq_trt.stages.context import Context
 from adatsq_trt.stages.run_directory import Stage

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from adatsq_trt.config import SETTINGS_NAME
 from adatsq_trt.engines.bundle import Manifest
 from adatsq_trt.errors import MismatchError
 from adatsq_trt.files import read_json_model, sha256, write_bytes, write_json_model
@@ -12,6 +11,7 @@ from adatsq_trt.graph_index import INDEX_NAME, GraphIndex
 from adatsq_trt.policy import Policy, resident_weight_bytes
 from adatsq_trt.report.summary import StageFigures, StaticErrors, Summary, Unlimited
 from adatsq_trt.search.select import SearchResult
+from adatsq_trt.settings import SETTINGS_NAME
 from adatsq_trt.stages import budget, bundle, calibrate, embed, export, quantize, search
 from adatsq_trt.stages.context import Context
 from adatsq_trt.stages.run_directory import RunDirectory

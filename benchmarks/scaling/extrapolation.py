@@ -7,7 +7,7 @@ from math import ceil
 
 from adatsq_trt.calibration.trajectory import PART as POLICY_PART
 from adatsq_trt.calibration.units import PART as SWEEP_PART
-from adatsq_trt.config import Settings
+from adatsq_trt.settings import Settings
 
 # What is assumed of a model: denoising steps, seconds of a GPU for one step of one sample.
 STEPS, SECONDS = 50, 0.5

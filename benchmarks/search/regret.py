@@ -25,13 +25,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from adatsq_trt.config import Settings
 from adatsq_trt.formats import FORMAT_SETS, FORMATS
 from adatsq_trt.search.beam import Pruning, beam_search
 from adatsq_trt.search.candidates import Array, Assignment
 from adatsq_trt.search.denoising import format_bits
 from adatsq_trt.search.plan import Plan, make_plan
 from adatsq_trt.search.sensitivity import Sensitivity
+from adatsq_trt.settings import Settings
 
 STEPS, LAYERS, WIDTH = 3, 2, 6
 BATCH = 16

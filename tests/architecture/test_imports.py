@@ -13,6 +13,7 @@ BESIDE = ("engines", "export", "plugins")  # folders that the installation maps 
 DATA = {
     "",
     "config",
+    "settings",
     "errors",
     "fields",
     "files",

@@ -13,10 +13,10 @@ from diffusers import FluxPipeline, WanPipeline, ZImagePipeline
 from adatsq_trt.calibration.trajectory import Samples, trajectory
 from adatsq_trt.checkpoints.loading import OpenedPipeline, open_pipeline
 from adatsq_trt.checkpoints.prompts import encode_prompts
-from adatsq_trt.config import PipelineSettings
 from adatsq_trt.errors import UserError
 from adatsq_trt.files import read_tensors, write_tensors
 from adatsq_trt.models import stored
+from adatsq_trt.settings import PipelineSettings
 from adatsq_trt.zoo.loading import LoadedModel
 from tests.tiny_checkpoints import HEIGHT, WIDTH, save_lora, shard
 

@@ -12,7 +12,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from adatsq_trt.calibration.fisher import projections
 from adatsq_trt.calibration.trajectory import Samples
 from adatsq_trt.calibration.units import Measured, backward_sweep, squared_gradients
-from adatsq_trt.config import Settings
 from adatsq_trt.execution import InProcess
 from adatsq_trt.formats import resolve_formats
 from adatsq_trt.image import ImageShape
@@ -22,6 +21,7 @@ from adatsq_trt.models.prompts import TextEncoder
 from adatsq_trt.models.wan import WanAdapter
 from adatsq_trt.quantizers import quantize_nearest
 from adatsq_trt.search.sensitivity import Candidates, measure_contributions
+from adatsq_trt.settings import Settings
 from adatsq_trt.stages.memory import sweep_bytes
 from adatsq_trt.stages.meter import release_memory, resident_bytes
 

@@ -10,13 +10,13 @@ import pytest
 from adatsq_trt import zoo
 from adatsq_trt.cli.build import StageName
 from adatsq_trt.cli.loading import OpenedModel
-from adatsq_trt.config import Settings
 from adatsq_trt.engines.accuracy import CheckReport, CheckRow
 from adatsq_trt.engines.accuracy.report import LoopReport
 from adatsq_trt.engines.bundle import BundleFiles
 from adatsq_trt.files import read_tensors, write_tensors
 from adatsq_trt.policy import Policy
 from adatsq_trt.report.summary import Summary
+from adatsq_trt.settings import Settings
 from adatsq_trt.stages.run_directory import RunDirectory, StageRecord
 from adatsq_trt.zoo.loading import LoadedModel
 

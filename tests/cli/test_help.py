@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from adatsq_trt.cli import app, build
-from adatsq_trt.config import Settings
+from adatsq_trt.settings import Settings
 
 HEAVY = ("diffusers", "matplotlib", "numpy", "onnx", "onnxruntime", "polygraphy", "pydantic", "tensorrt_rtx", "torch")
 COMMANDS = (

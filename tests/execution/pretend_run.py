@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from adatsq_trt.config import Settings
 from adatsq_trt.execution import InProcess
 from adatsq_trt.execution.device import CPU, OnDevice
 from adatsq_trt.formats import resolve_formats
 from adatsq_trt.models import stored
 from adatsq_trt.models.adapter import ModelAdapter
+from adatsq_trt.settings import Settings
 from adatsq_trt.stages import export, search
 from adatsq_trt.stages.context import Context, Memory
 from adatsq_trt.stages.run_directory import RunDirectory

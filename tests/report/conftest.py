@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from adatsq_trt.config import Settings
 from adatsq_trt.policy import Policy
 from adatsq_trt.report.data import Check, Comparison, EngineFile, JudgedPolicy, ReportData
 from adatsq_trt.report.summary import StageFigures, StaticErrors, Summary
+from adatsq_trt.settings import Settings
 
 LAYERS = ("transformer_blocks.0.attn.to_q", "transformer_blocks.0.ff", "proj.$x$<b>")
 FORMATS = ("nvfp4", "fp8", "bf16")

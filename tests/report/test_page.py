@@ -15,7 +15,6 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from adatsq_trt.cli import app
-from adatsq_trt.config import PipelineSettings
 from adatsq_trt.errors import OutputError, UserError
 from adatsq_trt.formats import FORMATS as ALL_FORMATS
 from adatsq_trt.policy import Policy
@@ -23,6 +22,7 @@ from adatsq_trt.report.charts import along_steps
 from adatsq_trt.report.data import Check, Comparison, ReportData
 from adatsq_trt.report.maps import policy_map, sensitivity_map
 from adatsq_trt.report.page import bucket_rows, commands, draw, page, write_report
+from adatsq_trt.settings import PipelineSettings
 from tests.report.conftest import FORMATS, ROWS
 
 NAMES = ["policy", "sensitivity", "pareto", "steps", "check", "stages"]
