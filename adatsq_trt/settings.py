@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from adatsq_trt.config import Backend, BuildConfig, Hardware, Layout, Precision
+
 SETTINGS_NAME = "settings.json"
 
 
@@ -89,11 +91,11 @@ class Settings(BaseModel):
     formats: tuple[str, ...]
     targets: tuple[str, ...]
     simulate: bool
-    layout: Literal["embedded", "shared", "switch", "plugin"] = "embedded"
-    backend: Literal["rtx", "tensorrt"] = "rtx"
-    hardware_compatibility: Literal["none", "same_compute_capability", "ampere_plus"] = "none"
-    version_compatible: bool = False
-    weight_streaming: bool = False
+    layout: Layout = BuildConfig.layout
+    backend: Backend = BuildConfig.backend
+    hardware_compatibility: Hardware = BuildConfig.hardware_compatibility
+    version_compatible: bool = BuildConfig.version_compatible
+    weight_streaming: bool = BuildConfig.weight_streaming
     batch: tuple[int, ...] = (32,)
     shapes: tuple[tuple[int, ...], ...] = ()
     steps: int
@@ -104,16 +106,16 @@ class Settings(BaseModel):
     times: str | None = None
     max_assignments: int | None = None
     policy: str | None = None
-    seed: int = 0
-    calibration_samples: int = 64
-    projections: int = 8
-    selection_samples: int = 256
-    held_out_samples: int = 512
-    temperature: float = 3.0
-    damping: float = 0.01
+    seed: int = BuildConfig.seed
+    calibration_samples: int = BuildConfig.calibration_samples
+    projections: int = BuildConfig.projections
+    selection_samples: int = BuildConfig.selection_samples
+    held_out_samples: int = BuildConfig.held_out_samples
+    temperature: float = BuildConfig.temperature
+    damping: float = BuildConfig.damping
     transform: str | None = None
-    beam: int = 4
-    candidates: int = 5
-    slack: float = 0.1
+    beam: int = BuildConfig.beam
+    candidates: int = BuildConfig.candidates
+    slack: float = BuildConfig.slack
     expansions: int | None = None
-    search_precision: Literal["float32", "bfloat16"] = "float32"
+    search_precision: Precision = BuildConfig.search_precision

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from adatsq_trt.checkpoints.kinds import AGAIN, Canvas, JsonObject
 from adatsq_trt.checkpoints.lora import Lora, fuse, parse_lora
+from adatsq_trt.checkpoints.prompts import encode_prompts
 from adatsq_trt.checkpoints.source import Source, find_source
 from adatsq_trt.checkpoints.weights import (
     WeightFiles,
@@ -70,6 +71,14 @@ class OpenedPipeline:
             "pooled": torch.empty(rows, pooled, device="meta"),
         }
         return self._model(self._outline, empty)
+
+    def encode(self, on_prompt: Callable[[], None]) -> dict[str, Tensor]:
+        """Encode the prompts with the pipeline's own text encoders (`encode_prompts`).
+
+        Args:
+            on_prompt: called after each.
+        """
+        return encode_prompts(self.source, self.settings.prompts, on_prompt)
 
     def load(self, encodings: Mapping[str, Tensor]) -> LoadedModel:
         """Check the transformer's weights and fuse the LoRA files.

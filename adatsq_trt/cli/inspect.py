@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from adatsq_trt.cli.shapes import written
+from adatsq_trt.stages.shapes import written
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,7 +28,7 @@ def inspect(
     """
     from rich.console import Console
 
-    from adatsq_trt.cli.options import size_table
+    from adatsq_trt.cli.tables import size_table
     from adatsq_trt.engines.bundle import BundleFiles
     from adatsq_trt.engines.inspection import inspect_bundle
 

@@ -13,7 +13,6 @@ from adatsq_trt.calibration.fisher import projections, temporal_weights
 from adatsq_trt.calibration.hessian import LayerMoments, hessian_bytes, layer_moments
 from adatsq_trt.calibration.trajectory import Samples
 from adatsq_trt.calibration.units import Measured, backward_sweep, measured_trajectory, squared_gradients
-from adatsq_trt.cli.progress import progress
 from adatsq_trt.execution import Shared
 from adatsq_trt.files import MappedTensors, read_tensors, write_tensors
 from adatsq_trt.stages import embed
@@ -42,9 +41,9 @@ def run(context: Context) -> Stage:
     steps = context.settings.steps
     with this.run(), context.on_device():
         batch = context.workers.share(context.calibration)
-        with progress("calibrate: trajectory", steps) as advance:
+        with context.progress("calibrate: trajectory", steps) as advance:
             latents = _trajectory(context, this, batch, advance)
-        with progress("calibrate: Fisher information", steps) as advance:
+        with context.progress("calibrate: Fisher information", steps) as advance:
             information = _fisher(context, this, latents, advance)
         _hessians(context, this, batch, latents, information)
     return this
@@ -89,7 +88,7 @@ def _hessians(context: Context, this: Stage, batch: Shared[Samples], latents: Te
     columns, blocks = dict(zip(context.layers, alpha.mT, strict=True)), context.adapter.layers_by_block()
     missing = [block for block in blocks if not all(file.is_file() for file in _files_of(this, block))]
     passes = hessian_passes(context, missing)
-    with progress("calibrate: Hessians", len(passes) * context.settings.steps) as advance:
+    with context.progress("calibrate: Hessians", len(passes) * context.settings.steps) as advance:
         for group in passes:
             weights = {layer: columns[layer] for block in group for layer in blocks[block]}
             moments = layer_moments(context.workers, batch, latents, weights, advance)

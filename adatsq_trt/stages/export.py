@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 
 from adatsq_trt.calibration.trajectory import Samples, trajectory
-from adatsq_trt.cli.progress import progress
-from adatsq_trt.cli.shapes import written
 from adatsq_trt.execution.device import CPU, moved
 from adatsq_trt.export import export_graphs, export_plugin_graphs, trace
 from adatsq_trt.export.plugin_graphs import GRAPHS as PLUGIN_GRAPHS
@@ -26,6 +24,7 @@ from adatsq_trt.stages import calibrate, quantize, search
 from adatsq_trt.stages.context import BaseName, Context, base_type
 from adatsq_trt.stages.meter import release_memory
 from adatsq_trt.stages.run_directory import Json, Stage
+from adatsq_trt.stages.shapes import written
 
 NAME = "export"
 GRAPHS, PROMPTS, REFERENCE = "onnx", "prompts.safetensors", "check/reference.safetensors"
@@ -66,7 +65,6 @@ def stage(context: Context) -> Stage:
 
 def run(context: Context) -> Stage:
     """Export, unless that is done."""
-    search.run(context)
     this = stage(context)
     if this.done:
         return this
@@ -91,7 +89,7 @@ def _graphs(context: Context, policy: Policy, folder: Path) -> None:
     weights = quantize.load(context).weights
     names, in_plugin = variants(context), context.settings.layout == PLUGIN_LAYOUT
     count = PLUGIN_GRAPHS if in_plugin else 1 + (len(policy.assignments) + 1) * len(names)
-    with progress("export", 1 + count) as advance:
+    with context.progress("export", 1 + count) as advance:
         adapter = context.adapter
         traced = _trace(adapter, inputs, base, any_size=bool(context.sizes))
         release_memory()  # the exporter's own graph refers to the weights too

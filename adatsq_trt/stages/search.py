@@ -15,7 +15,6 @@ from adatsq_trt.calibration.finite import require_finite_trajectory
 from adatsq_trt.calibration.fisher import projections
 from adatsq_trt.calibration.trajectory import PART
 from adatsq_trt.calibration.units import measured_trajectory
-from adatsq_trt.cli.progress import progress
 from adatsq_trt.errors import BudgetError, MismatchError, UserError
 from adatsq_trt.execution import InProcess, Workers
 from adatsq_trt.execution.device import CPU
@@ -128,7 +127,6 @@ def _given_policy(settings: Settings, layers: Sequence[str]) -> Policy:
 
 def run(context: Context) -> Stage:
     """Search, unless that is done."""
-    quantize.run(context)
     this = stage(context)
     if this.done:
         return this
@@ -154,7 +152,7 @@ def _search(context: Context, folder: Path) -> SearchResult:
         plan, make_problem, static = _plans(context, sensitivity)
         with _simulation(context, store, workers) as simulation:
             problem = make_problem(context.calibration, simulation, latents, adjoints, plan)
-            with progress("search: beam", context.settings.steps) as advance:
+            with context.progress("search: beam", context.settings.steps) as advance:
                 settings = context.settings
                 pruning = Pruning(settings.beam, settings.slack, settings.expansions)
                 paths = search_columns(problem, pruning, folder, advance)
@@ -266,7 +264,7 @@ def _sensitivity(
     settings = context.settings
     start = projections(len(latents[0]), context.adapter.latent_shape, settings.projections, settings.seed)
     by_block = context.by_block(settings.projections, torch.bfloat16 if _reduced(context) else torch.float32)
-    with progress("search: sensitivity", settings.steps) as advance:
+    with context.progress("search: sensitivity", settings.steps) as advance:
         sensitivity, adjoints = measure_sensitivity(
             context.calibration, latents, start, context.formats, store, folder, advance, workers, by_block
         )
@@ -313,13 +311,13 @@ def _judge(
     settings, formats = context.settings, context.formats
     batches = [context.selection.part(part) for part in (slice(0, SCREENING), slice(SCREENING, None))]
     scorers = [Scorer(simulation, batch, folder) for batch in batches if batch.seeds]
-    with progress("search: screening", len(set(proposals))) as advance:
+    with context.progress("search: screening", len(set(proposals))) as advance:
         points = judge(proposals, formats, scorers[0], advance)
     given = [i for i, point in enumerate(points) if point.kind == "given"]
     wanted = given or finalists(points, within)
     second = [points[i] for i in wanted] if len(scorers) == 2 else []
     if second:
-        with progress("search: finalists", len(wanted)) as advance:
+        with context.progress("search: finalists", len(wanted)) as advance:
             points = second_look(points, wanted, formats, (scorers[0], scorers[1]), advance)
     limit = settings.max_assignments
     chosen, unlimited = (best_of(points, wanted, KINDS, most) for most in (limit, None))
@@ -328,7 +326,7 @@ def _judge(
     uniforms = [i for i, point in enumerate(points) if point.kind == "uniform"]
     reported = list(dict.fromkeys([chosen, unlimited, *(i for i in static if i is not None), *uniforms]))
     if settings.held_out_samples:
-        with progress("search: held-out samples", len(reported)) as advance:
+        with context.progress("search: held-out samples", len(reported)) as advance:
             scorer = Scorer(simulation, context.held_out, folder)
             points = measure_held_out(points, reported, formats, scorer, advance)
         latents = read_tensors(_reference_file(context, folder))["latents"]

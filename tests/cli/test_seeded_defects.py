@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import pytest
 
+import adatsq_trt
 from adatsq_trt import zoo
 from adatsq_trt.engines.accuracy import CheckReport
 from adatsq_trt.engines.bundle import SCALES_NAME, BundleFiles, write_manifest
@@ -42,10 +43,6 @@ def write_model(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run, built once."""
-    from adatsq_trt.cli.budgets import BudgetRequest
-    from adatsq_trt.cli.build import StageName
-    from adatsq_trt.cli.loading import ModelRequest
-    from adatsq_trt.cli.options import FormatRequest, PlaceRequest, PlanRequest, Request, run_stages
     from adatsq_trt.stages import bundle as bundle_stage
     from adatsq_trt.zoo.loading import load_model
 
@@ -58,18 +55,19 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
         early = tuple(SPECIAL.get(layer, "nvfp4") for layer in layers)
         rows = [early, early, ("fp8",) * len(layers)]
         Policy.from_steps(MODEL, model.weights_sha256, layers, rows).save(base / "policy.json")
-        request = Request(
-            model=ModelRequest(MODEL),
-            targets=("sm120",),
-            place=PlaceRequest(base / "run"),
-            formats=FormatRequest("nvfp4,fp8,int4wo,bf16"),
-            budgets=BudgetRequest(bits=16),
-            compiler=PlanRequest("embedded", "rtx", "none", False, False, None, None),
-            policy=base / "policy.json",
-            given={"steps": 3, "calibration_samples": 2, "selection_samples": 1, "held_out_samples": 1},
-        )
         patch.setattr(bundle_stage, "_plans", lambda *_: ())  # the check runs none
-        run_stages(request, StageName.BUNDLE)
+        adatsq_trt.build(
+            MODEL,
+            target="sm120",
+            output=base / "run",
+            formats="nvfp4,fp8,int4wo,bf16",
+            budget_bits=16,
+            policy=base / "policy.json",
+            steps=3,
+            calibration_samples=2,
+            selection_samples=1,
+            held_out_samples=1,
+        )
     return base / "run"
 
 

@@ -14,8 +14,8 @@ from adatsq_trt.formats import resolve_formats
 from adatsq_trt.models import stored
 from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.settings import Settings
-from adatsq_trt.stages import export, search
 from adatsq_trt.stages.context import Context, Memory
+from adatsq_trt.stages.graph import run_stages
 from adatsq_trt.stages.run_directory import RunDirectory
 from adatsq_trt.zoo.loading import LoadedModel, PixelScale
 from tests.execution.pretend_device import NAME, pretend_device
@@ -64,7 +64,7 @@ def run(folder: Path, device: str, model: str, stage: str, formats: str, transfo
     # The pretended device has no room: backward passes go block by block, Hessians are summed a block at a time.
     memory = Memory() if place.type == CPU else Memory(0, backward_bytes=1)
     with RunDirectory.open(folder) as directory:
-        {"search": search, "export": export}[stage].run(Context(directory, settings, loaded, memory, workers))
+        run_stages(Context(directory, settings, loaded, memory, workers), stage)
 
 
 if __name__ == "__main__":

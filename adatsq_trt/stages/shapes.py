@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from adatsq_trt.config import BuildConfig
 from adatsq_trt.errors import UserError
 
 if TYPE_CHECKING:
-    from adatsq_trt.cli.loading import ModelRequest
     from adatsq_trt.zoo.loading import LoadedModel
 
 Shape = tuple[int, ...]
@@ -107,11 +107,9 @@ def _require_size(size: Shape, own: Shape, model: LoadedModel) -> None:
     adapter.resized(image).any_size()
 
 
-def open_at_first(request: ModelRequest, shapes: Sequence[Shape]) -> ModelRequest:
+def at_first(config: BuildConfig) -> BuildConfig:
     """A checkpoint for which no --height, --width or --frames is given is opened in the first of the shapes."""
-    from adatsq_trt.zoo import zoo_models
-
-    if not shapes or request.name in zoo_models() or request.height or request.width or request.frames:
-        return request
-    *frames, height, width = shapes[0][1:]
-    return replace(request, height=height, width=width, frames=frames[0] if frames else None)
+    if config.shapes is None or config.height or config.width or config.frames:
+        return config
+    *frames, height, width = parse_shapes(config.shapes)[0][1:]
+    return replace(config, height=height, width=width, frames=frames[0] if frames else None)

@@ -1,0 +1,154 @@
+"""The model of a run: one of the zoo, or a checkpoint of the user's, whose prompts are encoded on the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adatsq_trt.config import BuildConfig, option_name
+from adatsq_trt.errors import UserError
+from adatsq_trt.files import read_json_model
+from adatsq_trt.progress import Reporter
+from adatsq_trt.settings import SETTINGS_NAME, PipelineSettings, Settings
+from adatsq_trt.zoo import find_model, zoo_models
+
+if TYPE_CHECKING:
+    from adatsq_trt.checkpoints.loading import OpenedPipeline
+    from adatsq_trt.stages.context import Context
+    from adatsq_trt.stages.run_directory import RunDirectory
+    from adatsq_trt.zoo.loading import LoadedModel
+
+_OF_CHECKPOINTS = ("base", "lora", "prompts", "height", "width", "frames")
+
+
+def require_model(model: object, config: BuildConfig) -> None:
+    """Refuse, before anything heavy is imported, what cannot be a model, and options that a zoo model does not take.
+
+    Raises:
+        UserError: says which, and what models there are.
+    """
+    if not isinstance(model, str | Path):
+        return
+    name = str(model)
+    if name not in zoo_models() and ("/" in name or Path(name).exists()):
+        return
+    find_model(name)
+    given = [option for option in _OF_CHECKPOINTS if getattr(config, option)]
+    if given:
+        raise UserError(
+            f"{option_name(given[0])}: model '{name}' of the zoo is complete and takes none; leave it out, or name a "
+            "checkpoint of your own"
+        )
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model that was checked but, if it is a checkpoint of the user's, not loaded.
+
+    Attributes:
+        outline: its layers and settings; weights only if it is of the zoo.
+        pipeline: the checkpoint.
+    """
+
+    outline: LoadedModel
+    pipeline: OpenedPipeline | None = None
+
+    @property
+    def settings(self) -> PipelineSettings | None:
+        """Where the checkpoint comes from."""
+        return None if self.pipeline is None else self.pipeline.settings
+
+    def load(self, run: RunDirectory) -> LoadedModel:
+        """Load the transformer; the prompts are encoded already.
+
+        Raises:
+            MismatchError: they are of other prompts or encoders.
+        """
+        if self.pipeline is None:
+            return self.outline
+        from adatsq_trt.stages import embed
+
+        return self.pipeline.load(embed.read(run, self.pipeline))
+
+
+def open_model(model: object, config: BuildConfig) -> OpenedModel:
+    """Check a model.
+
+    Args:
+        model: name of a model of the zoo; else a path, a hub id, or a pipeline or transformer in memory.
+        config: what of it is asked for.
+
+    Raises:
+        UserError: it does not exist, is damaged, or is of an architecture that has no adapter.
+    """
+    if str(model) in zoo_models():
+        from adatsq_trt.zoo.loading import load_model
+
+        return OpenedModel(load_model(str(model)))
+    return _open(
+        PipelineSettings(
+            path=str(model),
+            base=None if config.base is None else str(config.base),
+            loras=config.loras,
+            height=config.height,
+            width=config.width,
+            frames=config.frames,
+            # A scale of 1 is no guidance, which spares models the branch with the empty prompt.
+            guided=config.guidance is None or config.guidance != 1.0,
+            prompts=_prompts(config),
+        )
+    )
+
+
+def _prompts(config: BuildConfig) -> tuple[str, ...]:
+    from adatsq_trt.checkpoints.prompts import default_prompts, read_prompts
+
+    if config.prompts is None:
+        return default_prompts()
+    if isinstance(config.prompts, str | Path):
+        return read_prompts(Path(config.prompts))
+    return tuple(config.prompts)
+
+
+def _open(settings: PipelineSettings) -> OpenedModel:
+    from adatsq_trt.checkpoints.loading import open_pipeline
+
+    opened = open_pipeline(settings)
+    return OpenedModel(opened.outline, opened)
+
+
+def open_run(path: Path, progress: Reporter | None = None) -> Context:
+    """A finished run, for reading.
+
+    Args:
+        path: of the run directory.
+        progress: who is told how work on it goes on.
+
+    Raises:
+        MissingFileError: there is no run directory, or it was never started.
+        DamagedFileError: its settings are of another schema version.
+    """
+    from adatsq_trt.stages.context import Context
+    from adatsq_trt.stages.run_directory import RunDirectory
+
+    run = RunDirectory.existing(path)
+    settings = read_json_model(run.path / SETTINGS_NAME, Settings)
+    return Context(run, settings, reopen_model(settings, run), progress=progress or Reporter())
+
+
+def reopen_model(settings: Settings, run: RunDirectory) -> LoadedModel:
+    """The model of a finished run; its prompts' encodings are read from there.
+
+    Raises:
+        UserError: the model is not there any more, or is another one.
+    """
+    if settings.pipeline is None:
+        from adatsq_trt.zoo.loading import load_model
+
+        return load_model(settings.model)
+    from adatsq_trt.stages import embed
+
+    opened = _open(settings.pipeline)
+    assert opened.pipeline is not None
+    return opened.pipeline.load(embed.read(run, opened.pipeline))

@@ -1,0 +1,203 @@
+"""From what the user asked for to a model that was checked and the settings of its run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from adatsq_trt.config import BuildConfig
+from adatsq_trt.errors import UserError
+from adatsq_trt.execution import InProcess, Workers
+from adatsq_trt.execution.cluster import connected, parse_address, require_cluster
+from adatsq_trt.execution.device import AUTO, CPU, OnDevice, parse_device
+from adatsq_trt.formats import (
+    PLUGIN_LAYOUT,
+    TARGETS,
+    Format,
+    Target,
+    default_budget,
+    require_accelerated,
+    require_shapes,
+    resolve_formats,
+    target_named,
+)
+from adatsq_trt.policy import GIVEN_POLICY_ADVICE, Policy
+from adatsq_trt.settings import Settings
+from adatsq_trt.stages.models import OpenedModel, open_model, require_model
+from adatsq_trt.stages.shapes import Shape, at_first, parse_shapes, resolve_shapes
+
+SIMULATED_SET = "paper-fine"  # what --simulate without a target studies
+PLUGIN_TARGET = "sm90"  # of layout `plugin` without a target: its graph is the same for all
+# Choices that are settings as they are.
+_GIVEN = (
+    *("simulate", "layout", "backend", "hardware_compatibility", "version_compatible", "weight_streaming"),
+    *("transform", "budget_bits", "budget_ms", "max_assignments", "seed", "calibration_samples", "projections"),
+    *("selection_samples", "held_out_samples", "temperature", "damping", "beam", "candidates", "slack", "expansions"),
+    "search_precision",
+)
+
+
+def open_and_resolve(model: object, config: BuildConfig, last: str) -> tuple[OpenedModel, Settings]:
+    """Check what was asked for, then the model, and fill in the defaults.
+
+    Args:
+        model: name of a model of the zoo; else a path, a hub id, or a pipeline or transformer in memory.
+        config: what was asked for.
+        last: the last stage that is to run.
+
+    Raises:
+        UserError: names, formats, targets, numbers or files that do not go together, or do not suit the model.
+    """
+    require_model(model, config)
+    targets = _targets(config)
+    format_set = config.formats or (targets[0].default_set if targets else SIMULATED_SET)
+    formats = resolve_formats(format_set)
+    if not config.simulate:
+        require_accelerated(formats, targets, config.layout, config.backend)
+    _require_backend(config, targets)
+    known = _budgets(config, format_set) | {"policy": _policy_text(config.policy)}
+    shapes = () if config.shapes is None else parse_shapes(config.shapes)
+    if shapes and config.batches:
+        raise UserError("--batch: --shapes says how many samples of each size; leave one of them out")
+    _ = config.limit_bytes  # refused here if it is none
+    _require_exportable(config, last)
+    opened = open_model(model, at_first(config))
+    return opened, _resolve(config, opened, targets, format_set, formats, shapes, known)
+
+
+def _targets(config: BuildConfig) -> list[Target]:
+    names = config.targets
+    if config.layout == PLUGIN_LAYOUT:
+        names = names or (PLUGIN_TARGET,)
+        if config.simulate:
+            raise UserError("--layout plugin: --simulate builds nothing that has a layout; leave one of them out")
+    targets = [target_named(name) for name in names]
+    if not targets and not config.simulate:
+        raise UserError(f"no --target: expected one of {', '.join(TARGETS)}; or pass --simulate to build no plans")
+    return targets
+
+
+def _budgets(config: BuildConfig, format_set: str) -> dict[str, Any]:
+    """Settings of the budgets: without any, the format set's, in bits.
+
+    Raises:
+        UserError: a size of no known unit, milliseconds of no card, or an unknown card.
+    """
+    size = config.most_bytes
+    if config.budget_ms is None and config.gpu is None:
+        default = default_budget(format_set) if config.budget_bits is None and size is None else config.budget_bits
+        return {"budget_bits": default, "budget_bytes": size}
+    from adatsq_trt.search.costs import require_one_unit, time_model
+
+    require_one_unit(config.gpu, config.budget_ms)
+    assert config.gpu is not None, "refused before"
+    return {"budget_bytes": size, "times": time_model(config.gpu)[1]}
+
+
+def _require_backend(config: BuildConfig, targets: Sequence[Target]) -> None:
+    """Refuse, before anything runs, options of another backend, and plans that this machine cannot compile.
+
+    Raises:
+        UserError: options that do not go together; no such library, GPU or target here.
+    """
+    special = {
+        "--hardware-compatibility": config.hardware_compatibility != "none",
+        "--version-compatible": config.version_compatible,
+        "--weight-streaming": config.weight_streaming,
+    }
+    if config.backend != "tensorrt":
+        given = [option for option, is_given in special.items() if is_given]
+        if given:
+            raise UserError(
+                f"{', '.join(given)}: only enterprise TensorRT has this; add --backend tensorrt or leave it out"
+            )
+        return
+    if config.layout == PLUGIN_LAYOUT or config.simulate:
+        raise UserError("--backend tensorrt: this request compiles no plans; leave it out")
+    from adatsq_trt.engines.backends.tensorrt import TensorRTBackend, TensorRTOptions
+    from adatsq_trt.engines.manifest import Compatibility
+
+    compatibility = Compatibility(hardware=config.hardware_compatibility, versions=config.version_compatible)
+    backend = TensorRTBackend(TensorRTOptions(compatibility))
+    backend.require()
+    for target in targets:
+        if target.compute_capability is not None:
+            backend.require_target(target)
+
+
+def _require_exportable(config: BuildConfig, last: str) -> None:
+    """No graph holds a transform yet, so nothing that was made with one may reach the export."""
+    if config.transform is None:
+        return
+    if not config.simulate:
+        raise UserError(f"--transform {config.transform}: exported graphs cannot hold it; pass --simulate to study it")
+    if last in ("export", "bundle"):
+        raise UserError(
+            f"--transform {config.transform}: exported graphs cannot hold it; run 'adatsq-trt search' with "
+            "these options, which ends before the export"
+        )
+
+
+def _policy_text(policy: Path | str | Policy | None) -> str | None:
+    """A policy, read whole; whether it suits the model is the search's question."""
+    if policy is None:
+        return None
+    given = policy if isinstance(policy, Policy) else Policy.load(Path(policy), GIVEN_POLICY_ADVICE)
+    return given.model_dump_json()
+
+
+def _resolve(
+    config: BuildConfig,
+    opened: OpenedModel,
+    targets: Sequence[Target],
+    format_set: str,
+    formats: Sequence[Format],
+    asked: tuple[Shape, ...],
+    known: dict[str, Any],
+) -> Settings:
+    """Fill in the model's defaults."""
+    model = opened.outline
+    unguided = opened.settings is not None and config.guidance == 1.0
+    if config.guidance is not None and not model.adapter.takes_guidance and not unguided:
+        raise UserError(f"--guidance {config.guidance:g}: model '{model.name}' takes no guidance; leave it out")
+    shapes: tuple[Shape, ...] = resolve_shapes(asked, model)
+    batch = config.batches
+    if len({shape[1:] for shape in shapes}) == 1:  # of the model's own size, which --batch is for
+        batch, shapes = tuple(shape[0] for shape in shapes), ()
+    layers = model.adapter.quantizable_layers().items()
+    require_shapes(formats, [(name, layer.in_features) for name, layer in layers])
+    return Settings(
+        **{name: getattr(config, name) for name in _GIVEN}
+        | known
+        | ({"batch": batch} if batch else {})
+        | {"shapes": shapes},
+        model=model.name,
+        pipeline=opened.settings,
+        weights_sha256=model.weights_sha256,
+        model_sha256=model.model_sha256,
+        format_set=format_set,
+        formats=tuple(fmt.name for fmt in formats),
+        targets=tuple(target.name for target in targets),
+        steps=model.default_steps if config.steps is None else config.steps,
+        guidance=model.default_guidance if config.guidance is None else config.guidance,
+    )
+
+
+def choose_workers(config: BuildConfig) -> AbstractContextManager[Workers]:
+    """Who computes: a Ray cluster's processors, a GPU, or this machine's processors.
+
+    Raises:
+        UserError: a device or a cluster that is not there, or one of each.
+    """
+    if config.ray is not None:
+        address = parse_address(config.ray)
+        if config.device not in (AUTO, CPU):
+            raise UserError(
+                f"--device {config.device}: with --ray the workers' processors compute; leave out one of them"
+            )
+        require_cluster(address)
+        return connected(address)
+    device = parse_device(config.device)
+    return nullcontext(InProcess() if device.type == CPU else OnDevice(device))
