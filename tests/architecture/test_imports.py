@@ -60,6 +60,8 @@ METHOD = set(ALLOWED) - {
     "plugins",
     "stages",
 }  # modelopt's methods are peers of ours
+# Tests of the command line that lie elsewhere: random command lines, and the commands that a report shows.
+COMMAND_LINE_TESTS = {"tests/fuzz/test_command_line.py", "tests/report/test_page.py"}
 DEPLOYMENT_LIBRARIES = {
     "modelopt",
     "onnx",
