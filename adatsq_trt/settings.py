@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict
 from adatsq_trt.config import Backend, BuildConfig, Hardware, Layout, Precision
 
 SETTINGS_NAME = "settings.json"
+# What the path of a model that was an object in memory begins with; its class follows.
+IN_MEMORY = "memory:"
 
 
 class PipelineSettings(BaseModel):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import JsonValue
@@ -35,6 +35,7 @@ from adatsq_trt.models.stored import count_weights, fill, large_linears, named_w
 from adatsq_trt.settings import PipelineSettings
 from adatsq_trt.zoo.loading import LoadedModel
 
+OpenedT = TypeVar("OpenedT", bound="OpenedPipeline")
 _SUFFIXES = (
     ".json",
     ".model",
@@ -92,8 +93,7 @@ class OpenedPipeline:
             DamagedFileError: weights that are NaN or infinite, or that diffusers cannot load.
             MismatchError: a LoRA that does not fit.
         """
-        mapped = self._stays_mapped
-        tensors = MappedTensors(self._weights.files, AGAIN) if mapped else self._converted()
+        tensors = self._tensors
         require_finite(tensors.items(), self.source.transformer)
         transformer = self.source.kind.make_empty(self._config)
         fill(transformer, tensors)
@@ -101,6 +101,11 @@ class OpenedPipeline:
             fuse(self.source.kind, transformer, lora)
             require_finite(named_weights(transformer), lora.file)
         return self._model(transformer.requires_grad_(False), encodings)
+
+    @property
+    def _tensors(self) -> Mapping[str, Tensor]:
+        """The transformer's weights by name, as diffusers names them."""
+        return MappedTensors(self._weights.files, AGAIN) if self._stays_mapped else self._converted()
 
     @cached_property
     def _stays_mapped(self) -> bool:
@@ -170,14 +175,16 @@ class OpenedPipeline:
         hashes = [verified_sha256(file) for file in files]
         if len(hashes) == 1 and not self.loras:
             return hashes[0]
-        hashes += [f"{verified_sha256(lora.file)} {lora.scale!r}" for lora in self.loras]
-        return _digest(hashes)
+        return digest([*hashes, *self._lora_lines()])
+
+    def _lora_lines(self) -> list[str]:
+        return [f"{verified_sha256(lora.file)} {lora.scale!r}" for lora in self.loras]
 
     @cached_property
     def encoders_sha256(self) -> str:
         """Hash of text encoders and tokenizers."""
         folders = [self.source.folder / name for name in self.source.kind.encoders]
-        return _digest(f"{f.parent.name}/{f.name} {verified_sha256(f)}" for folder in folders for f in _files(folder))
+        return digest(f"{f.parent.name}/{f.name} {verified_sha256(f)}" for folder in folders for f in files_of(folder))
 
     @property
     def encoder_bytes(self) -> int:
@@ -220,11 +227,11 @@ class OpenedPipeline:
     def model_sha256(self) -> str:
         """Hash of all that decides what the model draws, but for the VAE."""
         source, settings = self.source, self.settings
-        files = [source.config, *_files(source.folder / "scheduler")]
+        files = [source.config, *files_of(source.folder / "scheduler")]
         lines = [f"{file.name} {verified_sha256(file)}" for file in files]
         lines += [self.weights_sha256, self.encoders_sha256, repr((settings.height, settings.width))]
         lines += [repr((settings.frames, settings.guided)), *settings.prompts]
-        return _digest(lines)
+        return digest(lines)
 
     @cached_property
     def _scheduler(self) -> Any:
@@ -245,9 +252,25 @@ def open_pipeline(settings: PipelineSettings) -> OpenedPipeline:
     Raises:
         UserError: what `find_source`, `parse_lora` and the checks of weights refuse, and sizes that do not fit.
     """
-    _silence()
+    silence()
     source = find_source(settings.path, settings.base)
-    opened = OpenedPipeline(settings, source, tuple(parse_lora(text) for text in settings.loras))
+    return open_source(settings, source, lambda settings, loras: OpenedPipeline(settings, source, loras))
+
+
+def open_source(
+    settings: PipelineSettings, source: Source, make: Callable[[PipelineSettings, tuple[Lora, ...]], OpenedT]
+) -> OpenedT:
+    """Check all that can be told of a model without loading its weights, and fill in the defaults.
+
+    Args:
+        settings: sizes may be None, which stands for the pipeline's default.
+        source: where the parts lie.
+        make: the opened model, from settings and LoRA files.
+
+    Raises:
+        UserError: what `parse_lora` and the checks of weights refuse, and sizes that do not fit.
+    """
+    opened = make(settings, tuple(parse_lora(text) for text in settings.loras))
     _refuse_quantized(source.config, opened._config)
     outline = opened._outline
     weights = opened._weights
@@ -261,7 +284,7 @@ def open_pipeline(settings: PipelineSettings) -> OpenedPipeline:
     loras = tuple(f"{lora.file}:{lora.scale!r}" for lora in opened.loras)
     update = {**places, "loras": loras, **asdict(canvas)}
     resolved = settings.model_copy(update={**update, "guided": settings.guided and source.kind.guided})
-    return OpenedPipeline(resolved, source, opened.loras)
+    return make(resolved, opened.loras)
 
 
 def _canvas(settings: PipelineSettings, source: Source) -> Canvas:
@@ -304,15 +327,17 @@ def _refuse_quantized(file: Path, config: Mapping[str, JsonValue]) -> None:
         )
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def files_of(folder: Path) -> Iterator[Path]:
+    """What a part of a pipeline consists of, but for pickles and code."""
     yield from sorted(path for path in folder.glob("*") if path.is_file() and path.suffix in _SUFFIXES)
 
 
-def _digest(lines: Iterable[str]) -> str:
+def digest(lines: Iterable[str]) -> str:
+    """Hash over some lines."""
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _silence() -> None:
+def silence() -> None:
     """Our own progress and messages are enough."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

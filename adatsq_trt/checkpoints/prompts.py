@@ -69,7 +69,28 @@ def encode_prompts(source: Source, prompts: tuple[str, ...], on_prompt: Callable
         DamagedFileError: diffusers or transformers cannot load a part.
         MissingFileError: an encoder has no weights.
     """
-    pipe, tokens, pooled = _load_encoders(source), list[Tensor](), list[Tensor]()
+    pipe = _load_encoders(source)
+    encodings = encode_with(pipe, source, prompts, on_prompt)
+    del pipe
+    gc.collect()
+    return encodings
+
+
+def encode_with(
+    pipe: Any, source: Source, prompts: tuple[str, ...], on_prompt: Callable[[], None]
+) -> dict[str, Tensor]:
+    """As `encode_prompts`, with text encoders that are in memory.
+
+    Args:
+        pipe: the pipeline; its transformer is not used.
+        source: of the pipeline.
+        prompts: texts.
+        on_prompt: called after each.
+
+    Raises:
+        DamagedFileError: an encoding has NaN or infinite numbers.
+    """
+    tokens, pooled = list[Tensor](), list[Tensor]()
     with torch.no_grad():
         for prompt in (*prompts, ""):
             encoded = source.kind.encode(pipe, prompt)
@@ -81,8 +102,6 @@ def encode_prompts(source: Source, prompts: tuple[str, ...], on_prompt: Callable
             tokens.append(encoded[0])
             pooled.append(encoded[1])
             on_prompt()
-    del pipe
-    gc.collect()
     length = max(map(len, tokens))
     length += -length % source.kind.token_multiple
     filled = [functional.pad(rows, (0, 0, 0, length - len(rows))) for rows in tokens]

@@ -66,23 +66,23 @@ def find_source(text: str, base: str | None) -> Source:
         refuse_pickle(place)
         if place.suffix != ".safetensors":
             raise UserError(f"'{place}': got a {place.suffix or 'nameless'} file, expected {_EXPECTED}")
-        folder, kind = _base(base, place, "a single file holds the transformer alone")
-        return Source(_name(place.stem), kind, folder, place, folder / "transformer" / "config.json")
+        folder, kind = find_base(base, place, "a single file holds the transformer alone")
+        return Source(safe_name(place.stem), kind, folder, place, folder / "transformer" / "config.json")
     if (place / INDEX).is_file():
         if base is not None:
             raise UserError(f"--base {base}: '{place}' is a whole pipeline already; leave --base out")
         return Source(
-            _name(text), _pipeline_kind(place), place, place / "transformer", place / "transformer" / "config.json"
+            safe_name(text), _pipeline_kind(place), place, place / "transformer", place / "transformer" / "config.json"
         )
     if (place / "config.json").is_file():
         own = _transformer_kind(place / "config.json")
-        folder, kind = _base(base, place, "a transformer alone has no text encoders")
+        folder, kind = find_base(base, place, "a transformer alone has no text encoders")
         if kind is not own:
             raise MismatchError(
                 f"'{place}' is a {own.transformer}, --base '{folder}' a {kind.pipeline} with a "
                 f"{kind.transformer}; name a {own.pipeline}"
             )
-        return Source(_name(text), kind, folder, place, place / "config.json")
+        return Source(safe_name(text), kind, folder, place, place / "config.json")
     for file in sorted(place.glob("*")):
         refuse_pickle(file)
     raise MissingFileError(f"'{place}' has neither {INDEX} nor config.json; expected {_EXPECTED}")
@@ -116,7 +116,19 @@ def _download(hub_id: str) -> Path:
         ) from error
 
 
-def _base(base: str | None, place: Path, why: str) -> tuple[Path, PipelineKind]:
+def find_base(base: str | None, place: object, why: str) -> tuple[Path, PipelineKind]:
+    """The pipeline that a transformer belongs to.
+
+    Args:
+        base: path or hub id.
+        place: what messages call the transformer.
+        why: it needs a base.
+
+    Raises:
+        UserError: there is no base.
+        MissingFileError: it is not there.
+        MismatchError: it has no adapter.
+    """
     if base is None:
         raise UserError(f"'{place}': {why}; pass --base with the folder or hub id of the pipeline that it belongs to")
     folder = _locate(base)
@@ -176,7 +188,7 @@ def _class_of(place: JsonValue) -> JsonValue:
     return place[1] if isinstance(place, list) and len(place) == 2 else place
 
 
-def _name(text: str) -> str:
+def safe_name(text: str) -> str:
     """The last part of a path or hub id, in letters that folders, files and servers take."""
     name = re.sub(r"[^\w.+-]+", "-", Path(text).absolute().name, flags=re.ASCII).lstrip(".-+")
     return name[:100] or "model"

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adatsq_trt.config import BuildConfig, option_name
-from adatsq_trt.errors import UserError
+from adatsq_trt.errors import MissingFileError, UserError
 from adatsq_trt.files import read_json_model
 from adatsq_trt.progress import Reporter
-from adatsq_trt.settings import SETTINGS_NAME, PipelineSettings, Settings
+from adatsq_trt.settings import IN_MEMORY, SETTINGS_NAME, PipelineSettings, Settings
 from adatsq_trt.zoo import find_model, zoo_models
 
 if TYPE_CHECKING:
@@ -86,9 +86,10 @@ def open_model(model: object, config: BuildConfig) -> OpenedModel:
         from adatsq_trt.zoo.loading import load_model
 
         return OpenedModel(load_model(str(model)))
+    in_memory = not isinstance(model, str | Path)
     return _open(
         PipelineSettings(
-            path=str(model),
+            path=IN_MEMORY if in_memory else str(model),
             base=None if config.base is None else str(config.base),
             loras=config.loras,
             height=config.height,
@@ -97,7 +98,8 @@ def open_model(model: object, config: BuildConfig) -> OpenedModel:
             # A scale of 1 is no guidance, which spares models the branch with the empty prompt.
             guided=config.guidance is None or config.guidance != 1.0,
             prompts=_prompts(config),
-        )
+        ),
+        model if in_memory else None,
     )
 
 
@@ -111,9 +113,14 @@ def _prompts(config: BuildConfig) -> tuple[str, ...]:
     return tuple(config.prompts)
 
 
-def _open(settings: PipelineSettings) -> OpenedModel:
+def _open(settings: PipelineSettings, model: object = None) -> OpenedModel:
     from adatsq_trt.checkpoints.loading import open_pipeline
 
+    if model is not None:
+        from adatsq_trt.checkpoints.objects import open_object
+
+        in_memory = open_object(model, settings)
+        return OpenedModel(in_memory.outline, in_memory)
     opened = open_pipeline(settings)
     return OpenedModel(opened.outline, opened)
 
@@ -147,6 +154,11 @@ def reopen_model(settings: Settings, run: RunDirectory) -> LoadedModel:
         from adatsq_trt.zoo.loading import load_model
 
         return load_model(settings.model)
+    if settings.pipeline.path.startswith(IN_MEMORY):
+        raise MissingFileError(
+            f"'{run.path}' was made of a {settings.pipeline.path.removeprefix(IN_MEMORY)} in memory, which no file "
+            "holds; save it with save_pretrained and build from that folder"
+        )
     from adatsq_trt.stages import embed
 
     opened = _open(settings.pipeline)
