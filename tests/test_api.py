@@ -79,7 +79,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
         ({"simulate": 1}, "--simulate: got 1, expected true or false"),
         ({"batch": (1, 0)}, "--batch: got 0, expected at least 1"),
         ({"bean": 4}, "unknown option 'bean'; did you mean 'beam'?"),
-        ({"budget_bytes": "many"}, "--budget-bytes 'many': expected a size"),
+        ({"target": "cpu", "budget_bytes": "many"}, "--budget-bytes 'many': expected a size"),
         ({"target": "sm121x"}, "unknown target 'sm121x'"),
         ({"target": ("sm120", "cpu")}, "target 'cpu' does not accelerate"),
         ({}, "no --target: expected one of"),

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Lock
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from adatsq_trt.checkpoints.weights import WeightFiles
 from adatsq_trt.errors import MismatchError, UserError
 from adatsq_trt.settings import IN_MEMORY, PipelineSettings
 
+_ENCODING = Lock()  # tokenizers serve one thread at a time, and two builds may have one pipeline
 # As safetensors calls them.
 _TYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
 
@@ -47,7 +49,8 @@ class OpenedObject(OpenedPipeline):
         """Encode the prompts with the pipeline's text encoders, or with those of the base."""
         if self.pipe is None:
             return super().encode(on_prompt)
-        return encode_with(self.pipe, self.source, self.settings.prompts, on_prompt)
+        with _ENCODING:
+            return encode_with(self.pipe, self.source, self.settings.prompts, on_prompt)
 
     @cached_property
     def _tensors(self) -> Mapping[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Lock
 
 import onnx_ir as ir
 import torch
@@ -34,6 +35,7 @@ CHECK_SAMPLES = 2
 PROMPTS_AT_ONCE = 8
 # Noise that is sixteen times what float32 sums differ by, and how often it is drawn.
 NOISE, NOISE_DRAWS = 2.0**-16, 4
+_TRACING = Lock()  # the exporter patches PyTorch for the whole process while it traces
 _REFERENCE_CONTENT = "steps, layers, loop, spread"  # a part of the stage's key: exports that hold less are made again
 
 
@@ -104,7 +106,7 @@ def _graphs(context: Context, policy: Policy, folder: Path) -> None:
 def _trace(adapter: ModelAdapter, inputs: Mapping[str, Tensor], base: BaseName, any_size: bool) -> ir.Model:
     """The model's graph, for the size of the inputs or for any."""
     common = (inputs, OUTPUT_NAME, getattr(torch, base), adapter.float32_inputs)
-    with adapter.as_stored():
+    with adapter.as_stored(), _TRACING:
         if not any_size:
             return trace(adapter.trace_module(), *common)
         opened = adapter.any_size()
