@@ -7,7 +7,8 @@ is small and read from files elsewhere (configurations, scheduler, tokenizers, V
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -49,7 +50,8 @@ class OpenedObject(OpenedPipeline):
         """Encode the prompts with the pipeline's text encoders, or with those of the base."""
         if self.pipe is None:
             return super().encode(on_prompt)
-        with _ENCODING:
+        encoders = [getattr(self.pipe, name) for name in self.source.kind.encoders]
+        with _ENCODING, _evaluating([part for part in encoders if isinstance(part, nn.Module)]):
             return encode_with(self.pipe, self.source, self.settings.prompts, on_prompt)
 
     @cached_property
@@ -136,6 +138,19 @@ def open_object(model: Any, settings: PipelineSettings) -> OpenedObject:
         return OpenedObject(settings, source, loras, transformer=transformer, pipe=pipe, sketch=sketch)
 
     return open_source(named, source, opened)
+
+
+@contextmanager
+def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
+    """Without dropout inside the block; afterwards every module has its own mode again."""
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 def _kind(model: Any) -> tuple[PipelineKind, Any]:
