@@ -89,6 +89,14 @@ class BuildConfig:
         POLICY,
         "nothing",
     )
+    exclude: str | Sequence[str] = _choice(
+        (),
+        "Layers that stay in full precision, by module path with * and ?, such as 'transformer_blocks.0.*'; may be "
+        "repeated. Budgets and means are over the others.",
+        POLICY,
+        "none",
+        metavar="PATTERN",
+    )
     budget_bits: float | None = _choice(
         None,
         "Largest mean over steps and layers of (weight bits + activation bits) / 2.",
@@ -262,6 +270,11 @@ class BuildConfig:
     def loras(self) -> tuple[str, ...]:
         """What is fused into the transformer."""
         return tuple(_several(self.lora))
+
+    @property
+    def excludes(self) -> tuple[str, ...]:
+        """Patterns of the layers that stay in full precision."""
+        return tuple(_several(self.exclude))
 
     @property
     def batches(self) -> tuple[int, ...]:

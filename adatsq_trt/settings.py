@@ -75,6 +75,7 @@ class Settings(BaseModel):
         temperature: tau of the temporal weights.
         damping: of the Hessian, as a part of its mean diagonal.
         transform: what happens to weights and inputs before they are rounded; None for nothing.
+        excluded: module paths of layers that stay in full precision, in the order of execution.
         beam: paths kept per column.
         candidates: assignments tried per path and step, besides the previous one.
         slack: relative slack of dominance.
@@ -116,6 +117,7 @@ class Settings(BaseModel):
     temperature: float = BuildConfig.temperature
     damping: float = BuildConfig.damping
     transform: str | None = None
+    excluded: tuple[str, ...] = ()
     beam: int = BuildConfig.beam
     candidates: int = BuildConfig.candidates
     slack: float = BuildConfig.slack

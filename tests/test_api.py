@@ -185,6 +185,23 @@ def test_a_policy_of_one_s_own_is_built(bundle: Bundle, tmp_path: Path) -> None:
     assert not folder.exists()
 
 
+def test_excluded_layers_stay_in_full_precision(bundle: Bundle, tmp_path: Path) -> None:
+    pattern = "transformer_blocks.0.*"
+    common: dict[str, Any] = {"target": "cpu", "output": tmp_path / "run", **SMALL}
+    built = adatsq_trt.build("digits-flux", exclude=(pattern, "*.proj_out"), **common)
+    left = [n for n in bundle.policy.layers if not n.startswith("transformer_blocks.0.") and not n.endswith("proj_out")]
+    assert 0 < len(left) < len(bundle.policy.layers)
+    assert list(built.policy.layers) == left
+    assert adatsq_trt.check(built, output=tmp_path / "check").passed
+    assert len(adatsq_trt.calibrate("digits-flux", exclude=pattern, **common).layers) > len(left)
+    with pytest.raises(UserError) as refused:
+        adatsq_trt.build("digits-flux", exclude="transformer_blocks.9.*", **common)
+    assert "--exclude 'transformer_blocks.9.*': no layer of model 'digits-flux' has such a name" in str(refused.value)
+    assert "the nearest are transformer_blocks." in str(refused.value)
+    with pytest.raises(UserError, match="no layer is left to quantize"):
+        adatsq_trt.build("digits-flux", exclude="*", **common)
+
+
 class _StopError(Exception):
     """Of a callback."""
 

@@ -193,6 +193,7 @@ def commands(data: ReportData) -> list[list[str]]:
     build += ["--simulate"] if settings.simulate else []
     build += ["--formats", settings.format_set]
     build += ["--transform", settings.transform] if settings.transform is not None else []
+    build += [word for layer in settings.excluded for word in ("--exclude", layer)]
     for name in _OPTIONS:
         value = getattr(settings, name)
         build += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]

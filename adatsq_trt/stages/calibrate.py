@@ -30,7 +30,9 @@ Advance = Callable[[], None]
 def stage(context: Context) -> Stage:
     """The stage for these settings."""
     encodings = [] if context.settings.pipeline is None else [embed.encodings_file(context.run)]
-    return context.run.stage(NAME, {**context.inputs(_SETTINGS), "hessians": "by block"}, encodings)
+    # Newer settings count where they are not the default, so that earlier runs go on.
+    newer = ("excluded",) if context.settings.excluded else ()
+    return context.run.stage(NAME, {**context.inputs((*_SETTINGS, *newer)), "hessians": "by block"}, encodings)
 
 
 def run(context: Context) -> Stage:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
+from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,7 +72,9 @@ class OpenedModel:
             return self.outline
         from adatsq_trt.stages import embed
 
-        return self.pipeline.load(embed.read(run, self.pipeline))
+        loaded = self.pipeline.load(embed.read(run, self.pipeline))
+        loaded.adapter.excluded = self.outline.adapter.excluded
+        return loaded
 
 
 def open_model(model: object, config: BuildConfig) -> OpenedModel:
@@ -101,6 +106,34 @@ def open_model(model: object, config: BuildConfig) -> OpenedModel:
         ),
         model if in_memory else None,
     )
+
+
+def exclude_layers(model: LoadedModel, patterns: Sequence[str]) -> tuple[str, ...]:
+    """Have some layers of a model stay in full precision.
+
+    Args:
+        model: none of its layers is excluded yet.
+        patterns: of module paths, with * and ?.
+
+    Returns:
+        Their module paths.
+
+    Raises:
+        UserError: a pattern that matches nothing, or patterns that leave nothing.
+    """
+    layers = tuple(model.adapter.quantizable_layers())
+    for pattern in patterns:
+        if not fnmatch.filter(layers, pattern):
+            near = get_close_matches(pattern, layers, n=3, cutoff=0.0)
+            raise UserError(
+                f"--exclude '{pattern}': no layer of model '{model.name}' has such a name; the nearest are "
+                f"{', '.join(near)}"
+            )
+    excluded = tuple(layer for layer in layers if any(fnmatch.fnmatchcase(layer, p) for p in patterns))
+    if len(excluded) == len(layers):
+        raise UserError(f"--exclude {', '.join(patterns)}: no layer is left to quantize; leave out a pattern")
+    model.adapter.excluded = frozenset(excluded)
+    return excluded
 
 
 def _prompts(config: BuildConfig) -> tuple[str, ...]:
@@ -141,7 +174,9 @@ def open_run(path: Path, progress: Reporter | None = None) -> Context:
 
     run = RunDirectory.existing(path)
     settings = read_json_model(run.path / SETTINGS_NAME, Settings)
-    return Context(run, settings, reopen_model(settings, run), progress=progress or Reporter())
+    model = reopen_model(settings, run)
+    model.adapter.excluded = frozenset(settings.excluded)
+    return Context(run, settings, model, progress=progress or Reporter())
 
 
 def reopen_model(settings: Settings, run: RunDirectory) -> LoadedModel:

@@ -25,7 +25,7 @@ from adatsq_trt.formats import (
 )
 from adatsq_trt.policy import GIVEN_POLICY_ADVICE, Policy
 from adatsq_trt.settings import Settings
-from adatsq_trt.stages.models import OpenedModel, open_model, require_model
+from adatsq_trt.stages.models import OpenedModel, exclude_layers, open_model, require_model
 from adatsq_trt.stages.shapes import Shape, at_first, parse_shapes, resolve_shapes
 
 SIMULATED_SET = "paper-fine"  # what --simulate without a target studies
@@ -166,6 +166,7 @@ def _resolve(
     batch = config.batches
     if len({shape[1:] for shape in shapes}) == 1:  # of the model's own size, which --batch is for
         batch, shapes = tuple(shape[0] for shape in shapes), ()
+    excluded = exclude_layers(model, config.excludes)
     layers = model.adapter.quantizable_layers().items()
     require_shapes(formats, [(name, layer.in_features) for name, layer in layers])
     return Settings(
@@ -173,6 +174,7 @@ def _resolve(
         | known
         | ({"batch": batch} if batch else {})
         | {"shapes": shapes},
+        excluded=excluded,
         model=model.name,
         pipeline=opened.settings,
         weights_sha256=model.weights_sha256,
