@@ -224,6 +224,12 @@ class BuildConfig:
         CHECKPOINT,
         "128 prompts of this package",
     )
+    encodings: Path | str | None = _choice(
+        None,
+        "Safetensors file with what calibration draws, encoded already, instead of --prompts; see docs/how-to/encodings.md.",
+        CHECKPOINT,
+        "none",
+    )
     height: int | None = _choice(None, "Of the picture, in pixels.", CHECKPOINT, "the model's", least=1)
     width: int | None = _choice(None, "Of the picture, in pixels.", CHECKPOINT, "the model's", least=1)
     frames: int | None = _choice(None, "Of a video.", CHECKPOINT, "the model's", least=1)

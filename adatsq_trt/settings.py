@@ -25,6 +25,7 @@ class PipelineSettings(BaseModel):
         frames: of a video; None likewise, and for pictures.
         guided: guidance takes a second branch, with the empty prompt.
         prompts: what calibration draws, and what the bundle can be asked for.
+        encodings: absolute path of the file that has them encoded already; None where the text encoders do it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -37,6 +38,7 @@ class PipelineSettings(BaseModel):
     frames: int | None = None
     guided: bool = True
     prompts: tuple[str, ...]
+    encodings: str | None = None
 
 
 class Settings(BaseModel):

@@ -13,6 +13,7 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
 
+from adatsq_trt.checkpoints.encodings import read_encodings
 from adatsq_trt.checkpoints.kinds import AGAIN, Canvas, JsonObject
 from adatsq_trt.checkpoints.lora import Lora, fuse, parse_lora
 from adatsq_trt.checkpoints.prompts import encode_prompts
@@ -74,11 +75,14 @@ class OpenedPipeline:
         return self._model(self._outline, empty)
 
     def encode(self, on_prompt: Callable[[], None]) -> dict[str, Tensor]:
-        """Encode the prompts with the pipeline's own text encoders (`encode_prompts`).
+        """Encode the prompts with the pipeline's own text encoders (`encode_prompts`), or read their encodings.
 
         Args:
             on_prompt: called after each.
         """
+        if self.settings.encodings is not None:
+            kind = self.source.kind
+            return read_encodings(Path(self.settings.encodings), *kind.widths(self._config), kind.token_multiple)
         return encode_prompts(self.source, self.settings.prompts, on_prompt)
 
     def load(self, encodings: Mapping[str, Tensor]) -> LoadedModel:
@@ -182,13 +186,17 @@ class OpenedPipeline:
 
     @cached_property
     def encoders_sha256(self) -> str:
-        """Hash of text encoders and tokenizers."""
+        """Hash of text encoders and tokenizers, or of the file of encodings."""
+        if self.settings.encodings is not None:
+            return verified_sha256(Path(self.settings.encodings))
         folders = [self.source.folder / name for name in self.source.kind.encoders]
         return digest(f"{f.parent.name}/{f.name} {verified_sha256(f)}" for folder in folders for f in files_of(folder))
 
     @property
     def encoder_bytes(self) -> int:
         """Most that is resident while the text encoders are loaded."""
+        if self.settings.encodings is not None:
+            return 2 * Path(self.settings.encodings).stat().st_size
         folders = [self.source.folder / name for name in self.source.kind.encoders if name.startswith("text_encoder")]
         encoders = [file.stat().st_size for folder in folders for file in find_weights(folder).files]
         return sum(encoders) + max(encoders)

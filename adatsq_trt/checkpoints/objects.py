@@ -48,7 +48,7 @@ class OpenedObject(OpenedPipeline):
 
     def encode(self, on_prompt: Callable[[], None]) -> dict[str, Tensor]:
         """Encode the prompts with the pipeline's text encoders, or with those of the base."""
-        if self.pipe is None:
+        if self.pipe is None or self.settings.encodings is not None:
             return super().encode(on_prompt)
         encoders = [getattr(self.pipe, name) for name in self.source.kind.encoders]
         with _ENCODING, _evaluating([part for part in encoders if isinstance(part, nn.Module)]):
@@ -73,7 +73,7 @@ class OpenedObject(OpenedPipeline):
     @cached_property
     def encoders_sha256(self) -> str:
         """Hash of the text encoders' tensors and configurations, and of the tokenizers."""
-        if self.pipe is None:
+        if self.pipe is None or self.settings.encodings is not None:
             return super().encoders_sha256
         lines = []
         for name in self.source.kind.encoders:
@@ -89,7 +89,8 @@ class OpenedObject(OpenedPipeline):
     @property
     def encoder_bytes(self) -> int:
         """Text encoders are in memory already."""
-        return 0 if self.pipe is not None else super().encoder_bytes
+        own = self.pipe is not None and self.settings.encodings is None
+        return 0 if own else super().encoder_bytes
 
     @property
     def file_bytes(self) -> int:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from adatsq_trt.stages.run_directory import RunDirectory
     from adatsq_trt.zoo.loading import LoadedModel
 
-_OF_CHECKPOINTS = ("base", "lora", "prompts", "height", "width", "frames")
+_OF_CHECKPOINTS = ("base", "lora", "prompts", "encodings", "height", "width", "frames")
 
 
 def require_model(model: object, config: BuildConfig) -> None:
@@ -103,6 +103,7 @@ def open_model(model: object, config: BuildConfig) -> OpenedModel:
             # A scale of 1 is no guidance, which spares models the branch with the empty prompt.
             guided=config.guidance is None or config.guidance != 1.0,
             prompts=_prompts(config),
+            encodings=None if config.encodings is None else str(Path(config.encodings).absolute()),
         ),
         model if in_memory else None,
     )
@@ -139,6 +140,12 @@ def exclude_layers(model: LoadedModel, patterns: Sequence[str]) -> tuple[str, ..
 def _prompts(config: BuildConfig) -> tuple[str, ...]:
     from adatsq_trt.checkpoints.prompts import default_prompts, read_prompts
 
+    if config.encodings is not None:
+        from adatsq_trt.checkpoints.encodings import encoded_prompts
+
+        if config.prompts is not None:
+            raise UserError("--encodings: they stand in the place of --prompts; leave one of them out")
+        return encoded_prompts(Path(config.encodings))
     if config.prompts is None:
         return default_prompts()
     if isinstance(config.prompts, str | Path):
