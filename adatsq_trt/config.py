@@ -226,7 +226,7 @@ class BuildConfig:
     )
     encodings: Path | str | None = _choice(
         None,
-        "Safetensors file with what calibration draws, encoded already, instead of --prompts; see docs/how-to/encodings.md.",
+        "Safetensors file with what calibration draws, encoded already (docs/how-to/encodings.md); not with --prompts.",
         CHECKPOINT,
         "none",
     )
