@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
@@ -31,19 +32,30 @@ class Node:
         module: does the work.
         inputs: names of the stages whose files it reads.
         weights: whether it computes with the model's weights; the others need its outline only.
+        require: refuses, before it runs, what it or a later stage cannot do.
     """
 
     module: StageModule
     inputs: tuple[str, ...]
     weights: bool = True
+    require: Callable[[Context], None] | None = None
+
+    def run(self, context: Context) -> Stage:
+        """Run the stage, unless that is done."""
+        this = self.module.stage(context)
+        if this.done:
+            return this
+        if self.require is not None:
+            self.require(context)
+        return self.module.run(context)
 
 
 # In an order in which they can be run.
 STAGES: dict[str, Node] = {
     embed.NAME: Node(embed, (), weights=False),
     calibrate.NAME: Node(calibrate, (embed.NAME,)),
-    quantize.NAME: Node(quantize, (calibrate.NAME,)),
-    search.NAME: Node(search, (calibrate.NAME, quantize.NAME)),
+    quantize.NAME: Node(quantize, (calibrate.NAME,), require=search.require_affordable),
+    search.NAME: Node(search, (calibrate.NAME, quantize.NAME), require=search.require_affordable),
     export.NAME: Node(export, (calibrate.NAME, quantize.NAME, search.NAME)),
     bundle.NAME: Node(bundle, (search.NAME, export.NAME), weights=False),
 }
@@ -62,7 +74,7 @@ def stages_up_to(last: str) -> tuple[str, ...]:
 def run_stages(context: Context, last: str) -> Stage:
     """Run the stages up to one with a model that is loaded."""
     names = [name for name in stages_up_to(last) if name != embed.NAME]
-    return [STAGES[name].module.run(context) for name in names][-1]
+    return [STAGES[name].run(context) for name in names][-1]
 
 
 @dataclass(frozen=True)
@@ -93,8 +105,8 @@ class Build:
         if this.done:
             return this
         if node.weights:
-            return node.module.run(self.loaded)
+            return node.run(self.loaded)
         if "loaded" in self.__dict__:
             del self.__dict__["loaded"]
             release_memory()  # compilers need that of the weights
-        return node.module.run(self.outline)
+        return node.run(self.outline)

@@ -106,6 +106,17 @@ def require_possible(settings: Settings, model: LoadedModel) -> None:
         )
 
 
+def require_affordable(context: Context) -> None:
+    """Refuse budgets that no policy can meet: after calibration, which counts rows, and before weights are quantized.
+
+    Raises:
+        BudgetError: names the cheapest policy there is.
+        UnsupportedFormatError: a format that takes nobody knows how long.
+    """
+    if context.settings.policy is None and budget.priced(context.settings):
+        budget.budgets(context)
+
+
 def _given_policy(settings: Settings, layers: Sequence[str]) -> Policy:
     assert settings.policy is not None
     policy = parse_json_model(settings.policy, "--policy", Policy, GIVEN_POLICY_ADVICE)
