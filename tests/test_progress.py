@@ -1,6 +1,5 @@
 """Progress as a callback, and how it ends work."""
 
-from collections.abc import Iterator
 from threading import Event
 
 import pytest
@@ -23,19 +22,19 @@ def test_a_task_is_told_from_its_beginning_to_its_end() -> None:
 
 
 def test_an_event_ends_the_work_at_the_next_unit() -> None:
-    cancel, done = Event(), 0
+    cancel, done = Event(), list[int]()
     with pytest.raises(CancelledError, match="cancelled in 'count'"):
-        for done in _counted(Reporter(cancel=cancel)):
-            cancel.set()
-    assert done == 1
+        _count(Reporter(cancel=cancel), cancel, done)
+    assert done == [1]
 
 
-def _counted(reporter: Reporter) -> Iterator[int]:
-    """Three units of work."""
+def _count(reporter: Reporter, cancel: Event, done: list[int]) -> None:
+    """Three units of work, in the first of which somebody cancels."""
     with reporter("count", 3) as advance:
-        for unit in range(3):
+        for unit in (1, 2, 3):
             advance()
-            yield unit + 1
+            done.append(unit)
+            cancel.set()
 
 
 def test_a_task_that_fails_is_not_called_ended() -> None:
