@@ -1,6 +1,7 @@
 """What can go wrong, as exceptions that the command line turns into one sentence.
 
     AdatsqError                 exit code 1: a failure that is not the user's doing
+    ├── CancelledError          the caller ended the work
     └── UserError               exit code 2: the user can mend it
         ├── UnknownNameError    a model, format, set or target that does not exist
         ├── UnsupportedFormatError  a format that the target cannot accelerate, or a layer that the format cannot hold
@@ -24,6 +25,10 @@ class AdatsqError(Exception):
     """A failure of the tool or of a library below it."""
 
     exit_code = 1
+
+
+class CancelledError(AdatsqError):
+    """The caller ended the work; what was finished stays."""
 
 
 class UserError(AdatsqError):

@@ -7,8 +7,11 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from adatsq_trt.base_type import BaseName, base_type
+from adatsq_trt.config import DEFAULT_LAYOUT, Backend, BuildConfig, Hardware, Layout, Precision
 
 SETTINGS_NAME = "settings.json"
+# What the path of a model that was an object in memory begins with; its class follows.
+IN_MEMORY = "memory:"
 
 
 class PipelineSettings(BaseModel):
@@ -23,6 +26,7 @@ class PipelineSettings(BaseModel):
         frames: of a video; None likewise, and for pictures.
         guided: guidance takes a second branch, with the empty prompt.
         prompts: what calibration draws, and what the bundle can be asked for.
+        encodings: absolute path of the file that has them encoded already; None where the text encoders do it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -35,6 +39,7 @@ class PipelineSettings(BaseModel):
     frames: int | None = None
     guided: bool = True
     prompts: tuple[str, ...]
+    encodings: str | None = None
 
 
 class Settings(BaseModel):
@@ -73,6 +78,7 @@ class Settings(BaseModel):
         temperature: tau of the temporal weights.
         damping: of the Hessian, as a part of its mean diagonal.
         transform: what happens to weights and inputs before they are rounded; None for nothing.
+        excluded: module paths of layers that stay in full precision, in the order of execution.
         beam: paths kept per column.
         candidates: assignments tried per path and step, besides the previous one.
         slack: relative slack of dominance.
@@ -91,11 +97,11 @@ class Settings(BaseModel):
     formats: tuple[str, ...]
     targets: tuple[str, ...]
     simulate: bool
-    layout: Literal["embedded", "shared", "switch", "plugin"] = "embedded"
-    backend: Literal["rtx", "tensorrt"] = "rtx"
-    hardware_compatibility: Literal["none", "same_compute_capability", "ampere_plus"] = "none"
-    version_compatible: bool = False
-    weight_streaming: bool = False
+    layout: Layout = DEFAULT_LAYOUT
+    backend: Backend = BuildConfig.backend
+    hardware_compatibility: Hardware = BuildConfig.hardware_compatibility
+    version_compatible: bool = BuildConfig.version_compatible
+    weight_streaming: bool = BuildConfig.weight_streaming
     batch: tuple[int, ...] = (32,)
     shapes: tuple[tuple[int, ...], ...] = ()
     steps: int
@@ -106,19 +112,20 @@ class Settings(BaseModel):
     times: str | None = None
     max_assignments: int | None = None
     policy: str | None = None
-    seed: int = 0
-    calibration_samples: int = 64
-    projections: int = 8
-    selection_samples: int = 256
-    held_out_samples: int = 512
-    temperature: float = 3.0
-    damping: float = 0.01
+    seed: int = BuildConfig.seed
+    calibration_samples: int = BuildConfig.calibration_samples
+    projections: int = BuildConfig.projections
+    selection_samples: int = BuildConfig.selection_samples
+    held_out_samples: int = BuildConfig.held_out_samples
+    temperature: float = BuildConfig.temperature
+    damping: float = BuildConfig.damping
     transform: str | None = None
-    beam: int = 4
-    candidates: int = 5
-    slack: float = 0.1
+    excluded: tuple[str, ...] = ()
+    beam: int = BuildConfig.beam
+    candidates: int = BuildConfig.candidates
+    slack: float = BuildConfig.slack
     expansions: int | None = None
-    search_precision: Literal["float32", "bfloat16"] = "float32"
+    search_precision: Precision = BuildConfig.search_precision
 
     @property
     def base_type(self) -> BaseName:

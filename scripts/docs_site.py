@@ -28,15 +28,14 @@ ELSEWHERE = {
         for path in sorted(ROOT.glob("adatsq_trt/zoo/weights/*/README.md"))
     },
 }
-PAGES = {**ELSEWHERE, "docs/decisions": "decisions/index.md"}
+PAGES = {**ELSEWHERE, "docs/decisions": "decisions/README.md"}
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the documents from outside docs/, the list of decisions, and the help of every command."""
+    """Add the documents from outside docs/ and the help of every command."""
     for document, page in ELSEWHERE.items():
         files.append(File.generated(config, page, content=(ROOT / document).read_text(encoding="utf-8")))
-    files.append(File.generated(config, "decisions/index.md", content=decisions()))
     files.append(File.generated(config, "reference/commands.md", content=commands()))
     return files
 
@@ -66,15 +65,6 @@ def relink(markdown: str, document: str, place: str) -> str:
         return f"[{text}]({posixpath.relpath(page, posixpath.dirname(place) or '.')}{anchor})"
 
     return _LINK.sub(target, markdown)
-
-
-def decisions() -> str:
-    """The records of decisions by their first lines."""
-    lines = ["# Decisions", "", "What the paper or the design leaves open, what was decided, and the evidence.", ""]
-    for record in sorted((ROOT / "docs" / "decisions").glob("[0-9]*.md")):
-        title = record.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
-        lines.append(f"- [{title}]({record.name})")
-    return "\n".join([*lines, ""])
 
 
 def commands() -> str:

@@ -20,6 +20,7 @@ from adatsq_trt.policy import Policy
 from adatsq_trt.settings import Settings
 from adatsq_trt.stages import export, search
 from adatsq_trt.stages.context import Context
+from adatsq_trt.stages.graph import run_stages
 from adatsq_trt.stages.run_directory import RunDirectory
 from adatsq_trt.zoo.loading import LoadedModel
 from tests.tiny_z_image import PROMPTS, WORDS
@@ -102,7 +103,7 @@ def context(adapter: PromptedAdapter, tmp_path_factory: pytest.TempPathFactory):
 
 def test_every_stage_up_to_the_graphs_runs(context: Context) -> None:
     """The policy's graphs in ONNX Runtime give what the fake-quantized PyTorch model gave at every step."""
-    folder = export.run(context).folder
+    folder = run_stages(context, export.NAME).folder
     policy = Policy.load(search.stage(context).folder / search.POLICY)
     assert {name for row in policy.assignments for name in row} == {"w8a8s", "fp32"}
     index = read_json_model(folder / export.GRAPHS / INDEX_NAME, GraphIndex)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import JsonValue
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from adatsq_trt.checkpoints.encodings import read_encodings
 from adatsq_trt.checkpoints.kinds import AGAIN, Canvas, JsonObject
 from adatsq_trt.checkpoints.lora import Lora, fuse, parse_lora
+from adatsq_trt.checkpoints.prompts import encode_prompts
 from adatsq_trt.checkpoints.schedulers import require_schedule
 from adatsq_trt.checkpoints.single_file import convert, require_layout, transformer_weights
 from adatsq_trt.checkpoints.source import Source, find_source
@@ -37,6 +39,7 @@ from adatsq_trt.models.stored import count_weights, fill, large_linears, named_w
 from adatsq_trt.settings import PipelineSettings
 from adatsq_trt.zoo.loading import SCHEDULER_CONFIG, LoadedModel
 
+OpenedT = TypeVar("OpenedT", bound="OpenedPipeline")
 _SUFFIXES = (
     ".json",
     ".model",
@@ -74,6 +77,17 @@ class OpenedPipeline:
         }
         return self._model(self._outline, empty)
 
+    def encode(self, on_prompt: Callable[[], None]) -> dict[str, Tensor]:
+        """Encode the prompts with the pipeline's own text encoders (`encode_prompts`), or read their encodings.
+
+        Args:
+            on_prompt: called after each.
+        """
+        if self.settings.encodings is not None:
+            kind = self.source.kind
+            return read_encodings(Path(self.settings.encodings), *kind.widths(self._config), kind.token_multiple)
+        return encode_prompts(self.source, self.settings.prompts, on_prompt)
+
     def load(self, encodings: Mapping[str, Tensor]) -> LoadedModel:
         """Check the transformer's weights and fuse the LoRA files.
 
@@ -86,8 +100,7 @@ class OpenedPipeline:
             DamagedFileError: weights that are NaN or infinite.
             MismatchError: a LoRA that does not fit.
         """
-        mapped = self._stays_mapped
-        tensors = MappedTensors(self._weights.files, AGAIN, self._weights.prefix) if mapped else self._converted()
+        tensors = self._tensors
         require_finite(tensors.items(), self.source.transformer)
         transformer = self.source.kind.make_empty(self._config)
         fill(transformer, tensors)
@@ -95,6 +108,12 @@ class OpenedPipeline:
             fuse(self.source.kind, transformer, lora)
             require_finite(named_weights(transformer), lora.file)
         return self._model(transformer.requires_grad_(False), encodings)
+
+    @property
+    def _tensors(self) -> Mapping[str, Tensor]:
+        """The transformer's weights by name, as diffusers names them."""
+        weights = self._weights
+        return MappedTensors(weights.files, AGAIN, weights.prefix) if self._stays_mapped else self._converted()
 
     @cached_property
     def _stays_mapped(self) -> bool:
@@ -150,18 +169,24 @@ class OpenedPipeline:
         hashes = [verified_sha256(file) for file in files]
         if len(hashes) == 1 and not self.loras:
             return hashes[0]
-        hashes += [f"{verified_sha256(lora.file)} {lora.scale!r}" for lora in self.loras]
-        return _digest(hashes)
+        return digest([*hashes, *self._lora_lines()])
+
+    def _lora_lines(self) -> list[str]:
+        return [f"{verified_sha256(lora.file)} {lora.scale!r}" for lora in self.loras]
 
     @cached_property
     def encoders_sha256(self) -> str:
-        """Hash of text encoders and tokenizers."""
+        """Hash of text encoders and tokenizers, or of the file of encodings."""
+        if self.settings.encodings is not None:
+            return verified_sha256(Path(self.settings.encodings))
         folders = [self.source.folder / name for name in self.source.kind.encoders]
-        return _digest(f"{f.parent.name}/{f.name} {verified_sha256(f)}" for folder in folders for f in _files(folder))
+        return digest(f"{f.parent.name}/{f.name} {verified_sha256(f)}" for folder in folders for f in files_of(folder))
 
     @property
     def encoder_bytes(self) -> int:
         """Most that is resident while the text encoders are loaded."""
+        if self.settings.encodings is not None:
+            return 2 * Path(self.settings.encodings).stat().st_size
         folders = [self.source.folder / name for name in self.source.kind.encoders if name.startswith("text_encoder")]
         encoders = [file.stat().st_size for folder in folders for file in find_weights(folder).files]
         return sum(encoders) + max(encoders)
@@ -202,11 +227,11 @@ class OpenedPipeline:
     def model_sha256(self) -> str:
         """Hash of all that decides what the model draws, but for the VAE."""
         source, settings = self.source, self.settings
-        files = [source.config, *_files(source.folder / "scheduler")]
+        files = [source.config, *files_of(source.folder / "scheduler")]
         lines = [f"{file.name} {verified_sha256(file)}" for file in files]
         lines += [self.weights_sha256, self.encoders_sha256, repr((settings.height, settings.width))]
         lines += [repr((settings.frames, settings.guided)), *settings.prompts]
-        return _digest(lines)
+        return digest(lines)
 
     @cached_property
     def _scheduler(self) -> Any:
@@ -229,9 +254,25 @@ def open_pipeline(settings: PipelineSettings) -> OpenedPipeline:
     Raises:
         UserError: what `find_source`, `parse_lora` and the checks of weights refuse, and sizes that do not fit.
     """
-    _silence()
+    silence()
     source = find_source(settings.path, settings.base)
-    opened = OpenedPipeline(settings, source, tuple(parse_lora(text) for text in settings.loras))
+    return open_source(settings, source, lambda settings, loras: OpenedPipeline(settings, source, loras))
+
+
+def open_source(
+    settings: PipelineSettings, source: Source, make: Callable[[PipelineSettings, tuple[Lora, ...]], OpenedT]
+) -> OpenedT:
+    """Check all that can be told of a model without loading its weights, and fill in the defaults.
+
+    Args:
+        settings: sizes may be None, which stands for the pipeline's default.
+        source: where the parts lie.
+        make: the opened model, from settings and LoRA files.
+
+    Raises:
+        UserError: what `parse_lora` and the checks of weights refuse, and sizes that do not fit.
+    """
+    opened = make(settings, tuple(parse_lora(text) for text in settings.loras))
     _refuse_quantized(source.config, opened._config)
     source.kind.require_libraries()
     source.kind.require_supported(opened._config, source.config, source.folder)
@@ -248,7 +289,7 @@ def open_pipeline(settings: PipelineSettings) -> OpenedPipeline:
     loras = tuple(f"{lora.file}:{lora.scale!r}" for lora in opened.loras)
     update = {**places, "loras": loras, **asdict(canvas)}
     resolved = settings.model_copy(update={**update, "guided": settings.guided and source.kind.guided})
-    return OpenedPipeline(resolved, source, opened.loras)
+    return make(resolved, opened.loras)
 
 
 def _canvas(settings: PipelineSettings, source: Source) -> Canvas:
@@ -291,15 +332,17 @@ def _refuse_quantized(file: Path, config: Mapping[str, JsonValue]) -> None:
         )
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def files_of(folder: Path) -> Iterator[Path]:
+    """What a part of a pipeline consists of, but for pickles and code."""
     yield from sorted(path for path in folder.glob("*") if path.is_file() and path.suffix in _SUFFIXES)
 
 
-def _digest(lines: Iterable[str]) -> str:
+def digest(lines: Iterable[str]) -> str:
+    """Hash over some lines."""
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _silence() -> None:
+def silence() -> None:
     """Our own progress and messages are enough."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

@@ -9,7 +9,7 @@ from importlib import util
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from adatsq_trt.checkpoints.kinds import PipelineKind
 from adatsq_trt.checkpoints.lora_file import LayerChange, read_changes
@@ -76,7 +76,7 @@ def fuse(kind: PipelineKind, transformer: Any, lora: Lora) -> None:
         module = transformer.get_submodule(path)
         if isinstance(module, StoredLinear) and last == "weight":
             module = _in_memory(transformer, path, module)
-        getattr(module, last).data.add_(difference, alpha=lora.scale)
+        _add(getattr(module, last), difference * lora.scale)
     layers = len(changes.layers)
     also = f" and {len(changes.differences)} other tensors" if changes.differences else ""
     log.info("--lora '%s': %d layers%s changed, scale %g", lora.file, layers, also, lora.scale)
@@ -93,15 +93,20 @@ def _change_layer(transformer: Any, path: str, change: LayerChange, scale: float
     """A stored weight stays where it is, and gets the change at every call; with magnitudes it is put in memory."""
     layer = transformer.get_submodule(path)
     if change.bias is not None:
-        layer.bias.data.add_(change.bias, alpha=scale)
+        _add(layer.bias, change.bias * scale)
     if change.magnitude is None and isinstance(layer, StoredLinear):
         layer.changes.append(LowRankChange(change.up, change.down, scale))
         return
     if isinstance(layer, StoredLinear):
         layer = _in_memory(transformer, path, layer)
-    layer.weight.data += change.up @ change.down * scale  # as a stored weight has it, bit for bit
+    _add(layer.weight, change.up @ change.down * scale)  # as a stored weight has it, bit for bit
     if change.magnitude is not None:  # DoRA: arXiv:2402.09353, equation 5, by rows as peft has it
         layer.weight.data.mul_((change.magnitude / layer.weight.norm(dim=1))[:, None])
+
+
+def _add(parameter: nn.Parameter, difference: Tensor) -> None:
+    """Not in place: its memory may be that of a model that somebody else holds."""
+    parameter.data = parameter.data + difference
 
 
 def _in_memory(transformer: Any, path: str, layer: StoredLinear) -> nn.Linear:

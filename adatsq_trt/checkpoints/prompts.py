@@ -80,7 +80,29 @@ def encode_prompts(source: Source, prompts: tuple[str, ...], on_prompt: Callable
         MissingFileError: an encoder has no weights.
         UserError: prompts that the encoders do not tell apart.
     """
-    pipe, tokens, pooled = _load_encoders(source), list[Tensor](), list[Tensor]()
+    pipe = _load_encoders(source)
+    encodings = encode_with(pipe, source, prompts, on_prompt)
+    del pipe
+    gc.collect()
+    return encodings
+
+
+def encode_with(
+    pipe: Any, source: Source, prompts: tuple[str, ...], on_prompt: Callable[[], None]
+) -> dict[str, Tensor]:
+    """As `encode_prompts`, with text encoders that are in memory.
+
+    Args:
+        pipe: the pipeline; its transformer is not used.
+        source: of the pipeline.
+        prompts: texts.
+        on_prompt: called after each.
+
+    Raises:
+        DamagedFileError: encodings that say nothing of the prompts.
+        UserError: prompts that the encoders do not tell apart.
+    """
+    tokens, pooled = list[Tensor](), list[Tensor]()
     with torch.no_grad():
         for prompt in (*prompts, ""):
             encoded = source.kind.encode(pipe, prompt)
@@ -88,8 +110,6 @@ def encode_prompts(source: Source, prompts: tuple[str, ...], on_prompt: Callable
             tokens.append(encoded[0])
             pooled.append(encoded[1])
             on_prompt()
-    del pipe
-    gc.collect()
     _require_distinct(source, (*prompts, ""), tokens, pooled)
     length = max(map(len, tokens))
     length += -length % source.kind.token_multiple

@@ -67,23 +67,27 @@ def find_source(text: str, base: str | None) -> Source:
         refuse_pickle(place)
         if place.suffix != ".safetensors":
             raise UserError(f"'{place}': got a {place.suffix or 'nameless'} file, expected {_EXPECTED}")
-        folder, kind = _base(base, place, "a single file holds the transformer alone")
-        return Source(_name(place.with_suffix("")), kind, folder, place, folder / "transformer" / "config.json")
+        folder, kind = find_base(base, place, "a single file holds the transformer alone")
+        return Source(_place_name(place.with_suffix("")), kind, folder, place, folder / "transformer" / "config.json")
     if (place / INDEX).is_file():
         if base is not None:
             raise UserError(f"--base {base}: '{place}' is a whole pipeline already; leave --base out")
         return Source(
-            _name(place), _pipeline_kind(place), place, place / "transformer", place / "transformer" / "config.json"
+            _place_name(place),
+            _pipeline_kind(place),
+            place,
+            place / "transformer",
+            place / "transformer" / "config.json",
         )
     if (place / "config.json").is_file():
         own = _transformer_kind(place / "config.json")
-        folder, kind = _base(base, place, "a transformer alone has no text encoders")
+        folder, kind = find_base(base, place, "a transformer alone has no text encoders")
         if kind is not own:
             raise MismatchError(
                 f"'{place}' is a {own.transformer}, --base '{folder}' a {kind.pipeline} with a "
                 f"{kind.transformer}; name a {own.pipeline}"
             )
-        return Source(_name(place), kind, folder, place, place / "config.json")
+        return Source(_place_name(place), kind, folder, place, place / "config.json")
     for file in sorted(place.glob("*")):
         refuse_pickle(file)
     raise MissingFileError(f"'{place}' has neither {INDEX} nor config.json; expected {_EXPECTED}")
@@ -117,7 +121,19 @@ def _download(hub_id: str) -> Path:
         ) from error
 
 
-def _base(base: str | None, place: Path, why: str) -> tuple[Path, PipelineKind]:
+def find_base(base: str | None, place: object, why: str) -> tuple[Path, PipelineKind]:
+    """The pipeline that a transformer belongs to.
+
+    Args:
+        base: path or hub id.
+        place: what messages call the transformer.
+        why: it needs a base.
+
+    Raises:
+        UserError: there is no base.
+        MissingFileError: it is not there.
+        MismatchError: it has no adapter.
+    """
     if base is None:
         raise UserError(f"'{place}': {why}; pass --base with the folder or hub id of the pipeline that it belongs to")
     folder = _locate(base)
@@ -183,13 +199,14 @@ def _class_of(place: JsonValue) -> JsonValue:
     return place[1] if isinstance(place, list) and len(place) == 2 else place
 
 
-def _name(place: Path) -> str:
-    """The last part of a path, in letters that folders, files and servers take.
-
-    A snapshot in the hub's cache is called by its repository: its own name is a hash.
-    """
-    name = place.name
+def _place_name(place: Path) -> str:
+    """What a folder or file is called; a snapshot in the hub's cache by its repository: its own name is a hash."""
     if place.parent.name == "snapshots" and place.parent.parent.name.startswith(_REPOSITORY):
-        name = place.parent.parent.name.removeprefix(_REPOSITORY).rpartition(_SLASH)[2]
-    name = re.sub(r"[^\w.+-]+", "-", name, flags=re.ASCII).lstrip(".-+")
+        return safe_name(place.parent.parent.name.removeprefix(_REPOSITORY).rpartition(_SLASH)[2])
+    return safe_name(place.name)
+
+
+def safe_name(text: str) -> str:
+    """The last part of a path or hub id, in letters that folders, files and servers take."""
+    name = re.sub(r"[^\w.+-]+", "-", Path(text).absolute().name, flags=re.ASCII).lstrip(".-+")
     return name[:100] or "model"

@@ -12,24 +12,20 @@ import typer
 
 from adatsq_trt import __version__
 from adatsq_trt.cli.benchmark import bundle, kernels
-from adatsq_trt.cli.build import engine
+from adatsq_trt.cli.build import calibrate, engine, export, quantize, search
 from adatsq_trt.cli.build_plugins import plugins
-from adatsq_trt.cli.calibrate import calibrate
 from adatsq_trt.cli.check import check
 from adatsq_trt.cli.compare import compare
 from adatsq_trt.cli.deploy import triton
 from adatsq_trt.cli.doctor import doctor
 from adatsq_trt.cli.evaluate import evaluate
-from adatsq_trt.cli.export import export
 from adatsq_trt.cli.generate import generate
 from adatsq_trt.cli.homes import expanding_homes
 from adatsq_trt.cli.inspect import inspect
 from adatsq_trt.cli.models import models
 from adatsq_trt.cli.policy import export as export_policy
 from adatsq_trt.cli.policy import import_ as import_policy
-from adatsq_trt.cli.quantize import quantize
 from adatsq_trt.cli.report import report
-from adatsq_trt.cli.search import search
 from adatsq_trt.cli.serve import serve
 from adatsq_trt.errors import AdatsqError
 

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from adatsq_trt.errors import AdatsqError, UserError
+from adatsq_trt.errors import AdatsqError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from adatsq_trt.engines.accuracy import CheckReport, CheckRow, LayerReference
-    from adatsq_trt.engines.bundle import BundleFiles
+    from adatsq_trt.engines.accuracy import CheckReport, CheckRow
 
 _SHOWN_FAILURES = 12
 
@@ -55,47 +54,22 @@ def check(
     """
     from rich.console import Console
 
-    from adatsq_trt.engines import accuracy
-    from adatsq_trt.engines.bundle import BundleFiles
+    from adatsq_trt import api
+    from adatsq_trt.cli.progress import bars
+    from adatsq_trt.engines.accuracy import write_junit
 
-    opened = BundleFiles.open(bundle)
-    folder = output or opened.folder.parent / "check"
-    report = None if again else accuracy.passed_before(opened, folder, fail_above)
-    if report is None:
-        report = _compare(opened, folder, fail_above)
-    else:
-        typer.echo("this bundle has passed before and is unchanged; pass --again to compare anew", err=True)
-    if bisect and not report.passed:
-        report = accuracy.bisect(opened, report, folder, _layer_reference(bundle, opened))
+    opened = api.load(bundle)
+    folder = output or opened.path.parent / "check"
+    with bars() as progress:
+        report = api.check(opened, output=folder, fail_above=fail_above, bisect=bisect, again=again, progress=progress)
     if junit is not None:
-        accuracy.write_junit(junit, report)
+        write_junit(junit, report)
     if json:
         typer.echo(report.model_dump_json(indent=2))
     else:
         Console().print(_table(report, folder, opened.manifest.shapes[0].name if opened.manifest.shapes else None))
     if not report.passed:
         raise AdatsqError(_failure(report, folder))
-
-
-def _compare(bundle: BundleFiles, folder: Path, fail_above: float | None) -> CheckReport:
-    from adatsq_trt.cli.progress import progress
-    from adatsq_trt.engines import accuracy
-
-    with progress("check", accuracy.work_units(bundle)) as advance:
-        return accuracy.check(bundle, folder, fail_above, advance)
-
-
-def _layer_reference(path: Path, bundle: BundleFiles) -> LayerReference | None:
-    """Layers of any step, computed by PyTorch's model, where the bundle lies in the run that made it."""
-    from adatsq_trt.cli.options import open_run
-    from adatsq_trt.stages import export, summary
-
-    try:
-        context = open_run(path)
-        summary.read(context.run)
-    except UserError:
-        return None  # a bundle alone, which holds the layers of each bucket's first step; or stages of another run
-    return lambda step: {n: t.numpy() for n, t in export.layer_reference(context, bundle.policy, step).items()}
 
 
 def _failure(report: CheckReport, folder: Path) -> str:

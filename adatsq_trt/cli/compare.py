@@ -23,10 +23,13 @@ def compare(
     from rich.console import Console
     from rich.table import Table
 
-    from adatsq_trt.cli.options import open_run
+    from adatsq_trt.cli.progress import bars
+    from adatsq_trt.progress import Reporter
     from adatsq_trt.stages.compare import solver_errors
+    from adatsq_trt.stages.models import open_run
 
-    errors = solver_errors(open_run(run))
+    with bars() as progress:
+        errors = solver_errors(open_run(run, Reporter(progress)))
     if json:
         typer.echo(json_format.dumps(errors, indent=2))
         return

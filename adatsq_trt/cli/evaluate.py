@@ -72,6 +72,8 @@ def evaluate(
 
     from rich.console import Console
 
+    from adatsq_trt.cli.progress import bars
+    from adatsq_trt.progress import Reporter
     from adatsq_trt.stages.evaluate import Effort, Evaluation
     from adatsq_trt.stages.quality import table
     from adatsq_trt.zoo.loading import load_model
@@ -87,8 +89,10 @@ def evaluate(
         calibration_samples=calibration_samples,
         selection_samples=selection_samples,
     )
-    evaluation = Evaluation(output or Path("runs") / f"evaluate-{model}", effort, loaded)
-    cells = [evaluation.cell(method, width) for method, width in pairs]
+    with bars() as progress:
+        folder = output or Path("runs") / f"evaluate-{model}"
+        evaluation = Evaluation(folder, effort, loaded, Reporter(progress))
+        cells = [evaluation.cell(method, width) for method, width in pairs]
     if json:
         typer.echo(json_format.dumps([cell.model_dump() for cell in cells], indent=2))
         return

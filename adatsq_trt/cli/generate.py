@@ -38,10 +38,10 @@ def generate(
     Example: adatsq-trt generate runs/demo --samples 10 --prompt 3 --prompt 7
     """
     from adatsq_trt.cli.progress import progress
-    from adatsq_trt.cli.shapes import parse_size
     from adatsq_trt.engines.bundle import prompt_number
     from adatsq_trt.engines.runtime import Bundle
     from adatsq_trt.report.contact_sheet import write_contact_sheet
+    from adatsq_trt.stages.shapes import parse_size
 
     asked = None if size is None else parse_size(size, "--size")
     opened = Bundle.open(bundle)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from adatsq_trt.cli.shapes import written
+from adatsq_trt.stages.shapes import written
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from adatsq_trt.cli.shapes import written
 from adatsq_trt.settings import Settings
+from adatsq_trt.stages.shapes import written
 
 if TYPE_CHECKING:
     from adatsq_trt.engines.sizes import SizeReport

@@ -12,9 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from queue import SimpleQueue
+from threading import Lock
 from typing import Any
 
 from adatsq_trt.execution import CommonT, ItemT, ResultT, Shared, T
+
+# What the first of the blocks that are open found, for the last to restore: two builds may be in threads of their own.
+_inside: list[int] = []
+_LOCK = Lock()
 
 
 class Threads:
@@ -72,10 +77,15 @@ def threads(count: int) -> Iterator[Threads]:
     """
     import torch
 
-    before = torch.get_num_threads()
     pool = ThreadPoolExecutor(count, "unit", torch.set_num_threads, (1,))
+    with _LOCK:
+        _inside.append(torch.get_num_threads())
     try:
         yield Threads(count, pool)
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(before)  # MKL has one setting for all threads of a process
+        with _LOCK:
+            before = _inside[0]
+            _inside.pop()
+            if not _inside:
+                torch.set_num_threads(before)  # MKL has one setting for all threads of a process

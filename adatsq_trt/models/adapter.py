@@ -85,6 +85,7 @@ class ModelAdapter(ABC):
         latent_shape: shape of one sample's latent, without the batch: (tokens, channels), (channels, rows, columns) or
             (channels, frames, rows, columns).
         image: shape of the image or video that it decodes to.
+        excluded: module paths that are not quantizable although they might be.
         float32_inputs: inputs of the trace module that stay float32 in target graphs, because 16 bits are too few.
     """
 
@@ -93,6 +94,7 @@ class ModelAdapter(ABC):
     latent_shape: tuple[int, ...]
     image: ImageShape
     float32_inputs: tuple[str, ...] = ()
+    excluded: frozenset[str] = frozenset()
 
     @property
     @abstractmethod

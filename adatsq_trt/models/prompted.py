@@ -82,15 +82,18 @@ class PromptedAdapter(ModelAdapter):
 
     def resized(self, image: ImageShape) -> Self:
         """Share transformer and encoder."""
-        return type(self)(self.transformer, self.encoder, self.scheduler, image, self.guidance_distilled)
+        other = type(self)(self.transformer, self.encoder, self.scheduler, image, self.guidance_distilled)
+        other.excluded = self.excluded
+        return other
 
     def quantizable_layers(self) -> dict[str, nn.Linear]:
-        """Those that `quantizable` names and that have at least `MIN_FEATURES` inputs and outputs."""
+        """Those that `quantizable` names, with at least `MIN_FEATURES` inputs and outputs, that are not excluded."""
         return {
             name: module
             for name, module in self.transformer.named_modules()
             if isinstance(module, nn.Linear)
             and self.quantizable.fullmatch(name)
+            and name not in self.excluded
             and min(module.in_features, module.out_features) >= MIN_FEATURES
         }
 

@@ -193,6 +193,7 @@ def commands(data: ReportData) -> list[list[str]]:
     build += ["--simulate"] if settings.simulate else []
     build += ["--formats", settings.format_set]
     build += ["--transform", settings.transform] if settings.transform is not None else []
+    build += [word for layer in settings.excluded for word in ("--exclude", layer)]
     for name in _OPTIONS:
         value = getattr(settings, name)
         build += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
@@ -208,7 +209,8 @@ def commands(data: ReportData) -> list[list[str]]:
 
 def _checkpoint_options(pipeline: PipelineSettings) -> list[str]:
     """Where a checkpoint of the user's comes from and what it draws; its prompts lie in a file of the user's."""
-    options = ["--prompts", "prompts.txt", "--height", str(pipeline.height), "--width", str(pipeline.width)]
+    said = ["--prompts", "prompts.txt"] if pipeline.encodings is None else ["--encodings", pipeline.encodings]
+    options = [*said, "--height", str(pipeline.height), "--width", str(pipeline.width)]
     options += ["--frames", str(pipeline.frames)] if pipeline.frames is not None else []
     options += ["--base", pipeline.base] if pipeline.base is not None else []
     return [*options, *(word for lora in pipeline.loras for word in ("--lora", lora))]

@@ -10,7 +10,6 @@ from pathlib import Path, PurePosixPath
 
 from adatsq_trt import __version__
 from adatsq_trt.checkpoints.weights import find_weights
-from adatsq_trt.cli.progress import progress
 from adatsq_trt.engines.backends.base import BatchRange, Profile
 from adatsq_trt.engines.backends.network import NetworkCompiler
 from adatsq_trt.engines.backends.rtx import RtxBackend
@@ -74,12 +73,6 @@ def _installed(name: str) -> bool:
 
 
 def run(context: Context) -> Stage:
-    """Export and build, unless that is done."""
-    export.run(context)
-    return build(context)
-
-
-def build(context: Context) -> Stage:
     """Build from what was exported, unless that is done; needs the model's outline only."""
     this = stage(context)
     if this.done:
@@ -125,7 +118,7 @@ def _plans(context: Context, folder: Path, index: GraphIndex) -> tuple[PlanFile,
     # Kernels are measured on the one GPU, so only one compiler of enterprise TensorRT works at a time.
     alone = index.weight_bytes > _LARGE_BYTES or compiler.name == TensorRTBackend.name
     jobs = 1 if alone else os.cpu_count() or 1
-    with progress(f"build: {compiler.title}", graphs * len(targets)) as advance:
+    with context.progress(f"build: {compiler.title}", graphs * len(targets)) as advance:
         return build_plans(folder, index, targets, batch, lambda _done, _all: advance(), compiler, layout, jobs)
 
 

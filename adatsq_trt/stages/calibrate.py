@@ -16,7 +16,6 @@ from adatsq_trt.calibration.fisher import projections, temporal_weights
 from adatsq_trt.calibration.hessian import LayerMoments, hessian_bytes, layer_moments
 from adatsq_trt.calibration.trajectory import Samples, latent_mse, trajectory
 from adatsq_trt.calibration.units import Measured, backward_sweep, measured_trajectory, squared_gradients
-from adatsq_trt.cli.progress import progress
 from adatsq_trt.execution import Shared
 from adatsq_trt.execution.device import CPU
 from adatsq_trt.files import MappedTensors, read_tensors, write_tensors
@@ -36,7 +35,9 @@ Advance = Callable[[], None]
 def stage(context: Context) -> Stage:
     """The stage for these settings."""
     encodings = [] if context.settings.pipeline is None else [embed.encodings_file(context.run)]
-    return context.run.stage(NAME, {**context.inputs(_SETTINGS), "hessians": "by block"}, encodings)
+    # Newer settings count where they are not the default, so that earlier runs go on.
+    newer = ("excluded",) if context.settings.excluded else ()
+    return context.run.stage(NAME, {**context.inputs((*_SETTINGS, *newer)), "hessians": "by block"}, encodings)
 
 
 def run(context: Context) -> Stage:
@@ -48,9 +49,9 @@ def run(context: Context) -> Stage:
     with this.run():
         with context.on_device():
             batch = context.workers.share(context.calibration)
-            with progress("calibrate: trajectory", steps) as advance:
+            with context.progress("calibrate: trajectory", steps) as advance:
                 latents = _trajectory(context, this, batch, advance)
-            with progress("calibrate: Fisher information", steps) as advance:
+            with context.progress("calibrate: Fisher information", steps) as advance:
                 information = _fisher(context, this, latents, advance)
             _hessians(context, this, batch, latents, information)
         _rounding(context, this, latents[-1])
@@ -96,7 +97,7 @@ def _hessians(context: Context, this: Stage, batch: Shared[Samples], latents: Te
     columns, blocks = dict(zip(context.layers, alpha.mT, strict=True)), context.adapter.layers_by_block()
     missing = [block for block in blocks if not all(file.is_file() for file in _files_of(this, block))]
     passes = hessian_passes(context, missing)
-    with progress("calibrate: Hessians", len(passes) * context.settings.steps) as advance:
+    with context.progress("calibrate: Hessians", len(passes) * context.settings.steps) as advance:
         for group in passes:
             weights = {layer: columns[layer] for block in group for layer in blocks[block]}
             moments = layer_moments(context.workers, batch, latents, weights, advance)
@@ -126,7 +127,7 @@ def _rounding(context: Context, this: Stage, last: Tensor) -> None:
     if not rounding.changes_nothing:
         samples = context.calibration.part(slice(0, _ROUNDING_SAMPLES))
         with (
-            progress("calibrate: rounding of the weights", context.settings.steps) as advance,
+            context.progress("calibrate: rounding of the weights", context.settings.steps) as advance,
             rounding.undone(),
             context.on_device(),
         ):

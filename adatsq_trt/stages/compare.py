@@ -9,7 +9,6 @@ from torch import Tensor
 
 from adatsq_trt.calibration.gptq import gptq
 from adatsq_trt.calibration.trajectory import final_latents, latent_mse
-from adatsq_trt.cli.progress import progress
 from adatsq_trt.errors import MissingFileError
 from adatsq_trt.formats import Element, Format, Granularity, Grid, format_named
 from adatsq_trt.models.format_store import FormatStore
@@ -57,7 +56,7 @@ def solver_errors(context: Context) -> dict[str, dict[str, float]]:
     cases = [*_policy_cases(context), *_uniform_cases(context)]
     reference = final_latents(context.held_out)
     errors: dict[str, dict[str, float]] = {}
-    with progress("compare", len(cases)) as advance:
+    with context.progress("compare", len(cases)) as advance:
         for case in cases:
             errors.setdefault(case.subject, {})[case.solver_name] = _error(context, case, reference)
             advance()

@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 
 from adatsq_trt.calibration.trajectory import Samples, seeded_samples
+from adatsq_trt.checkpoints.loading import OpenedPipeline
 from adatsq_trt.execution import InProcess, Workers
 from adatsq_trt.execution.device import CPU, CUDA, OnDevice, free_bytes, told_when_full
 from adatsq_trt.formats import Format, Target, format_named, target_named
@@ -17,6 +18,7 @@ from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.models.format_store import FormatStore
 from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.policy import LayerShape
+from adatsq_trt.progress import Reporter
 from adatsq_trt.schedule import Schedule
 from adatsq_trt.settings import Settings
 from adatsq_trt.stages.meter import machine_bytes, resident_bytes
@@ -66,6 +68,8 @@ class Context:
         model: loaded; large layers of a checkpoint may be on disk.
         memory: what may be resident. Decides what is kept and what is read or computed again, never a result.
         workers: who computes units of work.
+        progress: who is told how it goes on.
+        pipeline: the checkpoint that the model comes from, while its prompts may have to be encoded.
     """
 
     run: RunDirectory
@@ -73,6 +77,8 @@ class Context:
     model: LoadedModel
     memory: Memory = field(default_factory=Memory)
     workers: Workers = field(default_factory=InProcess)
+    progress: Reporter = field(default_factory=Reporter)
+    pipeline: OpenedPipeline | None = None
 
     @property
     def device(self) -> torch.device:

@@ -7,18 +7,22 @@ from pathlib import Path
 from torch import Tensor
 
 from adatsq_trt.checkpoints.loading import OpenedPipeline
-from adatsq_trt.checkpoints.prompts import encode_prompts
-from adatsq_trt.cli.progress import progress
 from adatsq_trt.errors import MismatchError
 from adatsq_trt.files import read_tensors, write_tensors
+from adatsq_trt.stages.context import Context
 from adatsq_trt.stages.run_directory import RunDirectory, Stage
 
 NAME = "embed"
 ENCODINGS = "encodings.safetensors"
 
 
-def stage(run: RunDirectory, pipeline: OpenedPipeline) -> Stage:
+def stage(context: Context) -> Stage:
     """The stage for a checkpoint and its prompts."""
+    assert context.pipeline is not None, "models of the zoo have no such stage"
+    return _stage(context.run, context.pipeline)
+
+
+def _stage(run: RunDirectory, pipeline: OpenedPipeline) -> Stage:
     inputs = {"encoders_sha256": pipeline.encoders_sha256, "prompts": list(pipeline.settings.prompts)}
     return run.stage(NAME, inputs)
 
@@ -28,14 +32,15 @@ def encodings_file(run: RunDirectory) -> Path:
     return run.path / NAME / ENCODINGS
 
 
-def run(run: RunDirectory, pipeline: OpenedPipeline) -> dict[str, Tensor]:
+def run(context: Context) -> Stage:
     """Encode, unless that is done."""
-    this = stage(run, pipeline)
+    this, pipeline = stage(context), context.pipeline
     if not this.done:
+        assert pipeline is not None, "as in `stage`"
         prompts = pipeline.settings.prompts
-        with this.run(), progress("embed: prompts", len(prompts) + 1) as advance:
-            write_tensors(this.unit(ENCODINGS), encode_prompts(pipeline.source, prompts, advance))
-    return read_tensors(this.unit(ENCODINGS))
+        with this.run(), context.progress("embed: prompts", len(prompts) + 1) as advance:
+            write_tensors(this.unit(ENCODINGS), pipeline.encode(advance))
+    return this
 
 
 def read(run: RunDirectory, pipeline: OpenedPipeline) -> dict[str, Tensor]:
@@ -44,7 +49,7 @@ def read(run: RunDirectory, pipeline: OpenedPipeline) -> dict[str, Tensor]:
     Raises:
         MismatchError: they are of other prompts or encoders.
     """
-    if not stage(run, pipeline).done:
+    if not _stage(run, pipeline).done:
         raise MismatchError(
             f"'{encodings_file(run)}' is not of this model's text encoders and prompts, which have changed since; run "
             "'adatsq-trt build engine' again"

@@ -37,11 +37,13 @@ from adatsq_trt.formats import Format, resolve_formats
 from adatsq_trt.models.format_store import FormatStore
 from adatsq_trt.models.transforms import BRANCH_BITS, LayerTransform
 from adatsq_trt.policy import LayerShape, Policy
+from adatsq_trt.progress import Reporter
 from adatsq_trt.quantizers import quantize_nearest
 from adatsq_trt.search.select import SearchResult
 from adatsq_trt.settings import Settings
 from adatsq_trt.stages import calibrate, quantize, search
 from adatsq_trt.stages.context import Context, layer_shapes
+from adatsq_trt.stages.graph import run_stages
 from adatsq_trt.stages.run_directory import RunDirectory, Stage
 from adatsq_trt.zoo.loading import LoadedModel, load_model
 
@@ -127,18 +129,20 @@ class Evaluation:
         effort: what all cells have in common.
     """
 
-    def __init__(self, folder: Path, effort: Effort, model: LoadedModel) -> None:
+    def __init__(self, folder: Path, effort: Effort, model: LoadedModel, progress: Reporter | None = None) -> None:
         """Begin or go on.
 
         Args:
             folder: of the model.
             effort: what all cells have in common.
             model: loaded.
+            progress: who is told how it goes on.
 
         Raises:
             MismatchError: the folder holds cells of another effort.
         """
         self._folder, self.effort, self._model = folder, effort, model
+        self._progress = progress or Reporter()
         file = folder / "evaluation.json"
         if file.is_file():
             before = read_json_model(file, Effort)
@@ -258,7 +262,7 @@ class Evaluation:
             self._adopt(calibrate.stage(context))
             calibrate.run(context)
             self._adopt(quantize.stage(context))
-            result = read_json_model(search.run(context).folder / search.RESULT, SearchResult)
+            result = read_json_model(run_stages(context, search.NAME).folder / search.RESULT, SearchResult)
             index: int | None = getattr(result, method.kind)
             assert index is not None, "every budget here has policies of both static kinds"
             rows = result.points[index].formats
@@ -304,7 +308,7 @@ class Evaluation:
         if method.searched and method.weights is not Weights.FISHER:
             settings = settings.model_copy(update={"temperature": _FLAT})
         with RunDirectory.open(self._folder / "runs" / name) as run:
-            yield Context(run, settings, self._model)
+            yield Context(run, settings, self._model, progress=self._progress)
 
 
 def _everywhere(context: Context, fmt: Format) -> Policy:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Lock
 
 import onnx_ir as ir
 import torch
@@ -11,8 +12,6 @@ from torch import Tensor
 
 from adatsq_trt.base_type import BaseName
 from adatsq_trt.calibration.trajectory import Samples, trajectory
-from adatsq_trt.cli.progress import progress
-from adatsq_trt.cli.shapes import written
 from adatsq_trt.engines.exported import EXPORTED_NAME, SCALES_PREFIX, Exported, array_hash
 from adatsq_trt.engines.manifest import ScheduleRecord, size_name
 from adatsq_trt.execution.device import CPU, moved
@@ -30,6 +29,7 @@ from adatsq_trt.stages import calibrate, quantize, search
 from adatsq_trt.stages.context import Context
 from adatsq_trt.stages.meter import release_memory
 from adatsq_trt.stages.run_directory import Json, Stage
+from adatsq_trt.stages.shapes import written
 
 NAME = "export"
 GRAPHS, PROMPTS, REFERENCE = "onnx", "prompts.safetensors", "check/reference.safetensors"
@@ -39,6 +39,7 @@ CHECK_SAMPLES = 2
 PROMPTS_AT_ONCE = 8
 # Noise that is sixteen times what float32 sums differ by, and how often it is drawn.
 NOISE, NOISE_DRAWS = 2.0**-16, 4
+_TRACING = Lock()  # the exporter patches PyTorch for the whole process while it traces
 # A part of the stage's key: exports that hold less are made again.
 _REFERENCE_CONTENT = "steps, layers, loop, spread, full precision, exported"
 
@@ -70,7 +71,6 @@ def stage(context: Context) -> Stage:
 
 def run(context: Context) -> Stage:
     """Export, unless that is done."""
-    search.run(context)
     this = stage(context)
     if this.done:
         return this
@@ -118,7 +118,7 @@ def _graphs(context: Context, policy: Policy, folder: Path) -> None:
     weights = quantize.load(context).weights
     names, in_plugin = variants(context), context.settings.layout == PLUGIN_LAYOUT
     count = PLUGIN_GRAPHS if in_plugin else 1 + (len(policy.assignments) + 1) * len(names)
-    with progress("export", 1 + count) as advance:
+    with context.progress("export", 1 + count) as advance:
         adapter = context.adapter
         assert context.model.rounding.dtype is getattr(torch, base), "the model is rounded when it is loaded"
         traced = _trace(adapter, inputs, base, any_size=bool(context.sizes))
@@ -134,7 +134,7 @@ def _graphs(context: Context, policy: Policy, folder: Path) -> None:
 def _trace(adapter: ModelAdapter, inputs: Mapping[str, Tensor], base: BaseName, any_size: bool) -> ir.Model:
     """The model's graph, for the size of the inputs or for any."""
     common = (inputs, OUTPUT_NAME, getattr(torch, base), adapter.float32_inputs)
-    with adapter.as_stored():
+    with adapter.as_stored(), _TRACING:
         if not any_size:
             return trace(adapter.trace_module(), *common)
         opened = adapter.any_size()

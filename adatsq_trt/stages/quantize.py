@@ -18,7 +18,6 @@ from adatsq_trt.calibration.gptq import factorize, gptq_factored
 from adatsq_trt.calibration.nested import NARROW, WIDE, NestedWeight, nest
 from adatsq_trt.calibration.transforms.make import make_transforms
 from adatsq_trt.calibration.transforms.statistics import largest_inputs, measure_groups
-from adatsq_trt.cli.progress import progress
 from adatsq_trt.execution.device import CPU, moved
 from adatsq_trt.files import read_tensors, write_tensors
 from adatsq_trt.formats import PLUGIN_LAYOUT, Format, Grid
@@ -54,7 +53,6 @@ def stage(context: Context) -> Stage:
 
 def run(context: Context) -> Stage:
     """Quantize, unless that is done."""
-    calibrate.run(context)
     this = stage(context)
     if this.done:
         return this
@@ -63,7 +61,7 @@ def run(context: Context) -> Stage:
     with this.run():
         hessians = calibrate.load_hessians(context)
         transforms = _transforms(context, this)
-        with progress("quantize", len(context.layers)) as advance:
+        with context.progress("quantize", len(context.layers)) as advance:
             for block, layers in context.adapter.layers_by_block().items():
                 _quantize_block(context, this, block, layers, hessians, transforms, advance)
         if _nests(context) and not this.unit(NESTED).is_file():
@@ -187,7 +185,7 @@ def _nest(context: Context, folder: Path, hessians: Mapping[str, Tensor]) -> dic
     narrow, wide = (StoredWeights(folder / fmt.name, context.layers) for fmt in (NARROW, WIDE))
     linears, tensors = context.adapter.quantizable_layers(), dict[str, Tensor]()
     problems = ((linear.weight.detach(), hessians[n], narrow[n], wide[n]) for n, linear in linears.items())
-    with progress("quantize: nested layers", len(linears)) as advance:
+    with context.progress("quantize: nested layers", len(linears)) as advance:
         solved = context.workers.map(_nest_layer, context.workers.share(context.settings.damping), problems)
         for layer, planes in zip(linears, solved, strict=True):
             if planes is not None:

@@ -15,7 +15,6 @@ from adatsq_trt.calibration.finite import require_finite_trajectory
 from adatsq_trt.calibration.fisher import projections
 from adatsq_trt.calibration.trajectory import PART
 from adatsq_trt.calibration.units import measured_trajectory
-from adatsq_trt.cli.progress import progress
 from adatsq_trt.errors import BudgetError, MismatchError, UserError
 from adatsq_trt.execution import InProcess, Workers
 from adatsq_trt.execution.device import CPU
@@ -108,6 +107,17 @@ def require_possible(settings: Settings, model: LoadedModel) -> None:
         )
 
 
+def require_affordable(context: Context) -> None:
+    """Refuse budgets that no policy can meet: after calibration, which counts rows, and before weights are quantized.
+
+    Raises:
+        BudgetError: names the cheapest policy there is.
+        UnsupportedFormatError: a format that takes nobody knows how long.
+    """
+    if context.settings.policy is None and budget.priced(context.settings):
+        budget.budgets(context)
+
+
 def _given_policy(settings: Settings, layers: Sequence[str]) -> Policy:
     assert settings.policy is not None
     policy = parse_json_model(settings.policy, "--policy", Policy, GIVEN_POLICY_ADVICE)
@@ -129,10 +139,6 @@ def _given_policy(settings: Settings, layers: Sequence[str]) -> Policy:
 
 def run(context: Context) -> Stage:
     """Search, unless that is done."""
-    calibrate.run(context)
-    if context.settings.policy is None and budget.priced(context.settings):
-        budget.budgets(context)  # refused before weights are quantized and an earlier result is replaced
-    quantize.run(context)
     this = stage(context)
     if this.done:
         return this
@@ -158,7 +164,7 @@ def _search(context: Context, folder: Path) -> SearchResult:
         plan, make_problem, static = _plans(context, sensitivity)
         with _simulation(context, store, workers) as simulation:
             problem = make_problem(context.calibration, simulation, latents, adjoints, plan)
-            with progress("search: beam", context.settings.steps) as advance:
+            with context.progress("search: beam", context.settings.steps) as advance:
                 settings = context.settings
                 pruning = Pruning(settings.beam, settings.slack, settings.expansions)
                 paths = search_columns(problem, pruning, folder, advance)
@@ -270,7 +276,7 @@ def _sensitivity(
     settings = context.settings
     start = projections(len(latents[0]), context.adapter.latent_shape, settings.projections, settings.seed)
     by_block = context.by_block(settings.projections, torch.bfloat16 if _reduced(context) else torch.float32)
-    with progress("search: sensitivity", settings.steps) as advance:
+    with context.progress("search: sensitivity", settings.steps) as advance:
         sensitivity, adjoints = measure_sensitivity(
             context.calibration, latents, start, context.formats, store, folder, advance, workers, by_block
         )
@@ -320,9 +326,9 @@ def _judge(
     settings, formats = context.settings, context.formats
     batches = [context.selection.part(part) for part in (slice(0, SCREENING), slice(SCREENING, None))]
     scorers = [Scorer(simulation, batch, folder) for batch in batches if batch.seeds]
-    with progress("search: screening", len(set(proposals))) as advance:
+    with context.progress("search: screening", len(set(proposals))) as advance:
         points = judge(proposals, formats, scorers[0], advance)
-    look = partial(_look, scorers, formats)
+    look = partial(_look, context, scorers, formats)
     limit = settings.max_assignments
     given = [i for i, point in enumerate(points) if point.kind == "given"]
     points, wanted = (look(points, given), given) if given else look_again(points, Rules(within, limit), look)
@@ -333,7 +339,7 @@ def _judge(
     uniforms = [i for i, point in enumerate(points) if point.kind == "uniform"]
     reported = list(dict.fromkeys([chosen, unlimited, *(i for i in static if i is not None), *uniforms]))
     if settings.held_out_samples:
-        with progress("search: held-out samples", len(reported)) as advance:
+        with context.progress("search: held-out samples", len(reported)) as advance:
             scorer = Scorer(simulation, context.held_out, folder)
             points = measure_held_out(points, reported, formats, scorer, advance)
         latents = read_tensors(_reference_file(context, folder))["latents"]
@@ -350,12 +356,16 @@ def _judge(
 
 
 def _look(
-    scorers: Sequence[Scorer], formats: Sequence[Format], points: Sequence[Point], wanted: Sequence[int]
+    context: Context,
+    scorers: Sequence[Scorer],
+    formats: Sequence[Format],
+    points: Sequence[Point],
+    wanted: Sequence[int],
 ) -> list[Point]:
     """The second look at some points: none where all samples have been seen."""
     if len(scorers) == 1:
         return list(points)
-    with progress("search: finalists", len(wanted)) as advance:
+    with context.progress("search: finalists", len(wanted)) as advance:
         return second_look(points, wanted, formats, (scorers[0], scorers[1]), advance)
 
 

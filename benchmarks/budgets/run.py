@@ -19,13 +19,13 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from adatsq_trt.cli.options import open_run
 from adatsq_trt.errors import MismatchError
 from adatsq_trt.files import read_json_model, write_json_model
 from adatsq_trt.policy import Policy, resident_weight_bytes
 from adatsq_trt.search.select import SearchResult
 from adatsq_trt.stages import budget, search
 from adatsq_trt.stages.context import Context
+from adatsq_trt.stages.models import open_run
 from benchmarks.document import replace_marked
 
 RUN, RESULTS = Path("runs/bench-budgets"), Path(__file__).with_name("results.json")

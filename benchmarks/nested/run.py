@@ -35,7 +35,6 @@ from adatsq_trt.calibration.nested import (
     weighted_error,
 )
 from adatsq_trt.calibration.trajectory import final_latents
-from adatsq_trt.cli.options import open_run
 from adatsq_trt.files import read_json_model, write_bytes, write_json_model
 from adatsq_trt.formats import GROUP, Format
 from adatsq_trt.models.format_store import FormatStore
@@ -44,6 +43,7 @@ from adatsq_trt.quantizers import QuantizedWeight
 from adatsq_trt.report.theme import ACCENT, CONTRAST, MUTED, STYLE, Chart, render
 from adatsq_trt.stages import calibrate
 from adatsq_trt.stages.context import Context
+from adatsq_trt.stages.models import open_run
 from benchmarks.document import replace_marked
 
 ROOT = Path(__file__).parents[2]

@@ -24,12 +24,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from adatsq_trt.cli.options import open_run
 from adatsq_trt.execution import InProcess, Shared
 from adatsq_trt.files import read_json_model, write_json_model
 from adatsq_trt.search.select import SearchResult
-from adatsq_trt.stages import calibrate, quantize, search
+from adatsq_trt.stages import search
 from adatsq_trt.stages.context import Context
+from adatsq_trt.stages.graph import run_stages
+from adatsq_trt.stages.models import open_run
 from adatsq_trt.stages.run_directory import RunDirectory, StageRecord
 from benchmarks.document import replace_marked
 from benchmarks.scaling.extrapolation import table
@@ -168,8 +169,7 @@ def count_units() -> tuple[dict[str, Units], float]:
     with RunDirectory.open(folder) as directory:
         context = Context(directory, finished.settings, finished.model, workers=counting)
         start = time.process_time()
-        for stage in (calibrate, quantize, search):
-            stage.run(context)
+        run_stages(context, search.NAME)
         total = time.process_time() - start - counting.counting_seconds
     return counting.units, total - sum(units.cpu_seconds for units in counting.units.values())
 

@@ -30,7 +30,6 @@ from pydantic import BaseModel, ConfigDict
 from adatsq_trt.calibration.fisher import projections
 from adatsq_trt.calibration.trajectory import seeded_samples
 from adatsq_trt.calibration.units import measured_trajectory
-from adatsq_trt.cli.progress import progress
 from adatsq_trt.execution import InProcess, Workers
 from adatsq_trt.execution.device import CPU, CUDA, OnDevice, free_bytes, parse_device
 from adatsq_trt.execution.precision import Bfloat16
@@ -42,6 +41,7 @@ from adatsq_trt.models.flux import FluxAdapter
 from adatsq_trt.models.format_store import FormatStore
 from adatsq_trt.models.prompts import StoredPrompts
 from adatsq_trt.models.simulated import SimulatedModel
+from adatsq_trt.progress import Progress, Reporter
 from adatsq_trt.quantizers import quantize_nearest
 from adatsq_trt.schedule import Schedule
 from adatsq_trt.search.beam import Pruning
@@ -57,6 +57,14 @@ BLOCKS, HEADS, HEAD_WIDTH, TEXT_TOKENS, TEXT_WIDTH, POOLED_WIDTH = (19, 38), 24,
 FLOAT32, BFLOAT16 = "float32", "bfloat16"
 BEAM, CANDIDATES, SLACK, BITS, GUIDANCE, PROJECTIONS = 4, 3, 0.1, 4.0, 3.5, 1
 FORMATS = resolve_formats("paper")
+
+
+def say(progress: Progress) -> None:
+    """One line for each unit of work."""
+    sys.stderr.write(f"{progress.task}: {progress.done} of {progress.total}\n")
+
+
+progress = Reporter(say)
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from adatsq_trt.cli.options import open_run
 from adatsq_trt.files import read_json_model, read_tensors, write_json_model
 from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.policy import Policy
 from adatsq_trt.search.select import SearchResult
 from adatsq_trt.stages import quantize, search
 from adatsq_trt.stages.context import Context
+from adatsq_trt.stages.models import open_run
 
 RUNS, RESULTS = Path("runs/bench-search"), Path(__file__).with_name("results.json")
 SCRIPT = Path(sys.executable).with_name("adatsq-trt")

@@ -1,6 +1,7 @@
 """Transforms change neither a layer's output nor, where they are modelopt's too, what modelopt finds."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from adatsq_trt.calibration.transforms.low_rank import branch, rank_of
 from adatsq_trt.calibration.transforms.make import TRANSFORMS, make_transforms
 from adatsq_trt.calibration.transforms.smooth import smooth
 from adatsq_trt.calibration.transforms.statistics import LayerGroup, largest_inputs, measure_groups
-from adatsq_trt.cli.build import TransformName
+from adatsq_trt.config import Transform
 from adatsq_trt.errors import DamagedFileError, UserError
 from adatsq_trt.evaluation.methods import Peer
 from adatsq_trt.evaluation.peers import apply_peer
@@ -175,8 +176,8 @@ def test_half_a_branch_is_named(tmp_path: Path) -> None:
         load_transforms(file)
 
 
-def test_the_command_line_knows_all_transforms() -> None:
-    assert [name.value for name in TransformName] == list(TRANSFORMS)
+def test_the_configuration_knows_all_transforms() -> None:
+    assert list(get_args(Transform)) == list(TRANSFORMS)
 
 
 # ------------------------------------------------------------------------------------------- beside modelopt

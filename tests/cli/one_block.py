@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import adatsq_trt
 from adatsq_trt import zoo
 from adatsq_trt.files import read_tensors, write_tensors
 from adatsq_trt.policy import Policy
@@ -58,10 +59,6 @@ def build(base: Path, name: str, source: Source, formats: str, rows: Rows) -> Pa
     Returns:
         The run directory; its bundle has no plans.
     """
-    from adatsq_trt.cli.budgets import BudgetRequest
-    from adatsq_trt.cli.build import StageName
-    from adatsq_trt.cli.loading import ModelRequest
-    from adatsq_trt.cli.options import FormatRequest, PlaceRequest, PlanRequest, Request, run_stages
     from adatsq_trt.stages import bundle as bundle_stage
     from adatsq_trt.zoo.loading import load_model
 
@@ -72,16 +69,17 @@ def build(base: Path, name: str, source: Source, formats: str, rows: Rows) -> Pa
         layers = tuple(model.adapter.quantizable_layers())
         policy = [tuple(row) for row in rows(layers)]
         Policy.from_steps(name, model.weights_sha256, layers, policy).save(base / "policy.json")
-        request = Request(
-            model=ModelRequest(name),
-            targets=("sm120",),
-            place=PlaceRequest(base / "run"),
-            formats=FormatRequest(formats),
-            budgets=BudgetRequest(bits=16),
-            compiler=PlanRequest("embedded", "rtx", "none", False, False, None, None),
-            policy=base / "policy.json",
-            given={"steps": len(policy), "calibration_samples": 2, "selection_samples": 1, "held_out_samples": 1},
-        )
         patch.setattr(bundle_stage, "_plans", lambda *_: ())  # the check runs none
-        run_stages(request, StageName.BUNDLE)
+        adatsq_trt.build(
+            name,
+            target="sm120",
+            output=base / "run",
+            formats=formats,
+            budget_bits=16,
+            policy=base / "policy.json",
+            steps=len(policy),
+            calibration_samples=2,
+            selection_samples=1,
+            held_out_samples=1,
+        )
     return base / "run"

@@ -9,9 +9,6 @@ from pathlib import Path
 import pytest
 
 from adatsq_trt import zoo
-from adatsq_trt.cli.build import StageName
-from adatsq_trt.cli.loading import OpenedModel
-from adatsq_trt.cli.options import open_run
 from adatsq_trt.engines.accuracy import CheckReport, CheckRow
 from adatsq_trt.engines.accuracy.report import LoopReport
 from adatsq_trt.engines.bundle import BundleFiles
@@ -20,11 +17,14 @@ from adatsq_trt.policy import Policy
 from adatsq_trt.report.summary import Summary
 from adatsq_trt.search.select import SearchResult
 from adatsq_trt.settings import Settings
+from adatsq_trt.stages.models import open_run
 from adatsq_trt.stages import calibrate, export, quantize, search
+from adatsq_trt.stages.graph import STAGES as NODES
+from adatsq_trt.stages.models import OpenedModel
 from adatsq_trt.stages.run_directory import RunDirectory, StageRecord
 from adatsq_trt.zoo.loading import LoadedModel
 
-STAGES = tuple(stage.value for stage in StageName)
+STAGES = tuple(name for name in NODES if name != "embed")  # models of the zoo have no such stage
 
 
 def records(run: Path) -> dict[str, StageRecord]:

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from adatsq_trt.cli.options import PlaceRequest, choose_workers
+from adatsq_trt.config import BuildConfig
 from adatsq_trt.execution import InProcess
 from adatsq_trt.execution.device import OnDevice
+from adatsq_trt.stages.resolve import choose_workers
 
 SEARCH = ("search", "digits-flux", "--simulate", "--formats", "w4a4,w8a8", "--steps", "2")
 
@@ -36,6 +37,6 @@ def test_who_computes_where_there_is_a_gpu(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    place = PlaceRequest(None) if device is None else PlaceRequest(None, device=device)
-    with choose_workers(place) as chosen:
+    config = BuildConfig() if device is None else BuildConfig(device=device)
+    with choose_workers(config) as chosen:
         assert type(chosen) is workers

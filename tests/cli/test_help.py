@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
-from adatsq_trt.cli import app, build
-from adatsq_trt.settings import Settings
+from adatsq_trt.cli import app
+from adatsq_trt.config import choice_of, choices, option_name
 
 HEAVY = ("diffusers", "matplotlib", "numpy", "onnx", "onnxruntime", "polygraphy", "pydantic", "tensorrt_rtx", "torch")
 COMMANDS = (
@@ -45,16 +46,23 @@ def test_a_group_without_a_command_shows_help(cli, group: tuple[str, ...]) -> No
     assert "Commands" in ended.out
 
 
-def test_defaults_in_help_are_those_of_the_settings() -> None:
-    shown = {
-        "beam": build.Beam,
-        "candidates": build.Candidates,
-        "calibration_samples": build.Calibration,
-        "selection_samples": build.Selection,
-        "held_out_samples": build.HeldOut,
-    }
-    for name, option in shown.items():
-        assert option.__metadata__[0].show_default == str(Settings.model_fields[name].default)
+def test_every_choice_has_an_option_with_its_default() -> None:
+    """All commands that build have the same options: the fields of `BuildConfig`, the model and the run directory."""
+    commands = {command.callback.__name__: command for command in app.registered_commands if command.callback}
+    for name in ("calibrate", "quantize", "search", "export"):
+        parameters = {p.name: p for p in get_params(commands[name])}
+        fields = [field for field, _ in choices() if not choice_of(field).in_python_only]
+        assert set(parameters) == {"model", "output", *(field.name for field in fields)}
+        for field in fields:
+            option = parameters[field.name]
+            assert option.opts == [option_name(field.name)]
+            assert option.default == (None if field.default == () else field.default)
+
+
+def get_params(command: Any) -> list[Any]:
+    from typer.main import get_command_from_info
+
+    return get_command_from_info(command, pretty_exceptions_short=False, rich_markup_mode=None).params
 
 
 def test_version_is_the_package_s(cli) -> None:

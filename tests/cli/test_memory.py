@@ -11,13 +11,13 @@ import torch
 
 from adatsq_trt.calibration.fisher import LayerGradients, backward_step, projections
 from adatsq_trt.calibration.hessian import layer_moments
-from adatsq_trt.cli.options import open_run
 from adatsq_trt.errors import UserError
 from adatsq_trt.files import MappedTensors, read_tensors
 from adatsq_trt.search.resume import measure_sensitivity
 from adatsq_trt.stages import calibrate, memory, quantize
 from adatsq_trt.stages.context import Memory
 from adatsq_trt.stages.memory import plan_memory
+from adatsq_trt.stages.models import open_run
 
 ROOT = Path(__file__).parents[2]
 

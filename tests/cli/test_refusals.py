@@ -408,7 +408,7 @@ def test_an_unexpected_failure_is_one_sentence_and_exit_code_1(cli, monkeypatch:
     def broken(_name: str) -> None:
         raise ZeroDivisionError("the sky fell")
 
-    monkeypatch.setattr("adatsq_trt.cli.loading.find_model", broken)
+    monkeypatch.setattr("adatsq_trt.stages.models.find_model", broken)
     ended = cli(*cli.build)
     assert ended.code == 1
     assert ended.err.count("\n") == 1
@@ -421,7 +421,7 @@ def test_a_file_that_may_not_be_read_is_one_sentence(cli, monkeypatch: pytest.Mo
     def forbidden(_name: str) -> None:
         raise PermissionError(13, "Permission denied", "/secret")
 
-    monkeypatch.setattr("adatsq_trt.cli.loading.find_model", forbidden)
+    monkeypatch.setattr("adatsq_trt.stages.models.find_model", forbidden)
     assert cli(*cli.build).refusal.startswith("'/secret': Permission denied; check the path")
 
 

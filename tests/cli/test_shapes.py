@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from adatsq_trt.calibration.trajectory import Samples, trajectory
-from adatsq_trt.cli.options import open_run
-from adatsq_trt.cli.shapes import parse_shapes, parse_size
 from adatsq_trt.engines.runtime import Bundle
 from adatsq_trt.errors import UserError
+from adatsq_trt.stages.models import open_run
+from adatsq_trt.stages.shapes import parse_shapes, parse_size
 
 SHAPES = ("--shapes", "2x12x16,4x8x8")
 

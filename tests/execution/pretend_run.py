@@ -8,15 +8,15 @@ from pathlib import Path
 
 import torch
 
-from adatsq_trt.cli.loading import declared
 from adatsq_trt.execution import InProcess
 from adatsq_trt.execution.device import CPU, OnDevice
 from adatsq_trt.formats import resolve_formats
 from adatsq_trt.models import stored
 from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.settings import Settings
-from adatsq_trt.stages import export, search
 from adatsq_trt.stages.context import Context, Memory
+from adatsq_trt.stages.graph import run_stages
+from adatsq_trt.stages.models import declared
 from adatsq_trt.stages.run_directory import RunDirectory
 from adatsq_trt.zoo.loading import LoadedModel, PixelScale
 from tests.execution.alike import BUDGET_BITS
@@ -66,9 +66,7 @@ def run(folder: Path, device: str, model: str, stage: str, formats: str, transfo
     # The pretended device has no room: backward passes go block by block, Hessians are summed a block at a time.
     memory = Memory() if place.type == CPU else Memory(0, backward_bytes=1)
     with RunDirectory.open(folder) as directory:
-        {"search": search, "export": export}[stage].run(
-            Context(directory, settings, declared(loaded, settings), memory, workers)
-        )
+        run_stages(Context(directory, settings, declared(loaded, settings), memory, workers), stage)
 
 
 if __name__ == "__main__":

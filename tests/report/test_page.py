@@ -171,6 +171,7 @@ def test_the_build_command_says_everything_that_it_can(data: ReportData) -> None
         "max_assignments": 4,
         "transform": "smooth",
         "expansions": 8,
+        "excluded": ("blocks.0.proj",),
     }
     budgets = {"budget_bits": 20 / 3, "budget_bytes": 1e6, "budget_ms": 2.5, "times": "a100"}
     settings = data.settings.model_copy(update={**plans, **budgets, "layout": "switch", "pipeline": checkpoint})
@@ -180,12 +181,14 @@ def test_the_build_command_says_everything_that_it_can(data: ReportData) -> None
         build = build.commands[name]
     options = {option.opts[0] for option in build.params if option.param_type_name == "option"}
     # What a run may take and who computes it are not settings of it; sizes stand in the place of batches.
-    unsaid = {"--simulate", "--policy", "--until", "--memory-limit", "--ray", "--device", "--shapes"}
+    unsaid = {"--simulate", "--policy", "--memory-limit", "--ray", "--device", "--shapes", "--encodings"}
     assert options - set(words) == unsaid
     assert words[words.index("--budget-bits") + 1] == "6.666666666666667"
     assert words[words.index("--layout") + 1] == "switch"
     assert [words[i + 1] for i, word in enumerate(words) if word == "--batch"] == ["1", "8"]
     assert words[3] == "/models/mine"
+    encoded = settings.model_copy(update={"pipeline": checkpoint.model_copy(update={"encodings": "/e.safetensors"})})
+    assert options - set(commands(replace(data, settings=encoded))[0]) == unsaid - {"--encodings"} | {"--prompts"}
     sizes = settings.model_copy(update={"shapes": ((1, 64, 32), (4, 32, 32))})
     words = commands(replace(data, settings=sizes))[0]
     assert words[words.index("--shapes") + 1] == "1x64x32,4x32x32"

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from adatsq_trt.config import MOST_PIXELS, BuildConfig
 from adatsq_trt.errors import UserError
 
 if TYPE_CHECKING:
-    from adatsq_trt.cli.loading import ModelRequest
     from adatsq_trt.zoo.loading import LoadedModel
 
 Shape = tuple[int, ...]
 OPTION = "--shapes"
-_MOST_SAMPLES, MOST_PIXELS = 4096, 1 << 15
+_MOST_SAMPLES = 4096
 
 
 def parse_size(text: str, option: str) -> Shape:
@@ -54,17 +54,6 @@ def _numbers(text: str, option: str, lengths: tuple[int, int], expected: str) ->
 def written(numbers: Sequence[int]) -> str:
     """As it is asked for."""
     return "x".join(map(str, numbers))
-
-
-def require_sides(height: int | None, width: int | None, frames: int | None) -> None:
-    """Refuse, before anything is opened, pictures and videos larger than any.
-
-    Raises:
-        UserError: names the option.
-    """
-    for option, value in (("--height", height), ("--width", width), ("--frames", frames)):
-        if value is not None and value > MOST_PIXELS:
-            raise UserError(f"{option} {value}: expected at most {MOST_PIXELS}; choose a smaller number")
 
 
 def resolve_shapes(shapes: Sequence[Shape], model: LoadedModel) -> tuple[Shape, ...]:
@@ -118,11 +107,9 @@ def _require_size(size: Shape, own: Shape, model: LoadedModel) -> None:
     adapter.resized(image).any_size()
 
 
-def open_at_first(request: ModelRequest, shapes: Sequence[Shape]) -> ModelRequest:
+def at_first(config: BuildConfig) -> BuildConfig:
     """A checkpoint for which no --height, --width or --frames is given is opened in the first of the shapes."""
-    from adatsq_trt.zoo import zoo_models
-
-    if not shapes or request.name in zoo_models() or request.height or request.width or request.frames:
-        return request
-    *frames, height, width = shapes[0][1:]
-    return replace(request, height=height, width=width, frames=frames[0] if frames else None)
+    if config.shapes is None or config.height or config.width or config.frames:
+        return config
+    *frames, height, width = parse_shapes(config.shapes)[0][1:]
+    return replace(config, height=height, width=width, frames=frames[0] if frames else None)

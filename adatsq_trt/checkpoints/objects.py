@@ -1,0 +1,196 @@
+"""A pipeline or transformer that is in memory already, as the model of a run; nothing of it is ever changed.
+
+Its tensors are shared, not copied: large layers look theirs up at every call, as those of a checkpoint's files. What
+is small and read from files elsewhere (configurations, scheduler, tokenizers, VAE) is saved to a temporary folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adatsq_trt.checkpoints.kinds import KINDS, PipelineKind
+from adatsq_trt.checkpoints.loading import OpenedPipeline, digest, files_of, open_source, silence
+from adatsq_trt.checkpoints.prompts import encode_with
+from adatsq_trt.checkpoints.source import Source, find_base, safe_name
+from adatsq_trt.checkpoints.weights import WeightFiles
+from adatsq_trt.errors import MismatchError, UserError
+from adatsq_trt.settings import IN_MEMORY, PipelineSettings
+
+_ENCODING = Lock()  # tokenizers serve one thread at a time, and two builds may have one pipeline
+# As safetensors calls them.
+_TYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
+
+
+@dataclass(frozen=True)
+class OpenedObject(OpenedPipeline):
+    """A pipeline or transformer in memory that can be the model of a run.
+
+    Attributes:
+        transformer: diffusers' object.
+        pipe: the pipeline that it belongs to, which encodes the prompts; None where a base in files does.
+        sketch: the temporary folder.
+    """
+
+    transformer: nn.Module = field(kw_only=True)
+    pipe: Any = field(default=None, kw_only=True)
+    sketch: TemporaryDirectory[str] = field(kw_only=True)
+
+    def encode(self, on_prompt: Callable[[], None]) -> dict[str, Tensor]:
+        """Encode the prompts with the pipeline's text encoders, or with those of the base."""
+        if self.pipe is None or self.settings.encodings is not None:
+            return super().encode(on_prompt)
+        encoders = [getattr(self.pipe, name) for name in self.source.kind.encoders]
+        with _ENCODING, _evaluating([part for part in encoders if isinstance(part, nn.Module)]):
+            return encode_with(self.pipe, self.source, self.settings.prompts, on_prompt)
+
+    @cached_property
+    def _tensors(self) -> Mapping[str, Tensor]:
+        state: dict[str, Tensor] = self.transformer.state_dict()
+        return {name: value.detach() for name, value in state.items()}
+
+    @cached_property
+    def _weights(self) -> WeightFiles:
+        shapes = {name: tuple(value.shape) for name, value in self._tensors.items()}
+        types = {name: _TYPES.get(value.dtype, str(value.dtype)) for name, value in self._tensors.items()}
+        return WeightFiles((), shapes, dict.fromkeys(shapes, self.source.transformer), types)
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Hash of the transformer's tensors and of what is fused into them."""
+        return digest([tensors_sha256(self._tensors), *self._lora_lines()])
+
+    @cached_property
+    def encoders_sha256(self) -> str:
+        """Hash of the text encoders' tensors and configurations, and of the tokenizers."""
+        if self.pipe is None or self.settings.encodings is not None:
+            return super().encoders_sha256
+        lines = []
+        for name in self.source.kind.encoders:
+            part = getattr(self.pipe, name)
+            if isinstance(part, nn.Module):
+                config: Any = part.config
+                lines += [f"{name} {tensors_sha256(part.state_dict())}", config.to_json_string()]
+            else:
+                folder = Path(self.sketch.name, name)
+                lines += [f"{name}/{file.name} {_sha256(file)}" for file in files_of(folder)]
+        return digest(lines)
+
+    @property
+    def encoder_bytes(self) -> int:
+        """Text encoders are in memory already."""
+        own = self.pipe is not None and self.settings.encodings is None
+        return 0 if own else super().encoder_bytes
+
+    @property
+    def file_bytes(self) -> int:
+        """Nothing is read."""
+        return 0
+
+
+def open_object(model: Any, settings: PipelineSettings) -> OpenedObject:
+    """Check a pipeline or transformer in memory.
+
+    Args:
+        model: diffusers' object.
+        settings: what of it is asked for; a transformer needs a `base`.
+
+    Raises:
+        MismatchError: an object that has no adapter, or whose parts do not go together.
+        UserError: a base where none belongs or none where one is needed; tensors that are not in the processor's
+            memory; sizes that do not fit.
+    """
+    silence()
+    kind, pipe = _kind(model)
+    transformer = model if pipe is None else pipe.transformer
+    parts = [transformer] if pipe is None else [transformer, *(getattr(pipe, name) for name in kind.encoders), pipe.vae]
+    _require_here([part for part in parts if isinstance(part, nn.Module)])
+    sketch = TemporaryDirectory(prefix="adatsq-model-")
+    folder = Path(sketch.name)
+    transformer.save_config(folder / "transformer")
+    if pipe is None:
+        base, base_kind = find_base(settings.base, f"a {kind.transformer} in memory", "it has no text encoders")
+        if base_kind is not kind:
+            raise MismatchError(f"base '{base}' is a {base_kind.pipeline}; name a {kind.pipeline}")
+    else:
+        if settings.base is not None:
+            raise UserError(f"base {settings.base}: the model is a whole pipeline already; leave base out")
+        base = folder
+        pipe.scheduler.save_config(folder / "scheduler")
+        pipe.vae.save_pretrained(folder / "vae")
+        for name in kind.encoders:
+            if not isinstance(getattr(pipe, name), nn.Module):
+                getattr(pipe, name).save_pretrained(folder / name)
+    name = safe_name(str(getattr(transformer.config, "_name_or_path", "") or type(model).__name__))
+    source = Source(name, kind, base, folder / "transformer", folder / "transformer" / "config.json")
+    named = settings.model_copy(update={"path": f"{IN_MEMORY}{type(model).__name__}"})
+
+    def opened(settings: PipelineSettings, loras: Any) -> OpenedObject:
+        return OpenedObject(settings, source, loras, transformer=transformer, pipe=pipe, sketch=sketch)
+
+    return open_source(named, source, opened)
+
+
+@contextmanager
+def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
+    """Without dropout inside the block; afterwards every module has its own mode again."""
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def _kind(model: Any) -> tuple[PipelineKind, Any]:
+    """The kind of a pipeline or transformer, and the pipeline where there is one."""
+    name = type(model).__name__
+    for kind in KINDS:
+        if name == kind.pipeline:
+            found = type(model.transformer).__name__
+            if found != kind.transformer:
+                raise MismatchError(f"the pipeline's transformer is a {found}, expected a {kind.transformer}")
+            return kind, model
+        if name == kind.transformer:
+            return kind, None
+    known = ", ".join(f"{kind.pipeline} ({kind.transformer})" for kind in KINDS)
+    raise MismatchError(
+        f"the model is a {name}, expected a name, a path, a hub id, or an object of one of these classes: {known}; "
+        "pass such a model, or write an adapter (docs/adapters.md)"
+    )
+
+
+def _require_here(modules: list[nn.Module]) -> None:
+    for module in modules:
+        for name, tensor in module.state_dict().items():
+            if tensor.device.type != "cpu":
+                raise UserError(
+                    f"{type(module).__name__}: '{name}' is on {tensor.device}, expected the processor's memory; move "
+                    "the model with .to('cpu') first (the device that computes is chosen with device=)"
+                )
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Hash over names, types, shapes and bytes."""
+    hasher = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().contiguous()
+        hasher.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        hasher.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return hasher.hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

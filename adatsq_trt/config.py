@@ -1,0 +1,382 @@
+"""Every choice of a build, with its default and its bounds, said once.
+
+The Python functions take these as keyword arguments, the command line makes its options of them, and what a run was
+built with is recorded in `adatsq_trt.settings`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_type_hints
+
+from adatsq_trt.errors import UnknownNameError, UserError
+
+if TYPE_CHECKING:
+    from adatsq_trt.policy import Policy
+
+Layout: TypeAlias = Literal["embedded", "shared", "switch", "plugin"]
+DEFAULT_LAYOUT: Layout = "embedded"
+Backend: TypeAlias = Literal["rtx", "tensorrt"]
+Hardware: TypeAlias = Literal["none", "same_compute_capability", "ampere_plus"]
+Precision: TypeAlias = Literal["float32", "bfloat16"]
+Transform: TypeAlias = Literal["smooth", "hadamard", "balance", "low-rank", "hadamard-low-rank", "balance-low-rank"]
+
+CHECKPOINT, POLICY, EFFORT, ENTERPRISE = "A checkpoint of your own", "The policy", "The effort", "Enterprise TensorRT"
+# Each batch of samples has a million seeds of its own; a scheduler has a thousand timesteps.
+_MOST_ROWS = 4096
+_MOST_SAMPLES, _MOST_STEPS, _MOST_PATHS = 1_000_000, 1000, 1000
+_MOST_GUIDANCE = 1000  # far beyond what any model is used with
+MOST_PIXELS = 1 << 15  # along a side, and of frames
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]*)?(?:e[0-9]+)?) *([kMG]?B?)", re.IGNORECASE)
+_UNITS = {"": 1.0, "b": 1.0, "k": 1e3, "kb": 1e3, "m": 1e6, "mb": 1e6, "g": 1e9, "gb": 1e9}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What there is to know of a field of `BuildConfig` beside its type and its default.
+
+    Attributes:
+        help: one sentence.
+        group: of options that belong together; None for those that most users look at first.
+        shown: what stands for a default that is None.
+        least: of a number.
+        most: of a number.
+        metavar: how a value is written, where its type does not say it.
+        in_python_only: whether the command line has no such option.
+    """
+
+    help: str
+    group: str | None = None
+    shown: str | None = None
+    least: float | None = None
+    most: float | None = None
+    metavar: str | None = None
+    in_python_only: bool = False
+
+
+def _choice(default: Any, help: str, group: str | None = None, shown: str | None = None, **more: Any) -> Any:
+    return field(default=default, metadata={"choice": Choice(help, group, shown, **more)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConfig:
+    """What a build is to be; None stands for a default that depends on other choices or on the model.
+
+    The first of the types of a field is what the command line reads.
+
+    The attributes are described where they are defined; `adatsq-trt build engine --help` shows the same texts.
+
+    Raises:
+        UserError: a value that is none of the choices, or outside its bounds.
+    """
+
+    target: str | Sequence[str] = _choice(
+        (), "What to build for: sm80, sm86, sm89, sm90 (layout plugin), sm120 or cpu; may be repeated.", shown="none"
+    )
+    formats: str | None = _choice(
+        None,
+        "Candidates: a set (paper, paper-fine, paper-low, paper-pairs, blackwell, ada, hopper, ampere, cpu) or a list "
+        "such as nvfp4,fp8.",
+        POLICY,
+        "the target's set",
+    )
+    transform: Transform | None = _choice(
+        None,
+        "What happens to weights and inputs before they are rounded; simulated only. smooth: SmoothQuant; hadamard: "
+        "QuaRot's rotation; balance: ViDiT-Q's scaling and rotation; low-rank: SVDQuant's smoothing and 16-bit branch; "
+        "hadamard-low-rank and balance-low-rank: two of these.",
+        POLICY,
+        "nothing",
+    )
+    exclude: str | Sequence[str] = _choice(
+        (),
+        "Layers that stay in full precision, by module path with * and ?, such as 'transformer_blocks.0.*'; may be "
+        "repeated. Budgets and means are over the others.",
+        POLICY,
+        "none",
+        metavar="PATTERN",
+    )
+    budget_bits: float | None = _choice(
+        None,
+        "Largest mean over steps and layers of (weight bits + activation bits) / 2.",
+        POLICY,
+        "by format set, unless there is another budget",
+    )
+    budget_bytes: str | float | None = _choice(
+        None,
+        "Most bytes of quantized weights, each weight format of a layer once: a number, or one with kB, MB or GB.",
+        POLICY,
+        "no limit",
+        metavar="SIZE",
+    )
+    budget_ms: float | None = _choice(
+        None, "Most milliseconds per sample on the card that --gpu names.", POLICY, "no limit"
+    )
+    gpu: str | None = _choice(
+        None,
+        "Card of --budget-ms: a name, for a roofline of its published rates, or a file that 'adatsq-trt benchmark "
+        "kernels' wrote there.",
+        POLICY,
+        "none",
+    )
+    max_assignments: int | None = _choice(
+        None,
+        "Most distinct assignments, which are engines in the layouts embedded and shared; steps share them.",
+        POLICY,
+        "any number",
+        least=1,
+        most=_MOST_STEPS,
+    )
+    simulate: bool = _choice(False, "Study a policy: allow formats without an accelerated path, build no engines.")
+    layout: Layout | None = _choice(
+        None,
+        "embedded: a self-contained plan for each assignment; shared: plans without weights over one store; switch: "
+        "one plan in which assignments take turns; plugin: one graph of plugin nodes and the commands that compile it "
+        "with enterprise TensorRT.",
+        shown=DEFAULT_LAYOUT,
+    )
+    batch: int | Sequence[int] = _choice(
+        (),
+        "Samples in a call that plans are tuned for; may be repeated: an optimization profile for each, and the "
+        "largest is the most that plans accept.",
+        shown="32",
+        least=1,
+        most=_MOST_ROWS,
+    )
+    shapes: str | None = _choice(
+        None,
+        "Samples and size in pixels (for videos BxFxHxW) of each optimization profile, such as "
+        "1x1024x1024,4x512x512; instead of --batch. One size is the model's own, at which the policy is searched: "
+        "--height and --width, or the first.",
+        shown="the model's size",
+        metavar="BxHxW,...",
+    )
+    backend: Backend = _choice(
+        "rtx",
+        "What compiles plans. rtx: TensorRT-RTX, without a GPU; tensorrt: enterprise TensorRT, on a machine with the "
+        "target's GPU.",
+    )
+    hardware_compatibility: Hardware = _choice("none", "Which other GPUs run the plans.", ENTERPRISE)
+    version_compatible: bool = _choice(
+        False, "Plans for later versions of TensorRT too, and for its lean runtime.", ENTERPRISE
+    )
+    weight_streaming: bool = _choice(
+        False, "Keep weights in the host's memory as far as the GPU's does not suffice.", ENTERPRISE
+    )
+    steps: int | None = _choice(None, "Denoising steps.", POLICY, "the model's", least=1, most=_MOST_STEPS)
+    guidance: float | None = _choice(
+        None, "Scale of guidance.", POLICY, "the model's", least=-_MOST_GUIDANCE, most=_MOST_GUIDANCE
+    )
+    policy: Path | str | Policy | None = _choice(None, "Use this policy.json instead of searching.", POLICY, "search")
+    seed: int = _choice(0, "Of prompts, noise and projections.", EFFORT, least=0, most=2**32 - 1)
+    beam: int = _choice(4, "Paths kept after each step.", EFFORT, least=1, most=_MOST_PATHS)
+    candidates: int = _choice(
+        5, "Assignments tried per path and step, besides the previous one.", EFFORT, least=1, most=_MOST_PATHS
+    )
+    expansions: int | None = _choice(
+        None,
+        "Denoiser calls of the beam per step: of all paths and candidates the most promising ones.",
+        EFFORT,
+        "all",
+        least=1,
+        most=_MOST_PATHS**2,
+    )
+    search_precision: Precision = _choice("float32", "What the search computes in; bfloat16 suits a GPU.", EFFORT)
+    calibration_samples: int = _choice(
+        64,
+        "Pictures that Hessians, sensitivities and the beam are measured on.",
+        EFFORT,
+        least=1,
+        most=_MOST_SAMPLES,
+    )
+    selection_samples: int = _choice(
+        256, "Fresh pictures that decide between finished policies.", EFFORT, least=1, most=_MOST_SAMPLES
+    )
+    held_out_samples: int = _choice(
+        512, "Fresh pictures that the reported errors are measured on.", EFFORT, least=1, most=_MOST_SAMPLES
+    )
+    projections: int = _choice(
+        8, "Random projections per calibration sample.", EFFORT, least=1, most=_MOST_SAMPLES, in_python_only=True
+    )
+    temperature: float = _choice(3.0, "Tau of the temporal weights.", EFFORT, in_python_only=True)
+    damping: float = _choice(
+        0.01, "Of the Hessian, as a part of its mean diagonal.", EFFORT, least=0, in_python_only=True
+    )
+    slack: float = _choice(0.1, "Relative slack of dominance.", EFFORT, least=0, in_python_only=True)
+    memory_limit: str | float | None = _choice(
+        None,
+        "Most resident memory of the stages, such as 12GB: what does not fit is read or computed again.",
+        EFFORT,
+        "the machine's",
+        metavar="SIZE",
+    )
+    base: str | Path | None = _choice(
+        None, "Folder or hub id of the pipeline that a transformer or a single file belongs to.", CHECKPOINT, "none"
+    )
+    lora: str | Sequence[str] = _choice(
+        (),
+        "LoRA to fuse into the transformer first; may be repeated.",
+        CHECKPOINT,
+        "none",
+        metavar="FILE[:SCALE]",
+    )
+    prompts: Path | str | Sequence[str] | None = _choice(
+        None,
+        "File with what calibration draws, a prompt in each line.",
+        CHECKPOINT,
+        "128 prompts of this package",
+    )
+    encodings: Path | str | None = _choice(
+        None,
+        "Safetensors file with what calibration draws, encoded already (docs/how-to/encodings.md); not with --prompts.",
+        CHECKPOINT,
+        "none",
+    )
+    height: int | None = _choice(
+        None, "Of the picture, in pixels.", CHECKPOINT, "the model's", least=1, most=MOST_PIXELS
+    )
+    width: int | None = _choice(
+        None, "Of the picture, in pixels.", CHECKPOINT, "the model's", least=1, most=MOST_PIXELS
+    )
+    frames: int | None = _choice(None, "Of a video.", CHECKPOINT, "the model's", least=1, most=MOST_PIXELS)
+    ray: str | None = _choice(
+        None,
+        "Compute on a Ray cluster: HOST:PORT of its head, 'local' for workers on this machine, or 'local:N' for N of "
+        "them. The result is the same.",
+        EFFORT,
+        "in this process",
+        metavar="ADDRESS",
+    )
+    device: str = _choice(
+        "auto",
+        "What PyTorch computes on: 'cpu', 'cuda', 'cuda:N' for the GPU of that number, or 'auto' for a GPU where there "
+        "is one.",
+        EFFORT,
+        metavar="DEVICE",
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their bounds."""
+        for one, kind in choices():
+            _require(one, kind, getattr(self, one.name))
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> BuildConfig:
+        """From names and values.
+
+        Raises:
+            UnknownNameError: a name that is none of the fields; says which was probably meant.
+        """
+        known = [one.name for one, _ in choices()]
+        for name in options:
+            if name not in known:
+                raise UnknownNameError("option", name, known)
+        return cls(**options)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """What to build for, without repetitions."""
+        return tuple(dict.fromkeys(_several(self.target)))
+
+    @property
+    def loras(self) -> tuple[str, ...]:
+        """What is fused into the transformer."""
+        return tuple(_several(self.lora))
+
+    @property
+    def excludes(self) -> tuple[str, ...]:
+        """Patterns of the layers that stay in full precision."""
+        return tuple(_several(self.exclude))
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """Samples of each optimization profile, ascending; none for the default."""
+        return tuple(sorted(set(self.batch if isinstance(self.batch, Sequence) else (self.batch,))))
+
+    @property
+    def most_bytes(self) -> float | None:
+        """Of quantized weights; None for any number.
+
+        Raises:
+            UserError: not a size.
+        """
+        return None if self.budget_bytes is None else parse_bytes(self.budget_bytes, "--budget-bytes")
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """Of memory; None for what the machine has.
+
+        Raises:
+            UserError: not a size.
+        """
+        return None if self.memory_limit is None else int(parse_bytes(self.memory_limit, "--memory-limit"))
+
+
+def choices() -> list[tuple[Field[Any], Any]]:
+    """The fields of `BuildConfig` with their types."""
+    kinds = get_type_hints(BuildConfig, localns={"Policy": object})
+    return [(one, kinds[one.name]) for one in fields(BuildConfig)]
+
+
+def choice_of(one: Field[Any]) -> Choice:
+    """What there is to know of a field."""
+    choice: Choice = one.metadata["choice"]
+    return choice
+
+
+def _several(value: str | Sequence[str]) -> Sequence[str]:
+    return (value,) if isinstance(value, str) else value
+
+
+def option_name(name: str) -> str:
+    """What the command line calls a field."""
+    return f"--{name.replace('_', '-')}"
+
+
+def _require(one: Field[Any], kind: Any, value: Any) -> None:
+    """Refuse what is none of the choices of a field, no finite number, or out of bounds."""
+    option, choice = option_name(one.name), choice_of(one)
+    names = [name for part in (kind, *get_args(kind)) for name in get_args(part) if isinstance(name, str)]
+    if names and value is not None and value not in names:
+        raise UnknownNameError(option, str(value), names)
+    if isinstance(one.default, bool) and not isinstance(value, bool):
+        raise UserError(f"{option}: got {value!r}, expected true or false")
+    numeric = choice.least is not None or kind in (float, float | None)
+    for number in (value if isinstance(value, list | tuple) else (value,)) if numeric else ():
+        if number is not None:
+            _require_number(option, choice, number, whole=kind not in (float, float | None))
+
+
+def _require_number(option: str, choice: Choice, number: Any, whole: bool) -> None:
+    if isinstance(number, bool) or not isinstance(number, int if whole else (int, float)):
+        raise UserError(f"{option}: got {number!r}, expected a {'whole ' if whole else ''}number")
+    if not math.isfinite(number):
+        raise UserError(f"{option}: got {number}, expected a finite number; pass such a number or leave the option out")
+    if choice.least is not None and number < choice.least:
+        raise UserError(f"{option}: got {number}, expected at least {choice.least:g}; pass a larger number")
+    if choice.most is not None and number > choice.most:
+        raise UserError(f"{option}: got {number}, expected at most {choice.most:g}; pass a smaller number")
+
+
+def parse_bytes(size: float | str, option: str) -> float:
+    """A number of bytes: 800000, "800kB", "6.5 GB"; a kB is 1,000 bytes.
+
+    Args:
+        size: what the user wrote.
+        option: where.
+
+    Raises:
+        UserError: it is none.
+    """
+    if not isinstance(size, str):
+        if isinstance(size, bool) or not math.isfinite(size) or size < 0:
+            raise UserError(f"{option} {size}: expected a number of bytes, or a text such as 6GB")
+        return float(size)
+    match = _SIZE.fullmatch(size.strip())
+    if match is None:
+        raise UserError(f"{option} '{size}': expected a size such as 800000, 800kB, 12.5MB or 6GB")
+    return float(match[1]) * _UNITS[match[2].lower()]

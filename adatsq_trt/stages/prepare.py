@@ -1,0 +1,80 @@
+"""A request that was checked, with all that running it takes; nothing is written before it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from adatsq_trt.config import BuildConfig
+from adatsq_trt.execution import Workers
+from adatsq_trt.files import write_json_model
+from adatsq_trt.progress import Reporter
+from adatsq_trt.settings import SETTINGS_NAME, Settings
+from adatsq_trt.stages import search
+from adatsq_trt.stages.context import Context, Memory
+from adatsq_trt.stages.graph import Build
+from adatsq_trt.stages.memory import plan_memory
+from adatsq_trt.stages.models import OpenedModel
+from adatsq_trt.stages.resolve import choose_workers, open_and_resolve
+from adatsq_trt.stages.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known to be possible.
+
+    Attributes:
+        settings: all of them, defaults filled in.
+        opened: the model.
+        memory: what may be resident.
+        workers: who is going to compute.
+    """
+
+    settings: Settings
+    opened: OpenedModel
+    memory: Memory
+    workers: AbstractContextManager[Workers]
+
+    @contextmanager
+    def run(self, folder: Path, progress: Reporter) -> Iterator[Build]:
+        """Hold the run directory and the workers, and write down the settings.
+
+        Args:
+            folder: the run directory.
+            progress: who is told how it goes on.
+
+        Raises:
+            OutputError: the folder cannot be written, is in use, or holds something else.
+        """
+        with self.workers as workers, RunDirectory.open(folder) as run:
+            write_json_model(run.path / SETTINGS_NAME, self.settings)
+            context = Context(
+                run,
+                self.settings,
+                self.opened.outline,
+                memory=self.memory,
+                workers=workers,
+                progress=progress,
+                pipeline=self.opened.pipeline,
+            )
+            yield Build(context, self.opened)
+
+
+def prepare(model: object, config: BuildConfig, last: str) -> Prepared:
+    """Check a request.
+
+    Args:
+        model: name of a model of the zoo, path, hub id, or a pipeline or transformer in memory.
+        config: what is asked for.
+        last: the last stage that is to run.
+
+    Raises:
+        UserError: says what does not go together, is not there or does not suit the model.
+    """
+    workers = choose_workers(config)
+    opened, settings = open_and_resolve(model, config, last)
+    search.require_possible(settings, opened.outline)
+    memory = plan_memory(config.limit_bytes, settings, opened.outline, opened.pipeline, last)
+    return Prepared(settings, opened, memory, workers)

@@ -1,0 +1,273 @@
+"""From what the user asked for to a model that was checked and the settings of its run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adatsq_trt.base_type import require_one_type
+from adatsq_trt.config import DEFAULT_LAYOUT, BuildConfig
+from adatsq_trt.errors import UserError
+from adatsq_trt.execution import InProcess, Workers
+from adatsq_trt.execution.cluster import connected, parse_address, require_cluster
+from adatsq_trt.execution.device import AUTO, CPU, OnDevice, parse_device
+from adatsq_trt.formats import (
+    FORMATS,
+    PLUGIN_LAYOUT,
+    TARGETS,
+    Format,
+    Target,
+    default_budget,
+    default_formats,
+    require_accelerated,
+    require_shapes,
+    resolve_formats,
+    target_named,
+)
+from adatsq_trt.policy import GIVEN_POLICY_ADVICE, Policy
+from adatsq_trt.settings import Settings
+from adatsq_trt.stages.models import OpenedModel, exclude_layers, open_model, require_model
+from adatsq_trt.stages.shapes import Shape, at_first, parse_shapes, resolve_shapes, written
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from adatsq_trt.zoo.loading import LoadedModel
+
+
+SIMULATED_SET = "paper-fine"  # what --simulate without a target studies
+PLUGIN_TARGET = "sm90"  # of layout `plugin` without a target: its graph is the same for all
+# Choices that are settings as they are.
+_GIVEN = (
+    *("simulate", "backend", "hardware_compatibility", "version_compatible", "weight_streaming"),
+    *("transform", "budget_bits", "budget_ms", "max_assignments", "seed", "calibration_samples", "projections"),
+    *("selection_samples", "held_out_samples", "temperature", "damping", "beam", "candidates", "slack", "expansions"),
+    "search_precision",
+)
+
+
+def open_and_resolve(model: object, config: BuildConfig, last: str) -> tuple[OpenedModel, Settings]:
+    """Check what was asked for, then the model, and fill in the defaults.
+
+    Args:
+        model: name of a model of the zoo; else a path, a hub id, or a pipeline or transformer in memory.
+        config: what was asked for.
+        last: the last stage that is to run.
+
+    Raises:
+        UserError: names, formats, targets, numbers or files that do not go together, or do not suit the model.
+    """
+    require_model(model, config)
+    targets = _targets(config)
+    layout = config.layout or DEFAULT_LAYOUT
+    own = default_formats(targets, layout, config.backend) if targets and not config.simulate else None
+    format_set = config.formats or own or (targets[0].default_set if targets else SIMULATED_SET)
+    formats = resolve_formats(format_set)
+    require_one_type(fmt.name for fmt in formats)
+    if not config.simulate:
+        require_accelerated(formats, targets, layout, config.backend)
+    _require_backend(config, targets)
+    known = _budgets(config, format_set) | {"policy": _policy_text(config.policy)}
+    shapes = () if config.shapes is None else parse_shapes(config.shapes)
+    if shapes and config.batches:
+        raise UserError("--batch: --shapes says how many samples of each size; leave one of them out")
+    _ = config.limit_bytes  # refused here if it is none
+    _require_exportable(config, last)
+    opened = open_model(model, at_first(config))
+    return opened, _resolve(config, opened, targets, format_set, formats, shapes, known)
+
+
+def _targets(config: BuildConfig) -> list[Target]:
+    names = config.targets
+    if config.layout == PLUGIN_LAYOUT:
+        names = names or (PLUGIN_TARGET,)
+    targets = [target_named(name) for name in names]
+    if not targets and not config.simulate:
+        raise UserError(f"no --target: expected one of {', '.join(TARGETS)}; or pass --simulate to build no plans")
+    _require_layout(config, targets)
+    return targets
+
+
+def _require_layout(config: BuildConfig, targets: Sequence[Target]) -> None:
+    """Refuse a layout where there are no plans.
+
+    Raises:
+        UserError: says why there are none.
+    """
+    if config.layout is None:
+        return
+    if config.simulate:
+        raise UserError(f"--layout {config.layout}: --simulate builds nothing that has a layout; leave one of them out")
+    if all(target.compute_capability is None for target in targets):
+        raise UserError(
+            f"--layout {config.layout}: target 'cpu' runs graphs, not plans, so nothing of it has a layout; leave it "
+            "out or add a GPU with --target"
+        )
+
+
+def _budgets(config: BuildConfig, format_set: str) -> dict[str, Any]:
+    """Settings of the budgets: without any, the format set's, in bits.
+
+    Raises:
+        UserError: a size of no known unit, milliseconds of no card, an unknown card, or a format whose time there
+            nobody knows.
+    """
+    size = config.most_bytes
+    if config.budget_ms is None and config.gpu is None:
+        default = default_budget(format_set) if config.budget_bits is None and size is None else config.budget_bits
+        return {"budget_bits": default, "budget_bytes": size}
+    from adatsq_trt.search.costs import require_one_unit, time_model
+
+    require_one_unit(config.gpu, config.budget_ms)
+    assert config.gpu is not None, "refused before"
+    model, times = time_model(config.gpu)
+    model.require(resolve_formats(format_set))
+    return {"budget_bytes": size, "times": times}
+
+
+def _require_backend(config: BuildConfig, targets: Sequence[Target]) -> None:
+    """Refuse, before anything runs, options of another backend, and plans that this machine cannot compile.
+
+    Raises:
+        UserError: options that do not go together; no such library, GPU or target here.
+    """
+    special = {
+        "--hardware-compatibility": config.hardware_compatibility != "none",
+        "--version-compatible": config.version_compatible,
+        "--weight-streaming": config.weight_streaming,
+    }
+    if config.backend != "tensorrt":
+        given = [option for option, is_given in special.items() if is_given]
+        if given:
+            raise UserError(
+                f"{', '.join(given)}: only enterprise TensorRT has this; add --backend tensorrt or leave it out"
+            )
+        return
+    if config.layout == PLUGIN_LAYOUT or config.simulate:
+        raise UserError("--backend tensorrt: this request compiles no plans; leave it out")
+    from adatsq_trt.engines.backends.tensorrt import TensorRTBackend, TensorRTOptions
+    from adatsq_trt.engines.manifest import Compatibility
+
+    compatibility = Compatibility(hardware=config.hardware_compatibility, versions=config.version_compatible)
+    backend = TensorRTBackend(TensorRTOptions(compatibility))
+    backend.require()
+    for target in targets:
+        if target.compute_capability is not None:
+            backend.require_target(target)
+
+
+def _require_exportable(config: BuildConfig, last: str) -> None:
+    """No graph holds a transform yet, so nothing that was made with one may reach the export."""
+    if config.transform is None:
+        return
+    if not config.simulate:
+        raise UserError(f"--transform {config.transform}: exported graphs cannot hold it; pass --simulate to study it")
+    if last in ("export", "bundle"):
+        raise UserError(
+            f"--transform {config.transform}: exported graphs cannot hold it; run 'adatsq-trt search' with "
+            "these options, which ends before the export"
+        )
+
+
+def _policy_text(policy: Path | str | Policy | None) -> str | None:
+    """A policy, read whole; whether it suits the model is the search's question."""
+    if policy is None:
+        return None
+    given = policy if isinstance(policy, Policy) else Policy.load(Path(policy), GIVEN_POLICY_ADVICE)
+    return given.model_dump_json()
+
+
+def _resolve(
+    config: BuildConfig,
+    opened: OpenedModel,
+    targets: Sequence[Target],
+    format_set: str,
+    formats: Sequence[Format],
+    asked: tuple[Shape, ...],
+    known: dict[str, Any],
+) -> Settings:
+    """Fill in the model's defaults."""
+    model = opened.outline
+    unguided = opened.settings is not None and config.guidance == 1.0
+    if config.guidance is not None and not model.adapter.takes_guidance and not unguided:
+        raise UserError(f"--guidance {config.guidance:g}: model '{model.name}' takes no guidance; leave it out")
+    shapes: tuple[Shape, ...] = resolve_shapes(asked, model)
+    batch = config.batches
+    if len({shape[1:] for shape in shapes}) == 1:  # of the model's own size, which --batch is for
+        batch, shapes = tuple(shape[0] for shape in shapes), ()
+    excluded = exclude_layers(model, config.excludes)
+    _require_size(model)
+    _require_layers(config, targets, formats, model.adapter.quantizable_layers())
+    return Settings(
+        **{name: getattr(config, name) for name in _GIVEN}
+        | ({} if config.layout is None else {"layout": config.layout})
+        | known
+        | ({"batch": batch} if batch else {})
+        | {"shapes": shapes},
+        excluded=excluded,
+        model=model.name,
+        pipeline=opened.settings,
+        weights_sha256=model.weights_sha256,
+        model_sha256=model.model_sha256,
+        format_set=format_set,
+        formats=tuple(fmt.name for fmt in formats),
+        targets=tuple(target.name for target in targets),
+        steps=model.default_steps if config.steps is None else config.steps,
+        guidance=model.default_guidance if config.guidance is None else config.guidance,
+    )
+
+
+def _require_size(model: LoadedModel) -> None:
+    """Refuse a size that no bundle may have, before anything of that size is made.
+
+    Raises:
+        UserError: says how large a latent would be.
+    """
+    from adatsq_trt.engines.manifest import MAX_LATENT_ELEMENTS
+
+    if (elements := model.adapter.image.elements) > MAX_LATENT_ELEMENTS:
+        raise UserError(
+            f"size {written(model.scale.size(model.adapter.image))}: a latent has {elements} elements, the most is "
+            f"{MAX_LATENT_ELEMENTS}; choose smaller numbers with --height, --width and --frames"
+        )
+
+
+def _require_layers(
+    config: BuildConfig, targets: Sequence[Target], formats: Sequence[Format], layers: Mapping[str, nn.Linear]
+) -> None:
+    """Refuse formats and layouts that do not suit a layer, before anything runs.
+
+    Raises:
+        UnsupportedFormatError: names the layer, and the formats that suit all.
+    """
+    layout, built = config.layout or DEFAULT_LAYOUT, [] if config.simulate else targets
+    require_shapes(
+        formats,
+        [(name, layer.in_features) for name, layer in layers.items()],
+        set(FORMATS).intersection(*(target.accelerated(layout, config.backend) for target in built)),
+        whole_groups=bool(built) and (layout == PLUGIN_LAYOUT or config.backend == "tensorrt"),
+    )
+    if layout == PLUGIN_LAYOUT:
+        from adatsq_trt.export.plugin_operands import require_plugin_shapes
+
+        require_plugin_shapes({name: (layer.out_features, layer.in_features) for name, layer in layers.items()})
+
+
+def choose_workers(config: BuildConfig) -> AbstractContextManager[Workers]:
+    """Who computes: a Ray cluster's processors, a GPU, or this machine's processors.
+
+    Raises:
+        UserError: a device or a cluster that is not there, or one of each.
+    """
+    if config.ray is not None:
+        address = parse_address(config.ray)
+        if config.device not in (AUTO, CPU):
+            raise UserError(
+                f"--device {config.device}: with --ray the workers' processors compute; leave out one of them"
+            )
+        require_cluster(address)
+        return connected(address)
+    device = parse_device(config.device)
+    return nullcontext(InProcess() if device.type == CPU else OnDevice(device))
