@@ -17,10 +17,9 @@ from adatsq_trt.policy import Policy
 from adatsq_trt.report.summary import Summary
 from adatsq_trt.search.select import SearchResult
 from adatsq_trt.settings import Settings
-from adatsq_trt.stages.models import open_run
 from adatsq_trt.stages import calibrate, export, quantize, search
 from adatsq_trt.stages.graph import STAGES as NODES
-from adatsq_trt.stages.models import OpenedModel
+from adatsq_trt.stages.models import OpenedModel, open_run
 from adatsq_trt.stages.run_directory import RunDirectory, StageRecord
 from adatsq_trt.zoo.loading import LoadedModel
 
