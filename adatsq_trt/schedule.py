@@ -105,7 +105,9 @@ def _euler_config(scheduler: FlowMatchEulerDiscreteScheduler | UniPCMultistepSch
     """
     name = type(scheduler).__name__
     config = {"_class_name": name, **{k: v for k, v in scheduler.config.items() if not k.startswith("_")}}
-    return config | {"solver_order": 1, "disable_corrector": list(range(steps))} if name == UNIPC else config
+    # Of its two solver types, bh1 divides infinities in the step to sigma 0.
+    first_order = {"solver_order": 1, "solver_type": "bh2", "disable_corrector": list(range(steps))}
+    return config | first_order if name == UNIPC else config
 
 
 def _require_falling(schedule: Schedule) -> None:

@@ -114,8 +114,17 @@ def read_changes(kind: PipelineKind, transformer: nn.Module, file: Path) -> Chan
 def _read(file: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     from safetensors import safe_open
 
+    tensors = dict[str, Tensor]()
     with safe_open(file, framework="pt") as opened:
-        return {key: opened.get_tensor(key).float() for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+        for key in opened.keys():  # noqa: SIM118 - not a dict
+            value = opened.get_tensor(key)
+            if not value.is_floating_point() and value.numel() > 1:  # alpha may be an integer
+                raise MismatchError(
+                    f"--lora '{file}' holds '{key}' as {value.dtype}: it is quantized already; give one in 16 or "
+                    "32 bits"
+                )
+            tensors[key] = value.float()
+        return tensors, opened.metadata() or {}
 
 
 def _group(file: Path, tensors: Mapping[str, Tensor]) -> tuple[_Layers, dict[str, Tensor]]:
@@ -147,6 +156,12 @@ def _group(file: Path, tensors: Mapping[str, Tensor]) -> tuple[_Layers, dict[str
                 f"--lora '{file}': '{name}' has {', '.join(sorted(parts))} but no matrix '{missing[0]}'; give a whole "
                 "file"
             )
+        for part in ("down", "up"):
+            if not (parts[part].ndim and parts[part].numel()):
+                raise DamagedFileError(
+                    f"--lora '{file}': the matrix '{part}' of '{name}' is of {[*parts[part].shape]}, expected a matrix "
+                    "with numbers in it; save the LoRA again"
+                )
     return layers, others
 
 
@@ -188,7 +203,13 @@ def _convert(kind: PipelineKind, file: Path, layers: _Layers, others: Mapping[st
     given = {key: trace(value, key) for key, value in others.items()}
     for name, parts in layers.items():
         for part, value in parts.items():
-            given[_spell(kind, name, part)] = trace(value, f"{name} ({part})")
+            key = _spell(kind, name, part)
+            if key in given:
+                raise MismatchError(
+                    f"--lora '{file}' holds '{key}' twice, the second time of '{name}', with another prefix; save it "
+                    "again"
+                )
+            given[key] = trace(value, f"{name} ({part})")
     keys = sources(given.values())
     try:
         converted = dict(kind.load_class(kind.pipeline).lora_state_dict(given))

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, FiniteFloat, JsonValue, PositiveInt, ValidationError
 from torch import Tensor
 
 from adatsq_trt.errors import DamagedFileError, MismatchError
@@ -42,10 +42,10 @@ class PeftConfig(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    r: int
-    lora_alpha: float
-    rank_pattern: dict[str, int] = {}
-    alpha_pattern: dict[str, float] = {}
+    r: PositiveInt
+    lora_alpha: FiniteFloat
+    rank_pattern: dict[str, PositiveInt] = {}
+    alpha_pattern: dict[str, FiniteFloat] = {}
     use_rslora: bool = False
     use_dora: bool = False
     lora_bias: bool = False
@@ -112,14 +112,21 @@ def layer_strength(
         file: the LoRA.
         name: of the layer in the file.
         plain_name: without prefixes, as peft's patterns have it.
-        tensors: "down" [rank, K], and perhaps "alpha".
+        tensors: "down" [rank, K], and perhaps "alpha", "bias" and "magnitude".
         config: the file's, or None.
 
     Raises:
-        MismatchError: alpha is stated twice, or the ranks differ.
+        MismatchError: alpha is stated twice or is zero, or the file is not as its configuration says.
         DamagedFileError: alpha is no number.
     """
     rank = len(tensors["down"])
+    if config is not None:
+        for field, asked, part in (("use_dora", config.use_dora, "magnitude"), ("lora_bias", config.lora_bias, "bias")):
+            if asked != (part in tensors):
+                raise MismatchError(
+                    f"--lora '{file}': '{name}' has {'no' if asked else 'a'} {part}, its configuration says {field}: "
+                    f"{asked}; save the LoRA again"
+                )
     if "alpha" not in tensors:
         if config is None:
             return 1.0
@@ -137,4 +144,9 @@ def layer_strength(
     alpha = tensors["alpha"]
     if alpha.numel() != 1 or not alpha.isfinite().all():
         raise DamagedFileError(f"--lora '{file}': alpha of '{name}' is {alpha.tolist()}, expected one number")
+    if not alpha.any():
+        raise MismatchError(
+            f"--lora '{file}': alpha of '{name}' is 0, which some tools read as no change and others as the rank; save "
+            "the LoRA again with its alpha"
+        )
     return float(alpha) / rank

@@ -37,7 +37,7 @@ def read_prompts(file: Path) -> tuple[str, ...]:
 
     Raises:
         MissingFileError: no such file.
-        UserError: it is not UTF-8, or there is no prompt in it.
+        UserError: it is not UTF-8, has other ends of lines, or there is no prompt in it.
     """
     try:
         content = file.read_bytes()
@@ -53,6 +53,13 @@ def read_prompts(file: Path) -> tuple[str, ...]:
             f"--prompts '{file}', line {line}: byte 0x{content[error.start]:02x} is not UTF-8; save the file as UTF-8"
         ) from error
     prompts = _lines(text)
+    for number, prompt in enumerate(text.split("\n"), 1):
+        for character, where in (("\r", "where old Macs end a line"), ("\0", "as in UTF-16")):
+            if character in prompt.strip():
+                raise UserError(
+                    f"--prompts '{file}', line {number}: got the character {character!r} in a prompt, {where}; save "
+                    "the file as UTF-8 with a line feed after each prompt"
+                )
     if not prompts:
         raise UserError(f"--prompts '{file}' holds no prompt; write one in each line, or leave --prompts out")
     return prompts

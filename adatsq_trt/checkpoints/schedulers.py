@@ -63,7 +63,7 @@ OPTIONS = {
         idle=frozenset(
             {
                 # How UniPC combines the predictions of several steps, where Euler's method takes one.
-                *("solver_order", "solver_type", "lower_order_final", "disable_corrector", "predict_x0"),
+                *("solver_order", "solver_type", "lower_order_final", "disable_corrector"),
                 *("dynamic_thresholding_ratio", "sample_max_value"),  # of thresholding
                 "time_shift_type",  # of dynamic shifting
                 *("timestep_spacing", "steps_offset"),  # of sigmas that are no flow's
@@ -73,6 +73,7 @@ OPTIONS = {
             "num_train_timesteps": TRAIN_TIMESTEPS,
             "prediction_type": "flow_prediction",
             "use_flow_sigmas": True,
+            "predict_x0": True,  # without it, diffusers' UniPC steps along no flow
             "use_dynamic_shifting": False,  # Wan's pipeline does not say how far
             "use_exponential_sigmas": False,  # of a variance-preserving diffusion, not of a flow
             "use_beta_sigmas": False,  # likewise

@@ -90,6 +90,11 @@ def require_layout(kind: PipelineKind, weights: WeightFiles, model: nn.Module, c
         raise MismatchError(
             f"'{file}' holds '{_called(name, layout[name])}', which a model of '{config}' does not have; {_BASE}"
         )
+    lost = sorted(sources(given.values()) - sources(layout.values()))
+    if lost:
+        raise MismatchError(
+            f"'{file}' holds '{lost[0]}' beside another tensor for the same weight, of which one would be lost; {_BASE}"
+        )
     for name, shape in expected.items():
         if name not in layout:
             raise MismatchError(f"'{file}' has no tensor '{name}', which '{config}' expects as {[*shape]}; {_BASE}")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, Field, FiniteFloat
+from pydantic import BaseModel, Field, FiniteFloat, model_validator
 
 from adatsq_trt.errors import UnknownNameError, UnsupportedFormatError, UserError
 from adatsq_trt.files import parse_json_model, read_json_model
@@ -93,6 +93,14 @@ class TimeTable(BaseModel):
     measured: Literal[True]
     card: str
     timings: tuple[_Timing, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> TimeTable:
+        first: dict[tuple[str, int, int, int], float] = {}
+        for t in self.timings:
+            if first.setdefault((t.what, t.m, t.n, t.k), t.median_ms) != t.median_ms:
+                raise ValueError(f"timings has two times of {t.what} with m {t.m}, n {t.n}, k {t.k}")
+        return self
 
     def rows(self, what: str) -> list[_Timing]:
         """Those of exactly this name."""

@@ -145,8 +145,12 @@ class Simulation:
         for _ in policies:
             yield torch.cat([next(latents) for _ in parts])
 
-    def overflow(self, sample: Samples, rows: Sequence[Assignment]) -> tuple[int, str, str]:
-        """The step, layer and format in which the numbers of a sample first stop being finite; in this process."""
+    def overflow(self, sample: Samples, rows: Sequence[Assignment]) -> tuple[int, str, str] | None:
+        """The step, layer and format in which the numbers of a sample first stop being finite; in this process.
+
+        Returns:
+            None where all layers' outputs are finite: what grew is between them, or the latents.
+        """
         layers, before = self.model.layers, list[int]()
         transformer = self.model.adapter.transformer
         with watched((name, transformer.get_submodule(name)) for name in layers) as found:
@@ -156,8 +160,9 @@ class Simulation:
                 self._own.assign(rows[step], step)
 
             trajectory(self._own.samples(_Batch(sample.prompts, sample.seeds)), begin)
-        step = before.count(0) - 1
-        layer = found[0] if found else layers[0]
+        if not found:
+            return None
+        step, layer = before.count(0) - 1, found[0]
         return step, layer, self.formats[rows[step][layers.index(layer)]].name
 
     def trajectories(self, samples: Samples, policies: Sequence[Sequence[Assignment]]) -> Iterator[Tensor]:
@@ -176,12 +181,20 @@ def require_finite(simulation: Simulation, samples: Samples, rows: Sequence[Assi
         errors: of the samples.
 
     Raises:
-        UnsupportedFormatError: names the step, the layer whose output is the first that is not finite, and its format.
+        UnsupportedFormatError: names the step, the layer whose output is the first that is not finite, and its format;
+            the policy's formats where there is no such layer.
     """
     if bool(errors.isfinite().all()):
         return
     sample = int((~errors.isfinite()).nonzero()[0])
-    step, layer, fmt = simulation.overflow(samples.part(slice(sample, sample + 1)), rows)
+    first = simulation.overflow(samples.part(slice(sample, sample + 1)), rows)
+    if first is None:
+        used = ", ".join(sorted({simulation.formats[index].name for row in rows for index in row}))
+        raise UnsupportedFormatError(
+            f"a policy of {used} gives latents with NaN, infinity or errors too large for a number, though the outputs "
+            "of all its layers are finite; leave the cheapest format out of --formats"
+        )
+    step, layer, fmt = first
     raise UnsupportedFormatError(
         f"step {step}: layer '{layer}' in format '{fmt}' gives NaN or infinite numbers, which full precision does not; "
         "leave the format out of --formats"

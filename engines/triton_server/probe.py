@@ -119,7 +119,9 @@ def _ask(address: str, body: bytes | None, headers: dict[str, str], timeout: flo
 def _end(file: Path) -> None:
     """End a server at once: what a dead process has been given is never answered, and would be waited for."""
     try:
-        os.kill(int(file.read_text()), signal.SIGKILL)
+        if (process := int(file.read_text())) <= 1:  # to the system these mean every process, or all of a group
+            raise ValueError(f"{process} is no server's process id")
+        os.kill(process, signal.SIGKILL)
     except (OSError, ValueError) as error:
         sys.stderr.write(f"cannot end the server of '{file}': {error}\n")
 

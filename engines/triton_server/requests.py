@@ -97,12 +97,14 @@ def _guidance(tensors: Mapping[str, np.ndarray], bundle: Bundle) -> float:
     if "guidance" not in tensors:
         return own
     guidance = float(_only(tensors, "guidance", own))
+    if np.isclose(guidance, own):  # whatever it was built with
+        return guidance
     if not 0 <= guidance <= MAX_GUIDANCE:  # nor is NaN
         raise UserError(
             f"guidance: got {guidance:g}, expected 0 to {MAX_GUIDANCE:g}; leave it out for the bundle's own, {own:g}"
         )
     embedded = any(signature.name == GUIDANCE_INPUT for signature in bundle.inputs)
-    if not (np.isclose(guidance, own) or embedded or bundle.conditioning([0]).unconditional):
+    if not (embedded or bundle.conditioning([0]).unconditional):
         raise UserError(f"guidance: got {guidance:g}, the bundle was built without guidance; leave it out")
     return guidance
 

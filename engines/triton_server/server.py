@@ -37,6 +37,7 @@ _START_SECONDS, _POLL_SECONDS, _WATCH_SECONDS = 300, 0.1, 0.5
 # Given to what it has accepted. A client's open stream uses up all of it, and the server may hang afterwards.
 _FINISH_SECONDS, _STOP_SECONDS = 10, 15
 _SHARED_MEMORY = Path("/dev/shm")
+_STUB = f"python_backend_stubs/{sys.version_info.major}.{sys.version_info.minor}/triton_python_backend_stub"
 _FRAME = re.compile(r"\s*\d+# ")  # of the stack that a server writes when it crashes
 # Below those that the kernel gives to outgoing connections: a client that asks one of these again and again, while
 # nobody listens there, would in the end connect to itself and hold the port.
@@ -71,12 +72,16 @@ class Installation:
                 environment's packages and where 'make test-serving' puts it.
 
         Raises:
-            DependencyError: there is none.
+            DependencyError: there is none, or it is not whole, or not for this version of Python.
         """
         spec = importlib.util.find_spec("pytriton") if folder is None else None
         packages = [Path(spec.origin).parents[1]] if spec is not None and spec.origin else []
         for wheel in [*packages, APART] if folder is None else [folder]:
-            if (wheel / "pytriton" / "tritonserver" / "bin" / "tritonserver").is_file():
+            server = wheel / "pytriton" / "tritonserver"
+            if (server / "bin" / "tritonserver").is_file():
+                for part in ("backends/python", _STUB):
+                    if not (server / part).exists():
+                        raise DependencyError(f"the Triton server in '{wheel}' has no '{part}'; run: {INSTALL}")
                 return cls(wheel.resolve())
         if folder is None and _INSTALLED.is_file():
             return cls(None)
@@ -91,7 +96,7 @@ class Installation:
         if self.wheel is None:
             return str(_INSTALLED)
         found = importlib.metadata.distributions(name="nvidia-pytriton", path=[str(self.wheel)])
-        return f"{next((one.version for one in found), 'unknown version')} in {self.wheel}"
+        return f"{next(filter(None, (one.version for one in found)), 'unknown version')} in {self.wheel}"
 
     def command(self, scratch: Path) -> tuple[list[str], dict[str, str]]:
         """The server's command line and environment.
@@ -105,8 +110,7 @@ class Installation:
         # The wheel keeps a stub for every version of Python; the backend wants one beside its library.
         backend = scratch / "backends" / "python"
         shutil.copytree(server / "backends" / "python", backend)
-        stubs = server / "python_backend_stubs" / f"{sys.version_info.major}.{sys.version_info.minor}"
-        shutil.copy(stubs / "triton_python_backend_stub", backend)
+        shutil.copy(server / _STUB, backend)
         libraries = [str(self.wheel / "nvidia_pytriton.libs"), str(sysconfig.get_config_var("LIBDIR"))]
         # The stub embeds Python, reads no PYTHON* variables, and takes its environment from the first python3 in PATH.
         path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
@@ -252,6 +256,11 @@ class Server:
             self.process.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:
             log.warning("Triton server did not end within %d seconds and is killed", _STOP_SECONDS)
+        finally:  # a second Ctrl-C does not wait, and nobody would come back for it
+            self._clear()
+
+    def _clear(self) -> None:
+        """Kill whatever still runs, and remove what it has left."""
         # The models' processes outlive a server that was killed or has crashed, wait for it and keep their memory.
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)

@@ -316,6 +316,43 @@ REFUSED: dict[str, tuple[PipelineKind, Callable[[], Tensors], str]] = {
         comfy_wan,
         "lora_unet_blocks_0_self_attn_q.lora_down.weight",
     ),
+    "one layer under two prefixes, Wan": (
+        WAN,
+        lambda: comfy_wan()[0] | named("lora_unet_blocks_0_self_attn_q", WAN_Q)[0],
+        "holds 'diffusion_model.blocks.0.self_attn.q.lora_down.weight' twice",
+    ),
+    "one layer with a prefix and without, Flux": (
+        FLUX,
+        lambda: {
+            key: value
+            for prefix in ("", "diffusion_model.")
+            for key, value in named(f"{prefix}double_blocks.0.img_attn.proj", prefix)[0].items()
+        },
+        "holds 'diffusion_model.double_blocks.0.img_attn.proj.lora_down.weight' twice",
+    ),
+    "matrices of integers": (
+        FLUX,
+        lambda: {key: value.to(torch.int8) for key, value in named(f"transformer.{FLUX_QKV[0]}", "x")[0].items()},
+        "torch.int8: it is quantized already",
+    ),
+    "alpha of zero": (
+        FLUX,
+        lambda: named(f"transformer.{FLUX_QKV[0]}", "x", 0.0)[0],
+        f"alpha of 'transformer.{FLUX_QKV[0]}' is 0",
+    ),
+    "no rank": (
+        FLUX,
+        lambda: (
+            named(f"transformer.{FLUX_QKV[0]}", "x", rank=0)[0]
+            | {f"transformer.{FLUX_QKV[0]}.alpha": torch.tensor(1.0)}
+        ),
+        r"the matrix 'down' of .* is of \[0, 64\]",
+    ),
+    "numbers for matrices": (
+        FLUX,
+        lambda: {f"transformer.{FLUX_QKV[0]}.lora_{part}.weight": torch.tensor(1.0) for part in "AB"},
+        r"the matrix 'down' of .* is of \[\]",
+    ),
     "text encoders alone": (
         FLUX,
         lambda: named("lora_te1_text_model_encoder_layers_0_self_attn_q_proj", "x")[0],
@@ -371,3 +408,29 @@ def test_a_rank_that_the_configuration_does_not_have(saved: Callable[[PipelineKi
     tensors, _ = named(f"transformer.{FLUX_QKV[0]}", FLUX_QKV[0], **AB)
     save_file(tensors, file, {"lora_adapter_metadata": json.dumps({"transformer.r": 8, "transformer.lora_alpha": 8})})
     assert "has rank 4, its configuration says 8" in refusal(FLUX, make_transformer(FLUX, saved(FLUX)), file)
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts", "message"),
+    [
+        ({"use_dora": True}, {}, "has no magnitude, its configuration says use_dora: True"),
+        ({}, {"lora_magnitude_vector": torch.ones(64)}, "has a magnitude, its configuration says use_dora: False"),
+        ({"lora_bias": True}, {}, "has no bias, its configuration says lora_bias: True"),
+        ({}, {"lora_B.bias": torch.ones(64)}, "has a bias, its configuration says lora_bias: False"),
+        ({"r": 0}, {}, "no configuration of peft .*greater than 0"),
+        ({"lora_alpha": float("nan")}, {}, "no configuration of peft .*finite"),
+    ],
+)
+def test_a_file_that_is_not_what_its_configuration_says(
+    saved: Callable[[PipelineKind], Path],
+    tmp_path: Path,
+    settings: dict[str, object],
+    parts: Tensors,
+    message: str,
+) -> None:
+    """Peft leaves out what its configuration does not have, and fills up what the file lacks."""
+    file, layer = tmp_path / "lora.safetensors", f"transformer.{FLUX_QKV[0]}"
+    tensors = named(layer, FLUX_QKV[0], **AB)[0] | {f"{layer}.{name}": value for name, value in parts.items()}
+    config = {f"transformer.{key}": value for key, value in ({"r": 4, "lora_alpha": 8} | settings).items()}
+    save_file(tensors, file, {"lora_adapter_metadata": json.dumps(config)})
+    assert re.search(message, refusal(FLUX, make_transformer(FLUX, saved(FLUX)), file))

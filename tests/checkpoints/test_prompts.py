@@ -30,6 +30,23 @@ def test_nothing_but_a_line_feed_ends_a_prompt(tmp_path: Path, mark: str) -> Non
     assert read_prompts(file) == (f"a red{mark}three", "seven")
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a red\rseven\rthree\r", r"line 1: got the character '\\r' in a prompt, where old Macs end a line"),
+        (b"seven\na red\rthree\n", "line 2: got the character"),
+        ("a red\nseven\n".encode("utf-16-le"), r"line 1: got the character '\\x00' in a prompt, as in UTF-16"),
+    ],
+)
+def test_files_in_which_other_characters_end_a_line_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    """Else all of them would be one long prompt, or prompts with zeros between the letters."""
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=message) as refused:
+        read_prompts(file)
+    assert refused.value.exit_code == 2
+
+
 def encode(folder: Path, prompts: tuple[str, ...] = PROMPTS) -> dict[str, Tensor]:
     return encode_prompts(find_source(str(folder), None), prompts, lambda: None)
 

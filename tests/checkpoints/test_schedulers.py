@@ -192,6 +192,20 @@ def test_more_steps_than_unipc_has_are_refused() -> None:
         make_schedule(scheduler, 1000)
 
 
+@pytest.mark.parametrize("solver", ["bh1", "bh2", "midpoint"])
+def test_the_scheduler_of_a_schedule_takes_eulers_steps_with_every_solver(solver: str) -> None:
+    """To the last, to sigma 0, where one of UniPC's own types of solver gives NaN."""
+    unipc = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", solver_type=solver)
+    schedule = make_schedule(unipc, 4)
+    scheduler = schedule.scheduler()
+    scheduler.set_timesteps(4)
+    latent = wanted = torch.linspace(-1, 1, 5)
+    for step, time in enumerate(scheduler.timesteps):
+        latent = scheduler.step(torch.sin(latent), time, latent, return_dict=False)[0]
+        wanted = wanted + (schedule.sigmas[step + 1] - schedule.sigmas[step]) * torch.sin(wanted)
+    torch.testing.assert_close(latent, wanted, atol=1e-4, rtol=1e-3)
+
+
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 

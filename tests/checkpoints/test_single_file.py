@@ -177,6 +177,16 @@ REFUSED: dict[str, tuple[str, Callable[[Tensors], Tensors], str]] = {
         lambda tensors: with_prefix(COMFY, tensors) | {"control_model.x": torch.ones(1)},
         "holds 'control_model.x' beside the transformer's 'model.diffusion_model....'",
     ),
+    "two tensors for one weight": (
+        "z_image",
+        with_extra("layers.0.attention.to_q.weight", authors_z_image, 64, 64),
+        r"holds 'layers.0.attention.(to_q|qkv).weight' beside another tensor for the same weight",
+    ),
+    "two spellings of a norm": (
+        "z_image",
+        with_extra("layers.0.attention.norm_q.weight", authors_z_image, 32),
+        r"holds 'layers.0.attention.(norm_q|q_norm).weight' beside another tensor for the same weight",
+    ),
     "another model": ("flux", with_extra("input_blocks.0.weight", lambda _: {}, 4), "is no FluxTransformer2DModel in"),
 }
 

@@ -84,8 +84,16 @@ def test_the_server_is_found_where_its_make_target_puts_it(monkeypatch: pytest.M
     binary = tmp_path / "pytriton" / "tritonserver" / "bin" / "tritonserver"
     binary.parent.mkdir(parents=True)
     binary.touch()
+    assert not server().found  # `serve` would not find what it copies
+    assert server().detail == f"the Triton server in '{tmp_path}' has no 'backends/python'"
+    (binary.parents[1] / "backends" / "python").mkdir(parents=True)
+    stub = f"python_backend_stubs/3.{sys.version_info.minor}/triton_python_backend_stub"
+    assert server().detail == f"the Triton server in '{tmp_path}' has no '{stub}'"
+    (binary.parents[1] / stub).mkdir(parents=True)
+    assert server().detail == f"unknown version in {tmp_path}"
     metadata = tmp_path / "nvidia_pytriton-0.7.0.dist-info" / "METADATA"
     metadata.parent.mkdir()
+    assert server().detail == f"unknown version in {tmp_path}"  # pip was interrupted
     metadata.write_text("Metadata-Version: 2.1\nName: nvidia-pytriton\nVersion: 0.7.0\n")
     assert (server().found, server().detail) == (True, f"0.7.0 in {tmp_path}")
 

@@ -94,6 +94,12 @@ def test_tables_and_cards_that_cannot_be_used(tmp_path: Path) -> None:
     unmeasured.write_text('{"schema_version": 1, "measured": false, "reason": "no GPU"}')
     with pytest.raises(DamagedFileError, match="measured"):
         time_model(str(unmeasured))
+    content = json.loads(MEASURED.read_text())
+    again = content["timings"][0]
+    content["timings"].append({**again, "median_ms": 2 * again["median_ms"]})
+    unmeasured.write_text(json.dumps(content))
+    with pytest.raises(DamagedFileError, match=f"two times of {again['what']} with m {again['m']}, n {again['n']}, "):
+        time_model(str(unmeasured))
     with pytest.raises(UserError, match="on which card"):
         require_one_unit(None, 3.0)
     with pytest.raises(UserError, match="pass --budget-ms too"):

@@ -13,6 +13,7 @@ from adatsq_trt.errors import UnsupportedFormatError
 from adatsq_trt.execution import InProcess
 from adatsq_trt.models.format_store import FormatStore
 from adatsq_trt.models.simulated import SimulatedModel
+from adatsq_trt.search import resume
 from adatsq_trt.search.resume import Scorer
 from adatsq_trt.search.simulation import Simulation
 from tests.search.conftest import SET
@@ -66,3 +67,20 @@ def test_a_policy_that_overflows_names_step_layer_and_format(
         with pytest.raises(UnsupportedFormatError, match=f"step 1: layer '{bad[0]}' in format '{fmt.name}' gives NaN"):
             list(scorer.scores([rows]))
     assert not any("null" in file.read_text() for file in tmp_path.rglob("*.json"))
+
+
+def test_an_overflow_outside_the_layers_blames_none_of_them(
+    samples: Samples, store: FormatStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A double for errors that overflow, as after the last layer of the last step."""
+    layers = list(samples.adapter.quantizable_layers())
+    with SimulatedModel(samples.adapter, store).installed() as model:
+        simulation = Simulation(model, SET, samples.schedule, samples.guidance)
+        scorer = Scorer(simulation, samples, tmp_path)
+        monkeypatch.setattr(resume, "row_errors", lambda latents, _: torch.full((len(latents),), torch.inf).double())
+        rows = ((0,) * len(layers),) * samples.schedule.steps
+        with pytest.raises(
+            UnsupportedFormatError, match=f"^a policy of {SET[0].name} gives latents with NaN"
+        ) as caught:
+            list(scorer.scores([rows]))
+    assert layers[0] not in str(caught.value)

@@ -75,6 +75,15 @@ def test_bad_requests(bundle: Bundle, name: str) -> None:
         read_request(tensors(**values), parameters, bundle, max_samples=2)
 
 
+@pytest.mark.parametrize("own", [-3.0, 500.0])
+def test_guidance_of_the_bundle_may_be_said(bundle: Bundle, own: float) -> None:
+    """The web page always says it; `build` takes -1000 to 1000."""
+    built = Bundle(replace(bundle.files, manifest=bundle.manifest.model_copy(update={"guidance": own})))
+    assert read_request(tensors(guidance=[own]), "", built, max_samples=2).generation.guidance == own
+    with pytest.raises(UserError, match=f"expected 0 to 100; leave it out for the bundle's own, {own:g}"):
+        read_request(tensors(guidance=[2 * own]), "", built, max_samples=2)
+
+
 def test_texts_of_stored_prompts(bundle: Bundle) -> None:
     manifest = bundle.manifest.model_copy(update={"prompt_texts": ("a 7", "a 9 above a 3", "two 4")})
     known, seeds = Bundle(replace(bundle.files, manifest=manifest)), {"seed": np.array([7, 8])}
