@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import os
 import pkgutil
 import subprocess
 import sys
@@ -317,6 +318,23 @@ def draw(pipe: FluxPipeline) -> np.ndarray:
         output_type="np",
     ).images
     return images
+
+
+def test_a_hub_id_is_a_model_too(pipe: FluxPipeline, tmp_path: Path) -> None:
+    """From a snapshot in the hub's cache, without a network."""
+    entry, commit = tmp_path / "hub" / "models--somebody--tiny-flux", "0" * 40
+    pipe.save_pretrained(entry / "snapshots" / commit)
+    (entry / "refs").mkdir()
+    (entry / "refs" / "main").write_text(commit)
+    code = (
+        "import adatsq_trt\n"
+        f"found = adatsq_trt.calibrate('somebody/tiny-flux', simulate=True, **{TINY!r})\n"
+        "print(found.settings.model, found.information.shape)\n"
+    )
+    offline = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    ended = subprocess.run([sys.executable, "-c", code], env=offline, check=True, capture_output=True, text=True)
+    whole = adatsq_trt.calibrate(pipe, simulate=True, **TINY)
+    assert ended.stdout.splitlines()[-1] == f"tiny-flux {whole.information.shape}"
 
 
 def test_a_transformer_in_memory_needs_a_base(pipe: FluxPipeline, tmp_path: Path) -> None:

@@ -45,11 +45,6 @@ class Source:
         return self.transformer.is_file()
 
 
-def looks_like_source(text: str) -> bool:
-    """Whether a model's name can be a path or a hub id; without looking into it."""
-    return text not in zoo_models() and (Path(text).exists() or _HUB_ID.fullmatch(text) is not None or "/" in text)
-
-
 def find_source(text: str, base: str | None) -> Source:
     """Find the parts.
 

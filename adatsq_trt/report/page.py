@@ -22,7 +22,7 @@ from adatsq_trt.report.data import Check, Comparison, EngineFile, ReportData
 from adatsq_trt.report.maps import policy_map, sensitivity_map
 from adatsq_trt.report.numbers import ratio, scientific, size
 from adatsq_trt.report.theme import STYLE, Chart, RenderedChart, format_colors, render
-from adatsq_trt.settings import PipelineSettings, Settings
+from adatsq_trt.settings import IN_MEMORY, PipelineSettings, Settings
 
 FIGURES_FOLDER = "report"
 _MOST_COMPARISONS = 60
@@ -178,7 +178,9 @@ def commands(data: ReportData) -> list[list[str]]:
     """The words of the commands that make the run and this page again, defaults written out."""
     settings, run = data.settings, f"runs/{data.run_name}"
     pipeline = settings.pipeline
-    build = ["adatsq-trt", "build", "engine", settings.model if pipeline is None else pipeline.path]
+    # A model that was an object in memory has to be saved first; the page cannot say where.
+    model = settings.model if pipeline is None else pipeline.path.replace(IN_MEMORY, "FOLDER-OF-")
+    build = ["adatsq-trt", "build", "engine", model]
     build += _checkpoint_options(pipeline) if pipeline is not None else []
     for target in settings.targets:
         build += ["--target", target]

@@ -189,6 +189,8 @@ def test_the_build_command_says_everything_that_it_can(data: ReportData) -> None
     assert words[3] == "/models/mine"
     encoded = settings.model_copy(update={"pipeline": checkpoint.model_copy(update={"encodings": "/e.safetensors"})})
     assert options - set(commands(replace(data, settings=encoded))[0]) == unsaid - {"--encodings"} | {"--prompts"}
+    in_memory = settings.model_copy(update={"pipeline": checkpoint.model_copy(update={"path": "memory:FluxPipeline"})})
+    assert commands(replace(data, settings=in_memory))[0][3] == "FOLDER-OF-FluxPipeline"
     sizes = settings.model_copy(update={"shapes": ((1, 64, 32), (4, 32, 32))})
     words = commands(replace(data, settings=sizes))[0]
     assert words[words.index("--shapes") + 1] == "1x64x32,4x32x32"
