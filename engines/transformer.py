@@ -102,7 +102,7 @@ class AdatsqTransformer(nn.Module):
         size = shape.size if self.bundle.sizes else None
         step = self._step(model_time.detach().float().cpu().numpy(), size)
         # The step's own time: the pipeline's is the same but for the rounding on its way.
-        time = torch.full((len(latents),), self.bundle.files.schedule(size).model_time(step), device=latents.device)
+        time = latents.new_full((len(latents),), self.bundle.files.schedule(size).model_time(step), dtype=torch.float32)
         velocity = self.bundle.predict(step, {**inputs, TIME_INPUT: time}, size=size)
         return velocity.to(latents)  # type: ignore[no-any-return]
 

@@ -1,35 +1,88 @@
 """A double of a GPU's memory and stream: host memory stands for device memory, and every allocation is known.
 
-Tensors are of tests/workers/pretend_device.py, so that an operation that mixes them with the processor's fails.
+Its tensors lie apart from the processor's: an operation that mixes the two fails. PyTorch is told that they are on the
+"meta" device, the only other one that a build for processors admits; each holds its content beside that.
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-
-from tests.workers.pretend_device import PretendTensor, pretend_device
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 ALIGNMENT = 256
 STREAM = 0x57
+DEVICE = torch.device("meta")
+_COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+
+
+class DeviceTensor(Tensor):
+    """A tensor there.
+
+    Attributes:
+        content: of the processor.
+    """
+
+    content: Tensor
+
+    @staticmethod
+    def __new__(cls, content: Tensor) -> "DeviceTensor":
+        tensor = Tensor._make_wrapper_subclass(
+            cls,
+            content.size(),
+            strides=content.stride(),
+            storage_offset=content.storage_offset(),
+            dtype=content.dtype,
+            device=DEVICE,
+        )
+        tensor.content = content
+        return tensor
+
+    def data_ptr(self) -> int:
+        """Where the content lies: a wrapper has no memory of its own."""
+        return self.content.data_ptr()
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, operation: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        settings = dict(kwargs or {})
+        strangers = [
+            leaf
+            for leaf in tree_leaves((args, settings))
+            if isinstance(leaf, Tensor) and not isinstance(leaf, DeviceTensor) and leaf.dim()
+        ]
+        if strangers and operation not in _COPIES:
+            raise RuntimeError(f"{operation}: expected all tensors to be on one device, found two")
+        device = settings.get("device")
+        own_args, own_settings = tree_map_only(DeviceTensor, lambda tensor: tensor.content, (args, settings))
+        if device is not None:
+            own_settings["device"] = torch.device("cpu")
+        result = operation(*own_args, **own_settings)
+        if device is not None and torch.device(device).type == "cpu":
+            return result
+        if operation is torch.ops.aten.copy_.default:
+            return args[0]
+        wrapped = tree_map_only(Tensor, DeviceTensor, result)
+        return return_and_correct_aliasing(operation, args, settings, wrapped)
 
 
 class HostDevice:
     """What the runtime takes for a GPU.
 
     Attributes:
-        device: the pretended one.
+        device: what PyTorch calls it.
         stream: its handle.
         synchronizations: how often it was waited for.
     """
 
     def __init__(self) -> None:
-        self.device, self.stream = pretend_device(), STREAM
+        self.device, self.stream = DEVICE, STREAM
         self.synchronizations = 0
         self._allocations: list[tuple[int, int, weakref.ref[np.ndarray]]] = []
 
@@ -47,7 +100,7 @@ class HostDevice:
         start = -block.ctypes.data % ALIGNMENT
         content = torch.from_numpy(block[start : start + size]).view(dtype).view(shape)
         self._allocations.append((block.ctypes.data + start, size, weakref.ref(block)))
-        return PretendTensor(content)
+        return DeviceTensor(content)
 
     def require(self, address: int, size: int, name: str) -> None:
         """Make sure that so many bytes at an address are allocated now."""
@@ -58,7 +111,7 @@ class HostDevice:
 
 
 class Transfers(TorchDispatchMode):
-    """Counts the bytes that cross the border between the processor and the pretended device.
+    """Counts the bytes that cross the border between the processor and the device.
 
     Attributes:
         to_device: bytes.
@@ -73,12 +126,12 @@ class Transfers(TorchDispatchMode):
         self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         tensors = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, torch.Tensor)]
-        before = isinstance(tensors[0], PretendTensor) if tensors else False
+        before = isinstance(tensors[0], DeviceTensor) if tensors else False
         result = operation(*args, **(kwargs or {}))
         if operation is torch.ops.aten.copy_.default and isinstance(args[1], torch.Tensor):
-            self._count(isinstance(args[1], PretendTensor), isinstance(args[0], PretendTensor), args[1])
+            self._count(isinstance(args[1], DeviceTensor), isinstance(args[0], DeviceTensor), args[1])
         elif operation is torch.ops.aten._to_copy.default:
-            self._count(before, isinstance(result, PretendTensor), result)
+            self._count(before, isinstance(result, DeviceTensor), result)
         elif operation is torch.ops.aten._local_scalar_dense.default and before:
             self.to_host += tensors[0].element_size()
         return result

@@ -107,7 +107,7 @@ def test_formats_and_buckets(bundle: Bundle) -> None:
     ("change", "message"),
     [
         ({"steps": 20}, "steps: got 20, the bundle's policy is for 4"),
-        ({"latents": np.zeros((2, 4, 15), np.float32)}, r"'hidden_states': got float32 \[4, 4, 15\]"),
+        ({"latents": np.zeros((2, 4, 15), np.float32)}, r"'hidden_states': got float32 \[2, 4, 15\]"),
         ({"latents": np.zeros((2, 4, 16))}, "'hidden_states': got float64"),
         ({"latents": np.zeros((0, 4, 16), np.float32)}, r"got float32 \[0, 4, 16\].*at least one"),
         ({"latents": np.zeros((3, 4, 16), np.float32)}, "as many rows"),
