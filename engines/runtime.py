@@ -207,7 +207,7 @@ class Bundle:
         """Type in which the denoiser takes its inputs; others are converted."""
         import torch
 
-        return getattr(torch, self.manifest.base_type) if self.choice.plans else torch.float32  # type: ignore[no-any-return]
+        return getattr(torch, self.manifest.base_type) if self.choice.plans else torch.float32
 
     def predict(self, step: int, inputs: Arrays, quantized: bool = True, size: Size | None = None) -> Any:
         """One call of the denoiser, with the formats and activation scales of a step.

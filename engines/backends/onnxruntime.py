@@ -133,7 +133,7 @@ class OnnxRuntimeSteps(StepRunner):
 class OnnxRuntimeBackend(Backend):
     """ONNX Runtime with its CPU provider; a graph is its own plan."""
 
-    name = "onnxruntime"
+    name = title = "onnxruntime"
 
     def require(self) -> None:
         """Make sure that the library and its CPU provider are there."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 from adatsq_trt.engines.backends import rtx_steps, tensorrt_steps
 from adatsq_trt.engines.backends.base import StepRunner
@@ -14,7 +14,6 @@ from adatsq_trt.engines.bundle import BundleFiles, Manifest, PlanFile
 from adatsq_trt.errors import UserError
 
 BackendName: TypeAlias = Literal["auto", "rtx", "tensorrt", "cuda", "onnxruntime"]
-BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 _TITLES: dict[BackendName, str] = {
     "rtx": "TensorRT-RTX plans",
     "tensorrt": "TensorRT plans",
