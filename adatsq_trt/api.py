@@ -23,7 +23,7 @@ from adatsq_trt.progress import Callback, Reporter
 
 if TYPE_CHECKING:
     from adatsq_trt.engines.accuracy import CheckReport
-    from adatsq_trt.engines.runtime import BackendName
+    from adatsq_trt.engines.backends.selection import BackendName
     from adatsq_trt.report.summary import StageFigures
     from adatsq_trt.results import Bundle, Calibration, ExportedGraphs, QuantizedWeights, SearchedPolicy
     from adatsq_trt.settings import Settings
@@ -200,13 +200,12 @@ def export_onnx(
     return graphs
 
 
-def load(path: Path | str, backend: BackendName = "onnxruntime") -> Bundle:
+def load(path: Path | str, backend: BackendName = "auto") -> Bundle:
     """Open a bundle, or the bundle of a run directory; every file is compared with its hash.
 
     Args:
         path: of the bundle.
-        backend: "onnxruntime" runs the cpu graphs anywhere; "rtx" and "tensorrt" the plans on a GPU that they were
-            built for.
+        backend: what runs it, as of `adatsq_trt.engines.runtime.Bundle.open`; "auto" for the best that is here.
 
     Raises:
         MissingFileError: there is no bundle, or one of its files is gone.

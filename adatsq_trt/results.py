@@ -30,6 +30,7 @@ from adatsq_trt.stages.summary import SUMMARY_NAME
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from adatsq_trt.engines.backends.selection import BackendName
     from adatsq_trt.engines.transformer import AdatsqTransformer
     from adatsq_trt.models.format_store import FormatStore
 
@@ -169,7 +170,7 @@ class Bundle(runtime.Bundle):
         summary: the figures; None for a bundle alone.
     """
 
-    def __init__(self, files: BundleFiles, backend: runtime.BackendName = "onnxruntime") -> None:
+    def __init__(self, files: BundleFiles, backend: BackendName = "auto") -> None:
         """Wrap files; see `adatsq_trt.load` and `adatsq_trt.build`."""
         super().__init__(files, backend)
         file = files.folder.parent / SUMMARY_NAME

@@ -17,10 +17,22 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from adatsq_trt.engines.backends.onnxruntime import OnnxRuntimeBackend
+from adatsq_trt.engines.backends.rtx import RtxBackend
+from adatsq_trt.engines.backends.selection import BackendName
+from adatsq_trt.engines.backends.tensorrt import TensorRTBackend
 from adatsq_trt.engines.processor import INTEGER_INSTRUCTIONS, processor
-from adatsq_trt.engines.runtime import BackendName, Bundle
+from adatsq_trt.engines.runtime import Bundle
 
 WARM_UP_ROUNDS = 2
+
+
+_LIBRARIES = {
+    "rtx": RtxBackend,
+    "tensorrt": TensorRTBackend,
+    "cuda": OnnxRuntimeBackend,
+    "onnxruntime": OnnxRuntimeBackend,
+}
 
 
 class _Record(BaseModel):
@@ -119,7 +131,7 @@ def benchmark_bundles(
 
     Args:
         paths: of bundles or run directories.
-        backend: "onnxruntime", "rtx" or "tensorrt"; only the first runs full precision too.
+        backend: what runs them; "auto" for the best that runs each. Plans have no full precision beside them.
         samples: in one call.
         rounds: calls of each case that are timed.
         on_round: called after each round, warm-up included.
@@ -129,7 +141,7 @@ def benchmark_bundles(
     """
     with ExitStack() as stack:
         bundles = [(path, stack.enter_context(Bundle.open(path, backend))) for path in paths]
-        cases = [case for path, bundle in bundles for case in _cases(bundle, path, backend)]
+        cases = [case for path, bundle in bundles for case in _cases(bundle, path)]
         for turn in range(WARM_UP_ROUNDS + rounds):
             for case in cases:
                 elapsed_ms = case.call(samples)
@@ -138,28 +150,29 @@ def benchmark_bundles(
             if on_round is not None:
                 on_round()
         full = {case.path: statistics.median(case.times_ms) for case in cases if not case.quantized}
-        timings = tuple(_timing(case, backend, samples, full.get(case.path)) for case in cases)
-    return BundleTimings(machine=machine(backend), timings=timings)
+        timings = tuple(_timing(case, samples, full.get(case.path)) for case in cases)
+        ran = dict.fromkeys(bundle.choice.name for _, bundle in bundles)
+    return BundleTimings(machine=machine(*ran), timings=timings)
 
 
-def _cases(bundle: Bundle, path: Path, backend: str) -> list[_Case]:
+def _cases(bundle: Bundle, path: Path) -> list[_Case]:
     policy = bundle.policy
     firsts = [policy.step_assignments.index(i) for i in range(len(policy.assignments))]
     cases = [_Case(bundle, path, "policy", tuple(range(policy.steps)), True, [])]
     cases += [_Case(bundle, path, f"assignment {i}", (step,), True, []) for i, step in enumerate(firsts)]
-    if backend == "onnxruntime":
+    if not bundle.choice.plans:
         cases.append(_Case(bundle, path, "full precision", (0,), False, []))
     return cases
 
 
-def _timing(case: _Case, backend: str, samples: int, full_ms: float | None) -> Timing:
+def _timing(case: _Case, samples: int, full_ms: float | None) -> Timing:
     times, bundle = sorted(case.times_ms), case.bundle
     median = statistics.median(times)
     counts = Counter(fmt.name for step in case.steps for fmt in bundle.formats(step).values())
     return Timing(
         bundle=str(case.path),
         layout=bundle.manifest.layout,
-        backend=backend,
+        backend=bundle.choice.name,
         case=case.name,
         formats=dict(sorted(counts.items())) if case.quantized else {},
         samples=samples,
@@ -174,19 +187,16 @@ def _timing(case: _Case, backend: str, samples: int, full_ms: float | None) -> T
     )
 
 
-def machine(backend: BackendName) -> Machine:
-    """This machine, as far as it matters for a backend's figures."""
-    import onnxruntime
+def machine(*backends: BackendName) -> Machine:
+    """This machine, as far as it matters for the figures of backends."""
+    versions, gpu = dict[str, str](), None
+    for backend in backends:
+        library = _LIBRARIES[backend]()
+        versions[library.title] = library.version()
+        if backend != "onnxruntime":
+            import torch
 
-    versions, gpu = {"onnxruntime": str(onnxruntime.__version__)}, None
-    if backend != "onnxruntime":
-        import torch
-
-        from adatsq_trt.engines.backends.rtx import RtxBackend
-        from adatsq_trt.engines.backends.tensorrt import TensorRTBackend
-
-        library = TensorRTBackend() if backend == "tensorrt" else RtxBackend()
-        gpu, versions = torch.cuda.get_device_name(), {library.title: library.version()}
+            gpu = torch.cuda.get_device_name()
     name, flags = processor()
     return Machine(
         processor=name,

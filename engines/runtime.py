@@ -4,24 +4,28 @@
         latents = bundle.denoise(bundle.noise([1, 2, 3]), bundle.conditioning([0, 1, 2]))
         images = bundle.decode(latents)
 
-Formats are chosen once per step: both branches of guidance go through one call.
+Formats are chosen once per step: both branches of guidance go through one call. Latents and conditioning are NumPy's
+arrays or PyTorch's tensors, on any device; results are of the kind that the latents were.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from adatsq_trt.engines.backends import rtx_steps, tensorrt_steps
 from adatsq_trt.engines.backends.base import StepRunner
-from adatsq_trt.engines.backends.onnxruntime import OnnxRuntimeSteps
+from adatsq_trt.engines.backends.selection import BackendName, choose, make_runner
 from adatsq_trt.engines.bundle import CONDITIONAL, UNCONDITIONAL, VAE_FOLDER, BundleFiles, Manifest, require_prompts
+from adatsq_trt.engines.generation import TIME_INPUT as TIME_INPUT
+from adatsq_trt.engines.generation import Array, Arrays, DenoisingRequest, array_inputs, like
+from adatsq_trt.engines.generation import Conditioning as Conditioning
+from adatsq_trt.engines.generation import guide as guide
 from adatsq_trt.engines.vae import Vae
 from adatsq_trt.errors import DamagedFileError, MismatchError, UserError
 from adatsq_trt.formats import Format
@@ -29,27 +33,12 @@ from adatsq_trt.graph_index import TensorSignature
 from adatsq_trt.policy import Policy
 from adatsq_trt.schedule import Schedule, initial_noise
 
-BackendName = Literal["onnxruntime", "rtx", "tensorrt"]
-_GPU_BACKENDS = {"rtx": rtx_steps, "tensorrt": tensorrt_steps}
+if TYPE_CHECKING:
+    import torch
+
 Size = tuple[int, ...]
-TIME_INPUT, GUIDANCE_INPUT = "timestep", "guidance"
-Arrays = Mapping[str, np.ndarray]
 
 
-@dataclass(frozen=True)
-class Conditioning:
-    """What steers a batch of samples.
-
-    Attributes:
-        conditional: input name → float32 [samples, ...].
-        unconditional: the same names for the unguided branch; None when the model is not guided.
-    """
-
-    conditional: Arrays
-    unconditional: Arrays | None = None
-
-
-@dataclass(frozen=True)
 class StepResult:
     """What a callback is told after each step.
 
@@ -57,13 +46,23 @@ class StepResult:
         step: index of the step that is done.
         steps: length of the loop.
         bucket: index of the step's bucket in `policy.buckets`.
-        latents: float32 [samples, *latent_shape] after the step.
     """
 
-    step: int
-    steps: int
-    bucket: int
-    latents: np.ndarray
+    def __init__(self, step: int, steps: int, bucket: int, latents: Callable[[], Array]) -> None:
+        """Tell of a step.
+
+        Args:
+            step: its index.
+            steps: length of the loop.
+            bucket: of the step.
+            latents: gives the latents after it.
+        """
+        self.step, self.steps, self.bucket, self._latents = step, steps, bucket, latents
+
+    @property
+    def latents(self) -> Array:
+        """After the step, [samples, *latent_shape]; asking for them on a GPU waits until the step is done."""
+        return self._latents()
 
 
 class Bundle:
@@ -71,26 +70,26 @@ class Bundle:
 
     Attributes:
         files: what the bundle consists of, every file verified.
+        choice: what runs it, and why nothing faster does.
     """
 
-    def __init__(self, files: BundleFiles, backend: BackendName = "onnxruntime") -> None:
+    def __init__(self, files: BundleFiles, backend: BackendName = "auto") -> None:
         """Wrap verified files; see `open`, which is the usual way."""
         self.files = files
-        self._backend = backend
-        plans = () if backend == "onnxruntime" else _GPU_BACKENDS[backend].plans_here(files.manifest)
-        self._plans = plans
+        self.choice = choose(files.manifest, backend)
         self._resources = ExitStack()
-        self._runners: dict[str, StepRunner] = {}
+        self._runners: dict[bool, StepRunner] = {}
         self._vae: Vae | None = None
 
     @classmethod
-    def open(cls, path: Path | str, backend: BackendName = "onnxruntime") -> Self:
+    def open(cls, path: Path | str, backend: BackendName = "auto") -> Self:
         """Open a bundle, or the bundle of a run directory. Sessions and engines are made when they are first needed.
 
         Args:
             path: of the bundle.
-            backend: "onnxruntime" runs the cpu graphs anywhere; "rtx" and "tensorrt" the plans on a GPU that they were
-                built for.
+            backend: "rtx" and "tensorrt" run the plans on a GPU that they were built for, "cuda" the cpu graphs on any
+                GPU with ONNX Runtime, "onnxruntime" the same on the processor. "auto" is the first of these that works
+                here.
 
         Raises:
             MissingFileError: there is no bundle, or one of its files is gone.
@@ -196,17 +195,31 @@ class Bundle:
 
     # ---------------------------------------------------------------------------------------------- running it
 
-    def predict(self, step: int, inputs: Arrays, quantized: bool = True, size: Size | None = None) -> np.ndarray:
+    @property
+    def device(self) -> torch.device:
+        """Where velocities and latents are computed."""
+        import torch
+
+        return torch.device("cuda" if self.choice.plans else "cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type in which the denoiser takes its inputs; others are converted."""
+        import torch
+
+        return getattr(torch, self.manifest.base_type) if self.choice.plans else torch.float32
+
+    def predict(self, step: int, inputs: Arrays, quantized: bool = True, size: Size | None = None) -> Any:
         """One call of the denoiser, with the formats and activation scales of a step.
 
         Args:
             step: index in the loop.
-            inputs: every input by name, float32 [rows, ...]; all rows are at this step.
+            inputs: every input by name, [rows, ...], float32 arrays or tensors; all rows are at this step.
             quantized: follow the policy; otherwise full precision.
             size: in pixels, one of `sizes`; the bundle's own unless given.
 
         Returns:
-            The predicted velocity, float32 [rows, *latent_shape].
+            The predicted velocity, float32 [rows, *latent_shape]: of the latents' kind, as `denoise` gives it.
 
         Raises:
             UserError: a step or size that the bundle does not have; inputs of other names or shapes. Nothing is loaded
@@ -215,26 +228,24 @@ class Bundle:
         if not 0 <= step < self.policy.steps:
             raise UserError(f"step {step}: the bundle's policy has steps 0 to {self.policy.steps - 1}")
         shape = self.manifest.shape(size)
-        profiles = self.manifest.profiles_of(shape)
-        most = min((plan.rows_at(profiles) for plan in self._plans), default=None)
-        require_inputs(self.files.row_inputs(size), inputs, most)
-        runner = self._runner("cpu" if quantized else "reference")
-        return runner.run(step, inputs, shape.size if self.sizes else None)
+        require_inputs(self.files.row_inputs(size), inputs, self._most_rows(size))
+        velocity = self._runner(quantized).run(step, inputs, shape.size if self.sizes else None)
+        return like(inputs[self.latent_input], velocity)
 
     def denoise(
         self,
-        latents: np.ndarray,
+        latents: Array,
         conditioning: Conditioning,
         steps: int | None = None,
         callback: Callable[[StepResult], None] | None = None,
         guidance: float | None = None,
         quantized: bool = True,
         size: Size | None = None,
-    ) -> np.ndarray:
+    ) -> Any:
         """The denoising loop: x[t+1] = x[t] + (sigma[t+1] - sigma[t]) v(x[t], t).
 
         Args:
-            latents: initial noise, float32 [samples, *latent_shape].
+            latents: initial noise, [samples, *latent_shape]: a float32 array, or a tensor on any device.
             conditioning: of every sample.
             steps: must be the policy's number of steps, if given.
             callback: told of every finished step; an exception that it raises ends the loop.
@@ -243,21 +254,55 @@ class Bundle:
             size: in pixels, one of `sizes`; the bundle's own unless given.
 
         Returns:
-            float32 [samples, *latent_shape].
+            float32 [samples, *latent_shape]: an array for an array, a tensor on the latents' device for a tensor.
 
         Raises:
             UserError: another number of steps or size; latents or conditioning of other names or shapes.
         """
-        schedule, scale = self.files.schedule(size), self.manifest.guidance if guidance is None else guidance
         self.require_steps(steps)
-        for step in range(schedule.steps):
-            inputs = self.step_inputs(step, latents, conditioning, scale, size)
-            velocity = guide(self.predict(step, inputs, quantized, size), len(latents), scale)
-            # Its arithmetic serves NumPy as well as the tensors that it is declared for.
-            latents = schedule.advance(latents, velocity, step)  # type: ignore[arg-type, assignment]
-            if callback is not None:
-                callback(StepResult(step, schedule.steps, self.bucket(step), latents))
-        return latents
+        request = self._request(latents, conditioning, guidance, size)
+        runner = self._runner(quantized)
+        generation = runner.generation(request)
+        with runner.working():
+            for step in range(request.schedule.steps):
+                generation.advance(step)
+                if callback is not None:
+                    reached = partial(like, latents, generation.latents)
+                    callback(StepResult(step, request.schedule.steps, self.bucket(step), reached))
+            result = like(latents, generation.latents)
+            runner.synchronize()
+        return result
+
+    def _request(
+        self, latents: Array, conditioning: Conditioning, guidance: float | None, size: Size | None
+    ) -> DenoisingRequest:
+        """A run of the loop, once all its shapes are those of the graphs."""
+        request = self._make_request(latents, conditioning, guidance, size)
+        signatures, most = self.files.row_inputs(size), self._most_rows(size)
+        for samples in (conditioning.conditional, conditioning.unconditional):
+            if samples is not None:
+                filled = {name: np.zeros(len(latents), np.float32) for name in request.row_values(0)}
+                given = {request.latent_input: latents, **samples, **filled}
+                require_inputs(signatures, given, most, request.conditioning.branches)
+        return request
+
+    def _make_request(
+        self, latents: Array, conditioning: Conditioning, guidance: float | None, size: Size | None
+    ) -> DenoisingRequest:
+        return DenoisingRequest(
+            latents=latents,
+            conditioning=conditioning,
+            guidance=self.manifest.guidance if guidance is None else guidance,
+            schedule=self.files.schedule(size),
+            latent_input=self.latent_input,
+            inputs=tuple(signature.name for signature in self.inputs),
+            size=self.manifest.shape(size).size if self.sizes else None,
+        )
+
+    def _most_rows(self, size: Size | None) -> int | None:
+        """The most rows of a call at a size; None for any number."""
+        profiles = self.manifest.profiles_of(self.manifest.shape(size))
+        return min((plan.rows_at(profiles) for plan in self.choice.plans), default=None)
 
     @property
     def latent_input(self) -> str:
@@ -304,36 +349,25 @@ class Bundle:
             guidance: scale, for models that take it as an input.
             size: in pixels, one of `sizes`; the bundle's own unless given.
         """
-        halves = [conditioning.conditional, conditioning.unconditional or {}]
-        condition = {
-            name: np.concatenate([half[name] for half in halves if name in half]) for name in conditioning.conditional
-        }
-        branches = 1 if conditioning.unconditional is None else 2
-        scalars = {TIME_INPUT: self.files.schedule(size).model_time(step), GUIDANCE_INPUT: guidance}
-        known = [signature.name for signature in self.inputs]
-        rows = {n: np.full(branches * len(latents), v, np.float32) for n, v in scalars.items() if n in known}
-        return {self.latent_input: np.concatenate([latents] * branches), **condition, **rows}
+        return array_inputs(self._make_request(latents, conditioning, guidance, size), step)
 
-    def _runner(self, variant: str) -> StepRunner:
-        if variant not in self._runners:
-            runner: StepRunner
-            if self._backend == "rtx" and variant == "cpu":
-                runner = rtx_steps.RtxSteps(self.files)
-            elif self._backend == "tensorrt" and variant == "cpu":
-                runner = tensorrt_steps.TensorRTSteps(self.files)
-            else:
-                runner = OnnxRuntimeSteps(self.files, self.files.graph(variant, None))
-            self._runners[variant] = self._resources.enter_context(runner)
-        return self._runners[variant]
+    def _runner(self, quantized: bool) -> StepRunner:
+        if quantized not in self._runners:
+            runner = make_runner(self.files, self.choice, quantized)
+            self._runners[quantized] = self._resources.enter_context(runner)
+        return self._runners[quantized]
 
 
-def require_inputs(signatures: Sequence[TensorSignature], inputs: Arrays, max_rows: int | None = None) -> None:
+def require_inputs(
+    signatures: Sequence[TensorSignature], inputs: Arrays, max_rows: int | None = None, branches: int = 1
+) -> None:
     """Refuse inputs that a graph does not take, before anything is computed.
 
     Args:
         signatures: of the graph's inputs.
         inputs: by name.
         max_rows: the most that the plans' optimization profile accepts; None for any number.
+        branches: how many times these rows go into a call.
 
     Raises:
         UserError: says which name, shape or number of rows is wrong.
@@ -342,28 +376,24 @@ def require_inputs(signatures: Sequence[TensorSignature], inputs: Arrays, max_ro
     if set(names) != set(inputs):
         raise UserError(f"got the inputs {sorted(inputs)}, expected {sorted(names)}; give exactly these")
     rows = len(inputs[names[0]]) if inputs[names[0]].ndim else 0
-    if max_rows is not None and rows > max_rows:
+    if max_rows is not None and branches * rows > max_rows:
         raise UserError(
-            f"got {rows} rows (samples times guidance branches), the plans accept at most {max_rows}; denoise fewer "
-            "samples at a time"
+            f"got {branches * rows} rows (samples times guidance branches), the plans accept at most {max_rows}; "
+            "denoise fewer samples at a time"
         )
     for signature in signatures:
         value = inputs[signature.name]
         wanted = (rows, *signature.shape[1:])
-        if value.shape != wanted or value.dtype != np.float32 or not rows:
+        if tuple(value.shape) != wanted or not _is_real(value) or not rows:
             raise UserError(
                 f"input '{signature.name}': got {value.dtype} {list(value.shape)}, expected float32 "
                 f"{['rows', *signature.shape[1:]]} with as many rows, at least one, in every input"
             )
 
 
-def guide(prediction: np.ndarray, samples: int, guidance: float) -> np.ndarray:
-    """Combine the halves, conditional first, to v0 + guidance (v1 - v0); a single half is the velocity itself."""
-    if len(prediction) == samples:
-        return prediction
-    conditional, unconditional = np.split(prediction, 2)
-    guided: np.ndarray = unconditional + np.float32(guidance) * (conditional - unconditional)
-    return guided
+def _is_real(value: Any) -> bool:
+    """Whether the runtime takes such numbers: arrays of float32, tensors of any floating type."""
+    return bool(value.dtype == np.float32 if isinstance(value, np.ndarray) else value.is_floating_point())
 
 
 def _starting(arrays: Arrays, prefix: str) -> dict[str, np.ndarray]:

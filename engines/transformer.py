@@ -70,13 +70,13 @@ class AdatsqTransformer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of inputs and outputs."""
-        return torch.float32
+        """Type of inputs and outputs; others are converted."""
+        return self.bundle.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where inputs and outputs are."""
-        return torch.device("cpu")
+        """Where the pipeline's tensors should be; those that are elsewhere are copied."""
+        return self.bundle.device
 
     @property
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler | UniPCMultistepScheduler:
@@ -107,10 +107,10 @@ class AdatsqTransformer(nn.Module):
         shape = self._shape(latents) if shape is None else shape
         size = shape.size if self.bundle.sizes else None
         step = self._step(model_time.detach().float().cpu().numpy(), size)
-        arrays = {name: value.detach().float().cpu().numpy() for name, value in inputs.items()}
         # The step's own time: the pipeline's is the same but for the rounding on its way.
-        arrays[TIME_INPUT] = np.full(len(latents), self.bundle.files.schedule(size).model_time(step), np.float32)
-        return torch.from_numpy(self.bundle.predict(step, arrays, size=size)).to(latents)
+        time = latents.new_full((len(latents),), self.bundle.files.schedule(size).model_time(step), dtype=torch.float32)
+        velocity = self.bundle.predict(step, {**inputs, TIME_INPUT: time}, size=size)
+        return velocity.to(latents)  # type: ignore[no-any-return]
 
     @property
     def _shapes(self) -> tuple[ShapeRecord, ...]:

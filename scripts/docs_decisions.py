@@ -17,7 +17,7 @@ What the paper or the design leaves open, what was decided, and the evidence. Re
 replaces them. This list is written by `python -m scripts.docs_decisions`.
 
 Numbers are given out before the work, so that two people can write at a time. So some have no record: no commit has
-ever held a 0019 or a 0020, or, up to 0040, one that is not listed.
+ever held a 0019 or a 0020.
 
 | number | decision | status | since |
 |---|---|---|---|

@@ -18,8 +18,19 @@ BESIDE = ("engines", "export", "plugins")
 TOGETHER = {
     **dict.fromkeys(
         (
-            *("config", "errors", "fields", "files", "formats", "graph_index", "image", "policy", "progress"),
-            *("schedule", "settings", "step_policy"),
+            *(
+                "base_type",
+                "config",
+                "errors",
+                "fields",
+                "files",
+                "formats",
+                "graph_index",
+                "image",
+                "policy",
+                "progress",
+            ),
+            *("schedule", "settings", "step_policy", "timed_kernels"),
         ),
         "data types",
     ),

@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 class BackendName(StrEnum):
     """What runs a bundle."""
 
-    ONNXRUNTIME = "onnxruntime"
+    AUTO = "auto"
     RTX = "rtx"
     TENSORRT = "tensorrt"
+    CUDA = "cuda"
+    ONNXRUNTIME = "onnxruntime"
 
 
 def kernels(
@@ -82,8 +84,9 @@ def _tune(output: Path, table: Path | None, jobs: int) -> None:
 def bundle(
     bundles: Annotated[list[Path], typer.Argument(help="Bundles or run directories; they take turns.")],
     backend: Annotated[
-        BackendName, typer.Option("--backend", help="onnxruntime: cpu graphs; others: plans on this machine's GPU.")
-    ] = BackendName.ONNXRUNTIME,
+        BackendName,
+        typer.Option("--backend", help="Plans (rtx, tensorrt), cpu graphs on a GPU (cuda) or on the processor."),
+    ] = BackendName.AUTO,
     samples: Annotated[int, typer.Option("--samples", min=1, max=1024, help="Pictures in one call.")] = 1,
     rounds: Annotated[int, typer.Option("--rounds", min=1, max=10_000, help="Timed calls of each case.")] = 20,
     output: Annotated[

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -29,11 +29,15 @@ def generate(
         ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the first picture; the others follow.")] = 3_000_000,
+    backend: Annotated[
+        Literal["auto", "rtx", "tensorrt", "cuda", "onnxruntime"],
+        typer.Option("--backend", help="Plans (rtx, tensorrt), cpu graphs on a GPU (cuda) or on the processor."),
+    ] = "auto",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="PNG file.", show_default="samples.png beside the bundle")
     ] = None,
 ) -> None:
-    """Generate pictures with a bundle's graphs in ONNX Runtime, beside full precision.
+    """Generate pictures with the best backend that this machine has for a bundle, beside full precision.
 
     Example: adatsq-trt generate runs/demo --samples 10 --prompt 3 --prompt 7
     """
@@ -44,7 +48,8 @@ def generate(
     from adatsq_trt.stages.shapes import parse_size
 
     asked = None if size is None else parse_size(size, "--size")
-    opened = Bundle.open(bundle)
+    opened = Bundle.open(bundle, backend)
+    typer.echo(opened.choice.sentence, err=True)
     file = output or opened.files.folder.parent / "samples.png"
     if file.suffix != ".png":
         raise UserError(f"--output '{file}': got '{file.suffix}', expected a name that ends in .png")

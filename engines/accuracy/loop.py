@@ -67,7 +67,7 @@ def _latents(bundle: BundleFiles, reference: Reference) -> tuple[list[np.ndarray
     latents = [reference.loop("quantized")[0]]
     # ONNX Runtime documents no common base for what goes wrong with a graph or its inputs.
     try:
-        with Bundle(bundle) as runnable:
+        with Bundle(bundle, "onnxruntime") as runnable:  # the limits are those of the cpu graphs
             conditioning = runnable.conditioning(prompts)
             runnable.denoise(runnable.noise(seeds), conditioning, callback=lambda done: latents.append(done.latents))
     except Exception as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +12,7 @@ from typing import ClassVar, Self
 
 import numpy as np
 
+from adatsq_trt.engines.generation import Array, ArrayGeneration, Arrays, DenoisingRequest, Generation
 from adatsq_trt.formats import Target
 
 
@@ -117,14 +119,25 @@ class StepRunner(ABC):
         self.close()
 
     @abstractmethod
-    def run(self, step: int, inputs: Mapping[str, np.ndarray], size: tuple[int, ...] | None = None) -> np.ndarray:
+    def run(self, step: int, inputs: Arrays, size: tuple[int, ...] | None = None) -> Array:
         """Predict the velocity, float32 [rows, ...], with a step's formats and activation scales.
 
         Args:
             step: index in the loop.
-            inputs: name → float32 [rows, ...].
+            inputs: name → [rows, ...], float32 arrays or tensors.
             size: in pixels, one of the bundle's; None for its own.
         """
+
+    def generation(self, request: DenoisingRequest) -> Generation:
+        """Begin a run of the denoising loop."""
+        return ArrayGeneration(self.run, request)
+
+    def working(self) -> AbstractContextManager[None]:
+        """What the loop runs in."""
+        return nullcontext()
+
+    def synchronize(self) -> None:  # noqa: B027 - most have nothing to wait for
+        """Wait until all that was begun is done."""
 
     @abstractmethod
     def close(self) -> None:

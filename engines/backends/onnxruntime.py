@@ -14,6 +14,7 @@ import numpy as np
 from adatsq_trt.engines.backends.base import Backend, Runner, StepRunner
 from adatsq_trt.engines.backends.int8 import PRECISE_PRODUCTS, precise_products_needed
 from adatsq_trt.engines.bundle import BundleFiles
+from adatsq_trt.engines.generation import Arrays, as_array
 from adatsq_trt.errors import AdatsqError, DamagedFileError, DependencyError
 from adatsq_trt.graph_index import GraphFile
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 log = logging.getLogger(__name__)
-PROVIDER = "CPUExecutionProvider"
+PROVIDER, CUDA_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider"
 # Errors only: the library warns about GPUs that it does not find, which nobody asked for.
 _LOG_ERRORS = 3
 # Graphs over larger weight files are folded; loading smaller ones needs little memory anyway.
@@ -31,14 +32,14 @@ _FOLDED_BYTES = 1 << 24
 class OnnxRuntimeRunner(Runner):
     """An ONNX Runtime session."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, on_gpu: bool = False) -> None:
         """Load a graph; see `OnnxRuntimeBackend.load`."""
         import onnxruntime
 
         self._path = path
         # The library documents no common base for its exceptions.
         try:
-            self._session = _folded_session(path)
+            self._session = _session(path, on_gpu) if on_gpu else _folded_session(path)
         except Exception as error:
             raise DamagedFileError(
                 f"ONNX Runtime {onnxruntime.__version__} cannot load '{path}': {error}; "
@@ -80,7 +81,7 @@ def _folded_session(path: Path) -> onnxruntime.InferenceSession:
     return _session(path)
 
 
-def _session(path: Path) -> onnxruntime.InferenceSession:
+def _session(path: Path, on_gpu: bool = False) -> onnxruntime.InferenceSession:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -89,7 +90,7 @@ def _session(path: Path) -> onnxruntime.InferenceSession:
     options.add_session_config_entry(PRECISE_PRODUCTS, str(int(precise_products_needed())))
     # Else a session's threads spin for some 30 ms after a call, and take the processors from the next session's.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    return onnxruntime.InferenceSession(path, options, providers=[PROVIDER])
+    return onnxruntime.InferenceSession(path, options, providers=[CUDA_PROVIDER, PROVIDER] if on_gpu else [PROVIDER])
 
 
 def _return_freed_memory() -> None:
@@ -106,23 +107,25 @@ class OnnxRuntimeSteps(StepRunner):
     the processor as in a session of its own (docs/decisions/0009).
     """
 
-    def __init__(self, files: BundleFiles, graph: GraphFile) -> None:
+    def __init__(self, files: BundleFiles, graph: GraphFile, on_gpu: bool = False) -> None:
         """Load a graph.
 
         Args:
             files: the bundle.
             graph: the one of all assignments, or the reference.
+            on_gpu: compute on the GPU; what its provider does not have runs on the processor.
         """
         self._files, self._graph = files, graph
-        self._runner = OnnxRuntimeBackend().load(files.graph_path(graph))
+        self._runner = OnnxRuntimeBackend().load(files.graph_path(graph), on_gpu)
         self._controls: dict[tuple[int, tuple[int, ...] | None], dict[str, np.ndarray]] = {}
 
-    def run(self, step: int, inputs: Mapping[str, np.ndarray], size: tuple[int, ...] | None = None) -> np.ndarray:
+    def run(self, step: int, inputs: Arrays, size: tuple[int, ...] | None = None) -> np.ndarray:
         """Run the session, with its branches and scales set for a step; they are the same for all calls of a step."""
         key = (step, size)
         if key not in self._controls:
             self._controls[key] = self._files.controls(self._graph, step, size)
-        return self._runner.run({**inputs, **self._controls[key]})[self._graph.outputs[0].name]
+        arrays = {name: as_array(value) for name, value in inputs.items()}
+        return self._runner.run({**arrays, **self._controls[key]})[self._graph.outputs[0].name]
 
     def close(self) -> None:
         """Free the session."""
@@ -132,7 +135,7 @@ class OnnxRuntimeSteps(StepRunner):
 class OnnxRuntimeBackend(Backend):
     """ONNX Runtime with its CPU provider; a graph is its own plan."""
 
-    name = "onnxruntime"
+    name = title = "onnxruntime"
 
     def require(self) -> None:
         """Make sure that the library and its CPU provider are there."""
@@ -154,7 +157,22 @@ class OnnxRuntimeBackend(Backend):
 
         return str(onnxruntime.__version__)
 
-    def load(self, path: Path) -> Runner:
+    def load(self, path: Path, on_gpu: bool = False) -> Runner:
         """Load an ONNX graph with its external data."""
         self.require()
-        return OnnxRuntimeRunner(path)
+        return OnnxRuntimeRunner(path, on_gpu)
+
+
+def require_cuda() -> None:
+    """Make sure that ONNX Runtime can use a GPU here: it falls back to the processor without an error.
+
+    Raises:
+        DependencyError: says what is missing.
+    """
+    import onnxruntime
+    import torch
+
+    if CUDA_PROVIDER not in onnxruntime.get_available_providers():
+        raise DependencyError(f"this ONNX Runtime has no {CUDA_PROVIDER}; run: pip install onnxruntime-gpu")
+    if not torch.cuda.is_available():
+        raise DependencyError("PyTorch sees no GPU; install a CUDA build of PyTorch and the GPU's driver")

@@ -1,84 +1,116 @@
-"""A bundle's plans on a GPU: every layout, one buffer of activations.
+"""A bundle's plans on a GPU: every layout, one block of activations, tensors that stay on the device.
 
-No machine of ours has run this yet; what can be tested without a GPU (choosing the plans, refusing what does not fit)
-is tested.
+What is bound, and how often (docs/decisions/0041): weights once per context; positions once per size; scales of all
+steps lie in one tensor, of which a step binds its part; conditioning once per generation; latents and time per step.
+
+No machine of ours has run this with a GPU. The tests run it against a stand-in that computes on the bound addresses.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 from abc import abstractmethod
-from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from threading import RLock
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from adatsq_trt.engines.backends.base import StepRunner
+from adatsq_trt.engines.backends.cuda_device import CudaDevice
+from adatsq_trt.engines.backends.execution_context import EngineContext
 from adatsq_trt.engines.backends.network import NetworkCompiler
-from adatsq_trt.engines.bundle import PLAN_FOLDER, REBUILD, BundleFiles, PlanFile
-from adatsq_trt.engines.store import STORE_NAME, read_plan
-from adatsq_trt.errors import AdatsqError, DamagedFileError, DependencyError
+from adatsq_trt.engines.backends.plan_controls import PlanControls
+from adatsq_trt.engines.bundle import BundleFiles, PlanFile
+from adatsq_trt.engines.generation import Array, Arrays, DenoisingRequest, Generation, guide
+from adatsq_trt.engines.store import read_plan
+from adatsq_trt.errors import DamagedFileError
 
 if TYPE_CHECKING:
     import torch
 
-log = logging.getLogger(__name__)
+Size = tuple[int, ...] | None
 
 
-def gpu_capability() -> int:
-    """Compute capability of this machine's GPU, such as 120.
+class Device(Protocol):
+    """What `CudaDevice` is to the runtime."""
 
-    Raises:
-        DependencyError: PyTorch sees no GPU.
-    """
-    import torch
+    @property
+    def device(self) -> torch.device:
+        """As PyTorch calls it."""
 
-    if not torch.cuda.is_available():
-        raise DependencyError(
-            "plans run on a GPU only and PyTorch sees none; run them where a GPU, its driver and a CUDA build of "
-            "PyTorch are, or use backend 'onnxruntime'"
-        )
-    major, minor = torch.cuda.get_device_capability()
-    return 10 * major + minor
+    @property
+    def stream(self) -> int:
+        """Handle of the stream that everything runs on."""
+
+    def work(self) -> AbstractContextManager[None]:
+        """Enqueue on the stream, in order with the caller's."""
+
+    def synchronize(self) -> None:
+        """Wait for the stream."""
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Memory on the device."""
 
 
 class PlanSteps(StepRunner):
-    """A bundle's engines, of which each step runs one."""
+    """A bundle's engines, of which each step runs one. Calls of several threads take turns."""
 
-    def __init__(self, files: BundleFiles, plans: tuple[PlanFile, ...], backend: NetworkCompiler) -> None:
+    def __init__(
+        self, files: BundleFiles, plans: tuple[PlanFile, ...], backend: NetworkCompiler, device: Device | None = None
+    ) -> None:
         """Deserialize plans.
 
         Args:
             files: the bundle.
             plans: those for this machine's GPU.
             backend: what compiled them.
+            device: the GPU.
 
         Raises:
             DamagedFileError: the library refuses a plan.
+            AdatsqError: the library refuses to make an execution context.
         """
-        import torch
-
         self._files, self._title, self._library = files, backend.title, backend.library
+        self._gpu = device or CudaDevice()
+        self._lock = RLock()
         self._runtime = self._library.Runtime(backend.make_logger())
         self._prepare_runtime(self._runtime)
         self._plans = {plan.assignment: plan for plan in plans}
-        self._engines = {plan.assignment: self._deserialize(plan) for plan in plans}
-        sizes = [engine.device_memory_size_v2 for engine in self._engines.values()]
-        # One step runs at a time, so all engines write their activations to the same place.
-        self._activations = torch.empty(max(sizes), dtype=torch.uint8, device="cuda")
-        self._contexts = {assignment: self._context(engine) for assignment, engine in self._engines.items()}
-        shared = files.manifest.layout == "shared"
-        self._weights = load_store(files.file(f"{PLAN_FOLDER}/{STORE_NAME}")) if shared else {}
-        self._buffers: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
+        with self._gpu.work():
+            engines = {plan.assignment: self._deserialize(plan) for plan in plans}
+            self._contexts = {held: self._context(engine, held) for held, engine in engines.items()}
+            # One step runs at a time, so all engines write their activations to the same place.
+            self._activations = self._shared_activations()
+            self._controls = PlanControls(files, self._gpu, next(iter(self._contexts.values())))
+            for context in self._contexts.values():
+                self._controls.bind_weights(context)
+        self._call: _RowBuffers | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where latents and velocities are."""
+        return self._gpu.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type that the graphs take their latents in."""
+        context = next(iter(self._contexts.values()))
+        return context.dtype(self._files.graph("cpu", None).inputs[0].name)
 
     def _prepare_runtime(self, runtime: Any) -> None:
         """What the library asks for before it deserializes."""
 
     @abstractmethod
-    def _make_context(self, engine: Any) -> Any:
-        """An execution context whose device memory is given to it."""
+    def _make_context(self, engine: Any, captured: bool) -> Any:
+        """An execution context whose device memory is given to it; None where the library refuses.
+
+        Args:
+            engine: deserialized.
+            captured: whether its calls may be captured as CUDA graphs.
+        """
+
+    def _called(self, held: int | None, rows: int, size: Size) -> None:
+        """An engine has been called for so many rows of a size."""
 
     def _deserialize(self, plan: PlanFile) -> Any:
         folder = self._files.folder
@@ -87,90 +119,164 @@ class PlanSteps(StepRunner):
             raise DamagedFileError(f"{self._title} cannot load '{folder / plan.path}'; build it again on this version")
         return engine
 
-    def _context(self, engine: Any) -> Any:
-        context = self._make_context(engine)
-        context.set_device_memory(self._activations.data_ptr(), self._activations.numel())
-        return context
+    def _context(self, engine: Any, held: int | None) -> EngineContext:
+        # The branch that a plan of all assignments takes is decided on the device, which no captured graph can.
+        context = self._make_context(engine, captured=held is not None)
+        title = f"{self._title} ('{self._plans[held].path}')"
+        return EngineContext(self._library, engine, context, title)
 
-    def run(self, step: int, inputs: Mapping[str, np.ndarray], size: tuple[int, ...] | None = None) -> np.ndarray:
-        """Bind a step's inputs, scales and weights to its engine and run it."""
+    def _shared_activations(self) -> torch.Tensor:
+        """Only now do the engines know how much they need: budgets for streamed weights are set with the contexts."""
         import torch
 
+        needed = max(context.engine.device_memory_size_v2 for context in self._contexts.values())
+        memory = self._gpu.empty((max(needed, 1),), torch.uint8)
+        for context in self._contexts.values():
+            context.use_memory(memory)
+        return memory
+
+    # ------------------------------------------------------------------------------------------------- running
+
+    def run(self, step: int, inputs: Arrays, size: Size = None) -> Array:
+        """Predict a velocity from inputs of the caller's, of which NumPy's arrays come back as such."""
+        given = next(iter(inputs.values()))
+        with self._lock, self._gpu.work():
+            if self._call is None or not self._call.fits(len(given), size):
+                self._call = _RowBuffers(self, len(given), size)
+            for name, value in inputs.items():
+                self._call.rows[name].copy_(_tensor(value))
+            velocity = self.enqueue(step, self._call).float()
+            if isinstance(given, np.ndarray):
+                return np.asarray(velocity.cpu().numpy())
+            return velocity
+
+    def generation(self, request: DenoisingRequest) -> PlanGeneration:
+        """Begin a run of the loop with buffers of its own."""
+        with self._lock, self._gpu.work():
+            return PlanGeneration(self, request)
+
+    def working(self) -> AbstractContextManager[None]:
+        """Keep what PyTorch does meanwhile in order with the engines."""
+        return self._gpu.work()
+
+    def synchronize(self) -> None:
+        """Wait for the device; raises what went wrong there."""
+        self._gpu.synchronize()
+
+    def context_of(self, step: int) -> EngineContext:
+        """The context that runs a step."""
+        return self._contexts[self._held(step)]
+
+    def _held(self, step: int) -> int | None:
+        """The assignment of a step's engine; None for the engine of all assignments."""
         assignment = self._files.policy.step_assignments[step]
-        held = assignment if assignment in self._engines else None
-        engine, context, stream = self._engines[held], self._contexts[held], torch.cuda.current_stream()
-        files = self._files
+        return assignment if assignment in self._contexts else None
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Memory on the device."""
+        return self._gpu.empty(shape, dtype)
+
+    def row_shapes(self, rows: int, size: Size) -> dict[str, tuple[int, ...]]:
+        """Shapes of the inputs with rows."""
+        return {s.name: (rows, *map(int, s.shape[1:])) for s in self._files.row_inputs(size)}
+
+    def enqueue(self, step: int, buffers: _RowBuffers) -> torch.Tensor:
+        """Bind a step's tensors to its engine and enqueue it.
+
+        Args:
+            step: index in the loop.
+            buffers: inputs with rows, filled.
+
+        Returns:
+            The output buffer, [rows, *latent_shape] in the graph's type, which the next step overwrites.
+        """
+        held, stream = self._held(step), self._gpu.stream
+        files, size, context = self._files, buffers.size, self._contexts[held]
         profiles = files.manifest.profiles_of(files.manifest.shape(size))
-        profile = self._plans[held].profile(len(next(iter(inputs.values()))), profiles)
-        if context.active_optimization_profile != profile:
-            context.set_optimization_profile_async(profile, stream.cuda_stream)
-        bucket = {"bucket": np.asarray(assignment, np.int32)}
-        values = {**inputs, **files.positions(files.cpu_graph(step), size), **files.scales(step), **bucket}
-        output = None
-        for name in (engine.get_tensor_name(i) for i in range(engine.num_io_tensors)):
-            if name in self._weights:
-                address = self._weights[name].data_ptr()
-            else:
-                # A scale that no chosen branch reads is bound too, to whatever an earlier step left there.
-                given = values.get(name)
-                shape = tuple(context.get_tensor_shape(name)) if given is None else given.shape
-                buffer = self._buffer(name, shape, engine)
-                if given is not None:
-                    buffer.copy_(torch.from_numpy(np.asarray(given, order="C")))
-                    context.set_input_shape(name, given.shape)
-                elif len(shape):
-                    output = buffer
-                address = buffer.data_ptr()
-            context.set_tensor_address(name, address)
-        if not context.execute_async_v3(stream.cuda_stream) or output is None:
-            raise AdatsqError(f"{self._title} failed to run step {step} with inputs {sorted(inputs)}; see --debug")
-        stream.synchronize()
-        return np.asarray(output.float().cpu().numpy())
-
-    def _buffer(self, name: str, shape: tuple[int, ...], engine: Any) -> torch.Tensor:
-        """Device memory of an input or output, the same at every step: captured CUDA graphs keep its address."""
-        import torch
-
-        types = {
-            self._library.float32: torch.float32,
-            self._library.bfloat16: torch.bfloat16,
-            self._library.float16: torch.float16,
-            self._library.int32: torch.int32,
-        }
-        if (name, shape) not in self._buffers:
-            dtype = types[engine.get_tensor_dtype(name)]
-            self._buffers[name, shape] = torch.ones(shape, dtype=dtype, device="cuda")
-        return self._buffers[name, shape]
+        with self._lock:
+            context.use_profile(self._plans[held].profile(buffers.count, profiles), stream)
+            for name, tensor in buffers.rows.items():
+                context.set_shape(name, tensor.shape)
+                context.bind(name, tensor.data_ptr())
+            self._controls.bind_step(context, step, size)
+            output = buffers.output(context)
+            context.bind(context.output, output.data_ptr())
+            context.enqueue(stream)
+            self._called(held, buffers.count, size)
+        return output
 
     def close(self) -> None:
         """Free the engines."""
+        self._call = None
         self._contexts.clear()
-        self._engines.clear()
-        self._buffers.clear()
+        self._controls.clear()
 
 
-def load_store(path: Path, device: str = "cuda") -> dict[str, torch.Tensor]:
-    """The store in device memory, as one block that keeps the file's alignment.
+class _RowBuffers:
+    """Inputs with rows, and the output, on the device, in the graph's types.
 
-    Returns:
-        Name → its bytes, uint8.
-
-    Raises:
-        DamagedFileError: truncated or not safetensors.
+    Attributes:
+        rows: input name → [rows, ...].
+        count: rows.
+        size: in pixels.
     """
+
+    def __init__(self, runner: PlanSteps, count: int, size: Size) -> None:
+        self.count, self.size, self._runner = count, size, runner
+        context = runner.context_of(0)
+        shapes = runner.row_shapes(count, size)
+        self.rows = {name: runner.empty(shape, context.dtype(name)) for name, shape in shapes.items()}
+        self._output: torch.Tensor | None = None
+
+    def fits(self, count: int, size: Size) -> bool:
+        """Whether these buffers serve another call."""
+        return (self.count, self.size) == (count, size)
+
+    def output(self, context: EngineContext) -> torch.Tensor:
+        """The output's buffer, once a context knows all shapes."""
+        if self._output is None:
+            self._output = self._runner.empty(context.output_shape(), context.dtype(context.output))
+        return self._output
+
+
+class PlanGeneration(Generation):
+    """A run of the loop on the device: between two steps nothing leaves it, and nothing waits for it."""
+
+    def __init__(self, runner: PlanSteps, request: DenoisingRequest) -> None:
+        """Bring latents and conditioning to the device."""
+        super().__init__(request)
+        import torch
+
+        self._runner = runner
+        self._buffers = _RowBuffers(runner, request.rows, request.size)
+        self._latents = runner.empty(tuple(request.latents.shape), torch.float32)
+        self._latents.copy_(_tensor(request.latents))
+        samples = len(request.latents)
+        for name, value in request.conditioning.conditional.items():
+            self._buffers.rows[name][:samples].copy_(_tensor(value))
+        for name, value in (request.conditioning.unconditional or {}).items():
+            self._buffers.rows[name][samples:].copy_(_tensor(value))
+
+    @property
+    def latents(self) -> torch.Tensor:
+        """On the device."""
+        return self._latents
+
+    def advance(self, step: int) -> None:
+        """Enqueue one step: model, guidance, and the scheduler's step in float32."""
+        request, rows = self.request, self._buffers.rows
+        samples = len(self._latents)
+        for branch in range(request.conditioning.branches):
+            rows[request.latent_input][branch * samples : (branch + 1) * samples].copy_(self._latents)
+        for name, value in request.row_values(step).items():
+            rows[name].fill_(value)
+        prediction = self._runner.enqueue(step, self._buffers).float()
+        velocity = guide(prediction, samples, request.guidance)
+        self._latents = request.schedule.advance(self._latents, velocity, step)
+
+
+def _tensor(value: Array) -> torch.Tensor:
+    """A caller's array or tensor as a tensor, where it is."""
     import torch
-    from safetensors import SafetensorError, safe_open
 
-    try:
-        with safe_open(path, "np"):
-            pass  # the library has held the header to the file: what it says can be relied upon
-    except (SafetensorError, OSError) as error:
-        raise DamagedFileError(f"'{path}' is not a complete safetensors file ({error}); {REBUILD}") from error
-
-    content = np.memmap(path, np.uint8, "c")  # PyTorch warns of arrays that it cannot write to
-    start = 8 + int.from_bytes(content[:8].tobytes(), "little")
-    header = json.loads(content[8:start].tobytes())
-    block = torch.empty(len(content) - start, dtype=torch.uint8, device=device)
-    block.copy_(torch.from_numpy(np.asarray(content[start:])))
-    places = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
-    return {name: block[begin:end] for name, (begin, end) in places.items()}
+    return torch.from_numpy(np.asarray(value, order="C")) if isinstance(value, np.ndarray) else value

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
+from pathlib import Path
 from typing import Any
 
-from adatsq_trt.engines.backends.plan_steps import PlanSteps, gpu_capability
+from adatsq_trt.engines.backends.cuda_device import gpu_capability, gpu_name
+from adatsq_trt.engines.backends.plan_steps import PlanSteps
 from adatsq_trt.engines.backends.rtx import RtxBackend
-from adatsq_trt.engines.bundle import BundleFiles, Manifest, PlanFile
+from adatsq_trt.engines.bundle import MANIFEST_NAME, BundleFiles, Manifest, PlanFile
 from adatsq_trt.errors import MismatchError, OutputError
-from adatsq_trt.files import write_bytes
+from adatsq_trt.files import sha256, write_bytes
 from adatsq_trt.formats import TARGETS
 
 log = logging.getLogger(__name__)
@@ -57,7 +61,7 @@ def plans_here(manifest: Manifest) -> tuple[PlanFile, ...]:
 
 
 class RtxSteps(PlanSteps):
-    """Engines of TensorRT-RTX."""
+    """Engines of TensorRT-RTX, which compiles kernels when a context first meets a shape."""
 
     def __init__(self, files: BundleFiles) -> None:
         """Deserialize the plans for this machine's GPU.
@@ -65,28 +69,62 @@ class RtxSteps(PlanSteps):
         Raises:
             UserError: as `plans_here`; TensorRT-RTX refuses a plan.
         """
-        plans = plans_here(files.manifest)
-        self._cache_file = files.folder.parent / CACHE_FOLDER / f"{plans[0].target}.bin"
         self._cache: Any = None
-        super().__init__(files, plans, RtxBackend())
+        self._compiled: set[tuple[int | None, int, tuple[int, ...] | None]] = set()
+        self._unsaved = False
+        super().__init__(files, plans_here(files.manifest), RtxBackend())
 
-    def _make_context(self, engine: Any) -> Any:
-        """With CUDA graphs and the common cache of compiled kernels."""
+    def _make_context(self, engine: Any, captured: bool) -> Any:
+        """With CUDA graphs where they can be captured, and the common cache of compiled kernels."""
         config, library = engine.create_runtime_config(), self._library
         if self._cache is None:
             self._cache = config.create_runtime_cache()
+            self._cache_file = cache_file(self._files, gpu_name())
             if self._cache_file.is_file() and not self._cache.deserialize(self._cache_file.read_bytes()):
-                log.warning("'%s' is of another driver, GPU or version; compiling kernels anew", self._cache_file)
-        config.set_runtime_cache(self._cache)
+                log.warning("'%s' is of another version of TensorRT-RTX; compiling kernels anew", self._cache_file)
+        if not config.set_runtime_cache(self._cache):
+            log.warning("TensorRT-RTX takes no runtime cache; it compiles kernels at every start")
         config.set_execution_context_allocation_strategy(library.ExecutionContextAllocationStrategy.USER_MANAGED)
-        config.cuda_graph_strategy = library.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        strategies = library.CudaGraphStrategy
+        config.cuda_graph_strategy = strategies.WHOLE_GRAPH_CAPTURE if captured else strategies.DISABLED
         return engine.create_execution_context(config)
 
+    def _called(self, held: int | None, rows: int, size: tuple[int, ...] | None) -> None:
+        """Note that kernels were compiled."""
+        call = (held, rows, size)
+        self._unsaved |= call not in self._compiled
+        self._compiled.add(call)
+
+    def synchronize(self) -> None:
+        """Wait for the device, and keep what it compiled: a process that is killed later need not compile again."""
+        super().synchronize()
+        self._save_cache()
+
     def close(self) -> None:
-        """Keep what was compiled for the next time and free the engines."""
-        if self._cache is not None:
-            try:
-                write_bytes(self._cache_file, bytes(self._cache.serialize()))
-            except OutputError as error:
-                log.warning("%s; kernels will be compiled again the next time", error)
+        """Free the engines."""
+        self._save_cache()
         super().close()
+
+    def _save_cache(self) -> None:
+        if not self._unsaved:
+            return
+        self._unsaved = False
+        try:
+            write_bytes(self._cache_file, bytes(self._cache.serialize()))
+        except OutputError as error:
+            log.warning("%s; kernels will be compiled again the next time", error)
+
+
+def cache_file(files: BundleFiles, gpu: str) -> Path:
+    """Where compiled kernels are kept: beside the bundle, or in the user's cache folder where that is read-only.
+
+    Args:
+        files: the bundle; another one has other kernels.
+        gpu: its name and its driver's version.
+    """
+    digest = hashlib.sha256(f"{sha256(files.folder / MANIFEST_NAME)} {gpu}".encode()).hexdigest()[:16]
+    beside = files.folder.parent
+    folder = beside / CACHE_FOLDER
+    if not os.access(folder if folder.exists() else beside, os.W_OK):
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "adatsq-trt", CACHE_FOLDER)
+    return folder / f"{digest}.bin"

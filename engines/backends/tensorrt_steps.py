@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from adatsq_trt.engines.backends.plan_steps import PlanSteps, gpu_capability
+from adatsq_trt.engines.backends.cuda_device import gpu_capability
+from adatsq_trt.engines.backends.plan_steps import PlanSteps
 from adatsq_trt.engines.backends.tensorrt import LIBRARY, TensorRTBackend, runs_capability, runs_version
 from adatsq_trt.engines.bundle import BundleFiles, Manifest, PlanFile
 from adatsq_trt.errors import MismatchError
@@ -76,7 +77,7 @@ class TensorRTSteps(PlanSteps):
         # Plans for other versions bring the program that runs them; their hashes have been checked.
         runtime.engine_host_code_allowed = self._files.manifest.compatibility.versions
 
-    def _make_context(self, engine: Any) -> Any:
+    def _make_context(self, engine: Any, captured: bool) -> Any:
         """With as many weights on the GPU as fit, if the plan allows it."""
         if engine.streamable_weights_size:
             engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()

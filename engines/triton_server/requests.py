@@ -10,7 +10,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from adatsq_trt.engines.runtime import GUIDANCE_INPUT, Bundle, Conditioning
+from adatsq_trt.engines.generation import GUIDANCE_INPUT
+from adatsq_trt.engines.runtime import Bundle, Conditioning
 from adatsq_trt.engines.triton_server.batching import Generation
 from adatsq_trt.engines.triton_server.parameters import cut, read_parameters
 from adatsq_trt.engines.triton_server.pipeline import Pipeline

@@ -12,6 +12,7 @@ from adatsq_trt.engines.backends.onnxruntime import OnnxRuntimeBackend
 from adatsq_trt.engines.bundle import BundleFiles, PlanFile, write_manifest
 from adatsq_trt.engines.runtime import Bundle, Conditioning
 from adatsq_trt.errors import DamagedFileError, MissingFileError, UserError
+from tests.doubles.host_device import HostDevice
 
 PLAN = "plans/sm120/assignment_000.plan"
 
@@ -29,6 +30,7 @@ def with_plan(own_bundle: BundleFiles, monkeypatch: pytest.MonkeyPatch) -> Bundl
     write_manifest(own_bundle.folder, own_bundle.manifest.model_copy(update={"plans": (plan,), "versions": versions}))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 0))
+    monkeypatch.setattr(plan_steps, "CudaDevice", HostDevice)
     return BundleFiles.open(own_bundle.folder)
 
 
@@ -127,7 +129,7 @@ def test_a_bad_bundle_is_refused_before_anything_is_loaded(
 REQUESTS: dict[str, tuple[dict[str, object], str]] = {
     "other steps": ({"steps": 20}, "steps: got 20, the bundle's policy is for 4; .*--steps 20"),
     "more rows than the profile": ({"samples": 5}, "got 10 rows .*the plans accept at most 8; denoise fewer samples"),
-    "latents of another shape": ({"latents": np.zeros((1, 4, 15), np.float32)}, r"got float32 \[2, 4, 15\], expected"),
+    "latents of another shape": ({"latents": np.zeros((1, 4, 15), np.float32)}, r"got float32 \[1, 4, 15\], expected"),
     "conditioning of another shape": (
         {"conditioning": Conditioning({"pooled": np.zeros((1, 15), np.float32)})},
         r"input 'pooled': got float32 \[1, 15\], expected",

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from adatsq_trt.engines import runtime
-from adatsq_trt.engines.backends import onnxruntime
+from adatsq_trt.engines.backends import onnxruntime, selection
 from adatsq_trt.engines.bundle import BundleFiles, ImageSpec
 from adatsq_trt.engines.runtime import Bundle, Conditioning, StepResult, require_inputs
 from adatsq_trt.errors import DamagedFileError, MismatchError, UserError
@@ -89,7 +88,9 @@ def test_one_session_serves_all_steps(bundle: Bundle, monkeypatch: pytest.Monkey
     loaded = []
     load = onnxruntime.OnnxRuntimeBackend.load
     monkeypatch.setattr(
-        onnxruntime.OnnxRuntimeBackend, "load", lambda self, path: loaded.append(path.name) or load(self, path)
+        onnxruntime.OnnxRuntimeBackend,
+        "load",
+        lambda self, path, on_gpu: loaded.append(path.name) or load(self, path, on_gpu),
     )
     for _ in range(2):
         bundle.denoise(bundle.noise([3]), bundle.conditioning([0]))
@@ -107,7 +108,7 @@ def test_formats_and_buckets(bundle: Bundle) -> None:
     ("change", "message"),
     [
         ({"steps": 20}, "steps: got 20, the bundle's policy is for 4"),
-        ({"latents": np.zeros((2, 4, 15), np.float32)}, r"'hidden_states': got float32 \[4, 4, 15\]"),
+        ({"latents": np.zeros((2, 4, 15), np.float32)}, r"'hidden_states': got float32 \[2, 4, 15\]"),
         ({"latents": np.zeros((2, 4, 16))}, "'hidden_states': got float64"),
         ({"latents": np.zeros((0, 4, 16), np.float32)}, r"got float32 \[0, 4, 16\].*at least one"),
         ({"latents": np.zeros((3, 4, 16), np.float32)}, "as many rows"),
@@ -118,7 +119,7 @@ def test_formats_and_buckets(bundle: Bundle) -> None:
 def test_bad_requests_are_refused_before_anything_is_loaded(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, change: dict[str, object], message: str
 ) -> None:
-    monkeypatch.setattr(runtime, "OnnxRuntimeSteps", None)
+    monkeypatch.setattr(selection, "OnnxRuntimeSteps", None)
     request = {"latents": bundle.noise([1, 2]), "conditioning": bundle.conditioning([0, 1])}
     with pytest.raises(MismatchError if "steps" in change else UserError, match=message):
         bundle.denoise(**{**request, **change})

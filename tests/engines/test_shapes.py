@@ -118,7 +118,7 @@ def test_other_sizes_are_refused_before_anything_is_loaded(bundle: Bundle) -> No
     ):
         with pytest.raises(MismatchError, match=message):
             refused()
-    with pytest.raises(UserError, match=r"'hidden_states': got float32 \[2, 30, 4\], expected .* 16, 4\]"):
+    with pytest.raises(UserError, match=r"'hidden_states': got float32 \[1, 30, 4\], expected .* 16, 4\]"):
         bundle.denoise(noise, condition)
     assert not bundle._runners
 

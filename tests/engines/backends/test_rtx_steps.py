@@ -7,7 +7,7 @@ import pytest
 import torch
 from onnx import TensorProto
 
-from adatsq_trt.engines.backends.plan_steps import load_store
+from adatsq_trt.engines.backends.plan_controls import load_store
 from adatsq_trt.engines.backends.rtx_steps import plans_here, runnable_plans
 from adatsq_trt.engines.bundle import BundleFiles, Manifest, PlanFile
 from adatsq_trt.engines.runtime import Bundle
@@ -53,10 +53,17 @@ def test_plans_need_a_gpu(tiny_bundle: BundleFiles, manifest: Manifest) -> None:
 def test_more_rows_than_the_optimization_profile(
     tiny_bundle: BundleFiles, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adatsq_trt.engines.runtime.rtx_steps.plans_here", lambda _: manifest.plans)
+    monkeypatch.setattr("adatsq_trt.engines.backends.rtx_steps.plans_here", lambda _: manifest.plans)
     bundle = Bundle.open(tiny_bundle.folder, "rtx")
     with pytest.raises(UserError, match=r"got 10 rows .*at most 8"):
         bundle.denoise(bundle.noise(range(5)), bundle.conditioning([0] * 5))
+
+
+class Host:
+    """Memory of the processor."""
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
 
 
 def test_store_in_one_block(tmp_path: Path) -> None:
@@ -65,7 +72,7 @@ def test_store_in_one_block(tmp_path: Path) -> None:
     weights = {Weight(0, 300, TensorProto.INT8, (300,)): "a", Weight(500, 500, TensorProto.INT8, (5, 100)): "b"}
     (tmp_path / "data").write_bytes(content)
     write_store(tmp_path / "store", tmp_path / "data", weights)
-    loaded = load_store(tmp_path / "store", "cpu")
+    loaded = load_store(tmp_path / "store", Host())
     assert loaded["a"].numpy().tobytes() == content[:300]
     assert loaded["b"].numpy().tobytes() == content[500:]
     assert loaded["b"].data_ptr() - loaded["a"].data_ptr() == 512
@@ -75,4 +82,4 @@ def test_store_in_one_block(tmp_path: Path) -> None:
 def test_a_store_that_is_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "store").write_bytes(content)
     with pytest.raises(DamagedFileError, match="not a complete safetensors"):
-        load_store(tmp_path / "store", "cpu")
+        load_store(tmp_path / "store", Host())

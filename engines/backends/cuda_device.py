@@ -1,0 +1,97 @@
+"""A GPU as the runtime of plans uses it: where tensors lie, its one stream, and waiting for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from adatsq_trt.errors import DependencyError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def gpu_is_here() -> bool:
+    """Whether there is an NVIDIA driver with a GPU; PyTorch may still not see it."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        return bool(pynvml.nvmlDeviceGetCount())
+    except pynvml.NVMLError:
+        return False
+
+
+def gpu_name() -> str:
+    """Name of this machine's GPU and version of its driver: kernels compiled for one are of no use to another.
+
+    Raises:
+        DependencyError: PyTorch sees no GPU.
+    """
+    gpu_capability()
+    import pynvml
+    import torch
+
+    pynvml.nvmlInit()
+    return f"{torch.cuda.get_device_name()}, driver {pynvml.nvmlSystemGetDriverVersion()}"
+
+
+def gpu_capability() -> int:
+    """Compute capability of this machine's GPU, such as 120.
+
+    Raises:
+        DependencyError: PyTorch sees no GPU.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise DependencyError(
+            "plans run on a GPU only and PyTorch sees none; run them where a GPU, its driver and a CUDA build of "
+            "PyTorch are, or use backend 'onnxruntime'"
+        )
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
+class CudaDevice:
+    """The current GPU with a stream of its own: whole graphs cannot be captured on the default stream.
+
+    Attributes:
+        device: as PyTorch calls it.
+    """
+
+    def __init__(self) -> None:
+        """Make the stream."""
+        import torch
+
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self._stream = torch.cuda.Stream(self.device)
+
+    @property
+    def stream(self) -> int:
+        """The stream's handle."""
+        return int(self._stream.cuda_stream)
+
+    @contextmanager
+    def work(self) -> Iterator[None]:
+        """Enqueue on the stream: after what the caller has enqueued, and before what it enqueues next."""
+        import torch
+
+        caller = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(caller)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            caller.wait_stream(self._stream)
+
+    def synchronize(self) -> None:
+        """Wait for all that is enqueued; raises what went wrong there."""
+        self._stream.synchronize()
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Memory there; PyTorch's allocator aligns it to 512 bytes."""
+        import torch
+
+        return torch.empty(shape, dtype=dtype, device=self.device)

@@ -1,0 +1,167 @@
+"""What plans take beside rows: weights, positions, activation scales and the assignment, kept on the device."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from adatsq_trt.engines.backends.execution_context import ALIGNMENT_BYTES, EngineContext
+from adatsq_trt.engines.bundle import PLAN_FOLDER, REBUILD, BundleFiles
+from adatsq_trt.engines.store import STORE_NAME
+from adatsq_trt.errors import DamagedFileError
+
+if TYPE_CHECKING:
+    import torch
+
+Size = tuple[int, ...] | None
+
+
+class Memory(Protocol):
+    """Where a device's tensors come from."""
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Memory on the device."""
+
+
+class PlanControls:
+    """Weights once per bundle, positions once per size, and the scales of all steps as one tensor."""
+
+    def __init__(self, files: BundleFiles, memory: Memory, context: EngineContext) -> None:
+        """Bring weights and scales to the device.
+
+        Args:
+            files: the bundle.
+            memory: of the device.
+            context: any of the bundle's; all take a scale in the same type.
+
+        Raises:
+            DamagedFileError: as `load_store` and `BundleFiles.scales`.
+        """
+        self._files, self._memory = files, memory
+        shared = files.manifest.layout == "shared"
+        self._weights = load_store(files.file(f"{PLAN_FOLDER}/{STORE_NAME}"), memory) if shared else {}
+        self._positions: dict[Size, dict[str, torch.Tensor]] = {}
+        self._steps = _StepTable(files, memory)
+
+    def bind_weights(self, context: EngineContext) -> None:
+        """Bind a context's weights, once and for all steps."""
+        for name in context.inputs:
+            if name in self._weights:
+                context.bind(name, self._weights[name].data_ptr())
+
+    def bind_step(self, context: EngineContext, step: int, size: Size) -> None:
+        """Bind positions, scales and the assignment of a step."""
+        for name, tensor in self._positions_of(context, step, size).items():
+            context.set_shape(name, tensor.shape)
+            context.bind(name, tensor.data_ptr())
+        self._steps.bind(context, step)
+
+    def _positions_of(self, context: EngineContext, step: int, size: Size) -> dict[str, torch.Tensor]:
+        import torch
+
+        if size not in self._positions:
+            stored = self._files.positions(self._files.cpu_graph(step), size)
+            tensors = {}
+            for name, value in stored.items():
+                tensors[name] = self._memory.empty(value.shape, context.dtype(name))
+                tensors[name].copy_(torch.from_numpy(value))
+            self._positions[size] = tensors
+        return self._positions[size]
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        self._weights, self._positions = {}, {}
+        self._steps.clear()
+
+
+class _StepTable:
+    """Scalar inputs of all steps: one row for each step, in which every scalar begins at an aligned address.
+
+    A scale that no chosen branch of a step reads is 1.
+    """
+
+    def __init__(self, files: BundleFiles, memory: Memory) -> None:
+        self._files, self._memory = files, memory
+        self._tables: dict[torch.dtype, torch.Tensor] = {}
+        names = {s.name for graph in files.index.graphs for s in graph.scale_inputs.values()}
+        self._columns = {name: column for column, name in enumerate(sorted(names))}
+        # Read by the library on the processor where branches depend on it.
+        self._assignments = _aligned(np.asarray(files.policy.step_assignments, np.int32)[:, None])
+        self._device_assignments: torch.Tensor | None = None
+
+    def bind(self, context: EngineContext, step: int) -> None:
+        for name in context.inputs:
+            if name in self._columns:
+                context.bind(name, self._table(context.dtype(name))[step, self._columns[name]].data_ptr())
+            elif name == self._assignment_input:
+                context.bind(name, self._assignment(context.on_host(name))[step, 0].data_ptr())
+
+    @property
+    def _assignment_input(self) -> str | None:
+        inputs = (graph.bucket_input for graph in self._files.index.graphs)
+        return next((signature.name for signature in inputs if signature is not None), None)
+
+    def _table(self, dtype: torch.dtype) -> torch.Tensor:
+        """[steps, scalars, slot] on the device; the first of a slot is the scalar."""
+        if dtype not in self._tables:
+            steps = self._files.policy.steps
+            values = np.ones((steps, len(self._columns)), np.float32)
+            for step in range(steps):
+                for name, scale in self._files.scales(step).items():
+                    values[step, self._columns[name]] = scale
+            self._tables[dtype] = self._on_device(_aligned(values, dtype))
+        return self._tables[dtype]
+
+    def _assignment(self, on_host: bool) -> torch.Tensor:
+        if on_host:
+            return self._assignments
+        if self._device_assignments is None:
+            self._device_assignments = self._on_device(self._assignments)
+        return self._device_assignments
+
+    def _on_device(self, table: torch.Tensor) -> torch.Tensor:
+        there = self._memory.empty(tuple(table.shape), table.dtype)
+        return there.copy_(table)
+
+    def clear(self) -> None:
+        self._tables, self._device_assignments = {}, None
+
+
+def _aligned(values: np.ndarray, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Scalars [steps, scalars] as [steps, scalars, slot], a slot being as wide as addresses are aligned."""
+    import torch
+
+    scalars = torch.from_numpy(values).to(dtype or torch.int32)
+    slots = torch.zeros(*scalars.shape, ALIGNMENT_BYTES // scalars.element_size(), dtype=scalars.dtype)
+    slots[..., 0] = scalars
+    return slots
+
+
+def load_store(path: Path, memory: Memory) -> dict[str, torch.Tensor]:
+    """The store in device memory, as one block that keeps the file's alignment.
+
+    Returns:
+        Name → its bytes, uint8.
+
+    Raises:
+        DamagedFileError: truncated or not safetensors.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np"):
+            pass  # the library has held the header to the file: what it says can be relied upon
+    except (SafetensorError, OSError) as error:
+        raise DamagedFileError(f"'{path}' is not a complete safetensors file ({error}); {REBUILD}") from error
+
+    content = np.memmap(path, np.uint8, "c")  # PyTorch warns of arrays that it cannot write to
+    start = 8 + int.from_bytes(content[:8].tobytes(), "little")
+    header = json.loads(content[8:start].tobytes())
+    block = memory.empty((len(content) - start,), torch.uint8)
+    block.copy_(torch.from_numpy(np.asarray(content[start:])))
+    places = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+    return {name: block[begin:end] for name, (begin, end) in places.items()}

@@ -1,0 +1,107 @@
+"""What runs a bundle on this machine: the best that there is, and why nothing better."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from adatsq_trt.engines.backends import rtx_steps, tensorrt_steps
+from adatsq_trt.engines.backends.base import StepRunner
+from adatsq_trt.engines.backends.cuda_device import gpu_is_here
+from adatsq_trt.engines.backends.onnxruntime import OnnxRuntimeSteps, require_cuda
+from adatsq_trt.engines.bundle import BundleFiles, Manifest, PlanFile
+from adatsq_trt.errors import UserError
+
+BackendName: TypeAlias = Literal["auto", "rtx", "tensorrt", "cuda", "onnxruntime"]
+_TITLES: dict[BackendName, str] = {
+    "rtx": "TensorRT-RTX plans",
+    "tensorrt": "TensorRT plans",
+    "cuda": "ONNX Runtime on the GPU",
+    "onnxruntime": "ONNX Runtime on the processor",
+}
+
+
+@dataclass(frozen=True)
+class BackendChoice:
+    """What runs a bundle.
+
+    Attributes:
+        name: of the backend; never "auto".
+        plans: that it runs; none where graphs are run.
+        passed_over: better backends, and why they do not run the bundle here.
+    """
+
+    name: BackendName
+    plans: tuple[PlanFile, ...] = ()
+    passed_over: tuple[tuple[BackendName, str], ...] = ()
+
+    @property
+    def sentence(self) -> str:
+        """One line for the console."""
+        last = self.passed_over[-1:] and f"; not {_TITLES[self.passed_over[-1][0]]}: {self.passed_over[-1][1]}"
+        return f"runs in {_TITLES[self.name]}{last or ''}"
+
+
+def choose(manifest: Manifest, backend: BackendName = "auto") -> BackendChoice:
+    """The backend that runs a bundle here.
+
+    Args:
+        manifest: of the bundle.
+        backend: the one to use; "auto" for the best.
+
+    Raises:
+        UserError: the backend that was asked for does not run this bundle here; says why.
+    """
+    if backend == "auto":
+        return _best(manifest)
+    return BackendChoice(backend, _PLANS[backend](manifest))
+
+
+def _best(manifest: Manifest) -> BackendChoice:
+    if not gpu_is_here():  # told without importing PyTorch and TensorRT, which takes seconds
+        return BackendChoice("onnxruntime", passed_over=(("cuda", "there is no NVIDIA driver"),))
+    passed_over: list[tuple[BackendName, str]] = []
+    for name, plans_here in _PLANS.items():
+        try:
+            return BackendChoice(name, plans_here(manifest), tuple(passed_over))
+        except UserError as error:
+            passed_over.append((name, str(error)))
+    raise UserError(f"nothing here runs the bundle: {passed_over[-1][1]}")
+
+
+def _no_plans(manifest: Manifest) -> tuple[PlanFile, ...]:
+    return ()
+
+
+def _on_cuda(manifest: Manifest) -> tuple[PlanFile, ...]:
+    require_cuda()
+    return ()
+
+
+# Best first: what each runs here, or why it does not.
+_PLANS: dict[BackendName, Callable[[Manifest], tuple[PlanFile, ...]]] = {
+    "rtx": lambda manifest: rtx_steps.plans_here(manifest),
+    "tensorrt": lambda manifest: tensorrt_steps.plans_here(manifest),
+    "cuda": _on_cuda,
+    "onnxruntime": _no_plans,
+}
+
+
+def make_runner(files: BundleFiles, choice: BackendChoice, quantized: bool = True) -> StepRunner:
+    """What runs a bundle's steps.
+
+    Args:
+        files: the bundle.
+        choice: of `choose`.
+        quantized: follow the policy; otherwise the full-precision graph, of which there are no plans.
+
+    Raises:
+        UserError: a library refuses a plan or a graph.
+    """
+    if quantized and choice.name == "rtx":
+        return rtx_steps.RtxSteps(files)
+    if quantized and choice.name == "tensorrt":
+        return tensorrt_steps.TensorRTSteps(files)
+    graph = files.graph("cpu" if quantized else "reference", None)
+    return OnnxRuntimeSteps(files, graph, on_gpu=choice.name == "cuda")

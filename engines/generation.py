@@ -1,0 +1,159 @@
+"""One run of the denoising loop: what goes in, and how a backend takes it from step to step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from adatsq_trt.schedule import Schedule
+
+if TYPE_CHECKING:
+    import torch
+
+TIME_INPUT, GUIDANCE_INPUT = "timestep", "guidance"
+Array: TypeAlias = "np.ndarray | torch.Tensor"
+Arrays: TypeAlias = Mapping[str, Any]  # of Array; both are used alike
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What steers a batch of samples.
+
+    Attributes:
+        conditional: input name → [samples, ...], float32 or a tensor of any floating type.
+        unconditional: the same names for the unguided branch; None when the model is not guided.
+    """
+
+    conditional: Arrays
+    unconditional: Arrays | None = None
+
+    @property
+    def branches(self) -> int:
+        """How many rows of a call a sample takes."""
+        return 1 if self.unconditional is None else 2
+
+
+@dataclass(frozen=True)
+class DenoisingRequest:
+    """What one run of the loop starts from.
+
+    Attributes:
+        latents: initial noise, [samples, *latent_shape].
+        conditioning: of every sample.
+        guidance: scale of guidance.
+        schedule: of the run's size.
+        latent_input: name of the input that takes the latents.
+        inputs: names of all inputs with rows.
+        size: in pixels, one of the bundle's; None for its own.
+    """
+
+    latents: Array
+    conditioning: Conditioning
+    guidance: float
+    schedule: Schedule
+    latent_input: str
+    inputs: tuple[str, ...]
+    size: tuple[int, ...] | None
+
+    @property
+    def rows(self) -> int:
+        """Samples times guidance branches."""
+        return len(self.latents) * self.conditioning.branches
+
+    def row_values(self, step: int) -> dict[str, float]:
+        """Inputs that are one number for all rows: the time of a step, and the guidance scale where the model asks."""
+        values = {TIME_INPUT: self.schedule.model_time(step), GUIDANCE_INPUT: self.guidance}
+        return {name: value for name, value in values.items() if name in self.inputs}
+
+
+class Generation(ABC):
+    """A run of the loop on a backend, which binds once what stays the same over the steps.
+
+    Attributes:
+        request: what it started from.
+    """
+
+    def __init__(self, request: DenoisingRequest) -> None:
+        """Begin before the first step."""
+        self.request = request
+
+    @property
+    @abstractmethod
+    def latents(self) -> Array:
+        """After the steps that are done, float32 [samples, *latent_shape], where the backend computes."""
+
+    @abstractmethod
+    def advance(self, step: int) -> None:
+        """Denoise by one step."""
+
+
+def guide(prediction: Any, samples: int, guidance: float) -> Any:
+    """Combine the halves of a prediction, conditional first, to v0 + guidance (v1 - v0).
+
+    Args:
+        prediction: [samples or 2 samples, ...]; a single half is the velocity itself.
+        samples: how many there are.
+        guidance: scale of guidance.
+    """
+    if len(prediction) == samples:
+        return prediction
+    conditional, unconditional = prediction[:samples], prediction[samples:]
+    scale = np.float32(guidance) if isinstance(prediction, np.ndarray) else guidance
+    return unconditional + scale * (conditional - unconditional)
+
+
+class ArrayGeneration(Generation):
+    """A run of the loop on the processor, in NumPy."""
+
+    def __init__(self, run: Callable[[int, Arrays, tuple[int, ...] | None], Array], request: DenoisingRequest) -> None:
+        """Begin with the noise.
+
+        Args:
+            run: (step, inputs, size) → velocity, as `StepRunner.run`.
+            request: what the run starts from.
+        """
+        super().__init__(request)
+        self._run, self._latents = run, as_array(request.latents)
+
+    @property
+    def latents(self) -> np.ndarray:
+        """As an array."""
+        return self._latents
+
+    def advance(self, step: int) -> None:
+        """Run the model once for both branches of guidance, then the scheduler's step."""
+        request = replace(self.request, latents=self._latents)
+        prediction = self._run(step, array_inputs(request, step), request.size)
+        velocity = guide(prediction, len(self._latents), request.guidance)
+        # Its arithmetic serves NumPy as well as the tensors that it is declared for.
+        self._latents = request.schedule.advance(self._latents, velocity, step)  # type: ignore[arg-type, assignment]
+
+
+def array_inputs(request: DenoisingRequest, step: int) -> dict[str, np.ndarray]:
+    """All inputs with rows: both branches of guidance in one batch, conditional rows first, float32 [rows, ...]."""
+    branches, conditioning = request.conditioning.branches, request.conditioning
+    halves = [conditioning.conditional, conditioning.unconditional or {}]
+    condition = {
+        name: np.concatenate([as_array(half[name]) for half in halves if name in half])
+        for name in conditioning.conditional
+    }
+    values = {name: np.full(request.rows, value, np.float32) for name, value in request.row_values(step).items()}
+    return {request.latent_input: np.concatenate([as_array(request.latents)] * branches), **condition, **values}
+
+
+def as_array(value: Array) -> np.ndarray:
+    """An array as it is; a tensor as float32."""
+    return value if isinstance(value, np.ndarray) else np.asarray(value.detach().float().cpu().numpy())
+
+
+def like(given: Array, value: Array) -> Any:
+    """Latents as the kind that the caller has: an array, or a tensor on the same device."""
+    if isinstance(given, np.ndarray):
+        return value if isinstance(value, np.ndarray) else value.cpu().numpy()
+    import torch
+
+    return torch.as_tensor(value, device=given.device)
