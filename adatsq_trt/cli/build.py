@@ -76,8 +76,6 @@ def _option(one: Field[Any], kind: Any) -> inspect.Parameter:
         option_name(one.name),
         help=choice.help,
         show_default=choice.shown or True,
-        min=choice.least,
-        max=choice.most,
         metavar=choice.metavar,
         rich_help_panel=choice.group,
     )
