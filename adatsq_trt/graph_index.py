@@ -13,7 +13,7 @@ from adatsq_trt.fields import Dimension, ModulePath
 INDEX_NAME = "index.json"
 WEIGHTS_NAME = "weights.data"
 CONSTANTS_NAME = "constants.json"
-BUCKET_INPUT = "bucket"  # of a graph that holds all assignments: which one, as a scalar int32
+ASSIGNMENT_INPUT = "assignment"  # of a graph that holds all assignments: which one, as a scalar int32
 SELECTOR_INPUT = "selector"  # of a graph with plugin nodes: its extent, not its values, says which assignment
 
 
@@ -45,7 +45,7 @@ class GraphFile(BaseModel):
         position_inputs: of a graph for several sizes: what tells one size from another, without rows.
         outputs: the one output.
         scale_inputs: for each layer with a static activation scale: module path → its scalar float32 input.
-        bucket_input: of a graph in which assignments take turns: the scalar that takes an assignment's index.
+        assignment_input: of a graph in which assignments take turns: the scalar that takes an assignment's index.
         selector_input: of a graph of layout `plugin`: int32 [1, k], of any content, selects the k-th assignment.
         plain_path: of a target graph of layout `plugin`: the same without its local functions.
     """
@@ -59,7 +59,7 @@ class GraphFile(BaseModel):
     outputs: tuple[TensorSignature]
     position_inputs: tuple[TensorSignature, ...] = ()
     scale_inputs: dict[str, TensorSignature]
-    bucket_input: TensorSignature | None = None
+    assignment_input: TensorSignature | None = None
     selector_input: TensorSignature | None = None
     plain_path: str | None = None
 
@@ -77,7 +77,7 @@ class GraphIndex(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     base_type: Literal["bfloat16", "float16", "float32"]
     graphs: tuple[GraphFile, ...]
     weights: str = WEIGHTS_NAME

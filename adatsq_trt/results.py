@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from adatsq_trt.engines.backends.selection import BackendName
     from adatsq_trt.engines.transformer import AdatsqTransformer
-    from adatsq_trt.models.format_store import FormatStore
+    from adatsq_trt.models.format_store import CandidateWeights
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class QuantizedWeights(Run):
     """Every layer in every candidate format."""
 
     @cached_property
-    def _store(self) -> FormatStore:
+    def _store(self) -> CandidateWeights:
         from adatsq_trt.models.format_store import load_store
 
         return load_store(self.folder / quantize.NAME, self.settings.formats, self.layers)

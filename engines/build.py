@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict
 from adatsq_trt.engines.backends.base import BatchRange, Compiler
 from adatsq_trt.engines.backends.rtx import RtxBackend
 from adatsq_trt.engines.bundle import GRAPH_FOLDER, PLAN_FOLDER, Layout, PlanFile, plan_path
+from adatsq_trt.engines.plan_weights import STORE_NAME, Weight, name_weights, pack_plan, without_weights, write_store
 from adatsq_trt.engines.processes import processes
-from adatsq_trt.engines.store import STORE_NAME, Weight, name_weights, pack_plan, without_weights, write_store
 from adatsq_trt.errors import AdatsqError
 from adatsq_trt.files import read_json_model, sha256, write_bytes, write_json_model
 from adatsq_trt.formats import Target

@@ -216,8 +216,8 @@ class BundleFiles:
             controls |= self.scales(step)
         controls |= self.positions(graph, size)
         assignment = self.policy.step_assignments[step]
-        if graph.bucket_input is not None:
-            controls[graph.bucket_input.name] = np.asarray(assignment, np.int32)
+        if graph.assignment_input is not None:
+            controls[graph.assignment_input.name] = np.asarray(assignment, np.int32)
         if graph.selector_input is not None:
             controls[graph.selector_input.name] = np.zeros((1, assignment + 1), np.int32)
         return controls

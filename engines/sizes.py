@@ -12,7 +12,7 @@ from onnx import GraphProto, TensorProto
 from pydantic import BaseModel, ConfigDict
 
 from adatsq_trt.engines.bundle import REBUILD, BundleFiles, Layout
-from adatsq_trt.engines.store import initializers, weight_of
+from adatsq_trt.engines.plan_weights import initializers, weight_of
 from adatsq_trt.errors import DamagedFileError
 
 _PLUGIN_NODE = "AdatsqLinear"

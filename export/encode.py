@@ -8,7 +8,7 @@ import torch
 from onnx_ir import DataType
 from torch import Tensor
 
-from adatsq_trt.export.weight_store import StoredTensor, WeightStore
+from adatsq_trt.export.weight_store import ExternalData, StoredTensor
 from adatsq_trt.formats import Element, Format, Granularity, Grid
 from adatsq_trt.packing import pack_nibbles
 from adatsq_trt.quantizers import QuantizedWeight
@@ -46,7 +46,7 @@ def element_type(grid: Grid) -> DataType:
     return DataType.FLOAT8E4M3FN if grid.element is Element.E4M3 else DataType.FLOAT4E2M1
 
 
-def encode_weight(weight: QuantizedWeight, fmt: Format, base: DataType, store: WeightStore) -> EncodedWeight:
+def encode_weight(weight: QuantizedWeight, fmt: Format, base: DataType, store: ExternalData) -> EncodedWeight:
     """Store a weight's codes and scales.
 
     Args:

@@ -24,11 +24,11 @@ from adatsq_trt.export.plugin_function import PLUGIN_DOMAIN
 from adatsq_trt.export.restore_attention_scale import RestoreAttentionScale
 from adatsq_trt.export.switch import switch
 from adatsq_trt.export.trace import BATCH_AXIS
-from adatsq_trt.export.weight_store import INLINE_BYTES, WeightStore
+from adatsq_trt.export.weight_store import INLINE_BYTES, ExternalData
 from adatsq_trt.files import atomic_path, write_json_model
 from adatsq_trt.formats import FORMATS, TARGETS, Format, format_named
 from adatsq_trt.graph_index import (
-    BUCKET_INPUT,
+    ASSIGNMENT_INPUT,
     CONSTANTS_NAME,
     INDEX_NAME,
     SELECTOR_INPUT,
@@ -81,7 +81,7 @@ def export_graphs(
     clear_export(folder)
     NormalizeLinears(policy.layers)(template)
     with atomic_path(folder / WEIGHTS_NAME) as temporary, temporary.open("wb") as file:
-        store = WeightStore(file, folder)
+        store = ExternalData(file, folder)
         move_initializers(template, store)
         encoded = _encode_weights(policy, weights, BASE_TYPES[base], store)
     total = 1 + (len(policy.assignments) + 1) * len(variants)
@@ -117,7 +117,7 @@ def clear_export(folder: Path) -> None:
         raise OutputError(f"cannot write '{folder}': {error.strerror}; choose a folder that is writable") from error
 
 
-def move_initializers(model: ir.Model, store: WeightStore) -> None:
+def move_initializers(model: ir.Model, store: ExternalData) -> None:
     """Put the trace's large tensors into the store."""
     for value in model.graph.initializers.values():
         content = value.const_value
@@ -128,7 +128,7 @@ def move_initializers(model: ir.Model, store: WeightStore) -> None:
 
 
 def _encode_weights(
-    policy: Policy, weights: Mapping[str, Mapping[str, QuantizedWeight]], base: DataType, store: WeightStore
+    policy: Policy, weights: Mapping[str, Mapping[str, QuantizedWeight]], base: DataType, store: ExternalData
 ) -> dict[tuple[str, str], EncodedWeight]:
     """(layer, format) → its place in the store, for every pair that the policy uses."""
     pairs = dict.fromkeys(pair for row in policy.assignments for pair in zip(policy.layers, row, strict=True))
@@ -220,7 +220,7 @@ def write_graph(
         if any(fmt.static_activation for fmt in several)
     }
     signatures = {str(value.name): _signature(value) for value in model.graph.inputs}
-    given = [s for name, s in signatures.items() if name not in (*scales, BUCKET_INPUT, SELECTOR_INPUT)]
+    given = [s for name, s in signatures.items() if name not in (*scales, ASSIGNMENT_INPUT, SELECTOR_INPUT)]
     return GraphFile(
         path=path.name,
         variant=variant,
@@ -229,7 +229,7 @@ def write_graph(
         position_inputs=tuple(s for s in given if s.shape[0] != BATCH_AXIS),
         outputs=tuple(_signature(value) for value in model.graph.outputs),
         scale_inputs={layer: signatures[name] for name, layer in scales.items()},
-        bucket_input=signatures.get(BUCKET_INPUT),
+        assignment_input=signatures.get(ASSIGNMENT_INPUT),
         selector_input=signatures.get(SELECTOR_INPUT),
     )
 

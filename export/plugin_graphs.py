@@ -37,7 +37,7 @@ from adatsq_trt.export.plugin_operands import (
     require_plugin_shapes,
 )
 from adatsq_trt.export.restore_attention_scale import RestoreAttentionScale
-from adatsq_trt.export.weight_store import StoredTensor, WeightStore
+from adatsq_trt.export.weight_store import ExternalData, StoredTensor
 from adatsq_trt.files import atomic_path, write_json_model
 from adatsq_trt.formats import FORMATS
 from adatsq_trt.graph_index import CONSTANTS_NAME, INDEX_NAME, WEIGHTS_NAME, GraphFile, GraphIndex
@@ -82,7 +82,7 @@ def export_plugin_graphs(
     NormalizeLinears(policy.layers)(template)
     clear_export(folder)
     with atomic_path(folder / WEIGHTS_NAME) as temporary, temporary.open("wb") as file:
-        store = WeightStore(file, folder)
+        store = ExternalData(file, folder)
         move_initializers(template, store)
         groups = {layer: group_size(weights) for layer, weights in own.items()}
         operands = {layer: _store(layer, own.pop(layer), store) for layer in profiles}
@@ -110,7 +110,7 @@ def _weights_of(
     return {name: weights[name][layer] for name in dict.fromkeys(column)}
 
 
-def _store(layer: str, own: Mapping[str, QuantizedWeight], store: WeightStore) -> dict[str, StoredTensor]:
+def _store(layer: str, own: Mapping[str, QuantizedWeight], store: ExternalData) -> dict[str, StoredTensor]:
     return {
         name: store.add(tensor_bytes(operand.content), operand.dtype, tuple(operand.content.shape))
         for name, operand in plugin_operands(layer, own).items()

@@ -29,7 +29,7 @@ from onnx_ir.passes import common
 
 from adatsq_trt.errors import AdatsqError
 from adatsq_trt.export.name_nodes import MODULE
-from adatsq_trt.graph_index import BUCKET_INPUT
+from adatsq_trt.graph_index import ASSIGNMENT_INPUT
 
 
 def switch(
@@ -105,11 +105,11 @@ class _Joined:
         """Whether `bucket` names one of the assignments that a table marks (rule 4)."""
         key = tuple(table)
         if key not in self._conditions:
-            name = f"{BUCKET_INPUT}/{''.join('01'[marked] for marked in table)}"
+            name = f"{ASSIGNMENT_INPUT}/{''.join('01'[marked] for marked in table)}"
             constant = _constant(f"{name}/Table", np.asarray(table))
             self._trunk.register_initializer(constant)
             output = ir.val(f"{name}/Condition", dtype=DataType.BOOL, shape=[])
-            bucket = self._input(BUCKET_INPUT, DataType.INT32)
+            bucket = self._input(ASSIGNMENT_INPUT, DataType.INT32)
             node = ir.node("Gather", [constant, bucket], {"axis": 0}, outputs=[output], name=f"{name}/Gather")
             self._trunk.insert_before(self._trunk[0], node)
             self._conditions[key] = output

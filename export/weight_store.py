@@ -52,7 +52,7 @@ class StoredTensor:
         )
 
 
-class WeightStore:
+class ExternalData:
     """Appends tensors to the weight file."""
 
     def __init__(self, file: BinaryIO, folder: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adatsq_trt.calibration.trajectory import Samples
 from adatsq_trt.calibration.units import Place
-from adatsq_trt.execution import Shared, Workers
+from adatsq_trt.execution import Executor, Shared
 from adatsq_trt.models.capture import observed_inputs
 
 
@@ -54,7 +54,7 @@ class StepInputs:
 
 
 def layer_moments(
-    workers: Workers,
+    executor: Executor,
     batch: Shared[Samples],
     latents: Tensor,
     weights: Mapping[str, Tensor],
@@ -63,7 +63,7 @@ def layer_moments(
     """One pass over the full-precision trajectory for the layers in `weights`; only their Hessians are in memory.
 
     Args:
-        workers: who computes; a unit is all samples at one step.
+        executor: who computes; a unit is all samples at one step.
         batch: the samples.
         latents: their trajectory, float32 [steps + 1, samples, *latent_shape].
         weights: module path → alpha, float32 [steps].
@@ -74,7 +74,7 @@ def layer_moments(
     )
     moments: dict[str, LayerMoments] = {}
     # Results come in the order of the steps, so sums are taken in that order wherever they were computed.
-    for step, found in enumerate(workers.map(_step_inputs, batch, units)):
+    for step, found in enumerate(executor.map(_step_inputs, batch, units)):
         for name in list(found):
             inputs = found.pop(name)  # or they would be there while those of the next step are made
             if name not in moments:

@@ -13,7 +13,7 @@ from adatsq_trt.models.adapter import Conditioning, ModelAdapter
 from adatsq_trt.schedule import Schedule, initial_noise
 
 # Samples that are denoised at once when only the pictures are wanted.
-PART = 64
+SAMPLES_PER_CALL = 64
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def final_latents(samples: Samples, before_step: Callable[[int], None] | None = 
         float32 [samples, *latent_shape].
     """
     count = len(samples.seeds)
-    parts = [samples.part(slice(start, start + PART)) for start in range(0, count, PART)]
+    parts = [samples.part(slice(start, start + SAMPLES_PER_CALL)) for start in range(0, count, SAMPLES_PER_CALL)]
     return torch.cat([trajectory(part, before_step)[-1] for part in parts])
 
 

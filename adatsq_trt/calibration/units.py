@@ -14,10 +14,10 @@ from torch import Tensor
 
 from adatsq_trt.calibration.fisher import LayerGradients, backward_step, squared_weight_gradient
 from adatsq_trt.calibration.trajectory import Samples
-from adatsq_trt.execution import Shared, Workers
+from adatsq_trt.execution import Executor, Shared
 
 # Samples of a unit.
-PART = 16
+SAMPLES_PER_BACKWARD = 16
 
 ExtraT = TypeVar("ExtraT")
 
@@ -39,14 +39,14 @@ class Place:
 
 def parts(count: int) -> list[slice]:
     """A batch in parts."""
-    return [slice(start, min(start + PART, count)) for start in range(0, count, PART)]
+    return [slice(start, min(start + SAMPLES_PER_BACKWARD, count)) for start in range(0, count, SAMPLES_PER_BACKWARD)]
 
 
-def measured_trajectory(workers: Workers, batch: Shared[Samples], noise: Tensor, steps: int) -> Iterator[Tensor]:
+def measured_trajectory(executor: Executor, batch: Shared[Samples], noise: Tensor, steps: int) -> Iterator[Tensor]:
     """Latents of the batch after each step in full precision, float32 [samples, *latent_shape].
 
     Args:
-        workers: who computes.
+        executor: who computes.
         batch: the samples.
         noise: their first latents.
         steps: of the loop.
@@ -54,7 +54,7 @@ def measured_trajectory(workers: Workers, batch: Shared[Samples], noise: Tensor,
     latent = noise
     for step in range(steps):
         places = [Place(step, part, latent[part].clone()) for part in parts(len(latent))]
-        latent = torch.cat(list(workers.map(_full_precision_step, batch, places)))
+        latent = torch.cat(list(executor.map(_full_precision_step, batch, places)))
         yield latent
 
 
@@ -100,7 +100,7 @@ Measure = Callable[[Measured[ExtraT], LayerGradients], dict[str, Tensor]]
 
 
 def backward_sweep(
-    workers: Workers,
+    executor: Executor,
     common: Shared[Measured[ExtraT]],
     measure: Measure[ExtraT],
     latents: Tensor,
@@ -110,7 +110,7 @@ def backward_sweep(
     """The adjoint recursion from step `last` to the first, with a measurement at each.
 
     Args:
-        workers: who computes.
+        executor: who computes.
         common: of all units.
         measure: called, where the unit is computed, with inputs and gradients of some samples.
         latents: full-precision trajectory, float32 [steps + 1, samples, *latent_shape].
@@ -122,7 +122,7 @@ def backward_sweep(
             (measure, Place(step, part, latents[step, part].clone()), adjoint[:, part].clone())
             for part in parts(latents.shape[1])
         ]
-        results = list(workers.map(_measure_backwards, common, units))
+        results = list(executor.map(_measure_backwards, common, units))
         adjoint = torch.cat([own for own, _ in results], dim=1)
         yield Swept(step, adjoint, [value for _, value in results])
 

@@ -15,7 +15,7 @@ from adatsq_trt.checkpoints.kinds import PipelineKind
 from adatsq_trt.checkpoints.lora_file import LayerChange, read_changes
 from adatsq_trt.checkpoints.weights import read_headers, refuse_pickle
 from adatsq_trt.errors import DependencyError, MissingFileError, UserError
-from adatsq_trt.models.stored import LowRankChange, StoredLinear
+from adatsq_trt.models.stored import LowRankChange, MappedLinear
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def fuse(kind: PipelineKind, transformer: Any, lora: Lora) -> None:
     for name, difference in changes.differences.items():
         path, _, last = name.rpartition(".")
         module = transformer.get_submodule(path)
-        if isinstance(module, StoredLinear) and last == "weight":
+        if isinstance(module, MappedLinear) and last == "weight":
             module = _in_memory(transformer, path, module)
         _add(getattr(module, last), difference * lora.scale)
     layers = len(changes.layers)
@@ -94,10 +94,10 @@ def _change_layer(transformer: Any, path: str, change: LayerChange, scale: float
     layer = transformer.get_submodule(path)
     if change.bias is not None:
         _add(layer.bias, change.bias * scale)
-    if change.magnitude is None and isinstance(layer, StoredLinear):
+    if change.magnitude is None and isinstance(layer, MappedLinear):
         layer.changes.append(LowRankChange(change.up, change.down, scale))
         return
-    if isinstance(layer, StoredLinear):
+    if isinstance(layer, MappedLinear):
         layer = _in_memory(transformer, path, layer)
     _add(layer.weight, change.up @ change.down * scale)  # as a stored weight has it, bit for bit
     if change.magnitude is not None:  # DoRA: arXiv:2402.09353, equation 5, by rows as peft has it
@@ -109,7 +109,7 @@ def _add(parameter: nn.Parameter, difference: Tensor) -> None:
     parameter.data = parameter.data + difference
 
 
-def _in_memory(transformer: Any, path: str, layer: StoredLinear) -> nn.Linear:
+def _in_memory(transformer: Any, path: str, layer: MappedLinear) -> nn.Linear:
     linear = layer.in_memory()
     transformer.set_submodule(path, linear)
     return linear

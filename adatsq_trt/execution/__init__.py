@@ -27,7 +27,7 @@ class Shared(Generic[T]):
     content: Any
 
 
-class Workers(Protocol):
+class Executor(Protocol):
     """Who computes units of work."""
 
     def share(self, value: T) -> Shared[T]:

@@ -100,7 +100,7 @@ def _require_http2(connection: socket.socket) -> None:
 
 
 @contextmanager
-def connected(address: Address) -> Iterator[RayWorkers]:
+def connected(address: Address) -> Iterator[RayExecutor]:
     """Workers for the length of a block.
 
     Raises:
@@ -136,7 +136,7 @@ def connected(address: Address) -> Iterator[RayWorkers]:
                 "with as many threads as this process would; set OMP_NUM_THREADS to fewer"
             )
         LOGGER.info("ray: %d workers, %d threads each (as OMP_NUM_THREADS has it in this process)", count, threads)
-        yield RayWorkers(count, Surroundings.here())
+        yield RayExecutor(count, Surroundings.here())
     finally:
         ray.shutdown()
 
@@ -183,7 +183,7 @@ class Surroundings:
             )
 
 
-class RayWorkers:
+class RayExecutor:
     """Tasks of the cluster that this process is connected to."""
 
     def __init__(self, count: int, surroundings: Surroundings) -> None:

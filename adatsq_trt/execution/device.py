@@ -79,9 +79,9 @@ class OnDevice:
         for item in items:
             # Kernels of our own are launched on the current GPU, wherever their tensors are.
             current = torch.cuda.device(self.device) if self.device.type == CUDA else nullcontext()
-            with told_when_full(self.device), current:
-                there = moved(item.content if isinstance(item, Shared) else item, self.device)
-                result = moved(function(common.content, there), CPU)
+            with raise_on_oom(self.device), current:
+                there = to_device(item.content if isinstance(item, Shared) else item, self.device)
+                result = to_device(function(common.content, there), CPU)
             yield result
 
 
@@ -94,7 +94,7 @@ def free_bytes(gpu: torch.device) -> int:
 
 
 @contextmanager
-def told_when_full(device: torch.device) -> Iterator[None]:
+def raise_on_oom(device: torch.device) -> Iterator[None]:
     """Say what to do when the memory of a device is too small.
 
     Raises:
@@ -112,7 +112,7 @@ def told_when_full(device: torch.device) -> Iterator[None]:
         ) from error
 
 
-def moved(value: T, device: torch.device | str) -> T:
+def to_device(value: T, device: torch.device | str) -> T:
     """A value with its tensors on a device; what is there already is not copied.
 
     Args:

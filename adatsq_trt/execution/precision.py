@@ -6,24 +6,24 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
-from adatsq_trt.execution import CommonT, ItemT, ResultT, Shared, T, Workers
+from adatsq_trt.execution import CommonT, Executor, ItemT, ResultT, Shared, T
 
 
 class Bfloat16:
     """Workers whose units compute under PyTorch's autocast; what needs float32 inside of a unit asks for it."""
 
-    def __init__(self, workers: Workers, device: str) -> None:
+    def __init__(self, executor: Executor, device: str) -> None:
         """Compute with these.
 
         Args:
-            workers: who computes.
+            executor: who computes.
             device: PyTorch's name of the kind of device that they compute on.
         """
-        self._workers, self._device = workers, device
+        self._executor, self._device = executor, device
 
     def share(self, value: T) -> Shared[T]:
         """As the workers do it."""
-        return self._workers.share(value)
+        return self._executor.share(value)
 
     def map(
         self,
@@ -32,7 +32,7 @@ class Bfloat16:
         items: Iterable[ItemT] | Iterable[Shared[ItemT]],
     ) -> Iterator[ResultT]:
         """As the workers do it."""
-        return self._workers.map(partial(_compute, function, self._device), common, items)
+        return self._executor.map(partial(_compute, function, self._device), common, items)
 
 
 def _compute(function: Callable[[CommonT, ItemT], ResultT], device: str, common: CommonT, item: ItemT) -> ResultT:

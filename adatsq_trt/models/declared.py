@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from adatsq_trt.base_type import keeps_float32
 from adatsq_trt.errors import MismatchError
-from adatsq_trt.models.stored import StoredLinear
+from adatsq_trt.models.stored import MappedLinear
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Rounding:
 
     dtype: torch.dtype
     originals: tuple[tuple[nn.Parameter, Tensor], ...] = ()
-    stored: tuple[StoredLinear, ...] = ()
+    stored: tuple[MappedLinear, ...] = ()
 
     @property
     def changes_nothing(self) -> bool:
@@ -69,7 +69,7 @@ def declare_type(module: nn.Module, dtype: torch.dtype) -> Rounding:
     Raises:
         MismatchError: a weight is too large for the type.
     """
-    originals, stored = list[tuple[nn.Parameter, Tensor]](), list[StoredLinear]()
+    originals, stored = list[tuple[nn.Parameter, Tensor]](), list[MappedLinear]()
     for name, parameter in module.named_parameters():
         if keeps_float32(module, name):
             continue
@@ -79,7 +79,7 @@ def declare_type(module: nn.Module, dtype: torch.dtype) -> Rounding:
             _require_finite(rounded, parameter, name, dtype)
             parameter.data = rounded
     for path, layer in module.named_modules():
-        if isinstance(layer, StoredLinear) and not keeps_float32(module, f"{path}.weight") and layer.differs(dtype):
+        if isinstance(layer, MappedLinear) and not keeps_float32(module, f"{path}.weight") and layer.differs(dtype):
             stored.append(layer)
             if dtype is torch.float16:  # a copy of each weight: only where the type is narrower than those of files
                 _require_finite(layer.weight.to(dtype), layer.weight, f"{path}.weight", dtype)

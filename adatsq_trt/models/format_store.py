@@ -23,7 +23,7 @@ _PARTS = ("codes", "scales", "global_scale")
 
 
 @dataclass(frozen=True)
-class FormatStore:
+class CandidateWeights:
     """Everything that the formats need: quantized weights and static activation scales.
 
     Attributes:
@@ -51,7 +51,7 @@ def save_weights(path: Path, weights: Mapping[str, QuantizedWeight]) -> None:
     write_tensors(path, {f"{layer}.{part}": t for layer, w in weights.items() for part, t in w.tensors().items()})
 
 
-class StoredWeights(Mapping[str, QuantizedWeight]):
+class BlockFiles(Mapping[str, QuantizedWeight]):
     """Module path → weight in one format, on disk: every lookup maps the layer's tensors anew."""
 
     def __init__(self, folder: Path, layers: Iterable[str]) -> None:
@@ -94,7 +94,7 @@ class StoredWeights(Mapping[str, QuantizedWeight]):
         return len(self._layers)
 
 
-def load_store(folder: Path, formats: Iterable[str], layers: Iterable[str]) -> FormatStore:
+def load_store(folder: Path, formats: Iterable[str], layers: Iterable[str]) -> CandidateWeights:
     """The weights of some formats, which stay on disk; all activation scales and the transforms, if there are any.
 
     Raises:
@@ -102,8 +102,8 @@ def load_store(folder: Path, formats: Iterable[str], layers: Iterable[str]) -> F
         DamagedFileError: a file is not complete.
     """
     names = list(layers)
-    return FormatStore(
-        {name: StoredWeights(folder / name, names) for name in formats},
+    return CandidateWeights(
+        {name: BlockFiles(folder / name, names) for name in formats},
         read_tensors(folder / SCALES_NAME),
         load_transforms(folder / TRANSFORMS_NAME) if (folder / TRANSFORMS_NAME).is_file() else {},
     )

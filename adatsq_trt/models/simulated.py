@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from adatsq_trt.formats import Format, Grid, format_named
 from adatsq_trt.models.adapter import ModelAdapter
-from adatsq_trt.models.format_store import FormatStore
+from adatsq_trt.models.format_store import CandidateWeights
 from adatsq_trt.models.rounding import round_input, stored_weight
 from adatsq_trt.models.transforms import IDENTITY, InputMap, LayerTransform
 
@@ -113,7 +113,7 @@ class SimulatedModel:
         layers: module paths in the order of assignments' entries.
     """
 
-    def __init__(self, adapter: ModelAdapter, store: FormatStore, most_bytes: float = math.inf) -> None:
+    def __init__(self, adapter: ModelAdapter, store: CandidateWeights, most_bytes: float = math.inf) -> None:
         """Dequantize every format of every layer once, or leave that to the calls.
 
         Args:
@@ -150,7 +150,7 @@ class SimulatedModel:
                 _replace(self.adapter.transformer, layer, linear.original)
 
     @contextmanager
-    def disturbed(self, level: float, seed: int) -> Iterator[None]:
+    def input_noise(self, level: float, seed: int) -> Iterator[None]:
         """Add noise to every layer's input, to see how far small differences spread.
 
         The noise differs by feature and is the same for all tokens, so that equal tokens stay equal. Layers that share
@@ -187,7 +187,7 @@ class _Dequantized(Mapping[str, Tensor]):
     It is float32, or what autocast would make of that.
     """
 
-    def __init__(self, store: FormatStore, layer: str, formats: Mapping[str, Format]) -> None:
+    def __init__(self, store: CandidateWeights, layer: str, formats: Mapping[str, Format]) -> None:
         self._store, self._layer, self._formats = store, layer, formats
 
     def __getitem__(self, name: str) -> Tensor:
@@ -206,16 +206,16 @@ class _Noise:
     def __init__(self, level: float, generator: torch.Generator) -> None:
         self._level, self._generator = level, generator
         self._given: Tensor | None = None
-        self._disturbed: Tensor | None = None
+        self._with_input_noise: Tensor | None = None
 
     def __call__(self, _layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         """The layer's input [..., K] with noise."""
         (x,) = inputs
-        if x is not self._given or self._disturbed is None:
+        if x is not self._given or self._with_input_noise is None:
             size = x.square().mean(dim=-1, keepdim=True).sqrt()
             noise = torch.randn(x.shape[-1], generator=self._generator).to(x.device)  # the same on every device
-            self._given, self._disturbed = x, x + self._level * size * noise
-        return (self._disturbed,)
+            self._given, self._with_input_noise = x, x + self._level * size * noise
+        return (self._with_input_noise,)
 
 
 def _replace(root: nn.Module, path: str, module: nn.Module) -> None:

@@ -33,7 +33,7 @@ class LowRankChange:
     factor: float
 
 
-class StoredLinear(nn.Linear):
+class MappedLinear(nn.Linear):
     """A linear layer without a parameter for its weight.
 
     Attributes:
@@ -117,7 +117,7 @@ class _Product(torch.autograd.Function):
     """The product that keeps no weight for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: StoredLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: MappedLinear) -> Tensor:
         """As the layer's."""
         ctx.layer = layer
         return functional.linear(x, layer.weight, layer.bias)
@@ -131,11 +131,11 @@ class _Product(torch.autograd.Function):
         return rows.view(*gradient.shape[:-1], -1), None
 
 
-def stored_layers(root: nn.Module) -> Iterator[tuple[nn.Module, str, StoredLinear]]:
+def stored_layers(root: nn.Module) -> Iterator[tuple[nn.Module, str, MappedLinear]]:
     """The layers of this kind, each with its parent and its name there."""
     for parent in list(root.modules()):
         for name, module in list(parent.named_children()):
-            if isinstance(module, StoredLinear):
+            if isinstance(module, MappedLinear):
                 yield parent, name, module
 
 
@@ -158,7 +158,7 @@ def fill(root: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     large = large_linears(root)
     for path, linear in large.items():
         bias = None if linear.bias is None else _float32(tensors[f"{path}.bias"])
-        _put(root, path, StoredLinear(tensors, f"{path}.weight", bias))
+        _put(root, path, MappedLinear(tensors, f"{path}.weight", bias))
     for name in root.state_dict():
         loaded, (parent, last) = _float32(tensors[name]), _place(root, name)
         setattr(parent, last, nn.Parameter(loaded, False) if last in parent._parameters else loaded)
@@ -168,7 +168,7 @@ def named_weights(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """A module's parameters, and copies of what it has stored, by name."""
     yield from root.named_parameters()
     for path, module in root.named_modules():
-        if isinstance(module, StoredLinear):
+        if isinstance(module, MappedLinear):
             yield f"{path}.weight", module.weight
 
 

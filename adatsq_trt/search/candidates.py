@@ -16,23 +16,23 @@ Array: TypeAlias = NDArray[np.float64]
 Assignment: TypeAlias = tuple[int, ...]
 
 
-def tiers(errors: Array, bits: Array, weight: Array, price: float) -> NDArray[np.int64]:
+def tiers(errors: Array, bits: Array, weight: Array, multiplier: float) -> NDArray[np.int64]:
     """The format index of every item at a price.
 
     Args:
         errors: [formats, items].
         bits: [formats], ascending.
         weight: [items]: how many (step, layer) an item stands for.
-        price: error per bit.
+        multiplier: error per bit.
 
     Returns:
         [items].
     """
-    cheapest: NDArray[np.int64] = np.argmin(errors + price * bits[:, None] * weight, axis=0)
+    cheapest: NDArray[np.int64] = np.argmin(errors + multiplier * bits[:, None] * weight, axis=0)
     return cheapest
 
 
-def steepest_price(errors: Array, bits: Array, weight: Array) -> float:
+def steepest_multiplier(errors: Array, bits: Array, weight: Array) -> float:
     """A price at which every item takes the cheapest format: the largest error saved by the smallest upgrade."""
     steps = np.diff(np.unique(bits))
     return float(errors.max()) / float(steps.min(initial=1.0) * weight.min()) + 1e-30
@@ -50,15 +50,15 @@ def allocate(errors: Array, bits: Array, weight: Array, budget: float) -> NDArra
         weight: [items].
         budget: largest sum of weight * bits; at least that of the cheapest format everywhere.
     """
-    high = steepest_price(errors, bits, weight)
+    high = steepest_multiplier(errors, bits, weight)
     low, chosen = high * 1e-12, np.zeros(errors.shape[1], dtype=np.int64)
     for _ in range(60):
-        price = float(np.sqrt(low * high))
-        trial = tiers(errors, bits, weight, price)
+        multiplier = float(np.sqrt(low * high))
+        trial = tiers(errors, bits, weight, multiplier)
         if (bits[trial] * weight).sum() <= budget + 1e-9:
-            chosen, high = trial, price
+            chosen, high = trial, multiplier
         else:
-            low = price
+            low = multiplier
     return spend_the_rest(errors, bits, weight, budget, chosen)
 
 

@@ -105,7 +105,7 @@ class DenoisingProblem:
 
 
 @dataclass
-class PricedProblem(DenoisingProblem):
+class ConstrainedProblem(DenoisingProblem):
     """The same under several budgets: what a path costs is counted at their prices.
 
     Attributes:

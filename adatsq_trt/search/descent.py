@@ -1,4 +1,4 @@
-"""The inner loop of `joint.descend`, compiled: a plan of Flux-dev's size takes eight million of its iterations.
+"""The inner loop of `joint.coordinate_descent`, compiled: a plan of Flux-dev's size takes eight million of its iterations.
 
 Compilation takes two seconds in each process. It is not kept: Numba would write beside the package.
 """
@@ -11,7 +11,7 @@ _BLOCK, _PARTS = 128, 8
 
 
 @njit
-def sweep(contributions, fixed, layers, order, together, by_layer, chosen, total, layer_totals):
+def descent_pass(contributions, fixed, layers, order, together, by_layer, chosen, total, layer_totals):
     """Give every item its best format, one after another; returns whether any changed.
 
     Args:

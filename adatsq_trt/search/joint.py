@@ -17,15 +17,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from adatsq_trt.search.candidates import Array, spend_the_rest, steepest_price
-from adatsq_trt.search.descent import sweep
+from adatsq_trt.search.candidates import Array, spend_the_rest, steepest_multiplier
+from adatsq_trt.search.descent import descent_pass
 
 SWEEPS = 6
-Choice = NDArray[np.int64]
+Selection = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Trust:
+class Shrinkage:
     """How far the measured covariances of errors are believed; what is left of 1 goes to single errors.
 
     Attributes:
@@ -48,7 +48,7 @@ class Trust:
 
 
 @dataclass(frozen=True)
-class Items:
+class Knapsack:
     """What gets a format each.
 
     Attributes:
@@ -73,48 +73,50 @@ class Items:
         return self.bits[:, None] * self.weight if self.cost is None else self.cost
 
 
-def descend(items: Items, price: float, trust: Trust) -> Choice:
+def coordinate_descent(items: Knapsack, multiplier: float, shrinkage: Shrinkage) -> Selection:
     """Formats that no single change improves (or the best after a few sweeps).
 
     Args:
         items: what is allocated.
-        price: error per bit, or per unit of the items' own cost.
-        trust: see the module.
+        multiplier: error per bit, or per unit of the items' own cost.
+        shrinkage: see the module.
 
     Returns:
         [items] format indices.
     """
     contributions, places = items.contributions, np.arange(len(items.layers))
-    paid = price * items.costs
-    chosen: Choice = np.argmin(items.errors + paid, axis=0)
+    paid = multiplier * items.costs
+    chosen: Selection = np.argmin(items.errors + paid, axis=0)
     total = contributions[chosen, places].sum(axis=0)
     layers = np.zeros((items.layers.max(initial=0) + 1, contributions.shape[2]))
     np.add.at(layers, items.layers, contributions[chosen, places])
-    fixed = trust.alone * items.errors + paid
+    fixed = shrinkage.alone * items.errors + paid
     order = np.random.default_rng(0).permutation(places)
     by_item, own_costs = np.ascontiguousarray(contributions.swapaxes(0, 1)), np.ascontiguousarray(fixed.T)
     for _ in range(SWEEPS):
-        if not sweep(by_item, own_costs, items.layers, order, trust.together, trust.by_layer, chosen, total, layers):
+        if not descent_pass(
+            by_item, own_costs, items.layers, order, shrinkage.together, shrinkage.by_layer, chosen, total, layers
+        ):
             break
     return chosen
 
 
-def allocate_jointly(items: Items, budget: float, trust: Trust) -> tuple[Choice, float]:
+def allocate_jointly(items: Knapsack, budget: float, shrinkage: Shrinkage) -> tuple[Selection, float]:
     """The formats within a budget, and their price.
 
     Args:
         items: what is allocated.
         budget: largest sum of weight * bits; at least that of the cheapest format everywhere.
-        trust: see the module.
+        shrinkage: see the module.
     """
     errors, bits, weight = items.errors, items.bits, items.weight
-    high = 8 * steepest_price(errors, bits, weight)  # accumulated errors save more per bit than single ones
-    low, chosen, price = high * 1e-9, np.zeros(errors.shape[1], dtype=np.int64), high
+    high = 8 * steepest_multiplier(errors, bits, weight)  # accumulated errors save more per bit than single ones
+    low, chosen, multiplier = high * 1e-9, np.zeros(errors.shape[1], dtype=np.int64), high
     for _ in range(18):
         middle = float(np.sqrt(low * high))
-        trial = descend(items, middle, trust)
+        trial = coordinate_descent(items, middle, shrinkage)
         if (bits[trial] * weight).sum() <= budget + 1e-9:
-            chosen, price, high = trial, middle, middle
+            chosen, multiplier, high = trial, middle, middle
         else:
             low = middle
-    return spend_the_rest(errors, bits, weight, budget, chosen), price
+    return spend_the_rest(errors, bits, weight, budget, chosen), multiplier

@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adatsq_trt.search.candidates import Array
-from adatsq_trt.search.joint import Items, Trust, allocate_jointly
-from adatsq_trt.search.plan import TRUSTS, Rows
+from adatsq_trt.search.joint import Knapsack, Shrinkage, allocate_jointly
+from adatsq_trt.search.plan import SHRINKAGES, Rows
 from adatsq_trt.search.sensitivity import Sensitivity
 
 _ROUNDS = 4
@@ -40,20 +40,22 @@ class ErrorModel:
         errors: [formats, steps, layers]: single errors.
         bits: [formats], ascending.
         budget: largest mean of bits over (step, layer).
-        trust: in covariances.
+        shrinkage: in covariances.
     """
 
     contributions: Array
     errors: Array
     bits: Array
     budget: float
-    trust: Trust
+    shrinkage: Shrinkage
 
     @classmethod
-    def of(cls, sensitivity: Sensitivity, bits: Array, budget: float, trust: Trust) -> ErrorModel:
+    def of(cls, sensitivity: Sensitivity, bits: Array, budget: float, shrinkage: Shrinkage) -> ErrorModel:
         """The model that the plan uses."""
         saturated = sensitivity.saturated()
-        return cls(saturated.contributions.double().numpy(), saturated.smoothed_errors().numpy(), bits, budget, trust)
+        return cls(
+            saturated.contributions.double().numpy(), saturated.smoothed_errors().numpy(), bits, budget, shrinkage
+        )
 
     @property
     def total_bits(self) -> float:
@@ -72,17 +74,19 @@ class ErrorModel:
         return contributions, np.take_along_axis(self.errors, chosen[None], 0)[0]
 
     def _error(self, by_layer: Array, alone: float) -> float:
-        trust = self.trust
+        shrinkage = self.shrinkage
         together = np.square(by_layer.sum(axis=0)).sum()
-        return float(trust.together * together + trust.by_layer * np.square(by_layer).sum() + trust.alone * alone)
+        return float(
+            shrinkage.together * together + shrinkage.by_layer * np.square(by_layer).sum() + shrinkage.alone * alone
+        )
 
-    def items(self, labels: Labels) -> Items:
+    def items(self, labels: Labels) -> Knapsack:
         """An item for each (group, layer), in that order; groups are numbered from 0 without gaps."""
         groups = int(labels.max()) + 1
         member = np.eye(groups)[labels]
         contributions = np.einsum("tg,ftlr->fglr", member, self.contributions)
         formats, _, layers, rows = contributions.shape
-        return Items(
+        return Knapsack(
             contributions.reshape(formats, groups * layers, rows),
             np.einsum("tg,ftl->fgl", member, self.errors).reshape(formats, groups * layers),
             np.tile(np.arange(layers), groups),
@@ -91,9 +95,9 @@ class ErrorModel:
         )
 
     @cached_property
-    def price(self) -> float:
+    def multiplier(self) -> float:
         """Error per bit at which a policy without a limit just meets the budget."""
-        return allocate_jointly(self.items(np.arange(self.errors.shape[1])), self.total_bits, self.trust)[1]
+        return allocate_jointly(self.items(np.arange(self.errors.shape[1])), self.total_bits, self.shrinkage)[1]
 
 
 def merge(model: ErrorModel, rows: Rows, limit: int, known: dict[bytes, Labels] | None = None) -> Rows:
@@ -128,7 +132,7 @@ def merge(model: ErrorModel, rows: Rows, limit: int, known: dict[bytes, Labels] 
 def merged_policies(
     sensitivity: Sensitivity, bits: Array, budget: float, starts: Sequence[Rows], limit: int
 ) -> list[Rows]:
-    """Distinct policies with at most so many assignments: one from every start, and the first start's with each trust.
+    """Distinct policies with at most so many assignments: one from every start, and the first start's with each shrinkage.
 
     Args:
         sensitivity: measured contributions.
@@ -137,7 +141,7 @@ def merged_policies(
         starts: policies without a limit, the plan first.
         limit: most distinct assignments.
     """
-    models = [ErrorModel.of(sensitivity, bits, budget, trust) for trust in TRUSTS]
+    models = [ErrorModel.of(sensitivity, bits, budget, shrinkage) for shrinkage in SHRINKAGES]
     known: dict[bytes, Labels] = {}
     found = [merge(models[0], rows, limit, known) for rows in starts]
     found += [merge(model, starts[0], limit) for model in models[1:]]
@@ -199,18 +203,18 @@ def _union(model: ErrorModel, by_layer: Array, pair: tuple[_Group, _Group]) -> t
         pair: the two groups.
     """
     one, other = pair
-    trust, rest = model.trust, by_layer - one.chosen - other.chosen
+    shrinkage, rest = model.shrinkage, by_layer - one.chosen - other.chosen
     total, added = by_layer.sum(axis=0), one.contributions + other.contributions
     outside = total - one.chosen - other.chosen
-    bits = model.price * model.bits
-    cost = trust.together * np.square(outside + added).sum(axis=-1)
-    cost += trust.by_layer * np.square(rest + added).sum(axis=-1) + trust.alone * (one.errors + other.errors)
+    bits = model.multiplier * model.bits
+    cost = shrinkage.together * np.square(outside + added).sum(axis=-1)
+    cost += shrinkage.by_layer * np.square(rest + added).sum(axis=-1) + shrinkage.alone * (one.errors + other.errors)
     cost += bits[:, None] * (len(one.steps) + len(other.steps))
     row: Labels = cost.argmin(axis=0)
-    before = trust.together * np.square(total).sum() + trust.by_layer * np.square(by_layer).sum(axis=-1)
+    before = shrinkage.together * np.square(total).sum() + shrinkage.by_layer * np.square(by_layer).sum(axis=-1)
     for group in pair:
         layers = np.arange(len(group.row))
-        before = before + trust.alone * group.errors[group.row, layers] + bits[group.row] * len(group.steps)
+        before = before + shrinkage.alone * group.errors[group.row, layers] + bits[group.row] * len(group.steps)
     return float((cost.min(axis=0) - before).sum()), row
 
 
@@ -222,7 +226,7 @@ def _in_order_of_steps(labels: Labels) -> Labels:
 
 def _allocate(model: ErrorModel, labels: Labels) -> Labels:
     """The groups' assignments, [groups, layers]: rule 4."""
-    chosen, _ = allocate_jointly(model.items(labels), model.total_bits, model.trust)
+    chosen, _ = allocate_jointly(model.items(labels), model.total_bits, model.shrinkage)
     return chosen.reshape(labels.max() + 1, -1)
 
 
@@ -231,13 +235,13 @@ def _move(model: ErrorModel, table: Labels, labels: Labels) -> Labels:
     labels, layers = labels.copy(), np.arange(table.shape[1])
     options = model.contributions[table[:, None], np.arange(len(labels))[:, None], layers]
     alone = model.errors[table[:, None], np.arange(len(labels))[:, None], layers].sum(axis=-1)
-    price, trust = model.price * model.bits[table].sum(axis=1), model.trust
+    multiplier, shrinkage = model.multiplier * model.bits[table].sum(axis=1), model.shrinkage
     by_layer = options[labels, np.arange(len(labels))].sum(axis=0)
     for step in range(len(labels)):
         rest = by_layer - options[labels[step], step]
         tried = rest + options[:, step]
-        cost = trust.together * np.square(tried.sum(axis=1)).sum(axis=-1)
-        cost += trust.by_layer * np.square(tried).sum(axis=(1, 2)) + trust.alone * alone[:, step] + price
+        cost = shrinkage.together * np.square(tried.sum(axis=1)).sum(axis=-1)
+        cost += shrinkage.by_layer * np.square(tried).sum(axis=(1, 2)) + shrinkage.alone * alone[:, step] + multiplier
         labels[step] = int(cost.argmin())
         by_layer = tried[labels[step]]
     return labels

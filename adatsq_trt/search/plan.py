@@ -16,13 +16,17 @@ from numpy.typing import NDArray
 
 from adatsq_trt.search.budgets import Budgets
 from adatsq_trt.search.candidates import Array, Assignment, allocate
-from adatsq_trt.search.joint import Choice, Items, Trust, allocate_jointly, descend
-from adatsq_trt.search.priced import Scope, accumulated_errors, allocate_within, choose_sets
+from adatsq_trt.search.joint import Knapsack, Selection, Shrinkage, allocate_jointly, coordinate_descent
+from adatsq_trt.search.lagrangian import Constraints, accumulated_errors, allocate_within, choose_stored_sets
 from adatsq_trt.search.sensitivity import Sensitivity
 
 Rows = tuple[Assignment, ...]
 # See `joint`. The first is the plan's own; the others are hedges that selection on fresh samples may prefer.
-TRUSTS = (Trust(together=0.2, by_layer=0.5), Trust(together=0.1, by_layer=0.4), Trust(together=0.5, by_layer=0.0))
+SHRINKAGES = (
+    Shrinkage(together=0.2, by_layer=0.5),
+    Shrinkage(together=0.1, by_layer=0.4),
+    Shrinkage(together=0.5, by_layer=0.0),
+)
 # Prices, relative to the plan's, at which the rest of a path is estimated.
 _CURVE = (0.125, 0.25, 0.5, 0.75, 1.5, 2.0, 4.0, 8.0)
 # Those whose whole policies are judged too, to show the Pareto front.
@@ -90,7 +94,7 @@ class Plan:
         """Final error by the weighted errors of a path so far, what is added to them, and the rest from `step` on."""
         together = np.square(measured + added + self.tail_contributions[step]).sum()
         apart = np.square(measured).sum() + own + self.tail_own_errors[step]
-        return float(TRUSTS[0].together * together + (1 - TRUSTS[0].together) * apart)
+        return float(SHRINKAGES[0].together * together + (1 - SHRINKAGES[0].together) * apart)
 
     def deviation_error(self, step: int, bits_left: float, own_bits: float) -> float:
         """What it costs, or saves, when the rest has other bits than the plan gives it; infinite when too few.
@@ -117,13 +121,15 @@ def make_plan(sensitivity: Sensitivity, bits: Array, budget: float, candidates: 
     """
     items, (steps, layers) = _items(sensitivity, bits), sensitivity.contributions.shape[1:3]
     total = budget * steps * layers
-    (own, price), *others = (allocate_jointly(items, total, trust) for trust in TRUSTS)
+    (own, multiplier), *others = (allocate_jointly(items, total, shrinkage) for shrinkage in SHRINKAGES)
     hedges = [*(choice for choice, _ in others), allocate(items.errors, bits, items.weight, total)]
     cost = np.repeat(bits[:, None], layers, axis=1)
-    return _complete(sensitivity, Allocation(items, price, own, np.zeros_like(own)), hedges, cost, candidates)
+    return _complete(sensitivity, Allocation(items, multiplier, own, np.zeros_like(own)), hedges, cost, candidates)
 
 
-def make_priced_plan(sensitivity: Sensitivity, bits: Array, budgets: Budgets, candidates: int) -> tuple[Plan, Array]:
+def make_constrained_plan(
+    sensitivity: Sensitivity, bits: Array, budgets: Budgets, candidates: int
+) -> tuple[Plan, Array]:
     """The same under any budgets.
 
     Args:
@@ -140,22 +146,22 @@ def make_priced_plan(sensitivity: Sensitivity, bits: Array, budgets: Budgets, ca
         BudgetError: the budgets cannot be kept together.
     """
     items, layers = _items(sensitivity, bits), sensitivity.contributions.shape[2]
-    scope = Scope.each(budgets, len(bits), layers)
-    sets = choose_sets(accumulated_errors(items), scope)
-    (own, priced), *others = (allocate_within(items, scope, sets, trust) for trust in TRUSTS)
-    cost = priced.costs[:, :layers]
+    constraints = Constraints.each(budgets, len(bits), layers)
+    sets = choose_stored_sets(accumulated_errors(items), constraints)
+    (own, penalty), *others = (allocate_within(items, constraints, sets, shrinkage) for shrinkage in SHRINKAGES)
+    cost = penalty.costs[:, :layers]
     # What a path goes on with when it can afford no candidate.
     floor = np.tile(np.argmin(cost, axis=0), budgets.steps)
     hedges = [*(choice for choice, _ in others), sets.chosen]
-    return _complete(sensitivity, Allocation(priced, 1.0, own, floor), hedges, cost, candidates), cost
+    return _complete(sensitivity, Allocation(penalty, 1.0, own, floor), hedges, cost, candidates), cost
 
 
-def _items(sensitivity: Sensitivity, bits: Array) -> Items:
+def _items(sensitivity: Sensitivity, bits: Array) -> Knapsack:
     """An item for each (step, layer)."""
     saturated = sensitivity.saturated()
     contributions, errors = saturated.contributions.double().numpy(), saturated.smoothed_errors().numpy()
     steps, layers = contributions.shape[1:3]
-    return Items(
+    return Knapsack(
         contributions.reshape(len(bits), steps * layers, -1),
         errors.reshape(len(bits), -1),
         np.tile(np.arange(layers), steps),
@@ -170,19 +176,19 @@ class Allocation:
 
     Attributes:
         items: of all steps.
-        price: at which they were allocated.
+        multiplier: at which they were allocated.
         own: the allocation.
         floor: the cheapest allocation.
     """
 
-    items: Items
-    price: float
-    own: Choice
-    floor: Choice
+    items: Knapsack
+    multiplier: float
+    own: Selection
+    floor: Selection
 
 
 def _complete(
-    sensitivity: Sensitivity, allocation: Allocation, hedges: Sequence[Choice], cost: Array, candidates: int
+    sensitivity: Sensitivity, allocation: Allocation, hedges: Sequence[Selection], cost: Array, candidates: int
 ) -> Plan:
     """Candidates, the front and the curves of the rest, from allocations at other prices.
 
@@ -195,8 +201,8 @@ def _complete(
     """
     (steps, layers), own = sensitivity.contributions.shape[1:3], allocation.own
 
-    def at(multiple: float) -> Choice:
-        return descend(allocation.items, allocation.price * multiple, TRUSTS[0])
+    def at(multiple: float) -> Selection:
+        return coordinate_descent(allocation.items, allocation.multiplier * multiple, SHRINKAGES[0])
 
     curve = [*(at(multiple) for multiple in _CURVE), allocation.floor, own]
     policies = tuple(_rows(choice, steps) for choice in (own, *(curve[_CURVE.index(m)] for m in _FRONT)))
@@ -255,14 +261,14 @@ class _Tails:
         together = np.square(self.together[0, :1] - self.together[0] + self.together[1:]).sum(axis=-1)
         by_layer = self.by_layer[0, :1] - self.by_layer[0] + self.by_layer[1:]
         apart = error_apart(by_layer, self.alone[0, 0] - self.alone[0] + self.alone[1:])
-        trust = TRUSTS[0].together
-        spliced: Array = trust * together + (1 - trust) * apart
+        shrinkage = SHRINKAGES[0].together
+        spliced: Array = shrinkage * together + (1 - shrinkage) * apart
         return spliced
 
 
 def error_apart(by_layer: Array, alone: Array) -> Array:
-    """What `TRUSTS[0]` makes of accumulation within layers [..., layers, rows] and of single errors [...]: [...]."""
-    layered = TRUSTS[0].layered
+    """What `SHRINKAGES[0]` makes of accumulation within layers [..., layers, rows] and of single errors [...]: [...]."""
+    layered = SHRINKAGES[0].layered
     error: Array = layered * np.square(by_layer).sum(axis=(-2, -1)) + (1 - layered) * alone
     return error
 
@@ -274,7 +280,7 @@ def _increasing(bits: Array, errors: Array) -> tuple[Array, Array]:
     return bits, np.minimum.accumulate(errors, axis=1)
 
 
-def _columns(own: Choice, at: Callable[[float], Choice], steps: int, count: int) -> tuple[Rows, ...]:
+def _columns(own: Selection, at: Callable[[float], Selection], steps: int, count: int) -> tuple[Rows, ...]:
     """For each step the first `count` distinct rows, going outwards from the plan's price."""
     columns: list[dict[Assignment, None]] = [{row: None} for row in _rows(own, steps)]
     for multiple in _outwards():
@@ -291,7 +297,7 @@ def _outwards() -> Iterator[float]:
         yield _PRICE_STEP**-power
 
 
-def _rows(choice: Choice, steps: int) -> Rows:
+def _rows(choice: Selection, steps: int) -> Rows:
     return tuple(tuple(int(i) for i in row) for row in choice.reshape(steps, -1))
 
 

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from adatsq_trt.calibration.trajectory import Samples
 from adatsq_trt.calibration.units import Measured, backward_sweep
-from adatsq_trt.execution import Workers
+from adatsq_trt.execution import Executor
 from adatsq_trt.files import read_json_model, read_tensors, write_json_model, write_tensors
 from adatsq_trt.formats import Format
-from adatsq_trt.models.format_store import FormatStore
+from adatsq_trt.models.format_store import CandidateWeights
 from adatsq_trt.search.beam import Path as BeamPath
 from adatsq_trt.search.beam import Pruning, beam_search
 from adatsq_trt.search.candidates import Assignment
@@ -42,10 +42,10 @@ def measure_sensitivity(
     latents: Tensor,
     start: Tensor,
     formats: Sequence[Format],
-    store: FormatStore,
+    store: CandidateWeights,
     folder: Path,
     on_step: Progress,
-    workers: Workers,
+    executor: Executor,
     by_block: bool = False,
 ) -> tuple[Sensitivity, Tensor]:
     """One backward sweep over the trajectory, a file per step.
@@ -58,7 +58,7 @@ def measure_sensitivity(
         store: their weights and activation scales.
         folder: of the search.
         on_step: called after each step.
-        workers: who computes.
+        executor: who computes.
         by_block: whether one block at a time is in memory for its gradients (`backward_step`).
 
     Returns:
@@ -72,8 +72,8 @@ def measure_sensitivity(
     if missing:
         last = max(missing)
         adjoint = start if last == steps - 1 else read_tensors(files[last + 1])["adjoint"]
-        common = workers.share(Measured(samples, Candidates(tuple(formats), store), by_block))
-        for swept in backward_sweep(workers, common, measure_contributions, latents, adjoint, last):
+        common = executor.share(Measured(samples, Candidates(tuple(formats), store), by_block))
+        for swept in backward_sweep(executor, common, measure_contributions, latents, adjoint, last):
             contributions = join_parts(swept.measured, projections=len(start))
             write_tensors(files[swept.step], {"contributions": contributions, "adjoint": swept.adjoint})
             on_step()

@@ -143,7 +143,7 @@ class Rules:
         return [[i for i in within if points[i].assignments <= self.limit], within]
 
 
-def finalists(points: Sequence[Point], rules: Rules) -> list[int]:
+def shortlist(points: Sequence[Point], rules: Rules) -> list[int]:
     """Indices of the points that deserve a second look: the best few of each kind of search that keep the rules.
 
     A handful of samples that flip to another picture decide a mean over a small batch, so near ties on the screening
@@ -171,7 +171,7 @@ def look_again(
         The points, and the indices of those that got it. No point that keeps the rules has a smaller error than the
         best of these.
     """
-    points, looked, more = list(screened), list[int](), finalists(screened, rules)
+    points, looked, more = list(screened), list[int](), shortlist(screened, rules)
     while more := more or rivals(screened, points, looked, rules):
         points = look(points, more)
         looked, more = [*looked, *more], []
@@ -207,7 +207,7 @@ def _best(points: Sequence[Point], among: Sequence[int]) -> int | None:
     return next(iter(_ranked(points, among)), None)
 
 
-def second_look(
+def rescore(
     points: Sequence[Point],
     wanted: Sequence[int],
     formats: Sequence[Format],

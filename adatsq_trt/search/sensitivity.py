@@ -24,7 +24,7 @@ from adatsq_trt.calibration.units import Measured
 from adatsq_trt.execution.precision import exact
 from adatsq_trt.formats import Format
 from adatsq_trt.models.adapter import ModelAdapter
-from adatsq_trt.models.format_store import FormatStore
+from adatsq_trt.models.format_store import CandidateWeights
 from adatsq_trt.models.rounding import round_input, stored_weight
 
 # Steps of a trajectory whose neighbours are averaged with a width of one step.
@@ -96,7 +96,7 @@ class Candidates:
     """
 
     formats: tuple[Format, ...]
-    store: FormatStore
+    store: CandidateWeights
 
 
 def measure_contributions(common: Measured[Candidates], layers: LayerGradients) -> dict[str, Tensor]:
@@ -118,7 +118,7 @@ def join_parts(parts: Sequence[Tensor], projections: int) -> Tensor:
 
 
 def layer_contributions(
-    layers: LayerGradients, adapter: ModelAdapter, formats: Sequence[Format], store: FormatStore
+    layers: LayerGradients, adapter: ModelAdapter, formats: Sequence[Format], store: CandidateWeights
 ) -> dict[str, Tensor]:
     """The contributions of some layers at a step, unscaled: float32 [formats, projections * samples].
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from adatsq_trt.calibration.finite import watched
-from adatsq_trt.calibration.trajectory import PART, Samples, trajectory
+from adatsq_trt.calibration.trajectory import SAMPLES_PER_CALL, Samples, trajectory
 from adatsq_trt.errors import UnsupportedFormatError
-from adatsq_trt.execution import InProcess, Workers
+from adatsq_trt.execution import Executor, InProcess
 from adatsq_trt.formats import Format
 from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.schedule import Schedule
@@ -87,7 +87,7 @@ class Simulation:
         formats: Sequence[Format],
         schedule: Schedule,
         guidance: float,
-        workers: Workers | None = None,
+        executor: Executor | None = None,
         together: int = 1,
     ) -> None:
         """Give the model to the workers.
@@ -97,14 +97,14 @@ class Simulation:
             formats: cheapest first.
             schedule: of the denoising loop.
             guidance: its scale.
-            workers: who computes; this process if nobody else.
+            executor: who computes; this process if nobody else.
             together: most latents of a beam that are one call of the model where they have an assignment in common,
                 which saves a GPU from making its weights for each. Other numbers round differently.
         """
         self.model, self.formats, self._together = model, tuple(formats), together
-        self._workers = InProcess() if workers is None else workers
+        self._executor = InProcess() if executor is None else executor
         self._own = _Loop(model, self.formats, schedule, guidance)
-        self._loop = self._workers.share(self._own)
+        self._loop = self._executor.share(self._own)
 
     def advance(self, samples: Samples, step: int, moves: Sequence[tuple[Tensor, Assignment]]) -> Iterator[Tensor]:
         """Latents after one step, for each of several latents and assignments, in their order.
@@ -118,7 +118,7 @@ class Simulation:
         groups = list(self._groups([assignment for _, assignment in moves]))
         units = [_Move(batch, step, torch.stack([moves[i][0] for i in g]), moves[g[0]][1]) for g in groups]
         after = dict[int, Tensor]()
-        for group, latents in zip(groups, self._workers.map(_advance, self._loop, units), strict=True):
+        for group, latents in zip(groups, self._executor.map(_advance, self._loop, units), strict=True):
             after |= dict(zip(group, latents.clone(), strict=True))
         return iter([after[i] for i in range(len(moves))])
 
@@ -135,13 +135,16 @@ class Simulation:
 
         A unit is a part of the batch that stays in the processor's cache.
         """
-        parts = [samples.part(slice(start, start + PART)) for start in range(0, len(samples.seeds), PART)]
+        parts = [
+            samples.part(slice(start, start + SAMPLES_PER_CALL))
+            for start in range(0, len(samples.seeds), SAMPLES_PER_CALL)
+        ]
         units = [
             _Whole(_Batch(part.prompts, part.seeds), None if rows is None else tuple(rows))
             for rows in policies
             for part in parts
         ]
-        latents = self._workers.map(_final_latents, self._loop, units)
+        latents = self._executor.map(_final_latents, self._loop, units)
         for _ in policies:
             yield torch.cat([next(latents) for _ in parts])
 
@@ -168,7 +171,7 @@ class Simulation:
     def trajectories(self, samples: Samples, policies: Sequence[Sequence[Assignment]]) -> Iterator[Tensor]:
         """All latents of a small batch under each policy, float32 [steps + 1, samples, *latent_shape]."""
         batch = _Batch(samples.prompts, samples.seeds)
-        return self._workers.map(_trajectory, self._loop, [_Whole(batch, tuple(rows)) for rows in policies])
+        return self._executor.map(_trajectory, self._loop, [_Whole(batch, tuple(rows)) for rows in policies])
 
 
 def require_finite(simulation: Simulation, samples: Samples, rows: Sequence[Assignment], errors: Tensor) -> None:

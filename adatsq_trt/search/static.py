@@ -13,9 +13,9 @@ import torch
 from adatsq_trt.errors import BudgetError
 from adatsq_trt.search.budgets import Budgets
 from adatsq_trt.search.candidates import Array, Assignment, allocate
-from adatsq_trt.search.joint import Items, allocate_jointly
-from adatsq_trt.search.plan import TRUSTS, Rows
-from adatsq_trt.search.priced import Scope, allocate_within, choose_sets
+from adatsq_trt.search.joint import Knapsack, allocate_jointly
+from adatsq_trt.search.lagrangian import Constraints, allocate_within, choose_stored_sets
+from adatsq_trt.search.plan import SHRINKAGES, Rows
 from adatsq_trt.search.sensitivity import Sensitivity
 
 
@@ -41,31 +41,33 @@ def time_only(sensitivity: Sensitivity, bits: Array, budget: float) -> list[Rows
     return [tuple((index,) * layers for index in row) for row in rows]
 
 
-def priced_layer_only(sensitivity: Sensitivity, bits: Array, budgets: Budgets) -> list[Rows]:
+def constrained_layer_only(sensitivity: Sensitivity, bits: Array, budgets: Budgets) -> list[Rows]:
     """`layer_only` under any budgets; none when no such policy keeps them."""
-    scope = Scope.by_layer(budgets, len(bits), sensitivity.contributions.shape[2])
-    rows = _grouped_within(sensitivity, bits, scope, steps_together=True)
+    constraints = Constraints.by_layer(budgets, len(bits), sensitivity.contributions.shape[2])
+    rows = _grouped_within(sensitivity, bits, constraints, steps_together=True)
     return [tuple([row] * budgets.steps) for row in rows]
 
 
-def priced_time_only(sensitivity: Sensitivity, bits: Array, budgets: Budgets) -> list[Rows]:
+def constrained_time_only(sensitivity: Sensitivity, bits: Array, budgets: Budgets) -> list[Rows]:
     """`time_only` under any budgets; none when no such policy keeps them."""
     layers = sensitivity.contributions.shape[2]
-    rows = _grouped_within(sensitivity, bits, Scope.by_step(budgets, len(bits), layers), steps_together=False)
+    rows = _grouped_within(sensitivity, bits, Constraints.by_step(budgets, len(bits), layers), steps_together=False)
     return [tuple((index,) * layers for index in row) for row in rows]
 
 
-def _grouped_within(sensitivity: Sensitivity, bits: Array, scope: Scope, *, steps_together: bool) -> list[Assignment]:
+def _grouped_within(
+    sensitivity: Sensitivity, bits: Array, constraints: Constraints, *, steps_together: bool
+) -> list[Assignment]:
     contributions, axis = sensitivity.saturated().contributions.double(), 1 if steps_together else 2
     together = contributions.sum(dim=axis)
     layers = np.arange(together.shape[1]) if steps_together else np.zeros(together.shape[1], dtype=np.int64)
-    items = Items(together.numpy(), together.square().sum(dim=-1).numpy(), layers, bits, np.ones(together.shape[1]))
+    items = Knapsack(together.numpy(), together.square().sum(dim=-1).numpy(), layers, bits, np.ones(together.shape[1]))
     try:
-        sets = choose_sets(items.errors, scope)
+        sets = choose_stored_sets(items.errors, constraints)
     except BudgetError:
         return []
-    choices = [sets.chosen, *(allocate_within(items, scope, sets, trust)[0] for trust in TRUSTS)]
-    return list(dict.fromkeys(tuple(int(i) for i in choice) for choice in choices if scope.holds(choice)))
+    choices = [sets.chosen, *(allocate_within(items, constraints, sets, shrinkage)[0] for shrinkage in SHRINKAGES)]
+    return list(dict.fromkeys(tuple(int(i) for i in choice) for choice in choices if constraints.holds(choice)))
 
 
 def _grouped(sensitivity: Sensitivity, bits: Array, budget: float, *, steps_together: bool) -> list[Assignment]:
@@ -77,6 +79,6 @@ def _grouped(sensitivity: Sensitivity, bits: Array, budget: float, *, steps_toge
     ones, total = np.ones(items), budget * items
     choices = [allocate(torch.sqrt(diagonal * alone).numpy(), bits, ones, total)]
     layers = np.arange(items) if steps_together else np.zeros(items, dtype=np.int64)
-    problem = Items(together.numpy(), diagonal.numpy(), layers, bits, ones)
-    choices += [allocate_jointly(problem, total, trust)[0] for trust in TRUSTS]
+    problem = Knapsack(together.numpy(), diagonal.numpy(), layers, bits, ones)
+    choices += [allocate_jointly(problem, total, shrinkage)[0] for shrinkage in SHRINKAGES]
     return list(dict.fromkeys(tuple(int(i) for i in choice) for choice in choices))

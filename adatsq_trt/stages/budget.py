@@ -41,7 +41,7 @@ class SampleTimes:
         return layers + policy.steps * self.rest_ms
 
 
-def priced(settings: Settings) -> bool:
+def penalty(settings: Settings) -> bool:
     """Whether there is another budget than that in bits."""
     return settings.budget_bytes is not None or settings.budget_ms is not None
 

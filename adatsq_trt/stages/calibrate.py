@@ -48,7 +48,7 @@ def run(context: Context) -> Stage:
     steps = context.settings.steps
     with this.run():
         with context.on_device():
-            batch = context.workers.share(context.calibration)
+            batch = context.executor.share(context.calibration)
             with context.progress("calibrate: trajectory", steps) as advance:
                 latents = _trajectory(context, this, batch, advance)
             with context.progress("calibrate: Fisher information", steps) as advance:
@@ -62,7 +62,7 @@ def _trajectory(context: Context, this: Stage, batch: Shared[Samples], advance: 
     file = this.unit(TRAJECTORY)
     if not file.is_file():
         latents = [context.calibration.noise()]
-        for latent in measured_trajectory(context.workers, batch, latents[0], context.settings.steps):
+        for latent in measured_trajectory(context.executor, batch, latents[0], context.settings.steps):
             latents.append(latent)
             advance()
         whole = torch.stack(latents)
@@ -80,8 +80,8 @@ def _fisher(context: Context, this: Stage, latents: Tensor, advance: Advance) ->
         last = max(missing)
         start = projections(len(samples.seeds), context.adapter.latent_shape, 1, context.settings.seed)
         adjoint = start if last == steps - 1 else read_tensors(files[last + 1])["adjoint"]
-        common = context.workers.share(Measured(samples, None, context.by_block(projections=1)))
-        for step in backward_sweep(context.workers, common, squared_gradients, latents, adjoint, last):
+        common = context.executor.share(Measured(samples, None, context.by_block(projections=1)))
+        for step in backward_sweep(context.executor, common, squared_gradients, latents, adjoint, last):
             information = torch.cat(step.measured, dim=2).mean(dim=(1, 2))
             write_tensors(files[step.step], {"information": information, "adjoint": step.adjoint})
             advance()
@@ -100,7 +100,7 @@ def _hessians(context: Context, this: Stage, batch: Shared[Samples], latents: Te
     with context.progress("calibrate: Hessians", len(passes) * context.settings.steps) as advance:
         for group in passes:
             weights = {layer: columns[layer] for block in group for layer in blocks[block]}
-            moments = layer_moments(context.workers, batch, latents, weights, advance)
+            moments = layer_moments(context.executor, batch, latents, weights, advance)
             for block in group:
                 _write_block(this, block, {layer: moments.pop(layer) for layer in blocks[block]})
     ranges = MappedTensors(this.unit(f"{RANGES}/{block}.safetensors") for block in blocks)

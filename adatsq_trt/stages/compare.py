@@ -11,7 +11,7 @@ from adatsq_trt.calibration.gptq import gptq
 from adatsq_trt.calibration.trajectory import final_latents, latent_mse
 from adatsq_trt.errors import MissingFileError
 from adatsq_trt.formats import Element, Format, Granularity, Grid, format_named
-from adatsq_trt.models.format_store import FormatStore
+from adatsq_trt.models.format_store import CandidateWeights
 from adatsq_trt.models.transforms import IDENTITY
 from adatsq_trt.policy import Policy
 from adatsq_trt.quantizers import QuantizedWeight, quantize_nearest
@@ -123,7 +123,7 @@ def _error(context: Context, case: Case, reference: Tensor) -> float:
         fmt: {name: case.solver(name, weight, format_named(fmt)) for name, weight in rounded.items()}
         for fmt in sorted(used)
     }
-    store = FormatStore(weights, quantize.activation_scales(context, transforms), transforms)
+    store = CandidateWeights(weights, quantize.activation_scales(context, transforms), transforms)
     with context.simulated(store).installed() as model:
         latents = final_latents(context.held_out, lambda step: model.assign(case.formats_at(step), step))
     return latent_mse(latents, reference)

@@ -11,11 +11,11 @@ import torch
 
 from adatsq_trt.calibration.trajectory import Samples, seeded_samples
 from adatsq_trt.checkpoints.loading import OpenedPipeline
-from adatsq_trt.execution import InProcess, Workers
-from adatsq_trt.execution.device import CPU, CUDA, OnDevice, free_bytes, told_when_full
+from adatsq_trt.execution import Executor, InProcess
+from adatsq_trt.execution.device import CPU, CUDA, OnDevice, free_bytes, raise_on_oom
 from adatsq_trt.formats import Format, Target, format_named, target_named
 from adatsq_trt.models.adapter import ModelAdapter
-from adatsq_trt.models.format_store import FormatStore
+from adatsq_trt.models.format_store import CandidateWeights
 from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.policy import LayerShape
 from adatsq_trt.progress import Reporter
@@ -67,7 +67,7 @@ class Context:
         settings: resolved.
         model: loaded; large layers of a checkpoint may be on disk.
         memory: what may be resident. Decides what is kept and what is read or computed again, never a result.
-        workers: who computes units of work.
+        executor: who computes units of work.
         progress: who is told how it goes on.
         pipeline: the checkpoint that the model comes from, while its prompts may have to be encoded.
     """
@@ -76,14 +76,14 @@ class Context:
     settings: Settings
     model: LoadedModel
     memory: Memory = field(default_factory=Memory)
-    workers: Workers = field(default_factory=InProcess)
+    executor: Executor = field(default_factory=InProcess)
     progress: Reporter = field(default_factory=Reporter)
     pipeline: OpenedPipeline | None = None
 
     @property
     def device(self) -> torch.device:
         """Where units of work are computed."""
-        return self.workers.device if isinstance(self.workers, OnDevice) else torch.device(CPU)
+        return self.executor.device if isinstance(self.executor, OnDevice) else torch.device(CPU)
 
     @contextmanager
     def on_device(self, dtype: torch.dtype = torch.float32) -> Iterator[None]:
@@ -92,7 +92,7 @@ class Context:
             yield
             return
         try:
-            with told_when_full(self.device), self.adapter.placed(self.device, dtype):
+            with raise_on_oom(self.device), self.adapter.placed(self.device, dtype):
                 yield
         finally:
             if self.device.type == CUDA:
@@ -109,7 +109,7 @@ class Context:
         needed = self.memory.backward_bytes_of(projections) * dtype.itemsize // 4
         return needed > (free_bytes(self.device) if self.device.type == CUDA else self.memory.room_bytes)
 
-    def simulated(self, store: FormatStore) -> SimulatedModel:
+    def simulated(self, store: CandidateWeights) -> SimulatedModel:
         """The fake-quantized model, which holds as many dequantized weights as memory does.
 
         On a GPU, where memory is scarce, it holds none.

@@ -34,7 +34,7 @@ from adatsq_trt.evaluation.peers import apply_peer
 from adatsq_trt.evaluation.scores import psnr
 from adatsq_trt.files import read_json_model, read_tensors, write_json_model, write_tensors
 from adatsq_trt.formats import Format, resolve_formats
-from adatsq_trt.models.format_store import FormatStore
+from adatsq_trt.models.format_store import CandidateWeights
 from adatsq_trt.models.transforms import BRANCH_BITS, LayerTransform
 from adatsq_trt.policy import LayerShape, Policy
 from adatsq_trt.progress import Reporter
@@ -275,7 +275,7 @@ class Evaluation:
             if folder != stage.directory.path and (folder / "run.json").is_file():
                 stage.adopt(RunDirectory.existing(folder))
 
-    def _simulate(self, context: Context, store: FormatStore, policy: Policy) -> Generated:
+    def _simulate(self, context: Context, store: CandidateWeights, policy: Policy) -> Generated:
         with context.simulated(store).installed() as model:
             asked = context.evaluation(self.batch.prompts)
             latents = final_latents(asked, lambda step: model.assign(policy.formats_at(step), step))
@@ -316,7 +316,7 @@ def _everywhere(context: Context, fmt: Format) -> Policy:
     return Policy.from_steps(context.model.name, context.settings.weights_sha256, context.layers, rows)
 
 
-def _uniform_store(context: Context, fmt: Format, method: Method) -> FormatStore:
+def _uniform_store(context: Context, fmt: Format, method: Method) -> CandidateWeights:
     """A format's weights as the method makes them."""
     folder = calibrate.stage(context).folder
     transforms: dict[str, LayerTransform] = {}
@@ -332,7 +332,7 @@ def _uniform_store(context: Context, fmt: Format, method: Method) -> FormatStore
     else:
         file = calibrate.HESSIANS if method.weights is Weights.FISHER else calibrate.PLAIN_HESSIANS
         weights = quantize.solve(context, fmt, calibrate.load_hessians(context, file), transforms)
-    return FormatStore({fmt.name: weights}, {}, transforms)
+    return CandidateWeights({fmt.name: weights}, {}, transforms)
 
 
 def _shapes(context: Context) -> tuple[LayerShape, ...]:

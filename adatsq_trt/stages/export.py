@@ -14,7 +14,7 @@ from adatsq_trt.base_type import BaseName
 from adatsq_trt.calibration.trajectory import Samples, trajectory
 from adatsq_trt.engines.exported import EXPORTED_NAME, SCALES_PREFIX, Exported, array_hash
 from adatsq_trt.engines.manifest import ScheduleRecord, size_name
-from adatsq_trt.execution.device import CPU, moved
+from adatsq_trt.execution.device import CPU, to_device
 from adatsq_trt.export import export_graphs, export_plugin_graphs, trace
 from adatsq_trt.export.plugin_graphs import GRAPHS as PLUGIN_GRAPHS
 from adatsq_trt.files import read_tensors, write_json_model, write_tensors
@@ -166,13 +166,13 @@ def _reference(context: Context, policy: Policy, folder: Path) -> None:
         own = _one_step(context, samples, there[step], step, with_layers=False)
         tensors[f"step_{step:03d}.full_precision"] = own[f"step_{step:03d}.output"].to(CPU)
     store = quantize.load(context)
-    tensors |= moved({f"{SCALES_PREFIX}{name}": table for name, table in store.scales.items()}, CPU)
+    tensors |= to_device({f"{SCALES_PREFIX}{name}": table for name, table in store.scales.items()}, CPU)
     with context.simulated(store).installed() as model:
         for step in range(policy.steps):
             model.assign(policy.formats_at(step), step)
-            tensors |= moved(_one_step(context, samples, there[step], step, with_layers=step in layered), CPU)
+            tensors |= to_device(_one_step(context, samples, there[step], step, with_layers=step in layered), CPU)
         tensors["loop.quantized"] = _loop(model, samples, policy)
-        spread = [_disturbed(context, model, policy, samples, there, seed) for seed in range(NOISE_DRAWS)]
+        spread = [_with_input_noise(context, model, policy, samples, there, seed) for seed in range(NOISE_DRAWS)]
     outputs = torch.stack([tensors[f"step_{step:03d}.output"] for step in range(policy.steps)])
     tensors["spread.outputs"] = _largest_error([draw[0] for draw in spread], outputs)
     tensors["spread.loop"] = _largest_error([draw[1][1:] for draw in spread], tensors["loop.quantized"][1:])
@@ -185,12 +185,12 @@ def _loop(model: SimulatedModel, samples: Samples, policy: Policy) -> Tensor:
     return trajectory(samples, lambda step: model.assign(policy.formats_at(step), step)).to(CPU)
 
 
-def _disturbed(
+def _with_input_noise(
     context: Context, model: SimulatedModel, policy: Policy, samples: Samples, latents: Tensor, seed: int
 ) -> tuple[Tensor, Tensor]:
     """Outputs of all steps [steps, ...] and latents of the loop [steps + 1, ...] under noise at every layer's input."""
     outputs = []
-    with model.disturbed(NOISE, seed):
+    with model.input_noise(NOISE, seed):
         for step in range(policy.steps):
             model.assign(policy.formats_at(step), step)
             tensors = _one_step(context, samples, latents[step], step, with_layers=False)

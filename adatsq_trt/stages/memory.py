@@ -12,8 +12,8 @@ import torch
 
 from adatsq_trt.calibration.fisher import MOST_ROW_PRODUCTS
 from adatsq_trt.calibration.hessian import hessian_bytes
-from adatsq_trt.calibration.trajectory import PART
-from adatsq_trt.calibration.units import PART as BACKWARD_PART
+from adatsq_trt.calibration.trajectory import SAMPLES_PER_CALL
+from adatsq_trt.calibration.units import SAMPLES_PER_BACKWARD
 from adatsq_trt.checkpoints.loading import OpenedPipeline
 from adatsq_trt.errors import UserError
 from adatsq_trt.formats import PLUGIN_LAYOUT, target_named
@@ -94,7 +94,7 @@ def plan_memory(
             f"{model.weights / 1e9:.2f} billion weights; pass at least --memory-limit {smallest:.1f}GB, or "
             f"{_LESS_PLAN if stage == BUNDLE else 'fewer samples or a smaller size'}"
         )
-    flow, samples = model.flow, min(BACKWARD_PART, settings.calibration_samples)
+    flow, samples = model.flow, min(SAMPLES_PER_BACKWARD, settings.calibration_samples)
     return Memory(
         machine_bytes() if limit is None else limit,
         _call_bytes(settings, flow),
@@ -152,7 +152,7 @@ def sweep_bytes(settings: Settings, flow: Flow, shapes: Sequence[tuple[int, int]
         flow: of one sample.
         shapes: (K, N) of the quantizable layers.
     """
-    samples, largest = min(BACKWARD_PART, settings.calibration_samples), 4 * max(k * n for k, n in shapes)
+    samples, largest = min(SAMPLES_PER_BACKWARD, settings.calibration_samples), 4 * max(k * n for k, n in shapes)
     squares = max(3 * 4 * MOST_ROW_PRODUCTS, 2 * largest)
     fisher = samples * flow.block_backward_bytes(1) + squares
     # Outputs of a layer in all formats, twice, the exact one and the rounded input.
@@ -180,5 +180,5 @@ def _model(settings: Settings, outline: LoadedModel, pipeline: OpenedPipeline | 
 
 def _call_bytes(settings: Settings, flow: Flow) -> int:
     """What a call of the model in full precision needs for the largest batch."""
-    judged = min(PART, max(settings.selection_samples, settings.held_out_samples))
+    judged = min(SAMPLES_PER_CALL, max(settings.selection_samples, settings.held_out_samples))
     return max(settings.calibration_samples, judged) * _ALIVE * flow.largest_bytes

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adatsq_trt.config import BuildConfig
-from adatsq_trt.execution import Workers
+from adatsq_trt.execution import Executor
 from adatsq_trt.files import write_json_model
 from adatsq_trt.progress import Reporter
 from adatsq_trt.settings import SETTINGS_NAME, Settings
@@ -17,7 +17,7 @@ from adatsq_trt.stages.context import Context, Memory
 from adatsq_trt.stages.graph import Build
 from adatsq_trt.stages.memory import plan_memory
 from adatsq_trt.stages.models import OpenedModel
-from adatsq_trt.stages.resolve import choose_workers, open_and_resolve
+from adatsq_trt.stages.resolve import choose_executor, open_and_resolve
 from adatsq_trt.stages.run_directory import RunDirectory
 
 
@@ -29,13 +29,13 @@ class Prepared:
         settings: all of them, defaults filled in.
         opened: the model.
         memory: what may be resident.
-        workers: who is going to compute.
+        executor: who is going to compute.
     """
 
     settings: Settings
     opened: OpenedModel
     memory: Memory
-    workers: AbstractContextManager[Workers]
+    executor: AbstractContextManager[Executor]
 
     @contextmanager
     def run(self, folder: Path, progress: Reporter) -> Iterator[Build]:
@@ -48,14 +48,14 @@ class Prepared:
         Raises:
             OutputError: the folder cannot be written, is in use, or holds something else.
         """
-        with self.workers as workers, RunDirectory.open(folder) as run:
+        with self.executor as executor, RunDirectory.open(folder) as run:
             write_json_model(run.path / SETTINGS_NAME, self.settings)
             context = Context(
                 run,
                 self.settings,
                 self.opened.outline,
                 memory=self.memory,
-                workers=workers,
+                executor=executor,
                 progress=progress,
                 pipeline=self.opened.pipeline,
             )
@@ -73,8 +73,8 @@ def prepare(model: object, config: BuildConfig, last: str) -> Prepared:
     Raises:
         UserError: says what does not go together, is not there or does not suit the model.
     """
-    workers = choose_workers(config)
+    executor = choose_executor(config)
     opened, settings = open_and_resolve(model, config, last)
     search.require_possible(settings, opened.outline)
     memory = plan_memory(config.limit_bytes, settings, opened.outline, opened.pipeline, last)
-    return Prepared(settings, opened, memory, workers)
+    return Prepared(settings, opened, memory, executor)

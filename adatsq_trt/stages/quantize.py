@@ -18,14 +18,14 @@ from adatsq_trt.calibration.gptq import factorize, gptq_factored
 from adatsq_trt.calibration.nested import NARROW, WIDE, NestedWeight, nest
 from adatsq_trt.calibration.transforms.make import make_transforms
 from adatsq_trt.calibration.transforms.statistics import largest_inputs, measure_groups
-from adatsq_trt.execution.device import CPU, moved
+from adatsq_trt.execution.device import CPU, to_device
 from adatsq_trt.files import read_tensors, write_tensors
 from adatsq_trt.formats import PLUGIN_LAYOUT, Format, Grid
 from adatsq_trt.models.format_store import (
     SCALES_NAME,
     TRANSFORMS_NAME,
-    FormatStore,
-    StoredWeights,
+    BlockFiles,
+    CandidateWeights,
     load_store,
     save_weights,
     weights_name,
@@ -79,7 +79,7 @@ def _transforms(context: Context, this: Stage) -> dict[str, LayerTransform]:
         latents = read_tensors(calibrate.stage(context).folder / calibrate.TRAJECTORY)["latents"]
         with context.on_device():
             groups = measure_groups(context.calibration, latents.to(context.device))
-            save_transforms(file, moved(make_transforms(context.settings.transform, groups), CPU))
+            save_transforms(file, to_device(make_transforms(context.settings.transform, groups), CPU))
     return load_transforms(file)
 
 
@@ -147,8 +147,8 @@ def solve_layers(
         Problem(linears[n].weight.detach(), hessians[n] if curved else None, transforms.get(n, IDENTITY))
         for n in layers
     )
-    common = context.workers.share(Solver(tuple(formats), context.settings.damping))
-    return context.workers.map(_solve_layer, common, problems)
+    common = context.executor.share(Solver(tuple(formats), context.settings.damping))
+    return context.executor.map(_solve_layer, common, problems)
 
 
 def _solve_layer(solver: Solver, problem: Problem) -> dict[Format, QuantizedWeight]:
@@ -182,11 +182,11 @@ def _nests(context: Context) -> bool:
 
 def _nest(context: Context, folder: Path, hessians: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Planes of the layers that lose little when they are nested: "<module path>.<attribute of NestedWeight>"."""
-    narrow, wide = (StoredWeights(folder / fmt.name, context.layers) for fmt in (NARROW, WIDE))
+    narrow, wide = (BlockFiles(folder / fmt.name, context.layers) for fmt in (NARROW, WIDE))
     linears, tensors = context.adapter.quantizable_layers(), dict[str, Tensor]()
     problems = ((linear.weight.detach(), hessians[n], narrow[n], wide[n]) for n, linear in linears.items())
     with context.progress("quantize: nested layers", len(linears)) as advance:
-        solved = context.workers.map(_nest_layer, context.workers.share(context.settings.damping), problems)
+        solved = context.executor.map(_nest_layer, context.executor.share(context.settings.damping), problems)
         for layer, planes in zip(linears, solved, strict=True):
             if planes is not None:
                 tensors |= {f"{layer}.{field.name}": getattr(planes, field.name) for field in fields(planes)}
@@ -208,7 +208,7 @@ def activation_scales(
     if transforms and any(fmt.static_activation for fmt in context.formats):
         latents = read_tensors(folder / calibrate.TRAJECTORY)["latents"]
         with context.on_device():
-            there = moved(transforms, context.device)
+            there = to_device(transforms, context.device)
             largest = largest_inputs(context.calibration, latents.to(context.device), there).to(CPU)
     else:
         largest = read_tensors(folder / calibrate.STATISTICS)["largest"]
@@ -221,13 +221,13 @@ def load_layer_transforms(context: Context) -> dict[str, LayerTransform]:
     return {} if context.settings.transform is None else load_transforms(stage(context).folder / TRANSFORMS_NAME)
 
 
-def load(context: Context) -> FormatStore:
+def load(context: Context) -> CandidateWeights:
     """What the stage wrote, where the model is; nested layers have their planes in every format that reads them."""
     store, device = _load(context), context.adapter.device
-    return store if device.type == CPU else moved(store, device)
+    return store if device.type == CPU else to_device(store, device)
 
 
-def _load(context: Context) -> FormatStore:
+def _load(context: Context) -> CandidateWeights:
     folder = stage(context).folder
     store = load_store(folder, context.settings.formats, context.layers)
     if not _nests(context):
@@ -240,4 +240,4 @@ def _load(context: Context) -> FormatStore:
             for fmt in context.formats:
                 if fmt.weight == NARROW.weight:
                     weights[fmt.name][layer] = planes.narrow
-    return FormatStore(weights, store.scales, store.transforms)
+    return CandidateWeights(weights, store.scales, store.transforms)

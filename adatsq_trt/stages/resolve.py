@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from adatsq_trt.base_type import require_one_type
 from adatsq_trt.config import DEFAULT_LAYOUT, BuildConfig
 from adatsq_trt.errors import UserError
-from adatsq_trt.execution import InProcess, Workers
+from adatsq_trt.execution import Executor, InProcess
 from adatsq_trt.execution.cluster import connected, parse_address, require_cluster
 from adatsq_trt.execution.device import AUTO, CPU, OnDevice, parse_device
 from adatsq_trt.formats import (
@@ -255,7 +255,7 @@ def _require_layers(
         require_plugin_shapes({name: (layer.out_features, layer.in_features) for name, layer in layers.items()})
 
 
-def choose_workers(config: BuildConfig) -> AbstractContextManager[Workers]:
+def choose_executor(config: BuildConfig) -> AbstractContextManager[Executor]:
     """Who computes: a Ray cluster's processors, a GPU, or this machine's processors.
 
     Raises:

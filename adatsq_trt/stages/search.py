@@ -13,22 +13,22 @@ from torch import Tensor
 
 from adatsq_trt.calibration.finite import require_finite_trajectory
 from adatsq_trt.calibration.fisher import projections
-from adatsq_trt.calibration.trajectory import PART
+from adatsq_trt.calibration.trajectory import SAMPLES_PER_CALL
 from adatsq_trt.calibration.units import measured_trajectory
 from adatsq_trt.errors import BudgetError, MismatchError, UserError
-from adatsq_trt.execution import InProcess, Workers
+from adatsq_trt.execution import Executor, InProcess
 from adatsq_trt.execution.device import CPU
 from adatsq_trt.execution.precision import Bfloat16
 from adatsq_trt.execution.threads import threads
 from adatsq_trt.files import parse_json_model, read_tensors, write_json_model, write_tensors
 from adatsq_trt.formats import Format, format_named
-from adatsq_trt.models.format_store import FormatStore
+from adatsq_trt.models.format_store import CandidateWeights
 from adatsq_trt.models.stored import count_weights
 from adatsq_trt.policy import GIVEN_POLICY_ADVICE, Policy
 from adatsq_trt.search.beam import Pruning
-from adatsq_trt.search.denoising import DenoisingProblem, PricedProblem, format_bits, row_errors
+from adatsq_trt.search.denoising import ConstrainedProblem, DenoisingProblem, format_bits, row_errors
 from adatsq_trt.search.merge import merged_policies
-from adatsq_trt.search.plan import Plan, Rows, make_plan, make_priced_plan
+from adatsq_trt.search.plan import Plan, Rows, make_constrained_plan, make_plan
 from adatsq_trt.search.resume import Scorer, measure_sensitivity, search_columns
 from adatsq_trt.search.select import (
     KINDS,
@@ -41,11 +41,11 @@ from adatsq_trt.search.select import (
     judge,
     look_again,
     measure_held_out,
-    second_look,
+    rescore,
 )
 from adatsq_trt.search.sensitivity import Sensitivity
 from adatsq_trt.search.simulation import Simulation
-from adatsq_trt.search.static import layer_only, priced_layer_only, priced_time_only, time_only, uniform
+from adatsq_trt.search.static import constrained_layer_only, constrained_time_only, layer_only, time_only, uniform
 from adatsq_trt.settings import Settings
 from adatsq_trt.stages import budget, calibrate, quantize
 from adatsq_trt.stages.context import Context
@@ -93,7 +93,7 @@ def require_possible(settings: Settings, model: LoadedModel) -> None:
     if settings.policy is not None:
         _given_policy(settings, tuple(model.adapter.quantizable_layers()))
         return
-    if settings.max_assignments is not None and budget.priced(settings):
+    if settings.max_assignments is not None and budget.penalty(settings):
         raise UserError(
             "--max-assignments: assignments are merged within a budget of bits only; leave out --budget-bytes and "
             "--budget-ms, or this limit"
@@ -114,7 +114,7 @@ def require_affordable(context: Context) -> None:
         BudgetError: names the cheapest policy there is.
         UnsupportedFormatError: a format that takes nobody knows how long.
     """
-    if context.settings.policy is None and budget.priced(context.settings):
+    if context.settings.policy is None and budget.penalty(context.settings):
         budget.budgets(context)
 
 
@@ -155,14 +155,14 @@ def run(context: Context) -> Stage:
 def _search(context: Context, folder: Path) -> SearchResult:
     """The steps of the search, each kept on disk as it goes."""
     store, within = quantize.load(context), _within_budget(context)
-    with _workers(context) as workers:
-        latents = _reference(context, workers, folder)
+    with _executor(context) as executor:
+        latents = _reference(context, executor, folder)
         if context.settings.policy is not None:
-            with _simulation(context, store, workers) as simulation:
+            with _simulation(context, store, executor) as simulation:
                 return _judge(context, simulation, [_given_proposal(context), *_uniforms(context)], within, 0, folder)
-        sensitivity, adjoints = _sensitivity(context, store, latents, workers, folder)
+        sensitivity, adjoints = _sensitivity(context, store, latents, executor, folder)
         plan, make_problem, static = _plans(context, sensitivity)
-        with _simulation(context, store, workers) as simulation:
+        with _simulation(context, store, executor) as simulation:
             problem = make_problem(context.calibration, simulation, latents, adjoints, plan)
             with context.progress("search: beam", context.settings.steps) as advance:
                 settings = context.settings
@@ -180,13 +180,13 @@ def _search(context: Context, folder: Path) -> SearchResult:
 
 
 @contextmanager
-def _workers(context: Context) -> Iterator[Workers]:
+def _executor(context: Context) -> Iterator[Executor]:
     """Those of the run, in the precision of the search.
 
     For a small model in this process there are as many threads as torch would take for one unit.
     """
-    with _exact_workers(context) as workers:
-        yield Bfloat16(workers, context.device.type) if _reduced(context) else workers
+    with _exact_executor(context) as executor:
+        yield Bfloat16(executor, context.device.type) if _reduced(context) else executor
 
 
 def _reduced(context: Context) -> bool:
@@ -195,40 +195,40 @@ def _reduced(context: Context) -> bool:
 
 
 @contextmanager
-def _exact_workers(context: Context) -> Iterator[Workers]:
+def _exact_executor(context: Context) -> Iterator[Executor]:
     count = torch.get_num_threads()
     size = 4 * count_weights(context.adapter.transformer)
     copied = count * size * (1 + len(context.formats))
     together = copied + count * context.memory.backward_bytes_of(context.settings.projections)
     small = copied <= _MOST_COPIED_BYTES and together <= context.memory.room_bytes
-    if count == 1 or not small or not isinstance(context.workers, InProcess):
-        yield context.workers
+    if count == 1 or not small or not isinstance(context.executor, InProcess):
+        yield context.executor
     else:
-        with threads(count) as workers:
-            yield workers
+        with threads(count) as executor:
+            yield executor
 
 
 @contextmanager
-def _simulation(context: Context, store: FormatStore, workers: Workers) -> Iterator[Simulation]:
+def _simulation(context: Context, store: CandidateWeights, executor: Executor) -> Iterator[Simulation]:
     """The fake-quantized model, given to the workers."""
     with context.simulated(store).installed() as model:
         settings = context.settings
         # A processor's cache holds one path; elsewhere a call has as many samples as one of a finished policy.
-        most = max(PART // settings.calibration_samples, 1)
+        most = max(SAMPLES_PER_CALL // settings.calibration_samples, 1)
         together = 1 if context.device.type == CPU else min(settings.beam, most)
-        yield Simulation(model, context.formats, context.schedule, settings.guidance, workers, together)
+        yield Simulation(model, context.formats, context.schedule, settings.guidance, executor, together)
 
 
 def _plans(context: Context, sensitivity: Sensitivity) -> tuple[Plan, Callable[..., DenoisingProblem], list[Proposal]]:
     """The plan, what makes the beam's problem of it, and the static policies; for bits alone or for other budgets."""
     bits, count = format_bits(context.formats), context.settings.candidates
-    if budget.priced(context.settings):
+    if budget.penalty(context.settings):
         all_budgets = budget.budgets(context)
-        plan, cost = make_priced_plan(sensitivity, bits, all_budgets, count)
-        by_layer = priced_layer_only(sensitivity, bits, all_budgets)
-        by_step = priced_time_only(sensitivity, bits, all_budgets)
+        plan, cost = make_constrained_plan(sensitivity, bits, all_budgets, count)
+        by_layer = constrained_layer_only(sensitivity, bits, all_budgets)
+        by_step = constrained_time_only(sensitivity, bits, all_budgets)
         make_problem: Callable[..., DenoisingProblem] = partial(
-            PricedProblem, budget=math.inf, budgets=all_budgets, cost=cost
+            ConstrainedProblem, budget=math.inf, budgets=all_budgets, cost=cost
         )
     else:
         mean = context.settings.budget_bits
@@ -243,21 +243,21 @@ def _plans(context: Context, sensitivity: Sensitivity) -> tuple[Plan, Callable[.
 def _within_budget(context: Context) -> Callable[[Point], bool]:
     """Whether a judged policy keeps every budget."""
     settings, index = context.settings, {fmt.name: i for i, fmt in enumerate(context.formats)}
-    if settings.policy is not None or not budget.priced(settings):
+    if settings.policy is not None or not budget.penalty(settings):
         most = math.inf if settings.budget_bits is None else settings.budget_bits
         return lambda point: point.mean_bits <= most + 1e-9
     limits = budget.budgets(context)
     return lambda point: limits.holds([tuple(index[name] for name in row) for row in point.formats])
 
 
-def _reference(context: Context, workers: Workers, folder: Path) -> Tensor:
+def _reference(context: Context, executor: Executor, folder: Path) -> Tensor:
     """The trajectory of the calibration batch without fake quantization, float32 [steps + 1, samples, *latent_shape].
 
     In the precision of the search: what that changes of a picture is no error of a policy.
     """
     if not (file := _reference_file(context, folder)).is_file():
         noise = context.calibration.noise()
-        after = measured_trajectory(workers, workers.share(context.calibration), noise, context.settings.steps)
+        after = measured_trajectory(executor, executor.share(context.calibration), noise, context.settings.steps)
         latents = torch.stack([noise, *after])
         require_finite_trajectory(context.calibration, latents)
         write_tensors(file, {"latents": latents})
@@ -270,7 +270,7 @@ def _reference_file(context: Context, folder: Path) -> Path:
 
 
 def _sensitivity(
-    context: Context, store: FormatStore, latents: Tensor, workers: Workers, folder: Path
+    context: Context, store: CandidateWeights, latents: Tensor, executor: Executor, folder: Path
 ) -> tuple[Sensitivity, Tensor]:
     """Sensitivity and adjoints along the trajectory of the calibration batch."""
     settings = context.settings
@@ -278,7 +278,7 @@ def _sensitivity(
     by_block = context.by_block(settings.projections, torch.bfloat16 if _reduced(context) else torch.float32)
     with context.progress("search: sensitivity", settings.steps) as advance:
         sensitivity, adjoints = measure_sensitivity(
-            context.calibration, latents, start, context.formats, store, folder, advance, workers, by_block
+            context.calibration, latents, start, context.formats, store, folder, advance, executor, by_block
         )
     write_tensors(folder / SENSITIVITY, {"errors": sensitivity.errors})
     return sensitivity, adjoints
@@ -366,7 +366,7 @@ def _look(
     if len(scorers) == 1:
         return list(points)
     with context.progress("search: finalists", len(wanted)) as advance:
-        return second_look(points, wanted, formats, (scorers[0], scorers[1]), advance)
+        return rescore(points, wanted, formats, (scorers[0], scorers[1]), advance)
 
 
 def _keep_trajectory_errors(

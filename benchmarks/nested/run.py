@@ -37,7 +37,7 @@ from adatsq_trt.calibration.nested import (
 from adatsq_trt.calibration.trajectory import final_latents
 from adatsq_trt.files import read_json_model, write_bytes, write_json_model
 from adatsq_trt.formats import GROUP, Format
-from adatsq_trt.models.format_store import FormatStore
+from adatsq_trt.models.format_store import CandidateWeights
 from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.quantizers import QuantizedWeight
 from adatsq_trt.report.theme import ACCENT, CONTRAST, MUTED, STYLE, Chart, render
@@ -161,7 +161,7 @@ def measure(context: Context) -> Results:
             WIDE.name: {n: c[1] for n, c in copies_of.items()},
         }
         errors = {}
-        with SimulatedModel(context.adapter, FormatStore(store, {})).installed() as model:
+        with SimulatedModel(context.adapter, CandidateWeights(store, {})).installed() as model:
             for fmt in (NARROW, WIDE):
                 latents = final_latents(samples, _everywhere(model, fmt))
                 errors[fmt.name] = (latents.double() - reference.double()).square().flatten(1).mean(1)

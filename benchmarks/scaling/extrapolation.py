@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
-from adatsq_trt.calibration.trajectory import PART as POLICY_PART
-from adatsq_trt.calibration.units import PART as SWEEP_PART
+from adatsq_trt.calibration.trajectory import SAMPLES_PER_CALL as POLICY_PART
+from adatsq_trt.calibration.units import SAMPLES_PER_CALL as SWEEP_PART
 from adatsq_trt.settings import Settings
 
 # What is assumed of a model: denoising steps, seconds of a GPU for one step of one sample.
@@ -38,19 +38,19 @@ class Kind:
         return self.rounds * ceil(self.width / workers) * self.calls * SECONDS
 
 
-def kinds(screened: int, finalists: int, reported: int) -> list[Kind]:
+def kinds(screened: int, shortlist: int, reported: int) -> list[Kind]:
     """All units of a search with the default settings.
 
     Args:
         screened: policies that are judged.
-        finalists: those that get the second look.
+        shortlist: those that get the second look.
         reported: those that are measured on held-out samples.
     """
     samples, projections = _DEFAULTS["calibration_samples"], _DEFAULTS["projections"]
     selection, held_out = _DEFAULTS["selection_samples"], _DEFAULTS["held_out_samples"]
     sweep, moves = ceil(samples / SWEEP_PART), _DEFAULTS["beam"] * (_DEFAULTS["candidates"] + 1)
     # One policy more, full precision, is what others are compared with.
-    parts = screened + 1 + (finalists + 1) * ceil((selection - POLICY_PART) / POLICY_PART)
+    parts = screened + 1 + (shortlist + 1) * ceil((selection - POLICY_PART) / POLICY_PART)
     return [
         Kind("trajectory", STEPS, sweep, SWEEP_PART),
         Kind("Fisher information", STEPS, sweep, SWEEP_PART * (1 + BACKWARD)),
@@ -62,9 +62,9 @@ def kinds(screened: int, finalists: int, reported: int) -> list[Kind]:
     ]
 
 
-def table(screened: int, finalists: int, reported: int) -> str:
+def table(screened: int, shortlist: int, reported: int) -> str:
     """Hours for every number of workers, Markdown."""
-    found = kinds(screened, finalists, reported)
+    found = kinds(screened, shortlist, reported)
     lines = [
         "| units | rounds × units in one | " + " | ".join(f"{n} GPU{'s' * (n > 1)}" for n in WORKERS) + " |",
         "|---|---:|" + "---:|" * len(WORKERS),

@@ -81,7 +81,7 @@ class Results(_Record):
         units: kind → figures.
         other_cpu_seconds: processor time of the same search outside of its units.
         screened: policies that were judged.
-        finalists: those that got the second look.
+        shortlist: those that got the second look.
         reported: those that were measured on held-out samples.
     """
 
@@ -94,7 +94,7 @@ class Results(_Record):
     units: dict[str, Units]
     other_cpu_seconds: float
     screened: int
-    finalists: int
+    shortlist: int
     reported: int
 
 
@@ -167,7 +167,7 @@ def count_units() -> tuple[dict[str, Units], float]:
     finished, counting, folder = open_run(RUNS / "in-process"), Counting(), RUNS / "counted"
     shutil.rmtree(folder, ignore_errors=True)
     with RunDirectory.open(folder) as directory:
-        context = Context(directory, finished.settings, finished.model, workers=counting)
+        context = Context(directory, finished.settings, finished.model, executor=counting)
         start = time.process_time()
         run_stages(context, search.NAME)
         total = time.process_time() - start - counting.counting_seconds
@@ -214,7 +214,7 @@ def measure() -> Results:
         units=units,
         other_cpu_seconds=other,
         screened=len({point.formats for point in points}),
-        finalists=sum(point.finalist for point in points),
+        shortlist=sum(point.finalist for point in points),
         reported=len({point.formats for point in points if point.held_out_error is not None}),
     )
 
@@ -228,7 +228,7 @@ def main() -> None:
     if not arguments.from_results:
         write_json_model(RESULTS, measure())
     results = read_json_model(RESULTS, Results)
-    measured, expected = tables(results), table(results.screened, results.finalists, results.reported)
+    measured, expected = tables(results), table(results.screened, results.shortlist, results.reported)
     print(measured, expected, sep="\n\n")
     if arguments.document is not None:
         replace_marked(arguments.document, "scaling", measured)

@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict
 from adatsq_trt.calibration.fisher import projections
 from adatsq_trt.calibration.trajectory import seeded_samples
 from adatsq_trt.calibration.units import measured_trajectory
-from adatsq_trt.execution import InProcess, Workers
+from adatsq_trt.execution import Executor, InProcess
 from adatsq_trt.execution.device import CPU, CUDA, OnDevice, free_bytes, parse_device
 from adatsq_trt.execution.precision import Bfloat16
 from adatsq_trt.files import read_json_model, write_json_model
@@ -38,7 +38,7 @@ from adatsq_trt.formats import resolve_formats
 from adatsq_trt.image import ImageShape
 from adatsq_trt.models.flow import measure_flow
 from adatsq_trt.models.flux import FluxAdapter
-from adatsq_trt.models.format_store import FormatStore
+from adatsq_trt.models.format_store import CandidateWeights
 from adatsq_trt.models.prompts import StoredPrompts
 from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.progress import Progress, Reporter
@@ -156,10 +156,10 @@ def make_adapter(device: torch.device, search: Search) -> FluxAdapter:
 
 
 @torch.no_grad()
-def make_store(adapter: FluxAdapter) -> FormatStore:
+def make_store(adapter: FluxAdapter) -> CandidateWeights:
     """Every layer in every format, rounded to nearest, where the model is."""
     layers = adapter.quantizable_layers()
-    return FormatStore(
+    return CandidateWeights(
         {
             fmt.name: {name: quantize_nearest(layer.weight.float(), fmt) for name, layer in layers.items()}
             for fmt in FORMATS
@@ -179,27 +179,27 @@ def measure(device: torch.device, search: Search) -> Row:
     """Make the model, search, forget both."""
     if device.type == CUDA:
         torch.cuda.reset_peak_memory_stats(device)
-    workers: Workers = InProcess() if device.type == CPU else OnDevice(device)
-    workers = Bfloat16(workers, device.type) if search.precision == BFLOAT16 else workers
+    executor: Executor = InProcess() if device.type == CPU else OnDevice(device)
+    executor = Bfloat16(executor, device.type) if search.precision == BFLOAT16 else executor
     adapter, steps = make_adapter(device, search), search.steps
     store, schedule = make_store(adapter), adapter.schedule(steps)
     samples = seeded_samples(adapter, schedule, GUIDANCE, 1, 0, 1)
     by_block = goes_by_block(adapter, schedule, device, search)
     noise = samples.noise()
     began = perf_counter()
-    latents = torch.stack([noise, *measured_trajectory(workers, workers.share(samples), noise, steps)])
+    latents = torch.stack([noise, *measured_trajectory(executor, executor.share(samples), noise, steps)])
     drawn = perf_counter()
     start = projections(1, adapter.latent_shape, PROJECTIONS, 0)
     with tempfile.TemporaryDirectory() as folder:
         with progress("sensitivity", steps) as advance:
             sensitivity, adjoints = measure_sensitivity(
-                samples, latents, start, FORMATS, store, Path(folder), advance, workers, by_block
+                samples, latents, start, FORMATS, store, Path(folder), advance, executor, by_block
             )
         swept = perf_counter()
         plan = make_plan(sensitivity, format_bits(FORMATS), BITS, CANDIDATES)
         planned = perf_counter()
         with SimulatedModel(adapter, store, 0).installed() as model, progress("beam", steps) as advance:
-            simulation = Simulation(model, FORMATS, schedule, GUIDANCE, workers, 1 if device.type == CPU else BEAM)
+            simulation = Simulation(model, FORMATS, schedule, GUIDANCE, executor, 1 if device.type == CPU else BEAM)
             problem = DenoisingProblem(samples, simulation, latents, adjoints, plan, budget=BITS)
             search_columns(problem, Pruning(BEAM, SLACK, search.expansions), Path(folder), advance)
         ended = perf_counter()

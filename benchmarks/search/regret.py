@@ -97,12 +97,12 @@ class Dynamics:
     def _plans(self) -> dict[int, Plan]:
         return {}
 
-    def plan(self, prices: int) -> Plan:
+    def plan(self, multipliers: int) -> Plan:
         """The real search's plan, with candidates at so many prices."""
-        if prices not in self._plans:
+        if multipliers not in self._plans:
             sensitivity = Sensitivity(SET, torch.from_numpy(self.contributions))
-            self._plans[prices] = make_plan(sensitivity, BITS, self.budget, prices)
-        return self._plans[prices]
+            self._plans[multipliers] = make_plan(sensitivity, BITS, self.budget, multipliers)
+        return self._plans[multipliers]
 
     def error(self, state: Array) -> float:
         """Mean over the batch of |x|²."""
@@ -187,7 +187,7 @@ class SmallProblem:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Selection:
     """One way to prune: what the settings call beam, candidates, slack and expansions; None for no limit."""
 
     beam: int | None
@@ -196,17 +196,17 @@ class Choice:
     expansions: int | None = None
 
 
-DEFAULTS = Choice(*(Settings.model_fields[name].default for name in ("beam", "candidates", "slack", "expansions")))
-EXACT = Choice(None, None, None)
+DEFAULTS = Selection(*(Settings.model_fields[name].default for name in ("beam", "candidates", "slack", "expansions")))
+EXACT = Selection(None, None, None)
 CHOICES = (
     DEFAULTS,
     EXACT,
-    Choice(None, None, 0.0),
-    Choice(None, None, 0.1),
-    *(Choice(None, count, None) for count in (2, 4, 6)),
-    *(Choice(beam, 4, slack) for beam in (2, 4, 8) for slack in (0.0, 0.1, 0.5, None)),
-    *(Choice(beam, 6, 0.1) for beam in (4, 8)),
-    *(Choice(DEFAULTS.beam, DEFAULTS.candidates, DEFAULTS.slack, most) for most in (1, 2, 4, 8)),
+    Selection(None, None, 0.0),
+    Selection(None, None, 0.1),
+    *(Selection(None, count, None) for count in (2, 4, 6)),
+    *(Selection(beam, 4, slack) for beam in (2, 4, 8) for slack in (0.0, 0.1, 0.5, None)),
+    *(Selection(beam, 6, 0.1) for beam in (4, 8)),
+    *(Selection(DEFAULTS.beam, DEFAULTS.candidates, DEFAULTS.slack, most) for most in (1, 2, 4, 8)),
 )
 
 Problems = Sequence[tuple[Dynamics, float]]
@@ -218,7 +218,7 @@ def seeded_problems(count: int = PROBLEMS, batch: int = BATCH) -> Problems:
     return [(d, d.best_error()) for d in dynamics]
 
 
-def regrets(choice: Choice, problems: Problems) -> Array:
+def regrets(choice: Selection, problems: Problems) -> Array:
     """error / least possible error - 1 of each problem."""
     result = []
     for dynamics, best in problems:

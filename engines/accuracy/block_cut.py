@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 from onnx import ModelProto, NodeProto, ValueInfoProto
 from onnx.helper import make_empty_tensor_value_info, make_graph, make_model
 
-from adatsq_trt.engines.store import self_contained
+from adatsq_trt.engines.plan_weights import self_contained
 from adatsq_trt.errors import AdatsqError
 
 MODULE_KEY = "adatsq.module"

@@ -17,7 +17,7 @@ from onnx.numpy_helper import to_array
 
 from adatsq_trt.engines.accuracy.block_cut import module_of
 from adatsq_trt.errors import AdatsqError
-from adatsq_trt.graph_index import BUCKET_INPUT
+from adatsq_trt.graph_index import ASSIGNMENT_INPUT
 
 
 def first_difference(together: ModelProto, alone: ModelProto, assignment: int) -> str | None:
@@ -73,7 +73,7 @@ class _Values:
         return self.hashes.get(name, b"nothing") if name else b""
 
     def _compute(self, node: NodeProto) -> None:
-        if node.op_type == "Gather" and node.input[1] == BUCKET_INPUT:
+        if node.op_type == "Gather" and node.input[1] == ASSIGNMENT_INPUT:
             self._choices[node.output[0]] = bool(to_array(self._tables[node.input[0]])[self._assignment])
         attributes = sorted(attribute.SerializeToString(deterministic=True) for attribute in node.attribute)
         own = _hash(node.domain, node.op_type, *attributes, *map(self._of, node.input))

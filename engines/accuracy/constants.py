@@ -12,7 +12,7 @@ from onnx.numpy_helper import to_array
 
 from adatsq_trt.engines.accuracy.block_cut import load_graph
 from adatsq_trt.engines.bundle import GRAPH_FOLDER, BundleFiles
-from adatsq_trt.engines.store import initializers
+from adatsq_trt.engines.plan_weights import initializers
 from adatsq_trt.graph_index import ConstantHashes, GraphFile, constant_hash, constant_key
 
 _CHUNK_BYTES = 1 << 24

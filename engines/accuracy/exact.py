@@ -25,7 +25,7 @@ from adatsq_trt.engines.bundle import (
     read_arrays,
 )
 from adatsq_trt.engines.exported import EXPORTED_NAME, Exported, array_hash
-from adatsq_trt.engines.store import STORE_NAME, store_difference
+from adatsq_trt.engines.plan_weights import STORE_NAME, store_difference
 from adatsq_trt.errors import UserError
 from adatsq_trt.files import read_json_model
 from adatsq_trt.graph_index import CONSTANTS_NAME, ConstantHashes

@@ -16,7 +16,7 @@ import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 from onnx.external_data_helper import ExternalDataInfo, set_external_data, uses_external_data
 
-from adatsq_trt.engines.store import initializers, self_contained
+from adatsq_trt.engines.plan_weights import initializers, self_contained
 
 MODEL_NAME, DATA_NAME = "folded.onnx", "folded.data"
 _ALIGNMENT_BYTES, _INLINE_BYTES = 4096, 1024

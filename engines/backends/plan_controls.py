@@ -10,7 +10,7 @@ import numpy as np
 
 from adatsq_trt.engines.backends.execution_context import ALIGNMENT_BYTES, EngineContext
 from adatsq_trt.engines.bundle import PLAN_FOLDER, REBUILD, BundleFiles
-from adatsq_trt.engines.store import STORE_NAME
+from adatsq_trt.engines.plan_weights import STORE_NAME
 from adatsq_trt.errors import DamagedFileError
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class _StepTable:
 
     @property
     def _assignment_input(self) -> str | None:
-        inputs = (graph.bucket_input for graph in self._files.index.graphs)
+        inputs = (graph.assignment_input for graph in self._files.index.graphs)
         return next((signature.name for signature in inputs if signature is not None), None)
 
     def _table(self, dtype: torch.dtype) -> torch.Tensor:

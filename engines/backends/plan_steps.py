@@ -22,7 +22,7 @@ from adatsq_trt.engines.backends.network import NetworkCompiler
 from adatsq_trt.engines.backends.plan_controls import PlanControls
 from adatsq_trt.engines.bundle import BundleFiles, PlanFile
 from adatsq_trt.engines.generation import Array, Arrays, DenoisingRequest, Generation, guide
-from adatsq_trt.engines.store import read_plan
+from adatsq_trt.engines.plan_weights import read_plan
 from adatsq_trt.errors import DamagedFileError
 
 if TYPE_CHECKING:

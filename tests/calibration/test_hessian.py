@@ -21,10 +21,10 @@ def test_second_moment_does_not_depend_on_how_often_a_row_is_seen() -> None:
 
 
 def test_moments_are_sums_over_the_steps(samples: Samples, latents: Tensor) -> None:
-    workers, steps = InProcess(), samples.schedule.steps
+    executor, steps = InProcess(), samples.schedule.steps
     layers = dict(list(samples.adapter.quantizable_layers().items())[::3])
     weights = {name: torch.rand(steps, generator=torch.Generator().manual_seed(i)) for i, name in enumerate(layers)}
-    found = layer_moments(workers, workers.share(samples), latents, weights, lambda: None)
+    found = layer_moments(executor, executor.share(samples), latents, weights, lambda: None)
     assert list(found) == list(layers)
     inputs = []
     for step in range(steps):

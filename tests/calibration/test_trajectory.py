@@ -84,6 +84,6 @@ def test_latent_mse_is_the_mean_of_squares() -> None:
 
 
 def test_parts_give_the_pictures_of_the_whole_batch(samples: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("adatsq_trt.calibration.trajectory.PART", 3)
+    monkeypatch.setattr("adatsq_trt.calibration.trajectory.SAMPLES_PER_CALL", 3)
     whole = trajectory(samples)[-1]
     torch.testing.assert_close(final_latents(samples), whole, rtol=1e-4, atol=1e-5)

@@ -189,7 +189,7 @@ def test_a_single_file_in_its_authors_layout_is_the_folders_model(
         assert set(whole) == set(single)
         assert [name for name in whole if not torch.equal(whole[name], single[name])] == []
     kinds = {type(module) for module in found[1].adapter.transformer.modules()}
-    assert {torch.nn.Linear, stored.StoredLinear} <= kinds
+    assert {torch.nn.Linear, stored.MappedLinear} <= kinds
 
 
 def test_shards_are_one_model(own_flux: Path, loaded: LoadedModel) -> None:
@@ -295,7 +295,7 @@ def test_a_lora_changes_weights_that_stay_on_disk(
         monkeypatch.setattr(stored, "LEAST_NUMBERS", least)
         tuned = load(open_pipeline(settings(saved_flux, loras=(f"{files[0]}:0.3", str(files[1])))))
         found.append(dict(stored.named_weights(tuned.adapter.transformer)))
-    assert any(isinstance(module, stored.StoredLinear) for module in tuned.adapter.transformer.modules())
+    assert any(isinstance(module, stored.MappedLinear) for module in tuned.adapter.transformer.modules())
     assert set(found[0]) == set(found[1])
     assert [name for name in found[0] if not torch.equal(found[0][name], found[1][name])] == []
 

@@ -16,7 +16,7 @@ from adatsq_trt.execution import InProcess
 from adatsq_trt.formats import resolve_formats
 from adatsq_trt.image import ImageShape
 from adatsq_trt.models.flow import measure_flow
-from adatsq_trt.models.format_store import FormatStore
+from adatsq_trt.models.format_store import CandidateWeights
 from adatsq_trt.models.prompts import TextEncoder
 from adatsq_trt.models.wan import WanAdapter
 from adatsq_trt.quantizers import quantize_nearest
@@ -67,7 +67,7 @@ def main(kind: str, count: int) -> None:
     samples.step(latents[0], 0)  # what libraries keep from their first call on
     workers = InProcess()
     if kind == "sensitivity":
-        extra, measure = Candidates(FORMATS, FormatStore(weights, {})), measure_contributions
+        extra, measure = Candidates(FORMATS, CandidateWeights(weights, {})), measure_contributions
     else:
         extra, measure = None, squared_gradients
     release_memory()

@@ -8,7 +8,7 @@ import torch
 from adatsq_trt.config import BuildConfig
 from adatsq_trt.execution import InProcess
 from adatsq_trt.execution.device import OnDevice
-from adatsq_trt.stages.resolve import choose_workers
+from adatsq_trt.stages.resolve import choose_executor
 
 SEARCH = ("search", "digits-flux", "--simulate", "--formats", "w4a4,w8a8", "--steps", "2")
 
@@ -32,11 +32,11 @@ def test_a_wrong_device_is_refused_before_anything_is_written(
     ("device", "workers"), [(None, OnDevice), ("cpu", InProcess), ("auto", OnDevice), ("cuda:0", OnDevice)]
 )
 def test_who_computes_where_there_is_a_gpu(
-    monkeypatch: pytest.MonkeyPatch, device: str | None, workers: type[InProcess] | type[OnDevice]
+    monkeypatch: pytest.MonkeyPatch, device: str | None, executor: type[InProcess] | type[OnDevice]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     config = BuildConfig() if device is None else BuildConfig(device=device)
-    with choose_workers(config) as chosen:
-        assert type(chosen) is workers
+    with choose_executor(config) as chosen:
+        assert type(chosen) is executor

@@ -34,10 +34,10 @@ def test_hessians_in_many_passes_are_those_of_one(built: Path) -> None:
         MappedTensors(folder / name / f"{block}.safetensors" for block in blocks)
         for name in (calibrate.HESSIANS, calibrate.PLAIN_HESSIANS)
     ]
-    batch = context.workers.share(context.calibration)
+    batch = context.executor.share(context.calibration)
     for group in groups[:2]:
         own = {layer: weights[layer] for block in group for layer in blocks[block]}
-        found = layer_moments(context.workers, batch, latents["latents"], own, lambda: None)
+        found = layer_moments(context.executor, batch, latents["latents"], own, lambda: None)
         for layer, moments in found.items():
             assert torch.equal(moments.weighted, stored[0][layer])
             assert torch.equal(moments.plain, stored[1][layer])
@@ -63,7 +63,7 @@ def test_a_backward_pass_by_block_gives_the_sensitivities_of_one_at_once(built: 
         by_block = replace(context, memory=limits).by_block(2)
         assert by_block == (limits.limit_bytes == 0)
         what = (context.calibration, latents, start, context.formats, store, tmp_path / str(by_block))
-        found.append(measure_sensitivity(*what, lambda: None, context.workers, by_block))
+        found.append(measure_sensitivity(*what, lambda: None, context.executor, by_block))
     assert torch.equal(found[0][0].contributions, found[1][0].contributions)
     assert torch.equal(found[0][1], found[1][1])
 

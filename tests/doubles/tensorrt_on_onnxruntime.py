@@ -26,7 +26,7 @@ import torch
 
 from adatsq_trt.engines.backends.base import Profile
 from adatsq_trt.engines.bundle import GRAPH_FOLDER, PLAN_FOLDER, BundleFiles, PlanFile
-from adatsq_trt.engines.store import STORE_NAME, name_weights, read_plan, without_weights
+from adatsq_trt.engines.plan_weights import STORE_NAME, name_weights, read_plan, without_weights
 from tests.doubles.host_device import ALIGNMENT, STREAM, HostDevice
 
 _TYPES = {

@@ -253,7 +253,7 @@ def write_switch(folder: Path, variant: str, files: list[GraphFile]) -> GraphFil
         inputs=own[0].inputs,
         outputs=own[0].outputs,
         scale_inputs={layer: signature for file in own for layer, signature in file.scale_inputs.items()},
-        bucket_input=TensorSignature(name="bucket", dtype="int32", shape=()),
+        assignment_input=TensorSignature(name="assignment", dtype="int32", shape=()),
     )
 
 

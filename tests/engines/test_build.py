@@ -9,7 +9,7 @@ from adatsq_trt.engines.backends.base import BatchRange, Compiler
 from adatsq_trt.engines.backends.rtx import RtxBackend
 from adatsq_trt.engines.build import RECORD_NAME, build_plans
 from adatsq_trt.engines.bundle import BundleFiles, Layout, PlanFile
-from adatsq_trt.engines.store import STORE_NAME, read_plan
+from adatsq_trt.engines.plan_weights import STORE_NAME, read_plan
 from adatsq_trt.errors import AdatsqError, DamagedFileError
 from adatsq_trt.formats import TARGETS, Target
 

@@ -8,8 +8,8 @@ import pytest
 
 from adatsq_trt.engines.build import build_plans
 from adatsq_trt.engines.bundle import BundleFiles, Layout, write_manifest
+from adatsq_trt.engines.plan_weights import initializers
 from adatsq_trt.engines.sizes import constant_bytes, size_report
-from adatsq_trt.engines.store import initializers
 from adatsq_trt.errors import DamagedFileError
 from adatsq_trt.formats import TARGETS
 from tests.engines.conftest import ASSIGNMENTS, WIDTH

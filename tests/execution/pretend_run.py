@@ -45,7 +45,7 @@ def run(folder: Path, device: str, model: str, stage: str, formats: str, transfo
     """Run the stages up to one."""
     loaded = LoadedModel(model, MODELS[model](), "0" * 64, "0" * 64, 2, 2.0, PixelScale(1))
     place = pretend_device() if device == NAME else torch.device(device)
-    workers = InProcess() if place.type == CPU else OnDevice(place)
+    executor = InProcess() if place.type == CPU else OnDevice(place)
     settings = Settings(
         model=model,
         weights_sha256="0" * 64,
@@ -66,7 +66,7 @@ def run(folder: Path, device: str, model: str, stage: str, formats: str, transfo
     # The pretended device has no room: backward passes go block by block, Hessians are summed a block at a time.
     memory = Memory() if place.type == CPU else Memory(0, backward_bytes=1)
     with RunDirectory.open(folder) as directory:
-        run_stages(Context(directory, settings, declared(loaded, settings), memory, workers), stage)
+        run_stages(Context(directory, settings, declared(loaded, settings), memory, executor), stage)
 
 
 if __name__ == "__main__":

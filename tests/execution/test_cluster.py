@@ -15,16 +15,16 @@ from torch import Tensor
 
 from adatsq_trt.errors import DependencyError, MismatchError, UserError
 from adatsq_trt.execution import InProcess, cluster
-from adatsq_trt.execution.cluster import Address, RayWorkers, Surroundings, connected, parse_address, require_cluster
+from adatsq_trt.execution.cluster import Address, RayExecutor, Surroundings, connected, parse_address, require_cluster
 
 
 @pytest.fixture(scope="module")
-def workers() -> Iterator[RayWorkers]:
+def executor() -> Iterator[RayExecutor]:
     with connected(Address(None, 2)) as two:
         yield two
 
 
-def test_results_come_in_the_order_of_the_items_and_are_those_of_this_process(workers: RayWorkers) -> None:
+def test_results_come_in_the_order_of_the_items_and_are_those_of_this_process(executor: RayExecutor) -> None:
     def unit(common: Tensor, item: tuple[int, Tensor]) -> tuple[int, Tensor, int, int]:
         number, x = item
         time.sleep(0.02 * (3 - number % 3))  # later ones end earlier
@@ -33,7 +33,7 @@ def test_results_come_in_the_order_of_the_items_and_are_those_of_this_process(wo
     generator = torch.Generator().manual_seed(0)
     common = torch.randn(65, 33, generator=generator)
     items = [(number, torch.randn(33, 17, generator=generator)) for number in range(12)]
-    found = list(workers.map(unit, workers.share(common), items))
+    found = list(executor.map(unit, executor.share(common), items))
     here = InProcess()
     expected = list(here.map(unit, here.share(common), items))
     assert [number for number, *_ in found] == list(range(12))
@@ -43,7 +43,7 @@ def test_results_come_in_the_order_of_the_items_and_are_those_of_this_process(wo
     assert os.getpid() not in {process for *_, process in found}
 
 
-def test_items_may_be_shared_and_are_taken_as_they_are_needed(workers: RayWorkers) -> None:
+def test_items_may_be_shared_and_are_taken_as_they_are_needed(executor: RayExecutor) -> None:
     taken: list[int] = []
 
     def items() -> Iterator[int]:
@@ -51,15 +51,15 @@ def test_items_may_be_shared_and_are_taken_as_they_are_needed(workers: RayWorker
             taken.append(number)
             yield number
 
-    results = workers.map(lambda common, item: common + item, workers.share(10), items())
+    results = executor.map(lambda common, item: common + item, executor.share(10), items())
     assert next(results) == 10
     assert len(taken) < 20
     results.close()  # type: ignore[attr-defined]
-    shared = [workers.share([number]) for number in range(3)]
-    assert list(workers.map(lambda common, item: common + item[0], workers.share(10), shared)) == [10, 11, 12]
+    shared = [executor.share([number]) for number in range(3)]
+    assert list(executor.map(lambda common, item: common + item[0], executor.share(10), shared)) == [10, 11, 12]
 
 
-def test_a_worker_that_is_killed_costs_its_unit_and_nothing_else(workers: RayWorkers, tmp_path: Path) -> None:
+def test_a_worker_that_is_killed_costs_its_unit_and_nothing_else(executor: RayExecutor, tmp_path: Path) -> None:
     def unit(folder: Path, number: int) -> int:
         with (folder / f"unit_{number}").open("a") as file:
             file.write("x")
@@ -67,28 +67,28 @@ def test_a_worker_that_is_killed_costs_its_unit_and_nothing_else(workers: RayWor
             os.kill(os.getpid(), signal.SIGKILL)
         return number * number
 
-    assert list(workers.map(unit, workers.share(tmp_path), range(8))) == [number**2 for number in range(8)]
+    assert list(executor.map(unit, executor.share(tmp_path), range(8))) == [number**2 for number in range(8)]
     attempts = {file.name: file.stat().st_size for file in tmp_path.iterdir()}
     assert attempts["unit_3"] == 2
     # Ray may have queued a unit behind the one that died; the others ran once.
     assert sum(attempts.values()) <= 8 + 2
 
 
-def test_what_a_unit_raises_arrives_as_it_was_raised(workers: RayWorkers) -> None:
+def test_what_a_unit_raises_arrives_as_it_was_raised(executor: RayExecutor) -> None:
     def unit(_common: None, number: int) -> int:
         if number == 1:
             raise UserError("layer 'x' of step 3 is not finite")
         return number
 
-    results = workers.map(unit, workers.share(None), range(4))
+    results = executor.map(unit, executor.share(None), range(4))
     assert next(results) == 0
     with pytest.raises(UserError, match=r"^layer 'x' of step 3 is not finite$"):
         list(results)
 
 
-def test_a_worker_unlike_this_process_is_refused(workers: RayWorkers) -> None:
+def test_a_worker_unlike_this_process_is_refused(executor: RayExecutor) -> None:
     here = Surroundings.here()
-    strange = RayWorkers(2, Surroundings(here.version, "1.0", here.instructions, here.threads))
+    strange = RayExecutor(2, Surroundings(here.version, "1.0", here.instructions, here.threads))
     with pytest.raises(MismatchError, match=r"torch .* expected .* 1\.0 and .* use machines of one kind"):
         list(strange.map(lambda _, item: item, strange.share(None), [1]))
 
@@ -146,7 +146,7 @@ def test_a_server_that_is_no_ray_is_refused(answer: bytes | None, monkeypatch: p
         thread.join()
 
 
-def test_the_head_of_a_cluster_answers(workers: RayWorkers) -> None:
+def test_the_head_of_a_cluster_answers(executor: RayExecutor) -> None:
     import ray
 
     require_cluster(Address(ray.get_runtime_context().gcs_address))

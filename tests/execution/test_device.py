@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adatsq_trt.errors import UserError
 from adatsq_trt.execution import Shared
-from adatsq_trt.execution.device import OnDevice, moved, parse_device, told_when_full
+from adatsq_trt.execution.device import OnDevice, parse_device, raise_on_oom, to_device
 from tests.execution.alike import assert_alike
 
 ROOT = Path(__file__).parents[2]
@@ -78,8 +78,8 @@ pretend_run.run(pathlib.Path("{tmp_path / "run"}"), "pretend", "wan", "search", 
 
 def test_what_is_shared_stays_shared_and_items_and_results_travel() -> None:
     weight, item = torch.ones(2), torch.ones(2)
-    workers = OnDevice(torch.device("meta"))
-    shared = workers.share(weight)
+    executor = OnDevice(torch.device("meta"))
+    shared = executor.share(weight)
     assert shared.content is weight
     places = []
 
@@ -87,20 +87,20 @@ def test_what_is_shared_stays_shared_and_items_and_results_travel() -> None:
         places.append(own[0].device.type)
         return own[1]
 
-    assert list(workers.map(unit, shared, [(item, "a"), Shared((item, "b"))])) == ["a", "b"]
+    assert list(executor.map(unit, shared, [(item, "a"), Shared((item, "b"))])) == ["a", "b"]
     assert places == ["meta", "meta"]
 
 
 def test_an_object_in_two_places_stays_one() -> None:
     tensor = torch.ones(2)
-    pair = moved({"a": (tensor,), "b": [tensor]}, "meta")
+    pair = to_device({"a": (tensor,), "b": [tensor]}, "meta")
     assert pair["a"][0] is pair["b"][0]
     assert pair["a"][0].device.type == "meta"
 
 
 def test_a_full_device_is_told() -> None:
     message = r"--device meta: its memory is too small \(no room\); use a smaller size"
-    with pytest.raises(UserError, match=message), told_when_full(torch.device("meta")):
+    with pytest.raises(UserError, match=message), raise_on_oom(torch.device("meta")):
         raise torch.OutOfMemoryError("no\nroom")
 
 

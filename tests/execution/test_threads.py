@@ -14,8 +14,8 @@ from adatsq_trt.execution.threads import Threads, threads
 
 @pytest.fixture
 def two() -> Iterator[Threads]:
-    with threads(2) as workers:
-        yield workers
+    with threads(2) as executor:
+        yield executor
 
 
 def test_results_come_in_the_order_of_the_items_and_are_those_of_one_thread(two: Threads) -> None:
@@ -69,8 +69,8 @@ def test_torch_has_its_threads_back_afterwards() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        with threads(2) as workers:
-            list(workers.map(lambda common, item: None, workers.share(None), range(2)))
+        with threads(2) as executor:
+            list(executor.map(lambda common, item: None, executor.share(None), range(2)))
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)

@@ -11,14 +11,14 @@ import torch
 from adatsq_trt.engines.backends.base import BatchRange, Profile
 from adatsq_trt.engines.build import build_plans
 from adatsq_trt.engines.bundle import Layout
-from adatsq_trt.engines.store import read_plan
+from adatsq_trt.engines.plan_weights import read_plan
 from adatsq_trt.errors import MismatchError
 from adatsq_trt.export import export_graphs, trace
 from adatsq_trt.formats import FORMATS, TARGETS
 from adatsq_trt.graph_index import GraphIndex
 from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.models.capture import captured, captured_outputs
-from adatsq_trt.models.format_store import FormatStore
+from adatsq_trt.models.format_store import CandidateWeights
 from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.policy import Policy
 from adatsq_trt.quantizers import quantize_nearest, static_activation_scale
@@ -50,7 +50,7 @@ class Exported:
     folder: Path
     index: GraphIndex
     policy: Policy
-    store: FormatStore
+    store: CandidateWeights
     adapters: list[ModelAdapter]
 
 
@@ -71,7 +71,9 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         own.predict(example)
     largest = torch.stack([capture.inputs[layer].abs().amax() for layer in layers])
     static = {name: FORMATS[name] for name in NAMES if FORMATS[name].static_activation}
-    store = FormatStore(weights, {n: static_activation_scale(largest, f.activation)[None] for n, f in static.items()})
+    store = CandidateWeights(
+        weights, {n: static_activation_scale(largest, f.activation)[None] for n, f in static.items()}
+    )
     rows = [[NAMES[(i + j) % len(NAMES)] for i in range(len(layers))] for j in range(2)]
     policy = Policy.from_steps("tiny", "0" * 64, list(layers), rows)
     opened = own.any_size()

@@ -20,7 +20,7 @@ from adatsq_trt.formats import FORMATS, TARGETS
 from adatsq_trt.graph_index import GraphIndex
 from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.models.capture import captured
-from adatsq_trt.models.format_store import FormatStore
+from adatsq_trt.models.format_store import CandidateWeights
 from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.models.wan import WanAdapter
 from adatsq_trt.policy import Policy
@@ -48,7 +48,7 @@ def inputs(adapter: ModelAdapter) -> Inputs:
 
 
 @pytest.fixture(scope="module")
-def store(adapter: ModelAdapter, inputs: Inputs) -> FormatStore:
+def store(adapter: ModelAdapter, inputs: Inputs) -> CandidateWeights:
     layers = adapter.quantizable_layers()
     weights = {
         name: {layer: quantize_nearest(module.weight.detach(), fmt) for layer, module in layers.items()}
@@ -58,7 +58,9 @@ def store(adapter: ModelAdapter, inputs: Inputs) -> FormatStore:
         adapter.predict(inputs)
     largest = torch.stack([capture.inputs[layer].abs().amax() for layer in layers])
     static = {name: fmt for name, fmt in FORMATS.items() if fmt.static_activation}
-    return FormatStore(weights, {n: static_activation_scale(largest, f.activation)[None] for n, f in static.items()})
+    return CandidateWeights(
+        weights, {n: static_activation_scale(largest, f.activation)[None] for n, f in static.items()}
+    )
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import torch
 from onnx_ir import DataType
 
 from adatsq_trt.export.encode import encode_weight
-from adatsq_trt.export.weight_store import WeightStore
+from adatsq_trt.export.weight_store import ExternalData
 from adatsq_trt.formats import FORMATS, Granularity
 from adatsq_trt.graph_index import WEIGHTS_NAME
 from adatsq_trt.quantizers import dequantize_weight, quantize_nearest
@@ -17,7 +17,7 @@ def test_stored_codes_and_scales_give_the_dequantized_weight(tmp_path, name, bas
     fmt = FORMATS[name]
     weight = quantize_nearest(torch.randn(48, 128, generator=torch.Generator().manual_seed(0)) * 0.05, fmt)
     with (tmp_path / WEIGHTS_NAME).open("wb") as file:
-        encoded = encode_weight(weight, fmt, base, WeightStore(file, tmp_path))
+        encoded = encode_weight(weight, fmt, base, ExternalData(file, tmp_path))
     values = encoded.codes.tensor().numpy().astype(np.float32)
     if encoded.scales is not None:
         scales = encoded.scales.tensor().numpy().astype(np.float32).reshape(48, -1)
@@ -32,5 +32,5 @@ def test_stored_codes_and_scales_give_the_dequantized_weight(tmp_path, name, bas
 def test_codes_are_packed(tmp_path, name, bits):
     weight = quantize_nearest(torch.randn(64, 64), FORMATS[name])
     with (tmp_path / WEIGHTS_NAME).open("wb") as file:
-        encoded = encode_weight(weight, FORMATS[name], DataType.BFLOAT16, WeightStore(file, tmp_path))
+        encoded = encode_weight(weight, FORMATS[name], DataType.BFLOAT16, ExternalData(file, tmp_path))
     assert encoded.codes.length == 64 * 64 * bits // 8

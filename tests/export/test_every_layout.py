@@ -8,8 +8,8 @@ import pytest
 from adatsq_trt.engines.backends.onnxruntime import OnnxRuntimeBackend
 from adatsq_trt.engines.build import build_plans
 from adatsq_trt.engines.bundle import Layout
+from adatsq_trt.engines.plan_weights import read_plan
 from adatsq_trt.engines.sizes import LAYOUTS
-from adatsq_trt.engines.store import read_plan
 from adatsq_trt.export import export_graphs
 from adatsq_trt.formats import FORMATS, TARGETS, resolve_formats
 from adatsq_trt.graph_index import GraphIndex
@@ -62,6 +62,6 @@ def test_the_cpu_runs_its_own_formats(traced_toy, toy_layers, toy_inputs, tmp_pa
     outputs = []
     with OnnxRuntimeBackend().load(tmp_path / "onnx" / together.path) as runner:
         for assignment in range(len(names)):
-            outputs.append(runner.run({**feed, "bucket": np.asarray(assignment, np.int32)})["velocity"])
+            outputs.append(runner.run({**feed, "assignment": np.asarray(assignment, np.int32)})["velocity"])
     assert np.isfinite(outputs).all()
     assert not np.array_equal(*outputs)

@@ -6,7 +6,7 @@ from onnx_ir import DataType
 from adatsq_trt.export.encode import encode_weight
 from adatsq_trt.export.insert_qdq import FORMAT, InsertQdq
 from adatsq_trt.export.normalize_linears import NormalizeLinears, find_linears, weight_of
-from adatsq_trt.export.weight_store import WeightStore
+from adatsq_trt.export.weight_store import ExternalData
 from adatsq_trt.formats import FORMATS
 from adatsq_trt.graph_index import WEIGHTS_NAME
 from adatsq_trt.quantizers import quantize_nearest
@@ -23,7 +23,7 @@ def inserted(traced_toy, toy_layers, tmp_path):
         NormalizeLinears([LAYER])(model)
         weight = quantize_nearest(toy_layers[LAYER].weight.detach(), FORMATS[name])
         with (tmp_path / WEIGHTS_NAME).open("wb") as file:
-            encoded = encode_weight(weight, FORMATS[name], DataType.BFLOAT16, WeightStore(file, tmp_path))
+            encoded = encode_weight(weight, FORMATS[name], DataType.BFLOAT16, ExternalData(file, tmp_path))
         InsertQdq({LAYER: FORMATS[name]}, {LAYER: encoded}, DataType.BFLOAT16)(model)
         return model, find_linears(model, [LAYER])[LAYER]
 

@@ -5,7 +5,7 @@ import pytest
 from onnx_ir import DataType
 
 from adatsq_trt.export.lower_types import LowerTypes
-from adatsq_trt.export.weight_store import WeightStore
+from adatsq_trt.export.weight_store import ExternalData
 from adatsq_trt.graph_index import WEIGHTS_NAME
 
 TEXT = """<ir_version: 10, opset_import: ["" : 21]>
@@ -52,7 +52,7 @@ def test_rule_3_casts_are_left_out(model):
 def test_rule_1_stored_weights_are_read_through_one_cast(model, tmp_path):
     rows = np.zeros(1024, DataType.BFLOAT16.numpy())
     with (tmp_path / WEIGHTS_NAME).open("wb") as file:
-        stored = WeightStore(file, tmp_path).add(rows.tobytes(), DataType.BFLOAT16, (512, 2))
+        stored = ExternalData(file, tmp_path).add(rows.tobytes(), DataType.BFLOAT16, (512, 2))
     model.graph.initializers["bias"].const_value = stored.tensor()
     LowerTypes()(model)
     bias = model.graph.initializers["bias"]

@@ -18,7 +18,7 @@ from adatsq_trt.export.plugin_operands import plugin_operands, require_plugin_sh
 from adatsq_trt.formats import FORMATS
 from adatsq_trt.graph_index import GraphIndex
 from adatsq_trt.models.flux import FluxAdapter
-from adatsq_trt.models.format_store import FormatStore
+from adatsq_trt.models.format_store import CandidateWeights
 from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.packing import split_planes
 from adatsq_trt.policy import Policy
@@ -62,7 +62,7 @@ class Exported:
     def simulated(self, assignment: int) -> np.ndarray:
         scales = {"fp8": ACTIVATION_SCALE.expand(1, len(self.layers))}
         formats = {layer: FORMATS[n] for layer, n in zip(self.layers, self.policy.assignments[assignment], strict=True)}
-        with SimulatedModel(self.adapter, FormatStore(self.weights, scales)).installed() as model, torch.no_grad():
+        with SimulatedModel(self.adapter, CandidateWeights(self.weights, scales)).installed() as model, torch.no_grad():
             model.assign(formats, 0)
             return self.adapter.predict(dict(self.inputs)).numpy()
 

@@ -52,15 +52,15 @@ def test_bucket_selects_the_assignment(exported, toy_inputs, run_cpu, assignment
     wanted = run_cpu(str(folder / own.path), {**feed, **scales})
     # A scale that belongs to no format of this assignment must not matter.
     others = {s.name: np.asarray(np.nan, np.float32) for s in together.scale_inputs.values() if s.name not in scales}
-    feed |= {**scales, **others, "bucket": np.asarray(assignment, np.int32)}
+    feed |= {**scales, **others, "assignment": np.asarray(assignment, np.int32)}
     np.testing.assert_array_equal(run_cpu(str(folder / together.path), feed), wanted)
 
 
 def test_signature(exported):
     _, index = exported
     together = index.find("target", None)
-    assert (together.bucket_input.name, together.bucket_input.dtype, together.bucket_input.shape) == (
-        "bucket",
+    assert (together.assignment_input.name, together.assignment_input.dtype, together.assignment_input.shape) == (
+        "assignment",
         "int32",
         (),
     )
@@ -122,7 +122,7 @@ def test_without_a_choice_there_is_no_input_for_it(traced_toy, toy_layers, tmp_p
     weights = {"fp8": {layer: quantize_nearest(m.weight, FORMATS["fp8"]) for layer, m in toy_layers.items()}}
     policy = Policy.from_steps("toy", "0" * 64, list(toy_layers), [["fp8"] * 3] * 2)
     index = export_graphs(traced_toy.clone(), policy, weights, tmp_path, "bfloat16", [], ("cpu",))
-    assert index.find("cpu", None).bucket_input is None
+    assert index.find("cpu", None).assignment_input is None
     assert index.find("cpu", None).inputs == index.find("cpu", 0).inputs
 
 

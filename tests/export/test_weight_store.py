@@ -3,14 +3,14 @@ import onnx_ir as ir
 import pytest
 from onnx_ir import DataType
 
-from adatsq_trt.export.weight_store import INLINE_BYTES, WeightStore, reinterpret
+from adatsq_trt.export.weight_store import INLINE_BYTES, ExternalData, reinterpret
 from adatsq_trt.graph_index import WEIGHTS_NAME
 
 
 @pytest.fixture
 def store(tmp_path):
     with (tmp_path / WEIGHTS_NAME).open("wb") as file:
-        yield WeightStore(file, tmp_path)
+        yield ExternalData(file, tmp_path)
 
 
 def test_the_same_bytes_are_stored_once_whatever_their_type(store):
@@ -25,7 +25,7 @@ def test_offsets_are_aligned_and_the_content_comes_back(tmp_path):
     rng = np.random.default_rng(0)
     contents = [rng.integers(0, 256, size, dtype=np.uint8) for size in (1001, 2000, 1 << 20)]
     with (tmp_path / WEIGHTS_NAME).open("wb") as file:
-        store = WeightStore(file, tmp_path)
+        store = ExternalData(file, tmp_path)
         stored = [store.add(content.tobytes(), DataType.UINT8, content.shape) for content in contents]
     for place, content in zip(stored, contents, strict=True):
         np.testing.assert_array_equal(place.tensor().numpy(), content)
@@ -44,7 +44,7 @@ def test_small_tensors_stay_in_the_graph(store):
 def test_reinterpret_reads_the_same_bytes(tmp_path, count):
     packed = np.random.default_rng(0).integers(0, 256, count // 2, dtype=np.uint8)
     with (tmp_path / WEIGHTS_NAME).open("wb") as file:
-        tensor = WeightStore(file, tmp_path).add(packed.tobytes(), DataType.FLOAT4E2M1, (count,)).tensor()
+        tensor = ExternalData(file, tmp_path).add(packed.tobytes(), DataType.FLOAT4E2M1, (count,)).tensor()
     codes = reinterpret(tensor, DataType.UINT4)
     assert codes.dtype == DataType.UINT4
     np.testing.assert_array_equal(codes.numpy().astype(np.uint8)[::2], packed & 15)

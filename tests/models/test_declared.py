@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from adatsq_trt.errors import MismatchError
 from adatsq_trt.files import MappedTensors, write_tensors
 from adatsq_trt.models.declared import declare_type
-from adatsq_trt.models.stored import LowRankChange, StoredLinear, named_weights
+from adatsq_trt.models.stored import LowRankChange, MappedLinear, named_weights
 from tests.tiny_flux import make_tiny_flux
 from tests.tiny_wan import make_tiny_wan
 
@@ -69,7 +69,7 @@ def stored(request: pytest.FixtureRequest, tmp_path: Path) -> nn.Sequential:
     """One layer whose weight is on disk."""
     weight = torch.randn(32, 48, generator=torch.Generator().manual_seed(0)).to(request.param)
     write_tensors(tmp_path / "weights.safetensors", {"weight": weight})
-    return nn.Sequential(StoredLinear(MappedTensors([tmp_path / "weights.safetensors"]), "weight", torch.zeros(32)))
+    return nn.Sequential(MappedLinear(MappedTensors([tmp_path / "weights.safetensors"]), "weight", torch.zeros(32)))
 
 
 def test_stored_weights_are_rounded_whenever_they_are_read(stored: nn.Sequential) -> None:
@@ -105,7 +105,7 @@ def test_a_weight_and_its_lora_are_added_in_float32_and_then_rounded_once(stored
 
 def test_a_stored_weight_of_the_type_itself_costs_nothing(tmp_path: Path) -> None:
     write_tensors(tmp_path / "weights.safetensors", {"weight": torch.ones(2, 2, dtype=torch.bfloat16)})
-    layer = StoredLinear(MappedTensors([tmp_path / "weights.safetensors"]), "weight", None)
+    layer = MappedLinear(MappedTensors([tmp_path / "weights.safetensors"]), "weight", None)
     assert declare_type(nn.Sequential(layer), torch.bfloat16).changes_nothing
     assert layer.declared is None
 
@@ -115,7 +115,7 @@ def test_a_weight_that_is_too_large_for_the_type_is_named(tmp_path: Path) -> Non
     module = nn.Sequential(nn.Linear(2, 2))
     module[0].weight.data[0, 0] = 7e4
     write_tensors(tmp_path / "weights.safetensors", {"weight": module[0].weight.data})
-    stored = StoredLinear(MappedTensors([tmp_path / "weights.safetensors"]), "weight", None)
+    stored = MappedLinear(MappedTensors([tmp_path / "weights.safetensors"]), "weight", None)
     for root in (module, nn.Sequential(stored)):
         with pytest.raises(MismatchError, match=refusal):
             declare_type(root, torch.float16)

@@ -8,7 +8,7 @@ import torch
 from adatsq_trt.errors import DamagedFileError, MissingFileError
 from adatsq_trt.files import write_tensors
 from adatsq_trt.formats import FORMATS, Format
-from adatsq_trt.models.format_store import SCALES_NAME, StoredWeights, load_store, save_weights, weights_name
+from adatsq_trt.models.format_store import SCALES_NAME, BlockFiles, load_store, save_weights, weights_name
 from adatsq_trt.quantizers import QuantizedWeight, dequantize_weight, quantize_nearest
 
 LAYERS = ("blocks.0.ff", "blocks.1.ff")
@@ -24,7 +24,7 @@ def test_every_format_survives_the_disk(tmp_path: Path, fmt: Format) -> None:
     weights = random_weights(fmt)
     for layer in LAYERS:
         save_weights(tmp_path / weights_name(fmt.name, layer[:8]), {layer: weights[layer]})
-    loaded = StoredWeights(tmp_path / fmt.name, LAYERS)
+    loaded = BlockFiles(tmp_path / fmt.name, LAYERS)
     assert tuple(loaded) == LAYERS
     for layer in LAYERS:
         before, after = weights[layer].tensors(), loaded[layer].tensors()
@@ -51,14 +51,14 @@ def test_a_truncated_file_is_named(tmp_path: Path, kept: int) -> None:
     save_weights(file, random_weights(FORMATS["w4a4"]))
     file.write_bytes(file.read_bytes()[:kept])
     with pytest.raises(DamagedFileError, match=r"w4a4/blocks\.safetensors' is not a complete safetensors file"):
-        StoredWeights(file.parent, LAYERS)
+        BlockFiles(file.parent, LAYERS)
 
 
 def test_a_missing_layer_is_named(tmp_path: Path) -> None:
     file = tmp_path / weights_name("w4a4", "blocks")
     save_weights(file, random_weights(FORMATS["w4a4"]))
     with pytest.raises(DamagedFileError, match=r"w4a4' has no weight for layer 'blocks\.2\.ff'"):
-        StoredWeights(file.parent, [*LAYERS, "blocks.2.ff"])
+        BlockFiles(file.parent, [*LAYERS, "blocks.2.ff"])
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:

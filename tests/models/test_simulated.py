@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from adatsq_trt.formats import FORMATS
 from adatsq_trt.models.flux import FluxAdapter
-from adatsq_trt.models.format_store import FormatStore
+from adatsq_trt.models.format_store import CandidateWeights
 from adatsq_trt.models.simulated import SharedRounding, SimulatedLinear, SimulatedModel
 from adatsq_trt.quantizers import dequantize_weight, fake_quantize_activation, quantize_nearest
 
@@ -17,7 +17,7 @@ LAYER = "single_transformer_blocks.1.proj_mlp"
 
 
 @pytest.fixture(scope="module")
-def store(untrained_flux: FluxAdapter) -> FormatStore:
+def store(untrained_flux: FluxAdapter) -> CandidateWeights:
     layers = untrained_flux.quantizable_layers()
     weights = {
         name: {layer: quantize_nearest(linear.weight.detach(), FORMATS[name]) for layer, linear in layers.items()}
@@ -26,11 +26,11 @@ def store(untrained_flux: FluxAdapter) -> FormatStore:
     # Different at every step and layer, so that a wrong row or column shows.
     steps = torch.arange(STEPS * len(layers), dtype=torch.float32).reshape(STEPS, -1)
     scales = {n: (0.01 + 0.001 * steps).bfloat16().float() for n in NAMES if FORMATS[n].static_activation}
-    return FormatStore(weights, scales)
+    return CandidateWeights(weights, scales)
 
 
 @pytest.fixture
-def model(untrained_flux: FluxAdapter, store: FormatStore) -> SimulatedModel:
+def model(untrained_flux: FluxAdapter, store: CandidateWeights) -> SimulatedModel:
     return SimulatedModel(untrained_flux, store)
 
 
@@ -43,7 +43,7 @@ def inputs(adapter: FluxAdapter) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("step", range(STEPS))
 def test_a_layer_multiplies_rounded_inputs_with_rounded_weights(
-    model: SimulatedModel, store: FormatStore, name: str, step: int
+    model: SimulatedModel, store: CandidateWeights, name: str, step: int
 ) -> None:
     fmt, index = FORMATS[name], model.layers.index(LAYER)
     x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(1))
@@ -60,7 +60,7 @@ def test_a_layer_multiplies_rounded_inputs_with_rounded_weights(
 
 
 @torch.no_grad()
-def test_the_whole_model_is_the_one_with_hand_made_hooks(model: SimulatedModel, store: FormatStore) -> None:
+def test_the_whole_model_is_the_one_with_hand_made_hooks(model: SimulatedModel, store: CandidateWeights) -> None:
     adapter, step = model.adapter, 1
     assert isinstance(adapter, FluxAdapter)
     formats = {layer: FORMATS[NAMES[i % len(NAMES)]] for i, layer in enumerate(model.layers)}
@@ -156,7 +156,7 @@ def test_noise_is_of_its_size_the_same_for_equal_tokens_and_ends_with_the_block(
         seen: list[Tensor] = []
         linear.register_forward_hook(lambda _layer, inputs, _output: seen.append(inputs[0]))
         before = linear(x)
-        with model.disturbed(2.0**-8, seed=0):
+        with model.input_noise(2.0**-8, seed=0):
             linear(x)
             linear(x)
         assert torch.equal(linear(x), before)
@@ -172,7 +172,7 @@ def test_noise_that_crosses_ties_spreads(model: SimulatedModel) -> None:
     with model.installed():
         model.assign(dict.fromkeys(model.layers, FORMATS["nvfp4"]), 0)
         expected = model.adapter.predict(given)
-        with model.disturbed(2.0**-16, seed=0):
+        with model.input_noise(2.0**-16, seed=0):
             got = model.adapter.predict(given)
     error = float((got - expected).norm() / expected.norm())
     assert error > 2.0**-16

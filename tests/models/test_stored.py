@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from adatsq_trt.files import MappedTensors, write_tensors
 from adatsq_trt.models import stored
-from adatsq_trt.models.stored import StoredLinear, count_weights, fill, large_linears
+from adatsq_trt.models.stored import MappedLinear, count_weights, fill, large_linears
 
 ROWS, IN, OUT = 3, 48, 80
 
@@ -26,25 +26,25 @@ def tensors(request: pytest.FixtureRequest, tmp_path: Path) -> MappedTensors:
 
 
 @pytest.fixture
-def layers(tensors: MappedTensors) -> tuple[StoredLinear, nn.Linear]:
+def layers(tensors: MappedTensors) -> tuple[MappedLinear, nn.Linear]:
     """The same layer over its file and in memory."""
     plain = nn.Linear(IN, OUT)
     plain.weight.data = tensors["b.weight"].float().clone()
-    return StoredLinear(tensors, "b.weight", plain.bias.detach().clone()), plain.requires_grad_(False)
+    return MappedLinear(tensors, "b.weight", plain.bias.detach().clone()), plain.requires_grad_(False)
 
 
 def inputs() -> Tensor:
     return torch.randn(2, ROWS, IN, generator=torch.Generator().manual_seed(1))
 
 
-def test_products_are_the_same_bits(layers: tuple[StoredLinear, nn.Linear]) -> None:
+def test_products_are_the_same_bits(layers: tuple[MappedLinear, nn.Linear]) -> None:
     own, plain = layers
     assert torch.equal(own(inputs()), plain(inputs()))
     assert torch.equal(own.weight, plain.weight)
     assert (own.in_features, own.out_features) == (IN, OUT)
 
 
-def test_gradients_of_inputs_are_the_same_bits_and_can_be_taken_twice(layers: tuple[StoredLinear, nn.Linear]) -> None:
+def test_gradients_of_inputs_are_the_same_bits_and_can_be_taken_twice(layers: tuple[MappedLinear, nn.Linear]) -> None:
     found = []
     for layer in layers:
         x = inputs().requires_grad_()
@@ -53,7 +53,7 @@ def test_gradients_of_inputs_are_the_same_bits_and_can_be_taken_twice(layers: tu
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
-def test_gradients_with_gaps_between_their_rows(layers: tuple[StoredLinear, nn.Linear]) -> None:
+def test_gradients_with_gaps_between_their_rows(layers: tuple[MappedLinear, nn.Linear]) -> None:
     """As behind a concatenation along the tokens, which is what the text of a Flux goes through."""
     found = []
     for layer in layers:
@@ -63,17 +63,17 @@ def test_gradients_with_gaps_between_their_rows(layers: tuple[StoredLinear, nn.L
     assert torch.equal(*found)
 
 
-def test_the_backward_pass_keeps_no_weight(layers: tuple[StoredLinear, nn.Linear], monkeypatch) -> None:
+def test_the_backward_pass_keeps_no_weight(layers: tuple[MappedLinear, nn.Linear], monkeypatch) -> None:
     own, _ = layers
     copies: list[weakref.ref[Tensor]] = []
-    copy_once = StoredLinear._copy
+    copy_once = MappedLinear._copy
 
-    def watched(layer: StoredLinear, dtype: torch.dtype) -> Tensor:
+    def watched(layer: MappedLinear, dtype: torch.dtype) -> Tensor:
         made = copy_once(layer, dtype)
         copies.append(weakref.ref(made))
         return made
 
-    monkeypatch.setattr(StoredLinear, "_copy", watched)
+    monkeypatch.setattr(MappedLinear, "_copy", watched)
     output = own(inputs().requires_grad_())
     assert len(copies) == 1
     assert copies[0]() is None
@@ -82,7 +82,7 @@ def test_the_backward_pass_keeps_no_weight(layers: tuple[StoredLinear, nn.Linear
     assert copies[1]() is None
 
 
-def test_a_copy_needs_no_file(layers: tuple[StoredLinear, nn.Linear], tmp_path: Path) -> None:
+def test_a_copy_needs_no_file(layers: tuple[MappedLinear, nn.Linear], tmp_path: Path) -> None:
     """Copies are made from the state that other processes are sent."""
     own, plain = layers
     twin = copy.deepcopy(own)
@@ -91,7 +91,7 @@ def test_a_copy_needs_no_file(layers: tuple[StoredLinear, nn.Linear], tmp_path: 
     assert twin.stored.untyped_storage().nbytes() == twin.stored.nbytes
 
 
-def test_a_plain_layer_has_the_stored_type(layers: tuple[StoredLinear, nn.Linear], tensors: MappedTensors) -> None:
+def test_a_plain_layer_has_the_stored_type(layers: tuple[MappedLinear, nn.Linear], tensors: MappedTensors) -> None:
     own, _ = layers
     plain = own.plain()
     assert type(plain) is nn.Linear
@@ -99,7 +99,7 @@ def test_a_plain_layer_has_the_stored_type(layers: tuple[StoredLinear, nn.Linear
     assert plain.weight.dtype is tensors["b.weight"].dtype
 
 
-def test_copies_in_bfloat16(layers: tuple[StoredLinear, nn.Linear]) -> None:
+def test_copies_in_bfloat16(layers: tuple[MappedLinear, nn.Linear]) -> None:
     own, plain = layers
     own.place(torch.device("cpu"), torch.bfloat16)
     x = inputs().requires_grad_()
@@ -136,7 +136,7 @@ def test_filling_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     state["0.counts"] = model[0].counts
     write_tensors(file, state)
     fill(twin, MappedTensors([file]))
-    assert isinstance(twin[0].large, StoredLinear)
+    assert isinstance(twin[0].large, MappedLinear)
     assert count_weights(twin) == count_weights(model) == sum(p.numel() for p in model.parameters())
     assert torch.equal(twin[0].large.weight, state["0.large.weight"].float())
     found = twin.state_dict() | {"0.angles": twin[0].angles}

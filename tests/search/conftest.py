@@ -14,7 +14,7 @@ from adatsq_trt.calibration.trajectory import Samples, trajectory
 from adatsq_trt.formats import FORMATS
 from adatsq_trt.models.capture import captured
 from adatsq_trt.models.flux import FluxAdapter
-from adatsq_trt.models.format_store import FormatStore
+from adatsq_trt.models.format_store import CandidateWeights
 from adatsq_trt.quantizers import quantize_nearest, static_activation_scale
 from tests.tiny_flux import make_tiny_flux
 
@@ -46,7 +46,7 @@ def start(samples: Samples) -> Tensor:
 
 
 @pytest.fixture(scope="session")
-def store(samples: Samples, latents: Tensor) -> FormatStore:
+def store(samples: Samples, latents: Tensor) -> CandidateWeights:
     layers = samples.adapter.quantizable_layers()
     largest = []
     for step in range(STEPS):
@@ -55,7 +55,7 @@ def store(samples: Samples, latents: Tensor) -> FormatStore:
         largest.append(torch.stack([capture.inputs[name].abs().amax() for name in layers]))
     weights = {f.name: {n: quantize_nearest(m.weight, f) for n, m in layers.items()} for f in SET}
     scales = {f.name: static_activation_scale(torch.stack(largest), f.activation) for f in SET if f.static_activation}
-    return FormatStore(weights, scales)
+    return CandidateWeights(weights, scales)
 
 
 @pytest.fixture(scope="session")

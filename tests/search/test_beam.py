@@ -57,13 +57,13 @@ def test_mean_regret_at_the_default_settings_is_under_five_per_cent(regret: Modu
     assert measured.min() > -1e-9
     assert measured.mean() < 0.05
     # A beam of one is worse: the width does something.
-    assert regret.regrets(regret.Choice(1, 5, 0.1), problems).mean() > 2 * measured.mean()
+    assert regret.regrets(regret.Selection(1, 5, 0.1), problems).mean() > 2 * measured.mean()
 
 
 def test_fewer_expansions_cost_some_regret_and_not_much(regret: ModuleType, problems: Any) -> None:
     """Out of up to 24 in a column: the predictions that choose them are worth having."""
     defaults = regret.DEFAULTS
-    chosen = [regret.Choice(defaults.beam, defaults.candidates, defaults.slack, most) for most in (1, 4, 8)]
+    chosen = [regret.Selection(defaults.beam, defaults.candidates, defaults.slack, most) for most in (1, 4, 8)]
     means = [float(regret.regrets(choice, problems).mean()) for choice in chosen]
     assert means[0] > 1.5 * means[1]
     assert means[1] < 0.12

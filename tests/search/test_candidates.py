@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adatsq_trt.search.candidates import allocate, spend_the_rest, steepest_price, tiers
+from adatsq_trt.search.candidates import allocate, spend_the_rest, steepest_multiplier, tiers
 
 BITS = (np.array([3.0, 4.0, 8.0]), np.array([4.0, 8.0, 8.0, 32.0]), np.array([4.0, 4.0]), np.array([8.0]))
 
@@ -66,16 +66,16 @@ def test_allocation_is_optimal_up_to_one_item(problem) -> None:  # type: ignore[
 @given(problems(), st.floats(-12, 2))
 def test_tiers_minimize_error_plus_price(problem, exponent: float) -> None:  # type: ignore[no-untyped-def]
     errors, bits, weight, _ = problem
-    price = 10.0**exponent
-    chosen = tiers(errors, bits, weight, price)
-    lagrangian = errors + price * bits[:, None] * weight
+    multiplier = 10.0**exponent
+    chosen = tiers(errors, bits, weight, multiplier)
+    lagrangian = errors + multiplier * bits[:, None] * weight
     assert np.array_equal(lagrangian[chosen, np.arange(len(weight))], lagrangian.min(axis=0))
 
 
 @given(problems())
 def test_the_steepest_price_is_the_cheapest_policys(problem) -> None:  # type: ignore[no-untyped-def]
     errors, bits, weight, _ = problem
-    chosen = tiers(errors, bits, weight, steepest_price(errors, bits, weight))
+    chosen = tiers(errors, bits, weight, steepest_multiplier(errors, bits, weight))
     assert (bits[chosen] == bits[0]).all()
 
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adatsq_trt.formats import FORMATS
-from adatsq_trt.search.joint import Trust
+from adatsq_trt.search.joint import Shrinkage
 from adatsq_trt.search.merge import ErrorModel, merge, merged_policies
-from adatsq_trt.search.plan import TRUSTS, Rows, make_plan
+from adatsq_trt.search.plan import SHRINKAGES, Rows, make_plan
 from adatsq_trt.search.sensitivity import Sensitivity
 
 SET = tuple(FORMATS[name] for name in ("w3a3", "w4a4", "w8a8"))
@@ -28,9 +28,9 @@ def random_sensitivity(seed: int, steps: int, layers: int) -> Sensitivity:
 
 
 def random_model(
-    seed: int, steps: int = 4, layers: int = 2, budget: float = 4.5, trust: Trust = TRUSTS[0]
+    seed: int, steps: int = 4, layers: int = 2, budget: float = 4.5, shrinkage: Shrinkage = SHRINKAGES[0]
 ) -> ErrorModel:
-    return ErrorModel.of(random_sensitivity(seed, steps, layers), BITS, budget, trust)
+    return ErrorModel.of(random_sensitivity(seed, steps, layers), BITS, budget, shrinkage)
 
 
 def random_rows(seed: int, steps: int = 4, layers: int = 2) -> Rows:
@@ -55,9 +55,9 @@ seeds, limits = st.integers(0, 1000), st.integers(1, 4)
 
 
 @settings(deadline=None, max_examples=25)
-@given(seeds, limits, st.sampled_from([*TRUSTS, Trust(0.0, 0.0)]), st.floats(3.0, 9.0))
-def test_limit_and_budget_hold_wherever_it_starts(seed: int, limit: int, trust: Trust, budget: float) -> None:
-    model = random_model(seed, budget=budget, trust=trust)
+@given(seeds, limits, st.sampled_from([*SHRINKAGES, Shrinkage(0.0, 0.0)]), st.floats(3.0, 9.0))
+def test_limit_and_budget_hold_wherever_it_starts(seed: int, limit: int, shrinkage: Shrinkage, budget: float) -> None:
+    model = random_model(seed, budget=budget, shrinkage=shrinkage)
     rows = merge(model, random_rows(seed), limit)
     assert len(set(rows)) <= limit
     assert BITS[np.asarray(rows)].sum() <= model.total_bits + 1e-9
@@ -97,7 +97,7 @@ def test_more_assignments_cost_less() -> None:
     for seed in range(4):
         sensitivity = random_sensitivity(seed, 8, 6)
         model, start = (
-            ErrorModel.of(sensitivity, BITS, 4.5, TRUSTS[0]),
+            ErrorModel.of(sensitivity, BITS, 4.5, SHRINKAGES[0]),
             make_plan(sensitivity, BITS, 4.5, 3).policies[0],
         )
         unlimited = model.error(np.asarray(start))
@@ -113,6 +113,6 @@ def test_steps_that_want_the_same_share_an_assignment() -> None:
     spread = kinds.repeat(3, 1)[None, :, :, None] * torch.exp2(-torch.tensor(BITS))[:, None, None, None].float()
     signs = torch.randn(1, 6, 2, 40, generator=torch.Generator().manual_seed(0)).sign()
     sensitivity = Sensitivity(SET, spread * signs)
-    model = ErrorModel.of(sensitivity, BITS, 5.5, Trust(0.0, 0.0))
+    model = ErrorModel.of(sensitivity, BITS, 5.5, Shrinkage(0.0, 0.0))
     rows = merge(model, make_plan(sensitivity, BITS, 5.5, 3).policies[0], 2)
     assert rows == ((2, 0), (0, 2)) * 3

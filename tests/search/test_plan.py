@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adatsq_trt.formats import FORMATS
-from adatsq_trt.search.plan import TRUSTS, Plan, make_plan
+from adatsq_trt.search.plan import SHRINKAGES, Plan, make_plan
 from adatsq_trt.search.sensitivity import Sensitivity
 
 SET = tuple(FORMATS[name] for name in ("w3a3", "w4a4", "w8a8"))
@@ -82,9 +82,9 @@ def test_before_the_first_step_the_plans_own_error_is_expected(plan: Plan, sensi
     alone = float(np.take_along_axis(sensitivity.smoothed_errors().numpy(), rows, 0).sum())
     chosen = np.take_along_axis(sensitivity.contributions.double().numpy(), rows[..., None], 0)[0]
     by_layer, together = chosen.sum(axis=0), chosen.sum(axis=(0, 1))
-    trust = TRUSTS[0]
-    expected = trust.together * np.square(together).sum() + trust.by_layer * np.square(by_layer).sum()
-    assert plan.expected_error(np.zeros(30), 0) == pytest.approx(expected + trust.alone * alone, rel=1e-6)
+    shrinkage = SHRINKAGES[0]
+    expected = shrinkage.together * np.square(together).sum() + shrinkage.by_layer * np.square(by_layer).sum()
+    assert plan.expected_error(np.zeros(30), 0) == pytest.approx(expected + shrinkage.alone * alone, rel=1e-6)
 
 
 def test_after_the_last_step_the_error_so_far_is_expected(plan: Plan) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from adatsq_trt.calibration.trajectory import Samples, latent_mse, trajectory
 from adatsq_trt.execution import InProcess
 from adatsq_trt.formats import FORMATS
-from adatsq_trt.models.format_store import FormatStore
+from adatsq_trt.models.format_store import CandidateWeights
 from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.search.beam import Path as BeamPath
 from adatsq_trt.search.beam import Pruning
@@ -46,14 +46,14 @@ def ignore() -> None:
 
 
 @pytest.fixture(scope="module")
-def simulation(samples: Samples, store: FormatStore) -> Iterator[Simulation]:
+def simulation(samples: Samples, store: CandidateWeights) -> Iterator[Simulation]:
     with SimulatedModel(samples.adapter, store).installed() as model:
         yield Simulation(model, SET, samples.schedule, samples.guidance)
 
 
 @pytest.fixture(scope="module")
 def measured(
-    samples: Samples, latents: Tensor, start: Tensor, store: FormatStore, tmp_path_factory: pytest.TempPathFactory
+    samples: Samples, latents: Tensor, start: Tensor, store: CandidateWeights, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Sensitivity, Tensor]:
     return measure_sensitivity(
         samples, latents, start, SET, store, tmp_path_factory.mktemp("whole"), ignore, InProcess()
@@ -73,7 +73,7 @@ def test_sensitivity_goes_on_after_the_last_finished_step(
     samples: Samples,
     latents: Tensor,
     start: Tensor,
-    store: FormatStore,
+    store: CandidateWeights,
     measured: tuple[Sensitivity, Tensor],
     tmp_path: Path,
     count: int,

@@ -21,11 +21,11 @@ from adatsq_trt.search.select import (
     Rules,
     SearchResult,
     best_of,
-    finalists,
     judge,
     look_again,
     measure_held_out,
-    second_look,
+    rescore,
+    shortlist,
 )
 
 SET = tuple(FORMATS[name] for name in ("w3a3", "w4a4", "w8a8"))
@@ -127,7 +127,7 @@ def test_finalists_keep_the_budget_and_leave_room_for_the_rivals() -> None:
         point("time_only", 3.9, 20.0),
         point("uniform", 4, 0.2),
     ]
-    found = finalists(points, Rules(lambda point: point.mean_bits <= 4.0))
+    found = shortlist(points, Rules(lambda point: point.mean_bits <= 4.0))
     assert sorted(found) == [0, 1, 2, 7, 8, 9, 11]
 
 
@@ -135,8 +135,8 @@ def test_policies_that_keep_a_limit_have_seats_of_their_own() -> None:
     many, few = (("w4a4",), ("w8a8",), ("w3a3",)), (("w4a4",),) * 3
     points = [point("time_only", 4, 1.0 + i, formats=many) for i in range(3)]
     points += [point("time_only", 4, 10.0, formats=few), point("merged", 4, 11.0, formats=few)]
-    assert sorted(finalists(points, Rules(everything, limit=2))) == [0, 1, 3, 4]
-    assert sorted(finalists(points, Rules(everything))) == [0, 1, 4]
+    assert sorted(shortlist(points, Rules(everything, limit=2))) == [0, 1, 3, 4]
+    assert sorted(shortlist(points, Rules(everything))) == [0, 1, 4]
 
 
 ERROR = st.integers(1, 6).map(float)  # few values, so that there are ties
@@ -175,7 +175,7 @@ def test_the_second_look_is_the_mean_over_all_samples() -> None:
     points = judge([Proposal("beam", MIXED), Proposal("uniform", MIDDLE)], SET, table(ERRORS), ignore)
     index = next(i for i, p in enumerate(points) if p.kind == "beam")
     scorers = (table(ERRORS, 1), table({MIXED: 2.0}, 3))
-    looked = second_look(points, [index], SET, scorers, ignore)
+    looked = rescore(points, [index], SET, scorers, ignore)
     assert looked[index].selection_error == pytest.approx((6.0 + 3 * 2.0) / 4)
     assert looked[index].rank_error == pytest.approx((3.0 + 3 * 1.0) / 4)
     assert looked[index].finalist

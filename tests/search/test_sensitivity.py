@@ -11,7 +11,7 @@ from adatsq_trt.calibration.trajectory import Samples, trajectory
 from adatsq_trt.calibration.transforms.make import make_transforms
 from adatsq_trt.calibration.transforms.statistics import measure_groups
 from adatsq_trt.formats import FORMATS, Format
-from adatsq_trt.models.format_store import FormatStore
+from adatsq_trt.models.format_store import CandidateWeights
 from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.models.transforms import IDENTITY
 from adatsq_trt.quantizers import QuantizedWeight
@@ -23,7 +23,7 @@ STEPS = 3
 
 
 def all_contributions(
-    backward: BackwardStep, samples: Samples, formats: Sequence[Format], store: FormatStore
+    backward: BackwardStep, samples: Samples, formats: Sequence[Format], store: CandidateWeights
 ) -> Tensor:
     """Of a step: [formats, layers, rows]."""
     found = layer_contributions(backward, samples.adapter, formats, store)
@@ -31,14 +31,14 @@ def all_contributions(
 
 
 @pytest.fixture(scope="module")
-def sensitivity(samples: Samples, latents: Tensor, start: Tensor, store: FormatStore) -> Sensitivity:
+def sensitivity(samples: Samples, latents: Tensor, start: Tensor, store: CandidateWeights) -> Sensitivity:
     sweep = backward_steps(samples, latents, start, STEPS - 1)
     parts = {b.step: all_contributions(b, samples, SET, store) for b in sweep}
     return assemble(SET, parts, latents[0, 0].numel(), 2)
 
 
 def actual_change(
-    samples: Samples, latents: Tensor, start: Tensor, store: FormatStore, choose: dict[tuple[int, str], Format]
+    samples: Samples, latents: Tensor, start: Tensor, store: CandidateWeights, choose: dict[tuple[int, str], Format]
 ) -> Tensor:
     """uᵀ (x_T' - x_T) for every row, scaled as the contributions are."""
     model = SimulatedModel(samples.adapter, store)
@@ -67,7 +67,7 @@ def test_contributions_of_all_steps_and_layers_add_up_to_the_change_of_the_pictu
     for name, linear in samples.adapter.quantizable_layers().items():
         weight = transforms.get(name, IDENTITY).rounded_weight(linear.weight)
         off[name] = QuantizedWeight(weight + 1e-3 * torch.randn(weight.shape, generator=generator))
-    store = FormatStore({exact.name: off}, {}, transforms)
+    store = CandidateWeights({exact.name: off}, {}, transforms)
     sweep = backward_steps(samples, latents, start, STEPS - 1)
     parts = {b.step: all_contributions(b, samples, [exact], store) for b in sweep}
     sensitivity = assemble([exact], parts, latents[0, 0].numel(), 2)
@@ -77,7 +77,7 @@ def test_contributions_of_all_steps_and_layers_add_up_to_the_change_of_the_pictu
 
 @pytest.mark.parametrize("name", ["w8a8", "fp8"])
 def test_predicted_errors_of_whole_policies_have_the_right_size(
-    samples: Samples, latents: Tensor, start: Tensor, store: FormatStore, sensitivity: Sensitivity, name: str
+    samples: Samples, latents: Tensor, start: Tensor, store: CandidateWeights, sensitivity: Sensitivity, name: str
 ) -> None:
     layers = tuple(samples.adapter.quantizable_layers())
     choose = {(step, layer): FORMATS[name] for step in range(STEPS) for layer in layers}
@@ -92,7 +92,7 @@ def test_a_single_contribution_is_the_change_that_it_makes(
     samples: Samples,
     latents: Tensor,
     start: Tensor,
-    store: FormatStore,
+    store: CandidateWeights,
     sensitivity: Sensitivity,
     step: int,
     index: int,

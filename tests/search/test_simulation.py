@@ -11,7 +11,7 @@ from torch import Tensor
 from adatsq_trt.calibration.trajectory import Samples
 from adatsq_trt.errors import UnsupportedFormatError
 from adatsq_trt.execution import InProcess
-from adatsq_trt.models.format_store import FormatStore
+from adatsq_trt.models.format_store import CandidateWeights
 from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.search import resume
 from adatsq_trt.search.resume import Scorer
@@ -33,22 +33,22 @@ class Counting(InProcess):
 
 @pytest.mark.parametrize(("together", "units"), [(1, 5), (2, 3), (8, 2)])
 def test_equal_assignments_share_a_call_and_results_keep_their_order(
-    samples: Samples, latents: Tensor, store: FormatStore, together: int, units: int
+    samples: Samples, latents: Tensor, store: CandidateWeights, together: int, units: int
 ) -> None:
     with SimulatedModel(samples.adapter, store).installed() as model:
         cheap, dear = ((index,) * len(model.layers) for index in (0, 2))
         moves = [(latents[1] + 0.1 * i, (cheap, dear, cheap, cheap, dear)[i]) for i in range(5)]
-        workers = Counting()
-        simulation = Simulation(model, SET, samples.schedule, samples.guidance, workers, together)
+        executor = Counting()
+        simulation = Simulation(model, SET, samples.schedule, samples.guidance, executor, together)
         found = list(simulation.advance(samples, 1, moves))
         alone = Simulation(model, SET, samples.schedule, samples.guidance)
         expected = [next(iter(alone.advance(samples, 1, [move]))) for move in moves]
-    assert workers.units == units
+    assert executor.units == units
     torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
 def test_a_policy_that_overflows_names_step_layer_and_format(
-    samples: Samples, store: FormatStore, tmp_path: Path
+    samples: Samples, store: CandidateWeights, tmp_path: Path
 ) -> None:
     """Two layers of one format have an infinite scale; it is the first in the order of execution that is named."""
     layers = list(samples.adapter.quantizable_layers())
@@ -70,7 +70,7 @@ def test_a_policy_that_overflows_names_step_layer_and_format(
 
 
 def test_an_overflow_outside_the_layers_blames_none_of_them(
-    samples: Samples, store: FormatStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    samples: Samples, store: CandidateWeights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A double for errors that overflow, as after the last layer of the last step."""
     layers = list(samples.adapter.quantizable_layers())

@@ -20,7 +20,7 @@ from adatsq_trt.engines.bundle import (
     write_manifest,
 )
 from adatsq_trt.engines.exported import EXPORTED_NAME
-from adatsq_trt.engines.store import STORE_NAME, name_weights, write_store
+from adatsq_trt.engines.plan_weights import STORE_NAME, name_weights, write_store
 from adatsq_trt.errors import DamagedFileError
 from adatsq_trt.files import read_json_model
 from adatsq_trt.graph_index import CONSTANTS_NAME

@@ -10,8 +10,8 @@ from onnx import TensorProto
 from adatsq_trt.engines.backends.plan_controls import load_store
 from adatsq_trt.engines.backends.rtx_steps import plans_here, runnable_plans
 from adatsq_trt.engines.bundle import BundleFiles, Manifest, PlanFile
+from adatsq_trt.engines.plan_weights import Weight, write_store
 from adatsq_trt.engines.runtime import Bundle
-from adatsq_trt.engines.store import Weight, write_store
 from adatsq_trt.errors import DamagedFileError, DependencyError, MismatchError, UserError
 
 

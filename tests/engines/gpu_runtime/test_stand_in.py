@@ -9,7 +9,7 @@ import tensorrt_rtx as real
 import torch
 
 from adatsq_trt.engines.bundle import BundleFiles, Layout
-from adatsq_trt.engines.store import read_plan
+from adatsq_trt.engines.plan_weights import read_plan
 from tests.doubles.host_device import STREAM, HostDevice
 from tests.doubles.tensorrt_on_onnxruntime import MEMORY, ICudaEngine, IExecutionContext, Library
 from tests.engines.conftest import TOKENS, WIDTH

@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 from adatsq_trt.errors import BudgetError
 from adatsq_trt.search.budgets import Budgets
 from adatsq_trt.search.candidates import Array
-from adatsq_trt.search.joint import Choice, Items, Trust, descend
+from adatsq_trt.search.joint import Knapsack, Selection, Shrinkage, coordinate_descent
 
 _ROUNDS, _BISECTIONS = 6, 40
 _RELATIVE = 1e-12  # the lowest price that is tried, of the highest
 
 
 @dataclass(frozen=True)
-class Scope:
+class Constraints:
     """What budgets mean to a set of items.
 
     Attributes:
@@ -47,54 +47,54 @@ class Scope:
     most_bytes: float
 
     @classmethod
-    def each(cls, budgets: Budgets, formats: int, layers: int) -> Scope:
+    def each(cls, budgets: Budgets, formats: int, layers: int) -> Constraints:
         """An item for each (step, layer), in this order."""
         costs = tuple(np.tile(item.cost, (1, budgets.steps)) for item in budgets.additive)
         return cls._make(budgets, costs, np.tile(np.arange(layers), budgets.steps), formats, layers)
 
     @classmethod
-    def by_layer(cls, budgets: Budgets, formats: int, layers: int) -> Scope:
+    def by_layer(cls, budgets: Budgets, formats: int, layers: int) -> Constraints:
         """An item for each layer: the same format at all steps."""
         costs = tuple(item.cost * budgets.steps for item in budgets.additive)
         return cls._make(budgets, costs, np.arange(layers), formats, layers)
 
     @classmethod
-    def by_step(cls, budgets: Budgets, formats: int, layers: int) -> Scope:
+    def by_step(cls, budgets: Budgets, formats: int, layers: int) -> Constraints:
         """An item for each step: the same format for all layers."""
         costs = tuple(np.tile(item.cost.sum(axis=1)[:, None], budgets.steps) for item in budgets.additive)
-        scope = cls._make(budgets, costs, np.zeros(budgets.steps, dtype=np.int64), formats, layers)
-        return replace(scope, bytes=scope.bytes.sum(axis=1, keepdims=True))
+        constraints = cls._make(budgets, costs, np.zeros(budgets.steps, dtype=np.int64), formats, layers)
+        return replace(constraints, bytes=constraints.bytes.sum(axis=1, keepdims=True))
 
     @classmethod
     def _make(
         cls, budgets: Budgets, costs: tuple[Array, ...], groups: NDArray[np.int64], formats: int, layers: int
-    ) -> Scope:
+    ) -> Constraints:
         limits, storage = tuple(item.limit for item in budgets.additive), budgets.storage
         if storage is None:
             return cls(costs, limits, groups, np.arange(formats), np.zeros((formats, layers)), np.inf)
         return cls(costs, limits, groups, storage.grids, storage.bytes, storage.limit)
 
-    def priced(self, prices: Array) -> Array:
+    def penalty(self, multipliers: Array) -> Array:
         """[formats, items]: what the additive costs are worth."""
         total = np.zeros((len(self.grids), len(self.groups)))
-        for price, cost in zip(prices, self.costs, strict=False):
-            total += price * cost
+        for multiplier, cost in zip(multipliers, self.costs, strict=False):
+            total += multiplier * cost
         return total
 
-    def used(self, chosen: Choice) -> Array:
+    def used(self, chosen: Selection) -> Array:
         """What a choice costs of each additive budget and, last, in bytes."""
         places = np.arange(len(chosen))
         present = np.zeros_like(self.bytes, dtype=bool)
         present[self.grids[chosen], self.groups] = True
         return np.array([*(cost[chosen, places].sum() for cost in self.costs), (self.bytes * present).sum()])
 
-    def holds(self, chosen: Choice) -> bool:
+    def holds(self, chosen: Selection) -> bool:
         """Whether a choice keeps every budget."""
         most = np.array([*self.limits, self.most_bytes])
         return bool((self.used(chosen) <= most * (1 + 1e-9)).all())
 
 
-def accumulated_errors(items: Items) -> Array:
+def accumulated_errors(items: Knapsack) -> Array:
     """[formats, items]: single errors, scaled so that half of each is a share of what its layer accumulates.
 
     A format that a layer keeps at all steps errs the same way at each; the relaxation, which looks at single errors,
@@ -112,44 +112,44 @@ def accumulated_errors(items: Items) -> Array:
 
 
 @dataclass(frozen=True)
-class Sets:
+class StoredSets:
     """The stored formats of every group.
 
     Attributes:
-        prices: of the additive budgets and, last, of bytes.
+        multipliers: of the additive budgets and, last, of bytes.
         allowed: [formats, items].
         chosen: [items]: the best formats if errors were single; they keep every budget.
     """
 
-    prices: Array
+    multipliers: Array
     allowed: NDArray[np.bool_]
-    chosen: Choice
+    chosen: Selection
 
 
-def choose_sets(errors: Array, scope: Scope) -> Sets:
+def choose_stored_sets(errors: Array, constraints: Constraints) -> StoredSets:
     """Prices at which every budget is kept, and the formats that each group stores.
 
     Args:
         errors: [formats, items].
-        scope: the budgets.
+        constraints: the budgets.
 
     Raises:
         BudgetError: the budgets cannot be kept together.
     """
-    relaxed = _Relaxation(errors, scope)
-    most = np.array([*scope.limits, scope.most_bytes])
-    prices = np.zeros(len(most))
+    relaxed = _Relaxation(errors, constraints)
+    most = np.array([*constraints.limits, constraints.most_bytes])
+    multipliers = np.zeros(len(most))
     for _ in range(_ROUNDS):
         for unit in range(len(most)):
             if np.isfinite(most[unit]):
-                prices[unit] = relaxed.least_price(prices, unit, most[unit])
-        sets = relaxed.solve(prices)
-        if scope.holds(sets.chosen):
+                multipliers[unit] = relaxed.least_multiplier(multipliers, unit, most[unit])
+        sets = relaxed.solve(multipliers)
+        if constraints.holds(sets.chosen):
             return relaxed.spend_bytes(sets)
     for _ in range(60):  # the units pull in different directions: all prices together
-        prices = np.where(np.isfinite(most), np.maximum(prices * 2, relaxed.highest * _RELATIVE), 0.0)
-        sets = relaxed.solve(prices)
-        if scope.holds(sets.chosen):
+        multipliers = np.where(np.isfinite(most), np.maximum(multipliers * 2, relaxed.highest * _RELATIVE), 0.0)
+        sets = relaxed.solve(multipliers)
+        if constraints.holds(sets.chosen):
             return relaxed.spend_bytes(sets)
     raise BudgetError(
         "no policy was found that keeps all budgets at once, although each can be kept alone; raise one of them or add "
@@ -160,43 +160,45 @@ def choose_sets(errors: Array, scope: Scope) -> Sets:
 class _Relaxation:
     """The Lagrangian relaxation: enumerates the sets of stored formats of each group."""
 
-    def __init__(self, errors: Array, scope: Scope) -> None:
-        self.errors, self.scope = errors, scope
-        grids = len(scope.bytes)
+    def __init__(self, errors: Array, constraints: Constraints) -> None:
+        self.errors, self.constraints = errors, constraints
+        grids = len(constraints.bytes)
         masks = [np.array(mask) for mask in product((False, True), repeat=grids) if any(mask)]
         # Without a budget in bytes every format is at hand.
-        self.masks = masks if np.isfinite(scope.most_bytes) else [np.ones(grids, dtype=bool)]
-        self.members = [mask[scope.grids] for mask in self.masks]  # [formats]
-        self.bytes = np.stack([(scope.bytes * mask[:, None]).sum(axis=0) for mask in self.masks])  # [sets, groups]
-        smallest = [np.diff(np.unique(cost)).min(initial=np.inf) for cost in scope.costs] + [
+        self.masks = masks if np.isfinite(constraints.most_bytes) else [np.ones(grids, dtype=bool)]
+        self.members = [mask[constraints.grids] for mask in self.masks]  # [formats]
+        self.bytes = np.stack(
+            [(constraints.bytes * mask[:, None]).sum(axis=0) for mask in self.masks]
+        )  # [sets, groups]
+        smallest = [np.diff(np.unique(cost)).min(initial=np.inf) for cost in constraints.costs] + [
             np.diff(np.unique(self.bytes)).min(initial=np.inf)
         ]
         steps = np.array([s if np.isfinite(s) and s > 0 else 1.0 for s in smallest])
         self.highest = 8 * float(errors.sum()) / steps + 1e-30
 
-    def values(self, prices: Array) -> Array:
+    def values(self, multipliers: Array) -> Array:
         """[sets, groups]: error and additive costs, without bytes."""
-        total, groups = self.errors + self.scope.priced(prices), self.bytes.shape[1]
+        total, groups = self.errors + self.constraints.penalty(multipliers), self.bytes.shape[1]
         best = [np.where(members[:, None], total, np.inf).min(axis=0) for members in self.members]
-        return np.stack([np.bincount(self.scope.groups, weights=row, minlength=groups) for row in best])
+        return np.stack([np.bincount(self.constraints.groups, weights=row, minlength=groups) for row in best])
 
-    def solve(self, prices: Array) -> Sets:
+    def solve(self, multipliers: Array) -> StoredSets:
         """The best sets and formats at some prices."""
-        return self._with_sets(prices, np.argmin(self.values(prices) + prices[-1] * self.bytes, axis=0))
+        return self._with_sets(multipliers, np.argmin(self.values(multipliers) + multipliers[-1] * self.bytes, axis=0))
 
-    def _with_sets(self, prices: Array, which: NDArray[np.int64]) -> Sets:
+    def _with_sets(self, multipliers: Array, which: NDArray[np.int64]) -> StoredSets:
         """The best formats within a set for each group [groups]."""
-        allowed = np.stack(self.members)[which][self.scope.groups].T
-        total = np.where(allowed, self.errors + self.scope.priced(prices), np.inf)
-        return Sets(prices, allowed, np.argmin(total, axis=0))
+        allowed = np.stack(self.members)[which][self.constraints.groups].T
+        total = np.where(allowed, self.errors + self.constraints.penalty(multipliers), np.inf)
+        return StoredSets(multipliers, allowed, np.argmin(total, axis=0))
 
-    def least_price(self, prices: Array, unit: int, most: float) -> float:
+    def least_multiplier(self, multipliers: Array, unit: int, most: float) -> float:
         """The lowest price of a unit, among the others, at which its budget is kept."""
 
-        def kept(price: float) -> bool:
-            trial = prices.copy()
-            trial[unit] = price
-            return bool(self.scope.used(self.solve(trial).chosen)[unit] <= most * (1 + 1e-9))
+        def kept(multiplier: float) -> bool:
+            trial = multipliers.copy()
+            trial[unit] = multiplier
+            return bool(self.constraints.used(self.solve(trial).chosen)[unit] <= most * (1 + 1e-9))
 
         if kept(0.0):
             return 0.0
@@ -207,13 +209,13 @@ class _Relaxation:
             low, high = (low, middle) if kept(middle) else (middle, high)
         return high
 
-    def spend_bytes(self, sets: Sets) -> Sets:
+    def spend_bytes(self, sets: StoredSets) -> StoredSets:
         """Larger sets where they save most error per byte, while they fit: a price alone leaves some unspent."""
-        if not np.isfinite(self.scope.most_bytes):
+        if not np.isfinite(self.constraints.most_bytes):
             return sets
-        values, groups = self.values(sets.prices), self.bytes.shape[1]
-        which = np.argmin(values + sets.prices[-1] * self.bytes, axis=0)
-        everywhere, left = np.arange(groups), self.scope.most_bytes - self.bytes[which, np.arange(groups)].sum()
+        values, groups = self.values(sets.multipliers), self.bytes.shape[1]
+        which = np.argmin(values + sets.multipliers[-1] * self.bytes, axis=0)
+        everywhere, left = np.arange(groups), self.constraints.most_bytes - self.bytes[which, np.arange(groups)].sum()
         while True:
             cost, saved = self.bytes - self.bytes[which, everywhere], values[which, everywhere] - values
             fits = (cost > 0) & (cost <= left) & (saved > 0)
@@ -223,54 +225,56 @@ class _Relaxation:
             chosen, group = np.unravel_index(int(ratio.argmax()), ratio.shape)
             left -= cost[chosen, group]
             which[group] = chosen
-            trial = self._with_sets(sets.prices, which)
+            trial = self._with_sets(sets.multipliers, which)
             # With more to choose from, a layer may cost more of another budget: joint allocation sees to that.
-            if not self.scope.holds(trial.chosen):
+            if not self.constraints.holds(trial.chosen):
                 return sets
             sets = trial
 
 
-def allocate_within(items: Items, scope: Scope, sets: Sets, trust: Trust) -> tuple[Choice, Items]:
+def allocate_within(
+    items: Knapsack, constraints: Constraints, sets: StoredSets, shrinkage: Shrinkage
+) -> tuple[Selection, Knapsack]:
     """Formats within the stored sets, allocated jointly.
 
     Args:
         items: what is allocated; its bits and weights are not looked at.
-        scope: the budgets.
+        constraints: the budgets.
         sets: what each group stores, and the prices.
-        trust: see `joint`.
+        shrinkage: see `joint`.
 
     Returns:
         The choice, and the items with the cost at whose price of 1 it was made.
     """
-    cost = np.where(sets.allowed, scope.priced(sets.prices), np.inf)
-    if not sets.prices[:-1].any():
-        priced = replace(items, cost=cost)
-        return descend(priced, 1.0, trust), priced
+    cost = np.where(sets.allowed, constraints.penalty(sets.multipliers), np.inf)
+    if not sets.multipliers[:-1].any():
+        penalty = replace(items, cost=cost)
+        return coordinate_descent(penalty, 1.0, shrinkage), penalty
     low, high, best, scale = 1e-3, 1e3, sets.chosen, 1.0
     for _ in range(16):
         middle = float(np.sqrt(low * high))
-        trial = descend(replace(items, cost=cost), middle, trust)
-        if scope.holds(trial):
+        trial = coordinate_descent(replace(items, cost=cost), middle, shrinkage)
+        if constraints.holds(trial):
             best, scale, high = trial, middle, middle
         else:
             low = middle
-    priced = replace(items, cost=cost * scale)
-    return spend(items.errors, scope, sets.allowed, best), priced
+    penalty = replace(items, cost=cost * scale)
+    return spend(items.errors, constraints, sets.allowed, best), penalty
 
 
-def spend(errors: Array, scope: Scope, allowed: NDArray[np.bool_], chosen: Choice) -> Choice:
+def spend(errors: Array, constraints: Constraints, allowed: NDArray[np.bool_], chosen: Selection) -> Selection:
     """Single upgrades within the stored sets, those first that save most error for their part of the budgets."""
     chosen, places = chosen.copy(), np.arange(errors.shape[1])
-    left = np.array(scope.limits) - scope.used(chosen)[:-1]
+    left = np.array(constraints.limits) - constraints.used(chosen)[:-1]
     while True:
         saved = errors[chosen, places] - errors
-        costs = [cost - cost[chosen, places] for cost in scope.costs]
+        costs = [cost - cost[chosen, places] for cost in constraints.costs]
         fits = allowed & (saved > 0)
         for cost, rest in zip(costs, left, strict=True):
             fits &= cost <= rest
         if not fits.any():
             return chosen
-        relative = sum((np.maximum(c, 0) / limit for c, limit in zip(costs, scope.limits, strict=True)), 1e-12)
+        relative = sum((np.maximum(c, 0) / limit for c, limit in zip(costs, constraints.limits, strict=True)), 1e-12)
         ratio = np.where(fits, saved / relative, -np.inf)
         fmt, item = np.unravel_index(int(ratio.argmax()), ratio.shape)
         left -= np.array([cost[fmt, item] for cost in costs])

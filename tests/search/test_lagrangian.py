@@ -12,15 +12,15 @@ from adatsq_trt.formats import FORMATS
 from adatsq_trt.policy import LayerShape, Policy, resident_weight_bytes
 from adatsq_trt.search.budgets import Additive, Budgets, Storage
 from adatsq_trt.search.candidates import Array
-from adatsq_trt.search.joint import Items, Trust
-from adatsq_trt.search.priced import Scope, allocate_within, choose_sets
+from adatsq_trt.search.joint import Knapsack, Shrinkage
+from adatsq_trt.search.lagrangian import Constraints, allocate_within, choose_stored_sets
 
 FORMAT_NAMES = ("nvfp4", "fp8", "bf16")
 SET = tuple(FORMATS[name] for name in FORMAT_NAMES)
 BITS = np.array([fmt.bits for fmt in SET])
 STEPS, LAYERS = 2, 3
 SHAPES = tuple(LayerShape(f"l{i}", 64 * (1 + i), 128, 16) for i in range(LAYERS))
-ALONE = Trust(0.0, 0.0)
+ALONE = Shrinkage(0.0, 0.0)
 EVERY_ROW = tuple(itertools.product(range(3), repeat=LAYERS))
 EVERY_POLICY = np.array(list(itertools.product(EVERY_ROW, repeat=STEPS)))
 
@@ -52,9 +52,9 @@ def budgets_of(bits: float | None, share: float | None, ms: float | None = None)
 def solve(errors: Array, budgets: Budgets) -> Array:
     """The policy [steps, layers] for single errors."""
     flat = errors.reshape(3, -1)
-    scope = Scope.each(budgets, 3, LAYERS)
-    items = Items(np.sqrt(flat)[..., None], flat, np.tile(np.arange(LAYERS), STEPS), BITS, np.ones(STEPS * LAYERS))
-    chosen, _ = allocate_within(items, scope, choose_sets(flat, scope), ALONE)
+    constraints = Constraints.each(budgets, 3, LAYERS)
+    items = Knapsack(np.sqrt(flat)[..., None], flat, np.tile(np.arange(LAYERS), STEPS), BITS, np.ones(STEPS * LAYERS))
+    chosen, _ = allocate_within(items, constraints, choose_stored_sets(flat, constraints), ALONE)
     return chosen.reshape(STEPS, LAYERS)
 
 

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from adatsq_trt.engines.accuracy.references import Reference
 from adatsq_trt.engines.bundle import BundleFiles
-from adatsq_trt.engines.store import ALIGNMENT_BYTES, Weight, name_weights, without_weights, write_store
+from adatsq_trt.engines.plan_weights import ALIGNMENT_BYTES, Weight, name_weights, without_weights, write_store
 from adatsq_trt.errors import DamagedFileError
 from tests.engines.conftest import ASSIGNMENTS, LAYERS
 
