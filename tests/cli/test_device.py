@@ -29,7 +29,7 @@ def test_a_wrong_device_is_refused_before_anything_is_written(
 
 
 @pytest.mark.parametrize(
-    ("device", "workers"), [(None, OnDevice), ("cpu", InProcess), ("auto", OnDevice), ("cuda:0", OnDevice)]
+    ("device", "executor"), [(None, OnDevice), ("cpu", InProcess), ("auto", OnDevice), ("cuda:0", OnDevice)]
 )
 def test_who_computes_where_there_is_a_gpu(
     monkeypatch: pytest.MonkeyPatch, device: str | None, executor: type[InProcess] | type[OnDevice]
