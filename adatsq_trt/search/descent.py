@@ -1,4 +1,4 @@
-"""The inner loop of `joint.coordinate_descent`, compiled: a plan of Flux-dev's size takes eight million of its iterations.
+"""The inner loop of `joint.coordinate_descent`, compiled: a plan of Flux-dev's size takes eight million iterations.
 
 Compilation takes two seconds in each process. It is not kept: Numba would write beside the package.
 """

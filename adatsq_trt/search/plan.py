@@ -267,7 +267,7 @@ class _Tails:
 
 
 def error_apart(by_layer: Array, alone: Array) -> Array:
-    """What `SHRINKAGES[0]` makes of accumulation within layers [..., layers, rows] and of single errors [...]: [...]."""
+    """What `SHRINKAGES[0]` makes of accumulation within layers [..., layers, rows] and single errors [...]: [...]."""
     layered = SHRINKAGES[0].layered
     error: Array = layered * np.square(by_layer).sum(axis=(-2, -1)) + (1 - layered) * alone
     return error
