@@ -132,7 +132,7 @@ def merge(model: ErrorModel, rows: Rows, limit: int, known: dict[bytes, Labels] 
 def merged_policies(
     sensitivity: Sensitivity, bits: Array, budget: float, starts: Sequence[Rows], limit: int
 ) -> list[Rows]:
-    """Distinct policies with at most so many assignments: one of every start, and the first start's with each shrinkage.
+    """Distinct policies with at most so many assignments: one of every start, the first's with each shrinkage.
 
     Args:
         sensitivity: measured contributions.
