@@ -333,7 +333,7 @@ def test_check_passes_and_writes_its_report(cli, copy: Path) -> None:
     assert "ok" in ended.out
     report = CheckReport.model_validate_json((copy / "check" / "check.json").read_text())
     assert report.passed
-    assert {row.variant for row in report.rows} == {"cpu", "target"}
+    assert {row.variant for row in report.rows} == {"cpu", "target", "reference"}
     assert "has passed before" in cli("check", copy).err
 
 
@@ -360,7 +360,7 @@ def test_failed_check_says_where_and_ends_with_1(
     )
     loop = LoopReport(rows=(), fail_above=None, passed=False, failure="no loop", command="polygraphy run")
     report = CheckReport(
-        model="digits-flux", manifest_sha256="", passed=False, buckets=((0, 1),), rows=(row,), loop=loop
+        model="digits-flux", manifest_sha256="", passed=False, exact=(), buckets=((0, 1),), rows=(row,), loop=loop
     )
     monkeypatch.setattr("adatsq_trt.engines.accuracy.check", lambda *_: report)
     ended = cli("check", built, "--again", "--json", "--junit", tmp_path / "check.xml")

@@ -37,7 +37,7 @@ class Checkpoint:
         self.prompts.write_text("\n".join(PROMPTS) + "\n\n", encoding="utf-8")
         size = ("--height", str(HEIGHT), "--width", str(WIDTH), "--prompts", self.prompts)
         effort = ("--steps", "2", "--beam", "1", "--candidates", "1", "--calibration-samples", "2")
-        judged = ("--selection-samples", "1", "--held-out-samples", "1")
+        judged = ("--selection-samples", "3", "--held-out-samples", "1")  # a sample for each prompt
         self.options = (*size, "--formats", "fp8,bf16", *effort, *judged, *options)
 
     def build(self, *more: str | Path) -> tuple[str | Path, ...]:

@@ -82,7 +82,8 @@ class Repositories:
             assert not self.output.exists()
             return False
         try:
-            assert {path.name for path in self.output.iterdir()} == {name, f"{name}_step", "Dockerfile", "README.md"}
+            beside = {"Dockerfile", "README.md", "compose.yaml", "probe.py"}
+            assert {path.name for path in self.output.iterdir()} == {name, f"{name}_step", *beside}
             require_meant(read(self.output / name), self.loop, name, backend)
             require_meant(read(self.output / f"{name}_step"), self.step, f"{name}_step", backend)
             for got, expected in zip(instructions(self.output), self.dockerfile, strict=True):
