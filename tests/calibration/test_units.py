@@ -16,7 +16,7 @@ HERE = InProcess()
 
 @pytest.fixture(autouse=True)
 def _single_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(units, "PART", 1)
+    monkeypatch.setattr(units, "SAMPLES_PER_BACKWARD", 1)
 
 
 def test_the_trajectory(samples: Samples, latents: Tensor) -> None:
