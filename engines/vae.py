@@ -11,6 +11,7 @@ from pydantic import JsonValue, RootModel
 
 from adatsq_trt.errors import DamagedFileError, DependencyError
 from adatsq_trt.files import read_json_model
+from adatsq_trt.loading import PLAIN_LOADING, one_loader
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,13 +45,15 @@ class Vae:
         if name not in _CLASSES:
             raise DamagedFileError(f"'{folder}' is a {name}, expected one of {', '.join(_CLASSES)}; {_AGAIN}")
         try:
-            self._vae: Any = getattr(diffusers, str(name)).from_pretrained(
-                folder,
-                torch_dtype=torch.float32,
-                use_safetensors=True,
-                local_files_only=True,
-                variant=weights_variant(folder),
-            )
+            with one_loader():
+                self._vae: Any = getattr(diffusers, str(name)).from_pretrained(
+                    folder,
+                    torch_dtype=torch.float32,
+                    use_safetensors=True,
+                    local_files_only=True,
+                    variant=weights_variant(folder),
+                    **PLAIN_LOADING,
+                )
         except Exception as error:  # what diffusers raises depends on the file
             raise DamagedFileError(f"'{folder}' does not load ({error}); {_AGAIN}") from error
 

@@ -18,6 +18,7 @@ from adatsq_trt.checkpoints.schedulers import make_scheduler
 from adatsq_trt.errors import DamagedFileError, DependencyError, MismatchError
 from adatsq_trt.files import read_json_model
 from adatsq_trt.image import ImageShape
+from adatsq_trt.models.stored import EmptyOnMeta
 from adatsq_trt.schedule import EULER, UNIPC
 from adatsq_trt.zoo.loading import SCHEDULER_CONFIG
 
@@ -119,10 +120,8 @@ class PipelineKind(ABC):
         return module
 
     def make_empty(self, config: Mapping[str, JsonValue]) -> nn.Module:
-        """The transformer with its buffers but without weights, which are on the meta device."""
-        from accelerate import init_empty_weights
-
-        with init_empty_weights(include_buffers=False):
+        """The transformer with its buffers but without weights: large parameters are on the meta device."""
+        with EmptyOnMeta():
             module: nn.Module = self.load_class(self.transformer).from_config(dict(config))
         return module
 

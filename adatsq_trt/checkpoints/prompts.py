@@ -20,6 +20,7 @@ from adatsq_trt.checkpoints.source import INDEX, Source
 from adatsq_trt.checkpoints.weights import find_weights
 from adatsq_trt.errors import DamagedFileError, MissingFileError, UserError, one_line
 from adatsq_trt.files import read_json_model
+from adatsq_trt.loading import one_loader
 
 _DEFAULT = "prompts.txt"
 # What files of whole language and picture models hold beside their text encoder.
@@ -192,7 +193,7 @@ def _load_encoders(source: Source) -> Any:
     index = read_json_model(source.folder / INDEX, JsonObject, AGAIN).root
     variants = {part: files.variant for part, files in zip(parts, weights, strict=True)}
     try:
-        with warnings.catch_warnings():
+        with one_loader(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of a newer name for torch_dtype, which older ones lack
             encoders = {
                 part: _load_encoder(source.folder / part, index.get(part), {**common, "variant": variants[part]})

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 # Smaller weights are not worth the reading.
 LEAST_NUMBERS = 1 << 20
@@ -129,6 +130,20 @@ class _Product(torch.autograd.Function):
         # As autograd does it for a layer in memory: a product of three dimensions would round differently.
         rows = gradient.reshape(-1, gradient.shape[-1]) @ ctx.layer.weight.to(gradient.dtype)
         return rows.view(*gradient.shape[:-1], -1), None
+
+
+class EmptyOnMeta(TorchFunctionMode):
+    """Modules that are made inside have their parameters on the meta device, and their buffers with values.
+
+    Layers allocate weights with `torch.empty`, so this is all that is redirected; positions and the like are computed.
+    Unlike accelerate's `init_empty_weights`, it concerns the modules of its own thread alone.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Redirect `torch.empty`."""
+        if func is torch.empty:
+            return func(*args, **{**(kwargs or {}), "device": "meta"})
+        return func(*args, **(kwargs or {}))
 
 
 def stored_layers(root: nn.Module) -> Iterator[tuple[nn.Module, str, MappedLinear]]:

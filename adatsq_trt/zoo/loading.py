@@ -16,6 +16,7 @@ from torch import nn
 from adatsq_trt.errors import DamagedFileError
 from adatsq_trt.files import read_json_model, read_tensors, sha256
 from adatsq_trt.image import ImageShape, PixelScale
+from adatsq_trt.loading import PLAIN_LOADING, one_loader
 from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.models.architectures import ADAPTERS
 from adatsq_trt.models.declared import Rounding
@@ -126,9 +127,13 @@ def _transformer(folder: Path, kind: type[PromptedAdapter]) -> ModelMixin:
     weights, config = folder / TRANSFORMER_WEIGHTS, folder / TRANSFORMER_CONFIG
     read_tensors(weights, _ADVICE)
     read_json_model(config, _Config, _ADVICE)
-    with _refusing(config):
+    with _refusing(config), one_loader():
         transformer, found = kind.model_class.from_pretrained(
-            folder / "transformer", torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            folder / "transformer",
+            torch_dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            **PLAIN_LOADING,
         )
     # Diffusers only warns of these, and fills what is missing with random numbers.
     odd = sorted({*found["missing_keys"], *found["unexpected_keys"]})

@@ -22,6 +22,7 @@ DATA = {
     "formats",
     "graph_index",
     "image",
+    "loading",
     "policy",
     "progress",
     "schedule",

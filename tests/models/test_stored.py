@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from adatsq_trt.files import MappedTensors, write_tensors
@@ -130,7 +129,7 @@ def test_filling_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         name: value.bfloat16() if value.is_floating_point() else value for name, value in model.state_dict().items()
     }
     assert list(large_linears(model)) == ["0.large"]
-    with init_empty_weights(include_buffers=False):
+    with stored.EmptyOnMeta():
         twin = nn.Sequential(Block())
     model[0].counts += 7
     state["0.counts"] = model[0].counts
