@@ -7,14 +7,14 @@ Rules:
     3. TRT_FP4DynamicQuantize: block scales = e4m3(amax / (6 · second-level scale)); elements = x / (block scale ·
        second-level scale) rounded to e2m1 by arithmetic, kept as float32.
     4. DequantizeLinear of e2m1 constants: the same bytes read as uint4 → a table of the sixteen values; then rule 5.
-    5. DequantizeLinear of every weight but those of rule 6: Cast to float32 → Mul by the scale, which is broadcast
-       along its axis or over its blocks.
-    6. DequantizeLinear → Transpose of an int8 weight whose layer has a static int8 or a float32 input: Transpose →
-       DequantizeLinear, which stays, so that the weight is in memory in 8 bits. With an int8 input ONNX Runtime fuses
-       it to an integer matrix product; with a float32 input it dequantizes the weight in every call. (On x86 without
-       VNNI the integer product saturates unless the session option "session.x64quantprecision" is "1". It moves codes
-       by 128, and where the product is not fused it would give the weight one zero point for all columns, which is
-       refused. So the zero points are written down.)
+    5. DequantizeLinear of everything but int8 with a static input: Cast to float32 → Mul by the scale, which is
+       broadcast along its axis or over its blocks. An int8 weight beside a float32 input is among these: ONNX Runtime
+       makes a MatMulNBits of a DequantizeLinear there, which by default rounds the input to 8 bits without a word.
+    6. DequantizeLinear → Transpose of an int8 weight whose layer has a static int8 input: Transpose →
+       DequantizeLinear, the order that ONNX Runtime fuses to an integer matrix product. (On x86 without VNNI that
+       product saturates unless the session option "session.x64quantprecision" is "1". It moves codes by 128, and where
+       the product is not fused it would give the weight one zero point for all columns, which is refused. So the zero
+       points are written down.)
     7. The MatMul of a layer whose activation format is a plain 16-bit type: its input is rounded by Cast to that type
        and Cast back.
 """
@@ -141,7 +141,7 @@ def _lower_dequantize(node: ir.Node) -> None:
     assert codes is not None and scale is not None
     if codes.dtype is INT8 and codes.const_value is None:
         return
-    if codes.dtype is INT8 and _stays_int8(node):
+    if codes.dtype is INT8 and _feeds_integer_product(node):
         _transpose_first(node)
         return
     emit = Emitter(node, f"{node.name}.")
@@ -191,20 +191,18 @@ def _rank(node: ir.Node, value: ir.Value | None) -> int:
     return value.shape.rank()
 
 
-def dequantizes_in_calls(fmt: Format) -> bool:
-    """Whether the weight of a cpu graph's layer is in memory as int8 codes (rule 6)."""
-    grid, activation = fmt.weight, fmt.activation
-    in_channels = grid.element is Element.INT and grid.granularity is Granularity.CHANNEL
-    return in_channels and (activation.granularity is Granularity.TENSOR or activation.element is Element.FP32)
+def has_integer_product(fmt: Format) -> bool:
+    """Whether ONNX Runtime is to multiply codes of weights and of activations (rule 6)."""
+    return fmt.activation.element is Element.INT and fmt.activation.granularity is Granularity.TENSOR
 
 
-def _stays_int8(node: ir.Node) -> bool:
+def _feeds_integer_product(node: ir.Node) -> bool:
     """Whether a weight's DequantizeLinear feeds a layer that rule 6 is for."""
     for transpose, _ in node.outputs[0].uses():
         for linear, _ in transpose.outputs[0].uses():
             fmt = FORMATS.get(linear.metadata_props.get(FORMAT, ""))
             if fmt is not None:
-                return dequantizes_in_calls(fmt)
+                return has_integer_product(fmt)
     return False
 
 

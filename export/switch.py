@@ -1,7 +1,7 @@
 """All assignments in one graph: a layer with several formats becomes a choice that the input `bucket` decides.
 
-The trunk (everything outside of such layers) is there once, and so is every (layer, format) pair, because it sits in
-the one branch that computes it: whatever loads or compiles the graph finds no weight twice.
+The trunk (everything outside of such layers) is there once, and a (layer, format) pair sits in the one branch that
+computes it. Formats of a layer that share a weight grid read one place in the weight file.
 
 Rules:
     1. The trunk is the first assignment's; the others differ from it in nothing but the layers' nodes.
@@ -17,8 +17,8 @@ Rules:
        constants and with scalars: ONNX Runtime fuses an integer product if the zero point of its input is in the same
        graph, and if the weight is not, the product saturates on x86 without VNNI, whatever its options say.
     8. There too, formats of a layer that differ in activations only share its product, since ONNX Runtime packs the
-       weight of every product: the choice is between the layer's inputs. Products that dequantize an int8 weight in
-       every call stay apart. TensorRT wants what is quantized beside its product; it finds equal constants by itself.
+       weight of every product: the choice is between the layer's inputs. Integer products, which are fused with what
+       quantizes their inputs, stay apart. TensorRT wants that beside every product; it finds equal constants by itself.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from onnx_ir.passes import common
 
 from adatsq_trt.errors import AdatsqError
 from adatsq_trt.export.insert_qdq import FORMAT
-from adatsq_trt.export.lower_quantizers import dequantizes_in_calls
+from adatsq_trt.export.lower_quantizers import has_integer_product
 from adatsq_trt.export.name_nodes import MODULE
 from adatsq_trt.formats import FORMATS, Grid
 from adatsq_trt.graph_index import ASSIGNMENT_INPUT
@@ -110,7 +110,7 @@ class _Joined:
         groups: dict[Grid | str, list[str]] = {}
         for name in dict.fromkeys(formats):
             fmt = FORMATS[name]
-            groups.setdefault(name if dequantizes_in_calls(fmt) else fmt.weight, []).append(name)
+            groups.setdefault(name if has_integer_product(fmt) else fmt.weight, []).append(name)
         for members in groups.values():
             if len(members) > 1:
                 self._choose_input(layer, members, formats, data)

@@ -2,12 +2,11 @@
 
 ONNX Runtime computes them itself, but keeps every intermediate result of every weight until all are done, which is
 several times what stays. Here the result for one weight at a time goes into a file. ONNX Runtime maps that file, so a
-weight is in memory only while it is packed for the processor. Constants with the same content have one place.
+weight is in memory only while it is packed for the processor.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -50,34 +49,14 @@ def fold(path: Path, folder: Path) -> Path:
         OSError: the folder cannot hold them.
     """
     model = onnx.load(path, load_external_data=False)
-    with (folder / DATA_NAME).open("wb") as file:
-        _fold(model.graph, model, path.parent, _Data(file))
+    with (folder / DATA_NAME).open("wb") as data:
+        _fold(model.graph, model, path.parent, data)
     result = folder / MODEL_NAME
     result.write_bytes(model.SerializeToString())
     return result
 
 
-class _Data:
-    """The new data file: every distinct content once."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._places: dict[bytes, int] = {}
-
-    def hold(self, tensor: TensorProto) -> TensorProto:
-        """Put a constant's content there, at a page's beginning, so that it can be mapped."""
-        content = tensor.raw_data
-        digest = hashlib.sha256(content).digest()
-        if digest not in self._places:
-            self._file.write(bytes(-self._file.tell() % _ALIGNMENT_BYTES))
-            self._places[digest] = self._file.tell()
-            self._file.write(content)
-        set_external_data(tensor, DATA_NAME, self._places[digest], len(content))
-        tensor.ClearField("raw_data")
-        return tensor
-
-
-def _fold(graph: GraphProto, model: ModelProto, folder: Path, data: _Data) -> None:
+def _fold(graph: GraphProto, model: ModelProto, folder: Path, data: BinaryIO) -> None:
     """Fold a graph in place, and its subgraphs, which have constants of their own."""
     steps = _constant_nodes(graph)
     made = {name for node in steps for name in node.output}
@@ -141,12 +120,25 @@ def _needed(name: str, sources: dict[str, NodeProto]) -> Iterator[NodeProto]:
     yield node
 
 
-def _moved(tensor: TensorProto, folder: Path, data: _Data) -> TensorProto:
+def _moved(tensor: TensorProto, folder: Path, data: BinaryIO) -> TensorProto:
     """A constant that is used as it is."""
-    return data.hold(self_contained(tensor, folder)) if uses_external_data(tensor) else tensor
+    if not uses_external_data(tensor):
+        return tensor
+    loaded = self_contained(tensor, folder)
+    return _placed(loaded, loaded.raw_data, data)
 
 
-def _stored(value: np.ndarray, name: str, data: _Data) -> TensorProto:
+def _stored(value: np.ndarray, name: str, data: BinaryIO) -> TensorProto:
     """A computed constant; small ones stay in the graph."""
     tensor = onnx.numpy_helper.from_array(value, name)
-    return tensor if value.nbytes < _INLINE_BYTES else data.hold(tensor)
+    return tensor if value.nbytes < _INLINE_BYTES else _placed(tensor, tensor.raw_data, data)
+
+
+def _placed(tensor: TensorProto, content: bytes, data: BinaryIO) -> TensorProto:
+    """Append the content to the data file; at a page's beginning, so that it can be mapped."""
+    data.write(bytes(-data.tell() % _ALIGNMENT_BYTES))
+    offset = data.tell()
+    data.write(content)
+    set_external_data(tensor, DATA_NAME, offset, len(content))
+    tensor.ClearField("raw_data")
+    return tensor
