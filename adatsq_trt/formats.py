@@ -184,7 +184,7 @@ FORMAT_SETS: dict[str, tuple[str, ...]] = {
     "paper-fine": ("w3a3", "w4a4", "w5a5", "w6a6", "w8a8"),
     "paper-low": ("w2a3", "w2a4", "w3a3", "w4a4", "w8a8"),
     "paper-pairs": ("w2a3", "w2a4", "w3a3", "w3a4", "w4a3", "w3a5", "w4a4", "w4a5", "w5a4", "w4a6", "w5a5", "w6a6"),
-    "grid": tuple(f"w{weight}a{activation}" for weight in (2, 3, 4, 5, 6, 8) for activation in (3, 4, 5, 6, 8)),
+    "grid": tuple(f"w{weight}a{activation}" for weight in (3, 4, 5, 6) for activation in (3, 4, 5, 6)),
     "blackwell": ("nvfp4", "nvfp4a16", "fp8", "fp8a16", "int4wo", "bf16"),
     "ada": ("int4wo", "fp8", "fp8a16", "bf16"),
     "hopper": ("w4a8", "int4wo", "w8a8", "w8a16", "fp8", "bf16"),
