@@ -2,9 +2,10 @@
 
     python -m benchmarks.size.weights_once [--document docs/decisions/0043-weights-once-in-plans.md]
 
-A layer y = x Wᵀ of 1024 x 1024 in float16, its weight on each grid as the exporter writes it, compiled without a GPU:
-alone, its input in 16 bits or quantized, and as two branches of an `If` that choose between them. The weight is a
-constant in each branch, a constant outside of the `If`, or an input of the network.
+A layer y = x Wᵀ in float16, its weight on each grid as the exporter writes it, compiled without a GPU: alone, its input
+in 16 bits or quantized, and as two branches of an `If` that choose between them. The weight is a constant in each
+branch, a constant outside of the `If`, or an input of the network. Activation scales are inputs, as in all graphs that
+are exported, or constants. Two widths tell what grows with the weight from what does not.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -35,10 +36,20 @@ from adatsq_trt.quantizers import quantize_nearest
 from benchmarks.document import replace_marked
 
 RESULTS = Path(__file__).with_name("weights_once.json")
-WIDTH, ROWS, BLOCK = 1024, 64, 16
+WIDTHS, ROWS, BLOCK = (1024, 2048), 64, 16
 TARGET_NAMES = ("sm89", "sm120")
 Weight = Literal["in each branch", "outside", "input"]
-WEIGHTS: tuple[Weight, ...] = ("in each branch", "outside", "input")
+FORMS: tuple[tuple[str, Weight, bool], ...] = (
+    ("16 bits", "outside", False),
+    ("quantized", "outside", False),
+    ("16 bits", "input", False),
+    ("quantized", "input", False),
+    ("both", "in each branch", False),
+    ("both", "in each branch", True),
+    ("both", "outside", False),
+    ("both", "input", False),
+)
+SCALE = "x_scale"
 
 
 @dataclass(frozen=True)
@@ -46,13 +57,15 @@ class Layer:
     """A weight and what its input is quantized to.
 
     Attributes:
-        grid: name of the weight's grid, and of the format whose activations the quantized form has.
+        grid: name of the weight's grid.
+        width: N and K.
         weight: its constants, large ones first.
         dequantize: nodes from them to "<prefix>w", [N, K] float16.
-        quantize: nodes from x to "<prefix>x", and their constants.
+        quantize: nodes from x and "x_scale" to "<prefix>x", and their constants.
     """
 
     grid: str
+    width: int
     weight: tuple[TensorProto, ...]
     dequantize: Callable[[str], list[NodeProto]]
     quantize: Callable[[str], tuple[list[NodeProto], list[TensorProto]]]
@@ -65,8 +78,9 @@ class Row(BaseModel):
         grid: of the weight.
         activations: of the layer's input: "16 bits", "quantized", or "both" for two branches.
         weight: where it is.
+        constant_scales: whether activation scales are constants.
         target: name.
-        plan_bytes: of the plan; None where the compiler refuses it.
+        plan_bytes: of the plans of both widths; None where the compiler refuses them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -74,8 +88,16 @@ class Row(BaseModel):
     grid: str
     activations: str
     weight: str
+    constant_scales: bool
     target: str
-    plan_bytes: int | None
+    plan_bytes: tuple[int, int] | None
+
+    @property
+    def bytes_per_weight(self) -> float | None:
+        """What the plan grows by."""
+        if self.plan_bytes is None:
+            return None
+        return (self.plan_bytes[1] - self.plan_bytes[0]) / (WIDTHS[1] ** 2 - WIDTHS[0] ** 2)
 
 
 class Results(BaseModel):
@@ -83,7 +105,7 @@ class Results(BaseModel):
 
     Attributes:
         version: of TensorRT-RTX.
-        stored_bytes: grid → bytes of the weight with its scales.
+        bytes_per_weight: grid → of one copy, scales included.
         rows: every compilation.
     """
 
@@ -91,16 +113,16 @@ class Results(BaseModel):
 
     schema_version: Literal[1] = 1
     version: str
-    stored_bytes: dict[str, int]
+    bytes_per_weight: dict[str, float]
     rows: tuple[Row, ...]
 
 
 # ------------------------------------------------------------------------------------------------------ layers
 
 
-def make_layers() -> list[Layer]:
+def make_layers(width: int) -> list[Layer]:
     """The same random weight on every grid."""
-    weight = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0)) / WIDTH**0.5
+    weight = torch.randn(width, width, generator=torch.Generator().manual_seed(0)) / width**0.5
     kinds = {
         "nvfp4": (TensorProto.FLOAT4E2M1, BLOCK, _quantize_blocks),
         "fp8": (TensorProto.FLOAT8E4M3FN, 0, lambda p: _quantize_tensor(p, TensorProto.FLOAT8E4M3FN)),
@@ -123,14 +145,14 @@ def _layer(
     quantized = quantize_nearest(weight, fmt)
     assert quantized.scales is not None
     codes = pack_nibbles(quantized.codes) if fmt.weight.bits == 4 else quantized.codes
-    constants = [_raw("codes", codes, kind, (WIDTH, WIDTH))]
+    constants = [_raw("codes", codes, kind, tuple(weight.shape))]
     if quantized.global_scale is not None:
         constants.append(_raw("scales", quantized.scales, TensorProto.FLOAT8E4M3FN, tuple(quantized.scales.shape)))
         constants.append(from_array(quantized.global_scale.numpy(), "global_scale"))
     else:
         scales = (quantized.scales if block else quantized.scales[:, 0]).half().numpy()
         constants.append(from_array(scales, "scales"))
-    return Layer(grid, tuple(constants), lambda prefix: _dequantize(prefix, fmt.weight, block), quantize)
+    return Layer(grid, len(weight), tuple(constants), lambda prefix: _dequantize(prefix, fmt.weight, block), quantize)
 
 
 def _raw(name: str, content: Tensor, kind: int, shape: tuple[int, ...]) -> TensorProto:
@@ -151,26 +173,28 @@ def _dequantize(prefix: str, grid: Grid, block: int) -> list[NodeProto]:
 
 
 def _quantize_tensor(prefix: str, kind: int) -> tuple[list[NodeProto], list[TensorProto]]:
-    scale, zero, codes = f"{prefix}x_scale", f"{prefix}zero", f"{prefix}q"
-    constants = [h.make_tensor(scale, TensorProto.FLOAT16, [], [0.02]), h.make_tensor(zero, kind, [], [0])]
+    scale, zero, codes = f"{prefix}scale", f"{prefix}zero", f"{prefix}q"
     nodes = [
+        h.make_node("Cast", [SCALE], [scale], f"{prefix}cast_scale", to=TensorProto.FLOAT16),
         h.make_node("QuantizeLinear", ["x", scale, zero], [codes], f"{prefix}qx"),
         h.make_node("DequantizeLinear", [codes, scale], [f"{prefix}x"], f"{prefix}dqx"),
     ]
-    return nodes, constants
+    return nodes, [h.make_tensor(zero, kind, [], [0])]
 
 
 def _quantize_blocks(prefix: str) -> tuple[list[NodeProto], list[TensorProto]]:
-    scale, codes, blocks = f"{prefix}x_scale", f"{prefix}q", f"{prefix}qs"
-    wide, narrow = f"{prefix}qs_wide", f"{prefix}qs_narrow"
+    one, wide, scaled, codes = f"{prefix}one", f"{prefix}x_wide", f"{prefix}scaled", f"{prefix}q"
+    blocks, wide_blocks, narrow = f"{prefix}qs", f"{prefix}qs_wide", f"{prefix}qs_narrow"
     dynamic = {"axis": -1, "block_size": BLOCK, "scale_type": TensorProto.FLOAT8E4M3FN}
     nodes = [
-        h.make_node("TRT_FP4DynamicQuantize", ["x", scale], [codes, blocks], f"{prefix}qx", domain="trt", **dynamic),
-        h.make_node("DequantizeLinear", [blocks, scale], [wide], f"{prefix}dqxs"),
-        h.make_node("Cast", [wide], [narrow], f"{prefix}castx", to=TensorProto.FLOAT16),
+        h.make_node("Cast", ["x"], [wide], f"{prefix}widen", to=TensorProto.FLOAT),
+        h.make_node("Div", [wide, SCALE], [scaled], f"{prefix}divide"),
+        h.make_node("TRT_FP4DynamicQuantize", [scaled, one], [codes, blocks], f"{prefix}qx", domain="trt", **dynamic),
+        h.make_node("DequantizeLinear", [blocks, SCALE], [wide_blocks], f"{prefix}dqxs"),
+        h.make_node("Cast", [wide_blocks], [narrow], f"{prefix}castx", to=TensorProto.FLOAT16),
         h.make_node("DequantizeLinear", [codes, narrow], [f"{prefix}x"], f"{prefix}dqx", axis=-1, block_size=BLOCK),
     ]
-    return nodes, [h.make_tensor(scale, TensorProto.FLOAT, [], [3 / (6 * 448)])]
+    return nodes, [h.make_tensor(one, TensorProto.FLOAT, [], [1.0])]
 
 
 # ------------------------------------------------------------------------------------------------------ graphs
@@ -198,16 +222,16 @@ def _branch(layer: Layer, prefix: str, quantized: bool, own_weight: bool) -> Gra
             copy.CopyFrom(tensor)
             copy.name = names[tensor.name]
             constants.append(copy)
-    return h.make_graph(nodes, prefix, [], [_value(f"{prefix}y")], constants)
+    return h.make_graph(nodes, prefix, [], [_value(f"{prefix}y", layer)], constants)
 
 
-def _value(name: str) -> onnx.ValueInfoProto:
-    return h.make_tensor_value_info(name, TensorProto.FLOAT16, [ROWS, WIDTH])
+def _value(name: str, layer: Layer) -> onnx.ValueInfoProto:
+    return h.make_tensor_value_info(name, TensorProto.FLOAT16, [ROWS, layer.width])
 
 
-def make_model(layer: Layer, activations: str, weight: Weight) -> onnx.ModelProto:
+def make_model(layer: Layer, activations: str, weight: Weight, constant_scales: bool) -> onnx.ModelProto:
     """The graph of a row."""
-    inputs, constants = [_value("x")], list[TensorProto]()
+    inputs, constants = [_value("x", layer)], list[TensorProto]()
     if activations == "both":
         inputs.append(h.make_tensor_value_info("choose", TensorProto.BOOL, []))
         own = weight == "in each branch"
@@ -215,15 +239,18 @@ def make_model(layer: Layer, activations: str, weight: Weight) -> onnx.ModelProt
         nodes = [h.make_node("If", ["choose"], ["y"], "choice", then_branch=then, else_branch=otherwise)]
     else:
         nodes, constants = _product(layer, "o_", activations == "quantized")
-    if activations != "both":
         nodes[-1].output[0] = "y"
     large = [tensor for tensor in layer.weight if len(tensor.dims) > 0]
     if weight == "input":
         inputs += [h.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)) for tensor in large]
         constants += [tensor for tensor in layer.weight if tensor not in large]
-    elif not (activations == "both" and weight == "in each branch"):
+    elif weight == "outside":
         constants += layer.weight
-    graph = h.make_graph(nodes, "layer", inputs, [_value("y")], constants)
+    if constant_scales:
+        constants.append(h.make_tensor(SCALE, TensorProto.FLOAT, [], [0.02]))
+    elif activations != "16 bits":
+        inputs.append(h.make_tensor_value_info(SCALE, TensorProto.FLOAT, []))
+    graph = h.make_graph(nodes, "layer", inputs, [_value("y", layer)], constants)
     return h.make_model(graph, opset_imports=[h.make_opsetid("", 23), h.make_opsetid("trt", 1)], ir_version=11)
 
 
@@ -244,37 +271,46 @@ def compile_model(model: onnx.ModelProto, target: str) -> int | None:
 
 def measure() -> Results:
     """Compile every row."""
-    layers, rows = make_layers(), []
-    alone: Sequence[tuple[str, Weight]] = [(a, w) for a in ("16 bits", "quantized") for w in ("outside", "input")]
-    forms: Sequence[tuple[str, Weight]] = [*alone, *(("both", w) for w in WEIGHTS)]
-    for layer in layers:
-        for activations, weight in forms:
+    narrow, wide = (make_layers(width) for width in WIDTHS)
+    rows = []
+    for pair in zip(narrow, wide, strict=True):
+        for activations, weight, constant_scales in FORMS:
             for target in TARGET_NAMES:
-                size = compile_model(make_model(layer, activations, weight), target)
-                fields = {"grid": layer.grid, "activations": activations, "weight": weight, "target": target}
-                rows.append(Row.model_validate({**fields, "plan_bytes": size}))
-    stored = {layer.grid: sum(len(t.raw_data) for t in layer.weight) for layer in layers}
-    return Results(version=RtxBackend().version(), stored_bytes=stored, rows=tuple(rows))
+                models = (make_model(layer, activations, weight, constant_scales) for layer in pair)
+                sizes = [compile_model(model, target) for model in models]
+                rows.append(
+                    Row(
+                        grid=pair[0].grid,
+                        activations=activations,
+                        weight=weight,
+                        constant_scales=constant_scales,
+                        target=target,
+                        plan_bytes=None if None in sizes else (sizes[0], sizes[1]),
+                    )
+                )
+    stored = {layer.grid: sum(len(t.raw_data) for t in layer.weight) / layer.width**2 for layer in wide}
+    return Results(version=RtxBackend().version(), bytes_per_weight=stored, rows=tuple(rows))
 
 
 def table_of(results: Results) -> str:
-    """Markdown: kilobytes of every plan."""
-    found = {(r.grid, r.activations, r.weight, r.target): r.plan_bytes for r in results.rows}
+    """Markdown: bytes per weight of every plan, or what a plan without weights has."""
     lines = [
-        "| weight | its bytes | target | constant, 16-bit x | constant, quantized x | input, 16-bit x "
-        "| input, quantized x | `If`: in each branch | `If`: outside | `If`: input |",
-        "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| weight | one copy | target | constant, 16-bit x | constant, quantized x | input, 16-bit x "
+        "| input, quantized x | `If`: in each branch | the same, constant scales | `If`: outside | `If`: input |",
+        "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    columns = [(a, w) for w in ("outside", "input") for a in ("16 bits", "quantized")] + [("both", w) for w in WEIGHTS]
-    for grid, stored in results.stored_bytes.items():
+    found = {(r.grid, r.activations, r.weight, r.constant_scales, r.target): r for r in results.rows}
+    for grid, stored in results.bytes_per_weight.items():
         for target in TARGET_NAMES:
-            sizes = [_kilobytes(found[grid, activations, weight, target]) for activations, weight in columns]
-            lines.append(f"| {grid} | {_kilobytes(stored)} | {target} | {' | '.join(sizes)} |")
+            cells = " | ".join(_cell(found[(grid, *form, target)]) for form in FORMS)
+            lines.append(f"| {grid} | {stored:.2f} | {target} | {cells} |")
     return "\n".join(lines) + "\n"
 
 
-def _kilobytes(size: int | None) -> str:
-    return "refused" if size is None else f"{size / 1000:.0f} kB"
+def _cell(row: Row) -> str:
+    if row.plan_bytes is None or row.bytes_per_weight is None:
+        return "refused"
+    return f"{row.plan_bytes[0] / 1000:.0f} kB" if row.weight == "input" else f"{row.bytes_per_weight:.2f}"
 
 
 def main() -> None:
