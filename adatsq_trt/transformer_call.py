@@ -1,7 +1,7 @@
 """How a diffusers pipeline calls its transformer, as data.
 
-The adapter of an architecture says it, a bundle's manifest carries it, and `adatsq_trt.engines.transformer` does what it
-says: so a bundle takes the place of any transformer, also of one that was registered by a user.
+The adapter of an architecture says it, a bundle's manifest carries it, and `adatsq_trt.engines.transformer` does what
+it says: so a bundle takes the place of any transformer, also of one that was registered by a user.
 """
 
 from __future__ import annotations
@@ -48,10 +48,14 @@ class TransformerCall(BaseModel):
     settings: dict[str, JsonValue] = {}
 
     @property
+    def required(self) -> tuple[str, ...]:
+        """Arguments that every call has."""
+        return (*self.inputs.values(), self.time, *(() if self.positions is None else (self.positions,)))
+
+    @property
     def followed(self) -> set[str]:
         """Arguments that have a part in this."""
-        positions = () if self.positions is None else (self.positions,)
-        return {*self.inputs.values(), self.time, *positions, *self.zeros, RETURN_DICT}
+        return {*self.required, *self.zeros, RETURN_DICT}
 
     @model_validator(mode="after")
     def _consistent(self) -> TransformerCall:

@@ -23,6 +23,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from pydantic import JsonValue
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -60,9 +61,9 @@ class AdatsqTransformer(nn.Module):
         bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         if bundle.manifest.call is None:
             raise MismatchError(
-                f"bundle '{bundle.files.folder}' holds a {bundle.manifest.architecture} and does not say how a pipeline "
-                "calls it: its adapter has no pipeline_call, or it was built by an earlier version; build it again, or "
-                "run this one with Bundle.denoise"
+                f"bundle '{bundle.files.folder}' holds a {bundle.manifest.architecture} and does not say how a "
+                "pipeline calls it: its adapter has no pipeline_call, or an earlier version built it; build it again, "
+                "or run this one with Bundle.denoise"
             )
         return cls(bundle, bundle.manifest.call)
 
@@ -119,15 +120,13 @@ class AdatsqTransformer(nn.Module):
         call, names = self.call, list(self.call.arguments)
         given = {**dict(zip(names, positional, strict=False)), **named}
         for name, value in given.items():
-            empty = not isinstance(value, Tensor) and (value in (None, {}, []) or value == call.arguments.get(name))
-            if name not in call.followed and not empty:
+            if name not in call.followed and not _says_nothing(value, call.arguments.get(name)):
                 raise MismatchError(f"argument '{name}' of the transformer: a bundle takes none; leave it out")
-        missing = [name for name in (*call.inputs.values(), call.time) if given.get(name) is None]
-        if missing or len(positional) > len(names):
+        missing = [name for name in call.required if given.get(name) is None]
+        if missing or len(given) < len(positional) + len(named):
             raise MismatchError(
-                f"the transformer got {len(positional)} arguments and {sorted(named)}, expected all of "
-                f"{', '.join(dict.fromkeys([*call.inputs.values(), call.time]))}; use it in the pipeline of a "
-                f"{self.bundle.manifest.architecture}"
+                f"the transformer got {len(positional)} arguments and {sorted(named)}, expected each of "
+                f"{', '.join(call.required)} once; use it in the pipeline of a {self.bundle.manifest.architecture}"
             )
         return given
 
@@ -223,3 +222,8 @@ class AdatsqTransformer(nn.Module):
                 "the bundle was built with and the image size that it was exported for"
             )
         return step
+
+
+def _says_nothing(value: Any, default: JsonValue) -> bool:
+    """Whether an argument is as if it had been left out."""
+    return value is None or (isinstance(value, bool | int | float | str | dict | list) and value in (default, {}, []))

@@ -114,9 +114,11 @@ def open_object(model: Any, settings: PipelineSettings) -> OpenedObject:
     silence()
     family, pipe = _family(model)
     transformer = model if pipe is None else pipe.transformer
-    parts = (
-        [transformer] if pipe is None else [transformer, *(getattr(pipe, name) for name in family.encoders), pipe.vae]
-    )
+    encoders = {} if pipe is None else {name: getattr(pipe, name, None) for name in family.encoders}
+    if settings.encodings is None and None in encoders.values():
+        missing = next(name for name, part in encoders.items() if part is None)
+        raise UserError(f"the pipeline has no {missing}: load it with one, or pass encodings=FILE")
+    parts = [transformer] if pipe is None else [transformer, *encoders.values(), pipe.vae]
     _require_here([part for part in parts if isinstance(part, nn.Module)])
     sketch = TemporaryDirectory(prefix="adatsq-model-")
     folder = Path(sketch.name)
@@ -132,9 +134,9 @@ def open_object(model: Any, settings: PipelineSettings) -> OpenedObject:
         base = folder
         pipe.scheduler.save_config(folder / "scheduler")
         pipe.vae.save_pretrained(folder / "vae")
-        for name in family.encoders:
-            if not isinstance(getattr(pipe, name), nn.Module):
-                getattr(pipe, name).save_pretrained(folder / name)
+        for name, part in encoders.items():
+            if part is not None and not isinstance(part, nn.Module):
+                part.save_pretrained(folder / name)
     name = safe_name(str(getattr(transformer.config, "_name_or_path", "") or type(model).__name__))
     source = Source(name, family, base, folder / "transformer", folder / "transformer" / "config.json")
     named = settings.model_copy(update={"path": f"{IN_MEMORY}{type(model).__name__}"})

@@ -82,7 +82,7 @@ class WanAdapter(PromptedAdapter):
         return make_schedule(self.scheduler, steps)
 
     def pipeline_call(self) -> TransformerCall:
-        """A patch of one cell rules no size out: those that the bundle was not exported for are refused with latents."""
+        """A patch of one cell rules no size out; those that the bundle was not exported for are refused later."""
         inputs = ("hidden_states", "encoder_hidden_states")
         return TransformerCall(
             arguments=forward_arguments(WanTransformer3DModel),
