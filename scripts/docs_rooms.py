@@ -31,7 +31,7 @@ TOGETHER = {
                 "policy",
                 "progress",
             ),
-            *("schedule", "settings", "step_policy", "timed_kernels", "transformer_call"),
+            *("schedule", "settings", "solver", "step_policy", "timed_kernels", "transformer_call"),
         ),
         "data types",
     ),

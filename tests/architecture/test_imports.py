@@ -16,6 +16,7 @@ DATA = {
     "base_type",
     "config",
     "settings",
+    "solver",
     "errors",
     "fields",
     "files",
