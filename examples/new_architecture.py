@@ -26,7 +26,8 @@ class LetterTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         super().__init__()
         self.embed, self.time = nn.Linear(in_channels, width), nn.Linear(1, width)
         self.blocks = nn.ModuleList(
-            BasicTransformerBlock(width, 4, width // 4, cross_attention_dim=text_dim) for _ in range(depth)
+            BasicTransformerBlock(width, 4, width // 4, cross_attention_dim=text_dim, activation_fn="gelu")
+            for _ in range(depth)
         )
         self.out = nn.Linear(width, in_channels)
 
