@@ -61,8 +61,7 @@ def evaluate(
     from adatsq_trt.zoo import find_model
 
     find_model(model)
-    wanted = [method_named(name) for name in (METHODS if methods == "all" else methods.split(","))]
-    require_peers(wanted)
+    wanted = require_peers(method_named(name) for name in (METHODS if methods == "all" else methods.split(",")))
     widths = [width for width in dict.fromkeys(bits.split(",")) if require_bits(width)]
     pairs = [(method_named(FULL_PRECISION), FULL_BITS)]
     pairs += [

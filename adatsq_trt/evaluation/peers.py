@@ -19,18 +19,20 @@ STRENGTH = 0.5  # SmoothQuant's α
 _OFF: dict[str, Any] = {"quantizer_name": "*", "enable": False}
 
 
-def require_peers(methods: Iterable[Method]) -> None:
-    """Refuse methods whose library is not there, before anything runs.
+def require_peers(methods: Iterable[Method]) -> list[Method]:
+    """The same methods; refuses those whose library is not there, before anything runs.
 
     Raises:
         DependencyError: names the first of them.
     """
-    for method in methods:
+    wanted = list(methods)
+    for method in wanted:
         if method.peer is not None and util.find_spec("modelopt") is None:
             raise DependencyError(
                 f"method '{method.name}' needs the library modelopt; install it with: pip install 'adatsq-trt[peers]', "
                 "or leave the method out of --methods"
             )
+    return wanted
 
 
 def apply_peer(

@@ -49,5 +49,5 @@ def test_a_family_takes_the_place_of_one_with_its_pipeline() -> None:
 
 
 def test_a_class_is_no_family() -> None:
-    with pytest.raises(MismatchError, match="expected an object of a class derived from Family"):
+    with pytest.raises(MismatchError, match="expected an object of a class that derives from Family"):
         families.register_family(FluxFamily)  # type: ignore[arg-type]
