@@ -101,6 +101,14 @@ class BuildConfig:
         "none",
         metavar="PATTERN",
     )
+    formats_for: str | Sequence[str] = _choice(
+        (),
+        "Candidates of some layers, by module path with * and ?: '*.ff.*=fp8,bf16'; may be repeated, and where several "
+        "patterns match, all hold.",
+        POLICY,
+        "all candidates",
+        metavar="PATTERN=FORMATS",
+    )
     budget_bits: float | None = _choice(
         None,
         "Largest mean over steps and layers of (weight bits + activation bits) / 2.",
@@ -298,6 +306,11 @@ class BuildConfig:
     def excludes(self) -> tuple[str, ...]:
         """Patterns of the layers that stay in full precision."""
         return tuple(_several(self.exclude))
+
+    @property
+    def restrictions(self) -> tuple[str, ...]:
+        """Patterns of layers with the formats that they may have."""
+        return tuple(_several(self.formats_for))
 
     @property
     def batches(self) -> tuple[int, ...]:

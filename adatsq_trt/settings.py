@@ -80,6 +80,7 @@ class Settings(BaseModel):
         damping: of the Hessian, as a part of its mean diagonal.
         transform: what happens to weights and inputs before they are rounded; None for nothing.
         excluded: module paths of layers that stay in full precision, in the order of execution.
+        formats_for: module path → its candidates, of the layers that may not have all of `formats`.
         beam: paths kept per column.
         candidates: assignments tried per path and step, besides the previous one.
         slack: relative slack of dominance.
@@ -123,6 +124,7 @@ class Settings(BaseModel):
     damping: float = BuildConfig.damping
     transform: str | None = None
     excluded: tuple[str, ...] = ()
+    formats_for: dict[str, tuple[str, ...]] = {}
     beam: int = BuildConfig.beam
     candidates: int = BuildConfig.candidates
     slack: float = BuildConfig.slack

@@ -196,6 +196,8 @@ def commands(data: ReportData) -> list[list[str]]:
     build += ["--formats", settings.format_set]
     build += ["--transform", settings.transform] if settings.transform is not None else []
     build += [word for layer in settings.excluded for word in ("--exclude", layer)]
+    for layer, names in settings.formats_for.items():
+        build += ["--formats-for", f"{layer}={','.join(names)}"]
     for name in _OPTIONS:
         value = getattr(settings, name)
         build += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]

@@ -28,7 +28,7 @@ from adatsq_trt.formats import (
 )
 from adatsq_trt.policy import GIVEN_POLICY_ADVICE, Policy
 from adatsq_trt.settings import Settings
-from adatsq_trt.stages.models import OpenedModel, exclude_layers, open_model, require_model
+from adatsq_trt.stages.models import OpenedModel, exclude_layers, open_model, require_model, restrict_formats
 from adatsq_trt.stages.shapes import Shape, at_first, parse_shapes, resolve_shapes, written
 
 if TYPE_CHECKING:
@@ -208,6 +208,7 @@ def _resolve(
         | ({"batch": batch} if batch else {})
         | {"shapes": shapes},
         excluded=excluded,
+        formats_for=restrict_formats(model, config.restrictions, [fmt.name for fmt in formats]),
         model=model.name,
         pipeline=opened.settings,
         weights_sha256=model.weights_sha256,
