@@ -146,10 +146,11 @@ def linear_updates(scheduler: Any) -> tuple[Update, ...]:
     # Row t: x[t] in the basis of x[0], v[0], v[1], …
     unit = np.eye(steps + 1)
     rows = _run(scheduler, unit[0], unit[1:])
-    if not np.isfinite(rows).all():
+    finite = np.isfinite(rows).all(axis=1)
+    if not finite.all():
         raise MismatchError(
-            f"the scheduler {name} is not followed: its step {int(np.isfinite(rows).all(axis=1).argmin()) - 1} gives NaN "
-            "or infinite latents; save the pipeline with other options of it, such as solver_type 'bh2'"
+            f"the scheduler {name} is not followed: its step {int(finite.argmin()) - 1} gives NaN or "
+            "infinite latents; save the pipeline with other options of it, such as solver_type 'bh2'"
         )
     if not all(_follows(scheduler, rows, size) for size in _SIZES):
         raise MismatchError(

@@ -227,7 +227,7 @@ class Bundle:
         if not 0 <= step < self.policy.steps:
             raise UserError(f"step {step}: the bundle's policy has steps 0 to {self.policy.steps - 1}")
         shape = self.manifest.shape(size)
-        require_inputs(self.files.row_inputs(size), inputs, self._most_rows(size))
+        require_inputs(self.files.row_inputs(size), inputs, self.most_rows(size))
         velocity = self._runner(quantized).run(step, inputs, shape.size if self.sizes else None)
         return like(inputs[self.latent_input], velocity)
 
@@ -277,7 +277,7 @@ class Bundle:
     ) -> DenoisingRequest:
         """A run of the loop, once all its shapes are those of the graphs."""
         request = self._make_request(latents, conditioning, guidance, size)
-        signatures, most = self.files.row_inputs(size), self._most_rows(size)
+        signatures, most = self.files.row_inputs(size), self.most_rows(size)
         for samples in (conditioning.conditional, conditioning.unconditional):
             if samples is not None:
                 filled = {name: np.zeros(len(latents), np.float32) for name in request.row_values(0)}
@@ -298,7 +298,7 @@ class Bundle:
             size=self.manifest.shape(size).size if self.sizes else None,
         )
 
-    def _most_rows(self, size: Size | None) -> int | None:
+    def most_rows(self, size: Size | None) -> int | None:
         """The most rows of a call at a size; None for any number."""
         profiles = self.manifest.profiles_of(self.manifest.shape(size))
         return min((plan.rows_at(profiles) for plan in self.choice.plans), default=None)

@@ -17,21 +17,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.weak import WeakIdKeyDictionary
 
 from adatsq_trt.engines.bundle import ShapeRecord
-from adatsq_trt.engines.runtime import TIME_INPUT, Bundle, Size
+from adatsq_trt.engines.runtime import TIME_INPUT, Bundle
+from adatsq_trt.engines.step_clock import StepClock
 from adatsq_trt.errors import MismatchError
 from adatsq_trt.schedule import TRAIN_TIMESTEPS
 
-# A pipeline in bfloat16 rounds its timesteps to eight significant bits, before it divides them by 1000 and afterwards.
-_TIME_TOLERANCE = 2 * 2.0**-8
 _TEXT = "encoder_hidden_states"
 
 
@@ -41,7 +40,6 @@ class AdatsqTransformer(nn.Module):
     Attributes:
         architecture: diffusers' class that it stands in for.
         bundle: what computes.
-        config: the settings of the transformer that pipelines look at.
     """
 
     architecture: ClassVar[str]
@@ -50,7 +48,14 @@ class AdatsqTransformer(nn.Module):
         """Wrap a bundle of this architecture; see `from_bundle`, which finds the class."""
         super().__init__()
         self.bundle = bundle
-        self.config = FrozenDict(self._settings())
+        self._clock = StepClock()
+        self._config = FrozenDict(self._settings())
+
+    @property
+    def config(self) -> FrozenDict:
+        """The settings of the transformer that pipelines look at, each before its loop."""
+        self._clock.finish()
+        return self._config
 
     @classmethod
     def from_bundle(cls, bundle: Bundle | Path | str) -> AdatsqTransformer:
@@ -86,7 +91,19 @@ class AdatsqTransformer(nn.Module):
     @contextmanager
     def cache_context(self, name: str, **_about: Any) -> Iterator[None]:
         """What pipelines announce a guidance branch with; both branches of a step have the same formats."""
-        yield
+        self._clock.enter(name)
+        try:
+            yield
+        finally:
+            self._clock.enter(None)
+
+    def _reset_stateful_cache(self, recurse: bool = True) -> None:
+        """What pipelines call at their end.
+
+        Raises:
+            MismatchError: as `StepClock.finish`.
+        """
+        self._clock.finish()
 
     def _settings(self) -> dict[str, Any]:
         """The configuration."""
@@ -106,11 +123,12 @@ class AdatsqTransformer(nn.Module):
         latents = inputs[self.bundle.latent_input]
         shape = self._shape(latents) if shape is None else shape
         size = shape.size if self.bundle.sizes else None
-        step = self._step(model_time.detach().float().cpu().numpy(), size)
+        schedule = self.bundle.files.schedule(size)
+        step = self._clock.step(model_time, schedule)
         # The step's own time: the pipeline's is the same but for the rounding on its way.
-        time = latents.new_full((len(latents),), self.bundle.files.schedule(size).model_time(step), dtype=torch.float32)
+        time = latents.new_full((len(latents),), schedule.model_time(step), dtype=torch.float32)
         velocity = self.bundle.predict(step, {**inputs, TIME_INPUT: time}, size=size)
-        return velocity.to(latents)  # type: ignore[no-any-return]
+        return self._clock.checked(velocity.to(latents))
 
     @property
     def _shapes(self) -> tuple[ShapeRecord, ...]:
@@ -133,29 +151,17 @@ class AdatsqTransformer(nn.Module):
         """What sizes there are in pixels, where the bundle says it."""
         return f": {', '.join(shape.name for shape in self.bundle.manifest.shapes)}" if self.bundle.sizes else ""
 
-    def _step(self, timestep: np.ndarray, size: Size | None) -> int:
-        """The step of a size's schedule that a timestep belongs to."""
-        schedule = self.bundle.files.schedule(size)
-        times = np.asarray([schedule.model_time(step) for step in range(schedule.steps)])
-        if len(set(times)) < len(times):
-            raise MismatchError(
-                f"two of the bundle's {schedule.steps} steps have the same timestep, by which a pipeline tells its "
-                "step; build a bundle with fewer --steps, or run this one with Bundle.denoise"
-            )
-        step = int(np.abs(times - timestep.flat[0]).argmin())
-        if np.abs(timestep - times[step]).max() > _TIME_TOLERANCE * times[step]:
-            raise MismatchError(
-                f"timestep: got {timestep.min():.6g} to {timestep.max():.6g}, the nearest step of the bundle is "
-                f"{times[step]:.6g}; call the pipeline with num_inference_steps={schedule.steps}, the scheduler that "
-                "the bundle was built with and the image size that it was exported for"
-            )
-        return step
-
 
 class AdatsqFlux(AdatsqTransformer):
     """Stands in for FluxTransformer2DModel."""
 
     architecture = "FluxTransformer2DModel"
+
+    def __init__(self, bundle: Bundle) -> None:
+        """As of all."""
+        super().__init__(bundle)
+        # A generation passes the same tensors at every step: they are read once.
+        self._positions = WeakIdKeyDictionary()
 
     def _settings(self) -> dict[str, Any]:
         """The channels of a token, and whether the guidance scale is an input."""
@@ -203,11 +209,14 @@ class AdatsqFlux(AdatsqTransformer):
 
     def _shape_at(self, img_ids: Tensor, txt_ids: Tensor) -> ShapeRecord:
         """The size that positions belong to: several may have the same number of tokens."""
-        given = img_ids.cpu().long()
+        for ids in (img_ids, txt_ids):
+            if ids not in self._positions:
+                self._positions[ids] = ids.cpu().long()
+        given, text = self._positions[img_ids], self._positions[txt_ids]
         for shape in self._shapes:
             rows, columns = torch.meshgrid(*map(torch.arange, shape.image.shape.grid), indexing="ij")
             wanted = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
-            if not txt_ids.any() and torch.equal(given, wanted):
+            if not text.any() and torch.equal(given, wanted):
                 return shape
         grids = " and ".join("{} x {}".format(*shape.image.shape.grid) for shape in self._shapes)
         raise MismatchError(
@@ -224,7 +233,7 @@ class AdatsqZImage(AdatsqTransformer):
     @property
     def in_channels(self) -> int:
         """Channels of a latent."""
-        return int(self.config["in_channels"])
+        return int(self.config["in_channels"])  # Z-Image's pipeline asks before its loop
 
     def forward(
         self,

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import os
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from adatsq_trt.cli.backends import BackendName
+
 if TYPE_CHECKING:
     from rich.table import Table
 
     from adatsq_trt.engines.benchmark import BundleTimings
-
-
-class BackendName(StrEnum):
-    """What runs a bundle."""
-
-    AUTO = "auto"
-    RTX = "rtx"
-    TENSORRT = "tensorrt"
-    CUDA = "cuda"
-    ONNXRUNTIME = "onnxruntime"
 
 
 def kernels(
@@ -86,7 +77,7 @@ def bundle(
     backend: Annotated[
         BackendName,
         typer.Option("--backend", help="Plans (rtx, tensorrt), cpu graphs on a GPU (cuda) or on the processor."),
-    ] = BackendName.AUTO,
+    ] = "auto",
     samples: Annotated[int, typer.Option("--samples", min=1, max=1024, help="Pictures in one call.")] = 1,
     rounds: Annotated[int, typer.Option("--rounds", min=1, max=10_000, help="Timed calls of each case.")] = 20,
     output: Annotated[
@@ -105,7 +96,7 @@ def bundle(
     from adatsq_trt.files import write_json_model
 
     with progress("benchmark", WARM_UP_ROUNDS + rounds) as advance:
-        result = benchmark_bundles(bundles, backend.value, samples, rounds, advance)
+        result = benchmark_bundles(bundles, backend, samples, rounds, advance)
     if output is not None:
         write_json_model(output, result)
     if json:

@@ -72,6 +72,23 @@ class DeviceTensor(Tensor):
         return return_and_correct_aliasing(operation, args, settings, wrapped)
 
 
+class OnDevice(TorchDispatchMode):
+    """Inside of it, what PyTorch is told to make or bring there becomes a tensor there, and not one without content."""
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        settings = dict(kwargs or {})
+        device = settings.get("device")
+        if device is None or torch.device(device) != DEVICE or any(_is_there(leaf) for leaf in tree_leaves(args)):
+            return operation(*args, **settings)
+        return tree_map_only(Tensor, DeviceTensor, operation(*args, **{**settings, "device": torch.device("cpu")}))
+
+
+def _is_there(leaf: Any) -> bool:
+    return isinstance(leaf, DeviceTensor)
+
+
 class HostDevice:
     """What the runtime takes for a GPU.
 
