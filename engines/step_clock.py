@@ -108,6 +108,6 @@ def find_step(time: np.ndarray, schedule: Schedule) -> int:
 
 def _ask(schedule: Schedule) -> str:
     return (
-        f"call the pipeline with num_inference_steps={schedule.steps}, the scheduler that the bundle was built with and "
-        "the image size that it was exported for"
+        f"call the pipeline with num_inference_steps={schedule.steps}, the scheduler that the bundle was built with "
+        "and the image size that it was exported for"
     )

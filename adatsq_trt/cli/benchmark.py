@@ -104,19 +104,27 @@ def bundle(
         return
     console = Console(highlight=False)
     console.print(_timing_table(result))
+    for start in result.starts:
+        kernels = {None: "", True: ", with compiled kernels", False: ", without compiled kernels"}[start.kernels]
+        console.print(
+            f"{start.bundle}{kernels}: loads in {start.load_seconds:.1f} s, first picture {start.first_seconds:.2f} s, "
+            f"then {start.next_seconds:.2f} s; {start.memory_bytes / 1e9:.2f} GB of the card in use"
+        )
 
 
 def _timing_table(result: BundleTimings) -> Table:
     from rich.table import Table
 
     several = len({timing.bundle for timing in result.timings}) > 1
-    table = Table("case", "formats", "steps/s", "median ms", "10 % to 90 %", "of full precision", box=None)
+    of_16 = any(timing.speed_up_16 is not None for timing in result.timings)
+    columns = ("case", "formats", "steps/s", "median ms", "10 % to 90 %", "of full precision")
+    table = Table(*columns, *(["of 16 bits"] if of_16 else []), box=None)
     for row in result.timings:
         name = f"{row.bundle}: {row.case}" if several else row.case
         formats = ", ".join(f"{count} {fmt}" for fmt, count in row.formats.items())
         spread = f"{row.p10_ms:.1f} to {row.p90_ms:.1f}"
-        faster = "" if row.speed_up is None else f"{row.speed_up:.2f} × as fast"
-        table.add_row(name, formats, f"{row.steps_per_second:.2f}", f"{row.median_ms:.1f}", spread, faster)
+        faster = [_times(row.speed_up), *([_times(row.speed_up_16)] if of_16 else [])]
+        table.add_row(name, formats, f"{row.steps_per_second:.2f}", f"{row.median_ms:.1f}", spread, *faster)
     machine, first = result.machine, result.timings[0]
     where = machine.gpu or f"{machine.processor} ({', '.join(machine.instructions)}), {machine.cores} cores"
     versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
@@ -125,3 +133,7 @@ def _timing_table(result: BundleTimings) -> Table:
         f"{first.calls} calls of each after {result.warm_up_rounds} to warm up"
     )
     return table
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f} × as fast"

@@ -10,6 +10,7 @@ from adatsq_trt.engines.backends import rtx_steps, tensorrt_steps
 from adatsq_trt.engines.backends.base import StepRunner
 from adatsq_trt.engines.backends.cuda_device import gpu_is_here
 from adatsq_trt.engines.backends.onnxruntime import OnnxRuntimeSteps, require_cuda
+from adatsq_trt.engines.backends.onnxruntime_gpu import OnnxRuntimeGpuSteps
 from adatsq_trt.engines.bundle import BundleFiles, Manifest, PlanFile
 from adatsq_trt.errors import UserError
 
@@ -70,6 +71,19 @@ def _best(manifest: Manifest) -> BackendChoice:
     raise UserError(f"nothing here runs the bundle: {passed_over[-1][1]}")
 
 
+def reasons(manifest: Manifest) -> dict[BackendName, str | None]:
+    """For every backend, best first, why it does not run a bundle here; None where it does."""
+    found: dict[BackendName, str | None] = {}
+    for name, plans_here in _PLANS.items():
+        try:
+            plans_here(manifest)
+        except UserError as error:
+            found[name] = str(error)
+        else:
+            found[name] = None
+    return found
+
+
 def _no_plans(manifest: Manifest) -> tuple[PlanFile, ...]:
     return ()
 
@@ -104,4 +118,4 @@ def make_runner(files: BundleFiles, choice: BackendChoice, quantized: bool = Tru
     if quantized and choice.name == "tensorrt":
         return tensorrt_steps.TensorRTSteps(files)
     graph = files.graph("cpu" if quantized else "reference", None)
-    return OnnxRuntimeSteps(files, graph, on_gpu=choice.name == "cuda")
+    return OnnxRuntimeGpuSteps(files, graph) if choice.name == "cuda" else OnnxRuntimeSteps(files, graph)

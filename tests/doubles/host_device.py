@@ -4,8 +4,9 @@ Its tensors lie apart from the processor's: an operation that mixes the two fail
 "meta" device, the only other one that a build for processors admits; each holds its content beside that.
 """
 
+import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -109,6 +110,14 @@ class HostDevice:
 
     def synchronize(self) -> None:
         self.synchronizations += 1
+
+    def timed(self, enqueue: Callable[[], object]) -> float:
+        began = time.perf_counter()
+        enqueue()
+        return 1e3 * (time.perf_counter() - began)
+
+    def used_bytes(self) -> int:
+        return sum(size for _, size, block in self._allocations if block() is not None)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Memory that knows when it is gone; filled with nonsense, as a GPU's is."""

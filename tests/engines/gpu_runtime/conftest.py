@@ -7,7 +7,7 @@ import pytest
 import tensorrt_rtx
 import torch
 
-from adatsq_trt.engines.backends import cuda_device, network, plan_steps, rtx_steps, selection
+from adatsq_trt.engines.backends import cuda_device, device_steps, network, rtx_steps, selection
 from adatsq_trt.engines.backends.base import BatchRange
 from adatsq_trt.engines.build import build_plans
 from adatsq_trt.engines.bundle import BundleFiles, Layout, write_manifest
@@ -60,10 +60,12 @@ def library(book: PlanBook, device: HostDevice, monkeypatch: pytest.MonkeyPatch)
     """The double in the place of TensorRT-RTX, on a machine with a GPU of sm120 as far as anyone asks."""
     double = Library(book, device)
     monkeypatch.setattr(network.NetworkCompiler, "library", double)
-    monkeypatch.setattr(plan_steps, "CudaDevice", lambda: device)
+    monkeypatch.setattr(device_steps, "CudaDevice", lambda: device)
     for module in (rtx_steps, cuda_device):
         monkeypatch.setattr(module, "gpu_capability", lambda: 120)
     monkeypatch.setattr(rtx_steps, "gpu_name", lambda: "a double of a GPU")
     monkeypatch.setattr(selection, "gpu_is_here", lambda: True)
-    monkeypatch.setattr(Bundle, "device", property(lambda self: device.device if self.choice.plans else CPU))
+    monkeypatch.setattr(
+        Bundle, "device", property(lambda self: CPU if self.choice.name == "onnxruntime" else device.device)
+    )
     return double
