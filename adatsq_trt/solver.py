@@ -18,7 +18,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 
@@ -62,11 +62,11 @@ class Update:
         """
         if len(clean) < len(self.clean):
             raise ValueError(f"got {len(clean)} earlier predictions, this step combines {len(self.clean)}")
-        kept = latent if self.latent == 1 else self.latent * latent
-        following: Latent = kept + self.velocity * velocity
+        following: Any = latent if self.latent == 1 else self.latent * latent
+        following = following + self.velocity * velocity
         for factor, earlier in zip(self.clean, clean, strict=False):
             following = following + factor * earlier
-        return following
+        return cast(Latent, following)
 
 
 def guide(prediction: Latent, samples: int, guidance: float) -> Latent:

@@ -158,7 +158,7 @@ class ComparisonSteps(RtxSteps):
             UserError: TensorRT-RTX refuses it.
         """
         self._plan = plan
-        entry = PlanFile(target=name, assignment=None, path=f"{name}.plan", bytes=len(plan), max_rows=rows)
+        entry = PlanFile(target="none", assignment=None, path=name, bytes=len(plan), max_rows=rows)
         super().__init__(files, (entry,), keep_kernels=False)
 
     def _read(self, plan: PlanFile) -> bytes:
