@@ -189,7 +189,7 @@ class BuildConfig:
     )
     candidates: int = _choice(
         5,
-        "Assignments tried per path of the beam and step, besides the previous one.",
+        "Assignments tried per path and step of the beam, besides the previous.",
         EFFORT,
         least=1,
         most=_MOST_PATHS,

@@ -103,8 +103,8 @@ def require_possible(settings: Settings, model: LoadedModel) -> None:
         )
     if settings.expansions is not None and settings.beam == 0:
         raise UserError(
-            f"--expansions {settings.expansions}: there is no beam search that it could shorten; add --beam 4, or leave "
-            "it out"
+            f"--expansions {settings.expansions}: there is no beam search that it could shorten; add --beam 4, or "
+            "leave it out"
         )
     budget.require_bytes(settings, model.adapter)
     cheapest = format_named(settings.formats[0])
@@ -236,7 +236,7 @@ def _simulation(context: Context, store: CandidateWeights, executor: Executor) -
 
 def _plans(context: Context, sensitivity: Sensitivity) -> tuple[Plan, Callable[..., DenoisingProblem], list[Proposal]]:
     """The plan, what makes the beam's problem of it, and the static policies; for bits alone or for other budgets."""
-    bits, count = format_bits(context.formats), context.settings.candidates
+    bits, count = format_bits(context.formats), context.settings.candidates if context.settings.beam else 0
     if budget.penalty(context.settings) or budget.chooses_weights(context.settings):
         all_budgets = budget.budgets(context)
         by_layer = constrained_layer_only(sensitivity, bits, all_budgets)
