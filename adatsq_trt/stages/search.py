@@ -101,6 +101,11 @@ def require_possible(settings: Settings, model: LoadedModel) -> None:
             "--max-assignments: assignments are merged within a budget of bits only; leave out --budget-bytes and "
             "--budget-ms, or this limit"
         )
+    if settings.expansions is not None and settings.beam == 0:
+        raise UserError(
+            f"--expansions {settings.expansions}: there is no beam search that it could shorten; add --beam 4, or "
+            "leave it out"
+        )
     budget.require_bytes(settings, model.adapter)
     budget.require_bits(settings, tuple(model.adapter.quantizable_layers()))
 
@@ -169,19 +174,26 @@ def _search(context: Context, folder: Path) -> SearchResult:
         plan, make_problem, static = _plans(context, sensitivity)
         with _simulation(context, store, executor) as simulation:
             problem = make_problem(context.calibration, simulation, latents, adjoints, plan)
-            with context.progress("search: beam", context.settings.steps) as advance:
-                settings = context.settings
-                pruning = Pruning(settings.beam, settings.slack, settings.expansions)
-                paths = search_columns(problem, pruning, folder, advance)
-            starts = [*plan.policies, *plan.hedges, *(path.assignments for path in paths), *(p.rows for p in static)]
+            paths = _beam(context, problem, folder)
+            starts = [*plan.policies, *plan.hedges, *paths, *(p.rows for p in static)]
             proposals = [
-                *(Proposal("beam", path.assignments) for path in paths),
+                *(Proposal("beam", rows) for rows in paths),
                 *(Proposal("plan", rows) for rows in (*plan.policies, *plan.hedges)),
                 *(Proposal("merged", rows) for rows in _merged(context, sensitivity, starts)),
                 *static,
                 *_uniforms(context),
             ]
             return _judge(context, simulation, proposals, within, problem.calls, folder)
+
+
+def _beam(context: Context, problem: DenoisingProblem, folder: Path) -> list[Rows]:
+    """The policies of a beam search, where one is asked for."""
+    settings = context.settings
+    if settings.beam == 0:
+        return []
+    with context.progress("search: beam", settings.steps) as advance:
+        pruning = Pruning(settings.beam, settings.slack, settings.expansions)
+        return [path.assignments for path in search_columns(problem, pruning, folder, advance)]
 
 
 @contextmanager
@@ -220,13 +232,13 @@ def _simulation(context: Context, store: CandidateWeights, executor: Executor) -
         settings = context.settings
         # A processor's cache holds one path; elsewhere a call has as many samples as one of a finished policy.
         most = max(SAMPLES_PER_CALL // settings.calibration_samples, 1)
-        together = 1 if context.device.type == CPU else min(settings.beam, most)
+        together = 1 if context.device.type == CPU else max(min(settings.beam, most), 1)
         yield Simulation(model, context.formats, context.schedule, settings.guidance, executor, together)
 
 
 def _plans(context: Context, sensitivity: Sensitivity) -> tuple[Plan, Callable[..., DenoisingProblem], list[Proposal]]:
     """The plan, what makes the beam's problem of it, and the static policies; for bits alone or for other budgets."""
-    bits, count = format_bits(context.formats), context.settings.candidates
+    bits, count = format_bits(context.formats), context.settings.candidates if context.settings.beam else 0
     if budget.constrained(context.settings):
         all_budgets = budget.budgets(context)
         by_layer = constrained_layer_only(sensitivity, bits, all_budgets)
