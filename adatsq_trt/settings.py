@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from adatsq_trt.base_type import BaseName, base_type
-from adatsq_trt.config import DEFAULT_LAYOUT, Backend, BuildConfig, Hardware, Layout, Precision
+from adatsq_trt.config import DEFAULT_LAYOUT, Backend, BuildConfig, Clips, Hardware, Layout, Precision
 
 SETTINGS_NAME = "settings.json"
 # What the path of a model that was an object in memory begins with; its class follows.
@@ -78,6 +78,7 @@ class Settings(BaseModel):
         temperature: tau of the temporal weights.
         damping: of the Hessian, as a part of its mean diagonal.
         transform: what happens to weights and inputs before they are rounded; None for nothing.
+        clips: whether the part of each activation's largest magnitude that its scale keeps is searched, or all is kept.
         excluded: module paths of layers that stay in full precision, in the order of execution.
         beam: paths kept per column.
         candidates: assignments tried per path and step, besides the previous one.
@@ -120,6 +121,7 @@ class Settings(BaseModel):
     temperature: float = BuildConfig.temperature
     damping: float = BuildConfig.damping
     transform: str | None = None
+    clips: Clips = BuildConfig.clips
     excluded: tuple[str, ...] = ()
     beam: int = BuildConfig.beam
     candidates: int = BuildConfig.candidates

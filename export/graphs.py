@@ -217,7 +217,7 @@ def write_graph(
     scales = {
         f"{layer}.{SCALE_SUFFIX}": layer
         for layer, several in formats.items()
-        if any(fmt.static_activation for fmt in several)
+        if any(fmt.scaled_activation for fmt in several)
     }
     signatures = {str(value.name): _signature(value) for value in model.graph.inputs}
     given = [s for name, s in signatures.items() if name not in (*scales, ASSIGNMENT_INPUT, SELECTOR_INPUT)]
