@@ -28,6 +28,8 @@ from adatsq_trt.quantizers import static_activation_scale
 
 # Parts of the largest magnitude that are tried; exact in every 16-bit type.
 RATIOS = tuple(count / 16 for count in range(16, 5, -1))
+# Random projections per sample: enough to tell ratios apart, since squares are added up over all tokens.
+PROJECTIONS = 2
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from adatsq_trt.calibration.clips import ClipSearch, best_ratios, clip_errors, clipped_grids, scale_with
+from adatsq_trt.calibration.clips import PROJECTIONS, ClipSearch, best_ratios, clip_errors, clipped_grids, scale_with
 from adatsq_trt.calibration.fisher import projections
 from adatsq_trt.calibration.transforms.statistics import largest_inputs, sharing_layers
 from adatsq_trt.calibration.units import Measured, backward_sweep
@@ -23,9 +23,6 @@ from adatsq_trt.models.transforms import LayerTransform
 from adatsq_trt.stages import calibrate
 from adatsq_trt.stages.context import Context
 from adatsq_trt.stages.run_directory import Stage
-
-# Random projections per sample: enough to tell ratios apart, since squares are added up over all tokens.
-PROJECTIONS = 2
 
 
 def searched(context: Context) -> bool:
