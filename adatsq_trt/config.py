@@ -23,6 +23,7 @@ DEFAULT_LAYOUT: Layout = "embedded"
 Backend: TypeAlias = Literal["rtx", "tensorrt"]
 Hardware: TypeAlias = Literal["none", "same_compute_capability", "ampere_plus"]
 Precision: TypeAlias = Literal["float32", "bfloat16"]
+Clips: TypeAlias = Literal["searched", "none"]
 Weights: TypeAlias = Literal["once", "free"]
 Transform: TypeAlias = Literal["smooth", "hadamard", "balance", "low-rank", "hadamard-low-rank", "balance-low-rank"]
 
@@ -92,6 +93,12 @@ class BuildConfig:
         "hadamard-low-rank and balance-low-rank: two of these.",
         POLICY,
         "nothing",
+    )
+    clips: Clips = _choice(
+        "searched",
+        "What scales of integer activations keep of the largest magnitude, at each step and layer. searched: what errs "
+        "least; none: all of it.",
+        POLICY,
     )
     exclude: str | Sequence[str] = _choice(
         (),

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from adatsq_trt.base_type import BaseName, base_type
-from adatsq_trt.config import DEFAULT_LAYOUT, Backend, BuildConfig, Hardware, Layout, Precision, Weights
+from adatsq_trt.config import DEFAULT_LAYOUT, Backend, BuildConfig, Clips, Hardware, Layout, Precision, Weights
 
 SETTINGS_NAME = "settings.json"
 # What the path of a model that was an object in memory begins with; its class follows.
@@ -79,6 +79,7 @@ class Settings(BaseModel):
         temperature: tau of the temporal weights.
         damping: of the Hessian, as a part of its mean diagonal.
         transform: what happens to weights and inputs before they are rounded; None for nothing.
+        clips: whether the part of each activation's largest magnitude that its scale keeps is searched, or all is kept.
         excluded: module paths of layers that stay in full precision, in the order of execution.
         formats_for: module path → its candidates, of the layers that may not have all of `formats`.
         beam: paths kept per column.
@@ -123,6 +124,7 @@ class Settings(BaseModel):
     temperature: float = BuildConfig.temperature
     damping: float = BuildConfig.damping
     transform: str | None = None
+    clips: Clips = BuildConfig.clips
     excluded: tuple[str, ...] = ()
     formats_for: dict[str, tuple[str, ...]] = {}
     beam: int = BuildConfig.beam

@@ -15,6 +15,7 @@ import jinja2
 import matplotlib
 from markupsafe import Markup
 
+from adatsq_trt.config import BuildConfig
 from adatsq_trt.errors import UserError
 from adatsq_trt.files import write_bytes
 from adatsq_trt.report.charts import along_steps, check_chart, pareto, stages_chart
@@ -195,6 +196,7 @@ def commands(data: ReportData) -> list[list[str]]:
     build += ["--simulate"] if settings.simulate else []
     build += ["--formats", settings.format_set]
     build += ["--transform", settings.transform] if settings.transform is not None else []
+    build += ["--clips", settings.clips] if settings.clips != BuildConfig.clips else []
     build += [word for layer in settings.excluded for word in ("--exclude", layer)]
     for layer, names in settings.formats_for.items():
         build += ["--formats-for", f"{layer}={','.join(names)}"]

@@ -43,8 +43,8 @@ PLUGIN_TARGET = "sm90"  # of layout `plugin` without a target: its graph is the 
 # Choices that are settings as they are.
 _GIVEN = (
     *("simulate", "backend", "hardware_compatibility", "version_compatible", "weight_streaming"),
-    *("transform", "budget_bits", "budget_ms", "weights", "max_assignments", "seed", "calibration_samples"),
-    *("projections", "selection_samples", "held_out_samples", "temperature", "damping"),
+    *("transform", "clips", "budget_bits", "budget_ms", "weights", "max_assignments", "seed"),
+    *("calibration_samples", "projections", "selection_samples", "held_out_samples", "temperature", "damping"),
     *("beam", "candidates", "slack", "expansions", "search_precision"),
 )
 
