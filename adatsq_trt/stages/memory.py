@@ -12,6 +12,7 @@ import torch
 
 from adatsq_trt.calibration.fisher import MOST_ROW_PRODUCTS
 from adatsq_trt.calibration.hessian import hessian_bytes
+from adatsq_trt.calibration.shared_gradients import sample_bytes, sums_bytes
 from adatsq_trt.calibration.trajectory import SAMPLES_PER_CALL
 from adatsq_trt.calibration.units import SAMPLES_PER_BACKWARD
 from adatsq_trt.checkpoints.loading import OpenedPipeline
@@ -20,6 +21,7 @@ from adatsq_trt.formats import PLUGIN_LAYOUT, target_named
 from adatsq_trt.models.flow import Flow, measure_flow
 from adatsq_trt.models.stored import count_weights
 from adatsq_trt.settings import Settings
+from adatsq_trt.stages import gradients
 from adatsq_trt.stages.context import Memory
 from adatsq_trt.stages.meter import machine_bytes, resident_bytes
 from adatsq_trt.zoo.loading import LoadedModel
@@ -100,6 +102,7 @@ def plan_memory(
         _call_bytes(settings, flow),
         samples * flow.backward_bytes(0),
         samples * flow.layers_bytes,
+        samples * flow.block_backward_bytes(1),
     )
 
 
@@ -117,6 +120,7 @@ def needed_bytes(settings: Settings, model: Model, before: int) -> dict[str, int
     # Hessians of a block, and one of its two files as it is being written.
     sums = max(sum(hessian_bytes(width for width, _ in block)) for block in model.shapes)
     sums += max(sum(4 * width**2 for width, _ in block) for block in model.shapes)
+    shared = _gradient_bytes(settings, model)
     call = _call_bytes(settings, flow)
     rounded = max(_ROUNDED * 4 * width * rows for width, rows in pairs)
     block_codes = max(sum(4 * width * rows for width, rows in block) for block in model.shapes)
@@ -127,12 +131,26 @@ def needed_bytes(settings: Settings, model: Model, before: int) -> dict[str, int
     return {
         "embed": before + model.encoder_bytes,
         "loading": held + model.file_bytes,
-        "calibrate": held + max(fisher, call + sums),
+        "calibrate": held + max(fisher, call + sums, shared),
         "quantize": held + max(_SOLVER * width**2 for width, _ in pairs) + rounded + block_codes,
         "search": held + search,
         "export": held + max(copy * 2 * model.weights, call + rounded, 8 * model.encodings),
         BUNDLE: before + int(_compiled(settings) * 2 * model.weights),
     }
+
+
+def _gradient_bytes(settings: Settings, model: Model) -> int:
+    """What Hessians from gradients take at least: those of a block, of one sample at a time, and a block's file."""
+    if settings.hessian not in gradients.FORMS:
+        return 0
+    samples, coherent = min(SAMPLES_PER_BACKWARD, settings.calibration_samples), settings.hessian == gradients.COHERENT
+    blocks = [
+        sums_bytes([width for width, _ in block])
+        + sum(sample_bytes(pair, gradients.PROJECTIONS, coherent) for pair in block)
+        + 2 * sum(4 * width**2 for width, _ in block)
+        for block in model.shapes
+    ]
+    return samples * model.flow.block_backward_bytes(gradients.PROJECTIONS) + max(blocks)
 
 
 def _compiled(settings: Settings) -> float:
