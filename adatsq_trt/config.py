@@ -80,8 +80,8 @@ class BuildConfig:
     )
     formats: str | None = _choice(
         None,
-        "Candidates: a set (paper, paper-fine, paper-low, paper-pairs, blackwell, ada, hopper, ampere, cpu) or a list "
-        "such as nvfp4,fp8.",
+        "Candidates: a set (grid, paper, paper-fine, paper-low, paper-pairs, blackwell, ada, hopper, ampere, cpu) or a "
+        "list such as nvfp4,fp8.",
         POLICY,
         "the target's set",
     )
