@@ -120,7 +120,7 @@ def needed_bytes(settings: Settings, model: Model, before: int) -> dict[str, int
     # Hessians of a block, and one of its two files as it is being written.
     sums = max(sum(hessian_bytes(width for width, _ in block)) for block in model.shapes)
     sums += max(sum(4 * width**2 for width, _ in block) for block in model.shapes)
-    shared = _gradient_bytes(settings, model)
+    shared = gradient_bytes(settings, flow, model.shapes)
     call = _call_bytes(settings, flow)
     rounded = max(_ROUNDED * 4 * width * rows for width, rows in pairs)
     block_codes = max(sum(4 * width * rows for width, rows in block) for block in model.shapes)
@@ -137,20 +137,6 @@ def needed_bytes(settings: Settings, model: Model, before: int) -> dict[str, int
         "export": held + max(copy * 2 * model.weights, call + rounded, 8 * model.encodings),
         BUNDLE: before + int(_compiled(settings) * 2 * model.weights),
     }
-
-
-def _gradient_bytes(settings: Settings, model: Model) -> int:
-    """What Hessians from gradients take at least: those of a block, of one sample at a time, and a block's file."""
-    if settings.hessian not in gradients.FORMS:
-        return 0
-    samples, coherent = min(SAMPLES_PER_BACKWARD, settings.calibration_samples), settings.hessian == gradients.COHERENT
-    blocks = [
-        sums_bytes([width for width, _ in block])
-        + sum(sample_bytes(pair, gradients.PROJECTIONS, coherent) for pair in block)
-        + 2 * sum(4 * width**2 for width, _ in block)
-        for block in model.shapes
-    ]
-    return samples * model.flow.block_backward_bytes(gradients.PROJECTIONS) + max(blocks)
 
 
 def _compiled(settings: Settings) -> float:
@@ -176,6 +162,26 @@ def sweep_bytes(settings: Settings, flow: Flow, shapes: Sequence[tuple[int, int]
     # Outputs of a layer in all formats, twice, the exact one and the rounded input.
     measured = samples * (2 * len(settings.formats) + 2) * flow.largest_bytes + _ROUNDED * largest
     return fisher, samples * flow.block_backward_bytes(settings.projections) + measured
+
+
+def gradient_bytes(settings: Settings, flow: Flow, blocks: Sequence[Sequence[tuple[int, int]]]) -> int:
+    """What Hessians from gradients take at least: a block's sums and file, and the gradients of one sample.
+
+    Args:
+        settings: of the run.
+        flow: of one sample.
+        blocks: (K, N) of their quantizable layers.
+    """
+    if settings.hessian not in gradients.FORMS:
+        return 0
+    samples, coherent = min(SAMPLES_PER_BACKWARD, settings.calibration_samples), settings.hessian == gradients.COHERENT
+    kept = [
+        sums_bytes([width for width, _ in block])
+        + sum(sample_bytes(pair, gradients.PROJECTIONS, coherent) for pair in block)
+        + 2 * sum(4 * width**2 for width, _ in block)
+        for block in blocks
+    ]
+    return samples * flow.block_backward_bytes(gradients.PROJECTIONS) + max(kept)
 
 
 def _model(settings: Settings, outline: LoadedModel, pipeline: OpenedPipeline | None) -> Model:
