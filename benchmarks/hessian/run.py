@@ -127,6 +127,7 @@ class Measurement:
         adatsq_trt.calibrate(
             model,
             formats=",".join(FORMATS),
+            simulate=True,
             hessian="coherent",
             calibration_samples=CALIBRATION,
             held_out_samples=MOST_SEEDS,
