@@ -25,6 +25,7 @@ Hardware: TypeAlias = Literal["none", "same_compute_capability", "ampere_plus"]
 Precision: TypeAlias = Literal["float32", "bfloat16"]
 Clips: TypeAlias = Literal["searched", "none"]
 Weights: TypeAlias = Literal["once", "free"]
+HessianForm: TypeAlias = Literal["coherent", "row", "linear", "paper", "plain"]
 Transform: TypeAlias = Literal["smooth", "hadamard", "balance", "low-rank", "hadamard-low-rank", "balance-low-rank"]
 
 CHECKPOINT, POLICY, EFFORT, ENTERPRISE = "A checkpoint of your own", "The policy", "The effort", "Enterprise TensorRT"
@@ -234,7 +235,14 @@ class BuildConfig:
     projections: int = _choice(
         8, "Random projections per calibration sample.", EFFORT, least=1, most=_MOST_SAMPLES, in_python_only=True
     )
-    temperature: float = _choice(3.0, "Tau of the temporal weights.", EFFORT, in_python_only=True)
+    hessian: HessianForm = _choice(
+        "coherent",
+        "What GPTQ minimizes. coherent: what an error of a weight that all steps share does to the final picture; "
+        "row: the same, for a token and a step alone; paper and linear: errors of the layer's outputs, weighted over "
+        "steps by a softmax of Fisher information or in proportion to it; plain: these, all steps alike.",
+        EFFORT,
+    )
+    temperature: float = _choice(3.0, "Tau of the temporal weights of --hessian paper.", EFFORT, in_python_only=True)
     damping: float = _choice(
         0.01, "Of the Hessian, as a part of its mean diagonal.", EFFORT, least=0, in_python_only=True
     )

@@ -44,8 +44,8 @@ PLUGIN_TARGET = "sm90"  # of layout `plugin` without a target: its graph is the 
 _GIVEN = (
     *("simulate", "backend", "hardware_compatibility", "version_compatible", "weight_streaming"),
     *("transform", "clips", "budget_bits", "budget_ms", "weights", "max_assignments", "seed"),
-    *("calibration_samples", "projections", "selection_samples", "held_out_samples", "temperature", "damping"),
-    *("beam", "candidates", "slack", "expansions", "search_precision"),
+    *("calibration_samples", "projections", "selection_samples", "held_out_samples", "hessian"),
+    *("temperature", "damping", "beam", "candidates", "slack", "expansions", "search_precision"),
 )
 
 
