@@ -13,7 +13,7 @@ from onnx_ir import DataType
 from torch import Tensor
 
 from adatsq_trt.errors import MismatchError, UnsupportedFormatError
-from adatsq_trt.formats import FORMATS, GROUP, PLUGIN_FORMATS, Grid
+from adatsq_trt.formats import FORMATS, GROUP, PLUGIN_FORMATS, Grid, format_named
 from adatsq_trt.packing import join_planes, pack_nibbles, split_planes
 from adatsq_trt.quantizers import QuantizedWeight
 
@@ -107,7 +107,7 @@ def plugin_operands(layer: str, weights: Mapping[str, QuantizedWeight]) -> dict[
 
 def _of_grid(layer: str, weights: Mapping[str, QuantizedWeight], grid: Grid) -> QuantizedWeight | None:
     """The one weight that all formats of a grid share; None where there is no such format."""
-    names = [name for name in weights if FORMATS[name].weight == grid]
+    names = [name for name in weights if format_named(name).weight == grid]
     for other in names[1:]:
         pairs = ((getattr(weights[names[0]], part), getattr(weights[other], part)) for part in ("codes", "scales"))
         if not all(torch.equal(one, another) for one, another in pairs):
@@ -127,7 +127,7 @@ def is_nested(wide: QuantizedWeight, narrow: QuantizedWeight) -> bool:
 def group_size(weights: Mapping[str, QuantizedWeight]) -> int:
     """Inputs that share a 4-bit scale; the library's default where there is none."""
     for name, weight in weights.items():
-        if FORMATS[name].weight == FOUR_BIT_GRID:
+        if format_named(name).weight == FOUR_BIT_GRID:
             return weight.codes.shape[1] // _scales(weight).shape[1]
     return GROUP
 

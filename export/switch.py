@@ -34,7 +34,7 @@ from adatsq_trt.errors import AdatsqError
 from adatsq_trt.export.insert_qdq import FORMAT
 from adatsq_trt.export.lower_quantizers import has_integer_product
 from adatsq_trt.export.name_nodes import MODULE
-from adatsq_trt.formats import FORMATS, Grid
+from adatsq_trt.formats import Grid, format_named
 from adatsq_trt.graph_index import ASSIGNMENT_INPUT
 
 
@@ -109,7 +109,7 @@ class _Joined:
         """
         groups: dict[Grid | str, list[str]] = {}
         for name in dict.fromkeys(formats):
-            fmt = FORMATS[name]
+            fmt = format_named(name)
             groups.setdefault(name if has_integer_product(fmt) else fmt.weight, []).append(name)
         for members in groups.values():
             if len(members) > 1:

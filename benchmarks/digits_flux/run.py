@@ -45,7 +45,7 @@ class Case:
     solvers: bool = False
 
 
-FREE = ("--weights", "free")  # formats change weights and activations together
+FREE = ("--weights", "free", "--beam", "4")  # formats change weights and activations together
 
 CASES = (
     Case("paper-fine-4", ("--formats", "paper-fine", "--budget-bits", "4", "--simulate", *FREE), "w4a4", solvers=True),
