@@ -171,6 +171,12 @@ def _listed(steps: Sequence[int]) -> str:
     return ", ".join(map(str, steps))
 
 
+def wide_twin(native: Format) -> Format:
+    """What 16-bit steps read: the same weights with 16-bit activations, or bf16 where no format has these."""
+    names = (name for name, fmt in FORMATS.items() if fmt.weight == native.weight and fmt.activation_bits == 16)
+    return FORMATS[next(names, "bf16")]
+
+
 def import_policy(
     step_policy: StepPolicy, model: str, weights_sha256: str, layers: Sequence[str], steps: int, native: str, wide: str
 ) -> Policy:
