@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from adatsq_trt.errors import MismatchError
-from adatsq_trt.formats import format_named
+from adatsq_trt.formats import FORMATS, Format, format_named
 from adatsq_trt.policy import Policy
 
 Mode = Literal["native", "a16"]
