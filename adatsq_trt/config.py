@@ -160,7 +160,7 @@ class BuildConfig:
         "embedded: a self-contained plan for each assignment; shared: plans without weights over one store; switch: "
         "one plan in which assignments take turns; plugin: one graph of plugin nodes and the commands that compile it "
         "with enterprise TensorRT.",
-        shown=DEFAULT_LAYOUT,
+        shown=f"{DEFAULT_LAYOUT}; shared where formats share a weight",
     )
     batch: int | Sequence[int] = _choice(
         (),

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from adatsq_trt.errors import MismatchError
-from adatsq_trt.formats import format_named
+from adatsq_trt.formats import FORMATS, Format, format_named
 from adatsq_trt.policy import Policy
 
 Mode = Literal["native", "a16"]
@@ -169,6 +169,12 @@ def _losses(rows: Sequence[Sequence[str]], high: Sequence[bool], written: StepPo
 
 def _listed(steps: Sequence[int]) -> str:
     return ", ".join(map(str, steps))
+
+
+def wide_twin(native: Format) -> Format:
+    """What 16-bit steps read: the same weights with 16-bit activations, or bf16 where no format has these."""
+    names = (name for name, fmt in FORMATS.items() if fmt.weight == native.weight and fmt.activation_bits == 16)
+    return FORMATS[next(names, "bf16")]
 
 
 def import_policy(

@@ -18,8 +18,9 @@ Rules for activations, which take the place of x:
        constant; dividing first says the same.
     8. Integers with dynamic scales, per token or in groups of its channels: arithmetic in float32, since no backend has
        an operator for it. Below 8 bits the same graph input is the part of the largest magnitude that is kept.
-    9. Every other activation stays in the base type: so `int4wo` computes in float16 where that is the base, a finer
-       grid than the bfloat16 that the format promises.
+    9. Every other activation stays in the base type, whatever the grid of the weight: `int4wo`, `fp8a16`, `nvfp4a16`,
+       `w8a16`, and `w8a32` in a float32 graph. Where the base is float16 they compute in that, a finer grid than the
+       bfloat16 that the format promises.
 
 Rule for names:
    10. New nodes are called "<module path>/…"; the MatMul carries its format's name as metadata FORMAT.

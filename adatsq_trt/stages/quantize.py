@@ -182,12 +182,19 @@ def solve(
 
 def _nests(context: Context) -> bool:
     """Whether layers may be stored in two planes: where both widths are candidates and a backend reads planes."""
-    return context.settings.layout == PLUGIN_LAYOUT and {NARROW.name, WIDE.name} <= set(context.settings.formats)
+    grids = {fmt.weight for fmt in context.formats}
+    return context.settings.layout == PLUGIN_LAYOUT and {NARROW.weight, WIDE.weight} <= grids
+
+
+def _with_grid(context: Context, grid: Grid) -> list[str]:
+    """Names of the candidates that have a weight grid."""
+    return [fmt.name for fmt in context.formats if fmt.weight == grid]
 
 
 def _nest(context: Context, folder: Path, hessians: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Planes of the layers that lose little when they are nested: "<module path>.<attribute of NestedWeight>"."""
-    narrow, wide = (BlockFiles(folder / fmt.name, context.layers) for fmt in (NARROW, WIDE))
+    names = [_with_grid(context, fmt.weight)[0] for fmt in (NARROW, WIDE)]
+    narrow, wide = (BlockFiles(folder / name, context.layers) for name in names)
     linears, tensors = context.adapter.quantizable_layers(), dict[str, Tensor]()
     problems = ((linear.weight.detach(), hessians[n], narrow[n], wide[n]) for n, linear in linears.items())
     with context.progress("quantize: nested layers", len(linears)) as advance:
@@ -225,8 +232,7 @@ def _load(context: Context) -> CandidateWeights:
     for layer in context.layers:
         if f"{layer}.high" in tensors:
             planes = NestedWeight(**{field.name: tensors[f"{layer}.{field.name}"] for field in fields(NestedWeight)})
-            weights[WIDE.name][layer] = planes.wide
-            for fmt in context.formats:
-                if fmt.weight == NARROW.weight:
-                    weights[fmt.name][layer] = planes.narrow
+            for fmt, plane in ((NARROW, planes.narrow), (WIDE, planes.wide)):
+                for name in _with_grid(context, fmt.weight):
+                    weights[name][layer] = plane
     return CandidateWeights(weights, store.scales, store.transforms)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adatsq_trt.base_type import require_one_type
-from adatsq_trt.config import DEFAULT_LAYOUT, BuildConfig, Weights
+from adatsq_trt.config import DEFAULT_LAYOUT, BuildConfig, Layout, Weights
 from adatsq_trt.errors import UserError
 from adatsq_trt.execution import Executor, InProcess
 from adatsq_trt.execution.cluster import connected, parse_address, require_cluster
@@ -108,6 +108,16 @@ def _require_layout(config: BuildConfig, targets: Sequence[Target]) -> None:
         )
 
 
+def _layout(config: BuildConfig, targets: Sequence[Target], formats: Sequence[Format]) -> Layout:
+    """The layout: where none is asked for and formats share a weight, one whose plans share it too."""
+    if config.layout is not None:
+        return config.layout
+    grids = [fmt.weight for fmt in formats if not fmt.weight.is_float]
+    compiled = config.backend == "rtx" and not config.simulate
+    plans = compiled and any(target.compute_capability is not None for target in targets)
+    return "shared" if plans and len(set(grids)) < len(grids) else DEFAULT_LAYOUT
+
+
 def _budgets(config: BuildConfig, format_set: str) -> dict[str, Any]:
     """Settings of the budgets: without any, the format set's, in bits.
 
@@ -203,7 +213,7 @@ def _resolve(
     _require_layers(config, targets, formats, model.adapter.quantizable_layers())
     return Settings(
         **{name: getattr(config, name) for name in _GIVEN}
-        | ({} if config.layout is None else {"layout": config.layout})
+        | {"layout": _layout(config, targets, formats)}
         | known
         | ({"batch": batch} if batch else {})
         | {"shapes": shapes},
