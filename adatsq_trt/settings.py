@@ -80,6 +80,7 @@ class Settings(BaseModel):
         damping: of the Hessian, as a part of its mean diagonal.
         transform: what happens to weights and inputs before they are rounded; None for nothing.
         clips: whether the part of each activation's largest magnitude that its scale keeps is searched, or all is kept.
+        refine: whether the policy's weights are solved again for the inputs that it rounds.
         excluded: module paths of layers that stay in full precision, in the order of execution.
         beam: paths kept per column.
         candidates: assignments tried per path and step, besides the previous one.
@@ -124,6 +125,7 @@ class Settings(BaseModel):
     damping: float = BuildConfig.damping
     transform: str | None = None
     clips: Clips = BuildConfig.clips
+    refine: bool = BuildConfig.refine
     excluded: tuple[str, ...] = ()
     beam: int = BuildConfig.beam
     candidates: int = BuildConfig.candidates
