@@ -265,7 +265,8 @@ def _fake_quantize_dynamic(x: Tensor, grid: Grid, ratio: Tensor | None) -> Tenso
     points = (groups / step).round_()
     if ratio is not None or grid.granularity is Granularity.GROUP:  # else the largest quotient is the maximum
         points.clamp_(-grid.maximum, grid.maximum)
-    return points.mul_(step).flatten(-2)
+    rounded: Tensor = points.mul_(step).flatten(-2)
+    return rounded
 
 
 def _fake_quantize_blocks(x: Tensor, grid: Grid, global_scale: Tensor) -> Tensor:

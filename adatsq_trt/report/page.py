@@ -30,7 +30,7 @@ _MOST_COMPARISONS = 60
 _OPTIONS = (
     *("budget_bits", "budget_bytes", "budget_ms", "layout", "steps", "guidance", "seed"),
     *("beam", "candidates", "expansions", "search_precision", "weights"),
-    *("calibration_samples", "selection_samples", "held_out_samples"),
+    *("calibration_samples", "selection_samples", "held_out_samples", "hessian"),
 )
 
 
@@ -199,6 +199,8 @@ def commands(data: ReportData) -> list[list[str]]:
     build += ["--clips", settings.clips] if settings.clips != BuildConfig.clips else []
     build += ["--refine"] if settings.refine else []
     build += [word for layer in settings.excluded for word in ("--exclude", layer)]
+    for layer, names in settings.formats_for.items():
+        build += ["--formats-for", f"{layer}={','.join(names)}"]
     for name in _OPTIONS:
         value = getattr(settings, name)
         build += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]

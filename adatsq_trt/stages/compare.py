@@ -21,6 +21,7 @@ from adatsq_trt.stages import calibrate, quantize, search
 from adatsq_trt.stages.context import Context
 
 Solver = Callable[[str, Tensor, Format], QuantizedWeight]
+_WEIGHTED, _UNWEIGHTED = "GPTQ, Fisher-weighted Hessian", "GPTQ, unweighted Hessian"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Case:
 def solver_errors(context: Context) -> dict[str, dict[str, float]]:
     """Subject → solver → latent MSE on the run's held-out samples.
 
-    The policy with GPTQ under Fisher-weighted and unweighted Hessians and rounded to nearest; and every uniform policy
+    The policy with GPTQ under the run's and under unweighted Hessians and rounded to nearest; and every uniform policy
     of a grouped integer format with GPTQ and rounded to nearest with one scale per channel.
 
     Raises:
@@ -67,11 +68,16 @@ def solver_errors(context: Context) -> dict[str, dict[str, float]]:
 def _policy_cases(context: Context) -> list[Case]:
     policy = Policy.load(search.stage(context).folder / search.POLICY)
     solvers = {
-        "GPTQ, Fisher-weighted Hessian": _with_hessian(context, calibrate.load_hessians(context)),
-        "GPTQ, unweighted Hessian": _with_hessian(context, calibrate.load_hessians(context, calibrate.PLAIN_HESSIANS)),
+        _own_solver(context): _with_hessian(context, calibrate.load_hessians(context)),
+        _UNWEIGHTED: _with_hessian(context, calibrate.load_hessians(context, calibrate.PLAIN_HESSIANS)),
         "round to nearest": _nearest,
     }
     return [Case("policy", name, policy.formats_at, solver) for name, solver in solvers.items()]
+
+
+def _own_solver(context: Context) -> str:
+    """GPTQ with the run's own Hessians."""
+    return _UNWEIGHTED if context.settings.hessian == "plain" else _WEIGHTED
 
 
 def _uniform_cases(context: Context) -> list[Case]:
@@ -81,7 +87,7 @@ def _uniform_cases(context: Context) -> list[Case]:
         if fmt.weight.element is Element.INT and fmt.weight.granularity is Granularity.GROUP:
             everywhere = _everywhere(dict.fromkeys(context.layers, fmt))
             for name, solver in (
-                ("GPTQ, Fisher-weighted Hessian", weighted),
+                (_own_solver(context), weighted),
                 ("round to nearest per channel", _nearest_per_channel),
             ):
                 cases.append(Case(f"uniform {fmt.name}", name, everywhere, solver))

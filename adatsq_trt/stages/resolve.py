@@ -28,7 +28,7 @@ from adatsq_trt.formats import (
 )
 from adatsq_trt.policy import GIVEN_POLICY_ADVICE, Policy
 from adatsq_trt.settings import Settings
-from adatsq_trt.stages.models import OpenedModel, exclude_layers, open_model, require_model
+from adatsq_trt.stages.models import OpenedModel, exclude_layers, open_model, require_model, restrict_formats
 from adatsq_trt.stages.shapes import Shape, at_first, parse_shapes, resolve_shapes, written
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ PLUGIN_TARGET = "sm90"  # of layout `plugin` without a target: its graph is the 
 _GIVEN = (
     *("simulate", "backend", "hardware_compatibility", "version_compatible", "weight_streaming"),
     *("transform", "clips", "refine", "budget_bits", "budget_ms", "weights", "max_assignments", "seed"),
-    *("calibration_samples", "projections", "selection_samples", "held_out_samples", "temperature", "damping"),
-    *("beam", "candidates", "slack", "expansions", "search_precision"),
+    *("calibration_samples", "projections", "selection_samples", "held_out_samples", "hessian"),
+    *("temperature", "damping", "beam", "candidates", "slack", "expansions", "search_precision"),
 )
 
 
@@ -213,6 +213,7 @@ def _resolve(
         | ({"batch": batch} if batch else {})
         | {"shapes": shapes},
         excluded=excluded,
+        formats_for=restrict_formats(model, config.restrictions, [fmt.name for fmt in formats]),
         model=model.name,
         pipeline=opened.settings,
         weights_sha256=model.weights_sha256,
