@@ -101,6 +101,12 @@ class BuildConfig:
         "least; none: all of it.",
         POLICY,
     )
+    refine: bool = _choice(
+        False,
+        "After the search, solve the policy's weights again for the inputs that it rounds, and keep them where they "
+        "err less.",
+        POLICY,
+    )
     exclude: str | Sequence[str] = _choice(
         (),
         "Layers that stay in full precision, by module path with * and ?, such as 'transformer_blocks.0.*'; may be "

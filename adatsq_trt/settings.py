@@ -91,6 +91,7 @@ class Settings(BaseModel):
         damping: of the Hessian, as a part of its mean diagonal.
         transform: what happens to weights and inputs before they are rounded; None for nothing.
         clips: whether the part of each activation's largest magnitude that its scale keeps is searched, or all is kept.
+        refine: whether the policy's weights are solved again for the inputs that it rounds.
         excluded: module paths of layers that stay in full precision, in the order of execution.
         formats_for: module path → its candidates, of the layers that may not have all of `formats`.
         beam: paths kept per column.
@@ -137,6 +138,7 @@ class Settings(BaseModel):
     damping: float = BuildConfig.damping
     transform: str | None = None
     clips: Clips = BuildConfig.clips
+    refine: bool = BuildConfig.refine
     excluded: tuple[str, ...] = ()
     formats_for: dict[str, tuple[str, ...]] = {}
     beam: int = BuildConfig.beam

@@ -197,6 +197,7 @@ def commands(data: ReportData) -> list[list[str]]:
     build += ["--formats", settings.format_set]
     build += ["--transform", settings.transform] if settings.transform is not None else []
     build += ["--clips", settings.clips] if settings.clips != BuildConfig.clips else []
+    build += ["--refine"] if settings.refine else []
     build += [word for layer in settings.excluded for word in ("--exclude", layer)]
     for layer, names in settings.formats_for.items():
         build += ["--formats-for", f"{layer}={','.join(names)}"]

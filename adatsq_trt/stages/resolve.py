@@ -43,7 +43,7 @@ PLUGIN_TARGET = "sm90"  # of layout `plugin` without a target: its graph is the 
 # Choices that are settings as they are.
 _GIVEN = (
     *("simulate", "backend", "hardware_compatibility", "version_compatible", "weight_streaming"),
-    *("transform", "clips", "budget_bits", "budget_ms", "weights", "max_assignments", "seed"),
+    *("transform", "clips", "refine", "budget_bits", "budget_ms", "weights", "max_assignments", "seed"),
     *("calibration_samples", "projections", "selection_samples", "held_out_samples", "hessian"),
     *("temperature", "damping", "beam", "candidates", "slack", "expansions", "search_precision"),
 )
@@ -170,7 +170,12 @@ def _require_backend(config: BuildConfig, targets: Sequence[Target]) -> None:
 
 
 def _require_exportable(config: BuildConfig, last: str) -> None:
-    """No graph holds a transform yet, so nothing that was made with one may reach the export."""
+    """No graph holds a transform yet, so nothing that was made with one may reach the export; nor shared planes."""
+    if config.refine and config.layout == PLUGIN_LAYOUT:
+        raise UserError(
+            "--refine: with --layout plugin widths of a layer may share planes, which are not solved again; choose "
+            "another layout, or leave it out"
+        )
     if config.transform is None:
         return
     if not config.simulate:
