@@ -23,6 +23,8 @@ DEFAULT_LAYOUT: Layout = "embedded"
 Backend: TypeAlias = Literal["rtx", "tensorrt"]
 Hardware: TypeAlias = Literal["none", "same_compute_capability", "ampere_plus"]
 Precision: TypeAlias = Literal["float32", "bfloat16"]
+Clips: TypeAlias = Literal["searched", "none"]
+Weights: TypeAlias = Literal["once", "free"]
 Transform: TypeAlias = Literal["smooth", "hadamard", "balance", "low-rank", "hadamard-low-rank", "balance-low-rank"]
 
 CHECKPOINT, POLICY, EFFORT, ENTERPRISE = "A checkpoint of your own", "The policy", "The effort", "Enterprise TensorRT"
@@ -79,8 +81,8 @@ class BuildConfig:
     )
     formats: str | None = _choice(
         None,
-        "Candidates: a set (paper, paper-fine, paper-low, paper-pairs, blackwell, ada, hopper, ampere, cpu) or a list "
-        "such as nvfp4,fp8.",
+        "Candidates: a set (grid, paper, paper-fine, paper-low, paper-pairs, blackwell, ada, hopper, ampere, cpu) or a "
+        "list such as nvfp4,fp8.",
         POLICY,
         "the target's set",
     )
@@ -92,6 +94,12 @@ class BuildConfig:
         POLICY,
         "nothing",
     )
+    clips: Clips = _choice(
+        "searched",
+        "What scales of integer activations keep of the largest magnitude, at each step and layer. searched: what errs "
+        "least; none: all of it.",
+        POLICY,
+    )
     exclude: str | Sequence[str] = _choice(
         (),
         "Layers that stay in full precision, by module path with * and ?, such as 'transformer_blocks.0.*'; may be "
@@ -99,6 +107,14 @@ class BuildConfig:
         POLICY,
         "none",
         metavar="PATTERN",
+    )
+    formats_for: str | Sequence[str] = _choice(
+        (),
+        "Candidates of some layers, by module path with * and ?: '*.ff.*=fp8,bf16'; may be repeated, and where several "
+        "patterns match, all hold.",
+        POLICY,
+        "all candidates",
+        metavar="PATTERN=FORMATS",
     )
     budget_bits: float | None = _choice(
         None,
@@ -122,6 +138,12 @@ class BuildConfig:
         "kernels' wrote there.",
         POLICY,
         "none",
+    )
+    weights: Weights = _choice(
+        "once",
+        "once: a layer has one weight format for all steps, and a step chooses the format of its activations; free: a "
+        "step may change both, as the paper has it, and every weight format of a layer is stored.",
+        POLICY,
     )
     max_assignments: int | None = _choice(
         None,
@@ -173,9 +195,19 @@ class BuildConfig:
     )
     policy: Path | str | Policy | None = _choice(None, "Use this policy.json instead of searching.", POLICY, "search")
     seed: int = _choice(0, "Of prompts, noise and projections.", EFFORT, least=0, most=2**32 - 1)
-    beam: int = _choice(4, "Paths kept after each step.", EFFORT, least=1, most=_MOST_PATHS)
+    beam: int = _choice(
+        0,
+        "Paths kept after each step by a beam search, whose policies are judged beside the plan's; 0 makes none.",
+        EFFORT,
+        least=0,
+        most=_MOST_PATHS,
+    )
     candidates: int = _choice(
-        5, "Assignments tried per path and step, besides the previous one.", EFFORT, least=1, most=_MOST_PATHS
+        5,
+        "Assignments tried per path and step of the beam, besides the previous.",
+        EFFORT,
+        least=1,
+        most=_MOST_PATHS,
     )
     expansions: int | None = _choice(
         None,
@@ -291,6 +323,11 @@ class BuildConfig:
     def excludes(self) -> tuple[str, ...]:
         """Patterns of the layers that stay in full precision."""
         return tuple(_several(self.exclude))
+
+    @property
+    def restrictions(self) -> tuple[str, ...]:
+        """Patterns of layers with the formats that they may have."""
+        return tuple(_several(self.formats_for))
 
     @property
     def batches(self) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from adatsq_trt.base_type import BaseName, base_type
-from adatsq_trt.config import DEFAULT_LAYOUT, Backend, BuildConfig, Hardware, Layout, Precision
+from adatsq_trt.config import DEFAULT_LAYOUT, Backend, BuildConfig, Clips, Hardware, Layout, Precision, Weights
 
 SETTINGS_NAME = "settings.json"
 # What the path of a model that was an object in memory begins with; its class follows.
@@ -67,6 +67,7 @@ class Settings(BaseModel):
         budget_bytes: most bytes of quantized weights, each distinct weight format of a layer once; None likewise.
         budget_ms: most milliseconds per sample; None likewise.
         times: where milliseconds come from: a card's name, or the text of a measured table.
+        weights: whether a layer has one weight format for all steps. Runs of before there was a choice were free.
         max_assignments: most distinct assignments of the policy; None for any number.
         policy: text of a given policy file, which replaces the search; None to search.
         seed: of calibration prompts, noise and projections.
@@ -78,7 +79,9 @@ class Settings(BaseModel):
         temperature: tau of the temporal weights.
         damping: of the Hessian, as a part of its mean diagonal.
         transform: what happens to weights and inputs before they are rounded; None for nothing.
+        clips: whether the part of each activation's largest magnitude that its scale keeps is searched, or all is kept.
         excluded: module paths of layers that stay in full precision, in the order of execution.
+        formats_for: module path → its candidates, of the layers that may not have all of `formats`.
         beam: paths kept per column.
         candidates: assignments tried per path and step, besides the previous one.
         slack: relative slack of dominance.
@@ -110,6 +113,7 @@ class Settings(BaseModel):
     budget_bytes: float | None = None
     budget_ms: float | None = None
     times: str | None = None
+    weights: Weights = "free"
     max_assignments: int | None = None
     policy: str | None = None
     seed: int = BuildConfig.seed
@@ -120,7 +124,9 @@ class Settings(BaseModel):
     temperature: float = BuildConfig.temperature
     damping: float = BuildConfig.damping
     transform: str | None = None
+    clips: Clips = BuildConfig.clips
     excluded: tuple[str, ...] = ()
+    formats_for: dict[str, tuple[str, ...]] = {}
     beam: int = BuildConfig.beam
     candidates: int = BuildConfig.candidates
     slack: float = BuildConfig.slack

@@ -26,7 +26,7 @@ from adatsq_trt.export.switch import switch
 from adatsq_trt.export.trace import BATCH_AXIS
 from adatsq_trt.export.weight_store import INLINE_BYTES, ExternalData
 from adatsq_trt.files import atomic_path, write_json_model
-from adatsq_trt.formats import FORMATS, TARGETS, Format, format_named
+from adatsq_trt.formats import TARGETS, Format, format_named
 from adatsq_trt.graph_index import (
     ASSIGNMENT_INPUT,
     CONSTANTS_NAME,
@@ -155,12 +155,12 @@ def _write_all(
 ) -> Iterator[GraphFile]:
     models = [_quantized(template, policy, index, encoded, base) for index in range(len(policy.assignments))]
     columns = zip(policy.layers, zip(*policy.assignments, strict=True), strict=True)
-    everything = {layer: [FORMATS[name] for name in set(column)] for layer, column in columns}
+    everything = {layer: [format_named(name) for name in set(column)] for layer, column in columns}
     for variant in _in_order(variants):
         for index, (model, row) in enumerate(zip(models, policy.assignments, strict=True)):
             if variant == "cpu":
                 LOWER_TO_CPU(model)
-            formats = {layer: [FORMATS[name]] for layer, name in zip(policy.layers, row, strict=True)}
+            formats = {layer: [format_named(name)] for layer, name in zip(policy.layers, row, strict=True)}
             path = folder / f"assignment_{index:03d}.{variant}.onnx"
             yield write_graph(model, path, variant, index, formats, constants)
         together = switch(models, policy.layers, policy.assignments, constants_outside=variant == "cpu")
@@ -178,7 +178,7 @@ def _quantized(
     base: DataType,
 ) -> ir.Model:
     """The graph of one assignment, as TensorRT gets it."""
-    formats = {layer: FORMATS[name] for layer, name in zip(policy.layers, policy.assignments[index], strict=True)}
+    formats = {layer: format_named(name) for layer, name in zip(policy.layers, policy.assignments[index], strict=True)}
     model = template.clone()
     InsertQdq(formats, {layer: encoded[layer, fmt.name] for layer, fmt in formats.items()}, base)(model)
     return model
@@ -217,7 +217,7 @@ def write_graph(
     scales = {
         f"{layer}.{SCALE_SUFFIX}": layer
         for layer, several in formats.items()
-        if any(fmt.static_activation for fmt in several)
+        if any(fmt.scaled_activation for fmt in several)
     }
     signatures = {str(value.name): _signature(value) for value in model.graph.inputs}
     given = [s for name, s in signatures.items() if name not in (*scales, ASSIGNMENT_INPUT, SELECTOR_INPUT)]

@@ -28,7 +28,7 @@ from adatsq_trt.export.encode import element_type
 from adatsq_trt.export.insert_qdq import FORMAT
 from adatsq_trt.export.name_nodes import MODULE
 from adatsq_trt.export.weight_store import reinterpret
-from adatsq_trt.formats import FORMATS, Element, Granularity
+from adatsq_trt.formats import Element, Granularity, format_named
 from adatsq_trt.quantizers import E2M1_MAX, E4M3_MAX
 
 FLOAT, E4M3, INT8 = DataType.FLOAT, DataType.FLOAT8E4M3FN, DataType.INT8
@@ -194,9 +194,9 @@ def _has_static_input(node: ir.Node) -> bool:
     """Whether a weight's DequantizeLinear feeds a layer with a static integer input."""
     for transpose, _ in node.outputs[0].uses():
         for linear, _ in transpose.outputs[0].uses():
-            fmt = FORMATS.get(linear.metadata_props.get(FORMAT, ""))
-            if fmt is not None:
-                return fmt.activation.granularity is Granularity.TENSOR
+            name = linear.metadata_props.get(FORMAT)
+            if name is not None:
+                return format_named(name).activation.granularity is Granularity.TENSOR
     return False
 
 
@@ -219,7 +219,7 @@ def _transpose_first(node: ir.Node) -> None:
 
 def _round_plain_activation(linear: ir.Node) -> None:
     """Rule 7."""
-    grid, x = FORMATS[linear.metadata_props[FORMAT]].activation, linear.inputs[0]
+    grid, x = format_named(linear.metadata_props[FORMAT]).activation, linear.inputs[0]
     if x is None or not grid.is_float or grid.element is Element.FP32:
         return
     emit = Emitter(linear, f"{linear.metadata_props[MODULE]}/")

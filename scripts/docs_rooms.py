@@ -31,7 +31,7 @@ TOGETHER = {
                 "policy",
                 "progress",
             ),
-            *("schedule", "settings", "solver", "step_policy", "timed_kernels"),
+            *("schedule", "settings", "solver", "step_policy", "timed_kernels", "transformer_call"),
         ),
         "data types",
     ),

@@ -9,6 +9,7 @@ from adatsq_trt.formats import (
     TARGETS,
     default_formats,
     format_named,
+    is_format,
     require_accelerated,
     require_shapes,
     resolve_formats,
@@ -40,6 +41,35 @@ def test_bits(name: str, bits: float, stored_weight: float, moved_activation: fl
 
 def test_static_activations_are_those_without_a_scale_per_token() -> None:
     assert {f.name for f in FORMATS.values() if f.static_activation} == {"fp8", "nvfp4", "w8a8s"}
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "moved"),
+    [("w4a4g64", 128, 4.25), ("w4a4g32", 128, 4.5), ("w3a5g16", 128, 6), ("w4a4g64", 96, 4.5), ("w4a4g64", 80, 5)],
+)
+def test_activations_in_groups_count_the_scales_of_the_group_that_divides_the_layer(
+    name: str, width: int, moved: float
+) -> None:
+    fmt, whole = format_named(name), FORMATS[name.partition("g")[0]]
+    assert (fmt.name, fmt.bits, fmt.weight) == (name, whole.bits, whole.weight)
+    assert fmt.moved_activation_bits(width) == moved
+    assert [f.name for f in resolve_formats(f"w4a5,{name}")] == sorted(
+        [name, "w4a5"], key=lambda n: format_named(n).bits
+    )
+    assert [f.name for f in resolve_formats(name)] == [name]
+
+
+@pytest.mark.parametrize("name", ["w4a4g8", "w4a4g", "w9a4g64", "fp8g64", "w8a8sg64", "int4wog64", "w4a4g64g64"])
+def test_groups_are_of_integers_per_token_and_have_three_sizes(name: str) -> None:
+    assert not is_format(name)
+    with pytest.raises(UnknownNameError, match=name):
+        format_named(name)
+
+
+def test_a_number_for_each_step_and_layer_is_a_static_scale_or_clips_few_bits() -> None:
+    kinds = {name: format_named(name).scaled_activation for name in ("fp8", "nvfp4", "w8a8s", "w4a4", "w4a6g16")}
+    assert all(kinds.values())
+    assert not any(FORMATS[name].scaled_activation for name in ("w8a8", "w4a8", "int4wo", "bf16", "fp32"))
 
 
 @pytest.mark.parametrize(("name", "largest"), [("fp8", 448), ("nvfp4", 6), ("w8a8", 127), ("w4a4", 7), ("w3a3", 3)])
@@ -86,7 +116,7 @@ def test_the_layout_decides_what_is_accelerated() -> None:
     require_accelerated(formats, hopper, "plugin")
     with pytest.raises(UnsupportedFormatError, match=r"w4a8, fp8 in this layout; .* nothing; .* or --layout plugin,"):
         require_accelerated(formats, hopper)
-    with pytest.raises(UnsupportedFormatError, match=r"'sm80' does not accelerate fp8; .* w4a8, w8a8; "):
+    with pytest.raises(UnsupportedFormatError, match=r"'sm80' does not accelerate fp8; .* w4a8, w8a16, w8a8; "):
         require_accelerated(formats, [TARGETS["sm80"]], "plugin")
     with pytest.raises(UnsupportedFormatError, match=r"nvfp4 in this layout; .* or --layout embedded,"):
         require_accelerated(resolve_formats("nvfp4"), [TARGETS["sm120"]], "plugin")
@@ -94,7 +124,9 @@ def test_the_layout_decides_what_is_accelerated() -> None:
 
 def test_formats_without_an_accelerated_path_are_refused_with_those_that_have_one() -> None:
     targets = [TARGETS["sm120"], TARGETS["sm89"]]
-    with pytest.raises(UnsupportedFormatError, match=r"'sm89' does not accelerate nvfp4; .* bf16, fp16, fp8, int4wo;"):
+    with pytest.raises(
+        UnsupportedFormatError, match=r"'sm89' does not accelerate nvfp4, nvfp4a16; .* bf16, fp16, fp8, fp8a16, int4wo;"
+    ):
         require_accelerated(resolve_formats("blackwell"), targets)
 
 
@@ -109,8 +141,8 @@ def test_formats_without_an_accelerated_path_are_refused_with_those_that_have_on
         (("sm120", "cpu"), "embedded", "tensorrt", "w8a8s"),
         (("sm120",), "plugin", "rtx", "hopper"),
         (("sm90",), "plugin", "rtx", "hopper"),
-        (("sm80",), "plugin", "rtx", "w4a8,w8a8,bf16"),
-        (("sm120", "sm86"), "plugin", "rtx", "w4a8,w8a8,bf16"),
+        (("sm80",), "plugin", "rtx", "w4a8,int4wo,w8a8,w8a16,bf16"),
+        (("sm120", "sm86"), "plugin", "rtx", "w4a8,int4wo,w8a8,w8a16,bf16"),
         (("sm90",), "embedded", "rtx", "hopper"),  # refused by name afterwards
     ],
 )
@@ -121,6 +153,21 @@ def test_default_formats_are_what_all_targets_accelerate(
     assert default_formats(chosen, layout, backend) == expected
     if expected != "hopper" or layout == "plugin":
         require_accelerated(resolve_formats(expected), chosen, layout, backend)
+
+
+@pytest.mark.parametrize(
+    "names",
+    ["fp8,fp8a16", "nvfp4,nvfp4a16", "w8a8s,w8a8,w8a16,w8a32,w8a3", "int4wo,w4a3,w4a8", "w2a16,w2a3", "w6a16,w6a8"],
+)
+def test_formats_that_differ_in_activations_alone_share_their_weights(names: str) -> None:
+    formats = resolve_formats(names)
+    assert len({fmt.weight for fmt in formats}) == 1
+    assert len({fmt.activation for fmt in formats}) == len(formats)
+
+
+def test_the_grid_has_every_pair_of_its_widths() -> None:
+    pairs = {(fmt.weight_bits, fmt.activation_bits) for fmt in resolve_formats("grid")}
+    assert pairs == {(weight, activation) for weight in (3, 4, 5, 6) for activation in (3, 4, 5, 6)}
 
 
 def test_a_layer_has_the_largest_group_that_divides_its_width() -> None:

@@ -118,7 +118,11 @@ _LIBRARIES = (
     ),
     _Library("polygraphy", "polygraphy", ("polygraphy",), "check", "pip install polygraphy"),
     _Library(
-        "ModelOpt", "modelopt", ("nvidia-modelopt",), "comparison with other quantizers", "pip install nvidia-modelopt"
+        "ModelOpt",
+        "modelopt",
+        ("nvidia-modelopt",),
+        "comparison with other quantizers",
+        "pip install 'adatsq-trt[peers]'",
     ),
     _Library("Ray", "ray", ("ray",), "--ray", "pip install ray", _loads("ray")),
     _Library("Triton language", "triton", ("triton",), "build plugins", "pip install triton"),

@@ -22,6 +22,7 @@ def settings_table(settings: Settings) -> Table:
     values = settings.model_dump(exclude=_NOT_SHOWN)
     if settings.pipeline is not None:
         values |= settings.pipeline.model_dump(exclude={"prompts"}) | {"prompts": len(settings.pipeline.prompts)}
+    values["formats_for"] = tuple(f"{layer}={','.join(names)}" for layer, names in settings.formats_for.items())
     for name, value in values.items():
         value = tuple(map(written, value)) if name == "shapes" else value
         table.add_row(name, ", ".join(map(str, value)) if isinstance(value, tuple) else str(value))

@@ -16,6 +16,7 @@ from adatsq_trt.image import ImageShape
 from adatsq_trt.models.stored import stored_layers
 from adatsq_trt.schedule import Schedule
 from adatsq_trt.solver import guide
+from adatsq_trt.transformer_call import TransformerCall
 
 OUTSIDE = "outside"  # of all blocks
 
@@ -147,6 +148,10 @@ class ModelAdapter(ABC):
     @abstractmethod
     def trace_module(self) -> nn.Module:
         """A module of real arithmetic and plain tensors for the exporter: positional inputs, one output."""
+
+    def pipeline_call(self) -> TransformerCall | None:
+        """How the pipeline calls the transformer; None for a bundle that runs by itself only."""
+        return None
 
     @property
     def device(self) -> torch.device:

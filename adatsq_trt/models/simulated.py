@@ -55,7 +55,7 @@ class SharedRounding:
         Args:
             x: as in `map`.
             grid: of the calling layer's activations.
-            scale: its static scale, float32 [], or None.
+            scale: its static scale or clipping ratio, float32 [], or None.
             input_map: of the calling layer.
         """
         mapped = self.map(x, input_map)
@@ -72,7 +72,7 @@ class SimulatedLinear(nn.Module):
         original: the full-precision layer.
         weights: format name → dequantized weight, float32 [N, K]; may be made at every lookup.
         active: the format in use, or None for full precision.
-        scale: static activation scale of the active format, float32 [].
+        scale: what the active format has for its activations at this step (`Format.scaled_activation`), float32 [].
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class SimulatedModel:
         held = 4 * len(store.weights) * size <= most_bytes
         self.adapter = adapter
         self.layers = tuple(originals)
-        self._scales = store.scales
+        self._store = store
         formats, shared = {name: format_named(name) for name in store.weights}, SharedRounding()
         self._linears = {
             layer: SimulatedLinear(
@@ -173,12 +173,11 @@ class SimulatedModel:
 
         Args:
             formats: module path → format, or None for full precision.
-            step: index in the loop; decides the static activation scales.
+            step: index in the loop; decides static scales and clipping ratios.
         """
         for index, (layer, linear) in enumerate(self._linears.items()):
             linear.active = formats[layer] if formats is not None else None
-            if linear.active is not None and linear.active.static_activation:
-                linear.scale = self._scales[linear.active.name][step, index]
+            linear.scale = None if linear.active is None else self._store.scale(linear.active, step, index)
 
 
 class _Dequantized(Mapping[str, Tensor]):

@@ -37,6 +37,8 @@ class Constraints:
         grids: [formats]: the stored weight of a format.
         bytes: [grids, groups]; zeros without a budget in bytes.
         most_bytes: the budget in bytes; infinite without one.
+        once: whether a group stores one grid.
+        allowed: [formats, items]: what an item may be given; None for everything.
     """
 
     costs: tuple[Array, ...]
@@ -45,12 +47,16 @@ class Constraints:
     grids: NDArray[np.int64]
     bytes: Array
     most_bytes: float
+    once: bool = False
+    allowed: NDArray[np.bool_] | None = None
 
     @classmethod
     def each(cls, budgets: Budgets, formats: int, layers: int) -> Constraints:
         """An item for each (step, layer), in this order."""
         costs = tuple(np.tile(item.cost, (1, budgets.steps)) for item in budgets.additive)
-        return cls._make(budgets, costs, np.tile(np.arange(layers), budgets.steps), formats, layers)
+        constraints = cls._make(budgets, costs, np.tile(np.arange(layers), budgets.steps), formats, layers)
+        allowed = constraints.allowed
+        return constraints if allowed is None else replace(constraints, allowed=np.tile(allowed, budgets.steps))
 
     @classmethod
     def by_layer(cls, budgets: Budgets, formats: int, layers: int) -> Constraints:
@@ -63,7 +69,10 @@ class Constraints:
         """An item for each step: the same format for all layers."""
         costs = tuple(np.tile(item.cost.sum(axis=1)[:, None], budgets.steps) for item in budgets.additive)
         constraints = cls._make(budgets, costs, np.zeros(budgets.steps, dtype=np.int64), formats, layers)
-        return replace(constraints, bytes=constraints.bytes.sum(axis=1, keepdims=True))
+        allowed = constraints.allowed
+        if allowed is not None:
+            allowed = np.repeat(allowed.all(axis=1, keepdims=True), budgets.steps, axis=1)
+        return replace(constraints, bytes=constraints.bytes.sum(axis=1, keepdims=True), allowed=allowed)
 
     @classmethod
     def _make(
@@ -71,8 +80,10 @@ class Constraints:
     ) -> Constraints:
         limits, storage = tuple(item.limit for item in budgets.additive), budgets.storage
         if storage is None:
-            return cls(costs, limits, groups, np.arange(formats), np.zeros((formats, layers)), np.inf)
-        return cls(costs, limits, groups, storage.grids, storage.bytes, storage.limit)
+            own = (np.arange(formats), np.zeros((formats, layers)), np.inf, False)
+        else:
+            own = (storage.grids, storage.bytes, storage.limit, storage.once)
+        return cls(costs, limits, groups, *own, budgets.allowed)
 
     def penalty(self, multipliers: Array) -> Array:
         """[formats, items]: what the additive costs are worth."""
@@ -89,9 +100,26 @@ class Constraints:
         return np.array([*(cost[chosen, places].sum() for cost in self.costs), (self.bytes * present).sum()])
 
     def holds(self, chosen: Selection) -> bool:
-        """Whether a choice keeps every budget."""
+        """Whether a choice keeps every budget, one grid of each group where it may have no more, and its formats."""
+        if self.once and not self._one_grid(chosen):
+            return False
+        if self.allowed is not None and not self.allowed[chosen, np.arange(len(chosen))].all():
+            return False
         most = np.array([*self.limits, self.most_bytes])
         return bool((self.used(chosen) <= most * (1 + 1e-9)).all())
+
+    def _one_grid(self, chosen: Selection) -> bool:
+        own = np.zeros(self.bytes.shape[1], dtype=np.int64)
+        own[self.groups] = self.grids[chosen]
+        return bool((own[self.groups] == self.grids[chosen]).all())
+
+    def members(self, which: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """[formats, items]: the allowed formats of each group's one grid [groups]."""
+        return self.among(self.grids[:, None] == which[self.groups])
+
+    def among(self, formats: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """[formats, items]: those of some formats that items may be given."""
+        return formats if self.allowed is None else formats & self.allowed
 
 
 def accumulated_errors(items: Knapsack) -> Array:
@@ -163,9 +191,12 @@ class _Relaxation:
     def __init__(self, errors: Array, constraints: Constraints) -> None:
         self.errors, self.constraints = errors, constraints
         grids = len(constraints.bytes)
-        masks = [np.array(mask) for mask in product((False, True), repeat=grids) if any(mask)]
-        # Without a budget in bytes every format is at hand.
-        self.masks = masks if np.isfinite(constraints.most_bytes) else [np.ones(grids, dtype=bool)]
+        if constraints.once:
+            self.masks = list(np.eye(grids, dtype=bool))
+        elif np.isfinite(constraints.most_bytes):
+            self.masks = [np.array(mask) for mask in product((False, True), repeat=grids) if any(mask)]
+        else:  # every format is at hand
+            self.masks = [np.ones(grids, dtype=bool)]
         self.members = [mask[constraints.grids] for mask in self.masks]  # [formats]
         self.bytes = np.stack(
             [(constraints.bytes * mask[:, None]).sum(axis=0) for mask in self.masks]
@@ -179,7 +210,8 @@ class _Relaxation:
     def values(self, multipliers: Array) -> Array:
         """[sets, groups]: error and additive costs, without bytes."""
         total, groups = self.errors + self.constraints.penalty(multipliers), self.bytes.shape[1]
-        best = [np.where(members[:, None], total, np.inf).min(axis=0) for members in self.members]
+        among = self.constraints.among
+        best = [np.where(among(members[:, None]), total, np.inf).min(axis=0) for members in self.members]
         return np.stack([np.bincount(self.constraints.groups, weights=row, minlength=groups) for row in best])
 
     def solve(self, multipliers: Array) -> StoredSets:
@@ -188,7 +220,7 @@ class _Relaxation:
 
     def _with_sets(self, multipliers: Array, which: NDArray[np.int64]) -> StoredSets:
         """The best formats within a set for each group [groups]."""
-        allowed = np.stack(self.members)[which][self.constraints.groups].T
+        allowed = self.constraints.among(np.stack(self.members)[which][self.constraints.groups].T)
         total = np.where(allowed, self.errors + self.constraints.penalty(multipliers), np.inf)
         return StoredSets(multipliers, allowed, np.argmin(total, axis=0))
 
@@ -246,10 +278,22 @@ def allocate_within(
     Returns:
         The choice, and the items with the cost at whose price of 1 it was made.
     """
-    cost = np.where(sets.allowed, constraints.penalty(sets.multipliers), np.inf)
+    chosen, scale = allocate_at_scale(items, constraints, sets, shrinkage)
+    return chosen, replace(items, cost=_cost(constraints, sets) * scale)
+
+
+def _cost(constraints: Constraints, sets: StoredSets) -> Array:
+    """[formats, items]: infinite where a group does not store the format."""
+    return np.where(sets.allowed, constraints.penalty(sets.multipliers), np.inf)
+
+
+def allocate_at_scale(
+    items: Knapsack, constraints: Constraints, sets: StoredSets, shrinkage: Shrinkage
+) -> tuple[Selection, float]:
+    """`allocate_within`: the choice, and what the prices were multiplied by for it."""
+    cost = _cost(constraints, sets)
     if not sets.multipliers[:-1].any():
-        penalty = replace(items, cost=cost)
-        return coordinate_descent(penalty, 1.0, shrinkage), penalty
+        return coordinate_descent(replace(items, cost=cost), 1.0, shrinkage), 1.0
     low, high, best, scale = 1e-3, 1e3, sets.chosen, 1.0
     for _ in range(16):
         middle = float(np.sqrt(low * high))
@@ -258,8 +302,7 @@ def allocate_within(
             best, scale, high = trial, middle, middle
         else:
             low = middle
-    penalty = replace(items, cost=cost * scale)
-    return spend(items.errors, constraints, sets.allowed, best), penalty
+    return spend(items.errors, constraints, sets.allowed, best), scale
 
 
 def spend(errors: Array, constraints: Constraints, allowed: NDArray[np.bool_], chosen: Selection) -> Selection:

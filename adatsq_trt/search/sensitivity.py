@@ -47,6 +47,10 @@ class Sensitivity:
     contributions: Tensor
     samples: int = 1
 
+    def of_formats(self, indices: Sequence[int]) -> Sensitivity:
+        """That of some formats, by their indices."""
+        return Sensitivity(tuple(self.formats[i] for i in indices), self.contributions[list(indices)], self.samples)
+
     @property
     def errors(self) -> Tensor:
         """Latent MSE of each rounding alone, float64 [formats, steps, layers]."""
@@ -138,8 +142,7 @@ def layer_contributions(
         exact = functional.linear(inputs, transform.rounded_weight(linear.weight.float()))
         changes = []
         for fmt in formats:
-            scale = store.scales[fmt.name][layers.step, index] if fmt.static_activation else None
-            rounded = round_input(inputs, fmt.activation, scale)
+            rounded = round_input(inputs, fmt.activation, store.scale(fmt, layers.step, index))
             changes.append(functional.linear(rounded, stored_weight(store.weights[fmt.name][layer], fmt)) - exact)
         gradients = layers.gradients[layer].float().flatten(2)
         result[layer] = torch.einsum("psn,fsn->fps", gradients, torch.stack(changes).flatten(2)).flatten(1)

@@ -10,8 +10,9 @@ from torch import Tensor
 from adatsq_trt.calibration.gptq import gptq
 from adatsq_trt.calibration.trajectory import final_latents, latent_mse
 from adatsq_trt.errors import MissingFileError
+from adatsq_trt.files import read_tensors
 from adatsq_trt.formats import Element, Format, Granularity, Grid, format_named
-from adatsq_trt.models.format_store import CandidateWeights
+from adatsq_trt.models.format_store import SCALES_NAME, CandidateWeights
 from adatsq_trt.models.transforms import IDENTITY
 from adatsq_trt.policy import Policy
 from adatsq_trt.quantizers import QuantizedWeight, quantize_nearest
@@ -123,7 +124,7 @@ def _error(context: Context, case: Case, reference: Tensor) -> float:
         fmt: {name: case.solver(name, weight, format_named(fmt)) for name, weight in rounded.items()}
         for fmt in sorted(used)
     }
-    store = CandidateWeights(weights, quantize.activation_scales(context, transforms), transforms)
+    store = CandidateWeights(weights, read_tensors(quantize.stage(context).folder / SCALES_NAME), transforms)
     with context.simulated(store).installed() as model:
         latents = final_latents(context.held_out, lambda step: model.assign(case.formats_at(step), step))
     return latent_mse(latents, reference)

@@ -66,7 +66,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from adatsq_trt.formats import FORMATS, Element, Grid
+from adatsq_trt.formats import Element, Grid, format_named
 
 FLOAT32_ERROR = 1e-5
 NORMAL_MEDIAN = 0.6745  # of |x| for x with the standard normal distribution
@@ -205,7 +205,7 @@ def unquantized_tolerance(base_type: str) -> Tolerance:
 
 def coarsest_step(formats: Iterable[str]) -> float:
     """Largest step of the activation grids in use; 0 when nothing is rounded."""
-    return max(_step(FORMATS[name].activation) for name in formats)
+    return max(_step(format_named(name).activation) for name in formats)
 
 
 def _step(grid: Grid) -> float:
