@@ -108,6 +108,19 @@ def test_a_given_policy_that_changes_weights_is_taken_and_that_is_said(cli, tmp_
     assert [set(row) for row in found.points[found.chosen].formats] == [{"w3a3"}, {"w3a3", "w4a4"}]
 
 
+def test_without_a_beam_the_plan_and_its_hedges_are_judged(cli, tmp_path: Path) -> None:
+    samples = ("--calibration-samples", "2", "--selection-samples", "2", "--held-out-samples", "2", "--steps", "2")
+    ended = cli("search", "digits-flux", "--simulate", "--formats", "w4a3,w4a4,w4a5", *samples, "--output", tmp_path)
+    assert ended.code == 0, ended.err
+    found = result(tmp_path)
+    kinds = [point.kind for point in found.points]
+    assert "beam" not in kinds
+    assert kinds.count("plan") >= 2
+    assert not (tmp_path / search.NAME / "columns").exists()
+    # Whole policies of every step, and nothing else, called the model.
+    assert found.denoiser_calls == 2 * len({point.formats for point in found.points})
+
+
 def test_settings_that_came_later_leave_earlier_runs_alone(
     cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
