@@ -25,7 +25,6 @@ from adatsq_trt.engines.bundle import CONDITIONAL, UNCONDITIONAL, VAE_FOLDER, Bu
 from adatsq_trt.engines.generation import TIME_INPUT as TIME_INPUT
 from adatsq_trt.engines.generation import Array, Arrays, DenoisingRequest, array_inputs, like
 from adatsq_trt.engines.generation import Conditioning as Conditioning
-from adatsq_trt.engines.generation import guide as guide
 from adatsq_trt.engines.vae import Vae
 from adatsq_trt.errors import DamagedFileError, MismatchError, UserError
 from adatsq_trt.formats import Format
@@ -242,7 +241,7 @@ class Bundle:
         quantized: bool = True,
         size: Size | None = None,
     ) -> Any:
-        """The denoising loop: x[t+1] = x[t] + (sigma[t+1] - sigma[t]) v(x[t], t).
+        """The denoising loop, with the scheduler's step as the schedule has it.
 
         Args:
             latents: initial noise, [samples, *latent_shape]: a float32 array, or a tensor on any device.
@@ -264,12 +263,12 @@ class Bundle:
         runner = self._runner(quantized)
         generation = runner.generation(request)
         with runner.working():
-            for step in range(request.schedule.steps):
-                generation.advance(step)
+            reached: Array = latents
+            for step, reached in enumerate(generation.run()):
                 if callback is not None:
-                    reached = partial(like, latents, generation.latents)
-                    callback(StepResult(step, request.schedule.steps, self.bucket(step), reached))
-            result = like(latents, generation.latents)
+                    told = partial(like, latents, reached)
+                    callback(StepResult(step, request.schedule.steps, self.bucket(step), told))
+            result = like(latents, reached)
             runner.synchronize()
         return result
 

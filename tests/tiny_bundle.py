@@ -80,6 +80,7 @@ def write_bundle(
         image=ImageSpec(**vars(adapter.image)),
         shapes=tuple(_shape(own) for own in (adapter, *others)) if any_size is not None else (),
         prompts=len(next(iter(prompts.conditional.values()))),
+        call=adapter.pipeline_call(),
         plans=(),
         versions={},
     )

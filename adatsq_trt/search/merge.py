@@ -7,7 +7,8 @@ of a policy are put into at most so many groups, with the error model that the p
 2. While there are too many, the two groups are joined whose union costs least, when every layer takes the format with
    the least error + price · bits and everything else stays as it is.
 3. Each step moves to the group whose assignment suits it best (k-means, with the model's error as the distance).
-4. The groups' assignments are allocated anew within the budget: an item for each (group, layer).
+4. The groups' assignments are allocated anew within the budget: an item for each (group, layer). With weights once
+   every layer keeps the weight grid that it has in the policy.
 
 3 and 4 are repeated. What the model proposes is measured on whole samples afterwards, as every other policy is.
 """
@@ -15,7 +16,7 @@ of a policy are put into at most so many groups, with the error model that the p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 
@@ -41,6 +42,7 @@ class ErrorModel:
         bits: [formats], ascending.
         budget: largest mean of bits over (step, layer).
         shrinkage: in covariances.
+        allowed: [formats, layers]: what a layer may be given; None for everything.
     """
 
     contributions: Array
@@ -48,6 +50,7 @@ class ErrorModel:
     bits: Array
     budget: float
     shrinkage: Shrinkage
+    allowed: NDArray[np.bool_] | None = None
 
     @classmethod
     def of(cls, sensitivity: Sensitivity, bits: Array, budget: float, shrinkage: Shrinkage) -> ErrorModel:
@@ -56,6 +59,21 @@ class ErrorModel:
         return cls(
             saturated.contributions.double().numpy(), saturated.smoothed_errors().numpy(), bits, budget, shrinkage
         )
+
+    def with_weights_of(self, rows: Rows, grids: NDArray[np.int64]) -> ErrorModel:
+        """The same where every layer keeps the weight grid that it has in a policy.
+
+        Args:
+            rows: a policy with one grid for each layer.
+            grids: [formats]: which formats share a grid.
+        """
+        return replace(self, allowed=grids[:, None] == grids[list(rows[0])])
+
+    @property
+    def step_cost(self) -> Array:
+        """[formats, layers]: bits of one step, infinite where a layer may not be given a format."""
+        bits = np.repeat(self.bits[:, None], self.errors.shape[2], axis=1)
+        return bits if self.allowed is None else np.where(self.allowed, bits, np.inf)
 
     @property
     def total_bits(self) -> float:
@@ -86,12 +104,14 @@ class ErrorModel:
         member = np.eye(groups)[labels]
         contributions = np.einsum("tg,ftlr->fglr", member, self.contributions)
         formats, _, layers, rows = contributions.shape
+        weight = np.repeat(member.sum(axis=0), layers)
         return Knapsack(
             contributions.reshape(formats, groups * layers, rows),
             np.einsum("tg,ftl->fgl", member, self.errors).reshape(formats, groups * layers),
             np.tile(np.arange(layers), groups),
             self.bits,
-            np.repeat(member.sum(axis=0), layers),
+            weight,
+            np.tile(self.step_cost, groups) * weight,
         )
 
     @cached_property
@@ -130,7 +150,12 @@ def merge(model: ErrorModel, rows: Rows, limit: int, known: dict[bytes, Labels] 
 
 
 def merged_policies(
-    sensitivity: Sensitivity, bits: Array, budget: float, starts: Sequence[Rows], limit: int
+    sensitivity: Sensitivity,
+    bits: Array,
+    budget: float,
+    starts: Sequence[Rows],
+    limit: int,
+    grids: NDArray[np.int64] | None = None,
 ) -> list[Rows]:
     """Distinct policies with at most so many assignments: one of every start, the first's with each shrinkage.
 
@@ -140,11 +165,19 @@ def merged_policies(
         budget: mean bits per (step, layer).
         starts: policies without a limit, the plan first.
         limit: most distinct assignments.
+        grids: [formats]: which formats share a weight grid, of which a layer keeps the one that it has at the start;
+            None where its weights may change.
     """
     models = [ErrorModel.of(sensitivity, bits, budget, shrinkage) for shrinkage in SHRINKAGES]
-    known: dict[bytes, Labels] = {}
-    found = [merge(models[0], rows, limit, known) for rows in starts]
-    found += [merge(model, starts[0], limit) for model in models[1:]]
+    restricted: dict[bytes, tuple[ErrorModel, dict[bytes, Labels]]] = {}
+
+    def merged(model: ErrorModel, rows: Rows) -> Rows:
+        own = model if grids is None else model.with_weights_of(rows, grids)
+        key = repr(model.shrinkage).encode() + (b"" if own.allowed is None else own.allowed.tobytes())
+        own, known = restricted.setdefault(key, (own, {}))
+        return merge(own, rows, limit, known)
+
+    found = [merged(models[0], rows) for rows in starts] + [merged(model, starts[0]) for model in models[1:]]
     return list(dict.fromkeys(found))
 
 
@@ -206,10 +239,10 @@ def _union(model: ErrorModel, by_layer: Array, pair: tuple[_Group, _Group]) -> t
     shrinkage, rest = model.shrinkage, by_layer - one.chosen - other.chosen
     total, added = by_layer.sum(axis=0), one.contributions + other.contributions
     outside = total - one.chosen - other.chosen
-    bits = model.multiplier * model.bits
+    bits, paid = model.multiplier * model.bits, model.multiplier * model.step_cost
     cost = shrinkage.together * np.square(outside + added).sum(axis=-1)
     cost += shrinkage.by_layer * np.square(rest + added).sum(axis=-1) + shrinkage.alone * (one.errors + other.errors)
-    cost += bits[:, None] * (len(one.steps) + len(other.steps))
+    cost += paid * (len(one.steps) + len(other.steps))
     row: Labels = cost.argmin(axis=0)
     before = shrinkage.together * np.square(total).sum() + shrinkage.by_layer * np.square(by_layer).sum(axis=-1)
     for group in pair:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,12 @@ class SampleTimes:
 def penalty(settings: Settings) -> bool:
     """Whether there is another budget than that in bits."""
     return settings.budget_bytes is not None or settings.budget_ms is not None
+
+
+def chooses_weights(settings: Settings) -> bool:
+    """Whether every layer is to be given one weight format of several for all steps."""
+    grids = {format_named(name).weight for name in settings.formats}
+    return settings.weights == "once" and len(grids) > 1
 
 
 def shapes_of(context: Context) -> tuple[LayerShape, ...]:
@@ -95,9 +102,10 @@ def budgets(context: Context) -> Budgets:
                 "or take fewer steps"
             )
         additive.append(Additive("ms", found.additive[0].cost, settings.budget_ms - rest))
-    storage = None
-    if settings.budget_bytes is not None:
-        storage = Storage.of(formats, shapes_of(context), settings.budget_bytes)
+    storage, once = None, chooses_weights(settings)
+    if settings.budget_bytes is not None or once:
+        most = math.inf if settings.budget_bytes is None else settings.budget_bytes
+        storage = Storage.of(formats, shapes_of(context), most, once=once)
     return Budgets(steps, tuple(additive), storage)
 
 

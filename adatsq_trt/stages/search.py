@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -52,6 +53,8 @@ from adatsq_trt.stages.context import Context
 from adatsq_trt.stages.run_directory import Stage
 from adatsq_trt.zoo.loading import LoadedModel
 
+LOGGER = logging.getLogger(__name__)
+
 NAME = "search"
 # Every proposal is judged on the first samples of the selection batch, finalists on all.
 SCREENING = 64
@@ -66,7 +69,7 @@ _SETTINGS = (
     *("budget_bits", "budget_bytes", "budget_ms", "times"),
     *("calibration_samples", "projections", "selection_samples", "held_out_samples", "beam", "candidates", "slack"),
 )
-_NEWER_SETTINGS = ("max_assignments", "expansions", "search_precision")
+_NEWER_SETTINGS = ("max_assignments", "expansions", "search_precision", "weights")
 
 
 def stage(context: Context) -> Stage:
@@ -222,10 +225,10 @@ def _simulation(context: Context, store: CandidateWeights, executor: Executor) -
 def _plans(context: Context, sensitivity: Sensitivity) -> tuple[Plan, Callable[..., DenoisingProblem], list[Proposal]]:
     """The plan, what makes the beam's problem of it, and the static policies; for bits alone or for other budgets."""
     bits, count = format_bits(context.formats), context.settings.candidates
-    if budget.penalty(context.settings):
+    if budget.penalty(context.settings) or budget.chooses_weights(context.settings):
         all_budgets = budget.budgets(context)
-        plan, cost = make_constrained_plan(sensitivity, bits, all_budgets, count)
         by_layer = constrained_layer_only(sensitivity, bits, all_budgets)
+        plan, cost = make_constrained_plan(sensitivity, bits, all_budgets, count, by_layer)
         by_step = constrained_time_only(sensitivity, bits, all_budgets)
         make_problem: Callable[..., DenoisingProblem] = partial(
             ConstrainedProblem, budget=math.inf, budgets=all_budgets, cost=cost
@@ -243,7 +246,7 @@ def _plans(context: Context, sensitivity: Sensitivity) -> tuple[Plan, Callable[.
 def _within_budget(context: Context) -> Callable[[Point], bool]:
     """Whether a judged policy keeps every budget."""
     settings, index = context.settings, {fmt.name: i for i, fmt in enumerate(context.formats)}
-    if settings.policy is not None or not budget.penalty(settings):
+    if settings.policy is not None or not (budget.penalty(settings) or budget.chooses_weights(settings)):
         most = math.inf if settings.budget_bits is None else settings.budget_bits
         return lambda point: point.mean_bits <= most + 1e-9
     limits = budget.budgets(context)
@@ -290,7 +293,9 @@ def _merged(context: Context, sensitivity: Sensitivity, starts: Sequence[Rows]) 
     if limit is None:
         return []
     assert settings.budget_bits is not None, "other budgets were refused with a limit"
-    return merged_policies(sensitivity, format_bits(context.formats), settings.budget_bits, starts, limit)
+    storage = budget.budgets(context).storage
+    grids = None if storage is None else storage.grids
+    return merged_policies(sensitivity, format_bits(context.formats), settings.budget_bits, starts, limit, grids)
 
 
 def _uniforms(context: Context) -> list[Proposal]:
@@ -304,9 +309,24 @@ def _uniforms(context: Context) -> list[Proposal]:
 def _given_proposal(context: Context) -> Proposal:
     """The policy that the user brought."""
     policy = _given_policy(context.settings, context.layers)
+    if context.settings.weights == "once":
+        _mention_changed_weights(policy)
     index = {fmt.name: i for i, fmt in enumerate(context.formats)}
     rows = [policy.assignments[i] for i in policy.step_assignments]
     return Proposal("given", tuple(tuple(index[name] for name in row) for row in rows))
+
+
+def _mention_changed_weights(policy: Policy) -> None:
+    """Say that a policy that the user brought stores several weight formats of a layer: it is built as it is."""
+    columns = zip(*policy.assignments, strict=True)
+    changed = sum(len({format_named(name).weight for name in column}) > 1 for column in columns)
+    if changed:
+        LOGGER.warning(
+            "--policy changes the weight format of %d of %d layers between steps: it is built as it is, and each of "
+            "these formats is stored; with --weights free this is not mentioned",
+            changed,
+            len(policy.layers),
+        )
 
 
 def _distinct(points: Sequence[Point]) -> set[tuple[tuple[str, ...], ...]]:

@@ -18,8 +18,8 @@ from adatsq_trt.files import read_json_model, read_tensors, sha256
 from adatsq_trt.image import ImageShape, PixelScale
 from adatsq_trt.loading import PLAIN_LOADING, one_loader
 from adatsq_trt.models.adapter import ModelAdapter
-from adatsq_trt.models.architectures import ADAPTERS
 from adatsq_trt.models.declared import Rounding
+from adatsq_trt.models.families import families, family_of_transformer
 from adatsq_trt.models.prompted import PromptedAdapter
 from adatsq_trt.models.prompts import ClassEncoder, PromptEncoder, TextEncoder
 from adatsq_trt.zoo import TextEncoderConfig, ZooIndex, find_model
@@ -75,8 +75,8 @@ def load_model(name: str) -> LoadedModel:
         DamagedFileError: one of its files is truncated or altered.
     """
     folder = find_model(name)
-    index = _index(folder / INDEX)
-    kind = ADAPTERS[index.transformer[1]]
+    index = read_json_model(folder / INDEX, ZooIndex, _ADVICE)
+    kind = _adapter(folder / INDEX, index)
     transformer = _transformer(folder, kind)
     encoder = _encoder(folder, index, transformer.config[kind.text_width])
     read_json_model(folder / SCHEDULER_CONFIG, _Config, _ADVICE)
@@ -113,13 +113,14 @@ def model_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _index(file: Path) -> ZooIndex:
-    index = read_json_model(file, ZooIndex, _ADVICE)
-    if index.transformer[1] not in ADAPTERS:
+def _adapter(file: Path, index: ZooIndex) -> type[PromptedAdapter]:
+    family = family_of_transformer(index.transformer[1])
+    if family is None:
+        known = ", ".join(family.transformer for family in families())
         raise DamagedFileError(
-            f"'{file}' names the transformer '{index.transformer[1]}', expected one of {', '.join(ADAPTERS)}; {_ADVICE}"
+            f"'{file}' names the transformer '{index.transformer[1]}', expected one of {known}; {_ADVICE}"
         )
-    return index
+    return family.adapter
 
 
 def _transformer(folder: Path, kind: type[PromptedAdapter]) -> ModelMixin:

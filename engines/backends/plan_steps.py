@@ -21,7 +21,7 @@ from adatsq_trt.engines.backends.execution_context import EngineContext
 from adatsq_trt.engines.backends.network import NetworkCompiler
 from adatsq_trt.engines.backends.plan_controls import PlanControls
 from adatsq_trt.engines.bundle import BundleFiles, PlanFile
-from adatsq_trt.engines.generation import Array, Arrays, DenoisingRequest, Generation, guide
+from adatsq_trt.engines.generation import Array, Arrays, DenoisingRequest, Generation
 from adatsq_trt.engines.plan_weights import read_plan
 from adatsq_trt.errors import DamagedFileError
 
@@ -243,36 +243,32 @@ class PlanGeneration(Generation):
     """A run of the loop on the device: between two steps nothing leaves it, and nothing waits for it."""
 
     def __init__(self, runner: PlanSteps, request: DenoisingRequest) -> None:
-        """Bring latents and conditioning to the device."""
+        """Bring the conditioning to the device."""
         super().__init__(request)
-        import torch
-
         self._runner = runner
         self._buffers = _RowBuffers(runner, request.rows, request.size)
-        self._latents = runner.empty(tuple(request.latents.shape), torch.float32)
-        self._latents.copy_(_tensor(request.latents))
         samples = len(request.latents)
         for name, value in request.conditioning.conditional.items():
             self._buffers.rows[name][:samples].copy_(_tensor(value))
         for name, value in (request.conditioning.unconditional or {}).items():
             self._buffers.rows[name][samples:].copy_(_tensor(value))
 
-    @property
-    def latents(self) -> torch.Tensor:
+    def first_latents(self) -> torch.Tensor:
         """On the device."""
-        return self._latents
+        import torch
 
-    def advance(self, step: int) -> None:
-        """Enqueue one step: model, guidance, and the scheduler's step in float32."""
+        given = self.request.latents
+        return self._runner.empty(tuple(given.shape), torch.float32).copy_(_tensor(given))
+
+    def predict(self, latents: Array, step: int) -> torch.Tensor:
+        """Enqueue the model."""
         request, rows = self.request, self._buffers.rows
-        samples = len(self._latents)
+        samples = len(latents)
         for branch in range(request.conditioning.branches):
-            rows[request.latent_input][branch * samples : (branch + 1) * samples].copy_(self._latents)
+            rows[request.latent_input][branch * samples : (branch + 1) * samples].copy_(_tensor(latents))
         for name, value in request.row_values(step).items():
             rows[name].fill_(value)
-        prediction = self._runner.enqueue(step, self._buffers).float()
-        velocity = guide(prediction, samples, request.guidance)
-        self._latents = request.schedule.advance(self._latents, velocity, step)
+        return self._runner.enqueue(step, self._buffers).float()
 
 
 def _tensor(value: Array) -> torch.Tensor:

@@ -198,8 +198,12 @@ def weights_of_another(patch: pytest.MonkeyPatch) -> None:
 
 
 def stale_latents(patch: pytest.MonkeyPatch) -> None:
-    advance = plan_steps.PlanGeneration.advance
-    patch.setattr(plan_steps.PlanGeneration, "advance", lambda self, step: advance(self, 0))
+    predict = plan_steps.PlanGeneration.predict
+    patch.setattr(
+        plan_steps.PlanGeneration,
+        "predict",
+        lambda self, latents, step: predict(self, self.request.latents, step),
+    )
 
 
 def buffers_that_are_gone(patch: pytest.MonkeyPatch) -> None:
