@@ -55,9 +55,7 @@ def test_a_policy_takes_the_time_of_its_layers_and_of_the_rest(tmp_path: Path) -
         times = budget.sample_times(context)
         assert times is not None
         rows = [["fp8"] * len(context.layers), ["bf16"] * len(context.layers)]
-        layers = sum(
-            times.model.layer_ms(FORMATS[name], shape) for name in ("fp8", "bf16") for shape in times.shapes
-        )
+        layers = sum(times.model.layer_ms(FORMATS[name], shape) for name in ("fp8", "bf16") for shape in times.shapes)
         assert times.rest_ms > 0
         policy = Policy.from_steps("tiny", "0" * 64, context.layers, rows)
         assert times.policy_ms(policy) == pytest.approx(layers + 2 * times.rest_ms)

@@ -53,9 +53,7 @@ def test_patterns_that_match_nothing_or_all_are_refused() -> None:
         exclude_layers(make_model(), ["*"])
 
 
-def test_no_more_prompts_are_encoded_than_are_drawn(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_no_more_prompts_are_encoded_than_are_drawn(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     few = {"calibration_samples": 2, "selection_samples": 3, "held_out_samples": 1}
     assert _drawn_prompts(BuildConfig(**few)) == default_prompts()[:3]
     assert _drawn_prompts(BuildConfig(prompts=("a", "b"), **few)) == ("a", "b")
@@ -98,5 +96,8 @@ def test_a_run_is_opened_with_its_settings(tmp_path: Path) -> None:
 
 def test_a_model_that_was_in_memory_cannot_be_opened_again(tmp_path: Path) -> None:
     pipeline = PipelineSettings(path=f"{IN_MEMORY}FluxPipeline", prompts=("a",))
-    with RunDirectory.open(tmp_path / "run") as run, pytest.raises(MissingFileError, match="was made of a FluxPipeline"):
+    with (
+        RunDirectory.open(tmp_path / "run") as run,
+        pytest.raises(MissingFileError, match="was made of a FluxPipeline"),
+    ):
         reopen_model(make_settings(pipeline=pipeline), run)

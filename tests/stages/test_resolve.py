@@ -7,6 +7,7 @@ import pytest
 from adatsq_trt.config import BuildConfig
 from adatsq_trt.errors import MissingFileError, UserError
 from adatsq_trt.execution import InProcess
+from adatsq_trt.formats import resolve_formats
 from adatsq_trt.policy import Policy
 from adatsq_trt.settings import Settings
 from adatsq_trt.stages.resolve import choose_executor, open_and_resolve
@@ -19,7 +20,11 @@ def resolve(last: str = "bundle", **choices: object) -> Settings:
 
 def test_defaults_are_the_model_s_and_the_target_s() -> None:
     model, settings = load_model("digits-flux"), resolve(target="cpu")
-    assert (settings.formats, settings.format_set, settings.targets) == (("w8a8s", "fp32"), "cpu", ("cpu",))
+    assert (settings.formats, settings.format_set, settings.targets) == (
+        tuple(fmt.name for fmt in resolve_formats("cpu")),
+        "cpu",
+        ("cpu",),
+    )
     assert (settings.steps, settings.guidance) == (model.default_steps, model.default_guidance)
     assert (settings.weights_sha256, settings.model_sha256) == (model.weights_sha256, model.model_sha256)
     assert settings.budget_bits is not None
@@ -43,7 +48,7 @@ def test_another_budget_replaces_that_in_bits() -> None:
 
 
 def test_what_is_given_is_kept(tmp_path: Path) -> None:
-    settings = resolve(target=("sm120", "cpu"), formats="fp8,bf16", steps=3, guidance=1.5, seed=7, batch=(1, 8))
+    settings = resolve(target=("sm120", "sm89"), formats="fp8,bf16", steps=3, guidance=1.5, seed=7, batch=(1, 8))
     assert settings.formats == ("fp8", "bf16")
     assert (settings.steps, settings.guidance, settings.seed, settings.batch) == (3, 1.5, 7, (1, 8))
     layers = list(load_model("digits-flux").adapter.quantizable_layers())
@@ -61,6 +66,7 @@ def test_what_is_given_is_kept(tmp_path: Path) -> None:
         ({}, "no --target: expected one of"),
         ({"target": "sm99"}, "unknown target 'sm99'"),
         ({"target": "cpu", "formats": "w9a9"}, "w9a9"),
+        ({"target": ("sm120", "cpu"), "formats": "fp8,bf16"}, "target 'cpu' does not accelerate fp8, bf16"),
         ({"target": "cpu", "formats": "fp8"}, "fp8"),
         ({"target": "sm89", "formats": "fp16,bf16"}, "bf16"),
         ({"target": "cpu", "layout": "switch"}, "target 'cpu' runs graphs, not plans"),

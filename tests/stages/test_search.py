@@ -33,7 +33,11 @@ def policy(*steps: str, layers: list[str] = LAYERS, weights: str = HASH) -> str:
         ({"policy": policy("fp32")}, MismatchError, "step"),
         ({"policy": policy("fp32", "fp32", weights="1" * 64)}, MismatchError, "weights"),
         ({"policy": policy("fp32", "fp32", layers=LAYERS[1:])}, MismatchError, "layer"),
-        ({"policy": policy("fp8", "fp32")}, MismatchError, "--policy uses fp8, the formats of this run are w8a8s, fp32"),
+        (
+            {"policy": policy("fp8", "fp32")},
+            MismatchError,
+            "--policy uses fp8, the formats of this run are w8a8s, fp32",
+        ),
         ({"policy": policy("w8a8s", "fp32"), "max_assignments": 1}, MismatchError, "--policy has 2 assignments"),
         ({"policy": "{"}, DamagedFileError, "--policy"),
     ],
