@@ -63,7 +63,8 @@ def open_and_resolve(model: object, config: BuildConfig, last: str) -> tuple[Ope
     require_model(model, config)
     targets = _targets(config)
     layout = config.layout or DEFAULT_LAYOUT
-    own = default_formats(targets, layout, config.backend) if targets and not config.simulate else None
+    asks = config.formats is None and not config.simulate
+    own = default_formats(targets, layout, config.backend) if targets and asks else None
     format_set = config.formats or own or (targets[0].default_set if targets else SIMULATED_SETS[config.weights])
     formats = resolve_formats(format_set)
     require_one_type(fmt.name for fmt in formats)
