@@ -72,9 +72,7 @@ def _observed(model: SimulatedModel, layers: Sequence[str], found: Moments) -> I
         linear = model.adapter.transformer.get_submodule(layer)
         assert isinstance(linear, SimulatedLinear), "the model is installed"
         handles.append(
-            linear.register_forward_pre_hook(
-                lambda module, arguments, name=layer: observe(name, module, arguments[0])  # type: ignore[misc]
-            )
+            linear.register_forward_pre_hook(lambda module, arguments, name=layer: observe(name, module, arguments[0]))
         )
     try:
         yield
@@ -99,4 +97,5 @@ def corrected_weight(weight: Tensor, moments: Tensor, share: float = SHARE) -> T
     identity = torch.eye(len(rounded), dtype=torch.float64, device=rounded.device)
     wide = weight.double()
     best = torch.linalg.solve(rounded + damping * identity, wide @ (crossed + damping * identity), left=False)
-    return (wide + share * (best - wide)).float()
+    corrected: Tensor = wide + share * (best - wide)
+    return corrected.float()

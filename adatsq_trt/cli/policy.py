@@ -76,11 +76,12 @@ def import_(
     policy = import_policy(known, other.model, other.weights_sha256, other.layers, count, *names)
     policy.save(output)
     shared = other_steps.weight == own.weight
+    wide = known.modes(count).count("a16")
+    weights = (
+        f"reads the weights of {native}, as in other programs"
+        if shared
+        else f"reads weights of its own here, where other programs dequantize those of {native}"
+    )
     typer.echo(
-        f"{output}: {known.modes(count).count('a16')} of {count} steps in {other_steps.name}, the others in {native}; a "
-        + (
-            f"step in 16 bits reads the weights of {native}, as in other programs"
-            if shared
-            else f"step in 16 bits reads weights of its own here, where other programs dequantize those of {native}"
-        )
+        f"{output}: {wide} of {count} steps in {other_steps.name}, the others in {native}; a step in 16 bits {weights}"
     )
