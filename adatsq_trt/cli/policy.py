@@ -76,12 +76,12 @@ def import_(
     policy = import_policy(known, other.model, other.weights_sha256, other.layers, count, *names)
     policy.save(output)
     shared = other_steps.weight == own.weight
-    wide = known.modes(count).count("a16")
+    in_16_bits = known.modes(count).count("a16")
     weights = (
         f"reads the weights of {native}, as in other programs"
         if shared
         else f"reads weights of its own here, where other programs dequantize those of {native}"
     )
     typer.echo(
-        f"{output}: {wide} of {count} steps in {other_steps.name}, the others in {native}; a step in 16 bits {weights}"
+        f"{output}: {in_16_bits} of {count} steps in {other_steps.name}, the others in {native}; a step in 16 bits {weights}"
     )
