@@ -83,5 +83,6 @@ def import_(
         else f"reads weights of its own here, where other programs dequantize those of {native}"
     )
     typer.echo(
-        f"{output}: {in_16_bits} of {count} steps in {other_steps.name}, the others in {native}; a step in 16 bits {weights}"
+        f"{output}: {in_16_bits} of {count} steps in {other_steps.name}, the others in {native}; "
+        f"a step in 16 bits {weights}"
     )
