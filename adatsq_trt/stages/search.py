@@ -16,7 +16,7 @@ from adatsq_trt.calibration.finite import require_finite_trajectory
 from adatsq_trt.calibration.fisher import projections
 from adatsq_trt.calibration.trajectory import SAMPLES_PER_CALL
 from adatsq_trt.calibration.units import measured_trajectory
-from adatsq_trt.errors import BudgetError, MismatchError, UserError
+from adatsq_trt.errors import MismatchError, UserError
 from adatsq_trt.execution import Executor, InProcess
 from adatsq_trt.execution.device import CPU
 from adatsq_trt.execution.precision import Bfloat16
@@ -69,7 +69,7 @@ _SETTINGS = (
     *("budget_bits", "budget_bytes", "budget_ms", "times"),
     *("calibration_samples", "projections", "selection_samples", "held_out_samples", "beam", "candidates", "slack"),
 )
-_NEWER_SETTINGS = ("max_assignments", "expansions", "search_precision", "weights")
+_NEWER_SETTINGS = ("max_assignments", "expansions", "search_precision", "weights", "formats_for")
 
 
 def stage(context: Context) -> Stage:
@@ -107,12 +107,7 @@ def require_possible(settings: Settings, model: LoadedModel) -> None:
             "leave it out"
         )
     budget.require_bytes(settings, model.adapter)
-    cheapest = format_named(settings.formats[0])
-    if settings.budget_bits is not None and not settings.budget_bits >= cheapest.bits:
-        raise BudgetError(
-            f"--budget-bits {settings.budget_bits:g}: no policy of these formats is that small; the cheapest is "
-            f"{cheapest.name} everywhere with a mean of {cheapest.bits:g} bits; raise the budget or add a format"
-        )
+    budget.require_bits(settings, tuple(model.adapter.quantizable_layers()))
 
 
 def require_affordable(context: Context) -> None:
@@ -142,6 +137,13 @@ def _given_policy(settings: Settings, layers: Sequence[str]) -> Policy:
             f"--policy uses {', '.join(unknown)}, the formats of this run are {', '.join(settings.formats)}; "
             "pass --formats with all of the policy's formats"
         )
+    for row in policy.assignments:
+        for layer, name in zip(layers, row, strict=True):
+            if name not in settings.formats_for.get(layer, (name,)):
+                raise MismatchError(
+                    f"--policy gives layer '{layer}' the format {name}, --formats-for leaves it "
+                    f"{', '.join(settings.formats_for[layer])}; leave out one of them"
+                )
     return policy
 
 
@@ -237,7 +239,7 @@ def _simulation(context: Context, store: CandidateWeights, executor: Executor) -
 def _plans(context: Context, sensitivity: Sensitivity) -> tuple[Plan, Callable[..., DenoisingProblem], list[Proposal]]:
     """The plan, what makes the beam's problem of it, and the static policies; for bits alone or for other budgets."""
     bits, count = format_bits(context.formats), context.settings.candidates if context.settings.beam else 0
-    if budget.penalty(context.settings) or budget.chooses_weights(context.settings):
+    if budget.constrained(context.settings):
         all_budgets = budget.budgets(context)
         if all_budgets.once and len({fmt.weight for fmt in context.formats}) == len(context.formats):
             LOGGER.warning(
@@ -264,7 +266,7 @@ def _plans(context: Context, sensitivity: Sensitivity) -> tuple[Plan, Callable[.
 def _within_budget(context: Context) -> Callable[[Point], bool]:
     """Whether a judged policy keeps every budget."""
     settings, index = context.settings, {fmt.name: i for i, fmt in enumerate(context.formats)}
-    if settings.policy is not None or not (budget.penalty(settings) or budget.chooses_weights(settings)):
+    if settings.policy is not None or not budget.constrained(settings):
         most = math.inf if settings.budget_bits is None else settings.budget_bits
         return lambda point: point.mean_bits <= most + 1e-9
     limits = budget.budgets(context)
@@ -311,9 +313,10 @@ def _merged(context: Context, sensitivity: Sensitivity, starts: Sequence[Rows]) 
     if limit is None:
         return []
     assert settings.budget_bits is not None, "other budgets were refused with a limit"
-    storage = budget.budgets(context).storage
-    grids = None if storage is None else storage.grids
-    return merged_policies(sensitivity, format_bits(context.formats), settings.budget_bits, starts, limit, grids)
+    limits = budget.budgets(context)
+    grids = None if limits.storage is None else limits.storage.grids
+    bits, most = format_bits(context.formats), settings.budget_bits
+    return merged_policies(sensitivity, bits, most, starts, limit, grids, limits.allowed)
 
 
 def _uniforms(context: Context) -> list[Proposal]:
