@@ -241,6 +241,12 @@ def _plans(context: Context, sensitivity: Sensitivity) -> tuple[Plan, Callable[.
     bits, count = format_bits(context.formats), context.settings.candidates if context.settings.beam else 0
     if budget.constrained(context.settings):
         all_budgets = budget.budgets(context)
+        if all_budgets.once and len({fmt.weight for fmt in context.formats}) == len(context.formats):
+            LOGGER.warning(
+                "--weights once: no two of the formats %s share a weight, so a policy is the same at all steps; add "
+                "such formats, or pass --weights free",
+                ", ".join(context.settings.formats),
+            )
         by_layer = constrained_layer_only(sensitivity, bits, all_budgets)
         plan, cost = make_constrained_plan(sensitivity, bits, all_budgets, count, by_layer)
         by_step = constrained_time_only(sensitivity, bits, all_budgets)

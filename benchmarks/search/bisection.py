@@ -55,7 +55,8 @@ def measure(context: Context, samples: int, folder: Path) -> list[tuple[str, flo
         found = policies(context, result)
         shape = settings.steps, len(context.layers)
         found["bisection"] = bisected_policy(error, bits, settings.budget_bits, *shape, runs=settings.steps)
-        fresh = Scorer(simulation, context.evaluation([i % 10 for i in range(samples)]), folder)
+        prompts = context.held_out.prompts
+        fresh = Scorer(simulation, context.evaluation((prompts * samples)[:samples]), folder)
         errors = fresh.scores(list(found.values()))
         calls = dict.fromkeys(found, result.denoiser_calls) | {"bisection": len(set(runs)) * settings.steps}
         return [
