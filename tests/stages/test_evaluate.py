@@ -1,7 +1,5 @@
 """Cells of an evaluation: measured once, and only beside cells of the same effort."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 

@@ -92,7 +92,7 @@ def test_a_transform_is_searched_with() -> None:
 
 
 def test_a_policy_file_must_be_there(tmp_path: Path) -> None:
-    with pytest.raises(MissingFileError, match="none.json"):
+    with pytest.raises(MissingFileError, match=r"none\.json"):
         resolve(target="cpu", policy=tmp_path / "none.json")
 
 
