@@ -18,7 +18,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 
@@ -62,11 +62,11 @@ class Update:
         """
         if len(clean) < len(self.clean):
             raise ValueError(f"got {len(clean)} earlier predictions, this step combines {len(self.clean)}")
-        kept = latent if self.latent == 1 else self.latent * latent
-        following: Latent = kept + self.velocity * velocity
+        following: Any = latent if self.latent == 1 else self.latent * latent
+        following = following + self.velocity * velocity
         for factor, earlier in zip(self.clean, clean, strict=False):
             following = following + factor * earlier
-        return following
+        return cast(Latent, following)
 
 
 def guide(prediction: Latent, samples: int, guidance: float) -> Latent:
@@ -146,10 +146,11 @@ def linear_updates(scheduler: Any) -> tuple[Update, ...]:
     # Row t: x[t] in the basis of x[0], v[0], v[1], …
     unit = np.eye(steps + 1)
     rows = _run(scheduler, unit[0], unit[1:])
-    if not np.isfinite(rows).all():
+    finite = np.isfinite(rows).all(axis=1)
+    if not finite.all():
         raise MismatchError(
-            f"the scheduler {name} is not followed: its step {int(np.isfinite(rows).all(axis=1).argmin()) - 1} gives NaN "
-            "or infinite latents; save the pipeline with other options of it, such as solver_type 'bh2'"
+            f"the scheduler {name} is not followed: its step {int(finite.argmin()) - 1} gives NaN or "
+            "infinite latents; save the pipeline with other options of it, such as solver_type 'bh2'"
         )
     if not all(_follows(scheduler, rows, size) for size in _SIZES):
         raise MismatchError(

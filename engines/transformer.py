@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from diffusers.configuration_utils import FrozenDict
@@ -26,14 +25,13 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from pydantic import JsonValue
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.weak import WeakIdKeyDictionary
 
 from adatsq_trt.engines.bundle import ShapeRecord
-from adatsq_trt.engines.runtime import TIME_INPUT, Bundle, Size
+from adatsq_trt.engines.runtime import TIME_INPUT, Bundle
+from adatsq_trt.engines.step_clock import StepClock
 from adatsq_trt.errors import MismatchError
 from adatsq_trt.transformer_call import RETURN_DICT, TransformerCall
-
-# A pipeline in bfloat16 rounds its timesteps to eight significant bits, before it divides them by 1000 and afterwards.
-_TIME_TOLERANCE = 2 * 2.0**-8
 
 
 class AdatsqTransformer(nn.Module):
@@ -42,14 +40,22 @@ class AdatsqTransformer(nn.Module):
     Attributes:
         bundle: what computes.
         call: how the pipeline calls it.
-        config: the settings of the transformer that the pipeline looks at.
     """
 
     def __init__(self, bundle: Bundle, call: TransformerCall) -> None:
         """Wrap a bundle; see `from_bundle`."""
         super().__init__()
         self.bundle, self.call = bundle, call
-        self.config = FrozenDict(call.settings)
+        self._clock = StepClock()
+        self._config = FrozenDict(call.settings)
+        # A generation passes the same positions at every step: they are read once.
+        self._positions = WeakIdKeyDictionary()
+
+    @property
+    def config(self) -> FrozenDict:
+        """The settings of the transformer that pipelines look at, each before its loop."""
+        self._clock.finish()
+        return self._config
 
     @classmethod
     def from_bundle(cls, bundle: Bundle | Path | str) -> AdatsqTransformer:
@@ -69,8 +75,9 @@ class AdatsqTransformer(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """Settings are attributes too, as of diffusers' models."""
-        settings = self.__dict__.get("config", {})
-        return settings[name] if name in settings else super().__getattr__(name)
+        if name in self.__dict__.get("_config", {}):
+            return self.config[name]
+        return super().__getattr__(name)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -90,7 +97,19 @@ class AdatsqTransformer(nn.Module):
     @contextmanager
     def cache_context(self, name: str, **_about: Any) -> Iterator[None]:
         """What pipelines announce a guidance branch with; both branches of a step have the same formats."""
-        yield
+        self._clock.enter(name)
+        try:
+            yield
+        finally:
+            self._clock.enter(None)
+
+    def _reset_stateful_cache(self, recurse: bool = True) -> None:
+        """What pipelines call at their end.
+
+        Raises:
+            MismatchError: as `StepClock.finish`.
+        """
+        self._clock.finish()
 
     def forward(self, *positional: Any, **named: Any) -> Transformer2DModelOutput | tuple[Tensor | list[Tensor]]:
         """Predicted velocity, with the arguments and the result of the transformer's own `forward`.
@@ -148,11 +167,11 @@ class AdatsqTransformer(nn.Module):
         """The size that positions belong to, where there are any: several may have the same number of tokens."""
         call = self.call
         for name in call.zeros:
-            if given.get(name) is not None and given[name].any():
+            if given.get(name) is not None and self._read(given[name]).any():
                 raise MismatchError(f"{name}: got other positions than zero; the bundle was exported for zeros")
         if call.positions is None:
             return None
-        positions = given[call.positions].cpu().long()
+        positions = self._read(given[call.positions])
         for shape in self._shapes:
             rows, columns = torch.meshgrid(*map(torch.arange, shape.image.shape.grid), indexing="ij")
             wanted = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
@@ -163,6 +182,13 @@ class AdatsqTransformer(nn.Module):
             f"{call.positions}: got {len(positions)} image tokens, the bundle was exported for {grids}; call the "
             f"pipeline with that height and width{self._names}"
         )
+
+    def _read(self, positions: Tensor) -> Tensor:
+        """The same on the processor, int64."""
+        if positions not in self._positions:
+            self._positions[positions] = positions.cpu().long()
+        read: Tensor = self._positions[positions]
+        return read
 
     def _velocity(self, inputs: Mapping[str, Tensor], model_time: Tensor, shape: ShapeRecord | None = None) -> Tensor:
         """The bundle's prediction, of the latents' type.
@@ -178,11 +204,12 @@ class AdatsqTransformer(nn.Module):
         latents = inputs[self.bundle.latent_input]
         shape = self._shape(latents) if shape is None else shape
         size = shape.size if self.bundle.sizes else None
-        step = self._step(model_time.detach().float().cpu().numpy(), size)
+        schedule = self.bundle.files.schedule(size)
+        step = self._clock.step(model_time, schedule)
         # The step's own time: the pipeline's is the same but for the rounding on its way.
-        time = latents.new_full((len(latents),), self.bundle.files.schedule(size).model_time(step), dtype=torch.float32)
+        time = latents.new_full((len(latents),), schedule.model_time(step), dtype=torch.float32)
         velocity = self.bundle.predict(step, {**inputs, TIME_INPUT: time}, size=size)
-        return velocity.to(latents)  # type: ignore[no-any-return]
+        return self._clock.checked(velocity.to(latents))
 
     @property
     def _shapes(self) -> tuple[ShapeRecord, ...]:
@@ -204,24 +231,6 @@ class AdatsqTransformer(nn.Module):
     def _names(self) -> str:
         """What sizes there are in pixels, where the bundle says it."""
         return f": {', '.join(shape.name for shape in self.bundle.manifest.shapes)}" if self.bundle.sizes else ""
-
-    def _step(self, timestep: np.ndarray, size: Size | None) -> int:
-        """The step of a size's schedule that a timestep belongs to."""
-        schedule = self.bundle.files.schedule(size)
-        times = np.asarray([schedule.model_time(step) for step in range(schedule.steps)])
-        if len(set(times)) < len(times):
-            raise MismatchError(
-                f"two of the bundle's {schedule.steps} steps have the same timestep, by which a pipeline tells its "
-                "step; build a bundle with fewer --steps, or run this one with Bundle.denoise"
-            )
-        step = int(np.abs(times - timestep.flat[0]).argmin())
-        if np.abs(timestep - times[step]).max() > _TIME_TOLERANCE * times[step]:
-            raise MismatchError(
-                f"timestep: got {timestep.min():.6g} to {timestep.max():.6g}, the nearest step of the bundle is "
-                f"{times[step]:.6g}; call the pipeline with num_inference_steps={schedule.steps}, the scheduler that "
-                "the bundle was built with and the image size that it was exported for"
-            )
-        return step
 
 
 def _says_nothing(value: Any, default: JsonValue) -> bool:

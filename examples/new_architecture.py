@@ -21,12 +21,13 @@ import adatsq_trt
 class LetterTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Every cell of a latent is a token, steered by the letters of a text."""
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, in_channels: int = 4, width: int = 64, depth: int = 2, text_dim: int = 32) -> None:
         super().__init__()
         self.embed, self.time = nn.Linear(in_channels, width), nn.Linear(1, width)
         self.blocks = nn.ModuleList(
-            BasicTransformerBlock(width, 4, width // 4, cross_attention_dim=text_dim) for _ in range(depth)
+            BasicTransformerBlock(width, 4, width // 4, cross_attention_dim=text_dim, activation_fn="gelu")
+            for _ in range(depth)
         )
         self.out = nn.Linear(width, in_channels)
 
@@ -64,7 +65,7 @@ class LetterAdapter(adatsq_trt.PromptedAdapter):
 
     def make_trace(self) -> nn.Module:
         """The transformer itself."""
-        return self.transformer
+        return self.transformer  # type: ignore[no-any-return]
 
     def condition(self, tokens: Tensor, pooled: Tensor) -> dict[str, Tensor]:
         """The letters."""

@@ -183,6 +183,19 @@ def squared_weight_gradient(inputs: Tensor, gradients: Tensor) -> Tensor:
     return torch.stack([(own.mT @ x).square().sum(dim=(-2, -1)) for x, own in pairs], dim=-1)
 
 
+def proportional_weights(information: Tensor) -> Tensor:
+    """alpha[t,l] = I[t,l] / sum over t of I[t,l]; the same for all steps where a layer has no information.
+
+    Args:
+        information: I, float32 [steps, layers].
+
+    Returns:
+        float32 [steps, layers]; columns sum to 1.
+    """
+    total = information.sum(dim=0, keepdim=True)
+    return torch.where(total > 0, information / total, 1 / len(information))
+
+
 def temporal_weights(information: Tensor, temperature: float) -> Tensor:
     """alpha[t,l] = softmax over t of I[t,l] / (tau * mean over t of I[t,l])            (paper, section 3.3).
 

@@ -53,12 +53,18 @@ class ErrorModel:
     allowed: NDArray[np.bool_] | None = None
 
     @classmethod
-    def of(cls, sensitivity: Sensitivity, bits: Array, budget: float, shrinkage: Shrinkage) -> ErrorModel:
+    def of(
+        cls,
+        sensitivity: Sensitivity,
+        bits: Array,
+        budget: float,
+        shrinkage: Shrinkage,
+        allowed: NDArray[np.bool_] | None = None,
+    ) -> ErrorModel:
         """The model that the plan uses."""
         saturated = sensitivity.saturated()
-        return cls(
-            saturated.contributions.double().numpy(), saturated.smoothed_errors().numpy(), bits, budget, shrinkage
-        )
+        contributions, errors = saturated.contributions.double().numpy(), saturated.smoothed_errors().numpy()
+        return cls(contributions, errors, bits, budget, shrinkage, allowed)
 
     def with_weights_of(self, rows: Rows, grids: NDArray[np.int64]) -> ErrorModel:
         """The same where every layer keeps the weight grid that it has in a policy.
@@ -67,7 +73,8 @@ class ErrorModel:
             rows: a policy with one grid for each layer.
             grids: [formats]: which formats share a grid.
         """
-        return replace(self, allowed=grids[:, None] == grids[list(rows[0])])
+        own = grids[:, None] == grids[list(rows[0])]
+        return replace(self, allowed=own if self.allowed is None else own & self.allowed)
 
     @property
     def step_cost(self) -> Array:
@@ -156,6 +163,7 @@ def merged_policies(
     starts: Sequence[Rows],
     limit: int,
     grids: NDArray[np.int64] | None = None,
+    allowed: NDArray[np.bool_] | None = None,
 ) -> list[Rows]:
     """Distinct policies with at most so many assignments: one of every start, the first's with each shrinkage.
 
@@ -167,8 +175,9 @@ def merged_policies(
         limit: most distinct assignments.
         grids: [formats]: which formats share a weight grid, of which a layer keeps the one that it has at the start;
             None where its weights may change.
+        allowed: [formats, layers]: what a layer may be given, as in every start; None for everything.
     """
-    models = [ErrorModel.of(sensitivity, bits, budget, shrinkage) for shrinkage in SHRINKAGES]
+    models = [ErrorModel.of(sensitivity, bits, budget, shrinkage, allowed) for shrinkage in SHRINKAGES]
     restricted: dict[bytes, tuple[ErrorModel, dict[bytes, Labels]]] = {}
 
     def merged(model: ErrorModel, rows: Rows) -> Rows:

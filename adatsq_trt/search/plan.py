@@ -43,7 +43,8 @@ class Plan:
     Attributes:
         policies: the plan at its own price first, then at prices far enough to show the Pareto front; each a row of
             format indices per step.
-        columns: for each step its distinct candidates, the plan's own first, then those of the nearest prices.
+        columns: for each step its distinct candidates, the plan's own first, then those of the nearest prices; none
+            where none are asked for.
         hedges: other allocations of the same budget, to be judged as whole policies only.
         row_weights: [rows]: what the rows of projected errors are multiplied by, as contributions are.
         contributions: [formats, steps, layers, rows].

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.flop_counter import FlopCounterMode
 
 from adatsq_trt.errors import BudgetError
@@ -53,6 +56,21 @@ def chooses_weights(settings: Settings) -> bool:
     return settings.weights == "once" and len(grids) > 1
 
 
+def constrained(settings: Settings) -> bool:
+    """Whether policies have to keep more than a budget in bits."""
+    return penalty(settings) or chooses_weights(settings) or bool(settings.formats_for)
+
+
+def allowed_formats(settings: Settings, layers: Sequence[str]) -> NDArray[np.bool_] | None:
+    """[formats, layers]: what each layer may be given; None where nothing was ruled out."""
+    if not settings.formats_for:
+        return None
+    rows = [
+        [name in settings.formats_for.get(layer, settings.formats) for layer in layers] for name in settings.formats
+    ]
+    return np.array(rows)
+
+
 def shapes_of(context: Context) -> tuple[LayerShape, ...]:
     """Shapes of the quantizable layers; calibration has counted their rows."""
     counted = read_tensors(calibrate.stage(context).folder / calibrate.STATISTICS)["tokens"]
@@ -86,6 +104,7 @@ def budgets(context: Context) -> Budgets:
     """
     settings, formats, steps = context.settings, context.formats, context.settings.steps
     layers, additive = len(context.layers), []
+    allowed = allowed_formats(settings, context.layers)
     if settings.budget_bits is not None:
         cost = format_bits(formats)[:, None].repeat(layers, axis=1)
         additive.append(Additive("bits", cost, settings.budget_bits * steps * layers))
@@ -93,7 +112,7 @@ def budgets(context: Context) -> Budgets:
     if times is not None:
         assert settings.budget_ms is not None
         rest = steps * times.rest_ms
-        found = Budgets(steps, (Additive("ms", times.model.table_of(formats, times.shapes), 0.0),))
+        found = Budgets(steps, (Additive("ms", times.model.table_of(formats, times.shapes), 0.0),), allowed=allowed)
         least = found.cheapest("ms") + rest
         if settings.budget_ms < least:
             raise BudgetError(
@@ -106,7 +125,30 @@ def budgets(context: Context) -> Budgets:
     if settings.budget_bytes is not None or once:
         most = math.inf if settings.budget_bytes is None else settings.budget_bytes
         storage = Storage.of(formats, shapes_of(context), most, once=once)
-    return Budgets(steps, tuple(additive), storage)
+    return Budgets(steps, tuple(additive), storage, allowed)
+
+
+def require_bits(settings: Settings, layers: Sequence[str]) -> None:
+    """Refuse, before anything runs, fewer bits than the cheapest policy has.
+
+    Raises:
+        BudgetError: says how many these are.
+    """
+    if settings.budget_bits is None:
+        return
+    cheapest, allowed = format_named(settings.formats[0]), allowed_formats(settings, layers)
+    bits = format_bits([format_named(name) for name in settings.formats])[:, None]
+    least = cheapest.bits if allowed is None else float(np.where(allowed, bits, np.inf).min(axis=0).mean())
+    if not settings.budget_bits >= least - 1e-9:
+        what = (
+            f"{cheapest.name} everywhere"
+            if allowed is None
+            else "that with the cheapest format that each layer may have"
+        )
+        raise BudgetError(
+            f"--budget-bits {settings.budget_bits:g}: no policy of these formats is that small; the cheapest is {what} "
+            f"with a mean of {least:g} bits; raise the budget or add a format"
+        )
 
 
 def require_bytes(settings: Settings, adapter: ModelAdapter) -> None:
@@ -119,7 +161,9 @@ def require_bytes(settings: Settings, adapter: ModelAdapter) -> None:
         return
     shapes = layer_shapes(adapter, dict.fromkeys(adapter.quantizable_layers(), 1))
     formats = [format_named(name) for name in settings.formats]
-    least = Budgets(settings.steps, (), Storage.of(formats, shapes, settings.budget_bytes)).cheapest("bytes")
+    allowed = allowed_formats(settings, [shape.name for shape in shapes])
+    storage = Storage.of(formats, shapes, settings.budget_bytes)
+    least = Budgets(settings.steps, (), storage, allowed).cheapest("bytes")
     if settings.budget_bytes < least:
         raise BudgetError(
             f"--budget-bytes {settings.budget_bytes:.0f}: the smallest weights of these formats have {least:.0f} "

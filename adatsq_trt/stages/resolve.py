@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adatsq_trt.base_type import require_one_type
-from adatsq_trt.config import DEFAULT_LAYOUT, BuildConfig, Weights
+from adatsq_trt.config import DEFAULT_LAYOUT, BuildConfig, Layout, Weights
 from adatsq_trt.errors import UserError
 from adatsq_trt.execution import Executor, InProcess
 from adatsq_trt.execution.cluster import connected, parse_address, require_cluster
@@ -28,7 +28,7 @@ from adatsq_trt.formats import (
 )
 from adatsq_trt.policy import GIVEN_POLICY_ADVICE, Policy
 from adatsq_trt.settings import Settings
-from adatsq_trt.stages.models import OpenedModel, exclude_layers, open_model, require_model
+from adatsq_trt.stages.models import OpenedModel, exclude_layers, open_model, require_model, restrict_formats
 from adatsq_trt.stages.shapes import Shape, at_first, parse_shapes, resolve_shapes, written
 
 if TYPE_CHECKING:
@@ -43,9 +43,9 @@ PLUGIN_TARGET = "sm90"  # of layout `plugin` without a target: its graph is the 
 # Choices that are settings as they are.
 _GIVEN = (
     *("simulate", "backend", "hardware_compatibility", "version_compatible", "weight_streaming"),
-    *("transform", "budget_bits", "budget_ms", "weights", "max_assignments", "seed", "calibration_samples"),
-    *("projections", "selection_samples", "held_out_samples", "temperature", "damping"),
-    *("beam", "candidates", "slack", "expansions", "search_precision"),
+    *("transform", "clips", "refine", "budget_bits", "budget_ms", "weights", "max_assignments", "seed"),
+    *("calibration_samples", "projections", "selection_samples", "held_out_samples", "hessian"),
+    *("temperature", "damping", "beam", "candidates", "slack", "expansions", "search_precision"),
 )
 
 
@@ -109,6 +109,16 @@ def _require_layout(config: BuildConfig, targets: Sequence[Target]) -> None:
         )
 
 
+def _layout(config: BuildConfig, targets: Sequence[Target], formats: Sequence[Format]) -> Layout:
+    """The layout: where none is asked for and formats share a weight, one whose plans share it too."""
+    if config.layout is not None:
+        return config.layout
+    grids = [fmt.weight for fmt in formats if not fmt.weight.is_float]
+    compiled = config.backend == "rtx" and not config.simulate
+    plans = compiled and any(target.compute_capability is not None for target in targets)
+    return "shared" if plans and len(set(grids)) < len(grids) else DEFAULT_LAYOUT
+
+
 def _budgets(config: BuildConfig, format_set: str) -> dict[str, Any]:
     """Settings of the budgets: without any, the format set's, in bits.
 
@@ -161,7 +171,12 @@ def _require_backend(config: BuildConfig, targets: Sequence[Target]) -> None:
 
 
 def _require_exportable(config: BuildConfig, last: str) -> None:
-    """No graph holds a transform yet, so nothing that was made with one may reach the export."""
+    """No graph holds a transform yet, so nothing that was made with one may reach the export; nor shared planes."""
+    if config.refine and config.layout == PLUGIN_LAYOUT:
+        raise UserError(
+            "--refine: with --layout plugin widths of a layer may share planes, which are not solved again; choose "
+            "another layout, or leave it out"
+        )
     if config.transform is None:
         return
     if not config.simulate:
@@ -204,11 +219,12 @@ def _resolve(
     _require_layers(config, targets, formats, model.adapter.quantizable_layers())
     return Settings(
         **{name: getattr(config, name) for name in _GIVEN}
-        | ({} if config.layout is None else {"layout": config.layout})
+        | {"layout": _layout(config, targets, formats)}
         | known
         | ({"batch": batch} if batch else {})
         | {"shapes": shapes},
         excluded=excluded,
+        formats_for=restrict_formats(model, config.restrictions, [fmt.name for fmt in formats]),
         model=model.name,
         pipeline=opened.settings,
         weights_sha256=model.weights_sha256,

@@ -16,7 +16,7 @@ from adatsq_trt.calibration.finite import require_finite_trajectory
 from adatsq_trt.calibration.fisher import projections
 from adatsq_trt.calibration.trajectory import SAMPLES_PER_CALL
 from adatsq_trt.calibration.units import measured_trajectory
-from adatsq_trt.errors import BudgetError, MismatchError, UserError
+from adatsq_trt.errors import MismatchError, UserError
 from adatsq_trt.execution import Executor, InProcess
 from adatsq_trt.execution.device import CPU
 from adatsq_trt.execution.precision import Bfloat16
@@ -69,7 +69,7 @@ _SETTINGS = (
     *("budget_bits", "budget_bytes", "budget_ms", "times"),
     *("calibration_samples", "projections", "selection_samples", "held_out_samples", "beam", "candidates", "slack"),
 )
-_NEWER_SETTINGS = ("max_assignments", "expansions", "search_precision", "weights")
+_NEWER_SETTINGS = ("max_assignments", "expansions", "search_precision", "weights", "formats_for")
 
 
 def stage(context: Context) -> Stage:
@@ -101,13 +101,13 @@ def require_possible(settings: Settings, model: LoadedModel) -> None:
             "--max-assignments: assignments are merged within a budget of bits only; leave out --budget-bytes and "
             "--budget-ms, or this limit"
         )
-    budget.require_bytes(settings, model.adapter)
-    cheapest = format_named(settings.formats[0])
-    if settings.budget_bits is not None and not settings.budget_bits >= cheapest.bits:
-        raise BudgetError(
-            f"--budget-bits {settings.budget_bits:g}: no policy of these formats is that small; the cheapest is "
-            f"{cheapest.name} everywhere with a mean of {cheapest.bits:g} bits; raise the budget or add a format"
+    if settings.expansions is not None and settings.beam == 0:
+        raise UserError(
+            f"--expansions {settings.expansions}: there is no beam search that it could shorten; add --beam 4, or "
+            "leave it out"
         )
+    budget.require_bytes(settings, model.adapter)
+    budget.require_bits(settings, tuple(model.adapter.quantizable_layers()))
 
 
 def require_affordable(context: Context) -> None:
@@ -137,6 +137,13 @@ def _given_policy(settings: Settings, layers: Sequence[str]) -> Policy:
             f"--policy uses {', '.join(unknown)}, the formats of this run are {', '.join(settings.formats)}; "
             "pass --formats with all of the policy's formats"
         )
+    for row in policy.assignments:
+        for layer, name in zip(layers, row, strict=True):
+            if name not in settings.formats_for.get(layer, (name,)):
+                raise MismatchError(
+                    f"--policy gives layer '{layer}' the format {name}, --formats-for leaves it "
+                    f"{', '.join(settings.formats_for[layer])}; leave out one of them"
+                )
     return policy
 
 
@@ -167,19 +174,26 @@ def _search(context: Context, folder: Path) -> SearchResult:
         plan, make_problem, static = _plans(context, sensitivity)
         with _simulation(context, store, executor) as simulation:
             problem = make_problem(context.calibration, simulation, latents, adjoints, plan)
-            with context.progress("search: beam", context.settings.steps) as advance:
-                settings = context.settings
-                pruning = Pruning(settings.beam, settings.slack, settings.expansions)
-                paths = search_columns(problem, pruning, folder, advance)
-            starts = [*plan.policies, *plan.hedges, *(path.assignments for path in paths), *(p.rows for p in static)]
+            paths = _beam(context, problem, folder)
+            starts = [*plan.policies, *plan.hedges, *paths, *(p.rows for p in static)]
             proposals = [
-                *(Proposal("beam", path.assignments) for path in paths),
+                *(Proposal("beam", rows) for rows in paths),
                 *(Proposal("plan", rows) for rows in (*plan.policies, *plan.hedges)),
                 *(Proposal("merged", rows) for rows in _merged(context, sensitivity, starts)),
                 *static,
                 *_uniforms(context),
             ]
             return _judge(context, simulation, proposals, within, problem.calls, folder)
+
+
+def _beam(context: Context, problem: DenoisingProblem, folder: Path) -> list[Rows]:
+    """The policies of a beam search, where one is asked for."""
+    settings = context.settings
+    if settings.beam == 0:
+        return []
+    with context.progress("search: beam", settings.steps) as advance:
+        pruning = Pruning(settings.beam, settings.slack, settings.expansions)
+        return [path.assignments for path in search_columns(problem, pruning, folder, advance)]
 
 
 @contextmanager
@@ -218,14 +232,14 @@ def _simulation(context: Context, store: CandidateWeights, executor: Executor) -
         settings = context.settings
         # A processor's cache holds one path; elsewhere a call has as many samples as one of a finished policy.
         most = max(SAMPLES_PER_CALL // settings.calibration_samples, 1)
-        together = 1 if context.device.type == CPU else min(settings.beam, most)
+        together = 1 if context.device.type == CPU else max(min(settings.beam, most), 1)
         yield Simulation(model, context.formats, context.schedule, settings.guidance, executor, together)
 
 
 def _plans(context: Context, sensitivity: Sensitivity) -> tuple[Plan, Callable[..., DenoisingProblem], list[Proposal]]:
     """The plan, what makes the beam's problem of it, and the static policies; for bits alone or for other budgets."""
-    bits, count = format_bits(context.formats), context.settings.candidates
-    if budget.penalty(context.settings) or budget.chooses_weights(context.settings):
+    bits, count = format_bits(context.formats), context.settings.candidates if context.settings.beam else 0
+    if budget.constrained(context.settings):
         all_budgets = budget.budgets(context)
         by_layer = constrained_layer_only(sensitivity, bits, all_budgets)
         plan, cost = make_constrained_plan(sensitivity, bits, all_budgets, count, by_layer)
@@ -246,7 +260,7 @@ def _plans(context: Context, sensitivity: Sensitivity) -> tuple[Plan, Callable[.
 def _within_budget(context: Context) -> Callable[[Point], bool]:
     """Whether a judged policy keeps every budget."""
     settings, index = context.settings, {fmt.name: i for i, fmt in enumerate(context.formats)}
-    if settings.policy is not None or not (budget.penalty(settings) or budget.chooses_weights(settings)):
+    if settings.policy is not None or not budget.constrained(settings):
         most = math.inf if settings.budget_bits is None else settings.budget_bits
         return lambda point: point.mean_bits <= most + 1e-9
     limits = budget.budgets(context)
@@ -293,9 +307,10 @@ def _merged(context: Context, sensitivity: Sensitivity, starts: Sequence[Rows]) 
     if limit is None:
         return []
     assert settings.budget_bits is not None, "other budgets were refused with a limit"
-    storage = budget.budgets(context).storage
-    grids = None if storage is None else storage.grids
-    return merged_policies(sensitivity, format_bits(context.formats), settings.budget_bits, starts, limit, grids)
+    limits = budget.budgets(context)
+    grids = None if limits.storage is None else limits.storage.grids
+    bits, most = format_bits(context.formats), settings.budget_bits
+    return merged_policies(sensitivity, bits, most, starts, limit, grids, limits.allowed)
 
 
 def _uniforms(context: Context) -> list[Proposal]:

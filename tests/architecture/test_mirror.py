@@ -38,6 +38,7 @@ ELSEWHERE: Mapping[str, Mapping[str, str]] = {
         "engines/accuracy/written_formats.py": "tests/engines/accuracy/test_exact.py",
         "engines/backends/selection.py": "tests/engines/test_runtime.py",
         "engines/generation.py": "tests/engines/test_runtime.py",
+        "engines/step_clock.py": "tests/engines/test_transformer_pipelines.py",
         "engines/processor.py": "tests/engines/backends/test_int8.py",
         "engines/vae.py": "tests/checkpoints/test_loading.py",
         **{
@@ -60,6 +61,7 @@ ELSEWHERE: Mapping[str, Mapping[str, str]] = {
         },
     },
     "commands and what they print, tested by what a user is promised": {
+        "adatsq_trt/cli/backends.py": "tests/cli/test_benchmark.py",
         "adatsq_trt/cli/build_plugins.py": "tests/cli/test_plugins.py",
         "adatsq_trt/cli/check.py": "tests/cli/test_build.py",
         "adatsq_trt/cli/compare.py": "tests/cli/test_build.py",
@@ -75,14 +77,12 @@ ELSEWHERE: Mapping[str, Mapping[str, str]] = {
         "adatsq_trt/evaluation/methods.py": "tests/stages/test_evaluate.py",
         "adatsq_trt/graph_index.py": "tests/export/test_graphs.py",
         "adatsq_trt/models/adapter.py": "tests/test_adapter_guide.py",
-        "adatsq_trt/models/families.py": "tests/checkpoints/test_families.py",
         "adatsq_trt/models/family.py": "tests/checkpoints/test_families.py",
         "adatsq_trt/models/prompted.py": "tests/models/test_prompts.py",
         "adatsq_trt/report/data.py": "tests/report/test_page.py",
         "adatsq_trt/results.py": "tests/test_api.py",
         "adatsq_trt/settings.py": "tests/stages/test_resolve.py",
         "adatsq_trt/timed_kernels.py": "tests/search/test_costs.py",
-        "adatsq_trt/transformer_call.py": "tests/engines/test_transformer.py",
         "engines/backends/base.py": "tests/engines/test_build.py",
         "engines/backends/network.py": "tests/engines/backends/test_rtx.py",
         "engines/exported.py": "tests/stages/test_export.py",
@@ -91,18 +91,22 @@ ELSEWHERE: Mapping[str, Mapping[str, str]] = {
         "plugins/kernels/cases.py": "tests/plugins/kernels/test_gemms.py",
         "plugins/kernels/reference.py": "tests/plugins/kernels/test_gemms.py",
     },
-    "other libraries that are asked for less": {
-        "adatsq_trt/evaluation/peers.py": "tests/calibration/test_transforms.py",
-    },
     "calls of a GPU, tested on a stand-in": {
-        f"engines/backends/{name}.py": f"tests/engines/{test}.py"
-        for name, test in (
-            ("cuda_device", "gpu_runtime/test_stand_in"),
-            ("execution_context", "gpu_runtime/test_plan_steps"),
-            ("plan_controls", "gpu_runtime/test_plan_steps"),
-            ("plan_steps", "gpu_runtime/test_plan_steps"),
-            ("tensorrt_steps", "backends/test_tensorrt"),
-        )
+        **{
+            f"engines/backends/{name}.py": f"tests/engines/{test}.py"
+            for name, test in (
+                ("cuda_device", "gpu_runtime/test_stand_in"),
+                ("device_steps", "gpu_runtime/test_plan_steps"),
+                ("execution_context", "gpu_runtime/test_plan_steps"),
+                ("onnxruntime_gpu", "gpu_runtime/test_onnxruntime_gpu"),
+                ("plan_controls", "gpu_runtime/test_plan_steps"),
+                ("plan_steps", "gpu_runtime/test_plan_steps"),
+                ("tensorrt_steps", "backends/test_tensorrt"),
+            )
+        },
+        "adatsq_trt/cli/doctor_gpu.py": "tests/engines/gpu_runtime/test_commands.py",
+        "engines/comparison_plans.py": "tests/engines/gpu_runtime/test_commands.py",
+        "engines/gpu_report.py": "tests/engines/gpu_runtime/test_commands.py",
     },
 }
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from adatsq_trt.engines.runtime import Conditioning
+from adatsq_trt.engines.step_clock import find_step
 from adatsq_trt.engines.transformer import AdatsqTransformer
 from adatsq_trt.errors import MismatchError
 from adatsq_trt.image import ImageShape
@@ -162,4 +163,4 @@ def test_steps_that_have_the_same_timestep_cannot_be_told_apart(case: Case, monk
     same = replace(schedule, timesteps=(schedule.timesteps[0],) * 2 + schedule.timesteps[2:])
     monkeypatch.setattr(type(files), "schedule", lambda self, size=None: same)
     with pytest.raises(MismatchError, match="two of the bundle's 4 steps have the same timestep"):
-        case.pipe.transformer._step(np.asarray([0.9]), None)
+        find_step(np.asarray([0.9]), files.schedule())

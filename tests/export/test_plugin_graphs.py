@@ -269,5 +269,5 @@ def test_a_layer_of_odd_shape_is_refused() -> None:
 def test_two_formats_of_one_plane_must_agree() -> None:
     codes = torch.zeros(16, 64, dtype=torch.int8)
     weights = {n: QuantizedWeight(codes + i, torch.ones(16, 1)) for i, n in enumerate(("w4a8", "int4wo"))}
-    with pytest.raises(MismatchError, match="layer 'ff': w4a8 and int4wo have different codes"):
+    with pytest.raises(MismatchError, match="layer 'ff': w4a8 and int4wo have different weights"):
         plugin_operands("ff", weights)

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from adatsq_trt.files import read_json_model, read_tensors
-from adatsq_trt.search.select import SearchResult
+from adatsq_trt.formats import Grid, format_named
+from adatsq_trt.search.select import Point, SearchResult
+from adatsq_trt.settings import Settings
 from adatsq_trt.stages import calibrate, compare, quantize, search
 from adatsq_trt.stages.context import Context
 from adatsq_trt.stages.graph import run_stages
@@ -24,13 +26,25 @@ SIMULATED: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose weights are quantized in three formats; for copies."""
-    folder = tmp_path_factory.mktemp("quantized") / "run"
-    with tiny_context(folder, **SIMULATED) as context:
+# Formats that share weights, of which a layer keeps one for all steps.
+ONCE: dict[str, Any] = {"formats": ("w3a3", "w3a5", "w4a4", "w4a5"), "weights": "once", "budget_bits": 4.0}
+
+
+def quantize_in(folder: Path, **changes: Any) -> Path:
+    """A run whose weights are quantized; for copies."""
+    with tiny_context(folder, **SIMULATED | changes) as context:
         run_stages(context, quantize.NAME)
     return folder
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantize_in(tmp_path_factory.mktemp("quantized") / "run")
+
+
+@pytest.fixture(scope="module")
+def quantized_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantize_in(tmp_path_factory.mktemp("quantized") / "run", **ONCE)
 
 
 @contextmanager
@@ -87,17 +101,39 @@ def test_few_expansions_and_bfloat16_keep_their_limits_and_choose_the_best_they_
     assert 0 < float((own[-1] - exact[-1]).norm() / exact[-1].norm()) < 0.05
 
 
+def weight_grids(point: Point) -> list[set[Grid]]:
+    """Of each layer over all steps."""
+    return [{format_named(name).weight for name in column} for column in zip(*point.formats, strict=True)]
+
+
+@pytest.mark.parametrize("weights", ["free", "once"])
 @pytest.mark.parametrize("limit", [1, 2, None])
 def test_no_judged_policy_within_budget_and_limit_beats_the_chosen_one(
-    quantized: Path, tmp_path: Path, limit: int | None
+    quantized: Path, quantized_once: Path, tmp_path: Path, limit: int | None, weights: str
 ) -> None:
-    with searched(quantized, tmp_path / "run", max_assignments=limit) as context:
-        found = result(context)
+    source, changes = (quantized, {}) if weights == "free" else (quantized_once, ONCE)
+    with searched(source, tmp_path / "run", **changes, max_assignments=limit) as context:
+        found, budget = result(context), context.settings.budget_bits
+    assert budget is not None
     chosen = found.points[found.chosen]
-    eligible = [p for p in found.points if p.mean_bits <= BUDGET and (limit is None or p.assignments <= limit)]
+    eligible = [p for p in found.points if p.mean_bits <= budget and (limit is None or p.assignments <= limit)]
     assert {"merged" if limit else "plan", "layer_only", "time_only", "uniform"} <= {p.kind for p in found.points}
     assert chosen in eligible
     assert chosen.rank_error == min(p.rank_error for p in eligible)
+    if weights == "once":
+        assert all(len(grids) == 1 for point in found.points for grids in weight_grids(point))
+        assert any(point.assignments > 1 for point in found.points if point.kind == "plan")
+
+
+def test_without_a_beam_the_plan_and_its_hedges_are_judged(quantized_once: Path, tmp_path: Path) -> None:
+    with searched(quantized_once, tmp_path / "run", **ONCE, beam=Settings.model_fields["beam"].default) as context:
+        found, folder = result(context), context.run.path / search.NAME
+    kinds = [point.kind for point in found.points]
+    assert "beam" not in kinds
+    assert kinds.count("plan") >= 2
+    assert not (folder / "columns").exists()
+    # Whole policies of every step, and nothing else, called the model.
+    assert found.denoiser_calls == STEPS * len({point.formats for point in found.points})
 
 
 def test_settings_that_came_later_leave_earlier_runs_alone(
@@ -112,6 +148,9 @@ def test_settings_that_came_later_leave_earlier_runs_alone(
     with searched(quantized, tmp_path / "run"):
         assert file.stat().st_mtime_ns == made
     with searched(quantized, tmp_path / "run", expansions=1):
+        assert file.stat().st_mtime_ns != made
+        made = file.stat().st_mtime_ns
+    with searched(quantized, tmp_path / "run", expansions=1, weights="once"):
         assert file.stat().st_mtime_ns != made
 
 
