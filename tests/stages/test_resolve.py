@@ -38,6 +38,12 @@ def test_a_simulated_study_has_a_set_of_its_own(weights: str, formats: str) -> N
     assert (settings.format_set, settings.targets, settings.simulate) == (formats, (), True)
 
 
+def test_options_of_effort_are_settings_as_they_are() -> None:
+    effort = {"expansions": 3, "search_precision": "bfloat16", "max_assignments": 2, "beam": 7, "slack": 0.5}
+    settings = resolve(target="cpu", **effort)
+    assert {name: getattr(settings, name) for name in effort} == effort
+
+
 def test_another_budget_replaces_that_in_bits() -> None:
     assert resolve(target="cpu", budget_bytes="2MB").budget_bits is None
     both = resolve(target="cpu", budget_bytes="2MB", budget_bits=20.0)
