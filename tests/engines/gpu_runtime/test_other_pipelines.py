@@ -56,13 +56,14 @@ def test_nothing_is_read_back_between_steps(
             callback_on_step_end=note,
             **KINDS[name][-1],
         )[0]
+        read_at_the_end = transfers.to_host - crossed[-1][1]
         assert len(library.log.runs) == CALLS[name] * STEPS
         wanted = bundle.denoise(noise, condition, guidance=GUIDANCE)
     got = latents.content.float().numpy()
     # The pipelines guide in the graph's 16 bits.
     assert np.linalg.norm(got - wanted) < 0.05 * np.linalg.norm(wanted - noise)
-    to_device, to_host = (set(way) for way in zip(*crossed, strict=True))
-    assert len(to_host) == 1, "bytes were read back after the first step"
-    # Diffusers' UniPC makes its coefficients of a step on the processor.
-    assert len(to_device) == 1 or name == "wan-unipc", "bytes were sent after the first step"
-    assert transfers.to_host - crossed[-1][1] == 1, "the end reads whether all timesteps were the bundle's"
+    to_device, to_host = (set(np.diff(way).tolist()) for way in zip(*crossed, strict=True))
+    # Wan's pipeline reads Euler's sigma of a step, and diffusers' UniPC makes its coefficients on the processor.
+    assert to_host == ({4} if name == "wan" else {0})
+    assert to_device == ({8} if name == "wan-unipc" else {0})
+    assert read_at_the_end == 1, "whether all timesteps were the bundle's"
