@@ -27,7 +27,7 @@ from adatsq_trt.settings import IN_MEMORY, PipelineSettings, Settings
 FIGURES_FOLDER = "report"
 _MOST_COMPARISONS = 60
 _OPTIONS = (
-    *("budget_bits", "budget_bytes", "budget_ms", "layout", "steps", "guidance", "seed"),
+    *("budget_bits", "layout", "steps", "guidance", "seed"),
     *("beam", "candidates", "expansions", "search_precision"),
     *("calibration_samples", "selection_samples", "held_out_samples"),
 )
@@ -199,6 +199,7 @@ def commands(data: ReportData) -> list[list[str]]:
     for name in _OPTIONS:
         value = getattr(settings, name)
         build += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+    build += _budget_options(settings)
     if settings.times is not None:
         # Of a measured table the settings hold the text; the page cannot say where the file lay.
         build += ["--gpu", "times.json" if settings.times.startswith("{") else settings.times]
@@ -207,6 +208,14 @@ def commands(data: ReportData) -> list[list[str]]:
     build += ["--output", run]
     others = [["adatsq-trt", name, run] for name in ("check", "generate", "report")]
     return [[shlex.quote(word) for word in command] for command in (build, *others)]
+
+
+def _budget_options(settings: Settings) -> list[str]:
+    """In bytes and milliseconds; a speed beside 16 bits as it was given."""
+    options = [] if settings.budget_bytes is None else ["--budget-size", f"{settings.budget_bytes:.0f}"]
+    if settings.budget_speedup is not None:
+        options += ["--budget-speed", f"{settings.budget_speedup!r}x"]
+    return options if settings.budget_ms is None else [*options, "--budget-speed", f"{settings.budget_ms!r}ms"]
 
 
 def _checkpoint_options(pipeline: PipelineSettings) -> list[str]:

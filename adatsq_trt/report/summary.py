@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from adatsq_trt.base_type import BaseName
+from adatsq_trt.costs import Costs, Limits
 
 
 class StageFigures(BaseModel):
@@ -43,6 +44,34 @@ class Unlimited(BaseModel):
     error: float
 
 
+class PolicyFigures(BaseModel):
+    """One policy of the table at the end of a build.
+
+    Attributes:
+        name: "chosen", "best layer-only", "uniform nvfp4" and so on.
+        kind: where it comes from.
+        assignments: distinct ones.
+        mean_bits: mean of nominal bits.
+        costs: resident bytes, activation bits and milliseconds.
+        resident_bits: resident bytes as bits per quantized weight.
+        error: held-out latent MSE.
+        standard_error: of that mean.
+        within_limits: whether it keeps the budgets and the limit on assignments.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    kind: str
+    assignments: int
+    mean_bits: float
+    costs: Costs
+    resident_bits: float
+    error: float
+    standard_error: float
+    within_limits: bool
+
+
 class Summary(BaseModel):
     """The figures of a run.
 
@@ -55,10 +84,11 @@ class Summary(BaseModel):
         simulate: whether plans were left out.
         steps: denoising steps.
         guidance: classifier-free guidance scale.
-        budget_bits: what was asked for, None for no limit.
-        budget_bytes: likewise, of `resident_weight_bytes`.
-        budget_ms: likewise, of `ms`.
-        ms: per sample, where there is such a budget.
+        limits: what was asked for, or what the reference format leaves.
+        reference: format whose bytes and time the limits are a little more than; None where limits were asked for.
+        max_assignments: most distinct assignments that were allowed; None for any number.
+        policies: the chosen policy, and what else was measured on held-out samples.
+        ms: per sample; None where nobody knows.
         ms_source: where milliseconds come from: a roofline or measured times.
         buckets: runs of steps with one assignment.
         assignments: distinct assignments.
@@ -78,6 +108,7 @@ class Summary(BaseModel):
         held_out_seeds: first and last seed.
         denoiser_calls: of beam search and selection.
         resident_weight_bytes: quantized weights, each distinct weight format of a layer once, scales included.
+        engines: plans of the bundle on each target; graphs of the processor where there are none.
         onnx_bytes: of all graphs without the weight file.
         weight_bytes: of the weight file.
         engine_bytes: of all plans.
@@ -87,7 +118,7 @@ class Summary(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     settings_sha256: str
     model: str
     targets: tuple[str, ...]
@@ -95,9 +126,10 @@ class Summary(BaseModel):
     simulate: bool
     steps: int
     guidance: float
-    budget_bits: float | None
-    budget_bytes: float | None = None
-    budget_ms: float | None = None
+    limits: Limits
+    reference: str | None = None
+    max_assignments: int | None = None
+    policies: Annotated[tuple[PolicyFigures, ...], Field(min_length=1)]
     ms: float | None = None
     ms_source: str | None = None
     buckets: int
@@ -117,6 +149,7 @@ class Summary(BaseModel):
     held_out_seeds: tuple[int, int]
     denoiser_calls: int
     resident_weight_bytes: int
+    engines: int
     onnx_bytes: int
     weight_bytes: int
     engine_bytes: int

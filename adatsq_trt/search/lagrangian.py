@@ -66,6 +66,13 @@ class Constraints:
         return replace(constraints, bytes=constraints.bytes.sum(axis=1, keepdims=True))
 
     @classmethod
+    def grouped(cls, budgets: Budgets, items: Knapsack) -> Constraints:
+        """An item for each (group of steps, layer); `items.weight` counts the group's steps."""
+        formats, layers = len(items.bits), int(items.layers.max()) + 1
+        costs = tuple(item.cost[:, items.layers] * items.weight for item in budgets.additive)
+        return cls._make(budgets, costs, items.layers, formats, layers)
+
+    @classmethod
     def _make(
         cls, budgets: Budgets, costs: tuple[Array, ...], groups: NDArray[np.int64], formats: int, layers: int
     ) -> Constraints:
@@ -260,6 +267,39 @@ def allocate_within(
             low = middle
     penalty = replace(items, cost=cost * scale)
     return spend(items.errors, constraints, sets.allowed, best), penalty
+
+
+def allocate_groups(items: Knapsack, budgets: Budgets, cost: Array, shrinkage: Shrinkage) -> Selection | None:
+    """Formats of groups of steps within the stored formats of a plan, at the ratio of its prices.
+
+    Args:
+        items: one for each (group, layer), in this order; `weight` counts the group's steps.
+        budgets: of all steps.
+        cost: of one step at those prices: [formats, layers], infinite where a layer does not store a format.
+        shrinkage: see `joint`.
+
+    Returns:
+        None where no common factor of the prices keeps every budget.
+    """
+    constraints = Constraints.grouped(budgets, items)
+    prices = cost[:, items.layers] * items.weight
+
+    def trial(factor: float) -> Selection | None:
+        chosen = coordinate_descent(replace(items, cost=prices), factor, shrinkage)
+        return chosen if constraints.holds(chosen) else None
+
+    low, high = 1e-3, 1e3
+    best = trial(high)
+    if best is None:
+        return None
+    for _ in range(16):
+        middle = float(np.sqrt(low * high))
+        kept = trial(middle)
+        if kept is None:
+            low = middle
+        else:
+            best, high = kept, middle
+    return spend(items.errors, constraints, np.isfinite(prices), best)
 
 
 def spend(errors: Array, constraints: Constraints, allowed: NDArray[np.bool_], chosen: Selection) -> Selection:

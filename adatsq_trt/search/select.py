@@ -9,7 +9,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from adatsq_trt.costs import Costs, Limits
 from adatsq_trt.formats import Format
+from adatsq_trt.search.budgets import CostModel
 from adatsq_trt.search.pareto import front
 from adatsq_trt.search.plan import Rows
 from adatsq_trt.search.resume import Score, Scorer
@@ -37,6 +39,7 @@ class Point(BaseModel):
         kind: where it comes from.
         name: for uniform policies the format, else kind and number.
         mean_bits: mean of nominal bits.
+        costs: what it costs whoever runs it.
         selection_error: latent MSE on the screening batch; for finalists on the whole selection batch.
         rank_error: the same with every sample capped (`Score.capped_error`): what policies are chosen by.
         finalist: whether it got the second look.
@@ -52,6 +55,7 @@ class Point(BaseModel):
     kind: Kind
     name: str
     mean_bits: float
+    costs: Costs
     selection_error: float
     rank_error: float
     finalist: bool = False
@@ -73,6 +77,9 @@ class SearchResult(BaseModel):
     Attributes:
         schema_version: of this file.
         points: every judged policy; the Pareto front is those with `on_front`.
+        weights: number of quantized weights.
+        limits: what the chosen one had to keep.
+        ms_source: where milliseconds come from; None where nobody knows them.
         chosen: index of the policy that is deployed.
         layer_only: index of the best static policy with one assignment for all steps, None if there is none.
         time_only: index of the best static policy with one format for all layers of a step, None likewise.
@@ -83,8 +90,11 @@ class SearchResult(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     points: tuple[Point, ...]
+    weights: int
+    limits: Limits
+    ms_source: str | None = None
     chosen: int
     layer_only: int | None
     time_only: int | None
@@ -94,11 +104,22 @@ class SearchResult(BaseModel):
 
 
 def judge(
-    proposals: Sequence[Proposal], formats: Sequence[Format], screening: Scorer, on_policy: Callable[[], None]
+    proposals: Sequence[Proposal],
+    formats: Sequence[Format],
+    costs: CostModel,
+    screening: Scorer,
+    on_policy: Callable[[], None],
 ) -> list[Point]:
     """Score whole generated samples of every proposal and mark the Pareto front.
 
     The same policy may come from several kinds of search; each keeps its point, and the scorer measures it once.
+
+    Args:
+        proposals: to be judged.
+        formats: what they index.
+        costs: tells what they cost.
+        screening: of the first samples.
+        on_policy: called after each.
     """
     distinct = list(dict.fromkeys(proposals))
     points, counts = [], dict.fromkeys((p.kind for p in distinct), 0)
@@ -107,7 +128,7 @@ def judge(
         number = f"{proposal.kind} {counts[proposal.kind]}"
         name = formats[proposal.rows[0][0]].name if proposal.kind == "uniform" else number
         counts[proposal.kind] += 1
-        points.append(_point(proposal, name, formats, score))
+        points.append(_point(proposal, name, formats, costs.costs(proposal.rows), score))
         on_policy()
     best = set(front([(p.mean_bits, p.selection_error) for p in points]))
     return [p.model_copy(update={"on_front": i in best}) for i, p in enumerate(points)]
@@ -247,13 +268,14 @@ def _rows(point: Point, formats: Sequence[Format]) -> Rows:
     return tuple(tuple(names[name] for name in row) for row in point.formats)
 
 
-def _point(proposal: Proposal, name: str, formats: Sequence[Format], score: Score) -> Point:
+def _point(proposal: Proposal, name: str, formats: Sequence[Format], costs: Costs, score: Score) -> Point:
     rows = proposal.rows
     entries = [formats[i].bits for row in rows for i in row]
     return Point(
         kind=proposal.kind,
         name=name,
         mean_bits=sum(entries) / len(entries),
+        costs=costs,
         selection_error=score.error,
         rank_error=score.capped_error,
         buckets=1 + sum(a != b for a, b in pairwise(rows)),

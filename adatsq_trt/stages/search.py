@@ -15,7 +15,7 @@ from adatsq_trt.calibration.finite import require_finite_trajectory
 from adatsq_trt.calibration.fisher import projections
 from adatsq_trt.calibration.trajectory import SAMPLES_PER_CALL
 from adatsq_trt.calibration.units import measured_trajectory
-from adatsq_trt.errors import BudgetError, MismatchError, UserError
+from adatsq_trt.errors import BudgetError, MismatchError
 from adatsq_trt.execution import Executor, InProcess
 from adatsq_trt.execution.device import CPU
 from adatsq_trt.execution.precision import Bfloat16
@@ -27,7 +27,7 @@ from adatsq_trt.models.stored import count_weights
 from adatsq_trt.policy import GIVEN_POLICY_ADVICE, Policy
 from adatsq_trt.search.beam import Pruning
 from adatsq_trt.search.denoising import ConstrainedProblem, DenoisingProblem, format_bits, row_errors
-from adatsq_trt.search.merge import merged_policies
+from adatsq_trt.search.merge import Allowance, MeanBits, Several, merged_policies
 from adatsq_trt.search.plan import Plan, Rows, make_constrained_plan, make_plan
 from adatsq_trt.search.resume import Scorer, measure_sensitivity, search_columns
 from adatsq_trt.search.select import (
@@ -66,7 +66,7 @@ _SETTINGS = (
     *("budget_bits", "budget_bytes", "budget_ms", "times"),
     *("calibration_samples", "projections", "selection_samples", "held_out_samples", "beam", "candidates", "slack"),
 )
-_NEWER_SETTINGS = ("max_assignments", "expansions", "search_precision")
+_NEWER_SETTINGS = ("max_assignments", "expansions", "search_precision", "budget_speedup", "reference")
 
 
 def stage(context: Context) -> Stage:
@@ -93,11 +93,6 @@ def require_possible(settings: Settings, model: LoadedModel) -> None:
     if settings.policy is not None:
         _given_policy(settings, tuple(model.adapter.quantizable_layers()))
         return
-    if settings.max_assignments is not None and budget.penalty(settings):
-        raise UserError(
-            "--max-assignments: assignments are merged within a budget of bits only; leave out --budget-bytes and "
-            "--budget-ms, or this limit"
-        )
     budget.require_bytes(settings, model.adapter)
     cheapest = format_named(settings.formats[0])
     if settings.budget_bits is not None and not settings.budget_bits >= cheapest.bits:
@@ -115,7 +110,7 @@ def require_affordable(context: Context) -> None:
         UnsupportedFormatError: a format that takes nobody knows how long.
     """
     if context.settings.policy is None and budget.penalty(context.settings):
-        budget.budgets(context)
+        budget.account(context)
 
 
 def _given_policy(settings: Settings, layers: Sequence[str]) -> Policy:
@@ -154,14 +149,14 @@ def run(context: Context) -> Stage:
 
 def _search(context: Context, folder: Path) -> SearchResult:
     """The steps of the search, each kept on disk as it goes."""
-    store, within = quantize.load(context), _within_budget(context)
+    store, account = quantize.load(context), budget.account(context)
     with _executor(context) as executor:
         latents = _reference(context, executor, folder)
         if context.settings.policy is not None:
             with _simulation(context, store, executor) as simulation:
-                return _judge(context, simulation, [_given_proposal(context), *_uniforms(context)], within, 0, folder)
+                return _judge(context, simulation, [_given_proposal(context), *_uniforms(context)], account, 0, folder)
         sensitivity, adjoints = _sensitivity(context, store, latents, executor, folder)
-        plan, make_problem, static = _plans(context, sensitivity)
+        plan, make_problem, static, allowance = _plans(context, sensitivity, account)
         with _simulation(context, store, executor) as simulation:
             problem = make_problem(context.calibration, simulation, latents, adjoints, plan)
             with context.progress("search: beam", context.settings.steps) as advance:
@@ -172,11 +167,11 @@ def _search(context: Context, folder: Path) -> SearchResult:
             proposals = [
                 *(Proposal("beam", path.assignments) for path in paths),
                 *(Proposal("plan", rows) for rows in (*plan.policies, *plan.hedges)),
-                *(Proposal("merged", rows) for rows in _merged(context, sensitivity, starts)),
+                *(Proposal("merged", rows) for rows in _merged(context, sensitivity, allowance, starts)),
                 *static,
                 *_uniforms(context),
             ]
-            return _judge(context, simulation, proposals, within, problem.calls, folder)
+            return _judge(context, simulation, proposals, account, problem.calls, folder)
 
 
 @contextmanager
@@ -219,35 +214,29 @@ def _simulation(context: Context, store: CandidateWeights, executor: Executor) -
         yield Simulation(model, context.formats, context.schedule, settings.guidance, executor, together)
 
 
-def _plans(context: Context, sensitivity: Sensitivity) -> tuple[Plan, Callable[..., DenoisingProblem], list[Proposal]]:
-    """The plan, what makes the beam's problem of it, and the static policies; for bits alone or for other budgets."""
-    bits, count = format_bits(context.formats), context.settings.candidates
+def _plans(
+    context: Context, sensitivity: Sensitivity, account: budget.Account
+) -> tuple[Plan, Callable[..., DenoisingProblem], list[Proposal], Allowance]:
+    """The plan, what makes the beam's problem of it, the static policies, and what merged ones may spend."""
+    bits, count, budgets = format_bits(context.formats), context.settings.candidates, account.budgets
+    allowance: Allowance
     if budget.penalty(context.settings):
-        all_budgets = budget.budgets(context)
-        plan, cost = make_constrained_plan(sensitivity, bits, all_budgets, count)
-        by_layer = constrained_layer_only(sensitivity, bits, all_budgets)
-        by_step = constrained_time_only(sensitivity, bits, all_budgets)
+        plan, cost = make_constrained_plan(sensitivity, bits, budgets, count)
+        by_layer = constrained_layer_only(sensitivity, bits, budgets)
+        by_step = constrained_time_only(sensitivity, bits, budgets)
         make_problem: Callable[..., DenoisingProblem] = partial(
-            ConstrainedProblem, budget=math.inf, budgets=all_budgets, cost=cost
+            ConstrainedProblem, budget=math.inf, budgets=budgets, cost=cost
         )
+        allowance = Several(budgets, cost)
     else:
         mean = context.settings.budget_bits
         assert mean is not None
         plan = make_plan(sensitivity, bits, mean, count)
         by_layer, by_step = layer_only(sensitivity, bits, mean), time_only(sensitivity, bits, mean)
         make_problem = partial(DenoisingProblem, budget=mean)
+        allowance = MeanBits(bits, budgets.limits()["bits"])
     static = [*(Proposal("layer_only", rows) for rows in by_layer), *(Proposal("time_only", rows) for rows in by_step)]
-    return plan, make_problem, static
-
-
-def _within_budget(context: Context) -> Callable[[Point], bool]:
-    """Whether a judged policy keeps every budget."""
-    settings, index = context.settings, {fmt.name: i for i, fmt in enumerate(context.formats)}
-    if settings.policy is not None or not budget.penalty(settings):
-        most = math.inf if settings.budget_bits is None else settings.budget_bits
-        return lambda point: point.mean_bits <= most + 1e-9
-    limits = budget.budgets(context)
-    return lambda point: limits.holds([tuple(index[name] for name in row) for row in point.formats])
+    return plan, make_problem, static, allowance
 
 
 def _reference(context: Context, executor: Executor, folder: Path) -> Tensor:
@@ -284,13 +273,10 @@ def _sensitivity(
     return sensitivity, adjoints
 
 
-def _merged(context: Context, sensitivity: Sensitivity, starts: Sequence[Rows]) -> list[Rows]:
+def _merged(context: Context, sensitivity: Sensitivity, allowance: Allowance, starts: Sequence[Rows]) -> list[Rows]:
     """Policies with few assignments, where they are asked for."""
-    settings, limit = context.settings, context.settings.max_assignments
-    if limit is None:
-        return []
-    assert settings.budget_bits is not None, "other budgets were refused with a limit"
-    return merged_policies(sensitivity, format_bits(context.formats), settings.budget_bits, starts, limit)
+    limit = context.settings.max_assignments
+    return [] if limit is None else merged_policies(sensitivity, format_bits(context.formats), allowance, starts, limit)
 
 
 def _uniforms(context: Context) -> list[Proposal]:
@@ -318,7 +304,7 @@ def _judge(
     context: Context,
     simulation: Simulation,
     proposals: list[Proposal],
-    within: Callable[[Point], bool],
+    account: budget.Account,
     calls: int,
     folder: Path,
 ) -> SearchResult:
@@ -327,13 +313,18 @@ def _judge(
     batches = [context.selection.part(part) for part in (slice(0, SCREENING), slice(SCREENING, None))]
     scorers = [Scorer(simulation, batch, folder) for batch in batches if batch.seeds]
     with context.progress("search: screening", len(set(proposals))) as advance:
-        points = judge(proposals, formats, scorers[0], advance)
+        points = judge(proposals, formats, account.costs, scorers[0], advance)
     look = partial(_look, context, scorers, formats)
     limit = settings.max_assignments
+    rules = Rules(lambda point: account.limits.kept_by(point.mean_bits, point.costs), limit)
     given = [i for i, point in enumerate(points) if point.kind == "given"]
-    points, wanted = (look(points, given), given) if given else look_again(points, Rules(within, limit), look)
+    points, wanted = (look(points, given), given) if given else look_again(points, rules, look)
     chosen, unlimited = (best_of(points, wanted, KINDS, most) for most in (limit, None))
-    assert chosen is not None and unlimited is not None, "the plan meets the budget, and merged policies the limit"
+    if chosen is None or unlimited is None:
+        raise BudgetError(
+            f"--max-assignments {limit}: no policy with so few distinct assignments was found that keeps all budgets; "
+            "raise this limit or a budget"
+        )
     static = [best_of(points, wanted, (kind,)) for kind in STATIC_KINDS]
     second = _distinct([points[i] for i in wanted]) if len(scorers) == 2 else set()
     uniforms = [i for i, point in enumerate(points) if point.kind == "uniform"]
@@ -346,6 +337,9 @@ def _judge(
         _keep_trajectory_errors(context, simulation, latents, [points[i] for i in reported], folder / TRAJECTORY_ERRORS)
     return SearchResult(
         points=tuple(points),
+        weights=sum(layer.in_features * layer.out_features for layer in context.adapter.quantizable_layers().values()),
+        limits=account.limits,
+        ms_source=account.ms_source,
         chosen=chosen,
         layer_only=static[0],
         time_only=static[1],

@@ -13,8 +13,10 @@ BESIDE = ("engines", "export", "plugins")  # folders that the installation maps 
 
 DATA = {
     "",
+    "amounts",
     "base_type",
     "config",
+    "costs",
     "settings",
     "errors",
     "fields",
@@ -22,6 +24,7 @@ DATA = {
     "formats",
     "graph_index",
     "image",
+    "intervals",
     "loading",
     "policy",
     "progress",
