@@ -23,6 +23,7 @@ DEFAULT_LAYOUT: Layout = "embedded"
 Backend: TypeAlias = Literal["rtx", "tensorrt"]
 Hardware: TypeAlias = Literal["none", "same_compute_capability", "ampere_plus"]
 Precision: TypeAlias = Literal["float32", "bfloat16"]
+Weights: TypeAlias = Literal["once", "free"]
 Transform: TypeAlias = Literal["smooth", "hadamard", "balance", "low-rank", "hadamard-low-rank", "balance-low-rank"]
 
 CHECKPOINT, POLICY, EFFORT, ENTERPRISE = "A checkpoint of your own", "The policy", "The effort", "Enterprise TensorRT"
@@ -79,8 +80,8 @@ class BuildConfig:
     )
     formats: str | None = _choice(
         None,
-        "Candidates: a set (paper, paper-fine, paper-low, paper-pairs, blackwell, ada, hopper, ampere, cpu) or a list "
-        "such as nvfp4,fp8.",
+        "Candidates: a set (grid, paper, paper-fine, paper-low, paper-pairs, blackwell, ada, hopper, ampere, cpu) or a "
+        "list such as nvfp4,fp8.",
         POLICY,
         "the target's set",
     )
@@ -128,6 +129,12 @@ class BuildConfig:
         "'adatsq-trt benchmark kernels' wrote there.",
         POLICY,
         "a card of the target, as far as it has rates for all formats",
+    )
+    weights: Weights = _choice(
+        "once",
+        "once: a layer has one weight format for all steps, and a step chooses the format of its activations; free: a "
+        "step may change both, as the paper has it, and every weight format of a layer is stored.",
+        POLICY,
     )
     max_assignments: int | None = _choice(
         None,

@@ -7,7 +7,7 @@ through which path.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -140,25 +140,25 @@ GROUPS = (GROUP, 32, 16)  # of integer weights, the largest first: TensorRT-RTX 
 NVFP4_BLOCK = 16
 
 
-def _simulated(weight_bits: int, activation_bits: int) -> Format:
-    """The paper's grids: integer weights in groups, integer activations per token."""
-    return Format(
-        f"w{weight_bits}a{activation_bits}",
-        Grid(Element.INT, weight_bits, Granularity.GROUP, GROUP, 16),
-        Grid(Element.INT, activation_bits, Granularity.TOKEN, scale_bits=32),
-    )
-
-
-# Equal widths, and pairs around them for budgets that these leave no choice.
-_SIMULATED_PAIRS = (
-    *((3, 3), (4, 4), (5, 5), (6, 6)),
-    *((2, 3), (2, 4), (3, 4), (4, 3), (3, 5), (4, 5), (5, 4), (4, 6), (2, 5)),
-)
-
-
+# Formats with one weight grid share a layer's bytes: their codes and scales are the same.
+_INT_GROUP = {bits: Grid(Element.INT, bits, Granularity.GROUP, GROUP, 16) for bits in range(2, 8)}
 _INT8_CHANNEL = Grid(Element.INT, 8, Granularity.CHANNEL, scale_bits=16)
+_FP8_CHANNEL = Grid(Element.E4M3, 8, Granularity.CHANNEL, scale_bits=16)
 _FP4_BLOCK = Grid(Element.E2M1, 4, Granularity.GROUP, NVFP4_BLOCK, 8)
+_INT_TOKEN = {bits: Grid(Element.INT, bits, Granularity.TOKEN, scale_bits=32) for bits in range(3, 9)}
 _PLAIN = {e: Grid(e, bits) for e, bits in ((Element.FP32, 32), (Element.BF16, 16), (Element.FP16, 16))}
+
+
+def _simulated() -> Iterator[Format]:
+    """The paper's grids, and every pair of them: integer weights, integer activations per token."""
+    for weight in (*_INT_GROUP.values(), _INT8_CHANNEL):
+        yield from (Format(f"w{weight.bits}a{bits}", weight, grid) for bits, grid in _INT_TOKEN.items())
+
+
+def _weights_only() -> Iterator[Format]:
+    """Integer weights in groups with 16-bit activations; those of 4 bits are `int4wo`."""
+    yield from (Format(f"w{bits}a16", _INT_GROUP[bits], _PLAIN[Element.BF16]) for bits in (2, 3, 5, 6))
+
 
 FORMATS: dict[str, Format] = {
     f.name: f
@@ -166,21 +166,16 @@ FORMATS: dict[str, Format] = {
         Format("fp32", _PLAIN[Element.FP32], _PLAIN[Element.FP32]),
         Format("bf16", _PLAIN[Element.BF16], _PLAIN[Element.BF16]),
         Format("fp16", _PLAIN[Element.FP16], _PLAIN[Element.FP16]),
-        Format(
-            "fp8",
-            Grid(Element.E4M3, 8, Granularity.CHANNEL, scale_bits=16),
-            Grid(Element.E4M3, 8, Granularity.TENSOR, scale_bits=16),
-        ),
+        Format("fp8", _FP8_CHANNEL, Grid(Element.E4M3, 8, Granularity.TENSOR, scale_bits=16)),
+        Format("fp8a16", _FP8_CHANNEL, _PLAIN[Element.BF16]),
         Format("nvfp4", _FP4_BLOCK, _FP4_BLOCK),
-        Format("int4wo", Grid(Element.INT, 4, Granularity.GROUP, GROUP, 16), Grid(Element.BF16, 16)),
+        Format("nvfp4a16", _FP4_BLOCK, _PLAIN[Element.BF16]),
+        Format("int4wo", _INT_GROUP[4], _PLAIN[Element.BF16]),
         Format("w8a8s", _INT8_CHANNEL, Grid(Element.INT, 8, Granularity.TENSOR, scale_bits=16)),
-        Format("w8a8", _INT8_CHANNEL, Grid(Element.INT, 8, Granularity.TOKEN, scale_bits=32)),
-        Format(
-            "w4a8",
-            Grid(Element.INT, 4, Granularity.GROUP, GROUP, 16),
-            Grid(Element.INT, 8, Granularity.TOKEN, scale_bits=32),
-        ),
-        *(_simulated(*pair) for pair in _SIMULATED_PAIRS),
+        Format("w8a16", _INT8_CHANNEL, _PLAIN[Element.BF16]),
+        Format("w8a32", _INT8_CHANNEL, _PLAIN[Element.FP32]),
+        *_simulated(),
+        *_weights_only(),
     )
 }
 
@@ -189,17 +184,18 @@ FORMAT_SETS: dict[str, tuple[str, ...]] = {
     "paper-fine": ("w3a3", "w4a4", "w5a5", "w6a6", "w8a8"),
     "paper-low": ("w2a3", "w2a4", "w3a3", "w4a4", "w8a8"),
     "paper-pairs": ("w2a3", "w2a4", "w3a3", "w3a4", "w4a3", "w3a5", "w4a4", "w4a5", "w5a4", "w4a6", "w5a5", "w6a6"),
-    "blackwell": ("nvfp4", "fp8", "bf16"),
-    "ada": ("int4wo", "fp8", "bf16"),
-    "hopper": ("w4a8", "w8a8", "fp8", "bf16"),
+    "grid": tuple(f"w{weight}a{activation}" for weight in (3, 4, 5, 6) for activation in (3, 4, 5, 6)),
+    "blackwell": ("nvfp4", "nvfp4a16", "fp8", "fp8a16", "int4wo", "bf16"),
+    "ada": ("int4wo", "fp8", "fp8a16", "bf16"),
+    "hopper": ("w4a8", "int4wo", "w8a8", "w8a16", "fp8", "bf16"),
     "ampere": ("int4wo", "fp16"),
-    "cpu": ("w8a8s", "fp32"),
+    "cpu": ("w8a8s", "w8a32", "fp32"),
 }
 
 # Budgets that leave room for a choice; for a list of formats halfway between the two cheapest.
 _DEFAULT_BUDGETS = {
-    **dict.fromkeys(("paper", "paper-fine", "paper-pairs"), 4.0),
-    **{"paper-low": 3.0, "blackwell": 6.0, "ada": 9.0, "hopper": 7.0, "ampere": 12.0},
+    **dict.fromkeys(("paper", "paper-fine", "paper-pairs", "grid"), 4.0),
+    **{"paper-low": 3.0, "blackwell": 6.0, "ada": 9.0, "hopper": 7.0, "ampere": 12.0, "cpu": 14.0},
 }
 
 
@@ -231,20 +227,22 @@ class Target:
 
 
 PLUGIN_LAYOUT, PLUGIN_SET = "plugin", "hopper"
-PLUGIN_FORMATS = frozenset({"w8a8", "w4a8", "int4wo", "fp16", "bf16", "fp8"})
+PLUGIN_FORMATS = frozenset({"w8a8", "w8a16", "w4a8", "int4wo", "fp16", "bf16", "fp8"})
 _PLUGIN_WITHOUT_FP8 = PLUGIN_FORMATS - {"fp8"}
 _TENSORRT = frozenset({"bf16", "fp16", "int4wo", "w8a8s"})
-_RTX_SM120 = frozenset({"bf16", "fp16", "int4wo", "fp8", "nvfp4"})
+_RTX = frozenset({"bf16", "fp16", "int4wo"})
+_RTX_SM89 = _RTX | {"fp8", "fp8a16"}
+_RTX_SM120 = _RTX_SM89 | {"nvfp4", "nvfp4a16"}
 
 TARGETS: dict[str, Target] = {
     t.name: t
     for t in (
-        Target("sm80", frozenset({"bf16", "fp16", "int4wo"}), "ampere", 80, _PLUGIN_WITHOUT_FP8, _TENSORRT),
-        Target("sm86", frozenset({"bf16", "fp16", "int4wo"}), "ampere", 86, _PLUGIN_WITHOUT_FP8, _TENSORRT),
-        Target("sm89", frozenset({"bf16", "fp16", "int4wo", "fp8"}), "ada", 89, PLUGIN_FORMATS, _TENSORRT | {"fp8"}),
+        Target("sm80", _RTX, "ampere", 80, _PLUGIN_WITHOUT_FP8, _TENSORRT),
+        Target("sm86", _RTX, "ampere", 86, _PLUGIN_WITHOUT_FP8, _TENSORRT),
+        Target("sm89", _RTX_SM89, "ada", 89, PLUGIN_FORMATS, _TENSORRT | {"fp8"}),
         Target("sm90", frozenset(), "hopper", 90, PLUGIN_FORMATS, _TENSORRT | {"fp8"}),
         Target("sm120", _RTX_SM120, "blackwell", 120, PLUGIN_FORMATS, _TENSORRT | {"fp8", "nvfp4"}),
-        Target("cpu", frozenset({"fp32", "w8a8s"}), "cpu", None),
+        Target("cpu", frozenset({"fp32", "w8a8s", "w8a32"}), "cpu", None),
     )
 }
 

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from adatsq_trt.base_type import BaseName, base_type
-from adatsq_trt.config import DEFAULT_LAYOUT, Backend, BuildConfig, Hardware, Layout, Precision
+from adatsq_trt.config import DEFAULT_LAYOUT, Backend, BuildConfig, Hardware, Layout, Precision, Weights
 
 SETTINGS_NAME = "settings.json"
 # What the path of a model that was an object in memory begins with; its class follows.
@@ -71,6 +71,7 @@ class Settings(BaseModel):
         reference: format whose bytes and time are the budgets, with a little room, where none was asked for; None where
             one was.
         times: where milliseconds come from: a card's name, or the text of a measured table; None where nobody knows.
+        weights: whether a layer has one weight format for all steps. Runs of before there was a choice were free.
         max_assignments: most distinct assignments of the policy; None for any number.
         policy: text of a given policy file, which replaces the search; None to search.
         seed: of calibration prompts, noise and projections.
@@ -116,6 +117,7 @@ class Settings(BaseModel):
     budget_speedup: float | None = None
     reference: str | None = None
     times: str | None = None
+    weights: Weights = "free"
     max_assignments: int | None = None
     policy: str | None = None
     seed: int = BuildConfig.seed

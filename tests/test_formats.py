@@ -86,7 +86,7 @@ def test_the_layout_decides_what_is_accelerated() -> None:
     require_accelerated(formats, hopper, "plugin")
     with pytest.raises(UnsupportedFormatError, match=r"w4a8, fp8 in this layout; .* nothing; .* or --layout plugin,"):
         require_accelerated(formats, hopper)
-    with pytest.raises(UnsupportedFormatError, match=r"'sm80' does not accelerate fp8; .* w4a8, w8a8; "):
+    with pytest.raises(UnsupportedFormatError, match=r"'sm80' does not accelerate fp8; .* w4a8, w8a16, w8a8; "):
         require_accelerated(formats, [TARGETS["sm80"]], "plugin")
     with pytest.raises(UnsupportedFormatError, match=r"nvfp4 in this layout; .* or --layout embedded,"):
         require_accelerated(resolve_formats("nvfp4"), [TARGETS["sm120"]], "plugin")
@@ -94,7 +94,9 @@ def test_the_layout_decides_what_is_accelerated() -> None:
 
 def test_formats_without_an_accelerated_path_are_refused_with_those_that_have_one() -> None:
     targets = [TARGETS["sm120"], TARGETS["sm89"]]
-    with pytest.raises(UnsupportedFormatError, match=r"'sm89' does not accelerate nvfp4; .* bf16, fp16, fp8, int4wo;"):
+    with pytest.raises(
+        UnsupportedFormatError, match=r"'sm89' does not accelerate nvfp4, nvfp4a16; .* bf16, fp16, fp8, fp8a16, int4wo;"
+    ):
         require_accelerated(resolve_formats("blackwell"), targets)
 
 
@@ -109,8 +111,8 @@ def test_formats_without_an_accelerated_path_are_refused_with_those_that_have_on
         (("sm120", "cpu"), "embedded", "tensorrt", "w8a8s"),
         (("sm120",), "plugin", "rtx", "hopper"),
         (("sm90",), "plugin", "rtx", "hopper"),
-        (("sm80",), "plugin", "rtx", "w4a8,w8a8,bf16"),
-        (("sm120", "sm86"), "plugin", "rtx", "w4a8,w8a8,bf16"),
+        (("sm80",), "plugin", "rtx", "w4a8,int4wo,w8a8,w8a16,bf16"),
+        (("sm120", "sm86"), "plugin", "rtx", "w4a8,int4wo,w8a8,w8a16,bf16"),
         (("sm90",), "embedded", "rtx", "hopper"),  # refused by name afterwards
     ],
 )
@@ -121,6 +123,21 @@ def test_default_formats_are_what_all_targets_accelerate(
     assert default_formats(chosen, layout, backend) == expected
     if expected != "hopper" or layout == "plugin":
         require_accelerated(resolve_formats(expected), chosen, layout, backend)
+
+
+@pytest.mark.parametrize(
+    "names",
+    ["fp8,fp8a16", "nvfp4,nvfp4a16", "w8a8s,w8a8,w8a16,w8a32,w8a3", "int4wo,w4a3,w4a8", "w2a16,w2a3", "w6a16,w6a8"],
+)
+def test_formats_that_differ_in_activations_alone_share_their_weights(names: str) -> None:
+    formats = resolve_formats(names)
+    assert len({fmt.weight for fmt in formats}) == 1
+    assert len({fmt.activation for fmt in formats}) == len(formats)
+
+
+def test_the_grid_has_every_pair_of_its_widths() -> None:
+    pairs = {(fmt.weight_bits, fmt.activation_bits) for fmt in resolve_formats("grid")}
+    assert pairs == {(weight, activation) for weight in (3, 4, 5, 6) for activation in (3, 4, 5, 6)}
 
 
 def test_a_layer_has_the_largest_group_that_divides_its_width() -> None:

@@ -28,7 +28,7 @@ FIGURES_FOLDER = "report"
 _MOST_COMPARISONS = 60
 _OPTIONS = (
     *("budget_bits", "layout", "steps", "guidance", "seed"),
-    *("beam", "candidates", "expansions", "search_precision"),
+    *("beam", "candidates", "expansions", "search_precision", "weights"),
     *("calibration_samples", "selection_samples", "held_out_samples"),
 )
 

@@ -1,13 +1,15 @@
 """What a policy costs, and budgets: whether it keeps them, and whether a prefix still can.
 
 Bits and milliseconds add up over steps and layers. Bytes do not: a layer's weight in one format is stored once, however
-many steps use it, so a policy costs, for every layer, the sum over the distinct weight formats that it has.
+many steps use it, so a policy costs, for every layer, the sum over the distinct weight formats that it has. With
+weights once a layer has one of them for all steps, whatever the budgets.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,15 +42,19 @@ class Storage:
     Attributes:
         grids: [formats]: which formats share a weight grid, as an index.
         bytes: [grids, layers].
-        limit: of the whole policy.
+        limit: of the whole policy; infinite where nobody set one.
+        once: whether a layer stores one grid, which all of its steps use.
     """
 
     grids: NDArray[np.int64]
     bytes: Array
-    limit: float
+    limit: float = math.inf
+    once: bool = False
 
     @classmethod
-    def of(cls, formats: Sequence[Format], shapes: Sequence[LayerShape], limit: float) -> Storage:
+    def of(
+        cls, formats: Sequence[Format], shapes: Sequence[LayerShape], limit: float = math.inf, *, once: bool = False
+    ) -> Storage:
         """From shapes: `resident_weight_bytes` counts the same."""
         distinct = list(dict.fromkeys(fmt.weight for fmt in formats))
         grids = np.array([distinct.index(fmt.weight) for fmt in formats])
@@ -56,7 +62,7 @@ class Storage:
         sizes = [
             [f.stored_weight_bits(s.in_features) / 8 * s.in_features * s.out_features for s in shapes] for f in one
         ]
-        return cls(grids, np.array(sizes), limit)
+        return cls(grids, np.array(sizes), limit, once)
 
     def used(self, rows: NDArray[np.int64]) -> float:
         """Bytes of a policy [steps, layers]."""
@@ -64,6 +70,10 @@ class Storage:
         for grid, sizes in enumerate(self.bytes):
             total += float(sizes[(self.grids[rows] == grid).any(axis=0)].sum())
         return total
+
+    def holds(self, rows: NDArray[np.int64]) -> bool:
+        """Whether a policy [steps, layers] stores no more grids of a layer than it may."""
+        return not self.once or bool((self.grids[rows] == self.grids[rows[:1]]).all())
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,19 @@ class Budgets:
     additive: tuple[Additive, ...]
     storage: Storage | None = None
 
+    @property
+    def once(self) -> bool:
+        """Whether a layer stores one weight for all steps."""
+        return self.storage is not None and self.storage.once
+
+    def of_formats(self, formats: NDArray[np.int64]) -> Budgets:
+        """The same where only some formats, by their indices, may be chosen."""
+        additive = tuple(replace(item, cost=item.cost[formats]) for item in self.additive)
+        if self.storage is None:
+            return Budgets(self.steps, additive)
+        stored, grids = np.unique(self.storage.grids[formats], return_inverse=True)
+        return Budgets(self.steps, additive, replace(self.storage, grids=grids, bytes=self.storage.bytes[stored]))
+
     def spent(self, rows: Sequence[Assignment]) -> dict[str, float]:
         """Unit → what a policy, or the first steps of one, costs."""
         array = np.array(rows, dtype=np.int64)
@@ -95,7 +118,9 @@ class Budgets:
         return result if self.storage is None else {**result, "bytes": self.storage.limit}
 
     def holds(self, rows: Sequence[Assignment]) -> bool:
-        """Whether a policy keeps every budget."""
+        """Whether a policy keeps every budget, and one weight of each layer where it may have no more."""
+        if self.storage is not None and not self.storage.holds(np.array(rows, dtype=np.int64)):
+            return False
         limits = self.limits()
         return all(cost <= limits[unit] * (1 + ROUNDING) for unit, cost in self.spent(rows).items())
 

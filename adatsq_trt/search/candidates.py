@@ -59,17 +59,22 @@ def allocate(errors: Array, bits: Array, weight: Array, budget: float) -> NDArra
             chosen, high = trial, multiplier
         else:
             low = multiplier
-    return spend_the_rest(errors, bits, weight, budget, chosen)
+    return spend_the_rest(errors, bits[:, None] * weight, budget, chosen)
 
 
-def spend_the_rest(
-    errors: Array, bits: Array, weight: Array, budget: float, chosen: NDArray[np.int64]
-) -> NDArray[np.int64]:
-    """Single upgrades, best ratio first, while one fits."""
+def spend_the_rest(errors: Array, costs: Array, budget: float, chosen: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Single upgrades, best ratio first, while one fits.
+
+    Args:
+        errors: [formats, items].
+        costs: [formats, items]; infinite where a format may not be taken.
+        budget: largest sum of costs.
+        chosen: [items].
+    """
     chosen, items = chosen.copy(), np.arange(errors.shape[1])
-    left = budget - (bits[chosen] * weight).sum()
+    left = budget - costs[chosen, items].sum()
     while True:
-        cost = (bits[:, None] - bits[chosen]) * weight
+        cost = costs - costs[chosen, items]
         saved = errors[chosen, items] - errors
         fits = (cost > 0) & (cost <= left + 1e-9) & (saved > 0)
         if not fits.any():

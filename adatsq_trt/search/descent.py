@@ -16,7 +16,8 @@ def descent_pass(contributions, fixed, layers, order, together, by_layer, chosen
 
     Args:
         contributions: float64 [items, formats, rows].
-        fixed: float64 [items, formats]: what of an item's cost depends on nothing else.
+        fixed: float64 [items, formats]: what of an item's cost depends on nothing else; infinite where a format may
+            not be taken.
         layers: int64 [items]: the layer of each.
         order: int64 [items].
         together: share of the error of all items together.
@@ -34,6 +35,8 @@ def descent_pass(contributions, fixed, layers, order, together, by_layer, chosen
             others[r], within[r] = total[r] - own[now, r], layer_totals[layer, r] - own[now, r]
         best, least = 0, np.inf
         for f in range(formats):
+            if fixed[item, f] == np.inf:
+                continue
             cost = together * _error(others, own[f], squares) + fixed[item, f]
             cost += by_layer * _error(within, own[f], squares)
             if cost < least:

@@ -101,22 +101,34 @@ def coordinate_descent(items: Knapsack, multiplier: float, shrinkage: Shrinkage)
     return chosen
 
 
+def predicted_error(items: Knapsack, chosen: Selection, shrinkage: Shrinkage) -> float:
+    """The error of a choice [items] of formats without its price."""
+    places = np.arange(len(chosen))
+    picked = items.contributions[chosen, places]
+    layers = np.zeros((items.layers.max(initial=0) + 1, picked.shape[1]))
+    np.add.at(layers, items.layers, picked)
+    together, by_layer = np.square(layers.sum(axis=0)).sum(), np.square(layers).sum()
+    alone = items.errors[chosen, places].sum()
+    return float(shrinkage.together * together + shrinkage.by_layer * by_layer + shrinkage.alone * alone)
+
+
 def allocate_jointly(items: Knapsack, budget: float, shrinkage: Shrinkage) -> tuple[Selection, float]:
     """The formats within a budget, and their price.
 
     Args:
         items: what is allocated.
-        budget: largest sum of weight * bits; at least that of the cheapest format everywhere.
+        budget: largest sum of costs; at least that of the cheapest format everywhere.
         shrinkage: see the module.
     """
-    errors, bits, weight = items.errors, items.bits, items.weight
-    high = 8 * steepest_multiplier(errors, bits, weight)  # accumulated errors save more per bit than single ones
-    low, chosen, multiplier = high * 1e-9, np.zeros(errors.shape[1], dtype=np.int64), high
+    errors, costs, places = items.errors, items.costs, np.arange(len(items.layers))
+    # Accumulated errors save more per bit than single ones.
+    high = 8 * steepest_multiplier(errors, items.bits, items.weight)
+    low, chosen, multiplier = high * 1e-9, np.argmin(costs, axis=0), high
     for _ in range(18):
         middle = float(np.sqrt(low * high))
         trial = coordinate_descent(items, middle, shrinkage)
-        if (bits[trial] * weight).sum() <= budget + 1e-9:
+        if costs[trial, places].sum() <= budget + 1e-9:
             chosen, multiplier, high = trial, middle, middle
         else:
             low = middle
-    return spend_the_rest(errors, bits, weight, budget, chosen), multiplier
+    return spend_the_rest(errors, costs, budget, chosen), multiplier

@@ -37,6 +37,7 @@ class Constraints:
         grids: [formats]: the stored weight of a format.
         bytes: [grids, groups]; zeros without a budget in bytes.
         most_bytes: the budget in bytes; infinite without one.
+        once: whether a group stores one grid.
     """
 
     costs: tuple[Array, ...]
@@ -45,6 +46,7 @@ class Constraints:
     grids: NDArray[np.int64]
     bytes: Array
     most_bytes: float
+    once: bool = False
 
     @classmethod
     def each(cls, budgets: Budgets, formats: int, layers: int) -> Constraints:
@@ -79,7 +81,7 @@ class Constraints:
         limits, storage = tuple(item.limit for item in budgets.additive), budgets.storage
         if storage is None:
             return cls(costs, limits, groups, np.arange(formats), np.zeros((formats, layers)), np.inf)
-        return cls(costs, limits, groups, storage.grids, storage.bytes, storage.limit)
+        return cls(costs, limits, groups, storage.grids, storage.bytes, storage.limit, storage.once)
 
     def penalty(self, multipliers: Array) -> Array:
         """[formats, items]: what the additive costs are worth."""
@@ -96,9 +98,21 @@ class Constraints:
         return np.array([*(cost[chosen, places].sum() for cost in self.costs), (self.bytes * present).sum()])
 
     def holds(self, chosen: Selection) -> bool:
-        """Whether a choice keeps every budget."""
+        """Whether a choice keeps every budget, and one grid of each group where it may have no more."""
+        if self.once and not self._one_grid(chosen):
+            return False
         most = np.array([*self.limits, self.most_bytes])
         return bool((self.used(chosen) <= most * (1 + 1e-9)).all())
+
+    def _one_grid(self, chosen: Selection) -> bool:
+        own = np.zeros(self.bytes.shape[1], dtype=np.int64)
+        own[self.groups] = self.grids[chosen]
+        return bool((own[self.groups] == self.grids[chosen]).all())
+
+    def members(self, which: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """[formats, items]: the formats of each group's one grid [groups]."""
+        allowed: NDArray[np.bool_] = self.grids[:, None] == which[self.groups]
+        return allowed
 
 
 def accumulated_errors(items: Knapsack) -> Array:
@@ -170,9 +184,12 @@ class _Relaxation:
     def __init__(self, errors: Array, constraints: Constraints) -> None:
         self.errors, self.constraints = errors, constraints
         grids = len(constraints.bytes)
-        masks = [np.array(mask) for mask in product((False, True), repeat=grids) if any(mask)]
-        # Without a budget in bytes every format is at hand.
-        self.masks = masks if np.isfinite(constraints.most_bytes) else [np.ones(grids, dtype=bool)]
+        if constraints.once:
+            self.masks = list(np.eye(grids, dtype=bool))
+        elif np.isfinite(constraints.most_bytes):
+            self.masks = [np.array(mask) for mask in product((False, True), repeat=grids) if any(mask)]
+        else:  # every format is at hand
+            self.masks = [np.ones(grids, dtype=bool)]
         self.members = [mask[constraints.grids] for mask in self.masks]  # [formats]
         self.bytes = np.stack(
             [(constraints.bytes * mask[:, None]).sum(axis=0) for mask in self.masks]
@@ -253,10 +270,22 @@ def allocate_within(
     Returns:
         The choice, and the items with the cost at whose price of 1 it was made.
     """
-    cost = np.where(sets.allowed, constraints.penalty(sets.multipliers), np.inf)
+    chosen, scale = allocate_at_scale(items, constraints, sets, shrinkage)
+    return chosen, replace(items, cost=_cost(constraints, sets) * scale)
+
+
+def _cost(constraints: Constraints, sets: StoredSets) -> Array:
+    """[formats, items]: infinite where a group does not store the format."""
+    return np.where(sets.allowed, constraints.penalty(sets.multipliers), np.inf)
+
+
+def allocate_at_scale(
+    items: Knapsack, constraints: Constraints, sets: StoredSets, shrinkage: Shrinkage
+) -> tuple[Selection, float]:
+    """`allocate_within`: the choice, and what the prices were multiplied by for it."""
+    cost = _cost(constraints, sets)
     if not sets.multipliers[:-1].any():
-        penalty = replace(items, cost=cost)
-        return coordinate_descent(penalty, 1.0, shrinkage), penalty
+        return coordinate_descent(replace(items, cost=cost), 1.0, shrinkage), 1.0
     low, high, best, scale = 1e-3, 1e3, sets.chosen, 1.0
     for _ in range(16):
         middle = float(np.sqrt(low * high))
@@ -265,8 +294,7 @@ def allocate_within(
             best, scale, high = trial, middle, middle
         else:
             low = middle
-    penalty = replace(items, cost=cost * scale)
-    return spend(items.errors, constraints, sets.allowed, best), penalty
+    return spend(items.errors, constraints, sets.allowed, best), scale
 
 
 def allocate_groups(items: Knapsack, budgets: Budgets, cost: Array, shrinkage: Shrinkage) -> Selection | None:
@@ -299,7 +327,8 @@ def allocate_groups(items: Knapsack, budgets: Budgets, cost: Array, shrinkage: S
             low = middle
         else:
             best, high = kept, middle
-    return spend(items.errors, constraints, np.isfinite(prices), best)
+    spent = spend(items.errors, constraints, np.isfinite(prices), best)
+    return spent if constraints.holds(spent) else best  # all formats at once may be more bytes than there are
 
 
 def spend(errors: Array, constraints: Constraints, allowed: NDArray[np.bool_], chosen: Selection) -> Selection:

@@ -7,7 +7,8 @@ of a policy are put into at most so many groups, with the error model that the p
 2. While there are too many, the two groups are joined whose union costs least, when every layer takes the format with
    the least error + price · cost and everything else stays as it is.
 3. Each step moves to the group whose assignment suits it best (k-means, with the model's error as the distance).
-4. The groups' assignments are allocated anew within the budgets: an item for each (group, layer).
+4. The groups' assignments are allocated anew within the budgets: an item for each (group, layer). Where stored weights
+   are limited, every layer keeps the weight formats that it has in the policy.
 
 3 and 4 are repeated. What the model proposes is measured on whole samples afterwards, as every other policy is.
 """
@@ -15,7 +16,7 @@ of a policy are put into at most so many groups, with the error model that the p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Protocol
 
@@ -36,8 +37,13 @@ Labels = NDArray[np.int64]
 class Allowance(Protocol):
     """What a policy may spend."""
 
+    def for_start(self, rows: Rows) -> Allowance:
+        """The same where layers store what they store in a policy, if that is limited."""
+
     def prices(self, items: Knapsack, shrinkage: Shrinkage) -> Array:
         """What a format costs a layer at one step, in units of error: [formats, layers].
+
+        Infinite where a layer may not be given a format.
 
         Args:
             items: of all steps.
@@ -63,6 +69,10 @@ class MeanBits:
     bits: Array
     total: float
 
+    def for_start(self, rows: Rows) -> MeanBits:
+        """Itself."""
+        return self
+
     def prices(self, items: Knapsack, shrinkage: Shrinkage) -> Array:
         """Bits at the price at which a policy without a limit just meets the budget."""
         multiplier = allocate_jointly(items, self.total, shrinkage)[1]
@@ -79,15 +89,25 @@ class MeanBits:
 
 @dataclass(frozen=True)
 class Several:
-    """Any budgets, within the formats that a plan stores for each layer.
+    """Any budgets.
 
     Attributes:
         budgets: all of them.
-        cost: of one step at the plan's prices: [formats, layers], infinite where a layer does not store a format.
+        cost: of one step at a plan's prices: [formats, layers], infinite where a layer may not be given a format.
     """
 
     budgets: Budgets
     cost: Array
+
+    def for_start(self, rows: Rows) -> Several:
+        """Within the weight formats that the policy stores of each layer."""
+        storage = self.budgets.storage
+        if storage is None:
+            return self
+        used, layers = storage.grids[np.asarray(rows)], np.arange(len(rows[0]))
+        stored = np.zeros(storage.bytes.shape, dtype=bool)
+        stored[used, layers] = True
+        return Several(self.budgets, np.where(stored[storage.grids], self.cost, np.inf))
 
     def prices(self, items: Knapsack, shrinkage: Shrinkage) -> Array:
         """The plan's."""
@@ -129,6 +149,14 @@ class ErrorModel:
         contributions, errors = saturated.contributions.double().numpy(), saturated.smoothed_errors().numpy()
         items = _items(contributions, errors, bits, np.arange(errors.shape[1]))
         return cls(contributions, errors, bits, allowance, allowance.prices(items, shrinkage), shrinkage)
+
+    def for_start(self, rows: Rows) -> ErrorModel:
+        """The same for policies that are made from one."""
+        allowance = self.allowance.for_start(rows)
+        if allowance is self.allowance:
+            return self
+        items = _items(self.contributions, self.errors, self.bits, np.arange(self.errors.shape[1]))
+        return replace(self, allowance=allowance, prices=allowance.prices(items, self.shrinkage))
 
     def error(self, chosen: Labels) -> float:
         """Predicted latent MSE of a policy, [steps, layers] format indices."""
@@ -212,9 +240,14 @@ def merged_policies(
         limit: most distinct assignments.
     """
     models = [ErrorModel.of(sensitivity, bits, allowance, shrinkage) for shrinkage in SHRINKAGES]
-    known: dict[bytes, Labels | None] = {}
-    found = [merge(models[0], rows, limit, known) for rows in starts]
-    found += [merge(model, starts[0], limit) for model in models[1:]]
+    known: dict[bytes, dict[bytes, Labels | None]] = {}
+
+    def merged(model: ErrorModel, rows: Rows) -> Rows | None:
+        own = model.for_start(rows)
+        key = repr(own.shrinkage).encode() + own.prices.tobytes()
+        return merge(own, rows, limit, known.setdefault(key, {}))
+
+    found = [merged(models[0], rows) for rows in starts] + [merged(model, starts[0]) for model in models[1:]]
     return list(dict.fromkeys(rows for rows in found if rows is not None))
 
 

@@ -18,6 +18,7 @@ from adatsq_trt.search.budgets import Budgets
 from adatsq_trt.search.candidates import Array, Assignment, allocate
 from adatsq_trt.search.joint import Knapsack, Selection, Shrinkage, allocate_jointly, coordinate_descent
 from adatsq_trt.search.lagrangian import Constraints, accumulated_errors, allocate_within, choose_stored_sets
+from adatsq_trt.search.once import choose_weights, grids_of
 from adatsq_trt.search.sensitivity import Sensitivity
 
 Rows = tuple[Assignment, ...]
@@ -128,19 +129,20 @@ def make_plan(sensitivity: Sensitivity, bits: Array, budget: float, candidates: 
 
 
 def make_constrained_plan(
-    sensitivity: Sensitivity, bits: Array, budgets: Budgets, candidates: int
-) -> tuple[Plan, Array]:
-    """The same under any budgets.
+    sensitivity: Sensitivity, bits: Array, budgets: Budgets, candidates: int, known: Sequence[Rows] = ()
+) -> tuple[Plan, Array, Array]:
+    """The same under any budgets, and with weights once where these ask for it.
 
     Args:
         sensitivity: measured contributions.
         bits: [formats], ascending.
         budgets: to be kept by the plan and its hedges.
         candidates: distinct assignments per step, as far as there are so many.
+        known: with weights once, policies whose weights are a start for the choice of them.
 
     Returns:
-        The plan, and what a format costs a layer at one step at the prices of the budgets: [formats, layers], infinite
-        where the layer does not store the format. A path's bits are counted in it.
+        The plan, then what a format costs a layer at one step at the prices of the budgets: [formats, layers], infinite
+        where the layer does not store the format. A path's bits are counted in it. The same for all formats.
 
     Raises:
         BudgetError: the budgets cannot be kept together.
@@ -148,12 +150,26 @@ def make_constrained_plan(
     items, layers = _items(sensitivity, bits), sensitivity.contributions.shape[2]
     constraints = Constraints.each(budgets, len(bits), layers)
     sets = choose_stored_sets(accumulated_errors(items), constraints)
-    (own, penalty), *others = (allocate_within(items, constraints, sets, shrinkage) for shrinkage in SHRINKAGES)
+    starts = [grids_of(constraints, np.array(rows).ravel()) for rows in known]
+
+    def allocated(shrinkage: Shrinkage) -> tuple[Selection, Knapsack]:
+        if budgets.once:
+            return choose_weights(items, constraints, sets, shrinkage, starts)
+        return allocate_within(items, constraints, sets, shrinkage)
+
+    (own, penalty), *others = (allocated(shrinkage) for shrinkage in SHRINKAGES)
     cost = penalty.costs[:, :layers]
     # What a path goes on with when it can afford no candidate.
     floor = np.tile(np.argmin(cost, axis=0), budgets.steps)
     hedges = [*(choice for choice, _ in others), sets.chosen]
-    return _complete(sensitivity, Allocation(penalty, 1.0, own, floor), hedges, cost, candidates), cost
+    plan = _complete(sensitivity, Allocation(penalty, 1.0, own, floor), hedges, cost, candidates)
+    return plan, cost, _at_scale_of(cost, constraints.penalty(sets.multipliers)[:, :layers])
+
+
+def _at_scale_of(cost: Array, prices: Array) -> Array:
+    """Prices [formats, layers], of which `cost` has some by a common factor."""
+    known = np.isfinite(cost) & (prices > 0)
+    return prices * (float(cost[known][0] / prices[known][0]) if known.any() else 1.0)
 
 
 def _items(sensitivity: Sensitivity, bits: Array) -> Knapsack:

@@ -47,6 +47,10 @@ class Sensitivity:
     contributions: Tensor
     samples: int = 1
 
+    def of_formats(self, indices: Sequence[int]) -> Sensitivity:
+        """That of some formats, by their indices."""
+        return Sensitivity(tuple(self.formats[i] for i in indices), self.contributions[list(indices)], self.samples)
+
     @property
     def errors(self) -> Tensor:
         """Latent MSE of each rounding alone, float64 [formats, steps, layers]."""

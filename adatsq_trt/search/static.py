@@ -49,10 +49,22 @@ def constrained_layer_only(sensitivity: Sensitivity, bits: Array, budgets: Budge
 
 
 def constrained_time_only(sensitivity: Sensitivity, bits: Array, budgets: Budgets) -> list[Rows]:
-    """`time_only` under any budgets; none when no such policy keeps them."""
-    layers = sensitivity.contributions.shape[2]
-    rows = _grouped_within(sensitivity, bits, Constraints.by_step(budgets, len(bits), layers), steps_together=False)
-    return [tuple((index,) * layers for index in row) for row in rows]
+    """`time_only` under any budgets; none when no such policy keeps them.
+
+    With weights once there are proposals for every weight grid.
+    """
+    layers, storage = sensitivity.contributions.shape[2], budgets.storage
+    if storage is None or not storage.once:
+        among = [np.arange(len(bits))]
+    else:
+        among = [np.flatnonzero(storage.grids == grid) for grid in range(len(storage.bytes))]
+    found = []
+    for formats in among:
+        own = sensitivity if len(among) == 1 else sensitivity.of_formats(formats.tolist())
+        constraints = Constraints.by_step(budgets.of_formats(formats), len(formats), layers)
+        rows = _grouped_within(own, bits[formats], constraints, steps_together=False)
+        found += [tuple((int(formats[index]),) * layers for index in row) for row in rows]
+    return found
 
 
 def _grouped_within(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -49,6 +50,12 @@ def penalty(settings: Settings) -> bool:
     """Whether there is another budget than that in bits."""
     others = (settings.budget_bytes, settings.budget_ms, settings.budget_speedup, settings.reference)
     return any(other is not None for other in others)
+
+
+def chooses_weights(settings: Settings) -> bool:
+    """Whether every layer is to be given one weight format of several for all steps."""
+    grids = {format_named(name).weight for name in settings.formats}
+    return settings.weights == "once" and len(grids) > 1
 
 
 def shapes_of(context: Context) -> tuple[LayerShape, ...]:
@@ -101,8 +108,8 @@ def _budgets(costs: CostModel, limits: Limits, context: Context) -> Budgets:
     if limits.ms is not None:
         assert costs.ms is not None, "a budget in milliseconds has a card"
         additive.append(Additive("ms", costs.ms, limits.ms - costs.rest_ms))
-    stored = costs.storage
-    storage = None if limits.bytes is None else Storage(stored.grids, stored.bytes, limits.bytes)
+    once, most = chooses_weights(context.settings), math.inf if limits.bytes is None else limits.bytes
+    storage = replace(costs.storage, limit=most, once=once) if once or math.isfinite(most) else None
     return Budgets(steps, tuple(additive), storage)
 
 

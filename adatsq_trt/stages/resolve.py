@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adatsq_trt.base_type import require_one_type
-from adatsq_trt.config import DEFAULT_LAYOUT, BuildConfig
+from adatsq_trt.config import DEFAULT_LAYOUT, BuildConfig, Weights
 from adatsq_trt.errors import UserError
 from adatsq_trt.execution import Executor, InProcess
 from adatsq_trt.execution.cluster import connected, parse_address, require_cluster
@@ -38,14 +38,14 @@ if TYPE_CHECKING:
     from adatsq_trt.zoo.loading import LoadedModel
 
 
-SIMULATED_SET = "paper-fine"  # what --simulate without a target studies
+# What --simulate without a target studies.
+SIMULATED_SETS: dict[Weights, str] = {"once": "grid", "free": "paper-fine"}
 PLUGIN_TARGET = "sm90"  # of layout `plugin` without a target: its graph is the same for all
 # Choices that are settings as they are.
 _GIVEN = (
     *("simulate", "backend", "hardware_compatibility", "version_compatible", "weight_streaming"),
-    *("transform", "seed", "calibration_samples", "projections"),
-    *("selection_samples", "held_out_samples", "temperature", "damping", "beam", "candidates", "slack", "expansions"),
-    "search_precision",
+    *("transform", "weights", "seed", "calibration_samples", "projections", "selection_samples", "held_out_samples"),
+    *("temperature", "damping", "beam", "candidates", "slack", "expansions", "search_precision"),
 )
 
 
@@ -64,7 +64,7 @@ def open_and_resolve(model: object, config: BuildConfig, last: str) -> tuple[Ope
     targets = _targets(config)
     layout = config.layout or DEFAULT_LAYOUT
     own = default_formats(targets, layout, config.backend) if targets and not config.simulate else None
-    format_set = config.formats or own or (targets[0].default_set if targets else SIMULATED_SET)
+    format_set = config.formats or own or (targets[0].default_set if targets else SIMULATED_SETS[config.weights])
     formats = resolve_formats(format_set)
     require_one_type(fmt.name for fmt in formats)
     if not config.simulate:

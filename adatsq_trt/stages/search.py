@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -52,6 +53,8 @@ from adatsq_trt.stages.context import Context
 from adatsq_trt.stages.run_directory import Stage
 from adatsq_trt.zoo.loading import LoadedModel
 
+LOGGER = logging.getLogger(__name__)
+
 NAME = "search"
 # Every proposal is judged on the first samples of the selection batch, finalists on all.
 SCREENING = 64
@@ -66,7 +69,7 @@ _SETTINGS = (
     *("budget_bits", "budget_bytes", "budget_ms", "times"),
     *("calibration_samples", "projections", "selection_samples", "held_out_samples", "beam", "candidates", "slack"),
 )
-_NEWER_SETTINGS = ("max_assignments", "expansions", "search_precision", "budget_speedup", "reference")
+_NEWER_SETTINGS = ("max_assignments", "expansions", "search_precision", "weights", "budget_speedup", "reference")
 
 
 def stage(context: Context) -> Stage:
@@ -220,14 +223,14 @@ def _plans(
     """The plan, what makes the beam's problem of it, the static policies, and what merged ones may spend."""
     bits, count, budgets = format_bits(context.formats), context.settings.candidates, account.budgets
     allowance: Allowance
-    if budget.penalty(context.settings):
-        plan, cost = make_constrained_plan(sensitivity, bits, budgets, count)
+    if budget.penalty(context.settings) or budget.chooses_weights(context.settings):
         by_layer = constrained_layer_only(sensitivity, bits, budgets)
+        plan, cost, prices = make_constrained_plan(sensitivity, bits, budgets, count, by_layer)
         by_step = constrained_time_only(sensitivity, bits, budgets)
         make_problem: Callable[..., DenoisingProblem] = partial(
             ConstrainedProblem, budget=math.inf, budgets=budgets, cost=cost
         )
-        allowance = Several(budgets, cost)
+        allowance = Several(budgets, prices)
     else:
         mean = context.settings.budget_bits
         assert mean is not None
@@ -237,6 +240,12 @@ def _plans(
         allowance = MeanBits(bits, budgets.limits()["bits"])
     static = [*(Proposal("layer_only", rows) for rows in by_layer), *(Proposal("time_only", rows) for rows in by_step)]
     return plan, make_problem, static, allowance
+
+
+def _within(context: Context, account: budget.Account) -> Callable[[Point], bool]:
+    """Whether a judged policy keeps every budget."""
+    index = {fmt.name: i for i, fmt in enumerate(context.formats)}
+    return lambda point: account.budgets.holds([tuple(index[name] for name in row) for row in point.formats])
 
 
 def _reference(context: Context, executor: Executor, folder: Path) -> Tensor:
@@ -290,9 +299,24 @@ def _uniforms(context: Context) -> list[Proposal]:
 def _given_proposal(context: Context) -> Proposal:
     """The policy that the user brought."""
     policy = _given_policy(context.settings, context.layers)
+    if context.settings.weights == "once":
+        _mention_changed_weights(policy)
     index = {fmt.name: i for i, fmt in enumerate(context.formats)}
     rows = [policy.assignments[i] for i in policy.step_assignments]
     return Proposal("given", tuple(tuple(index[name] for name in row) for row in rows))
+
+
+def _mention_changed_weights(policy: Policy) -> None:
+    """Say that a policy that the user brought stores several weight formats of a layer: it is built as it is."""
+    columns = zip(*policy.assignments, strict=True)
+    changed = sum(len({format_named(name).weight for name in column}) > 1 for column in columns)
+    if changed:
+        LOGGER.warning(
+            "--policy changes the weight format of %d of %d layers between steps: it is built as it is, and each of "
+            "these formats is stored; with --weights free this is not mentioned",
+            changed,
+            len(policy.layers),
+        )
 
 
 def _distinct(points: Sequence[Point]) -> set[tuple[tuple[str, ...], ...]]:
@@ -316,7 +340,7 @@ def _judge(
         points = judge(proposals, formats, account.costs, scorers[0], advance)
     look = partial(_look, context, scorers, formats)
     limit = settings.max_assignments
-    rules = Rules(lambda point: account.limits.kept_by(point.mean_bits, point.costs), limit)
+    rules = Rules(_within(context, account), limit)
     given = [i for i, point in enumerate(points) if point.kind == "given"]
     points, wanted = (look(points, given), given) if given else look_again(points, rules, look)
     chosen, unlimited = (best_of(points, wanted, KINDS, most) for most in (limit, None))

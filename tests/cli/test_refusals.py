@@ -38,13 +38,14 @@ REQUESTS = {
     "formats and no target": (("digits-flux", "--formats", "paper"), "or pass --simulate"),
     "not accelerated": (
         ("digits-flux", "--target", "sm89", "--formats", "blackwell"),
-        "target 'sm89' does not accelerate nvfp4; it accelerates bf16, fp16, fp8, int4wo; choose among these",
+        "target 'sm89' does not accelerate nvfp4, nvfp4a16; it accelerates bf16, fp16, fp8, fp8a16, int4wo; "
+        "choose among these",
     ),
     "not accelerated by one of two": (("digits-flux", *SM120, "--target", "sm80", "--formats", "fp8"), "target 'sm80'"),
     "layout": (
         ("digits-flux", "--target", "sm90"),
-        "target 'sm90' does not accelerate w4a8, fp8, w8a8, bf16 in this layout; it accelerates nothing; choose among "
-        "these with --formats, or --layout plugin, or pass --simulate",
+        "target 'sm90' does not accelerate w4a8, fp8, w8a8, int4wo, w8a16, bf16 in this layout; it accelerates "
+        "nothing; choose among these with --formats, or --layout plugin, or pass --simulate",
     ),
     "two types": (
         ("digits-flux", *SM120, "--formats", "fp8,bf16,fp16"),
@@ -152,7 +153,7 @@ def unknown_format(built: Path, file: Path) -> None:
 
 def format_of_another_set(built: Path, file: Path) -> None:
     rows = json.loads((built / "policy.json").read_text())["assignments"]
-    policy_with(built, file, assignments=[["int4wo", *row[1:]] for row in rows])
+    policy_with(built, file, assignments=[["w4a8", *row[1:]] for row in rows])
 
 
 def truncated(built: Path, file: Path) -> None:
@@ -190,7 +191,10 @@ def missing(_built: Path, _file: Path) -> None:
         ),
         (other_layers, "the policy has a layer 'xtransformer_blocks.0"),
         (unknown_format, "unknown format 'nvfp5'"),
-        (format_of_another_set, "--policy uses int4wo, the formats of this run are nvfp4, fp8, bf16; pass --formats"),
+        (
+            format_of_another_set,
+            "--policy uses w4a8, the formats of this run are nvfp4, fp8, int4wo, nvfp4a16, fp8a16, bf16; pass",
+        ),
         (truncated, "is not complete JSON"),
         (truncated, "; check the file or search again"),
         (without_layers, "is not a valid Policy: layers: Field required; check the file or search again"),

@@ -161,9 +161,9 @@ def several_budgets(steps: int, bits: float, size: float, time: float) -> Budget
 @given(seeds, limits, st.floats(4.0, 7.0), st.floats(0.35, 1.0), st.floats(0.75, 1.0))
 def test_limit_and_several_budgets_hold_together(seed: int, limit: int, bits: float, size: float, time: float) -> None:
     sensitivity, budgets = random_sensitivity(seed, 4, 3), several_budgets(4, bits, size, time)
-    plan, cost = make_constrained_plan(sensitivity, BITS, budgets, 3)
+    plan, _, prices = make_constrained_plan(sensitivity, BITS, budgets, 3)
     starts = [*plan.policies, *plan.hedges, random_rows(seed, 4, 3)]
-    for rows in merged_policies(sensitivity, BITS, Several(budgets, cost), starts, limit):
+    for rows in merged_policies(sensitivity, BITS, Several(budgets, prices), starts, limit):
         assert len(set(rows)) <= limit
         assert budgets.holds(rows)
 
@@ -174,8 +174,8 @@ def test_under_several_budgets_it_comes_near_to_brute_force() -> None:
     found = []
     for seed in range(8):
         sensitivity, budgets = random_sensitivity(seed, 3, 3), several_budgets(3, 5.0, 0.6, 0.85)
-        plan, cost = make_constrained_plan(sensitivity, BITS, budgets, 3)
-        allowance = Several(budgets, cost)
+        plan, _, prices = make_constrained_plan(sensitivity, BITS, budgets, 3)
+        allowance = Several(budgets, prices)
         model = ErrorModel.of(sensitivity, BITS, allowance, SHRINKAGES[0])
         starts = [*plan.policies, *plan.hedges]
         reached = min(model.error(np.asarray(r)) for r in merged_policies(sensitivity, BITS, allowance, starts, 2))
