@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from adatsq_trt.costs import Costs, Limits
 from adatsq_trt.formats import Format
+from adatsq_trt.intervals import Floats, paired_difference
 from adatsq_trt.search.budgets import CostModel
 from adatsq_trt.search.pareto import front
 from adatsq_trt.search.plan import Rows
@@ -42,6 +43,7 @@ class Point(BaseModel):
         costs: what it costs whoever runs it.
         selection_error: latent MSE on the screening batch; for finalists on the whole selection batch.
         rank_error: the same with every sample capped (`Score.capped_error`): what policies are chosen by.
+        samples: how many these errors are means over.
         finalist: whether it got the second look.
         held_out_error: latent MSE on the held-out samples, for those policies whose figure is reported.
         held_out_standard_error: of that mean.
@@ -58,6 +60,7 @@ class Point(BaseModel):
     costs: Costs
     selection_error: float
     rank_error: float
+    samples: int
     finalist: bool = False
     held_out_error: float | None = None
     held_out_standard_error: float | None = None
@@ -71,6 +74,28 @@ class Point(BaseModel):
         return len(set(self.formats))
 
 
+class Dominated(BaseModel):
+    """The search's own choice, beside a simple policy that is no worse in bytes, time and error, and better in one.
+
+    Attributes:
+        searched: index of the one.
+        by: index of the other.
+        ratio: error of the other in errors of the one, on fresh samples.
+        low: lower end of its paired interval; None for samples too few to have one.
+        high: upper end.
+        samples: how many.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    searched: int
+    by: int
+    ratio: float
+    low: float | None
+    high: float | None
+    samples: int
+
+
 class SearchResult(BaseModel):
     """What the search found.
 
@@ -81,6 +106,8 @@ class SearchResult(BaseModel):
         limits: what the chosen one had to keep.
         ms_source: where milliseconds come from; None where nobody knows them.
         chosen: index of the policy that is deployed.
+        dominated: why it is not the search's own choice, or with free weights a warning; None where there is nothing to
+            say.
         layer_only: index of the best static policy with one assignment for all steps, None if there is none.
         time_only: index of the best static policy with one format for all layers of a step, None likewise.
         unlimited: index of the policy that would be deployed without a limit on assignments, None if there is no limit.
@@ -96,6 +123,7 @@ class SearchResult(BaseModel):
     limits: Limits
     ms_source: str | None = None
     chosen: int
+    dominated: Dominated | None = None
     layer_only: int | None
     time_only: int | None
     unlimited: int | None = None
@@ -232,26 +260,24 @@ def rescore(
     points: Sequence[Point],
     wanted: Sequence[int],
     formats: Sequence[Format],
-    scorers: tuple[Scorer, Scorer],
+    scorers: Sequence[Scorer],
     on_policy: Callable[[], None],
 ) -> list[Point]:
-    """Replace the errors of some points by their means over both batches.
+    """Replace the errors of some points by those over several batches.
 
     Args:
         points: judged policies.
         wanted: indices of the finalists.
         formats: what the points' format names index.
-        scorers: of the screening batch and of the further batch.
+        scorers: of the batches.
         on_policy: called after each.
     """
     result = list(points)
-    sizes = [len(scorer.samples.seeds) for scorer in scorers]
-    policies = [_rows(points[index], formats) for index in wanted]
-    measured = zip(*(scorer.scores(policies) for scorer in scorers), strict=True)
-    for index, scores in zip(wanted, measured, strict=True):
+    for index, score in zip(wanted, scores_of(points, wanted, formats, scorers), strict=True):
         update = {
-            "selection_error": _mean([score.error for score in scores], sizes),
-            "rank_error": _mean([score.capped_error for score in scores], sizes),
+            "selection_error": score.error,
+            "rank_error": score.capped_error,
+            "samples": len(score.errors),
             "finalist": True,
         }
         result[index] = points[index].model_copy(update=update)
@@ -259,8 +285,34 @@ def rescore(
     return result
 
 
-def _mean(values: Sequence[float], sizes: Sequence[int]) -> float:
-    return sum(n * value for n, value in zip(sizes, values, strict=True)) / sum(sizes)
+def scores_of(
+    points: Sequence[Point], wanted: Sequence[int], formats: Sequence[Format], scorers: Sequence[Scorer]
+) -> Iterator[Score]:
+    """How some points do on several batches together."""
+    policies = [_rows(points[index], formats) for index in wanted]
+    for scores in zip(*(scorer.scores(policies) for scorer in scorers), strict=True):
+        yield Score.joined(scores)
+
+
+# Contenders for whom further samples are drawn.
+_MOST_CONTENDERS = 4
+
+
+def contenders(points: Sequence[Point], among: Sequence[int], errors: Mapping[int, Floats]) -> list[int]:
+    """The best point, and those that the samples do not tell from it: their paired interval holds zero.
+
+    Args:
+        points: judged policies.
+        among: indices of those that may be chosen, all seen on the same samples.
+        errors: capped errors of each, float64 [samples].
+    """
+    ranked = _ranked(points, among)
+    # The first of several points with one policy.
+    first = {points[i].formats: i for i in reversed(ranked)}
+    distinct = [i for i in ranked if first[points[i].formats] == i]
+    best = errors[distinct[0]]
+    near = [i for i in distinct[1:] if paired_difference(errors[i], best).is_tie]
+    return [distinct[0], *near][:_MOST_CONTENDERS]
 
 
 def _rows(point: Point, formats: Sequence[Format]) -> Rows:
@@ -278,6 +330,7 @@ def _point(proposal: Proposal, name: str, formats: Sequence[Format], costs: Cost
         costs=costs,
         selection_error=score.error,
         rank_error=score.capped_error,
+        samples=len(score.errors),
         buckets=1 + sum(a != b for a, b in pairwise(rows)),
         formats=tuple(tuple(formats[i].name for i in row) for row in rows),
     )

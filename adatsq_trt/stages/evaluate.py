@@ -64,6 +64,7 @@ class Effort(BaseModel):
         guidance: its scale.
         calibration_samples: trajectories that methods are calibrated on.
         selection_samples: trajectories that decide between found policies.
+        prompts: whether those of calibration and selection are apart from those that are scored, if there are enough.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -77,6 +78,7 @@ class Effort(BaseModel):
     guidance: float
     calibration_samples: int
     selection_samples: int
+    prompts: Literal["all", "apart"] = "all"
 
 
 class Cell(BaseModel):

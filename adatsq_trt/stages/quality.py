@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
 from adatsq_trt.evaluation.methods import FULL_PRECISION
-from adatsq_trt.evaluation.scores import Interval, bootstrap
+from adatsq_trt.evaluation.scores import bootstrap
+from adatsq_trt.intervals import Interval
 from adatsq_trt.stages.evaluate import Cell, Evaluation
 
 

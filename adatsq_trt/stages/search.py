@@ -22,7 +22,7 @@ from adatsq_trt.execution.device import CPU
 from adatsq_trt.execution.precision import Bfloat16
 from adatsq_trt.execution.threads import threads
 from adatsq_trt.files import parse_json_model, read_tensors, write_json_model, write_tensors
-from adatsq_trt.formats import Format, format_named
+from adatsq_trt.formats import format_named
 from adatsq_trt.models.format_store import CandidateWeights
 from adatsq_trt.models.stored import count_weights
 from adatsq_trt.policy import GIVEN_POLICY_ADVICE, Policy
@@ -30,40 +30,26 @@ from adatsq_trt.search.beam import Pruning
 from adatsq_trt.search.denoising import ConstrainedProblem, DenoisingProblem, format_bits, row_errors
 from adatsq_trt.search.merge import Allowance, MeanBits, Several, merged_policies
 from adatsq_trt.search.plan import Plan, Rows, make_constrained_plan, make_plan
-from adatsq_trt.search.resume import Scorer, measure_sensitivity, search_columns
-from adatsq_trt.search.select import (
-    KINDS,
-    Kind,
-    Point,
-    Proposal,
-    Rules,
-    SearchResult,
-    best_of,
-    judge,
-    look_again,
-    measure_held_out,
-    rescore,
-)
+from adatsq_trt.search.resume import measure_sensitivity, search_columns
+from adatsq_trt.search.select import Proposal, SearchResult
 from adatsq_trt.search.sensitivity import Sensitivity
 from adatsq_trt.search.simulation import Simulation
 from adatsq_trt.search.static import constrained_layer_only, constrained_time_only, layer_only, time_only, uniform
 from adatsq_trt.settings import Settings
 from adatsq_trt.stages import budget, calibrate, quantize
 from adatsq_trt.stages.context import Context
+from adatsq_trt.stages.judging import Judging
 from adatsq_trt.stages.run_directory import Stage
 from adatsq_trt.zoo.loading import LoadedModel
 
 LOGGER = logging.getLogger(__name__)
 
 NAME = "search"
-# Every proposal is judged on the first samples of the selection batch, finalists on all.
-SCREENING = 64
 # Copies of the model and of its weights in all formats, beyond which one unit at a time takes all processors.
 _MOST_COPIED_BYTES = 512 << 20
 RESULT, POLICY = "result.json", "policy.json"
 # Kept for the report: latent MSE of each rounding alone, and of whole policies after every step.
 SENSITIVITY, TRAJECTORY_ERRORS = "sensitivity.safetensors", "trajectory_errors.safetensors"
-STATIC_KINDS: tuple[Kind, Kind] = ("layer_only", "time_only")
 _SETTINGS = (
     *("model", "weights_sha256", "model_sha256", "formats", "steps", "guidance", "policy", "seed"),
     *("budget_bits", "budget_bytes", "budget_ms", "times"),
@@ -242,12 +228,6 @@ def _plans(
     return plan, make_problem, static, allowance
 
 
-def _within(context: Context, account: budget.Account) -> Callable[[Point], bool]:
-    """Whether a judged policy keeps every budget."""
-    index = {fmt.name: i for i, fmt in enumerate(context.formats)}
-    return lambda point: account.budgets.holds([tuple(index[name] for name in row) for row in point.formats])
-
-
 def _reference(context: Context, executor: Executor, folder: Path) -> Tensor:
     """The trajectory of the calibration batch without fake quantization, float32 [steps + 1, samples, *latent_shape].
 
@@ -319,11 +299,6 @@ def _mention_changed_weights(policy: Policy) -> None:
         )
 
 
-def _distinct(points: Sequence[Point]) -> set[tuple[tuple[str, ...], ...]]:
-    """Policies that were measured: the same one may have come from several kinds of search."""
-    return {point.formats for point in points}
-
-
 def _judge(
     context: Context,
     simulation: Simulation,
@@ -332,68 +307,23 @@ def _judge(
     calls: int,
     folder: Path,
 ) -> SearchResult:
-    """Screen all, look at the finalists again, choose; report on the held-out samples."""
-    settings, formats = context.settings, context.formats
-    batches = [context.selection.part(part) for part in (slice(0, SCREENING), slice(SCREENING, None))]
-    scorers = [Scorer(simulation, batch, folder) for batch in batches if batch.seeds]
-    with context.progress("search: screening", len(set(proposals))) as advance:
-        points = judge(proposals, formats, account.costs, scorers[0], advance)
-    look = partial(_look, context, scorers, formats)
-    limit = settings.max_assignments
-    rules = Rules(_within(context, account), limit)
-    given = [i for i, point in enumerate(points) if point.kind == "given"]
-    points, wanted = (look(points, given), given) if given else look_again(points, rules, look)
-    chosen, unlimited = (best_of(points, wanted, KINDS, most) for most in (limit, None))
-    if chosen is None or unlimited is None:
-        raise BudgetError(
-            f"--max-assignments {limit}: no policy with so few distinct assignments was found that keeps all budgets; "
-            "raise this limit or a budget"
-        )
-    static = [best_of(points, wanted, (kind,)) for kind in STATIC_KINDS]
-    second = _distinct([points[i] for i in wanted]) if len(scorers) == 2 else set()
-    uniforms = [i for i, point in enumerate(points) if point.kind == "uniform"]
-    reported = list(dict.fromkeys([chosen, unlimited, *(i for i in static if i is not None), *uniforms]))
-    if settings.held_out_samples:
-        with context.progress("search: held-out samples", len(reported)) as advance:
-            scorer = Scorer(simulation, context.held_out, folder)
-            points = measure_held_out(points, reported, formats, scorer, advance)
+    """Choose, and keep how the errors of what is reported grow."""
+    result = Judging(context, simulation, account, folder, calls).result(proposals)
+    if context.settings.held_out_samples:
         latents = read_tensors(_reference_file(context, folder))["latents"]
-        _keep_trajectory_errors(context, simulation, latents, [points[i] for i in reported], folder / TRAJECTORY_ERRORS)
-    return SearchResult(
-        points=tuple(points),
-        weights=sum(layer.in_features * layer.out_features for layer in context.adapter.quantizable_layers().values()),
-        limits=account.limits,
-        ms_source=account.ms_source,
-        chosen=chosen,
-        layer_only=static[0],
-        time_only=static[1],
-        unlimited=None if limit is None else unlimited,
-        denoiser_calls=calls + (len(_distinct(points)) + len(second)) * settings.steps,
-        sensitivity_sweeps=0 if given else settings.projections,
-    )
-
-
-def _look(
-    context: Context,
-    scorers: Sequence[Scorer],
-    formats: Sequence[Format],
-    points: Sequence[Point],
-    wanted: Sequence[int],
-) -> list[Point]:
-    """The second look at some points: none where all samples have been seen."""
-    if len(scorers) == 1:
-        return list(points)
-    with context.progress("search: finalists", len(wanted)) as advance:
-        return rescore(points, wanted, formats, (scorers[0], scorers[1]), advance)
+        _keep_trajectory_errors(context, simulation, latents, result, folder / TRAJECTORY_ERRORS)
+    return result
 
 
 def _keep_trajectory_errors(
-    context: Context, simulation: Simulation, reference: Tensor, points: Sequence[Point], file: Path
+    context: Context, simulation: Simulation, reference: Tensor, result: SearchResult, file: Path
 ) -> None:
     """Measure, on the calibration batch, how the errors of the chosen policy (the first) and its rivals grow."""
-    names = [point.kind if point.kind in STATIC_KINDS else point.name for point in points[1:]]
+    names = {i: point.name for i, point in enumerate(result.points) if point.held_out_error is not None}
+    static = {result.layer_only: "layer_only", result.time_only: "time_only", result.chosen: "chosen"}
+    names = dict(sorted((names | {i: name for i, name in static.items() if i is not None}).items()))
     index = {fmt.name: i for i, fmt in enumerate(context.formats)}
-    policies = [[tuple(index[name] for name in row) for row in point.formats] for point in points]
+    policies = [[tuple(index[name] for name in row) for row in result.points[i].formats] for i in names]
     latents = simulation.trajectories(context.calibration, policies)
-    errors = {name: row_errors(own, reference) for name, own in zip(("chosen", *names), latents, strict=True)}
+    errors = {name: row_errors(own, reference) for name, own in zip(names.values(), latents, strict=True)}
     write_tensors(file, errors)

@@ -131,6 +131,7 @@ def open_evaluation(model: str, folder: Path, sizes: Sizes) -> Evaluation:
         guidance=loaded.default_guidance,
         calibration_samples=sizes.calibration,
         selection_samples=sizes.selection,
+        prompts="apart",
     )
     return Evaluation(folder, effort, loaded)
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,6 +25,7 @@ from adatsq_trt.search.select import (
     Rules,
     SearchResult,
     best_of,
+    contenders,
     judge,
     look_again,
     measure_held_out,
@@ -48,17 +50,17 @@ class Batch(BaseModel):
 class Table:
     """A scorer that looks errors up and counts."""
 
-    def __init__(self, errors: dict[Rows, float], samples: int = 1) -> None:
+    def __init__(self, errors: dict[Rows, float], samples: int = 3) -> None:
         self.errors, self.asked = errors, list[Rows]()
         self.samples = Batch(seeds=tuple(range(samples)))
 
     def scores(self, policies: Sequence[Rows]) -> Iterator[Score]:
         for rows in policies:
             self.asked.append(rows)
-            yield Score(error=self.errors[rows], standard_error=0.5, capped_error=self.errors[rows] / 2)
+            yield Score(self.errors[rows] * np.linspace(0.5, 1.5, len(self.samples.seeds)))
 
 
-def table(errors: dict[Rows, float], samples: int = 1) -> Scorer:
+def table(errors: dict[Rows, float], samples: int = 3) -> Scorer:
     return cast(Scorer, Table(errors, samples))
 
 
@@ -72,6 +74,7 @@ def point(
         costs=Costs(resident_bytes=1000, activation_bits=bits),
         selection_error=100.0,
         rank_error=error,
+        samples=1,
         buckets=buckets,
         formats=formats,
     )
@@ -185,11 +188,10 @@ def test_no_judged_policy_that_keeps_the_rules_beats_the_one_that_is_returned(
 def test_the_second_look_is_the_mean_over_all_samples() -> None:
     points = judge([Proposal("beam", MIXED), Proposal("uniform", MIDDLE)], SET, COSTS, table(ERRORS), ignore)
     index = next(i for i, p in enumerate(points) if p.kind == "beam")
-    scorers = (table(ERRORS, 1), table({MIXED: 2.0}, 3))
+    scorers = (table(ERRORS, 3), table({MIXED: 2.0}, 9))
     looked = rescore(points, [index], SET, scorers, ignore)
-    assert looked[index].selection_error == pytest.approx((6.0 + 3 * 2.0) / 4)
-    assert looked[index].rank_error == pytest.approx((3.0 + 3 * 1.0) / 4)
-    assert looked[index].finalist
+    assert looked[index].selection_error == pytest.approx((3 * 6.0 + 9 * 2.0) / 12)
+    assert (looked[index].samples, looked[index].finalist) == (12, True)
     assert looked[1 - index] == points[1 - index]
 
 
@@ -197,12 +199,12 @@ def test_held_out_errors_are_measured_for_the_wanted_alone() -> None:
     proposals = [Proposal("uniform", rows) for rows in (LOW, MIDDLE, HIGH)]
     points = judge(proposals, SET, COSTS, table(ERRORS), ignore)
     by_name = {p.name: i for i, p in enumerate(points)}
-    scorer = Table({LOW: 90.0, HIGH: 10.0})
+    scorer = Table({LOW: 90.0, HIGH: 10.0}, 2)
     wanted = [by_name["w8a8"], by_name["w3a3"]]
     result = measure_held_out(points, wanted, SET, cast(Scorer, scorer), ignore)
     got = {p.name: p.held_out_error for p in result}
     assert got == {"w3a3": 90.0, "w4a4": None, "w8a8": 10.0}
-    assert {p.name: p.held_out_standard_error for p in result} == {"w3a3": 0.5, "w4a4": None, "w8a8": 0.5}
+    assert {p.name: p.held_out_standard_error for p in result} == {"w3a3": 45.0, "w4a4": None, "w8a8": 5.0}
     assert [p.selection_error for p in result] == [p.selection_error for p in points]
 
 
@@ -219,3 +221,17 @@ def test_a_result_survives_the_disk(tmp_path: Path) -> None:
     result = SearchResult(points=(point("beam", 4, 0.1), point("time_only", 4, 0.2)), **fields)
     write_json_model(tmp_path / "result.json", result)
     assert read_json_model(tmp_path / "result.json", SearchResult) == result
+
+
+def test_policies_that_the_samples_do_not_tell_apart_contend() -> None:
+    rng = np.random.default_rng(0)
+    easy = rng.lognormal(size=200)
+    errors = {0: easy, 1: easy * 1.01 + rng.normal(0, 0.5, 200), 2: easy + 1.0, 3: easy}
+    ranked = {i: float(e.mean()) for i, e in errors.items()}
+    formats = ((("w3a3",),), (("w4a4",),), (("w8a8",),), (("w3a3",),))
+    points = [point("beam", 4, ranked[i], formats=formats[i]) for i in range(4)]
+    # The third is worse at every sample; the last is the first policy again.
+    near = [0, 1] if ranked[0] <= ranked[1] else [1, 0]
+    assert contenders(points, [0, 1, 2, 3], errors) == near
+    few = {i: e[:4] for i, e in errors.items()}
+    assert set(contenders(points, [0, 1, 2, 3], few)) == {0, 1, 2}
