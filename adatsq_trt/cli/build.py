@@ -113,11 +113,16 @@ def _default_folder(job: Job) -> Path:
 def _print_policy(policy: Any, settings: Any, console: Any) -> None:
     """What the searched policy costs, beside simpler ones."""
     from adatsq_trt.cli.tables import limits_text, policies_table
-    from adatsq_trt.stages.summary import policy_figures
+    from adatsq_trt.report.summary import looser
+    from adatsq_trt.stages.summary import policy_figures, replaced
 
     result, limit = policy.result, settings.max_assignments
-    console.print(policies_table(policy_figures(result, limit), result.ms_source))
+    policies = policy_figures(result, limit)
+    console.print(policies_table(policies, result.ms_source))
     console.print(limits_text(result.limits, settings.reference, limit), highlight=False, soft_wrap=True)
+    found = replaced(result)
+    for remark in [*([] if found is None else [found.sentence]), *looser(policies)]:
+        console.print(remark, highlight=False, soft_wrap=True)
 
 
 def _print_bundle(bundle: Any, console: Any) -> None:

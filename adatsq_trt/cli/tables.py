@@ -32,8 +32,6 @@ def settings_table(settings: Settings) -> Table:
 
 def policies_table(policies: Sequence[PolicyFigures], ms_source: str | None) -> Table:
     """What the chosen policy and simpler ones cost, and how far from full precision they are."""
-    from adatsq_trt.report.numbers import ratio
-
     costs = ("resident weights", "bits per weight", "activation bits", *(["ms"] if ms_source else []))
     table = Table("policy", *costs, "assignments", "mean bits", "latent MSE", "of the chosen", box=None)
     chosen = policies[0]
@@ -48,7 +46,7 @@ def policies_table(policies: Sequence[PolicyFigures], ms_source: str | None) -> 
             str(policy.assignments),
             f"{policy.mean_bits:.3f}",
             f"{policy.error:.3e} ± {policy.standard_error:.0e}",
-            ratio(policy.error / chosen.error) if chosen.error else "",
+            _ratio(policy, chosen),
         )
     table.caption = "resident bytes are of quantized weights, each format of a layer once; activation bits are a mean "
     table.caption += "over multiply-accumulates"
@@ -56,6 +54,16 @@ def policies_table(policies: Sequence[PolicyFigures], ms_source: str | None) -> 
     if not all(policy.within_limits for policy in policies):
         table.caption += "\n* exceeds a budget"
     return table
+
+
+def _ratio(policy: PolicyFigures, chosen: PolicyFigures) -> str:
+    """Of errors on the same samples, with a 95 % interval where there are enough of them."""
+    from adatsq_trt.report.numbers import ratio
+
+    if policy is chosen or not chosen.error:
+        return ""
+    interval = "" if policy.ratio is None else f" ({policy.ratio[1]:.2f} to {policy.ratio[2]:.2f})"
+    return f"{ratio(policy.error / chosen.error)}{interval}"
 
 
 def limits_text(limits: Limits, reference: str | None, max_assignments: int | None) -> str:
@@ -72,12 +80,16 @@ def limits_text(limits: Limits, reference: str | None, max_assignments: int | No
 def summary_table(summary: Summary) -> Table:
     """The figures of a run beside those of simpler policies."""
     table = policies_table(summary.policies, summary.ms_source)
+    from adatsq_trt.report.summary import remarks
+
     budget = limits_text(summary.limits, summary.reference, summary.max_assignments)
     table.caption = (
         f"{table.caption}\n{budget}\n{summary.buckets} buckets, {summary.assignments} distinct assignments; errors on "
         f"{summary.held_out_samples} held-out samples; {summary.denoiser_calls} denoiser calls; {summary.engines} "
         f"engines or graphs, {summary.engine_bytes / 1e6:.1f} MB of plans"
     )
+    for remark in remarks(summary):
+        table.caption += f"\n{remark}"
     if summary.rounding_error is not None:
         table.caption += f"\n{_rounding(summary.base_type, summary.rounding_error)}"
     return table

@@ -41,6 +41,16 @@ def bootstrap(values: Floats, names: Sequence[str], seed: int = 0) -> Interval:
     return Interval(value, *limits(draws / len(columns)))
 
 
+def psnr_of_mean(decibels: Floats) -> float:
+    """PSNR of the mean squared error, from that of every sample: a few lost samples weigh as much as they err."""
+    return float(-10 * np.log10(np.mean(10 ** (-decibels / 10))))
+
+
+def worst_psnr(decibels: Floats) -> float:
+    """What 5 % of the samples fall short of: those that became another picture."""
+    return float(np.quantile(decibels, 0.05))
+
+
 def psnr(images: Floats, reference: Floats) -> Floats:
     """Peak signal-to-noise ratio of every sample in dB, float64 [samples]; values in [0, 1], 100 dB where equal."""
     error = np.square(images.astype(np.float64) - reference).reshape(len(images), -1).mean(axis=1)

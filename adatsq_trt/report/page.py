@@ -21,6 +21,7 @@ from adatsq_trt.report.charts import along_steps, check_chart, pareto, stages_ch
 from adatsq_trt.report.data import Check, Comparison, EngineFile, ReportData
 from adatsq_trt.report.maps import policy_map, sensitivity_map
 from adatsq_trt.report.numbers import ratio, scientific, size
+from adatsq_trt.report.summary import remarks
 from adatsq_trt.report.theme import STYLE, Chart, RenderedChart, format_colors, render
 from adatsq_trt.settings import IN_MEMORY, PipelineSettings, Settings
 
@@ -108,6 +109,7 @@ def page(data: ReportData, charts: dict[str, RenderedChart]) -> str:
     return environment.get_template("page.html").render(
         data=data,
         summary=data.summary,
+        remarks=remarks(data.summary),
         charts={name: (chart, Markup(chart.inline)) for name, chart in charts.items()},
         css=source["page.css"],
         js=source["page.js"],

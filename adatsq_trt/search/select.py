@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from adatsq_trt.costs import Costs, Limits
 from adatsq_trt.formats import Format
-from adatsq_trt.intervals import Floats, paired_difference
+from adatsq_trt.intervals import LEAST, Floats, paired_difference, paired_ratio
 from adatsq_trt.search.budgets import CostModel
 from adatsq_trt.search.pareto import front
 from adatsq_trt.search.plan import Rows
@@ -47,6 +47,7 @@ class Point(BaseModel):
         finalist: whether it got the second look.
         held_out_error: latent MSE on the held-out samples, for those policies whose figure is reported.
         held_out_standard_error: of that mean.
+        held_out_ratio: that mean in means of the chosen policy, with its paired interval; None without one.
         on_front: whether no other point had fewer bits and a smaller error on the screening batch.
         buckets: runs of steps with one assignment.
         formats: step → layer → format name.
@@ -64,6 +65,7 @@ class Point(BaseModel):
     finalist: bool = False
     held_out_error: float | None = None
     held_out_standard_error: float | None = None
+    held_out_ratio: tuple[float, float, float] | None = None
     on_front: bool = False
     buckets: int
     formats: tuple[tuple[str, ...], ...]
@@ -362,15 +364,28 @@ def measure_held_out(
 
     Args:
         points: judged policies.
-        wanted: indices of those to measure.
+        wanted: indices of those to measure, the chosen one first.
         formats: what the points' format names index.
         held_out: scores samples that nothing was chosen on.
         on_policy: called after each.
     """
     result, distinct = list(points), list(dict.fromkeys(wanted))
-    scores = held_out.scores([_rows(points[index], formats) for index in distinct])
+    scores, chosen = held_out.scores([_rows(points[index], formats) for index in distinct]), None
     for index, score in zip(distinct, scores, strict=True):
-        update = {"held_out_error": score.error, "held_out_standard_error": score.standard_error}
+        chosen = chosen or score
+        update = {
+            "held_out_error": score.error,
+            "held_out_standard_error": score.standard_error,
+            "held_out_ratio": _ratio(score, chosen),
+        }
         result[index] = points[index].model_copy(update=update)
         on_policy()
     return result
+
+
+def _ratio(one: Score, other: Score) -> tuple[float, float, float] | None:
+    """None where samples are too few, or nothing errs."""
+    if len(one.errors) < LEAST or not other.error:
+        return None
+    interval = paired_ratio(one.errors, other.errors)
+    return interval.value, interval.low, interval.high

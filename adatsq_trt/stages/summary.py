@@ -9,7 +9,7 @@ from adatsq_trt.errors import MismatchError
 from adatsq_trt.files import read_json_model, read_tensors, sha256, write_bytes, write_json_model
 from adatsq_trt.graph_index import INDEX_NAME, GraphIndex
 from adatsq_trt.policy import Policy, resident_weight_bytes
-from adatsq_trt.report.summary import PolicyFigures, StageFigures, StaticErrors, Summary, Unlimited
+from adatsq_trt.report.summary import PolicyFigures, Replaced, StageFigures, StaticErrors, Summary, Unlimited
 from adatsq_trt.search.select import SearchResult
 from adatsq_trt.settings import SETTINGS_NAME
 from adatsq_trt.stages import budget, bundle, calibrate, embed, export, quantize, search
@@ -66,6 +66,7 @@ def _summary(context: Context, policy: Policy) -> Summary:
         reference=settings.reference,
         max_assignments=settings.max_assignments,
         policies=policy_figures(result, settings.max_assignments),
+        replaced=replaced(result),
         ms=chosen.costs.ms,
         ms_source=result.ms_source,
         buckets=len(policy.buckets),
@@ -119,11 +120,23 @@ def policy_figures(result: SearchResult, limit: int | None) -> tuple[PolicyFigur
             resident_bits=8 * point.costs.resident_bytes / result.weights,
             error=_held_out(result, index),
             standard_error=_known(point.held_out_standard_error),
+            ratio=point.held_out_ratio,
             within_limits=(limit is None or point.assignments <= limit)
             and result.limits.kept_by(point.mean_bits, point.costs),
         )
 
     return tuple(map(figures, sorted(measured, key=lambda i: i != result.chosen)))
+
+
+def replaced(result: SearchResult) -> Replaced | None:
+    """A simple policy that the search's own is no better than."""
+    found = result.dominated
+    if found is None:
+        return None
+    by, figures = result.points[found.by], found.model_dump(include={"ratio", "low", "high", "samples"})
+    name = f"uniform {by.name}" if by.kind == "uniform" else by.name
+    returned = result.chosen == found.by
+    return Replaced(searched=result.points[found.searched].name, by=name, returned=returned, **figures)
 
 
 def _engines(manifest: Manifest, index: GraphIndex) -> int:
