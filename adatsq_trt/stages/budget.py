@@ -37,12 +37,14 @@ class Account:
         costs: of policies.
         budgets: as the search counts them: sums over steps and layers of what is quantized.
         limits: as they are told, of whole samples.
+        weights: number of quantized weights.
         ms_source: where milliseconds come from; None where nobody knows them.
     """
 
     costs: CostModel
     budgets: Budgets
     limits: Limits
+    weights: int
     ms_source: str | None
 
 
@@ -83,7 +85,9 @@ def account(context: Context) -> Account:
         limits = limits.model_copy(update={"ms": own / settings.budget_speedup})
     if model is not None and limits.ms is not None:
         _require_ms(settings, costs, limits.ms, model.source)
-    return Account(costs, _budgets(costs, limits, context), limits, None if model is None else model.source)
+    weights = sum(shape.in_features * shape.out_features for shape in shapes)
+    source = None if model is None else model.source
+    return Account(costs, _budgets(costs, limits, context), limits, weights, source)
 
 
 def _limits(context: Context, costs: CostModel) -> Limits:

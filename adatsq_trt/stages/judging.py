@@ -174,10 +174,9 @@ class Judging:
             with self.context.progress("search: held-out samples", len(told)) as advance:
                 (scorer,) = self._scorers(self.context.held_out)
                 points = measure_held_out(points, told, self.context.formats, scorer, advance)
-        layers = self.context.adapter.quantizable_layers().values()
         return SearchResult(
             points=tuple(points),
-            weights=sum(layer.in_features * layer.out_features for layer in layers),
+            weights=self.account.weights,
             limits=self.account.limits,
             ms_source=self.account.ms_source,
             chosen=chosen,
