@@ -186,9 +186,19 @@ class BuildConfig:
     )
     policy: Path | str | Policy | None = _choice(None, "Use this policy.json instead of searching.", POLICY, "search")
     seed: int = _choice(0, "Of prompts, noise and projections.", EFFORT, least=0, most=2**32 - 1)
-    beam: int = _choice(4, "Paths kept after each step.", EFFORT, least=1, most=_MOST_PATHS)
+    beam: int = _choice(
+        0,
+        "Paths kept after each step by a beam search, whose policies are judged beside the plan's; 0 makes none.",
+        EFFORT,
+        least=0,
+        most=_MOST_PATHS,
+    )
     candidates: int = _choice(
-        5, "Assignments tried per path and step, besides the previous one.", EFFORT, least=1, most=_MOST_PATHS
+        5,
+        "Assignments tried per path of the beam and step, besides the previous one.",
+        EFFORT,
+        least=1,
+        most=_MOST_PATHS,
     )
     expansions: int | None = _choice(
         None,

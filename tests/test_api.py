@@ -73,7 +73,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"beam": 0}, "--beam: got 0, expected at least 1"),
+        ({"beam": -1}, "--beam: got -1, expected at least 0"),
         ({"beam": 1.5}, "--beam: got 1.5, expected a whole number"),
         ({"steps": True}, "--steps: got True, expected a whole number"),
         ({"layout": "shred"}, "unknown --layout 'shred'; did you mean 'shared'?"),

@@ -16,7 +16,7 @@ from adatsq_trt.calibration.finite import require_finite_trajectory
 from adatsq_trt.calibration.fisher import projections
 from adatsq_trt.calibration.trajectory import SAMPLES_PER_CALL
 from adatsq_trt.calibration.units import measured_trajectory
-from adatsq_trt.errors import BudgetError, MismatchError
+from adatsq_trt.errors import BudgetError, MismatchError, UserError
 from adatsq_trt.execution import Executor, InProcess
 from adatsq_trt.execution.device import CPU
 from adatsq_trt.execution.precision import Bfloat16
@@ -82,6 +82,11 @@ def require_possible(settings: Settings, model: LoadedModel) -> None:
     if settings.policy is not None:
         _given_policy(settings, tuple(model.adapter.quantizable_layers()))
         return
+    if settings.expansions is not None and settings.beam == 0:
+        raise UserError(
+            f"--expansions {settings.expansions}: there is no beam search that it could shorten; add --beam 4, or "
+            "leave it out"
+        )
     budget.require_bytes(settings, model.adapter)
     cheapest = format_named(settings.formats[0])
     if settings.budget_bits is not None and not settings.budget_bits >= cheapest.bits:
@@ -148,19 +153,26 @@ def _search(context: Context, folder: Path) -> SearchResult:
         plan, make_problem, static, allowance = _plans(context, sensitivity, account)
         with _simulation(context, store, executor) as simulation:
             problem = make_problem(context.calibration, simulation, latents, adjoints, plan)
-            with context.progress("search: beam", context.settings.steps) as advance:
-                settings = context.settings
-                pruning = Pruning(settings.beam, settings.slack, settings.expansions)
-                paths = search_columns(problem, pruning, folder, advance)
-            starts = [*plan.policies, *plan.hedges, *(path.assignments for path in paths), *(p.rows for p in static)]
+            paths = _beam(context, problem, folder)
+            starts = [*plan.policies, *plan.hedges, *paths, *(p.rows for p in static)]
             proposals = [
-                *(Proposal("beam", path.assignments) for path in paths),
+                *(Proposal("beam", rows) for rows in paths),
                 *(Proposal("plan", rows) for rows in (*plan.policies, *plan.hedges)),
                 *(Proposal("merged", rows) for rows in _merged(context, sensitivity, allowance, starts)),
                 *static,
                 *_uniforms(context),
             ]
             return _judge(context, simulation, proposals, account, problem.calls, folder)
+
+
+def _beam(context: Context, problem: DenoisingProblem, folder: Path) -> list[Rows]:
+    """The policies of a beam search, where one is asked for."""
+    settings = context.settings
+    if settings.beam == 0:
+        return []
+    with context.progress("search: beam", settings.steps) as advance:
+        pruning = Pruning(settings.beam, settings.slack, settings.expansions)
+        return [path.assignments for path in search_columns(problem, pruning, folder, advance)]
 
 
 @contextmanager
@@ -199,7 +211,7 @@ def _simulation(context: Context, store: CandidateWeights, executor: Executor) -
         settings = context.settings
         # A processor's cache holds one path; elsewhere a call has as many samples as one of a finished policy.
         most = max(SAMPLES_PER_CALL // settings.calibration_samples, 1)
-        together = 1 if context.device.type == CPU else min(settings.beam, most)
+        together = 1 if context.device.type == CPU else max(min(settings.beam, most), 1)
         yield Simulation(model, context.formats, context.schedule, settings.guidance, executor, together)
 
 

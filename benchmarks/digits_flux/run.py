@@ -45,11 +45,13 @@ class Case:
     solvers: bool = False
 
 
+FREE = ("--weights", "free", "--beam", "4")  # formats change weights and activations together
+
 CASES = (
-    Case("paper-fine-4", ("--formats", "paper-fine", "--budget-bits", "4", "--simulate"), "w4a4", solvers=True),
-    Case("paper-fine-3.5", ("--formats", "paper-fine", "--budget-bits", "3.5", "--simulate"), "w3a3"),
-    Case("paper-4", ("--formats", "paper", "--budget-bits", "4", "--simulate"), "w4a4"),
-    Case("blackwell-6", ("--formats", "blackwell", "--budget-bits", "6", "--target", "sm120"), "nvfp4"),
+    Case("paper-fine-4", ("--formats", "paper-fine", "--budget-bits", "4", "--simulate", *FREE), "w4a4", solvers=True),
+    Case("paper-fine-3.5", ("--formats", "paper-fine", "--budget-bits", "3.5", "--simulate", *FREE), "w3a3"),
+    Case("paper-4", ("--formats", "paper", "--budget-bits", "4", "--simulate", *FREE), "w4a4"),
+    Case("blackwell-6", ("--formats", "nvfp4,fp8,bf16", "--budget-bits", "6", "--target", "sm120", *FREE), "nvfp4"),
 )
 
 

@@ -44,7 +44,19 @@ WAYS: dict[str, tuple[str, ...]] = {
     "1 worker": ("--ray", "local:1"),
     "2 workers": ("--ray", "local:2"),
 }
-OPTIONS = ("--simulate", "--steps", "8", "--selection-samples", "128", "--held-out-samples", "256")
+OPTIONS = (
+    "--simulate",
+    "--weights",
+    "free",
+    "--formats",
+    "paper-fine",
+    "--steps",
+    "8",
+    "--selection-samples",
+    "128",
+    "--held-out-samples",
+    "256",
+)
 
 
 class _Record(BaseModel):

@@ -196,7 +196,7 @@ class Selection:
     expansions: int | None = None
 
 
-DEFAULTS = Selection(*(Settings.model_fields[name].default for name in ("beam", "candidates", "slack", "expansions")))
+DEFAULTS = Selection(4, *(Settings.model_fields[name].default for name in ("candidates", "slack", "expansions")))
 EXACT = Selection(None, None, None)
 CHOICES = (
     DEFAULTS,

@@ -32,7 +32,19 @@ RUNS, RESULTS = Path("runs/bench-search"), Path(__file__).with_name("results.jso
 SCRIPT = Path(sys.executable).with_name("adatsq-trt")
 MODELS = ("digits-flux", "scenes-flux-schnell", "scenes-flux-dev")
 # The previous assignment is a candidate besides those that are asked for.
-OPTIONS = ("--simulate", "--formats", "paper", "--budget-bits", "4", "--beam", "4", "--candidates", "3")
+OPTIONS = (
+    "--simulate",
+    "--formats",
+    "paper",
+    "--weights",
+    "free",
+    "--budget-bits",
+    "4",
+    "--beam",
+    "4",
+    "--candidates",
+    "3",
+)
 SAMPLES = ("--calibration-samples", "1", "--selection-samples", "1", "--held-out-samples", "1")
 REPETITIONS = 20
 

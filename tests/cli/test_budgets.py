@@ -27,7 +27,8 @@ def search(cli, tmp_path: Path):  # type: ignore[no-untyped-def]
     """Search with some budgets; all in one run, so that calibration and weights are made once."""
 
     def run(*budgets: str) -> Policy:
-        ended = cli("search", "digits-flux", "--target", "sm120", *cli.small, *budgets, "--output", tmp_path / "run")
+        command = ("search", "digits-flux", "--target", "sm120", "--weights", "free", *cli.small)
+        ended = cli(*command, *budgets, "--output", tmp_path / "run")
         assert ended.code == 0, ended.err
         return Policy.load(tmp_path / "run" / "search" / "policy.json")
 

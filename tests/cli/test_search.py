@@ -1,12 +1,14 @@
 """Options of the search's effort, on a model of the zoo."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from adatsq_trt.files import read_json_model, read_tensors
-from adatsq_trt.search.select import SearchResult
+from adatsq_trt.formats import Grid, format_named
+from adatsq_trt.search.select import Point, SearchResult
 from adatsq_trt.stages import search
 
 STEPS, EXPANSIONS = 3, 2
@@ -29,7 +31,7 @@ def test_few_expansions_and_bfloat16_keep_their_limits_and_choose_the_best_they_
     """
     run = tmp_path / "run"
     command = ("search", "digits-flux", "--simulate", "--formats", "w4a4,w8a8", *cli.small, "--output", run)
-    command = (*command, "--steps", str(STEPS))
+    command = (*command, "--steps", str(STEPS), "--weights", "free")
     cli(*command)
     full, columns, exact_logs = result(run), run / search.NAME / "columns", log_sensitivities(run)
     all_calls = int(read_tensors(columns / f"column_{STEPS - 1:03d}.safetensors")["calls"])
@@ -54,12 +56,30 @@ def test_few_expansions_and_bfloat16_keep_their_limits_and_choose_the_best_they_
     assert 0 < float((own[-1] - exact[-1]).norm() / exact[-1].norm()) < 0.05
 
 
+def weight_grids(point: Point) -> list[set[Grid]]:
+    """Of each layer over all steps."""
+    return [{format_named(name).weight for name in column} for column in zip(*point.formats, strict=True)]
+
+
+@pytest.mark.parametrize("weights", ["free", "once"])
 @pytest.mark.parametrize("limit", [1, 2, None])
 def test_no_judged_policy_within_budget_and_limit_beats_the_chosen_one(
-    cli, tmp_path_factory: pytest.TempPathFactory, limit: int | None
+    cli, tmp_path_factory: pytest.TempPathFactory, limit: int | None, weights: str
 ) -> None:
-    run = tmp_path_factory.getbasetemp() / "limited"  # calibration and weights are made once
-    options = ("--simulate", "--formats", "w3a3,w4a4,w5a5", *cli.small, "--steps", "4", "--budget-bits", "4")
+    run = tmp_path_factory.getbasetemp() / f"limited_{weights}"  # calibration and weights are made once
+    formats = "w3a3,w4a4,w5a5" if weights == "free" else "w3a3,w3a5,w4a4,w4a5"
+    options = (
+        "--simulate",
+        "--weights",
+        weights,
+        "--formats",
+        formats,
+        *cli.small,
+        "--steps",
+        "4",
+        "--budget-bits",
+        "4",
+    )
     few = () if limit is None else ("--max-assignments", str(limit))
     ended = cli("search", "digits-flux", *options, *few, "--output", run)
     assert ended.code == 0, ended.err
@@ -69,6 +89,23 @@ def test_no_judged_policy_within_budget_and_limit_beats_the_chosen_one(
     assert {"merged" if limit else "plan", "layer_only", "time_only", "uniform"} <= {p.kind for p in found.points}
     assert chosen in eligible
     assert chosen.rank_error == min(p.rank_error for p in eligible)
+    if weights == "once":
+        assert all(len(grids) == 1 for point in found.points for grids in weight_grids(point))
+        assert any(point.assignments > 1 for point in found.points if point.kind == "plan")
+
+
+def test_a_given_policy_that_changes_weights_is_taken_and_that_is_said(cli, tmp_path: Path) -> None:
+    options = ("--simulate", "--formats", "w3a3,w4a4", *cli.small, "--budget-bits", "3.5")
+    cli("search", "digits-flux", *options, "--weights", "free", "--output", tmp_path / "free")
+    policy = json.loads((tmp_path / "free" / search.NAME / search.POLICY).read_text())
+    cells = [["w3a3"] * len(policy["layers"]), ["w4a4", *["w3a3"] * (len(policy["layers"]) - 1)]]
+    given = tmp_path / "given.json"
+    given.write_text(json.dumps(policy | {"assignments": cells, "step_assignments": [0, 1]}))
+    ended = cli("search", "digits-flux", *options, "--policy", given, "--output", tmp_path / "once")
+    assert ended.code == 0, ended.err
+    assert f"--policy changes the weight format of 1 of {len(policy['layers'])} layers between steps" in ended.err
+    found = result(tmp_path / "once")
+    assert [set(row) for row in found.points[found.chosen].formats] == [{"w3a3"}, {"w3a3", "w4a4"}]
 
 
 def test_settings_that_came_later_leave_earlier_runs_alone(
@@ -76,7 +113,7 @@ def test_settings_that_came_later_leave_earlier_runs_alone(
 ) -> None:
     """Their defaults are no part of a stage's key: a run of a version without them goes on."""
     command = ("search", "digits-flux", "--simulate", "--formats", "w4a4,w8a8", *cli.small, "--steps", "1")
-    command = (*command, "--output", tmp_path / "run")
+    command = (*command, "--weights", "free", "--output", tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.setattr(search, "_NEWER_SETTINGS", ())  # a version that does not know them
         cli(*command)
@@ -85,4 +122,7 @@ def test_settings_that_came_later_leave_earlier_runs_alone(
     cli(*command)
     assert file.stat().st_mtime_ns == made
     cli(*command, "--expansions", "1")
+    assert file.stat().st_mtime_ns != made
+    made = file.stat().st_mtime_ns
+    cli(*command, "--expansions", "1", "--weights", "once")
     assert file.stat().st_mtime_ns != made

@@ -92,5 +92,5 @@ def test_upgrades_go_by_error_saved_per_bit(budget: float) -> None:
     bits, ones, cheapest = np.array([4.0, 5.0, 8.0]), np.ones(2), np.zeros(2, np.int64)
     # 5.5 for one bit, then 5 for one bit, then no more than 3 bits are left.
     expected = {8.0: [0, 0], 9.0: [0, 1], 11.9: [1, 1]}[budget]
-    assert spend_the_rest(errors, bits, ones, budget, cheapest).tolist() == expected
+    assert spend_the_rest(errors, bits[:, None] * ones, budget, cheapest).tolist() == expected
     assert cheapest.tolist() == [0, 0]
