@@ -54,8 +54,9 @@ def test_each_budget_is_kept_and_the_policies_differ(search, tmp_path: Path, sha
     both = search("--budget-bits", str(BITS), "--budget-size", "300kB")
     assert bits.mean_bits <= BITS
     assert resident_weight_bytes(by_bytes, shapes) <= BYTES
-    # Bytes alone: one format of each layer; bits alone does not count what it stores.
-    assert len(by_bytes.assignments) == 1
+    # Bytes alone: one weight of each layer, though it might have more; bits alone does not count what it stores.
+    for column in zip(*by_bytes.assignments, strict=True):
+        assert len({FORMATS[name].weight for name in column}) == 1
     assert resident_weight_bytes(bits, shapes) > BYTES
     assert layers_ms(by_ms, tmp_path / "run", shapes) <= MS
     assert both.mean_bits <= BITS
@@ -68,9 +69,9 @@ def test_each_budget_is_kept_and_the_policies_differ(search, tmp_path: Path, sha
 
 def test_speed_size_and_few_assignments_together(cli, search, tmp_path: Path, shapes: dict[str, LayerShape]) -> None:
     """Against 16 bits, with room for one assignment only: the policy of 16 bits is the yardstick of both."""
-    few = search("--budget-size", "0.42x", "--budget-speed", "1.1x", "--budget-bits", "7", "--max-assignments", "1")
+    few = search("--budget-size", "0.42x", "--budget-speed", "1.1x", "--budget-bits", "9", "--max-assignments", "1")
     assert len(few.assignments) == 1
-    assert few.mean_bits <= 7
+    assert few.mean_bits <= 9
     sixteen = 2 * sum(shape.in_features * shape.out_features for shape in shapes.values())
     assert resident_weight_bytes(few, shapes) <= 0.42 * sixteen
     run = tmp_path / "run"
