@@ -172,6 +172,9 @@ def choose_stored_sets(errors: Array, constraints: Constraints) -> StoredSets:
         sets = relaxed.solve(multipliers)
         if constraints.holds(sets.chosen):
             return relaxed.spend_bytes(sets)
+    uniform = relaxed.uniform(multipliers)
+    if uniform is not None:
+        return uniform
     raise BudgetError(
         "no policy was found that keeps all budgets at once, although each can be kept alone; raise one of them or add "
         "a format"
@@ -215,6 +218,15 @@ class _Relaxation:
         allowed = np.stack(self.members)[which][self.constraints.groups].T
         total = np.where(allowed, self.errors + self.constraints.penalty(multipliers), np.inf)
         return StoredSets(multipliers, allowed, np.argmin(total, axis=0))
+
+    def uniform(self, multipliers: Array) -> StoredSets | None:
+        """The weights of a format that keeps every budget everywhere, where prices find nothing."""
+        for fmt, grid in enumerate(self.constraints.grids):
+            chosen = np.full(self.errors.shape[1], fmt)
+            if self.constraints.holds(chosen):
+                allowed = np.repeat(self.constraints.grids[:, None] == grid, len(chosen), axis=1)
+                return StoredSets(multipliers, allowed, chosen)
+        return None
 
     def least_multiplier(self, multipliers: Array, unit: int, most: float) -> float:
         """The lowest price of a unit, among the others, at which its budget is kept."""

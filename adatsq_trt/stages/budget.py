@@ -6,9 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
 from adatsq_trt.costs import Limits
 from adatsq_trt.errors import BudgetError
 from adatsq_trt.files import read_tensors
@@ -120,16 +117,7 @@ def _budgets(costs: CostModel, limits: Limits, context: Context) -> Budgets:
 def _rest_ms(context: Context, model: TimeModel, shapes: Sequence[LayerShape]) -> float:
     """Milliseconds of what is not quantized, in one step."""
     quantized = sum(2.0 * s.tokens * s.in_features * s.out_features for s in shapes)
-    return model.rest_ms(max(_operations(context) - quantized, 0.0))
-
-
-@torch.no_grad()
-def _operations(context: Context) -> float:
-    """Additions and multiplications of matrix products and attention in one step of one sample."""
-    one = context.calibration.part(slice(0, 1))
-    with FlopCounterMode(display=False) as counter:
-        one.step(one.noise(), 0)
-    return float(counter.get_total_flops())
+    return model.rest_ms(max(context.operations - quantized, 0.0))
 
 
 def _require_ms(settings: Settings, costs: CostModel, most: float, source: str) -> None:

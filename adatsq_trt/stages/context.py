@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from adatsq_trt.calibration.prompt_shares import Use, apart, shared_prompts
 from adatsq_trt.calibration.trajectory import Samples, seeded_samples
@@ -144,6 +145,15 @@ class Context:
     def layers(self) -> tuple[str, ...]:
         """Quantizable layers."""
         return tuple(self.adapter.quantizable_layers())
+
+    @cached_property
+    @torch.no_grad()
+    def operations(self) -> float:
+        """Additions and multiplications of matrix products and attention in one step of one sample."""
+        one = self.calibration.part(slice(0, 1))
+        with FlopCounterMode(display=False) as counter:
+            one.step(one.noise().to(self.adapter.device), 0)
+        return float(counter.get_total_flops())
 
     @property
     def formats(self) -> tuple[Format, ...]:

@@ -132,8 +132,9 @@ def run(context: Context) -> Stage:
     if this.done:
         return this
     with this.run() as folder:
+        account = budget.account(context)  # which counts operations in the model's own precision
         with context.on_device(getattr(torch, context.settings.search_precision)):
-            result = _search(context, folder)
+            result = _search(context, account, folder)
         chosen = result.points[result.chosen]
         policy = Policy.from_steps(context.model.name, context.settings.weights_sha256, context.layers, chosen.formats)
         policy.save(this.unit(POLICY))
@@ -141,9 +142,9 @@ def run(context: Context) -> Stage:
     return this
 
 
-def _search(context: Context, folder: Path) -> SearchResult:
+def _search(context: Context, account: budget.Account, folder: Path) -> SearchResult:
     """The steps of the search, each kept on disk as it goes."""
-    store, account = quantize.load(context), budget.account(context)
+    store = quantize.load(context)
     with _executor(context) as executor:
         latents = _reference(context, executor, folder)
         if context.settings.policy is not None:
