@@ -82,8 +82,7 @@ class Job:
                 on_settings(self.settings)
             build.run(self.last)
             if self.last == "bundle":
-                # Milliseconds of what is not quantized are told from the operations of a call of the model.
-                summary.write(build.loaded if self.settings.times is not None else build.outline)
+                summary.write(build.outline)
             return _result(self.last, build, folder, temporary)
 
 

@@ -74,9 +74,13 @@ class Settings(BaseModel):
         steps: denoising steps.
         guidance: classifier-free guidance scale.
         budget_bits: largest mean of (weight bits + activation bits) / 2 over (step, layer); None for no such limit.
-        budget_bytes: most bytes of quantized weights, each distinct weight format of a layer once; None likewise.
+        budget_bytes: most resident bytes of quantized weights, each distinct weight format of a layer once; None
+            likewise.
         budget_ms: most milliseconds per sample; None likewise.
-        times: where milliseconds come from: a card's name, or the text of a measured table.
+        budget_speedup: least speed as a multiple of that of 16 bits everywhere; None likewise.
+        reference: format whose bytes and time are the budgets, with a little room, where none was asked for; None where
+            one was.
+        times: where milliseconds come from: a card's name, or the text of a measured table; None where nobody knows.
         weights: whether a layer has one weight format for all steps. Runs of before there was a choice were free.
         max_assignments: most distinct assignments of the policy; None for any number.
         policy: text of a given policy file, which replaces the search; None to search.
@@ -124,6 +128,8 @@ class Settings(BaseModel):
     budget_bits: float | None
     budget_bytes: float | None = None
     budget_ms: float | None = None
+    budget_speedup: float | None = None
+    reference: str | None = None
     times: str | None = None
     weights: Weights = "free"
     max_assignments: int | None = None

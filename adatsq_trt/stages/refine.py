@@ -40,6 +40,22 @@ NAME = "refine"
 RESULT = "result.json"
 
 
+class Judged(BaseModel):
+    """Errors of a policy on a batch.
+
+    Attributes:
+        error: latent MSE.
+        standard_error: of that mean.
+        capped_error: as `Score.capped_errors` has it, which is what weights are chosen by.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    error: float
+    standard_error: float
+    capped_error: float
+
+
 class Refined(BaseModel):
     """What solving again has brought.
 
@@ -53,10 +69,10 @@ class Refined(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     schema_version: Literal[1] = 1
-    before: Score
-    after: Score
+    before: Judged
+    after: Judged
     kept: bool
-    held_out: Score | None
+    held_out: Judged | None
 
 
 def stage(context: Context) -> Stage:
@@ -175,10 +191,11 @@ def _judge(context: Context, policy: Policy, before: CandidateWeights, after: Ca
     return Refined(before=old, after=new, kept=kept, held_out=held_out)
 
 
-def _score(context: Context, policy: Policy, store: CandidateWeights, samples: Samples, reference: Tensor) -> Score:
+def _score(context: Context, policy: Policy, store: CandidateWeights, samples: Samples, reference: Tensor) -> Judged:
     with context.simulated(store).installed() as model:
         latents = final_latents(samples, lambda step: model.assign(policy.formats_at(step), step))
-    return Score.of(row_errors(latents, reference))
+    score = Score(row_errors(latents, reference).numpy())
+    return Judged(error=score.error, standard_error=score.standard_error, capped_error=score.capped_error)
 
 
 def _own_weights(store: CandidateWeights, formats: Iterable[str]) -> CandidateWeights:

@@ -14,7 +14,9 @@ def evaluate(cli, folder: Path, methods: str, *more: str):  # type: ignore[no-un
     return json.loads(ended.out)
 
 
-KEYS = {"model", "method", "bits", "effective_weight_bits", "mean_score", "scores", "psnr_db", "samples", "seed"}
+KEYS = {"model", "method", "bits", "effective_weight_bits", "mean_score", "scores", "psnr_db", "samples", "seed"} | {
+    *("resident_weight_bits", "activation_bits", "proposal", "mean_error_psnr_db", "worst_psnr_db")
+}
 
 
 @pytest.mark.slow
@@ -30,6 +32,12 @@ def test_all_methods_side_by_side_and_again(cli, tmp_path: Path) -> None:
     assert by_name["rtn", "4/4"]["psnr_db"] > by_name["rtn", "3/3"]["psnr_db"] > 0
     assert by_name["rtn", "4/4"]["effective_weight_bits"] == 4.25
     assert by_name["svdquant", "4/4"]["effective_weight_bits"] > 4.5, "the branch counts"
+    assert by_name["rtn", "4/4"]["resident_weight_bits"] == 4.25
+    for cell in cells:
+        assert cell["resident_weight_bits"] >= cell["effective_weight_bits"]
+        if cell["psnr_db"] is not None:
+            # A few samples that are lost weigh as much as they err.
+            assert cell["mean_error_psnr_db"] <= cell["psnr_db"] + 1e-9
     before = cli.state(tmp_path / "cells")
     assert evaluate(cli, tmp_path, "all") == cells
     assert cli.state(tmp_path / "cells") == before, "finished cells are not touched"

@@ -63,5 +63,5 @@ def test_a_timestep_that_is_not_its_steps_makes_nan(told: bool) -> None:
 
 
 def test_the_first_timestep_must_be_one_of_the_schedules() -> None:
-    with pytest.raises(MismatchError, match="the nearest step of the bundle is 0.6"):
+    with pytest.raises(MismatchError, match=r"the nearest step of the bundle is 0\.6"):
         StepClock().step(there(2) + 0.1, SCHEDULE)
