@@ -16,9 +16,9 @@ _TOLERANCE = 2 * 2.0**-8
 class StepClock:
     """Reads timesteps that are on the processor; of those on a device only the first of a generation.
 
-    From there the steps follow in order: a pipeline calls each branch of guidance once per step. Some tell the index when
-    they announce a branch, and then none is read. What is passed is compared on the device, without waiting: after a timestep that is not the expected one all predictions are NaN, and
-    the end of the generation says why.
+    From there the steps follow in order: a pipeline calls each branch of guidance once per step. Some tell the index
+    when they announce a branch, and then none is read. What is passed is compared on the device, without waiting: after
+    a timestep that is not the expected one all predictions are NaN, and the end of the generation says why.
     """
 
     def __init__(self) -> None:
