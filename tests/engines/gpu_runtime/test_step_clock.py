@@ -57,6 +57,7 @@ def test_a_timestep_that_is_not_its_steps_makes_nan(told: bool) -> None:
         assert clock.checked(velocity.to(DEVICE)).content.isnan().all()
     with pytest.raises(MismatchError, match="the pipeline's timesteps are not the bundle's"):
         clock.finish()
+    clock.enter(None)
     assert clock.step(there(1), SCHEDULE) == 1
     with OnDevice():
         assert clock.checked(velocity.to(DEVICE)).content.isfinite().all()
