@@ -75,14 +75,11 @@ def import_(
     names = (own.name, other_steps.name)
     policy = import_policy(known, other.model, other.weights_sha256, other.layers, count, *names)
     policy.save(output)
-    shared = other_steps.weight == own.weight
-    in_16_bits = known.modes(count).count("a16")
-    weights = (
-        f"reads the weights of {native}, as in other programs"
-        if shared
-        else f"reads weights of its own here, where other programs dequantize those of {native}"
-    )
+    reads = f"weights of its own here, where other programs dequantize those of {native}"
+    if other_steps.weight == own.weight:
+        reads = f"the weights of {native}, as in other programs"
+    wide_steps = known.modes(count).count("a16")
     typer.echo(
-        f"{output}: {in_16_bits} of {count} steps in {other_steps.name}, the others in {native}; "
-        f"a step in 16 bits {weights}"
+        f"{output}: {wide_steps} of {count} steps in {other_steps.name}, the others in {native}; a step in 16 bits "
+        f"reads {reads}"
     )

@@ -125,7 +125,7 @@ def in_float16(adapter, inputs, tmp_path_factory) -> Exported:
     return Exported(adapter, inputs, "float16", traced, tmp_path_factory.mktemp("float16"))
 
 
-@pytest.mark.parametrize("assignment", range(6), ids=[*FORMATS_OF["bfloat16"], "mixed"])
+@pytest.mark.parametrize("assignment", range(7), ids=[*FORMATS_OF["bfloat16"], "mixed"])
 def test_every_profile_is_the_fake_quantized_model(in_bfloat16: Exported, run_cpu: Runner, assignment: int) -> None:
     """The tolerance of the other cpu graphs: float32 sums in another order flip a few codes by one step."""
     path = in_bfloat16.folder / in_bfloat16.index.find("cpu", None).path
