@@ -65,6 +65,12 @@ docs-figures: demo
 bench-digits: $(INSTALLED)
 	$(BIN)/python -m benchmarks.digits_flux.run --readme README.md
 
+# The forms of --hessian on four models by paired seeds: results.json and the tables in docs/how-it-works.md. Hours of one
+# core; what is measured stays in runs/bench-hessian, so a killed one goes on there.
+.PHONY: bench-hessian
+bench-hessian: $(INSTALLED)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m benchmarks.hessian.run --document docs/how-it-works.md
+
 # Sizes of all layouts and the memory of ONNX Runtime on two Flux models with random weights; quarter of an hour.
 .PHONY: bench-engines
 bench-engines: $(INSTALLED)

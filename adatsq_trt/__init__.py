@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from adatsq_trt.errors import UnknownNameError as UnknownNameError
     from adatsq_trt.errors import UnsupportedFormatError as UnsupportedFormatError
     from adatsq_trt.errors import UserError as UserError
+    from adatsq_trt.models.families import register_family as register_family
+    from adatsq_trt.models.family import Canvas as Canvas
+    from adatsq_trt.models.family import Family as Family
+    from adatsq_trt.models.prompted import PromptedAdapter as PromptedAdapter
     from adatsq_trt.policy import Policy as Policy
     from adatsq_trt.progress import Progress as Progress
     from adatsq_trt.results import Bundle as Bundle
@@ -40,6 +44,9 @@ if TYPE_CHECKING:
     from adatsq_trt.results import ExportedGraphs as ExportedGraphs
     from adatsq_trt.results import QuantizedWeights as QuantizedWeights
     from adatsq_trt.results import SearchedPolicy as SearchedPolicy
+    from adatsq_trt.schedule import make_schedule as make_schedule
+    from adatsq_trt.transformer_call import TransformerCall as TransformerCall
+    from adatsq_trt.transformer_call import forward_arguments as forward_arguments
 
 __version__ = "0.2.0.dev0"
 
@@ -59,9 +66,14 @@ _HOMES = {
         "UnsupportedFormatError",
         "UserError",
     ),
+    "adatsq_trt.models.families": ("register_family",),
+    "adatsq_trt.models.family": ("Canvas", "Family"),
+    "adatsq_trt.models.prompted": ("PromptedAdapter",),
     "adatsq_trt.policy": ("Policy",),
     "adatsq_trt.progress": ("Progress",),
     "adatsq_trt.results": ("Bundle", "Calibration", "ExportedGraphs", "QuantizedWeights", "SearchedPolicy"),
+    "adatsq_trt.schedule": ("make_schedule",),
+    "adatsq_trt.transformer_call": ("TransformerCall", "forward_arguments"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)

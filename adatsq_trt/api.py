@@ -230,7 +230,7 @@ def check(
     """Compare a bundle's graphs with the fake-quantized PyTorch model.
 
     Args:
-        bundle: opened, or the path of a bundle or run directory.
+        bundle: opened, or the path of a bundle or run directory; plans that it runs are compared with the cpu graphs.
         output: folder for the report and its arrays; None for `check/` beside the bundle.
         fail_above: largest relative error of the last latent against full precision; None for no limit.
         bisect: name the first layer at which a wrong graph leaves the tolerance.
@@ -249,12 +249,13 @@ def check(
 
     files = BundleFiles.open(Path(bundle)) if isinstance(bundle, str | Path) else bundle.files
     folder = Path(output) if output is not None else files.folder.parent / "check"
-    report = None if again else accuracy.passed_before(files, folder, fail_above)
+    backend = "auto" if isinstance(bundle, str | Path) else bundle.choice.name
+    report = None if again else accuracy.passed_before(files, folder, fail_above, backend)
     if report is not None:
         log.info("this bundle has passed before and is unchanged; pass --again to compare anew")
     else:
         with Reporter(progress, cancel)("check", accuracy.work_units(files)) as advance:
-            report = accuracy.check(files, folder, fail_above, advance)
+            report = accuracy.check(files, folder, fail_above, advance, backend)
     if bisect and not report.passed:
         report = accuracy.bisect(files, report, folder, _layer_reference(files.folder.parent, files.policy))
     return report
@@ -302,9 +303,8 @@ def _result(last: str, build: Build, folder: Path, temporary: TemporaryDirectory
 def _figures(build: Build, last: str) -> Mapping[str, StageFigures]:
     """What each stage took."""
     from adatsq_trt.report.summary import StageFigures
-    from adatsq_trt.stages.graph import stages_up_to
+    from adatsq_trt.stages.graph import stages_of
 
     run = build.outline.run
-    names = [name for name in stages_up_to(last) if name != "embed" or build.opened.pipeline is not None]
-    records = {name: run.record(name) for name in names}
+    records = {name: run.record(name) for name in stages_of(build.outline, last)}
     return {name: StageFigures(seconds=r.seconds, peak_bytes=r.peak_bytes) for name, r in records.items()}

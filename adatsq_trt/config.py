@@ -23,7 +23,9 @@ DEFAULT_LAYOUT: Layout = "embedded"
 Backend: TypeAlias = Literal["rtx", "tensorrt"]
 Hardware: TypeAlias = Literal["none", "same_compute_capability", "ampere_plus"]
 Precision: TypeAlias = Literal["float32", "bfloat16"]
+Clips: TypeAlias = Literal["searched", "none"]
 Weights: TypeAlias = Literal["once", "free"]
+HessianForm: TypeAlias = Literal["coherent", "row", "linear", "paper", "plain"]
 Transform: TypeAlias = Literal["smooth", "hadamard", "balance", "low-rank", "hadamard-low-rank", "balance-low-rank"]
 
 CHECKPOINT, POLICY, EFFORT, ENTERPRISE = "A checkpoint of your own", "The policy", "The effort", "Enterprise TensorRT"
@@ -93,6 +95,18 @@ class BuildConfig:
         POLICY,
         "nothing",
     )
+    clips: Clips = _choice(
+        "searched",
+        "What scales of integer activations keep of the largest magnitude, at each step and layer. searched: what errs "
+        "least; none: all of it.",
+        POLICY,
+    )
+    refine: bool = _choice(
+        False,
+        "After the search, solve the policy's weights again for the inputs that it rounds, and keep them where they "
+        "err less.",
+        POLICY,
+    )
     exclude: str | Sequence[str] = _choice(
         (),
         "Layers that stay in full precision, by module path with * and ?, such as 'transformer_blocks.0.*'; may be "
@@ -100,6 +114,14 @@ class BuildConfig:
         POLICY,
         "none",
         metavar="PATTERN",
+    )
+    formats_for: str | Sequence[str] = _choice(
+        (),
+        "Candidates of some layers, by module path with * and ?: '*.ff.*=fp8,bf16'; may be repeated, and where several "
+        "patterns match, all hold.",
+        POLICY,
+        "all candidates",
+        metavar="PATTERN=FORMATS",
     )
     budget_bits: float | None = _choice(
         None,
@@ -150,7 +172,7 @@ class BuildConfig:
         "embedded: a self-contained plan for each assignment; shared: plans without weights over one store; switch: "
         "one plan in which assignments take turns; plugin: one graph of plugin nodes and the commands that compile it "
         "with enterprise TensorRT.",
-        shown=DEFAULT_LAYOUT,
+        shown=f"{DEFAULT_LAYOUT}; shared where formats share a weight",
     )
     batch: int | Sequence[int] = _choice(
         (),
@@ -195,7 +217,7 @@ class BuildConfig:
     )
     candidates: int = _choice(
         5,
-        "Assignments tried per path of the beam and step, besides the previous one.",
+        "Assignments tried per path and step of the beam, besides the previous.",
         EFFORT,
         least=1,
         most=_MOST_PATHS,
@@ -225,7 +247,14 @@ class BuildConfig:
     projections: int = _choice(
         8, "Random projections per calibration sample.", EFFORT, least=1, most=_MOST_SAMPLES, in_python_only=True
     )
-    temperature: float = _choice(3.0, "Tau of the temporal weights.", EFFORT, in_python_only=True)
+    hessian: HessianForm = _choice(
+        "coherent",
+        "What GPTQ minimizes. coherent: what an error of a weight that all steps share does to the final picture; "
+        "row: the same, for a token and a step alone; paper and linear: errors of the layer's outputs, weighted over "
+        "steps by a softmax of Fisher information or in proportion to it; plain: these, all steps alike.",
+        EFFORT,
+    )
+    temperature: float = _choice(3.0, "Tau of the temporal weights of --hessian paper.", EFFORT, in_python_only=True)
     damping: float = _choice(
         0.01, "Of the Hessian, as a part of its mean diagonal.", EFFORT, least=0, in_python_only=True
     )
@@ -318,6 +347,11 @@ class BuildConfig:
     def excludes(self) -> tuple[str, ...]:
         """Patterns of the layers that stay in full precision."""
         return tuple(_several(self.exclude))
+
+    @property
+    def restrictions(self) -> tuple[str, ...]:
+        """Patterns of layers with the formats that they may have."""
+        return tuple(_several(self.formats_for))
 
     @property
     def batches(self) -> tuple[int, ...]:

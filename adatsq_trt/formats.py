@@ -7,8 +7,9 @@ through which path.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from adatsq_trt.errors import UnknownNameError, UnsupportedFormatError
@@ -72,8 +73,14 @@ class Grid:
         Returns:
             None where none divides K.
         """
-        sizes = GROUPS if self.element is Element.INT and not whole else (self.group_size,)
+        smaller = GROUPS if self.element is Element.INT and not whole else ()
+        sizes = (self.group_size, *(size for size in smaller if size < self.group_size))
         return next((size for size in sizes if in_features % size == 0), None)
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether elements are integers of an activation whose scales are measured at every call."""
+        return self.element is Element.INT and self.granularity in (Granularity.TOKEN, Granularity.GROUP)
 
     @property
     def is_float(self) -> bool:
@@ -116,6 +123,14 @@ class Format:
     def static_activation(self) -> bool:
         """Whether the activation scale is measured at calibration, per (step, layer)."""
         return self.activation.granularity is Granularity.TENSOR or self.activation.element is Element.E2M1
+
+    @property
+    def scaled_activation(self) -> bool:
+        """Whether a number for each (step, layer) enters the activation's scale: a static scale or a clipping ratio.
+
+        8-bit integers with dynamic scales have none: the kernels that run them take none, and clipping gains nothing.
+        """
+        return self.static_activation or (self.activation.dynamic and self.activation_bits < 8)
 
     def stored_weight_bits(self, in_features: int) -> float:
         """Bits of one stored weight, its share of the scales included."""
@@ -247,15 +262,40 @@ TARGETS: dict[str, Target] = {
 }
 
 
+# Such a name and a group: `w4a4g32` is w4a4 with activations in groups of 32 channels.
+_GROUPED = re.compile(rf"(w\d+a\d+)g({'|'.join(str(size) for size in GROUPS)})")
+_GROUP_SCALE_BITS = 16
+
+
 def format_named(name: str) -> Format:
     """Look a format up.
+
+    Formats whose activations are integers with a scale per token also exist with scales per group of channels of each
+    token: their names end with g and the group's size.
 
     Raises:
         UnknownNameError: no such format.
     """
-    if name not in FORMATS:
+    found = _lookup(name)
+    if found is None:
         raise UnknownNameError("format", name, FORMATS)
-    return FORMATS[name]
+    return found
+
+
+def is_format(name: str) -> bool:
+    """Whether there is a format of that name."""
+    return _lookup(name) is not None
+
+
+def _lookup(name: str) -> Format | None:
+    match = _GROUPED.fullmatch(name)
+    if match is None:
+        return FORMATS.get(name)
+    whole = FORMATS.get(match[1])
+    if whole is None or whole.activation.granularity is not Granularity.TOKEN:
+        return None
+    grid = Grid(Element.INT, whole.activation.bits, Granularity.GROUP, int(match[2]), _GROUP_SCALE_BITS)
+    return replace(whole, name=name, activation=grid)
 
 
 def target_named(name: str) -> Target:
@@ -277,7 +317,7 @@ def resolve_formats(names: str) -> tuple[Format, ...]:
     """
     if names in FORMAT_SETS:
         members: Iterable[str] = FORMAT_SETS[names]
-    elif "," in names or names in FORMATS:
+    elif "," in names or is_format(names):
         members = dict.fromkeys(part.strip() for part in names.split(","))
     else:
         raise UnknownNameError("format or format set", names, [*FORMAT_SETS, *FORMATS])

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from adatsq_trt.errors import MismatchError
 from adatsq_trt.fields import Count
 from adatsq_trt.files import read_json_model, write_json_model
-from adatsq_trt.formats import FORMATS, Format
+from adatsq_trt.formats import Format, format_named, is_format
 
 SCHEMA_VERSION: Literal[1] = 1
 
@@ -86,7 +86,7 @@ class Policy(BaseModel):
         for row in self.assignments:
             if len(row) != len(self.layers):
                 raise ValueError(f"an assignment has {len(row)} entries for {len(self.layers)} layers")
-            unknown = sorted(set(row) - set(FORMATS))
+            unknown = sorted(name for name in set(row) if not is_format(name))
             if unknown:
                 raise ValueError(f"unknown format {unknown[0]!r}")
         if sorted(set(self.step_assignments)) != list(range(len(self.assignments))):
@@ -122,12 +122,12 @@ class Policy(BaseModel):
     def formats_at(self, step: int) -> dict[str, Format]:
         """Layer → format at a step."""
         row = self.assignments[self.step_assignments[step]]
-        return {layer: FORMATS[name] for layer, name in zip(self.layers, row, strict=True)}
+        return {layer: format_named(name) for layer, name in zip(self.layers, row, strict=True)}
 
     @property
     def mean_bits(self) -> float:
         """Unweighted mean over (step, layer) of (nominal weight bits + nominal activation bits) / 2."""
-        return mean_bits([[FORMATS[name] for name in self.assignments[i]] for i in self.step_assignments])
+        return mean_bits([[format_named(name) for name in self.assignments[i]] for i in self.step_assignments])
 
     def mean_weight_bits(self, shapes: Sequence[LayerShape]) -> float:
         """Mean over steps of stored bits per weight, scales included, weighted by parameters."""
@@ -225,7 +225,7 @@ def resident_weight_bytes(policy: Policy, shapes: Mapping[str, LayerShape]) -> i
     total = 0.0
     for index, layer in enumerate(policy.layers):
         shape = shapes[layer]
-        grids = {FORMATS[row[index]].weight: FORMATS[row[index]] for row in policy.assignments}
+        grids = {fmt.weight: fmt for fmt in (format_named(row[index]) for row in policy.assignments)}
         bits = sum(fmt.stored_weight_bits(shape.in_features) for fmt in grids.values())
         total += bits / 8 * shape.in_features * shape.out_features
     return round(total)

@@ -18,6 +18,10 @@ E4M3_MAX = 448.0
 E2M1_MAX = 6.0
 # Smallest scale: normal in float16, so that every 16-bit graph holds it exactly.
 MIN_SCALE = 2.0**-14
+# Smallest step of integers with dynamic scales.
+SMALLEST_STEP = 1e-12
+# 2^16 + 1 splits float32's 24 significant bits into 8 and 16.
+SPLITTER = 65537.0
 _PLAIN_TYPES = {Element.FP32: torch.float32, Element.BF16: torch.bfloat16, Element.FP16: torch.float16}
 
 
@@ -104,7 +108,7 @@ def round_to_grid(scaled: Tensor, grid: Grid, *, in_place: bool = False) -> Tens
 
 
 def group_width(grid: Grid, in_features: int) -> int:
-    """How many inputs share a weight scale."""
+    """How many inputs share a scale of a weight, or of one token."""
     if grid.granularity is not Granularity.GROUP:
         return in_features
     group = grid.group_of(in_features)
@@ -233,7 +237,8 @@ def fake_quantize_activation(x: Tensor, grid: Grid, scale: Tensor | None = None)
     Args:
         x: [..., K] float32, or bfloat16, which the search may compute in.
         grid: the format's activation grid.
-        scale: float32 [], for static grids and e2m1's global scale.
+        scale: float32 []: of static grids; e2m1's global scale; of integers with dynamic scales the part of the largest
+            magnitude that is kept, None for all of it.
 
     Returns:
         Same shape, float32; what is not rounded stays as it is.
@@ -242,15 +247,34 @@ def fake_quantize_activation(x: Tensor, grid: Grid, scale: Tensor | None = None)
         return x
     if grid.is_float:
         return x.to(plain_type(grid)).float()
-    if grid.granularity is Granularity.TOKEN:
-        # The floor keeps an all-zero token finite; it is far below any real activation.
-        step = (x.abs().amax(dim=-1, keepdim=True).float() / grid.maximum).clamp(min=1e-12)
-        return (x / step).round_().mul_(step)  # nothing to clamp: the largest quotient is the maximum but for rounding
+    if grid.dynamic:
+        return _fake_quantize_dynamic(x, grid, scale)
     assert scale is not None, "static grids need a scale"
     x = x.float()
     if grid.element is Element.E2M1:
         return _fake_quantize_blocks(x, grid, scale)
     return round_to_grid(x / scale, grid).mul_(scale)
+
+
+def _fake_quantize_dynamic(x: Tensor, grid: Grid, ratio: Tensor | None) -> Tensor:
+    """Integers with a scale for every token, or every group of its channels: ratio * largest magnitude / maximum."""
+    groups = x.unflatten(-1, (-1, group_width(grid, x.shape[-1])))
+    largest = groups.abs().amax(dim=-1, keepdim=True).float()
+    # The floor keeps an all-zero token finite; it is far below any real activation.
+    step = ((largest if ratio is None else largest * ratio) / grid.maximum).clamp(min=SMALLEST_STEP)
+    if grid.granularity is Granularity.GROUP:
+        step = eight_bits(step)
+    points = (groups / step).round_()
+    if ratio is not None or grid.granularity is Granularity.GROUP:  # else the largest quotient is the maximum
+        points.clamp_(-grid.maximum, grid.maximum)
+    rounded: Tensor = points.mul_(step).flatten(-2)
+    return rounded
+
+
+def eight_bits(values: Tensor) -> Tensor:
+    """Nearest numbers of eight significant bits by arithmetic that graphs can hold (Veltkamp's splitting); float32."""
+    wide = values * SPLITTER
+    return wide - (wide - values)
 
 
 def _fake_quantize_blocks(x: Tensor, grid: Grid, global_scale: Tensor) -> Tensor:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from adatsq_trt.errors import UserError
+from adatsq_trt.solver import Denoising, Latent, Update, euler_updates, linear_updates
 
 if TYPE_CHECKING:
-    import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 TRAIN_TIMESTEPS = 1000
@@ -27,11 +27,18 @@ class Schedule:
         sigmas: noise level at the start of each step and, last, at the end of the loop: `steps + 1` numbers, 1 to 0.
         timesteps: what the scheduler calls the timestep of each step: `steps` numbers in (0, 1000].
         scheduler_config: of the diffusers scheduler that takes these very steps, with its class (`scheduler`).
+        updates: what each step computes; Euler's method unless given.
     """
 
     sigmas: tuple[float, ...]
     timesteps: tuple[float, ...]
     scheduler_config: dict[str, Any]
+    updates: tuple[Update, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Take Euler's steps where no others are given."""
+        if not self.updates:
+            object.__setattr__(self, "updates", euler_updates(self.sigmas))
 
     @property
     def steps(self) -> int:
@@ -49,18 +56,22 @@ class Schedule:
         """What a trace module is given at `step`: timestep / 1000, in (0, 1]."""
         return self.timesteps[step] / TRAIN_TIMESTEPS
 
-    def advance(self, latent: torch.Tensor, velocity: torch.Tensor, step: int) -> torch.Tensor:
-        """One Euler step: x[t+1] = x[t] + (sigma[t+1] - sigma[t]) v.
+    def begin(self, noise: Latent) -> Denoising[Latent]:
+        """A run of the loop from this noise, float32 [samples, ...]."""
+        return Denoising(self.updates, self.sigmas, noise)
 
-        The formula of FlowMatchEulerDiscreteScheduler.step; written out because beam paths need it without the
-        scheduler's hidden step counter (a test holds the two together).
+    def advance(self, latent: Latent, velocity: Latent, step: int) -> Latent:
+        """One step on its own, of a scheduler whose steps need no earlier ones.
 
         Args:
             latent: [batch, ...] float32.
             velocity: same shape: the model's prediction after guidance.
             step: index in the loop.
+
+        Raises:
+            ValueError: this one does; take its steps with `begin`.
         """
-        return latent + (self.sigmas[step + 1] - self.sigmas[step]) * velocity
+        return self.updates[step](latent, velocity)
 
 
 def make_schedule(
@@ -78,6 +89,7 @@ def make_schedule(
 
     Raises:
         UserError: fewer than one step, more than the scheduler has, or dynamic shifting without image tokens.
+        MismatchError: as `linear_updates`.
     """
     if steps < 1:
         raise UserError(f"steps: got {steps}, expected at least 1; pass --steps with a positive number")
@@ -94,7 +106,9 @@ def make_schedule(
         scheduler_config=_euler_config(scheduler, steps),
     )
     _require_falling(schedule)
-    return schedule
+    if type(scheduler).__name__ == UNIPC:
+        return schedule
+    return replace(schedule, updates=linear_updates(scheduler))
 
 
 def _euler_config(scheduler: FlowMatchEulerDiscreteScheduler | UniPCMultistepScheduler, steps: int) -> dict[str, Any]:

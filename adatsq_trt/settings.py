@@ -7,7 +7,17 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from adatsq_trt.base_type import BaseName, base_type
-from adatsq_trt.config import DEFAULT_LAYOUT, Backend, BuildConfig, Hardware, Layout, Precision, Weights
+from adatsq_trt.config import (
+    DEFAULT_LAYOUT,
+    Backend,
+    BuildConfig,
+    Clips,
+    Hardware,
+    HessianForm,
+    Layout,
+    Precision,
+    Weights,
+)
 
 SETTINGS_NAME = "settings.json"
 # What the path of a model that was an object in memory begins with; its class follows.
@@ -80,10 +90,14 @@ class Settings(BaseModel):
         selection_samples: fresh trajectories that decide between finished policies.
         held_out_samples: trajectories that the reported errors are measured on; with none the search reports none, and
             leaves out uniform policies above a budget in bits. The command line asks for at least one.
-        temperature: tau of the temporal weights.
+        hessian: what GPTQ minimizes; runs that do not say it have the paper's.
+        temperature: tau of the paper's temporal weights.
         damping: of the Hessian, as a part of its mean diagonal.
         transform: what happens to weights and inputs before they are rounded; None for nothing.
+        clips: whether the part of each activation's largest magnitude that its scale keeps is searched, or all is kept.
+        refine: whether the policy's weights are solved again for the inputs that it rounds.
         excluded: module paths of layers that stay in full precision, in the order of execution.
+        formats_for: module path → its candidates, of the layers that may not have all of `formats`.
         beam: paths kept per column.
         candidates: assignments tried per path and step, besides the previous one.
         slack: relative slack of dominance.
@@ -125,10 +139,14 @@ class Settings(BaseModel):
     projections: int = BuildConfig.projections
     selection_samples: int = BuildConfig.selection_samples
     held_out_samples: int = BuildConfig.held_out_samples
+    hessian: HessianForm = "paper"
     temperature: float = BuildConfig.temperature
     damping: float = BuildConfig.damping
     transform: str | None = None
+    clips: Clips = BuildConfig.clips
+    refine: bool = BuildConfig.refine
     excluded: tuple[str, ...] = ()
+    formats_for: dict[str, tuple[str, ...]] = {}
     beam: int = BuildConfig.beam
     candidates: int = BuildConfig.candidates
     slack: float = BuildConfig.slack

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from adatsq_trt.errors import MismatchError
-from adatsq_trt.formats import FORMATS
+from adatsq_trt.formats import FORMATS, Format, format_named
 from adatsq_trt.policy import Policy
 
 Mode = Literal["native", "a16"]
@@ -142,7 +142,7 @@ def export_policy(policy: Policy) -> Exported:
 
 def _wide(name: str) -> bool:
     """Whether a format leaves activations in 16 bits or more."""
-    return FORMATS[name].activation_bits >= 16
+    return format_named(name).activation_bits >= 16
 
 
 def _losses(rows: Sequence[Sequence[str]], high: Sequence[bool], written: StepPolicy, native: str) -> list[str]:
@@ -162,13 +162,19 @@ def _losses(rows: Sequence[Sequence[str]], high: Sequence[bool], written: StepPo
     lost += [
         f"{count} of {len(pairs)} (step, layer) are {name} in 16-bit steps: they read the {native} weights, dequantized"
         for name, count in weights.items()
-        if FORMATS[name].weight != FORMATS[native].weight
+        if format_named(name).weight != format_named(native).weight
     ]
     return lost
 
 
 def _listed(steps: Sequence[int]) -> str:
     return ", ".join(map(str, steps))
+
+
+def wide_twin(native: Format) -> Format:
+    """What 16-bit steps read: the same weights with 16-bit activations, or bf16 where no format has these."""
+    names = (name for name, fmt in FORMATS.items() if fmt.weight == native.weight and fmt.activation_bits == 16)
+    return FORMATS[next(names, "bf16")]
 
 
 def import_policy(

@@ -12,7 +12,8 @@ NATURAL, EVEN_ODD = "natural", "even_odd"  # orders of K in int8 activations
 
 QUANTIZE_TOKENS, QUANTIZE_FP8 = "quantize_tokens", "quantize_fp8"
 GEMM_W8A8, GEMM_W8A8_NESTED, GEMM_W4A8 = "gemm_w8a8", "gemm_w8a8_nested", "gemm_w4a8"
-GEMM_W4A16, GEMM_W8A16, GEMM_16, GEMM_FP8 = "gemm_w4a16", "gemm_w8a16", "gemm_16", "gemm_fp8"
+GEMM_W4A16, GEMM_W8A16, GEMM_W8A16_NESTED = "gemm_w4a16", "gemm_w8a16", "gemm_w8a16_nested"
+GEMM_16, GEMM_FP8 = "gemm_16", "gemm_fp8"
 MATMUL_16 = "torch.matmul bf16"
 
 
@@ -58,5 +59,6 @@ TIMED_KERNELS: dict[str, TimedKernels] = {
     "fp8": TimedKernels(GEMM_FP8, (quantizer_row(QUANTIZE_FP8), _NATURAL_TOKENS)),
     "w8a8": TimedKernels(GEMM_W8A8, (_NATURAL_TOKENS,)),
     "w4a8": TimedKernels(GEMM_W4A8, (quantizer_row(QUANTIZE_TOKENS, EVEN_ODD),)),
+    "w8a16": TimedKernels(GEMM_W8A16),
     "int4wo": TimedKernels(GEMM_W4A16),
 }

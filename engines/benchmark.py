@@ -5,25 +5,35 @@ All cases take turns, so that whatever else the machine does falls on all of the
 
 from __future__ import annotations
 
+import logging
 import os
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from adatsq_trt.engines.backends.base import StepRunner
+from adatsq_trt.engines.backends.cuda_device import gpu_name
+from adatsq_trt.engines.backends.device_steps import DeviceSteps
 from adatsq_trt.engines.backends.onnxruntime import OnnxRuntimeBackend
 from adatsq_trt.engines.backends.rtx import RtxBackend
+from adatsq_trt.engines.backends.rtx_steps import ComparisonSteps, RtxSteps
 from adatsq_trt.engines.backends.selection import BackendName
 from adatsq_trt.engines.backends.tensorrt import TensorRTBackend
+from adatsq_trt.engines.backends.tensorrt_steps import TensorRTSteps
+from adatsq_trt.engines.comparison_plans import FULL_PRECISION, SIXTEEN_BITS, build_comparison_plans
+from adatsq_trt.engines.generation import Generation
 from adatsq_trt.engines.processor import INTEGER_INSTRUCTIONS, processor
 from adatsq_trt.engines.runtime import Bundle
 
+log = logging.getLogger(__name__)
 WARM_UP_ROUNDS = 2
 
 
@@ -64,7 +74,8 @@ class Timing(_Record):
         bundle: path as it was given.
         layout: of the bundle.
         backend: what ran it.
-        case: "policy" (every step in turn), "assignment 3" or "full precision".
+        case: "policy" (every step in turn), "assignment 3", "16 bits" or "full precision"; the last two of plans that
+            were compiled for the comparison.
         formats: format → (step, layer) pairs or layers that have it; empty in full precision.
         samples: in one call.
         rows: of one call: samples times guidance branches.
@@ -72,6 +83,7 @@ class Timing(_Record):
         steps_per_second: of the median.
         median_ms, least_ms, p10_ms, p90_ms: of one step.
         speed_up: time in full precision / this time, medians; None where full precision did not run.
+        speed_up_16: the same of 16 bits.
     """
 
     bundle: str
@@ -88,15 +100,44 @@ class Timing(_Record):
     p10_ms: float
     p90_ms: float
     speed_up: float | None
+    speed_up_16: float | None = None
+
+
+class Start(_Record):
+    """What a bundle's plans take before and beside their steps.
+
+    Attributes:
+        bundle: path as it was given.
+        kernels: whether those that an earlier run compiled were there; None where the library keeps none.
+        load_seconds: to deserialize the plans and make their contexts.
+        first_seconds: of the first picture after that.
+        next_seconds: of one more.
+        memory_bytes: of the card, for plans, weights and buffers.
+    """
+
+    bundle: str
+    kernels: bool | None
+    load_seconds: float
+    first_seconds: float
+    next_seconds: float
+    memory_bytes: int
 
 
 class BundleTimings(_Record):
-    """The result of a benchmark: machine and rows."""
+    """The result of a benchmark.
+
+    Attributes:
+        machine: what it was measured on.
+        warm_up_rounds: calls of each case before.
+        timings: of every case.
+        starts: of bundles on a GPU.
+    """
 
     schema_version: Literal[1] = 1
     machine: Machine
     warm_up_rounds: int = WARM_UP_ROUNDS
     timings: tuple[Timing, ...]
+    starts: tuple[Start, ...] = ()
 
 
 @dataclass
@@ -105,19 +146,33 @@ class _Case:
     path: Path
     name: str
     steps: tuple[int, ...]
+    runner: Callable[[], StepRunner]
     quantized: bool
-    times_ms: list[float]
+    times_ms: list[float] = field(default_factory=list)
     turn: int = 0
+    generation: Generation | None = None
 
     def call(self, samples: int) -> float:
         """One step, in milliseconds; the next of the case's steps each time."""
-        bundle, step = self.bundle, self.steps[self.turn % len(self.steps)]
+        step = self.steps[self.turn % len(self.steps)]
         self.turn += 1
+        runner = self.runner()
+        return self._on_device(runner, step, samples) if isinstance(runner, DeviceSteps) else self._here(step, samples)
+
+    def _here(self, step: int, samples: int) -> float:
+        bundle = self.bundle
         latents, conditioning = bundle.noise(range(samples)), bundle.conditioning([0] * samples)
         inputs = bundle.step_inputs(step, latents, conditioning, bundle.manifest.guidance)
         began = time.perf_counter()
         bundle.predict(step, inputs, self.quantized)
         return 1e3 * (time.perf_counter() - began)
+
+    def _on_device(self, runner: DeviceSteps, step: int, samples: int) -> float:
+        """By the device's events: conditioning and latents lie there already, as in the loop."""
+        if self.generation is None:
+            request = self.bundle.request(self.bundle.noise(range(samples)), self.bundle.conditioning([0] * samples))
+            self.generation = runner.generation(request)
+        return runner.timed(self.generation, self.generation.request.latents, step)
 
 
 def benchmark_bundles(
@@ -131,7 +186,8 @@ def benchmark_bundles(
 
     Args:
         paths: of bundles or run directories.
-        backend: what runs them; "auto" for the best that runs each. Plans have no full precision beside them.
+        backend: what runs them; "auto" for the best that runs each. Beside plans of TensorRT-RTX their model is
+            compiled in 16 bits and in full precision.
         samples: in one call.
         rounds: calls of each case that are timed.
         on_round: called after each round, warm-up included.
@@ -141,7 +197,7 @@ def benchmark_bundles(
     """
     with ExitStack() as stack:
         bundles = [(path, stack.enter_context(Bundle.open(path, backend))) for path in paths]
-        cases = [case for path, bundle in bundles for case in _cases(bundle, path)]
+        cases = [case for path, bundle in bundles for case in _cases(bundle, path, samples, stack)]
         for turn in range(WARM_UP_ROUNDS + rounds):
             for case in cases:
                 elapsed_ms = case.call(samples)
@@ -149,23 +205,75 @@ def benchmark_bundles(
                     case.times_ms.append(elapsed_ms)
             if on_round is not None:
                 on_round()
-        full = {case.path: statistics.median(case.times_ms) for case in cases if not case.quantized}
-        timings = tuple(_timing(case, samples, full.get(case.path)) for case in cases)
+        medians = {(case.path, case.name): statistics.median(case.times_ms) for case in cases}
+        timings = tuple(_timing(case, samples, medians) for case in cases)
         ran = dict.fromkeys(bundle.choice.name for _, bundle in bundles)
-    return BundleTimings(machine=machine(*ran), timings=timings)
+    starts = tuple(start for path, bundle in bundles if bundle.choice.plans for start in _starts(path, bundle))
+    return BundleTimings(machine=machine(*ran), timings=timings, starts=starts)
 
 
-def _cases(bundle: Bundle, path: Path) -> list[_Case]:
-    policy = bundle.policy
+def _cases(bundle: Bundle, path: Path, samples: int, stack: ExitStack) -> list[_Case]:
+    policy, own = bundle.policy, partial(bundle.runner, True)
     firsts = [policy.step_assignments.index(i) for i in range(len(policy.assignments))]
-    cases = [_Case(bundle, path, "policy", tuple(range(policy.steps)), True, [])]
-    cases += [_Case(bundle, path, f"assignment {i}", (step,), True, []) for i, step in enumerate(firsts)]
+    cases = [_Case(bundle, path, "policy", tuple(range(policy.steps)), own, True)]
+    cases += [_Case(bundle, path, f"assignment {i}", (step,), own, True) for i, step in enumerate(firsts)]
     if not bundle.choice.plans:
-        cases.append(_Case(bundle, path, "full precision", (0,), False, []))
+        return [*cases, _Case(bundle, path, FULL_PRECISION, (0,), partial(bundle.runner, False), False)]
+    for name, runner in _comparisons(bundle, samples).items():
+        stack.enter_context(runner)
+        cases.append(_Case(bundle, path, name, (0,), partial(_same, runner), False))
     return cases
 
 
-def _timing(case: _Case, samples: int, full_ms: float | None) -> Timing:
+def _same(runner: StepRunner) -> StepRunner:
+    return runner
+
+
+def _comparisons(bundle: Bundle, samples: int) -> dict[str, StepRunner]:
+    """Plans of the same model without formats, compiled for this."""
+    if bundle.choice.name != "rtx" or bundle.sizes:
+        log.info("'%s': there is nothing to compare with: plans of TensorRT-RTX of one size only", bundle.files.folder)
+        return {}
+    rows = samples * (2 if bundle.files.two_branches else 1)
+    plans = build_comparison_plans(bundle.files, bundle.choice.plans[0].target, rows)
+    return {name: ComparisonSteps(bundle.files, plan, name, rows) for name, plan in plans.items()}
+
+
+def _starts(path: Path, bundle: Bundle) -> Iterator[Start]:
+    """Without compiled kernels, and with those that this leaves behind."""
+    files, rtx = bundle.files, bundle.choice.name == "rtx"
+    ways: dict[bool | None, Callable[[], DeviceSteps]] = (
+        {False: partial(RtxSteps, files, keep_kernels=False), True: partial(RtxSteps, files)}
+        if rtx
+        else {None: partial(TensorRTSteps, files)}
+    )
+    for kernels, make in ways.items():
+        yield _start(path, bundle, kernels, make)
+
+
+def _start(path: Path, bundle: Bundle, kernels: bool | None, make: Callable[[], DeviceSteps]) -> Start:
+    began = time.perf_counter()
+    with make() as runner:
+        seconds = [time.perf_counter() - began]
+        for _ in range(2):
+            began = time.perf_counter()
+            with runner.working():
+                request = bundle.request(bundle.noise([0]), bundle.conditioning([0]))
+                *_, _last = runner.generation(request).run()
+                runner.synchronize()
+            seconds.append(time.perf_counter() - began)
+        memory = runner.used_bytes()
+    return Start(
+        bundle=str(path),
+        kernels=kernels,
+        load_seconds=seconds[0],
+        first_seconds=seconds[1],
+        next_seconds=seconds[2],
+        memory_bytes=memory,
+    )
+
+
+def _timing(case: _Case, samples: int, medians: Mapping[tuple[Path, str], float]) -> Timing:
     times, bundle = sorted(case.times_ms), case.bundle
     median = statistics.median(times)
     counts = Counter(fmt.name for step in case.steps for fmt in bundle.formats(step).values())
@@ -183,8 +291,13 @@ def _timing(case: _Case, samples: int, full_ms: float | None) -> Timing:
         least_ms=times[0],
         p10_ms=times[len(times) // 10],
         p90_ms=times[min(9 * len(times) // 10, len(times) - 1)],
-        speed_up=None if full_ms is None else full_ms / median,
+        speed_up=_ratio(medians.get((case.path, FULL_PRECISION)), median),
+        speed_up_16=_ratio(medians.get((case.path, SIXTEEN_BITS)), median),
     )
+
+
+def _ratio(other_ms: float | None, own_ms: float) -> float | None:
+    return None if other_ms is None else other_ms / own_ms
 
 
 def machine(*backends: BackendName) -> Machine:
@@ -194,9 +307,7 @@ def machine(*backends: BackendName) -> Machine:
         library = _LIBRARIES[backend]()
         versions[library.title] = library.version()
         if backend != "onnxruntime":
-            import torch
-
-            gpu = torch.cuda.get_device_name()
+            gpu = gpu_name()
     name, flags = processor()
     return Machine(
         processor=name,

@@ -197,7 +197,7 @@ class BundleFiles:
         return {
             signature.name: self._scale(formats[layer].name, step, layer)
             for layer, signature in self.cpu_graph(step).scale_inputs.items()
-            if formats[layer].static_activation
+            if formats[layer].scaled_activation
         }
 
     def controls(self, graph: GraphFile, step: int, size: Sequence[int] | None = None) -> dict[str, np.ndarray]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from adatsq_trt.schedule import Schedule
+from adatsq_trt.solver import guide
 
 if TYPE_CHECKING:
     import torch
@@ -81,29 +82,32 @@ class Generation(ABC):
         """Begin before the first step."""
         self.request = request
 
-    @property
-    @abstractmethod
-    def latents(self) -> Array:
-        """After the steps that are done, float32 [samples, *latent_shape], where the backend computes."""
+    def run(self) -> Iterator[Array]:
+        """Take all steps.
+
+        Yields:
+            The latents after each step, float32 [samples, *latent_shape], where the backend computes.
+        """
+        yield from self.request.schedule.begin(self.first_latents()).run(self._velocity)
+
+    def _velocity(self, latents: Array, step: int) -> Array:
+        return guide(self.predict(latents, step), len(latents), self.request.guidance)
 
     @abstractmethod
-    def advance(self, step: int) -> None:
-        """Denoise by one step."""
+    def first_latents(self) -> Array:
+        """The request's, as float32, where the backend computes."""
 
+    @abstractmethod
+    def predict(self, latents: Array, step: int) -> Array:
+        """Run the model once for both branches of guidance.
 
-def guide(prediction: Any, samples: int, guidance: float) -> Any:
-    """Combine the halves of a prediction, conditional first, to v0 + guidance (v1 - v0).
+        Args:
+            latents: float32 [samples, *latent_shape].
+            step: index in the loop.
 
-    Args:
-        prediction: [samples or 2 samples, ...]; a single half is the velocity itself.
-        samples: how many there are.
-        guidance: scale of guidance.
-    """
-    if len(prediction) == samples:
-        return prediction
-    conditional, unconditional = prediction[:samples], prediction[samples:]
-    scale = np.float32(guidance) if isinstance(prediction, np.ndarray) else guidance
-    return unconditional + scale * (conditional - unconditional)
+        Returns:
+            The velocity, float32 [rows, *latent_shape].
+        """
 
 
 class ArrayGeneration(Generation):
@@ -117,20 +121,16 @@ class ArrayGeneration(Generation):
             request: what the run starts from.
         """
         super().__init__(request)
-        self._run, self._latents = run, as_array(request.latents)
+        self._run = run
 
-    @property
-    def latents(self) -> np.ndarray:
+    def first_latents(self) -> np.ndarray:
         """As an array."""
-        return self._latents
+        return as_array(self.request.latents)
 
-    def advance(self, step: int) -> None:
-        """Run the model once for both branches of guidance, then the scheduler's step."""
-        request = replace(self.request, latents=self._latents)
-        prediction = self._run(step, array_inputs(request, step), request.size)
-        velocity = guide(prediction, len(self._latents), request.guidance)
-        # Its arithmetic serves NumPy as well as the tensors that it is declared for.
-        self._latents = request.schedule.advance(self._latents, velocity, step)  # type: ignore[arg-type, assignment]
+    def predict(self, latents: Array, step: int) -> Array:
+        """As an array."""
+        request = replace(self.request, latents=latents)
+        return self._run(step, array_inputs(request, step), request.size)
 
 
 def array_inputs(request: DenoisingRequest, step: int) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ from adatsq_trt.engines.backends.onnxruntime import OnnxRuntimeBackend
 from adatsq_trt.engines.bundle import BundleFiles, Manifest
 from adatsq_trt.engines.sizes import SizeReport, size_report
 from adatsq_trt.errors import UserError
-from adatsq_trt.formats import FORMATS
+from adatsq_trt.formats import format_named
 from adatsq_trt.policy import Policy
 
 
@@ -86,7 +86,7 @@ def inspect_bundle(files: BundleFiles) -> Inspection:
 
 def _block_bits(policy: Policy, block: str) -> tuple[float, ...]:
     members = [i for i, layer in enumerate(policy.layers) if layer.startswith(f"{block}.")]
-    means = [sum(FORMATS[row[i]].bits for i in members) / max(len(members), 1) for row in policy.assignments]
+    means = [sum(format_named(row[i]).bits for i in members) / max(len(members), 1) for row in policy.assignments]
     return tuple(means[assignment] for assignment in policy.step_assignments)
 
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, model
 from adatsq_trt.errors import MismatchError
 from adatsq_trt.fields import Count, Name
 from adatsq_trt.image import ImageShape
+from adatsq_trt.transformer_call import TransformerCall
 
 # Of one sample: a latent is allocated before any other part of the bundle confirms its shape.
 MAX_LATENT_ELEMENTS = 1 << 26
@@ -178,6 +179,8 @@ class Manifest(_Record):
         shapes: of a bundle of several sizes: each of them, its own first; empty for a bundle of one size.
         prompts: how many prompts are stored.
         prompt_texts: what they say.
+        call: how a pipeline calls the transformer that the bundle stands in for; None in bundles that run by themselves
+            only, and in earlier ones.
         compatibility: of the plans.
         plans: compiled engines; none when the policy is only simulated.
         versions: library → version.
@@ -199,6 +202,7 @@ class Manifest(_Record):
     shapes: tuple[ShapeRecord, ...] = ()
     prompts: Count
     prompt_texts: tuple[str, ...] = ()
+    call: TransformerCall | None = None
     compatibility: Compatibility = Compatibility()
     plans: tuple[PlanFile, ...]
     versions: dict[Name, Name]

@@ -25,7 +25,6 @@ from adatsq_trt.engines.bundle import CONDITIONAL, UNCONDITIONAL, VAE_FOLDER, Bu
 from adatsq_trt.engines.generation import TIME_INPUT as TIME_INPUT
 from adatsq_trt.engines.generation import Array, Arrays, DenoisingRequest, array_inputs, like
 from adatsq_trt.engines.generation import Conditioning as Conditioning
-from adatsq_trt.engines.generation import guide as guide
 from adatsq_trt.engines.vae import Vae
 from adatsq_trt.errors import DamagedFileError, MismatchError, UserError
 from adatsq_trt.formats import Format
@@ -200,7 +199,7 @@ class Bundle:
         """Where velocities and latents are computed."""
         import torch
 
-        return torch.device("cuda" if self.choice.plans else "cpu")
+        return torch.device("cpu" if self.choice.name == "onnxruntime" else "cuda")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -228,8 +227,8 @@ class Bundle:
         if not 0 <= step < self.policy.steps:
             raise UserError(f"step {step}: the bundle's policy has steps 0 to {self.policy.steps - 1}")
         shape = self.manifest.shape(size)
-        require_inputs(self.files.row_inputs(size), inputs, self._most_rows(size))
-        velocity = self._runner(quantized).run(step, inputs, shape.size if self.sizes else None)
+        require_inputs(self.files.row_inputs(size), inputs, self.most_rows(size))
+        velocity = self.runner(quantized).run(step, inputs, shape.size if self.sizes else None)
         return like(inputs[self.latent_input], velocity)
 
     def denoise(
@@ -242,7 +241,7 @@ class Bundle:
         quantized: bool = True,
         size: Size | None = None,
     ) -> Any:
-        """The denoising loop: x[t+1] = x[t] + (sigma[t+1] - sigma[t]) v(x[t], t).
+        """The denoising loop, with the scheduler's step as the schedule has it.
 
         Args:
             latents: initial noise, [samples, *latent_shape]: a float32 array, or a tensor on any device.
@@ -260,25 +259,29 @@ class Bundle:
             UserError: another number of steps or size; latents or conditioning of other names or shapes.
         """
         self.require_steps(steps)
-        request = self._request(latents, conditioning, guidance, size)
-        runner = self._runner(quantized)
+        request = self.request(latents, conditioning, guidance, size)
+        runner = self.runner(quantized)
         generation = runner.generation(request)
         with runner.working():
-            for step in range(request.schedule.steps):
-                generation.advance(step)
+            reached: Array = latents
+            for step, reached in enumerate(generation.run()):
                 if callback is not None:
-                    reached = partial(like, latents, generation.latents)
-                    callback(StepResult(step, request.schedule.steps, self.bucket(step), reached))
-            result = like(latents, generation.latents)
+                    told = partial(like, latents, reached)
+                    callback(StepResult(step, request.schedule.steps, self.bucket(step), told))
+            result = like(latents, reached)
             runner.synchronize()
         return result
 
-    def _request(
-        self, latents: Array, conditioning: Conditioning, guidance: float | None, size: Size | None
+    def request(
+        self, latents: Array, conditioning: Conditioning, guidance: float | None = None, size: Size | None = None
     ) -> DenoisingRequest:
-        """A run of the loop, once all its shapes are those of the graphs."""
+        """A run of the loop, once all its shapes are those of the graphs; arguments as of `denoise`.
+
+        Raises:
+            UserError: latents or conditioning of other names or shapes.
+        """
         request = self._make_request(latents, conditioning, guidance, size)
-        signatures, most = self.files.row_inputs(size), self._most_rows(size)
+        signatures, most = self.files.row_inputs(size), self.most_rows(size)
         for samples in (conditioning.conditional, conditioning.unconditional):
             if samples is not None:
                 filled = {name: np.zeros(len(latents), np.float32) for name in request.row_values(0)}
@@ -299,7 +302,7 @@ class Bundle:
             size=self.manifest.shape(size).size if self.sizes else None,
         )
 
-    def _most_rows(self, size: Size | None) -> int | None:
+    def most_rows(self, size: Size | None = None) -> int | None:
         """The most rows of a call at a size; None for any number."""
         profiles = self.manifest.profiles_of(self.manifest.shape(size))
         return min((plan.rows_at(profiles) for plan in self.choice.plans), default=None)
@@ -351,7 +354,15 @@ class Bundle:
         """
         return array_inputs(self._make_request(latents, conditioning, guidance, size), step)
 
-    def _runner(self, quantized: bool) -> StepRunner:
+    def runner(self, quantized: bool = True) -> StepRunner:
+        """What runs the steps, made when it is first asked for.
+
+        Args:
+            quantized: follow the policy; otherwise full precision.
+
+        Raises:
+            UserError: a library refuses a plan or a graph.
+        """
         if quantized not in self._runners:
             runner = make_runner(self.files, self.choice, quantized)
             self._runners[quantized] = self._resources.enter_context(runner)

@@ -61,7 +61,7 @@ class SizeReport(BaseModel):
     """All layouts.
 
     Attributes:
-        floor_bytes: distinct (layer, format) weights and everything that is not quantized, each once.
+        floor_bytes: distinct (layer, weight grid) weights and everything that is not quantized, each once.
         layouts: the one that is built among them; `plugin` stands alone, as it has a graph of its own.
         operands: of layout `plugin`: what its layers' weights consist of.
     """
@@ -105,6 +105,9 @@ def size_report(files: BundleFiles) -> SizeReport | None:
 def constant_bytes(path: Path) -> int:
     """Bytes of the constants that a graph and its subgraphs read, those in the weight file and those in the graph.
 
+    What formats of a layer share counts once: places in the weight file, and small constants that are the same in
+    several branches.
+
     Raises:
         DamagedFileError: the file is not an ONNX graph, or says nonsense about its weights.
     """
@@ -113,8 +116,8 @@ def constant_bytes(path: Path) -> int:
         large = {weight for tensor in initializers(graph) if (weight := weight_of(tensor)) is not None}
     except (DecodeError, ValueError) as error:
         raise DamagedFileError(f"'{path}' is not a sound ONNX graph: {error}; {REBUILD}") from error
-    small = sum(len(tensor.raw_data) for tensor in initializers(graph))
-    return sum(weight.length for weight in large) + small
+    small = {(tensor.name.partition("@")[0], tensor.raw_data) for tensor in initializers(graph)}
+    return sum(weight.length for weight in large) + sum(len(content) for _, content in small)
 
 
 def operand_sizes(path: Path) -> tuple[OperandSize, ...]:

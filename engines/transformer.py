@@ -3,9 +3,10 @@
     pipe.transformer = AdatsqTransformer.from_bundle("runs/demo")
     pipe(prompt, num_inference_steps=20, …)
 
-The pipeline stays as it is: it keeps its scheduler, its guidance and its loop. This serves FluxPipeline, ZImagePipeline
-and WanPipeline. With UniPC, which Wan's pipelines come with, the pipeline combines the predictions of several steps; it
-draws what the bundle's own loop draws, which takes Euler's steps at the same sigmas, with
+The pipeline stays as it is: it keeps its scheduler, its guidance and its loop. How it calls its transformer is in the
+bundle's manifest (`adatsq_trt.transformer_call`), so this serves every architecture whose adapter says it. With UniPC,
+which Wan's pipelines come with, the pipeline combines the predictions of several steps; it draws what the bundle's own
+loop draws, which takes Euler's steps at the same sigmas, with
 
     pipe.scheduler = pipe.transformer.scheduler
 """
@@ -15,58 +16,68 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from pydantic import JsonValue
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.weak import WeakIdKeyDictionary
 
 from adatsq_trt.engines.bundle import ShapeRecord
-from adatsq_trt.engines.runtime import TIME_INPUT, Bundle, Size
+from adatsq_trt.engines.runtime import TIME_INPUT, Bundle
+from adatsq_trt.engines.step_clock import StepClock
 from adatsq_trt.errors import MismatchError
-from adatsq_trt.schedule import TRAIN_TIMESTEPS
-
-# A pipeline in bfloat16 rounds its timesteps to eight significant bits, before it divides them by 1000 and afterwards.
-_TIME_TOLERANCE = 2 * 2.0**-8
-_TEXT = "encoder_hidden_states"
+from adatsq_trt.transformer_call import RETURN_DICT, TransformerCall
 
 
 class AdatsqTransformer(nn.Module):
     """Stands in for a transformer; the step, and with it the formats, follow from the timestep.
 
     Attributes:
-        architecture: diffusers' class that it stands in for.
         bundle: what computes.
-        config: the settings of the transformer that pipelines look at.
+        call: how the pipeline calls it.
     """
 
-    architecture: ClassVar[str]
-
-    def __init__(self, bundle: Bundle) -> None:
-        """Wrap a bundle of this architecture; see `from_bundle`, which finds the class."""
+    def __init__(self, bundle: Bundle, call: TransformerCall) -> None:
+        """Wrap a bundle; see `from_bundle`."""
         super().__init__()
-        self.bundle = bundle
-        self.config = FrozenDict(self._settings())
+        self.bundle, self.call = bundle, call
+        self._clock = StepClock()
+        self._config = FrozenDict(call.settings)
+        # A generation passes the same positions at every step: they are read once.
+        self._positions = WeakIdKeyDictionary()
+
+    @property
+    def config(self) -> FrozenDict:
+        """The settings of the transformer that pipelines look at, each before its loop."""
+        self._clock.finish()
+        return self._config
 
     @classmethod
     def from_bundle(cls, bundle: Bundle | Path | str) -> AdatsqTransformer:
         """Wrap a bundle that is open, or open one, or the one of a run directory.
 
         Raises:
-            UserError: as `Bundle.open`, or a model that no supported pipeline has.
+            UserError: as `Bundle.open`, or a bundle that does not say how a pipeline calls its transformer.
         """
         bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-        kinds = {kind.architecture: kind for kind in (AdatsqFlux, AdatsqZImage, AdatsqWan)}
-        if bundle.manifest.architecture not in kinds:
+        if bundle.manifest.call is None:
             raise MismatchError(
-                f"bundle '{bundle.files.folder}' holds a {bundle.manifest.architecture}; pipelines are supported for "
-                f"{', '.join(kinds)}; run this one with Bundle.denoise"
+                f"bundle '{bundle.files.folder}' holds a {bundle.manifest.architecture} and does not say how a "
+                "pipeline calls it: its adapter has no pipeline_call, or an earlier version built it; build it again, "
+                "or run this one with Bundle.denoise"
             )
-        return kinds[bundle.manifest.architecture](bundle)
+        return cls(bundle, bundle.manifest.call)
+
+    def __getattr__(self, name: str) -> Any:
+        """Settings are attributes too, as of diffusers' models."""
+        if name in self.__dict__.get("_config", {}):
+            return self.config[name]
+        return super().__getattr__(name)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -84,13 +95,100 @@ class AdatsqTransformer(nn.Module):
         return self.bundle.schedule.scheduler()
 
     @contextmanager
-    def cache_context(self, name: str, **_about: Any) -> Iterator[None]:
+    def cache_context(self, name: str, **about: Any) -> Iterator[None]:
         """What pipelines announce a guidance branch with; both branches of a step have the same formats."""
-        yield
+        self._clock.enter(name, about.get("step_index"), about.get("num_inference_steps"))
+        try:
+            yield
+        finally:
+            self._clock.enter(None)
 
-    def _settings(self) -> dict[str, Any]:
-        """The configuration."""
-        return {"in_channels": self.bundle.manifest.latent_shape[0]}
+    def _reset_stateful_cache(self, recurse: bool = True) -> None:
+        """What pipelines call at their end.
+
+        Raises:
+            MismatchError: as `StepClock.finish`.
+        """
+        self._clock.finish()
+
+    def forward(self, *positional: Any, **named: Any) -> Transformer2DModelOutput | tuple[Tensor | list[Tensor]]:
+        """Predicted velocity, with the arguments and the result of the transformer's own `forward`.
+
+        All rows are at one step. An argument that the bundle does not follow may only have its default.
+
+        Raises:
+            UserError: a time that is none of the bundle's steps; other arguments, positions, names or shapes.
+        """
+        given, call = self._bind(positional, named), self.call
+        inputs = {
+            name: self._rows(name, given[argument]) if call.listed else given[argument]
+            for name, argument in call.inputs.items()
+        }
+        noise, end = call.time_range
+        time = (given[call.time].detach().float() - end) / (noise - end)
+        velocity = self._velocity(inputs, time, self._shape_at(given))
+        sample: Any = -velocity if call.negated else velocity
+        if call.unit_axis is not None:
+            sample = sample.unsqueeze(1 + call.unit_axis)
+        if call.listed:
+            sample = list(sample)
+        return Transformer2DModelOutput(sample=sample) if given.get(RETURN_DICT, True) else (sample,)
+
+    def _bind(self, positional: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments by name; what is not followed has its default."""
+        call, names = self.call, list(self.call.arguments)
+        given = {**dict(zip(names, positional, strict=False)), **named}
+        for name, value in given.items():
+            if name not in call.followed and not _says_nothing(value, call.arguments.get(name)):
+                raise MismatchError(f"argument '{name}' of the transformer: a bundle takes none; leave it out")
+        missing = [name for name in call.required if given.get(name) is None]
+        if missing or len(given) < len(positional) + len(named):
+            raise MismatchError(
+                f"the transformer got {len(positional)} arguments and {sorted(named)}, expected each of "
+                f"{', '.join(call.required)} once; use it in the pipeline of a {self.bundle.manifest.architecture}"
+            )
+        return given
+
+    def _rows(self, name: str, rows: Sequence[Tensor]) -> Tensor:
+        """A batch of what comes row by row, [rows, ...]; short conditions end in zeros."""
+        if name == self.bundle.latent_input:
+            latents, axis = torch.stack(list(rows)), self.call.unit_axis
+            return latents if axis is None else latents.squeeze(1 + axis)
+        length = next(int(signature.shape[1]) for signature in self.bundle.inputs if signature.name == name)
+        longest = max(map(len, rows))
+        if longest > length:
+            raise MismatchError(
+                f"{self.call.inputs[name]}: got {longest} tokens, the bundle was exported for {length}; call the "
+                f"pipeline with max_sequence_length={length} or a shorter prompt"
+            )
+        return torch.stack([functional.pad(row, (0, 0, 0, length - len(row))) for row in rows])
+
+    def _shape_at(self, given: Mapping[str, Any]) -> ShapeRecord | None:
+        """The size that positions belong to, where there are any: several may have the same number of tokens."""
+        call = self.call
+        for name in call.zeros:
+            if given.get(name) is not None and self._read(given[name]).any():
+                raise MismatchError(f"{name}: got other positions than zero; the bundle was exported for zeros")
+        if call.positions is None:
+            return None
+        positions = self._read(given[call.positions])
+        for shape in self._shapes:
+            rows, columns = torch.meshgrid(*map(torch.arange, shape.image.shape.grid), indexing="ij")
+            wanted = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
+            if torch.equal(positions, wanted):
+                return shape
+        grids = " and ".join("{} x {}".format(*shape.image.shape.grid) for shape in self._shapes)
+        raise MismatchError(
+            f"{call.positions}: got {len(positions)} image tokens, the bundle was exported for {grids}; call the "
+            f"pipeline with that height and width{self._names}"
+        )
+
+    def _read(self, positions: Tensor) -> Tensor:
+        """The same on the processor, int64."""
+        if positions not in self._positions:
+            self._positions[positions] = positions.cpu().long()
+        read: Tensor = self._positions[positions]
+        return read
 
     def _velocity(self, inputs: Mapping[str, Tensor], model_time: Tensor, shape: ShapeRecord | None = None) -> Tensor:
         """The bundle's prediction, of the latents' type.
@@ -106,11 +204,12 @@ class AdatsqTransformer(nn.Module):
         latents = inputs[self.bundle.latent_input]
         shape = self._shape(latents) if shape is None else shape
         size = shape.size if self.bundle.sizes else None
-        step = self._step(model_time.detach().float().cpu().numpy(), size)
+        schedule = self.bundle.files.schedule(size)
+        step = self._clock.step(model_time, schedule)
         # The step's own time: the pipeline's is the same but for the rounding on its way.
-        time = latents.new_full((len(latents),), self.bundle.files.schedule(size).model_time(step), dtype=torch.float32)
+        time = latents.new_full((len(latents),), schedule.model_time(step), dtype=torch.float32)
         velocity = self.bundle.predict(step, {**inputs, TIME_INPUT: time}, size=size)
-        return velocity.to(latents)  # type: ignore[no-any-return]
+        return self._clock.checked(velocity.to(latents))
 
     @property
     def _shapes(self) -> tuple[ShapeRecord, ...]:
@@ -133,169 +232,7 @@ class AdatsqTransformer(nn.Module):
         """What sizes there are in pixels, where the bundle says it."""
         return f": {', '.join(shape.name for shape in self.bundle.manifest.shapes)}" if self.bundle.sizes else ""
 
-    def _step(self, timestep: np.ndarray, size: Size | None) -> int:
-        """The step of a size's schedule that a timestep belongs to."""
-        schedule = self.bundle.files.schedule(size)
-        times = np.asarray([schedule.model_time(step) for step in range(schedule.steps)])
-        if len(set(times)) < len(times):
-            raise MismatchError(
-                f"two of the bundle's {schedule.steps} steps have the same timestep, by which a pipeline tells its "
-                "step; build a bundle with fewer --steps, or run this one with Bundle.denoise"
-            )
-        step = int(np.abs(times - timestep.flat[0]).argmin())
-        if np.abs(timestep - times[step]).max() > _TIME_TOLERANCE * times[step]:
-            raise MismatchError(
-                f"timestep: got {timestep.min():.6g} to {timestep.max():.6g}, the nearest step of the bundle is "
-                f"{times[step]:.6g}; call the pipeline with num_inference_steps={schedule.steps}, the scheduler that "
-                "the bundle was built with and the image size that it was exported for"
-            )
-        return step
 
-
-class AdatsqFlux(AdatsqTransformer):
-    """Stands in for FluxTransformer2DModel."""
-
-    architecture = "FluxTransformer2DModel"
-
-    def _settings(self) -> dict[str, Any]:
-        """The channels of a token, and whether the guidance scale is an input."""
-        names = [signature.name for signature in self.bundle.inputs]
-        return {"in_channels": self.bundle.manifest.latent_shape[-1], "guidance_embeds": "guidance" in names}
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        pooled_projections: Tensor,
-        timestep: Tensor,
-        img_ids: Tensor,
-        txt_ids: Tensor,
-        guidance: Tensor | None = None,
-        joint_attention_kwargs: dict[str, Any] | None = None,
-        return_dict: bool = True,
-    ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """Predicted velocity, with the arguments of FluxTransformer2DModel.
-
-        Args:
-            hidden_states: [rows, tokens, channels].
-            encoder_hidden_states: [rows, text tokens, width].
-            pooled_projections: [rows, width].
-            timestep: [rows], scheduler's timestep / 1000; one step for all rows.
-            img_ids: [tokens, 3]: the positions of a size that the bundle was exported for.
-            txt_ids: [text tokens, 3], zeros.
-            guidance: [rows], for models that are trained with it.
-            joint_attention_kwargs: must be empty.
-            return_dict: whether to wrap the result.
-
-        Raises:
-            UserError: a timestep that is none of the bundle's steps; other positions, names or shapes.
-        """
-        _require_no("joint_attention_kwargs", joint_attention_kwargs)
-        shape = self._shape_at(img_ids, txt_ids)
-        inputs = {
-            "hidden_states": hidden_states,
-            _TEXT: encoder_hidden_states,
-            "pooled_projections": pooled_projections,
-            **({} if guidance is None else {"guidance": guidance}),
-        }
-        sample = self._velocity(inputs, timestep, shape)
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
-
-    def _shape_at(self, img_ids: Tensor, txt_ids: Tensor) -> ShapeRecord:
-        """The size that positions belong to: several may have the same number of tokens."""
-        given = img_ids.cpu().long()
-        for shape in self._shapes:
-            rows, columns = torch.meshgrid(*map(torch.arange, shape.image.shape.grid), indexing="ij")
-            wanted = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
-            if not txt_ids.any() and torch.equal(given, wanted):
-                return shape
-        grids = " and ".join("{} x {}".format(*shape.image.shape.grid) for shape in self._shapes)
-        raise MismatchError(
-            f"positions: got {len(img_ids)} image tokens, the bundle was exported for {grids} and text positions of "
-            f"zero; call the pipeline with that height and width{self._names}"
-        )
-
-
-class AdatsqZImage(AdatsqTransformer):
-    """Stands in for ZImageTransformer2DModel; the pipeline's guidance_scale is the bundle's less one."""
-
-    architecture = "ZImageTransformer2DModel"
-
-    @property
-    def in_channels(self) -> int:
-        """Channels of a latent."""
-        return int(self.config["in_channels"])
-
-    def forward(
-        self,
-        x: Sequence[Tensor],
-        t: Tensor,
-        cap_feats: Sequence[Tensor],
-        return_dict: bool = True,
-        joint_attention_kwargs: dict[str, Any] | None = None,
-    ) -> Transformer2DModelOutput | tuple[list[Tensor]]:
-        """The opposite of the predicted velocity, with the arguments of ZImageTransformer2DModel.
-
-        Args:
-            x: latents [channels, 1, height, width], one for each row.
-            t: [rows], 1 - timestep / 1000; one step for all rows.
-            cap_feats: captions [tokens, width], of as many tokens as the bundle was exported for or fewer.
-            return_dict: whether to wrap the result.
-            joint_attention_kwargs: must be empty.
-
-        Raises:
-            UserError: a timestep that is none of the bundle's steps; captions that are too long; other shapes.
-        """
-        _require_no("joint_attention_kwargs", joint_attention_kwargs)
-        length = next(int(signature.shape[1]) for signature in self.bundle.inputs if signature.name == _TEXT)
-        longest = max(map(len, cap_feats))
-        if longest > length:
-            raise MismatchError(
-                f"caption: got {longest} tokens, the bundle was exported for {length}; call the pipeline with "
-                f"max_sequence_length={length} or a shorter prompt"
-            )
-        captions = [functional.pad(caption, (0, 0, 0, length - len(caption))) for caption in cap_feats]
-        inputs = {self.bundle.latent_input: torch.cat(list(x), dim=1).transpose(0, 1), _TEXT: torch.stack(captions)}
-        sample = list(-self._velocity(inputs, 1 - t.float())[:, :, None])
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
-
-
-class AdatsqWan(AdatsqTransformer):
-    """Stands in for WanTransformer3DModel."""
-
-    architecture = "WanTransformer3DModel"
-
-    def _settings(self) -> dict[str, Any]:
-        """No size is ruled out here: those that the bundle was not exported for are refused with the latents."""
-        return {**super()._settings(), "patch_size": (1, 1, 1)}
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        return_dict: bool = True,
-        attention_kwargs: dict[str, Any] | None = None,
-    ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """Predicted velocity, with the arguments of WanTransformer3DModel.
-
-        Args:
-            hidden_states: [rows, channels, frames, height, width].
-            timestep: [rows], in (0, 1000]; one step for all rows.
-            encoder_hidden_states: [rows, text tokens, width].
-            return_dict: whether to wrap the result.
-            attention_kwargs: must be empty.
-
-        Raises:
-            UserError: a timestep that is none of the bundle's steps; other shapes.
-        """
-        _require_no("attention_kwargs", attention_kwargs)
-        inputs = {self.bundle.latent_input: hidden_states, _TEXT: encoder_hidden_states}
-        sample = self._velocity(inputs, timestep.float() / TRAIN_TIMESTEPS)
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
-
-
-def _require_no(name: str, settings: Mapping[str, Any] | None) -> None:
-    """Refuse settings of the attention, which a compiled graph cannot follow."""
-    if settings:
-        raise MismatchError(f"{name} {sorted(settings)}: a bundle takes none")
+def _says_nothing(value: Any, default: JsonValue) -> bool:
+    """Whether an argument is as if it had been left out."""
+    return value is None or (isinstance(value, bool | int | float | str | dict | list) and value in (default, {}, []))

@@ -76,7 +76,7 @@ def _wrong_formats(graphs: Collection[onnx.GraphProto], formats: Mapping[str, Co
         if sorted(got.get(layer, ())) != wanted.get(layer)
     ]
     scales = {v.name for graph in graphs for v in graph.input if v.name.endswith(f".{SCALE_SUFFIX}")}
-    static = {f"{layer}.{SCALE_SUFFIX}" for layer, fmts in formats.items() if any(f.static_activation for f in fmts)}
+    static = {f"{layer}.{SCALE_SUFFIX}" for layer, fmts in formats.items() if any(f.scaled_activation for f in fmts)}
     return problems + [f"scale input '{name}' is missing or not asked for" for name in sorted(scales ^ static)]
 
 

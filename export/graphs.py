@@ -26,7 +26,7 @@ from adatsq_trt.export.switch import switch
 from adatsq_trt.export.trace import BATCH_AXIS
 from adatsq_trt.export.weight_store import INLINE_BYTES, ExternalData
 from adatsq_trt.files import atomic_path, write_json_model
-from adatsq_trt.formats import FORMATS, TARGETS, Format, format_named
+from adatsq_trt.formats import TARGETS, Format, Grid, format_named
 from adatsq_trt.graph_index import (
     ASSIGNMENT_INPUT,
     CONSTANTS_NAME,
@@ -74,7 +74,7 @@ def export_graphs(
 
     Raises:
         UnsupportedFormatError: variant "target" for a format that no TensorRT path holds.
-        MismatchError: a layer's weight is missing.
+        MismatchError: a layer's weight is missing, or differs between formats that share a weight grid.
         OutputError: the folder cannot be written.
     """
     _require_target_path(policy, variants)
@@ -130,9 +130,13 @@ def move_initializers(model: ir.Model, store: ExternalData) -> None:
 def _encode_weights(
     policy: Policy, weights: Mapping[str, Mapping[str, QuantizedWeight]], base: DataType, store: ExternalData
 ) -> dict[tuple[str, str], EncodedWeight]:
-    """(layer, format) → its place in the store, for every pair that the policy uses."""
+    """(layer, format) → its place in the store, for every pair that the policy uses.
+
+    Formats of a layer that share a weight grid share its bytes.
+    """
     pairs = dict.fromkeys(pair for row in policy.assignments for pair in zip(policy.layers, row, strict=True))
-    encoded = {}
+    encoded: dict[tuple[str, str], EncodedWeight] = {}
+    stored: dict[tuple[str, Grid], str] = {}  # the first format of a layer that has a grid
     for layer, name in pairs:
         weight = weights.get(name, {}).get(layer)
         if weight is None:
@@ -140,7 +144,14 @@ def _encode_weights(
                 f"layer '{layer}': no weight in format '{name}', which the policy asks for; run 'adatsq-trt quantize' "
                 f"with --formats that include {name}"
             )
-        encoded[layer, name] = encode_weight(weight, format_named(name), base, store)
+        fmt = format_named(name)
+        encoded[layer, name] = encode_weight(weight, fmt, base, store)
+        first = stored.setdefault((layer, fmt.weight), name)
+        if encoded[layer, name] != encoded[layer, first]:
+            raise MismatchError(
+                f"layer '{layer}': {first} and {name} have different weights, though they share a grid; run "
+                "'adatsq-trt quantize' again"
+            )
     return encoded
 
 
@@ -155,12 +166,12 @@ def _write_all(
 ) -> Iterator[GraphFile]:
     models = [_quantized(template, policy, index, encoded, base) for index in range(len(policy.assignments))]
     columns = zip(policy.layers, zip(*policy.assignments, strict=True), strict=True)
-    everything = {layer: [FORMATS[name] for name in set(column)] for layer, column in columns}
+    everything = {layer: [format_named(name) for name in set(column)] for layer, column in columns}
     for variant in _in_order(variants):
         for index, (model, row) in enumerate(zip(models, policy.assignments, strict=True)):
             if variant == "cpu":
                 LOWER_TO_CPU(model)
-            formats = {layer: [FORMATS[name]] for layer, name in zip(policy.layers, row, strict=True)}
+            formats = {layer: [format_named(name)] for layer, name in zip(policy.layers, row, strict=True)}
             path = folder / f"assignment_{index:03d}.{variant}.onnx"
             yield write_graph(model, path, variant, index, formats, constants)
         together = switch(models, policy.layers, policy.assignments, constants_outside=variant == "cpu")
@@ -178,7 +189,7 @@ def _quantized(
     base: DataType,
 ) -> ir.Model:
     """The graph of one assignment, as TensorRT gets it."""
-    formats = {layer: FORMATS[name] for layer, name in zip(policy.layers, policy.assignments[index], strict=True)}
+    formats = {layer: format_named(name) for layer, name in zip(policy.layers, policy.assignments[index], strict=True)}
     model = template.clone()
     InsertQdq(formats, {layer: encoded[layer, fmt.name] for layer, fmt in formats.items()}, base)(model)
     return model
@@ -217,7 +228,7 @@ def write_graph(
     scales = {
         f"{layer}.{SCALE_SUFFIX}": layer
         for layer, several in formats.items()
-        if any(fmt.static_activation for fmt in several)
+        if any(fmt.scaled_activation for fmt in several)
     }
     signatures = {str(value.name): _signature(value) for value in model.graph.inputs}
     given = [s for name, s in signatures.items() if name not in (*scales, ASSIGNMENT_INPUT, SELECTOR_INPUT)]
@@ -236,8 +247,10 @@ def write_graph(
 
 def _set_versions(model: ir.Model) -> None:
     """FP4 types exist from opset 23 and IR version 11 on; everything else stays where older readers follow."""
-    operators = {node.domain for node in model.graph.all_nodes()}
-    versions = _FP4_VERSIONS if TRT_DOMAIN in operators else STANDARD_VERSIONS
+    nodes = list(model.graph.all_nodes())
+    operators = {node.domain for node in nodes}
+    read = {value.dtype for node in nodes for value in node.inputs if value is not None}
+    versions = _FP4_VERSIONS if DataType.FLOAT4E2M1 in read else STANDARD_VERSIONS
     model.opset_imports.clear()
     model.opset_imports[""] = versions["opset"]
     if TRT_DOMAIN in operators:

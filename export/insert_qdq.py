@@ -16,9 +16,11 @@ Rules for activations, which take the place of x:
     7. e2m1: x / scale → TRT_FP4DynamicQuantize with a second-level scale of one → DequantizeLinear twice. The scale is
        that same input, so that formats can take turns in a layer. TensorRT wants the operator's own scale to be
        constant; dividing first says the same.
-    8. Integers per token: arithmetic in float32, since no backend has an operator for it.
-    9. Every other activation stays in the base type: so `int4wo` computes in float16 where that is the base, a finer
-       grid than the bfloat16 that the format promises.
+    8. Integers with dynamic scales, per token or in groups of its channels: arithmetic in float32, since no backend has
+       an operator for it. Below 8 bits the same graph input is the part of the largest magnitude that is kept.
+    9. Every other activation stays in the base type, whatever the grid of the weight: `int4wo`, `fp8a16`, `nvfp4a16`,
+       `w8a16`, and `w8a32` in a float32 graph. Where the base is float16 they compute in that, a finer grid than the
+       bfloat16 that the format promises.
 
 Rule for names:
    10. New nodes are called "<module path>/…"; the MatMul carries its format's name as metadata FORMAT.
@@ -35,7 +37,7 @@ from adatsq_trt.export.emitter import TRT_DOMAIN, Emitter
 from adatsq_trt.export.encode import EncodedWeight, element_type
 from adatsq_trt.export.normalize_linears import find_linears, weight_of
 from adatsq_trt.formats import Element, Format, Granularity, Grid
-from adatsq_trt.quantizers import group_width
+from adatsq_trt.quantizers import SMALLEST_STEP, SPLITTER, group_width
 
 FORMAT = "adatsq.format"
 SCALE_SUFFIX = "activation_scale"
@@ -65,20 +67,20 @@ class InsertQdq(ir.passes.InPlacePass):
             fmt = self._formats[layer]
             kind = element_type(fmt.weight) if fmt.weight.is_float else self._base
             _replace_weight(layer, linear, fmt.weight, self._weights[layer], kind)
-            _replace_activation(layer, linear, fmt, self._base)
+            _replace_activation(layer, linear, fmt, self._weights[layer].codes.shape[1], self._base)
             if kind is not self._base:
                 _compute_in(kind, layer, linear, self._base)
             linear.metadata_props[FORMAT] = fmt.name
         return ir.passes.PassResult(model, modified=bool(self._formats))
 
     def ensures(self, model: ir.Model) -> None:
-        """Every layer carries its format, and exactly the static ones have a scale input."""
+        """Every layer carries its format, and exactly those with a number of their own have that input."""
         inputs = {value.name for value in model.graph.inputs}
         for layer, linear in find_linears(model, list(self._formats)).items():
             fmt = self._formats[layer]
             if linear.metadata_props.get(FORMAT) != fmt.name:
                 raise ir.passes.PostconditionError(f"layer '{layer}' does not carry the format '{fmt.name}'")
-            if (f"{layer}.{SCALE_SUFFIX}" in inputs) != fmt.static_activation:
+            if (f"{layer}.{SCALE_SUFFIX}" in inputs) != fmt.scaled_activation:
                 raise ir.passes.PostconditionError(f"layer '{layer}': wrong scale inputs for format '{fmt.name}'")
 
 
@@ -117,13 +119,15 @@ def _dequantized(
 # ------------------------------------------------------------------------------------------------ activations
 
 
-def _replace_activation(layer: str, linear: ir.Node, fmt: Format, base: DataType) -> None:
+def _replace_activation(layer: str, linear: ir.Node, fmt: Format, in_features: int, base: DataType) -> None:
     """Rules 6 to 9."""
     grid, x = fmt.activation, linear.inputs[0]
     assert x is not None
     emit = Emitter(linear, f"{layer}/")
-    if grid.granularity is Granularity.TOKEN:
-        linear.replace_input_with(0, _per_token(x, grid, base, emit))
+    if grid.dynamic:
+        inputs = emit.renamed(f"{layer}.")
+        ratio = inputs.graph_input(SCALE_SUFFIX, DataType.FLOAT) if fmt.scaled_activation else None
+        linear.replace_input_with(0, _dynamic(x, ratio, grid, group_width(grid, in_features), base, emit))
     elif grid.element is Element.E2M1:
         scale = emit.renamed(f"{layer}.").graph_input(SCALE_SUFFIX, DataType.FLOAT)
         linear.replace_input_with(0, _fp4(x, scale, grid, base, emit))
@@ -163,23 +167,32 @@ def _fp4(x: ir.Value, scale: ir.Value, grid: Grid, base: DataType, emit: Emitter
     return emit.op("DequantizeInput", "DequantizeLinear", [codes, scales], base, axis=-1, block_size=grid.group_size)
 
 
-def _per_token(x: ir.Value, grid: Grid, base: DataType, emit: Emitter) -> ir.Value:
-    """Rule 8: step = max(amax / qmax, 1e-12); clip(round(x / step), ±qmax) * step."""
-    kind = DataType.FLOAT
+def _dynamic(x: ir.Value, ratio: ir.Value | None, grid: Grid, width: int, base: DataType, emit: Emitter) -> ir.Value:
+    """Rule 8: step = max(ratio * amax / qmax, 1e-12); clip(round(x / step), ±qmax) * step."""
+    kind, grouped = DataType.FLOAT, grid.granularity is Granularity.GROUP
     wide = x if base is kind else emit.cast("CastInput", x, kind)
-    largest = emit.op(
-        "InputMaximum",
-        "ReduceMax",
-        [emit.op("InputMagnitude", "Abs", [wide], kind), emit.integers("LastAxis", [-1])],
-        kind,
-        keepdims=1,
-    )
-    ratio = emit.op("InputRatio", "Div", [largest, emit.number("Qmax", grid.maximum)], kind)
-    step = emit.op("InputStep", "Max", [ratio, emit.number("StepFloor", 1e-12)], kind)
-    points = emit.op("RoundInput", "Round", [emit.op("ScaleInput", "Div", [wide, step], kind)], kind)
+    groups = wide
+    if grouped:  # [..., K / group, group]
+        shape = emit.op("InputShape", "Shape", [wide], DataType.INT64, end=-1)
+        split = emit.op("GroupShape", "Concat", [shape, emit.integers("Groups", [-1, width])], DataType.INT64, axis=0)
+        groups = emit.op("GroupInput", "Reshape", [wide, split], kind)
+    magnitude = emit.op("InputMagnitude", "Abs", [groups], kind)
+    largest = emit.op("InputMaximum", "ReduceMax", [magnitude, emit.integers("LastAxis", [-1])], kind, keepdims=1)
+    if ratio is not None:
+        largest = emit.op("ClipMaximum", "Mul", [largest, ratio], kind)
+    quotient = emit.op("InputRatio", "Div", [largest, emit.number("Qmax", grid.maximum)], kind)
+    step = emit.op("InputStep", "Max", [quotient, emit.number("StepFloor", SMALLEST_STEP)], kind)
+    if grouped:  # as `quantizers.eight_bits`; a Cast to bfloat16 would be dropped from graphs in float32
+        wide_step = emit.op("SplitStep", "Mul", [step, emit.number("Splitter", SPLITTER)], kind)
+        step = emit.op("RoundStep", "Sub", [wide_step, emit.op("StepRest", "Sub", [wide_step, step], kind)], kind)
+    points = emit.op("RoundInput", "Round", [emit.op("ScaleInput", "Div", [groups, step], kind)], kind)
     low, high = emit.number("Lowest", -grid.maximum), emit.number("Highest", grid.maximum)
     kept = emit.op("ClipInput", "Clip", [points, low, high], kind)
     values = emit.op("RescaleInput", "Mul", [kept, step], kind)
+    if grouped:
+        values = emit.op(
+            "UngroupInput", "Reshape", [values, emit.op("WholeShape", "Shape", [wide], DataType.INT64)], kind
+        )
     return values if base is kind else emit.cast("CastBackInput", values, base)
 
 

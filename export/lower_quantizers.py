@@ -8,7 +8,8 @@ Rules:
        second-level scale) rounded to e2m1 by arithmetic, kept as float32.
     4. DequantizeLinear of e2m1 constants: the same bytes read as uint4 → a table of the sixteen values; then rule 5.
     5. DequantizeLinear of everything but int8 with a static input: Cast to float32 → Mul by the scale, which is
-       broadcast along its axis or over its blocks.
+       broadcast along its axis or over its blocks. An int8 weight beside a float32 input is among these: ONNX Runtime
+       makes a MatMulNBits of a DequantizeLinear there, which by default rounds the input to 8 bits without a word.
     6. DequantizeLinear → Transpose of an int8 weight whose layer has a static int8 input: Transpose →
        DequantizeLinear, the order that ONNX Runtime fuses to an integer matrix product. (On x86 without VNNI that
        product saturates unless the session option "session.x64quantprecision" is "1". It moves codes by 128, and where
@@ -28,7 +29,7 @@ from adatsq_trt.export.encode import element_type
 from adatsq_trt.export.insert_qdq import FORMAT
 from adatsq_trt.export.name_nodes import MODULE
 from adatsq_trt.export.weight_store import reinterpret
-from adatsq_trt.formats import FORMATS, Element, Granularity
+from adatsq_trt.formats import Element, Format, Granularity, format_named
 from adatsq_trt.quantizers import E2M1_MAX, E4M3_MAX
 
 FLOAT, E4M3, INT8 = DataType.FLOAT, DataType.FLOAT8E4M3FN, DataType.INT8
@@ -140,7 +141,7 @@ def _lower_dequantize(node: ir.Node) -> None:
     assert codes is not None and scale is not None
     if codes.dtype is INT8 and codes.const_value is None:
         return
-    if codes.dtype is INT8 and _has_static_input(node):
+    if codes.dtype is INT8 and _feeds_integer_product(node):
         _transpose_first(node)
         return
     emit = Emitter(node, f"{node.name}.")
@@ -190,13 +191,18 @@ def _rank(node: ir.Node, value: ir.Value | None) -> int:
     return value.shape.rank()
 
 
-def _has_static_input(node: ir.Node) -> bool:
-    """Whether a weight's DequantizeLinear feeds a layer with a static integer input."""
+def has_integer_product(fmt: Format) -> bool:
+    """Whether ONNX Runtime is to multiply codes of weights and of activations (rule 6)."""
+    return fmt.activation.element is Element.INT and fmt.activation.granularity is Granularity.TENSOR
+
+
+def _feeds_integer_product(node: ir.Node) -> bool:
+    """Whether a weight's DequantizeLinear feeds a layer that rule 6 is for."""
     for transpose, _ in node.outputs[0].uses():
         for linear, _ in transpose.outputs[0].uses():
-            fmt = FORMATS.get(linear.metadata_props.get(FORMAT, ""))
-            if fmt is not None:
-                return fmt.activation.granularity is Granularity.TENSOR
+            name = linear.metadata_props.get(FORMAT)
+            if name is not None:
+                return has_integer_product(format_named(name))
     return False
 
 
@@ -219,7 +225,7 @@ def _transpose_first(node: ir.Node) -> None:
 
 def _round_plain_activation(linear: ir.Node) -> None:
     """Rule 7."""
-    grid, x = FORMATS[linear.metadata_props[FORMAT]].activation, linear.inputs[0]
+    grid, x = format_named(linear.metadata_props[FORMAT]).activation, linear.inputs[0]
     if x is None or not grid.is_float or grid.element is Element.FP32:
         return
     emit = Emitter(linear, f"{linear.metadata_props[MODULE]}/")

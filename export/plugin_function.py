@@ -23,7 +23,7 @@ import onnx_ir as ir
 from onnx_ir import DataType
 
 from adatsq_trt.export.encode import element_type
-from adatsq_trt.formats import FORMATS, Granularity
+from adatsq_trt.formats import FORMATS, Element, Granularity
 from adatsq_trt.quantizers import E4M3_MAX
 
 PLUGIN_DOMAIN, PLUGIN_OP, PLUGIN_VERSION = "adatsq", "AdatsqLinear", "1"
@@ -114,7 +114,7 @@ def _product(body: _Body, inputs: Mapping[str, ir.Value], kind: NodeKind, name: 
     fmt = FORMATS[name]
     if fmt.weight.is_float:
         weight = body("Cast", inputs["w16"], to=FLOAT.value)
-    elif name == "fp8":
+    elif fmt.weight.element is Element.E4M3:
         codes = body("Cast", inputs["w_fp8"], to=FLOAT.value)
         weight = body("Mul", codes, body("Unsqueeze", inputs["w_fp8_scale"], body.integers(-1)))
     elif fmt.weight.granularity is Granularity.GROUP:

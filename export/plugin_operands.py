@@ -13,12 +13,12 @@ from onnx_ir import DataType
 from torch import Tensor
 
 from adatsq_trt.errors import MismatchError, UnsupportedFormatError
-from adatsq_trt.formats import GROUP, PLUGIN_FORMATS
+from adatsq_trt.formats import FORMATS, GROUP, PLUGIN_FORMATS, Grid, format_named
 from adatsq_trt.packing import join_planes, pack_nibbles, split_planes
 from adatsq_trt.quantizers import QuantizedWeight
 
 ALIGNMENT = 16  # of N and K: rows of the kernels' operands are read in 16-byte pieces
-FOUR_BIT_FORMATS = ("w4a8", "int4wo")
+FOUR_BIT_GRID, EIGHT_BIT_GRID = FORMATS["w4a8"].weight, FORMATS["w8a8"].weight
 _PLAIN_FORMATS = ("fp16", "bf16")
 
 
@@ -82,21 +82,15 @@ def plugin_operands(layer: str, weights: Mapping[str, QuantizedWeight]) -> dict[
         weights: format → the layer's weight in it, for every format that the policy gives to the layer.
 
     Raises:
-        MismatchError: two 4-bit formats of the layer have different codes.
+        MismatchError: two formats of the layer that share a grid have different weights.
     """
     operands: dict[str, Operand] = {}
-    narrow = [weights[name] for name in FOUR_BIT_FORMATS if name in weights]
-    if any(not torch.equal(narrow[0].codes, other.codes) for other in narrow[1:]):
-        raise MismatchError(
-            f"layer '{layer}': {' and '.join(FOUR_BIT_FORMATS)} have different codes, so they cannot share one plane; "
-            "run 'adatsq-trt quantize' again"
-        )
-    if narrow:
-        operands["w4"] = Operand(_packed(narrow[0].codes), DataType.INT8)
-        operands["w4_scale"] = Operand(_scales(narrow[0]), DataType.FLOAT)
-    if "w8a8" in weights:
-        wide = weights["w8a8"]
-        if narrow and is_nested(wide, narrow[0]):
+    narrow, wide = (_of_grid(layer, weights, grid) for grid in (FOUR_BIT_GRID, EIGHT_BIT_GRID))
+    if narrow is not None:
+        operands["w4"] = Operand(_packed(narrow.codes), DataType.INT8)
+        operands["w4_scale"] = Operand(_scales(narrow), DataType.FLOAT)
+    if wide is not None:
+        if narrow is not None and is_nested(wide, narrow):
             operands["lo"] = Operand(_packed(split_planes(wide.codes)[1]), DataType.INT8)
         else:
             operands["w8"] = Operand(wide.codes, DataType.INT8)
@@ -111,6 +105,19 @@ def plugin_operands(layer: str, weights: Mapping[str, QuantizedWeight]) -> dict[
     return operands
 
 
+def _of_grid(layer: str, weights: Mapping[str, QuantizedWeight], grid: Grid) -> QuantizedWeight | None:
+    """The one weight that all formats of a grid share; None where there is no such format."""
+    names = [name for name in weights if format_named(name).weight == grid]
+    for other in names[1:]:
+        pairs = ((getattr(weights[names[0]], part), getattr(weights[other], part)) for part in ("codes", "scales"))
+        if not all(torch.equal(one, another) for one, another in pairs):
+            raise MismatchError(
+                f"layer '{layer}': {names[0]} and {other} have different weights, though they share a grid; run "
+                "'adatsq-trt quantize' again"
+            )
+    return weights[names[0]] if names else None
+
+
 def is_nested(wide: QuantizedWeight, narrow: QuantizedWeight) -> bool:
     """Whether the 4-bit codes are the high plane of the 8-bit ones."""
     high, low = split_planes(wide.codes)
@@ -119,9 +126,9 @@ def is_nested(wide: QuantizedWeight, narrow: QuantizedWeight) -> bool:
 
 def group_size(weights: Mapping[str, QuantizedWeight]) -> int:
     """Inputs that share a 4-bit scale; the library's default where there is none."""
-    for name in FOUR_BIT_FORMATS:
-        if name in weights:
-            return weights[name].codes.shape[1] // _scales(weights[name]).shape[1]
+    for name, weight in weights.items():
+        if format_named(name).weight == FOUR_BIT_GRID:
+            return weight.codes.shape[1] // _scales(weight).shape[1]
     return GROUP
 
 

@@ -1,7 +1,7 @@
 """All assignments in one graph: a layer with several formats becomes a choice that the input `bucket` decides.
 
-The trunk (everything outside of such layers) is there once, and so is every (layer, format) pair, because it sits in
-the one branch that computes it: whatever loads or compiles the graph finds no weight twice.
+The trunk (everything outside of such layers) is there once, and a (layer, format) pair sits in the one branch that
+computes it. Formats of a layer that share a weight grid read one place in the weight file.
 
 Rules:
     1. The trunk is the first assignment's; the others differ from it in nothing but the layers' nodes.
@@ -16,11 +16,14 @@ Rules:
        TensorRT wants them in the branch. A DequantizeLinear stays where its product is, to be fused with it, with its
        constants and with scalars: ONNX Runtime fuses an integer product if the zero point of its input is in the same
        graph, and if the weight is not, the product saturates on x86 without VNNI, whatever its options say.
+    8. There too, formats of a layer that differ in activations only share its product, since ONNX Runtime packs the
+       weight of every product: the choice is between the layer's inputs. Integer products, which are fused with what
+       quantizes their inputs, stay apart. TensorRT wants that beside every product; it finds equal constants by itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -28,7 +31,10 @@ from onnx_ir import DataType
 from onnx_ir.passes import common
 
 from adatsq_trt.errors import AdatsqError
+from adatsq_trt.export.insert_qdq import FORMAT
+from adatsq_trt.export.lower_quantizers import has_integer_product
 from adatsq_trt.export.name_nodes import MODULE
+from adatsq_trt.formats import Grid, format_named
 from adatsq_trt.graph_index import ASSIGNMENT_INPUT
 
 
@@ -74,9 +80,14 @@ class _Joined:
             formats: its format in each assignment.
         """
         nodes = _nodes_of(self._trunk, layer)
-        old = _leaving(layer, nodes)
+        data, old = _data(nodes), _leaving(layer, nodes)
+        if self._constants_outside:
+            formats = self._share_products(layer, formats, data)
+        if len(set(formats)) == 1:
+            return
+        branches = {name: self._product(layer, name, formats) for name in dict.fromkeys(formats)}
         place, result = old.producer(), old
-        for choice in self._choices(layer, formats, old, nodes):
+        for choice in self._choices(layer, formats, branches, lambda: _nothing(layer, data, old)):
             assert place is not None
             self._trunk.insert_after(place, choice)
             place, result = choice, choice.outputs[0]
@@ -85,20 +96,67 @@ class _Joined:
         result.name, result.shape = old.name, old.shape
         self._values[str(old.name)] = result
 
+    def _share_products(self, layer: str, formats: Sequence[str], data: ir.Value) -> list[str]:
+        """Apply rule 8.
+
+        Args:
+            layer: module path.
+            formats: its format in each assignment.
+            data: what the layer reads.
+
+        Returns:
+            The same, with one name for all formats that now share a product.
+        """
+        groups: dict[Grid | str, list[str]] = {}
+        for name in dict.fromkeys(formats):
+            fmt = format_named(name)
+            groups.setdefault(name if has_integer_product(fmt) else fmt.weight, []).append(name)
+        for members in groups.values():
+            if len(members) > 1:
+                self._choose_input(layer, members, formats, data)
+        return [members[0] for name in formats for members in groups.values() if name in members]
+
+    def _choose_input(self, layer: str, members: Sequence[str], formats: Sequence[str], data: ir.Value) -> None:
+        """Choose what goes into the one product of some formats: their inputs, each rounded its own way."""
+        sources = {name: self._sources[formats.index(name)] for name in members}
+        title = f"{layer}/Input@{'+'.join(members)}"
+        branches = {name: self._input_branch(layer, name, source) for name, source in sources.items()}
+        shared, result = _linear_of(sources[members[0]], layer), data
+        linear = _linear_of(self._trunk, layer)
+        for choice in self._choices(title, formats, branches, lambda: _passed_on(data, title)):
+            self._trunk.insert_before(linear, choice)
+            result = choice.outputs[0]
+        result.shape = data.shape
+        self._values[_name(result)] = result
+        # The first member's graph gives the product where there are others beside it, else the trunk does.
+        for node, value in ((shared, ir.val(result.name, type=result.type)), (linear, result)):
+            node.replace_input_with(0, value)
+            node.metadata_props[FORMAT] = ",".join(members)
+
     def _choices(
-        self, layer: str, formats: Sequence[str], old: ir.Value, nodes: Sequence[ir.Node]
+        self,
+        title: str,
+        formats: Sequence[str],
+        branches: Mapping[str, ir.Graph],
+        nothing: Callable[[], ir.Graph],
     ) -> Iterator[ir.Node]:
-        """The `If` nodes of a layer, in order."""
-        names = list(dict.fromkeys(formats))
-        if len(names) == 2:
-            branches = [self._branch(layer, name, self._sources[formats.index(name)]) for name in names]
-            yield _choose(self._condition([got == names[0] for got in formats]), branches[0], branches[1], layer)
+        """The `If` nodes that choose between formats, in order.
+
+        Args:
+            title: what names begin with.
+            formats: the layer's format in each assignment.
+            branches: format → what computes it.
+            nothing: makes the branch of an assignment for which none of these is right, where one is needed.
+        """
+        (first, then), *others = branches.items()
+        if len(others) == 1:
+            ((_, otherwise),) = others
+            yield _choose(self._condition([got == first for got in formats]), then, otherwise, title)
             return
-        otherwise = _nothing(layer, _data(nodes), old)
-        for name in names:
-            branch = self._branch(layer, name, self._sources[formats.index(name)])
-            choice = _choose(self._condition([got == name for got in formats]), branch, otherwise, f"{layer}@{name}")
-            otherwise = _passed_on(choice.outputs[0])
+        otherwise = nothing()
+        for name, branch in branches.items():
+            choice = _choose(self._condition([got == name for got in formats]), branch, otherwise, f"{title}@{name}")
+            otherwise = _passed_on(choice.outputs[0], _name(choice.outputs[0]))
             yield choice
 
     def _condition(self, table: Sequence[bool]) -> ir.Value:
@@ -122,10 +180,32 @@ class _Joined:
             self._trunk.inputs.append(self._values[name])
         return self._values[name]
 
-    def _branch(self, layer: str, name: str, source: ir.Graph) -> ir.Graph:
+    def _product(self, layer: str, name: str, formats: Sequence[str]) -> ir.Graph:
         """A layer's nodes in one format (rules 2, 5 and 6)."""
+        source = self._sources[formats.index(name)]
         nodes = _nodes_of(source, layer)
-        output, made = _leaving(layer, nodes), {value for node in nodes for value in node.outputs}
+        return self._branch(f"{layer}@{name}", name, source, nodes, _leaving(layer, nodes))
+
+    def _input_branch(self, layer: str, name: str, source: ir.Graph) -> ir.Graph:
+        """What a format does to a layer's input (rule 8)."""
+        given = _linear_of(source, layer).inputs[0]
+        assert given is not None
+        nodes = _leading_to(given, _nodes_of(source, layer))
+        if not nodes:
+            return _passed_on(self._outer(given), f"{layer}/Input@{name}")
+        return self._branch(f"{layer}/Input@{name}", name, source, nodes, given)
+
+    def _branch(self, title: str, name: str, source: ir.Graph, nodes: list[ir.Node], output: ir.Value) -> ir.Graph:
+        """Move nodes into a branch (rules 5 to 7).
+
+        Args:
+            title: of the branch.
+            name: of the format.
+            source: where the nodes are.
+            nodes: in order.
+            output: what the branch gives.
+        """
+        made = {value for node in nodes for value in node.outputs}
         constants = sorted({v for n in nodes for v in n.inputs if v is not None and _is_own(v, nodes)}, key=_name)
         for node in nodes:
             node.name = f"{node.name}@{name}"
@@ -146,7 +226,7 @@ class _Joined:
             for node in reversed(moved):
                 self._trunk.insert_before(self._trunk[0], node)
             nodes, constants = [node for node in nodes if node not in moved], inside
-        return ir.Graph([], [output], nodes=nodes, initializers=constants, name=f"{layer}@{name}")
+        return ir.Graph([], [output], nodes=nodes, initializers=constants, name=title)
 
     def _outer(self, value: ir.Value) -> ir.Value:
         """The trunk's value of the same name; a scale that the trunk did not need becomes an input."""
@@ -163,6 +243,22 @@ def _name(value: ir.Value) -> str:
 
 def _nodes_of(graph: ir.Graph, layer: str) -> list[ir.Node]:
     return [node for node in graph if node.metadata_props.get(MODULE) == layer]
+
+
+def _linear_of(graph: ir.Graph, layer: str) -> ir.Node:
+    """A layer's product."""
+    (linear,) = (node for node in _nodes_of(graph, layer) if FORMAT in node.metadata_props)
+    return linear
+
+
+def _leading_to(value: ir.Value, nodes: Sequence[ir.Node]) -> list[ir.Node]:
+    """Those of the nodes that a value comes from, in order."""
+    wanted, found = {value}, []
+    for node in reversed(nodes):
+        if wanted.intersection(node.outputs):
+            wanted.update(v for v in node.inputs if v is not None)
+            found.append(node)
+    return found[::-1]
 
 
 def _leaving(layer: str, nodes: Collection[ir.Node]) -> ir.Value:
@@ -217,10 +313,11 @@ def _choose(condition: ir.Value, then: ir.Graph, otherwise: ir.Graph, name: str)
     return ir.node("If", [condition], branches, outputs=[output], name=f"{name}/If")
 
 
-def _passed_on(value: ir.Value) -> ir.Graph:
-    same = ir.val(f"{value.name}/Passed", type=value.type)
-    node = ir.node("Identity", [value], outputs=[same], name=f"{value.name}/Pass")
-    return ir.Graph([], [same], nodes=[node], name=f"{value.name}/otherwise")
+def _passed_on(value: ir.Value, title: str) -> ir.Graph:
+    """A branch that gives a value of the trunk; the title is its own in the whole file."""
+    same = ir.val(f"{title}/Passed", type=value.type)
+    node = ir.node("Identity", [value], outputs=[same], name=f"{title}/Pass")
+    return ir.Graph([], [same], nodes=[node], name=f"{title}/otherwise")
 
 
 def _nothing(layer: str, data: ir.Value, like: ir.Value) -> ir.Graph:

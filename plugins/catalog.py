@@ -13,6 +13,7 @@ from adatsq_trt.timed_kernels import (
     GEMM_W8A8,
     GEMM_W8A8_NESTED,
     GEMM_W8A16,
+    GEMM_W8A16_NESTED,
     NATURAL,
     QUANTIZE_FP8,
     QUANTIZE_TOKENS,
@@ -83,6 +84,7 @@ KERNELS: dict[str, Kernel] = {
         Kernel(GEMM_W4A8, "gemm_int4", (*_INT8, *_CODES, *_END), groups=GROUPS, orders=(EVEN_ODD,)),
         Kernel(GEMM_W4A16, "gemm_int4", (("x", "*16"), *_CODES, *_END), groups=GROUPS),
         Kernel(GEMM_W8A16, "gemm_float", (("x", "*16"), *_CODES, *_END)),
+        Kernel(GEMM_W8A16_NESTED, "gemm_float", (("x", "*16"), *_PLANES, *_END)),
         Kernel(GEMM_16, "gemm_float", (("x", "*16"), ("w", "*16"), *_END)),
         Kernel(GEMM_FP8, "gemm_float", (*_FP8, *_END), targets=_FP8_TARGETS),
     )

@@ -8,9 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from adatsq_trt.checkpoints.kinds import KINDS, PipelineKind
+from adatsq_trt.models.families import families
+from adatsq_trt.models.family import Family
 
-_BY_NAME = {kind.pipeline: kind for kind in KINDS}
+_BY_NAME = {kind.pipeline: kind for kind in families()}
 FLUX, Z_IMAGE, WAN = (_BY_NAME[name] for name in ("FluxPipeline", "ZImagePipeline", "WanPipeline"))
 RANK, WIDTH = 4, 64
 Tensors = dict[str, Tensor]
@@ -162,7 +163,7 @@ def lightx2v_wan() -> tuple[Tensors, Tensors]:
     return tensors, deltas
 
 
-READ: dict[str, tuple[PipelineKind, Callable[[], tuple[Tensors, Tensors]]]] = {
+READ: dict[str, tuple[Family, Callable[[], tuple[Tensors, Tensors]]]] = {
     "diffusers' names with alpha": (FLUX, diffusers_with_alpha),
     "kohya sd-scripts, Flux": (FLUX, kohya_flux),
     "kohya sd-scripts, Flux's last layer": (FLUX, kohya_flux_final_layer),

@@ -207,6 +207,43 @@ def test_excluded_layers_stay_in_full_precision(bundle: Bundle, tmp_path: Path) 
         adatsq_trt.build("digits-flux", exclude="*", **common)
 
 
+def test_some_layers_have_the_formats_that_they_may_have(tmp_path: Path) -> None:
+    common: dict[str, Any] = {"target": "sm120", "formats": "nvfp4,fp8,bf16", "output": tmp_path / "run", **SMALL}
+    where = ("single_*=fp8,bf16", "*.proj_out=bf16", "transformer_blocks.0.*=nvfp4")
+    policy = adatsq_trt.search_policy("digits-flux", formats_for=where, budget_bits=14, **common)
+    assert {name for row in policy.assignments for name in row} > {"nvfp4", "bf16"}
+    for layer, names in zip(policy.layers, zip(*policy.assignments, strict=True), strict=True):
+        if layer.startswith("transformer_blocks.0."):
+            assert set(names) == {"nvfp4"}, layer
+        elif layer.endswith("proj_out"):
+            assert set(names) == {"bf16"}, layer
+        elif layer.startswith("single_"):
+            assert set(names) <= {"fp8", "bf16"}, layer
+    assert set(policy.uniform_errors) == {"nvfp4", "fp8", "bf16"}  # for comparison
+    with pytest.raises(
+        MismatchError, match=r"--policy gives layer '.*' the format nvfp4, --formats-for leaves it bf16"
+    ):
+        adatsq_trt.search_policy("digits-flux", formats_for="transformer_blocks.0.*=bf16", policy=policy, **common)
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("transformer_blocks.9.*=fp8", r"--formats-for 'transformer_blocks.9.*': no layer .*; the nearest are transf"),
+        ("*=fp9", "unknown format or format set 'fp9'"),
+        ("*=w8a8s", "w8a8s is none of the candidates, which are nvfp4, fp8, bf16; add it to --formats"),
+        ("*.to_q", r"expected PATTERN=FORMATS"),
+        (("*.to_q=fp8", "*.attn.*=bf16"), r"with the others it leaves layer '.*to_q' no format"),
+        ("*=bf16", "the cheapest is that with the cheapest format that each layer may have with a mean of 16 bits"),
+    ],
+)
+def test_restrictions_that_cannot_be_followed(tmp_path: Path, where: str | tuple[str, ...], message: str) -> None:
+    options: dict[str, Any] = {"formats": "nvfp4,fp8,bf16", "budget_bits": 8.0}
+    with pytest.raises(UserError, match=message):
+        adatsq_trt.search_policy("digits-flux", formats_for=where, output=tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
 class _StopError(Exception):
     """Of a callback."""
 

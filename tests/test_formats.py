@@ -9,6 +9,7 @@ from adatsq_trt.formats import (
     TARGETS,
     default_formats,
     format_named,
+    is_format,
     require_accelerated,
     require_shapes,
     resolve_formats,
@@ -40,6 +41,35 @@ def test_bits(name: str, bits: float, stored_weight: float, moved_activation: fl
 
 def test_static_activations_are_those_without_a_scale_per_token() -> None:
     assert {f.name for f in FORMATS.values() if f.static_activation} == {"fp8", "nvfp4", "w8a8s"}
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "moved"),
+    [("w4a4g64", 128, 4.25), ("w4a4g32", 128, 4.5), ("w3a5g16", 128, 6), ("w4a4g64", 96, 4.5), ("w4a4g64", 80, 5)],
+)
+def test_activations_in_groups_count_the_scales_of_the_group_that_divides_the_layer(
+    name: str, width: int, moved: float
+) -> None:
+    fmt, whole = format_named(name), FORMATS[name.partition("g")[0]]
+    assert (fmt.name, fmt.bits, fmt.weight) == (name, whole.bits, whole.weight)
+    assert fmt.moved_activation_bits(width) == moved
+    assert [f.name for f in resolve_formats(f"w4a5,{name}")] == sorted(
+        [name, "w4a5"], key=lambda n: format_named(n).bits
+    )
+    assert [f.name for f in resolve_formats(name)] == [name]
+
+
+@pytest.mark.parametrize("name", ["w4a4g8", "w4a4g", "w9a4g64", "fp8g64", "w8a8sg64", "int4wog64", "w4a4g64g64"])
+def test_groups_are_of_integers_per_token_and_have_three_sizes(name: str) -> None:
+    assert not is_format(name)
+    with pytest.raises(UnknownNameError, match=name):
+        format_named(name)
+
+
+def test_a_number_for_each_step_and_layer_is_a_static_scale_or_clips_few_bits() -> None:
+    kinds = {name: format_named(name).scaled_activation for name in ("fp8", "nvfp4", "w8a8s", "w4a4", "w4a6g16")}
+    assert all(kinds.values())
+    assert not any(FORMATS[name].scaled_activation for name in ("w8a8", "w4a8", "int4wo", "bf16", "fp32"))
 
 
 @pytest.mark.parametrize(("name", "largest"), [("fp8", 448), ("nvfp4", 6), ("w8a8", 127), ("w4a4", 7), ("w3a3", 3)])

@@ -14,6 +14,7 @@ from adatsq_trt.quantizers import (
     QuantizedWeight,
     decode_e2m1,
     dequantize_weight,
+    eight_bits,
     encode_e2m1,
     encode_weight,
     fake_quantize_activation,
@@ -199,6 +200,45 @@ def test_dynamic_activations_depend_on_their_own_token_only(x: torch.Tensor, wid
     step = x.abs().amax(dim=-1, keepdim=True) / grid.maximum
     assert ((whole - x).abs() <= 0.501 * step + 1e-6).all()
     assert whole.isfinite().all()
+
+
+def test_a_group_has_a_scale_of_16_bits_and_a_ratio_clips_it() -> None:
+    """By hand: 3 bits reach from -3 to 3; the first group's step is 6 / 3, the second's 0.75 / 3."""
+    grid = Grid(Element.INT, 3, Granularity.GROUP, 16, 16)
+    x = torch.zeros(2, 32)
+    x[0, :4] = torch.tensor([6.0, -2.9, 1.1, 0.9])
+    x[0, 16:20] = torch.tensor([0.75, 0.4, -0.37, 0.1])
+    whole = fake_quantize_activation(x, grid)
+    assert whole[0, :4].tolist() == [6.0, -2.0, 2.0, 0.0]
+    assert whole[0, 16:20].tolist() == [0.75, 0.5, -0.25, 0.0]
+    assert not whole[1].any()
+    half = fake_quantize_activation(x, grid, torch.tensor(0.5))
+    assert half[0, :4].tolist() == [3.0, -3.0, 1.0, 1.0]
+    assert half[0, 16:20].tolist() == [0.375, 0.375, -0.375, 0.125]
+    step = torch.tensor(1.0 / 3).bfloat16().float()
+    assert fake_quantize_activation(torch.full((1, 16), 1.0), grid)[0, 0] == 3 * step  # not 1: the scale was rounded
+
+
+def test_steps_of_groups_have_eight_significant_bits() -> None:
+    values = torch.rand(100_000, generator=torch.Generator().manual_seed(0)) * 2.0 ** torch.arange(-20, 20).repeat(2500)
+    found = eight_bits(values)
+    assert torch.equal(found, found.bfloat16().float())
+    assert torch.equal((found - values).abs(), (values.bfloat16().float() - values).abs())  # ties may go either way
+
+
+@given(x=activations(), width=st.sampled_from([3, 4, 6]))
+def test_a_ratio_of_one_changes_nothing(x: torch.Tensor, width: int) -> None:
+    grid = Grid(Element.INT, width, Granularity.TOKEN)
+    assert torch.equal(fake_quantize_activation(x, grid, torch.tensor(1.0)), fake_quantize_activation(x, grid))
+
+
+def test_a_group_as_wide_as_the_token_is_the_token_but_for_the_scale_s_bits() -> None:
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    token = fake_quantize_activation(x, Grid(Element.INT, 4, Granularity.TOKEN))
+    group = fake_quantize_activation(x, Grid(Element.INT, 4, Granularity.GROUP, 64, 16))
+    step = x.abs().amax(dim=-1, keepdim=True) / 7
+    assert ((group - token).abs() <= 1.03 * step).all()
+    assert ((group - token).abs() <= 0.03 * step).float().mean() > 0.95
 
 
 @pytest.mark.parametrize("name", ["fp8", "w8a8s"])

@@ -37,6 +37,7 @@ def write_bundle(
     prompts: Conditioning,
     any_size: AnySize | None = None,
     others: Sequence[ModelAdapter] = (),
+    variants: Sequence[str] = ("cpu",),
 ) -> BundleFiles:
     """Three buckets over two assignments, with weights rounded to nearest.
 
@@ -47,6 +48,7 @@ def write_bundle(
         prompts: what the bundle stores; one row for the unguided branch.
         any_size: for a bundle of several sizes: what is traced.
         others: the model at the sizes beside its own.
+        variants: of the graphs; plans are made of "target".
     """
     layers = adapter.quantizable_layers()
     rows = [["fp8"] * len(layers), [("bf16", "fp8")[i % 2] for i in range(len(layers))]]
@@ -61,7 +63,7 @@ def write_bundle(
     else:
         traced = trace(any_size.module, *common, any_size.positions, any_size.axes)
         write_positions(folder, (adapter, *others))
-    index = export_graphs(traced, policy, weights, folder / GRAPH_FOLDER, "bfloat16", adapter.blocks(), ("cpu",))
+    index = export_graphs(traced, policy, weights, folder / GRAPH_FOLDER, "bfloat16", adapter.blocks(), variants)
     policy.save(folder / POLICY_NAME)
     write_tensors(folder / SCALES_NAME, {"fp8": torch.full((STEPS, len(layers)), 1 / 64)})
     stored = {f"conditional.{name}": value for name, value in prompts.conditional.items()}
@@ -80,6 +82,7 @@ def write_bundle(
         image=ImageSpec(**vars(adapter.image)),
         shapes=tuple(_shape(own) for own in (adapter, *others)) if any_size is not None else (),
         prompts=len(next(iter(prompts.conditional.values()))),
+        call=adapter.pipeline_call(),
         plans=(),
         versions={},
     )

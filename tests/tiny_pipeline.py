@@ -1,5 +1,6 @@
 """A bundle of the tiny Flux, and the rest of a FluxPipeline in diffusers' own classes, all with random weights."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,16 +21,17 @@ def make_adapter() -> FluxAdapter:
     return make_tiny_flux(WIDTH, PATCHES, shift=3.0)
 
 
-def make_flux_bundle(folder: Path) -> BundleFiles:
+def make_flux_bundle(folder: Path, variants: Sequence[str] = ("cpu",)) -> BundleFiles:
     """For prompts of `TEXT_TOKENS` tokens, as the pipeline's text encoders make them."""
     adapter, rows = make_adapter(), 20
     adapter.trace_module().text_ids = torch.zeros(TEXT_TOKENS, 3)
     latents = torch.randn(rows, *adapter.latent_shape, generator=torch.Generator().manual_seed(0))
     inputs = {"hidden_states": latents, **_condition(rows, seed=0), "timestep": torch.full((rows,), 0.5)}
-    return write_bundle(folder, adapter, inputs, Conditioning(_condition(PROMPTS, seed=1), _condition(1, seed=2)))
+    stored = Conditioning(_condition(PROMPTS, seed=1), _condition(1, seed=2))
+    return write_bundle(folder, adapter, inputs, stored, variants=variants)
 
 
-def make_sized_bundle(folder: Path, *grids: tuple[int, int]) -> BundleFiles:
+def make_sized_bundle(folder: Path, *grids: tuple[int, int], variants: Sequence[str] = ("cpu",)) -> BundleFiles:
     """The same for its own size and others, each given in rows and columns of tokens."""
     adapter, rows = make_adapter(), 20
     any_size = adapter.any_size()
@@ -38,7 +40,7 @@ def make_sized_bundle(folder: Path, *grids: tuple[int, int]) -> BundleFiles:
     inputs = {"hidden_states": latents, **_condition(rows, seed=0), "timestep": torch.full((rows,), 0.5)}
     stored = Conditioning(_condition(PROMPTS, seed=1), _condition(1, seed=2))
     others = [adapter.resized(adapter.image.resized(*grid)) for grid in grids]
-    return write_bundle(folder, adapter, inputs, stored, any_size, others)
+    return write_bundle(folder, adapter, inputs, stored, any_size, others, variants)
 
 
 def _condition(prompts: int, seed: int) -> dict[str, torch.Tensor]:

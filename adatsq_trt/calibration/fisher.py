@@ -7,10 +7,10 @@ final latent x_T is projected on a unit Gaussian u,
 
 where W[t,l] is layer l's weight as used at step t alone. E_u of the squared gradient is the squared Frobenius norm of
 the Jacobian of the *final* picture, so an early step's influence through all later steps is counted. One backward
-sweep over the trajectory gives all steps: with the adjoint a_t = ∂L/∂x_t and the Euler step
-x_{t+1} = x_t + (σ_{t+1} - σ_t) v(x_t, t),
+sweep over the trajectory gives all steps: with the adjoint a_t = ∂L/∂x_t and the scheduler's step
+x_{t+1} = α_t x_t + β_t v(x_t, t) (`solver.Update`; Euler's method has α = 1 and β = σ_{t+1} - σ_t),
 
-    a_T = u,      a_t = a_{t+1} + (σ_{t+1} - σ_t) (∂v/∂x_t)ᵀ a_{t+1}.
+    a_T = u,      a_t = α_t a_{t+1} + β_t (∂v/∂x_t)ᵀ a_{t+1}.
 
 The adjoints are kept: aᵀ δ predicts, to first order, what an error δ at step t does to the final picture.
 """
@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from adatsq_trt.calibration.trajectory import Samples
-from adatsq_trt.models.adapter import OUTSIDE, guide
+from adatsq_trt.models.adapter import OUTSIDE
 from adatsq_trt.models.blocks import BlockCall, LeafGradients, cut_at_blocks
 from adatsq_trt.models.capture import Capture, captured
+from adatsq_trt.solver import guide
 
 # Numbers in the products of all rows of a batch with each other, such as are worth keeping at once.
 MOST_ROW_PRODUCTS = 1 << 24
@@ -151,7 +152,7 @@ def _differentiable_step(samples: Samples, latent: Tensor, step: int) -> tuple[l
     adapter, schedule, conditioning = samples.adapter, samples.schedule, samples.conditioning
     inputs = adapter.guided_inputs(latent, schedule.model_time(step), conditioning, samples.guidance)
     inputs = {name: value if value.requires_grad else value.detach().requires_grad_() for name, value in inputs.items()}
-    velocity = guide(adapter.predict(inputs), conditioning, samples.guidance)
+    velocity = guide(adapter.predict(inputs), len(latent), samples.guidance)
     return list(inputs.values()), schedule.advance(latent, velocity, step)
 
 
@@ -180,6 +181,19 @@ def squared_weight_gradient(inputs: Tensor, gradients: Tensor) -> Tensor:
         return ((inputs @ inputs.mT) * (gradients @ gradients.mT)).sum(dim=(-2, -1))
     pairs = zip(inputs, gradients.unbind(-3), strict=True)
     return torch.stack([(own.mT @ x).square().sum(dim=(-2, -1)) for x, own in pairs], dim=-1)
+
+
+def proportional_weights(information: Tensor) -> Tensor:
+    """alpha[t,l] = I[t,l] / sum over t of I[t,l]; the same for all steps where a layer has no information.
+
+    Args:
+        information: I, float32 [steps, layers].
+
+    Returns:
+        float32 [steps, layers]; columns sum to 1.
+    """
+    total = information.sum(dim=0, keepdim=True)
+    return torch.where(total > 0, information / total, 1 / len(information))
 
 
 def temporal_weights(information: Tensor, temperature: float) -> Tensor:

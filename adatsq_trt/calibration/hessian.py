@@ -19,20 +19,21 @@ class LayerMoments:
     """What a layer's inputs add up to over the steps.
 
     Attributes:
-        weighted: H', float32 [K, K].
+        weighted: H', float32 [K, K]; None where steps have no weights.
         plain: the same with equal weights, float32 [K, K].
         largest: magnitude at every step, float32 [steps].
         tokens: rows that one sample sends through the layer.
     """
 
-    weighted: Tensor
+    weighted: Tensor | None
     plain: Tensor
     largest: Tensor
     tokens: int = 0
 
-    def add(self, inputs: StepInputs, step: int, weight: Tensor) -> None:
-        """Add a step's inputs with a weight, float32 []."""
-        self.weighted += weight * inputs.moment
+    def add(self, inputs: StepInputs, step: int, alpha: Tensor | None) -> None:
+        """Add a step's inputs with its weight, if any, of alpha, float32 [steps]."""
+        if self.weighted is not None and alpha is not None:
+            self.weighted += alpha[step] * inputs.moment
         self.plain += inputs.moment.mul(1 / len(self.largest))
         self.largest[step] = inputs.largest
         self.tokens = inputs.tokens
@@ -57,7 +58,7 @@ def layer_moments(
     executor: Executor,
     batch: Shared[Samples],
     latents: Tensor,
-    weights: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor | None],
     on_step: Callable[[], None],
 ) -> dict[str, LayerMoments]:
     """One pass over the full-precision trajectory for the layers in `weights`; only their Hessians are in memory.
@@ -66,7 +67,7 @@ def layer_moments(
         executor: who computes; a unit is all samples at one step.
         batch: the samples.
         latents: their trajectory, float32 [steps + 1, samples, *latent_shape].
-        weights: module path → alpha, float32 [steps].
+        weights: module path → alpha, float32 [steps]; None for plain moments alone.
         on_step: called after each step.
     """
     units = (
@@ -79,8 +80,9 @@ def layer_moments(
             inputs = found.pop(name)  # or they would be there while those of the next step are made
             if name not in moments:
                 zero = torch.zeros_like(inputs.moment)
-                moments[name] = LayerMoments(zero, zero.clone(), torch.zeros(len(latents) - 1))
-            moments[name].add(inputs, step, weights[name][step])
+                weighted = None if weights[name] is None else zero.clone()
+                moments[name] = LayerMoments(weighted, zero, torch.zeros(len(latents) - 1))
+            moments[name].add(inputs, step, weights[name])
         on_step()
     return {name: moments[name] for name in weights}
 

@@ -51,8 +51,12 @@ class Samples:
     @torch.no_grad()
     def step(self, latent: Tensor, step: int) -> Tensor:
         """The latent after one denoising step with the model as it stands (full precision or fake-quantized)."""
-        velocity = self.adapter.velocity(latent, self.schedule.model_time(step), self.conditioning, self.guidance)
-        return self.schedule.advance(latent, velocity, step)
+        return self.schedule.advance(latent, self.velocity(latent, step), step)
+
+    @torch.no_grad()
+    def velocity(self, latent: Tensor, step: int) -> Tensor:
+        """The model's prediction at a step, after guidance."""
+        return self.adapter.velocity(latent, self.schedule.model_time(step), self.conditioning, self.guidance)
 
     def part(self, samples: slice) -> Samples:
         """Some of the samples."""
@@ -85,11 +89,15 @@ def trajectory(
     Returns:
         float32 [steps + 1, samples, *latent_shape]; the last row is the picture.
     """
-    latents = [samples.noise().to(samples.adapter.device)]
-    for step in range(samples.schedule.steps):
+
+    def velocity(latent: Tensor, step: int) -> Tensor:
         if before_step is not None:
             before_step(step)
-        latents.append(samples.step(latents[-1], step))
+        return samples.velocity(latent, step)
+
+    latents = [samples.noise().to(samples.adapter.device)]
+    for latent in samples.schedule.begin(latents[0]).run(velocity):
+        latents.append(latent)
         if on_step is not None:
             on_step()
     return torch.stack(latents)

@@ -15,10 +15,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from adatsq_trt.checkpoints.encodings import read_encodings
-from adatsq_trt.checkpoints.kinds import AGAIN, Canvas, JsonObject
 from adatsq_trt.checkpoints.lora import Lora, fuse, parse_lora
 from adatsq_trt.checkpoints.prompts import encode_prompts
-from adatsq_trt.checkpoints.schedulers import require_schedule
+from adatsq_trt.checkpoints.schedulers import make_scheduler, require_schedule
 from adatsq_trt.checkpoints.single_file import convert, require_layout, transformer_weights
 from adatsq_trt.checkpoints.source import Source, find_source
 from adatsq_trt.checkpoints.weights import (
@@ -33,7 +32,7 @@ from adatsq_trt.checkpoints.weights import (
 from adatsq_trt.errors import DamagedFileError, MismatchError, UserError, one_line
 from adatsq_trt.files import MappedTensors, read_json_model
 from adatsq_trt.image import PixelScale
-from adatsq_trt.models.architectures import ADAPTERS
+from adatsq_trt.models.family import AGAIN, Canvas, JsonObject
 from adatsq_trt.models.prompts import StoredPrompts
 from adatsq_trt.models.stored import count_weights, fill, large_linears, named_weights
 from adatsq_trt.settings import PipelineSettings
@@ -67,10 +66,10 @@ class OpenedPipeline:
     @cached_property
     def outline(self) -> LoadedModel:
         """The model without weights and encodings: its layers and settings, on the meta device."""
-        rows, kind = len(self.settings.prompts) + 1, self.source.kind
-        width, pooled = kind.widths(self._config)
+        rows, family = len(self.settings.prompts) + 1, self.source.family
+        width, pooled = family.widths(self._config)
         # How long the longest prompt is shows when it is encoded.
-        length = kind.token_multiple if kind.token_multiple > 1 else kind.text_tokens
+        length = family.token_multiple if family.token_multiple > 1 else family.text_tokens
         empty = {
             "tokens": torch.empty(rows, length, width, device="meta"),
             "pooled": torch.empty(rows, pooled, device="meta"),
@@ -84,8 +83,8 @@ class OpenedPipeline:
             on_prompt: called after each.
         """
         if self.settings.encodings is not None:
-            kind = self.source.kind
-            return read_encodings(Path(self.settings.encodings), *kind.widths(self._config), kind.token_multiple)
+            family = self.source.family
+            return read_encodings(Path(self.settings.encodings), *family.widths(self._config), family.token_multiple)
         return encode_prompts(self.source, self.settings.prompts, on_prompt)
 
     def load(self, encodings: Mapping[str, Tensor]) -> LoadedModel:
@@ -102,10 +101,10 @@ class OpenedPipeline:
         """
         tensors = self._tensors
         require_finite(tensors.items(), self.source.transformer)
-        transformer = self.source.kind.make_empty(self._config)
+        transformer = self.source.family.make_empty(self._config)
         fill(transformer, tensors)
         for lora in self.loras:
-            fuse(self.source.kind, transformer, lora)
+            fuse(self.source.family, transformer, lora)
             require_finite(named_weights(transformer), lora.file)
         return self._model(transformer.requires_grad_(False), encodings)
 
@@ -128,7 +127,7 @@ class OpenedPipeline:
     def _outline(self) -> nn.Module:
         config = self.source.config
         try:
-            return self.source.kind.make_outline(self._config)
+            return self.source.family.make_outline(self._config)
         except (TypeError, ValueError, AttributeError, ZeroDivisionError, RuntimeError) as error:
             raise DamagedFileError(f"'{config}' does not describe a model ({one_line(error)}); {AGAIN}") from error
 
@@ -143,20 +142,20 @@ class OpenedPipeline:
         weights, file = self._weights, self.source.transformer
         with safe_open(file, framework="pt") as opened:
             given = {name: opened.get_tensor(f"{weights.prefix}{name}") for name in weights.shapes}
-        converted = convert(self.source.kind, given)
+        converted = convert(self.source.family, given)
         return {name: converted.pop(name).to(self._widest, copy=True) for name in list(converted)}
 
     def _model(self, transformer: Any, encodings: Mapping[str, Tensor]) -> LoadedModel:
-        source, settings, kind = self.source, self.settings, self.source.kind
+        source, settings, family = self.source, self.settings, self.source.family
         assert settings.height is not None
         assert settings.width is not None
         canvas = Canvas(settings.height, settings.width, settings.frames)
-        cell = kind.vae_scale(source.folder)
-        image = kind.image(transformer, canvas, cell)
+        cell = family.vae_scale(source.folder)
+        image = family.image(transformer, canvas, cell)
         scale = PixelScale(image.patch_size * cell.pixels, cell.frames or 1)
         prompts = StoredPrompts(settings.prompts, encodings["tokens"], encodings["pooled"])
-        adapter = ADAPTERS[kind.transformer](transformer, prompts, self._scheduler, image, not settings.guided)
-        steps, guidance = kind.defaults(self._config)
+        adapter = family.adapter(transformer, prompts, self._scheduler, image, not settings.guided)
+        steps, guidance = family.defaults(self._config)
         require_schedule(adapter, steps, source.folder / SCHEDULER_CONFIG)
         return LoadedModel(
             source.name, adapter, self.weights_sha256, self.model_sha256, steps, guidance, scale, source.folder / "vae"
@@ -179,7 +178,7 @@ class OpenedPipeline:
         """Hash of text encoders and tokenizers, or of the file of encodings."""
         if self.settings.encodings is not None:
             return verified_sha256(Path(self.settings.encodings))
-        folders = [self.source.folder / name for name in self.source.kind.encoders]
+        folders = [self.source.folder / name for name in self.source.family.encoders]
         return digest(f"{f.parent.name}/{f.name} {verified_sha256(f)}" for folder in folders for f in files_of(folder))
 
     @property
@@ -187,7 +186,7 @@ class OpenedPipeline:
         """Most that is resident while the text encoders are loaded."""
         if self.settings.encodings is not None:
             return 2 * Path(self.settings.encodings).stat().st_size
-        folders = [self.source.folder / name for name in self.source.kind.encoders if name.startswith("text_encoder")]
+        folders = [self.source.folder / name for name in self.source.family.encoders if name.startswith("text_encoder")]
         encoders = [file.stat().st_size for folder in folders for file in find_weights(folder).files]
         return sum(encoders) + max(encoders)
 
@@ -235,13 +234,13 @@ class OpenedPipeline:
 
     @cached_property
     def _scheduler(self) -> Any:
-        return self.source.kind.make_scheduler(self.source.folder)
+        return make_scheduler(self.source.family, self.source.folder)
 
     @cached_property
     def _weights(self) -> WeightFiles:
         source = self.source
         if source.single_file:
-            return transformer_weights(read_headers([source.transformer]))
+            return transformer_weights(source.family, read_headers([source.transformer]))
         return find_weights(source.transformer)
 
 
@@ -274,13 +273,13 @@ def open_source(
     """
     opened = make(settings, tuple(parse_lora(text) for text in settings.loras))
     _refuse_quantized(source.config, opened._config)
-    source.kind.require_libraries()
-    source.kind.require_supported(opened._config, source.config, source.folder)
+    source.family.require_libraries()
+    source.family.require_supported(opened._config, source.config, source.folder)
     outline = opened._outline
     weights = opened._weights
     refuse_eight_bits(weights)
     if source.single_file:
-        require_layout(source.kind, weights, outline, source.config)
+        require_layout(source.family, weights, outline, source.config)
     else:
         require_shapes(weights, outline, source.config)
     find_weights(source.folder / "vae")
@@ -288,7 +287,7 @@ def open_source(
     places = {"path": _absolute(settings.path), "base": settings.base and _absolute(settings.base)}
     loras = tuple(f"{lora.file}:{lora.scale!r}" for lora in opened.loras)
     update = {**places, "loras": loras, **asdict(canvas)}
-    resolved = settings.model_copy(update={**update, "guided": settings.guided and source.kind.guided})
+    resolved = settings.model_copy(update={**update, "guided": settings.guided and source.family.guided})
     return make(resolved, opened.loras)
 
 
@@ -298,16 +297,16 @@ def _canvas(settings: PipelineSettings, source: Source) -> Canvas:
     Raises:
         UserError: it does not fit the transformer's tokens or the VAE's cells.
     """
-    kind, scale = source.kind, source.kind.vae_scale(source.folder)
-    multiple = kind.patch * scale.pixels
-    height, width = settings.height or kind.canvas.height, settings.width or kind.canvas.width
+    family, scale = source.family, source.family.vae_scale(source.folder)
+    multiple = family.patch * scale.pixels
+    height, width = settings.height or family.canvas.height, settings.width or family.canvas.width
     for option, value in (("--height", height), ("--width", width)):
         if value % multiple:
             raise UserError(
                 f"{option} {value}: expected a multiple of {multiple} pixels for '{source.name}'; pass "
                 f"{option} {max(value // multiple, 1) * multiple}"
             )
-    frames = settings.frames or kind.canvas.frames
+    frames = settings.frames or family.canvas.frames
     if scale.frames is None and frames is not None:
         raise UserError(f"--frames {frames}: '{source.name}' draws pictures; leave --frames out")
     if scale.frames is not None and frames is not None and frames % scale.frames != 1 % scale.frames:

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adatsq_trt.checkpoints.kinds import PipelineKind
 from adatsq_trt.checkpoints.lora_file import LayerChange, read_changes
 from adatsq_trt.checkpoints.weights import read_headers, refuse_pickle
 from adatsq_trt.errors import DependencyError, MissingFileError, UserError
+from adatsq_trt.models.family import Family
 from adatsq_trt.models.stored import LowRankChange, MappedLinear
 
 log = logging.getLogger(__name__)
@@ -61,14 +61,14 @@ def parse_lora(text: str) -> Lora:
     return Lora(file.absolute(), scale)
 
 
-def fuse(kind: PipelineKind, transformer: Any, lora: Lora) -> None:
+def fuse(family: Family, transformer: Any, lora: Lora) -> None:
     """Add a LoRA to the transformer's weights: W + scale · alpha / rank · B A.
 
     Raises:
         MismatchError: the file changes what the transformer does not have, or does so in a way that is not followed.
         DamagedFileError: it holds something that is no LoRA.
     """
-    changes = read_changes(kind, transformer, lora.file)
+    changes = read_changes(family, transformer, lora.file)
     for path, change in changes.layers.items():
         _change_layer(transformer, path, change, lora.scale)
     for name, difference in changes.differences.items():

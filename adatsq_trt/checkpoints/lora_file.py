@@ -13,10 +13,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from adatsq_trt.checkpoints.kinds import PipelineKind
 from adatsq_trt.checkpoints.lora_strength import PEFT_PREFIX, layer_strength, read_peft_config
 from adatsq_trt.checkpoints.tracing import sources, trace
 from adatsq_trt.errors import DamagedFileError, MismatchError, one_line
+from adatsq_trt.models.family import Family
 
 _MATRICES = {"lora_A": "down", "lora_down": "down", "lora.down": "down"}
 _MATRICES |= {"lora_B": "up", "lora_up": "up", "lora.up": "up"}
@@ -25,7 +25,6 @@ _BESIDE = re.compile(r"(.+?)\.(alpha|lora_magnitude_vector)(?:\.default)?(?:\.we
 _PREFIX = re.compile(rf"(?:{re.escape(PEFT_PREFIX)})?(?:transformer\.|(?:model\.)?diffusion_model\.)?")
 _FLAT = re.compile(r"lora_transformer_|lora_unet__?")  # then a name with underscores for dots
 _NUMBER = re.compile(r"\d+")
-_FLAT_WAN = re.compile(r"lora_unet__?blocks_(\d+)_(self_attn|cross_attn|ffn)_(\w+)")
 _TEXT = ("text_encoder", "lora_te", "te1_", "te2_", "te3_", "lora_qwen3", "cond_stage_model.", "conditioner.")
 _METHODS = {
     "dora_scale": "magnitudes of DoRA as kohya's trainers write them",
@@ -75,7 +74,7 @@ class Changes:
 _Layers = dict[str, dict[str, Tensor]]  # layer → "down", "up", "bias", "magnitude", "alpha"
 
 
-def read_changes(kind: PipelineKind, transformer: nn.Module, file: Path) -> Changes:
+def read_changes(family: Family, transformer: nn.Module, file: Path) -> Changes:
     """Read a LoRA file for a transformer, whose weights may be on the meta device.
 
     Raises:
@@ -98,17 +97,17 @@ def read_changes(kind: PipelineKind, transformer: nn.Module, file: Path) -> Chan
     differences = {key: others.pop(key) for key in list(others) if _DIFFERENCE.fullmatch(key)}
     foreign = {name: parts for name, parts in layers.items() if own.path(name) is None}
     found = [(path, name, parts) for name, parts in layers.items() if (path := own.path(name)) is not None]
-    found += [(path, path, parts) for path, parts in _convert(kind, file, foreign, others).items()]
+    found += [(path, path, parts) for path, parts in _convert(family, file, foreign, others).items()]
     changes, modules = dict[str, LayerChange](), dict(transformer.named_modules())
     for path, name, parts in found:
         if path in changes:
             raise MismatchError(f"--lora '{file}' changes '{path}' twice, the second time as '{name}'; save it again")
-        changes[path] = _layer_change(kind, file, path, parts, modules.get(path))
+        changes[path] = _layer_change(family, file, path, parts, modules.get(path))
     if not changes and not differences:
         raise MismatchError(
-            f"--lora '{file}' changes nothing in a {kind.transformer}; give one that was trained for it"
+            f"--lora '{file}' changes nothing in a {family.transformer}; give one that was trained for it"
         )
-    return Changes(changes, _differences(kind, file, differences, transformer), left_out)
+    return Changes(changes, _differences(family, file, differences, transformer), left_out)
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
@@ -191,7 +190,7 @@ class _OwnNames:
 # ------------------------------------------------------------------------------------- authors' and trainers' names
 
 
-def _convert(kind: PipelineKind, file: Path, layers: _Layers, others: Mapping[str, Tensor]) -> _Layers:
+def _convert(family: Family, file: Path, layers: _Layers, others: Mapping[str, Tensor]) -> _Layers:
     """Diffusers' conversion of other names than its own.
 
     Raises:
@@ -203,7 +202,7 @@ def _convert(kind: PipelineKind, file: Path, layers: _Layers, others: Mapping[st
     given = {key: trace(value, key) for key, value in others.items()}
     for name, parts in layers.items():
         for part, value in parts.items():
-            key = _spell(kind, name, part)
+            key = _spell(family, name, part)
             if key in given:
                 raise MismatchError(
                     f"--lora '{file}' holds '{key}' twice, the second time of '{name}', with another prefix; save it "
@@ -212,7 +211,7 @@ def _convert(kind: PipelineKind, file: Path, layers: _Layers, others: Mapping[st
             given[key] = trace(value, f"{name} ({part})")
     keys = sources(given.values())
     try:
-        converted = dict(kind.load_class(kind.pipeline).lora_state_dict(given))
+        converted = dict(family.load_pipeline_class().lora_state_dict(given))
     except Exception as error:  # what is raised depends on the dialect
         raise DamagedFileError(
             f"--lora '{file}' is not a LoRA that diffusers understands ({one_line(error)}); give another file"
@@ -222,37 +221,31 @@ def _convert(kind: PipelineKind, file: Path, layers: _Layers, others: Mapping[st
     lost = sorted(keys - sources(arrived))
     if lost or strange:
         raise MismatchError(
-            f"--lora '{file}' holds '{(lost or sorted(strange))[0]}', which changes nothing in a {kind.transformer} as "
-            "diffusers reads it; give a LoRA that was trained for this model"
+            f"--lora '{file}' holds '{(lost or sorted(strange))[0]}', which changes nothing in a {family.transformer} "
+            "as diffusers reads it; give a LoRA that was trained for this model"
         )
     return {path: {part: value.as_subclass(Tensor) for part, value in parts.items()} for path, parts in found.items()}
 
 
-def _spell(kind: PipelineKind, name: str, part: str) -> str:
+def _spell(family: Family, name: str, part: str) -> str:
     """A part of a layer's change as diffusers' converter for the architecture looks for it."""
-    if match := _FLAT_WAN.fullmatch(name):
-        name = f"diffusion_model.blocks.{match[1]}.{match[2]}.{match[3]}"
-    elif not _FLAT.match(name):
-        name = f"diffusion_model.{_PREFIX.sub('', name, count=1)}"
-    if part not in ("up", "down"):
-        return f"{name}.lora_up.bias" if part == "bias" else f"{name}.{part}"
-    if kind.transformer.startswith("ZImage") and name.startswith("diffusion_model."):
-        # The one spelling of which the converter splits attention.qkv.
-        name = name.replace(".final_layer.", ".all_final_layer.2-1.").replace(".x_embedder", ".all_x_embedder.2-1")
-        return f"{name}.lora.{part}.weight"
-    return f"{name}.lora_{part}.weight"
+    in_one_word = _FLAT.match(name)
+    layer = family.lora_layer(name) if in_one_word else f"diffusion_model.{_PREFIX.sub('', name, count=1)}"
+    if part in ("up", "down"):
+        return family.lora_key(layer, part)
+    return f"{layer}.lora_up.bias" if part == "bias" else f"{layer}.{part}"
 
 
 # ------------------------------------------------------------------------------------------------------- what arrives
 
 
 def _layer_change(
-    kind: PipelineKind, file: Path, path: str, parts: Mapping[str, Tensor], linear: nn.Module | None
+    family: Family, file: Path, path: str, parts: Mapping[str, Tensor], linear: nn.Module | None
 ) -> LayerChange:
     """One layer's change, which fits the layer."""
     if not isinstance(linear, nn.Linear):
         raise MismatchError(
-            f"--lora '{file}' changes '{path}', which this {kind.transformer} does not have as a linear layer; give "
+            f"--lora '{file}' changes '{path}', which this {family.transformer} does not have as a linear layer; give "
             "one that was trained for this model"
         )
     up, down, magnitude, bias = parts["up"], parts["down"], parts.get("magnitude"), parts.get("bias")
@@ -264,23 +257,21 @@ def _layer_change(
     for part, shape in got.items():
         if shape != expected[part]:
             raise MismatchError(
-                f"--lora '{file}' does not fit this {kind.transformer}: '{path}' has the matrix '{part}' of {shape}, "
+                f"--lora '{file}' does not fit this {family.transformer}: '{path}' has the matrix '{part}' of {shape}, "
                 f"expected {expected[part]}; give one that was trained for this model"
             )
     if bias is not None and linear.bias is None:
         raise MismatchError(
-            f"--lora '{file}' changes the bias of '{path}', which this {kind.transformer} does not have; give one that "
-            "was trained for this model"
+            f"--lora '{file}' changes the bias of '{path}', which this {family.transformer} does not have; give one "
+            "that was trained for this model"
         )
     return LayerChange(up, down, bias, magnitude)
 
 
 def _differences(
-    kind: PipelineKind, file: Path, tensors: Mapping[str, Tensor], transformer: nn.Module
+    family: Family, file: Path, tensors: Mapping[str, Tensor], transformer: nn.Module
 ) -> dict[str, Tensor]:
     """Differences of whole parameters, in the names that Wan's trainers use, by parameter."""
-    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
-
     result, shapes = dict[str, Tensor](), {name: tuple(value.shape) for name, value in transformer.named_parameters()}
     for path, module in transformer.named_modules():
         if isinstance(module, nn.Linear):  # of a stored one the weight is no parameter
@@ -288,13 +279,11 @@ def _differences(
     for key, value in tensors.items():
         match = _DIFFERENCE.fullmatch(key)
         assert match is not None
-        name = _PREFIX.sub("", f"{match[1]}.{_DIFFERENCES[match[2]]}", count=1)
-        if kind.transformer.startswith("Wan"):
-            name = next(iter(convert_wan_transformer_to_diffusers({name: value})))
+        name = family.own_name(_PREFIX.sub("", f"{match[1]}.{_DIFFERENCES[match[2]]}", count=1))
         if shapes.get(name) != value.shape:
             raise MismatchError(
                 f"--lora '{file}' holds '{key}' of {list(value.shape)}, which fits no weight of this "
-                f"{kind.transformer}; give one that was trained for this model"
+                f"{family.transformer}; give one that was trained for this model"
             )
         if name in result:
             raise MismatchError(f"--lora '{file}' changes '{name}' twice, the second time as '{key}'; save it again")

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adatsq_trt.checkpoints.kinds import KINDS, PipelineKind
 from adatsq_trt.checkpoints.loading import OpenedPipeline, digest, files_of, open_source, silence
 from adatsq_trt.checkpoints.prompts import encode_with
 from adatsq_trt.checkpoints.source import Source, find_base, safe_name
 from adatsq_trt.checkpoints.weights import WeightFiles
 from adatsq_trt.errors import MismatchError, UserError
+from adatsq_trt.models.families import family_of_pipeline, family_of_transformer, known_families
+from adatsq_trt.models.family import Family
 from adatsq_trt.settings import IN_MEMORY, PipelineSettings
 
 _ENCODING = Lock()  # tokenizers serve one thread at a time, and two builds may have one pipeline
@@ -50,7 +51,7 @@ class OpenedObject(OpenedPipeline):
         """Encode the prompts with the pipeline's text encoders, or with those of the base."""
         if self.pipe is None or self.settings.encodings is not None:
             return super().encode(on_prompt)
-        encoders = [getattr(self.pipe, name) for name in self.source.kind.encoders]
+        encoders = [getattr(self.pipe, name) for name in self.source.family.encoders]
         with _ENCODING, _evaluating([part for part in encoders if isinstance(part, nn.Module)]):
             return encode_with(self.pipe, self.source, self.settings.prompts, on_prompt)
 
@@ -76,7 +77,7 @@ class OpenedObject(OpenedPipeline):
         if self.pipe is None or self.settings.encodings is not None:
             return super().encoders_sha256
         lines = []
-        for name in self.source.kind.encoders:
+        for name in self.source.family.encoders:
             part = getattr(self.pipe, name)
             if isinstance(part, nn.Module):
                 config: Any = part.config
@@ -111,28 +112,33 @@ def open_object(model: Any, settings: PipelineSettings) -> OpenedObject:
             memory; sizes that do not fit.
     """
     silence()
-    kind, pipe = _kind(model)
+    family, pipe = _family(model)
     transformer = model if pipe is None else pipe.transformer
-    parts = [transformer] if pipe is None else [transformer, *(getattr(pipe, name) for name in kind.encoders), pipe.vae]
+    encoders = {} if pipe is None else {name: getattr(pipe, name, None) for name in family.encoders}
+    if settings.encodings is None and None in encoders.values():
+        missing = next(name for name, part in encoders.items() if part is None)
+        raise UserError(f"the pipeline has no {missing}: load it with one, or pass encodings=FILE")
+    parts = [transformer] if pipe is None else [transformer, *encoders.values(), pipe.vae]
     _require_here([part for part in parts if isinstance(part, nn.Module)])
     sketch = TemporaryDirectory(prefix="adatsq-model-")
     folder = Path(sketch.name)
     transformer.save_config(folder / "transformer")
     if pipe is None:
-        base, base_kind = find_base(settings.base, f"a {kind.transformer} in memory", "it has no text encoders")
-        if base_kind is not kind:
-            raise MismatchError(f"base '{base}' is a {base_kind.pipeline}; name a {kind.pipeline}")
+        base, base_family = find_base(settings.base, f"a {family.transformer} in memory", "it has no text encoders")
+        if base_family.transformer != family.transformer:
+            raise MismatchError(f"base '{base}' is a {base_family.pipeline}; name a {family.pipeline}")
+        family = base_family
     else:
         if settings.base is not None:
             raise UserError(f"base {settings.base}: the model is a whole pipeline already; leave base out")
         base = folder
         pipe.scheduler.save_config(folder / "scheduler")
         pipe.vae.save_pretrained(folder / "vae")
-        for name in kind.encoders:
-            if not isinstance(getattr(pipe, name), nn.Module):
-                getattr(pipe, name).save_pretrained(folder / name)
+        for name, part in encoders.items():
+            if part is not None and not isinstance(part, nn.Module):
+                part.save_pretrained(folder / name)
     name = safe_name(str(getattr(transformer.config, "_name_or_path", "") or type(model).__name__))
-    source = Source(name, kind, base, folder / "transformer", folder / "transformer" / "config.json")
+    source = Source(name, family, base, folder / "transformer", folder / "transformer" / "config.json")
     named = settings.model_copy(update={"path": f"{IN_MEMORY}{type(model).__name__}"})
 
     def opened(settings: PipelineSettings, loras: Any) -> OpenedObject:
@@ -154,21 +160,19 @@ def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
             part.training = training
 
 
-def _kind(model: Any) -> tuple[PipelineKind, Any]:
-    """The kind of a pipeline or transformer, and the pipeline where there is one."""
+def _family(model: Any) -> tuple[Family, Any]:
+    """The family of a pipeline or transformer, and the pipeline where there is one."""
     name = type(model).__name__
-    for kind in KINDS:
-        if name == kind.pipeline:
-            found = type(model.transformer).__name__
-            if found != kind.transformer:
-                raise MismatchError(f"the pipeline's transformer is a {found}, expected a {kind.transformer}")
-            return kind, model
-        if name == kind.transformer:
-            return kind, None
-    known = ", ".join(f"{kind.pipeline} ({kind.transformer})" for kind in KINDS)
+    if family := family_of_pipeline(name):
+        found = type(model.transformer).__name__
+        if found != family.transformer:
+            raise MismatchError(f"the pipeline's transformer is a {found}, expected a {family.transformer}")
+        return family, model
+    if family := family_of_transformer(name):
+        return family, None
     raise MismatchError(
-        f"the model is a {name}, expected a name, a path, a hub id, or an object of one of these classes: {known}; "
-        "pass such a model, or write an adapter (docs/adapters.md)"
+        f"the model is a {name}, expected a name, a path, a hub id, or an object of one of these classes: "
+        f"{known_families()}; pass such a model, or write an adapter (docs/adapters.md)"
     )
 
 

@@ -15,12 +15,12 @@ from pydantic import JsonValue
 from torch import Tensor
 from torch.nn import functional
 
-from adatsq_trt.checkpoints.kinds import AGAIN, JsonObject
 from adatsq_trt.checkpoints.source import INDEX, Source
 from adatsq_trt.checkpoints.weights import find_weights
 from adatsq_trt.errors import DamagedFileError, MissingFileError, UserError, one_line
 from adatsq_trt.files import read_json_model
 from adatsq_trt.loading import one_loader
+from adatsq_trt.models.family import AGAIN, JsonObject
 
 _DEFAULT = "prompts.txt"
 # What files of whole language and picture models hold beside their text encoder.
@@ -113,14 +113,14 @@ def encode_with(
     tokens, pooled = list[Tensor](), list[Tensor]()
     with torch.no_grad():
         for prompt in (*prompts, ""):
-            encoded = source.kind.encode(pipe, prompt)
+            encoded = source.family.encode(pipe, prompt)
             _require_numbers(source, prompt, encoded)
             tokens.append(encoded[0])
             pooled.append(encoded[1])
             on_prompt()
     _require_distinct(source, (*prompts, ""), tokens, pooled)
     length = max(map(len, tokens))
-    length += -length % source.kind.token_multiple
+    length += -length % source.family.token_multiple
     filled = [functional.pad(rows, (0, 0, 0, length - len(rows))) for rows in tokens]
     return {"tokens": torch.stack(filled), "pooled": torch.stack(pooled)}
 
@@ -181,8 +181,8 @@ def _digest(value: Tensor) -> bytes:
 
 def _load_encoders(source: Source) -> Any:
     """The pipeline without transformer and VAE."""
-    kind = source.kind
-    parts = [part for part in kind.encoders if part.startswith("text_encoder")]
+    family = source.family
+    parts = [part for part in family.encoders if part.startswith("text_encoder")]
     weights = [find_weights(source.folder / part) for part in parts]
     wide = any("F32" in files.dtypes.values() for files in weights)
     common = {
@@ -199,7 +199,7 @@ def _load_encoders(source: Source) -> Any:
                 part: _load_encoder(source.folder / part, index.get(part), {**common, "variant": variants[part]})
                 for part in parts
             }
-            return kind.load_class(kind.pipeline).from_pretrained(
+            return family.load_pipeline_class().from_pretrained(
                 source.folder, transformer=None, vae=None, trust_remote_code=False, **encoders, **common
             )
     except DamagedFileError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +12,15 @@ from typing import TYPE_CHECKING, Any
 from pydantic import JsonValue
 
 from adatsq_trt.errors import DamagedFileError, MismatchError, one_line
+from adatsq_trt.files import read_json_model
+from adatsq_trt.models.family import AGAIN, Family, JsonObject
 from adatsq_trt.schedule import EULER, TRAIN_TIMESTEPS, UNIPC
+from adatsq_trt.zoo.loading import SCHEDULER_CONFIG
 
 if TYPE_CHECKING:
     from adatsq_trt.models.adapter import ModelAdapter
 
+log = logging.getLogger(__name__)
 _ADVICE = "correct it, or save or download the pipeline again"
 # Diffusers keeps the options of the class that a scheduler was converted from, where nothing reads them.
 _RELATIVES = (EULER, UNIPC, "DPMSolverMultistepScheduler", "FlowMatchHeunDiscreteScheduler")
@@ -85,23 +90,22 @@ OPTIONS = {
 }
 
 
-def make_scheduler(
-    file: Path, config: Mapping[str, JsonValue], allowed: tuple[str, ...], required: Mapping[str, JsonValue]
-) -> Any:
-    """The scheduler of a pipeline.
+def make_scheduler(family: Family, folder: Path) -> Any:
+    """The scheduler of a pipeline, whose sigmas the loop takes, with Euler's method.
 
     Args:
-        file: what messages call its configuration.
-        config: the configuration.
-        allowed: classes that the pipeline's loop is known for.
-        required: options that the loop looks at itself, beside those of the class → the value that is followed.
+        family: of the pipeline.
+        folder: of the pipeline.
 
     Raises:
-        MismatchError: another class, or an option that is not followed.
+        MismatchError: a class that the pipeline's loop is not known for, or an option that is not followed.
+        MissingFileError: it has none.
         DamagedFileError: diffusers cannot make it.
     """
     import diffusers
 
+    file = folder / SCHEDULER_CONFIG
+    config, allowed = read_json_model(file, JsonObject, AGAIN).root, family.schedulers
     name = config.get("_class_name")
     if name not in allowed:
         which = "that one" if len(allowed) == 1 else "one of these"
@@ -112,7 +116,9 @@ def make_scheduler(
         scheduler = getattr(diffusers, str(name)).from_config(dict(config))
     except Exception as error:  # what is raised depends on the option
         raise DamagedFileError(f"'{file}' does not describe a scheduler ({one_line(error)}); {_ADVICE}") from error
-    _require_options(file, scheduler, required)
+    _require_options(file, scheduler, family.scheduler_options)
+    if name == UNIPC:
+        log.warning("'%s': denoising with Euler's method on the sigmas of UniPC", file)
     return scheduler
 
 

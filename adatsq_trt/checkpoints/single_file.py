@@ -10,15 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from adatsq_trt.checkpoints.kinds import PipelineKind
 from adatsq_trt.checkpoints.tracing import sources, trace
 from adatsq_trt.checkpoints.weights import WeightFiles
 from adatsq_trt.errors import MismatchError, one_line
+from adatsq_trt.models.family import Family
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
 # Of checkpoints that hold a whole pipeline, as ComfyUI and older tools write them.
 _OTHER_PARTS = ("vae.", "first_stage_model.", "text_encoders.", "text_encoder", "cond_stage_model.", "conditioner.")
-_UNUSED = ("norm_final.weight",)  # of Z-Image, whose authors' code has it and does not call it
 # What ComfyUI, bitsandbytes, GPTQ and Nunchaku keep beside the weights that they have quantized.
 _QUANTIZED = re.compile(
     r"(.*\.)?(scale_weight|scale_input|weight_scale(_\d)?|input_scale|scaled_fp8|comfy_quant|(nested_)?absmax|"
@@ -27,7 +26,7 @@ _QUANTIZED = re.compile(
 _BASE = "name the base that it was trained from, or another file"
 
 
-def transformer_weights(weights: WeightFiles) -> WeightFiles:
+def transformer_weights(family: Family, weights: WeightFiles) -> WeightFiles:
     """The transformer of a file that may hold a whole pipeline, its names without their prefix.
 
     Raises:
@@ -46,7 +45,7 @@ def transformer_weights(weights: WeightFiles) -> WeightFiles:
                 f"'{file}' holds '{name}' beside the transformer's '{prefix}...', expected also only other parts of a "
                 f"pipeline ({', '.join(_OTHER_PARTS)}); give another file"
             )
-    short = {name.removeprefix(prefix): name for name in own if name.removeprefix(prefix) not in _UNUSED}
+    short = {name.removeprefix(prefix): name for name in own if name.removeprefix(prefix) not in family.unused_weights}
     return replace(
         weights,
         shapes={name: weights.shapes[full] for name, full in short.items()},
@@ -56,11 +55,11 @@ def transformer_weights(weights: WeightFiles) -> WeightFiles:
     )
 
 
-def require_layout(kind: PipelineKind, weights: WeightFiles, model: nn.Module, config: Path) -> None:
+def require_layout(family: Family, weights: WeightFiles, model: nn.Module, config: Path) -> None:
     """Refuse a file that has not exactly the configured model's weights, in diffusers' names or its authors'.
 
     Args:
-        kind: of pipeline.
+        family: of the pipeline.
         weights: what `transformer_weights` has found.
         model: made from the configuration, on any device.
         config: what messages call the configuration.
@@ -76,14 +75,14 @@ def require_layout(kind: PipelineKind, weights: WeightFiles, model: nn.Module, c
     }
     layout, reason = given, ""
     try:
-        converted = convert(kind, dict(given))
+        converted = convert(family, dict(given))
     except Exception as error:  # what is raised depends on the file
         reason = f"it has no tensor {error}" if isinstance(error, KeyError) else one_line(error)
     else:
         layout = min(given, converted, key=lambda names: len(set(names) ^ set(expected)))
     if reason and not set(given) & set(expected):
         raise MismatchError(
-            f"'{file}' is no {kind.transformer} in diffusers' names or its authors' ({reason}), which '{config}' "
+            f"'{file}' is no {family.transformer} in diffusers' names or its authors' ({reason}), which '{config}' "
             f"expects; {_BASE}"
         )
     for name in sorted(set(layout) - set(expected)):
@@ -105,18 +104,19 @@ def require_layout(kind: PipelineKind, weights: WeightFiles, model: nn.Module, c
             )
 
 
-def convert(kind: PipelineKind, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def convert(family: Family, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """From the authors' names to diffusers', by its own converter, with what that leaves over.
 
     Args:
-        kind: of pipeline.
+        family: of the pipeline.
         tensors: by their names without prefix; emptied.
     """
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
-    converted: Mapping[str, Tensor] = SINGLE_FILE_LOADABLE_CLASSES[kind.transformer]["checkpoint_mapping_fn"](
-        checkpoint=tensors
-    )
+    loadable = SINGLE_FILE_LOADABLE_CLASSES.get(family.transformer)
+    if loadable is None:  # only diffusers' names are known
+        return tensors
+    converted: Mapping[str, Tensor] = loadable["checkpoint_mapping_fn"](checkpoint=tensors)
     return {**tensors, **converted}
 
 

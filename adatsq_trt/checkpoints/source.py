@@ -8,10 +8,11 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from adatsq_trt.checkpoints.kinds import AGAIN, KINDS, JsonObject, PipelineKind
 from adatsq_trt.checkpoints.weights import refuse_pickle
 from adatsq_trt.errors import MismatchError, MissingFileError, UnknownNameError, UserError
 from adatsq_trt.files import read_json_model
+from adatsq_trt.models.families import families, family_of_pipeline, family_of_transformer, known_families
+from adatsq_trt.models.family import AGAIN, Family, JsonObject
 from adatsq_trt.zoo import zoo_models
 
 INDEX = "model_index.json"
@@ -27,14 +28,14 @@ class Source:
 
     Attributes:
         name: what the model is called in files and folders.
-        kind: of pipeline.
+        family: of the pipeline.
         folder: of the pipeline with text encoders, VAE and scheduler.
         transformer: folder of the transformer, or a single file.
         config: the transformer's configuration.
     """
 
     name: str
-    kind: PipelineKind
+    family: Family
     folder: Path
     transformer: Path
     config: Path
@@ -62,27 +63,27 @@ def find_source(text: str, base: str | None) -> Source:
         refuse_pickle(place)
         if place.suffix != ".safetensors":
             raise UserError(f"'{place}': got a {place.suffix or 'nameless'} file, expected {_EXPECTED}")
-        folder, kind = find_base(base, place, "a single file holds the transformer alone")
-        return Source(_place_name(place.with_suffix("")), kind, folder, place, folder / "transformer" / "config.json")
+        folder, family = find_base(base, place, "a single file holds the transformer alone")
+        return Source(_place_name(place.with_suffix("")), family, folder, place, folder / "transformer" / "config.json")
     if (place / INDEX).is_file():
         if base is not None:
             raise UserError(f"--base {base}: '{place}' is a whole pipeline already; leave --base out")
         return Source(
             _place_name(place),
-            _pipeline_kind(place),
+            _pipeline_family(place),
             place,
             place / "transformer",
             place / "transformer" / "config.json",
         )
     if (place / "config.json").is_file():
-        own = _transformer_kind(place / "config.json")
-        folder, kind = find_base(base, place, "a transformer alone has no text encoders")
-        if kind is not own:
+        own = _transformer_family(place / "config.json")
+        folder, family = find_base(base, place, "a transformer alone has no text encoders")
+        if family.transformer != own.transformer:
             raise MismatchError(
-                f"'{place}' is a {own.transformer}, --base '{folder}' a {kind.pipeline} with a "
-                f"{kind.transformer}; name a {own.pipeline}"
+                f"'{place}' is a {own.transformer}, --base '{folder}' a {family.pipeline} with a "
+                f"{family.transformer}; name a {own.pipeline}"
             )
-        return Source(_place_name(place), kind, folder, place, place / "config.json")
+        return Source(_place_name(place), family, folder, place, place / "config.json")
     for file in sorted(place.glob("*")):
         refuse_pickle(file)
     raise MissingFileError(f"'{place}' has neither {INDEX} nor config.json; expected {_EXPECTED}")
@@ -116,7 +117,7 @@ def _download(hub_id: str) -> Path:
         ) from error
 
 
-def find_base(base: str | None, place: object, why: str) -> tuple[Path, PipelineKind]:
+def find_base(base: str | None, place: object, why: str) -> tuple[Path, Family]:
     """The pipeline that a transformer belongs to.
 
     Args:
@@ -134,60 +135,58 @@ def find_base(base: str | None, place: object, why: str) -> tuple[Path, Pipeline
     folder = _locate(base)
     if not (folder / INDEX).is_file():
         raise MissingFileError(f"--base '{folder}' has no {INDEX}; name the folder or hub id of a diffusers pipeline")
-    return folder, _pipeline_kind(folder)
+    return folder, _pipeline_family(folder)
 
 
-def _pipeline_kind(folder: Path) -> PipelineKind:
-    """The kind of a pipeline, every part of which is a class of a library.
+def _pipeline_family(folder: Path) -> Family:
+    """The family of a pipeline, every part of which is a class of a library; the family has the transformer's.
 
     Raises:
         MismatchError: another pipeline, or a part with code of its own.
     """
     index = read_json_model(folder / INDEX, JsonObject, AGAIN).root
     got = index.get("_class_name")
-    kind = next((kind for kind in KINDS if kind.pipeline == got), None)
-    if kind is None:
-        known = ", ".join(f"{kind.pipeline} ({kind.transformer})" for kind in KINDS)
+    family = family_of_pipeline(got)
+    if family is None:
         model = _class_of(index.get("transformer") or index.get("unet"))
         raise MismatchError(
-            f"'{folder}' is a {got} with a {model}, which has no adapter; supported are {known}; choose such a "
-            "checkpoint, or write an adapter (docs/how-to/own-checkpoint.md)"
+            f"'{folder}' is a {got} with a {model}, which has no adapter; supported are {known_families()}; "
+            "choose such a checkpoint, or write an adapter (docs/adapters.md)"
         )
     for part, place in index.items():
-        if isinstance(place, list) and place[0] not in (*_LIBRARIES, None):
+        if part != "transformer" and isinstance(place, list) and place[0] not in (*_LIBRARIES, None):
             raise MismatchError(
                 f"'{folder / INDEX}': part '{part}' is made by '{place[0]}', which would be code from the checkpoint "
                 f"and is never run; expected a class of {' or '.join(_LIBRARIES)}"
             )
-    if _class_of(index.get("transformer")) != kind.transformer:
+    if _class_of(index.get("transformer")) != family.transformer:
         raise MismatchError(
-            f"'{folder}': got the transformer {_class_of(index.get('transformer'))}, expected {kind.transformer}; "
+            f"'{folder}': got the transformer {_class_of(index.get('transformer'))}, expected {family.transformer}; "
             "choose another checkpoint"
         )
     if _class_of(index.get("transformer_2")) is not None:
         raise MismatchError(
-            f"'{folder}' has a second transformer, expected one that denoises all steps; choose another checkpoint, "
-            "such as Wan 2.1"
+            f"'{folder}' has a second transformer, expected one that denoises all steps; {family.instead}"
         )
-    for option, value in kind.pipeline_options.items():
+    for option, value in family.pipeline_options.items():
         if option in index and index[option] != value:
             raise MismatchError(
                 f"'{folder / INDEX}': {option} is {index[option]!r}, expected {value!r}; its pipeline treats the "
-                "transformer in another way, as Wan 2.2's does; choose another checkpoint, such as Wan 2.1"
+                f"transformer in another way; {family.instead}"
             )
-    return kind
+    return family
 
 
-def _transformer_kind(config: Path) -> PipelineKind:
+def _transformer_family(config: Path) -> Family:
     got = read_json_model(config, JsonObject, AGAIN).root.get("_class_name")
-    kind = next((kind for kind in KINDS if kind.transformer == got), None)
-    if kind is None:
-        known = ", ".join(kind.transformer for kind in KINDS)
+    family = family_of_transformer(got)
+    if family is None:
+        known = ", ".join(family.transformer for family in families())
         raise MismatchError(
             f"'{config}' is of a {got}, which has no adapter; supported are {known}; choose such a checkpoint, or "
-            "write an adapter (docs/how-to/own-checkpoint.md)"
+            "write an adapter (docs/adapters.md)"
         )
-    return kind
+    return family
 
 
 def _class_of(place: JsonValue) -> JsonValue:

@@ -51,7 +51,8 @@ _WITH_ARGUMENTS: tuple[Callable[..., None], ...] = (
     *(calibrate, quantize, search, export),
     *(check, generate, inspect, compare, evaluate, report, serve),
 )
-for _command in (*_WITH_ARGUMENTS, models, doctor):
+_COMMANDS: tuple[Callable[..., None], ...] = (*_WITH_ARGUMENTS, models, doctor)
+for _command in _COMMANDS:
     app.command(no_args_is_help=_command in _WITH_ARGUMENTS)(expanding_homes(_command))
 
 

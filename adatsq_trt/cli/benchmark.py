@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import os
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from adatsq_trt.cli.backends import BackendName
+
 if TYPE_CHECKING:
     from rich.table import Table
 
     from adatsq_trt.engines.benchmark import BundleTimings
-
-
-class BackendName(StrEnum):
-    """What runs a bundle."""
-
-    AUTO = "auto"
-    RTX = "rtx"
-    TENSORRT = "tensorrt"
-    CUDA = "cuda"
-    ONNXRUNTIME = "onnxruntime"
 
 
 def kernels(
@@ -86,7 +77,7 @@ def bundle(
     backend: Annotated[
         BackendName,
         typer.Option("--backend", help="Plans (rtx, tensorrt), cpu graphs on a GPU (cuda) or on the processor."),
-    ] = BackendName.AUTO,
+    ] = "auto",
     samples: Annotated[int, typer.Option("--samples", min=1, max=1024, help="Pictures in one call.")] = 1,
     rounds: Annotated[int, typer.Option("--rounds", min=1, max=10_000, help="Timed calls of each case.")] = 20,
     output: Annotated[
@@ -105,7 +96,7 @@ def bundle(
     from adatsq_trt.files import write_json_model
 
     with progress("benchmark", WARM_UP_ROUNDS + rounds) as advance:
-        result = benchmark_bundles(bundles, backend.value, samples, rounds, advance)
+        result = benchmark_bundles(bundles, backend, samples, rounds, advance)
     if output is not None:
         write_json_model(output, result)
     if json:
@@ -113,19 +104,27 @@ def bundle(
         return
     console = Console(highlight=False)
     console.print(_timing_table(result))
+    for start in result.starts:
+        kernels = {None: "", True: ", with compiled kernels", False: ", without compiled kernels"}[start.kernels]
+        console.print(
+            f"{start.bundle}{kernels}: loads in {start.load_seconds:.1f} s, first picture {start.first_seconds:.2f} s, "
+            f"then {start.next_seconds:.2f} s; {start.memory_bytes / 1e9:.2f} GB of the card in use"
+        )
 
 
 def _timing_table(result: BundleTimings) -> Table:
     from rich.table import Table
 
     several = len({timing.bundle for timing in result.timings}) > 1
-    table = Table("case", "formats", "steps/s", "median ms", "10 % to 90 %", "of full precision", box=None)
+    of_16 = any(timing.speed_up_16 is not None for timing in result.timings)
+    columns = ("case", "formats", "steps/s", "median ms", "10 % to 90 %", "of full precision")
+    table = Table(*columns, *(["of 16 bits"] if of_16 else []), box=None)
     for row in result.timings:
         name = f"{row.bundle}: {row.case}" if several else row.case
         formats = ", ".join(f"{count} {fmt}" for fmt, count in row.formats.items())
         spread = f"{row.p10_ms:.1f} to {row.p90_ms:.1f}"
-        faster = "" if row.speed_up is None else f"{row.speed_up:.2f} × as fast"
-        table.add_row(name, formats, f"{row.steps_per_second:.2f}", f"{row.median_ms:.1f}", spread, faster)
+        faster = [_times(row.speed_up), *([_times(row.speed_up_16)] if of_16 else [])]
+        table.add_row(name, formats, f"{row.steps_per_second:.2f}", f"{row.median_ms:.1f}", spread, *faster)
     machine, first = result.machine, result.timings[0]
     where = machine.gpu or f"{machine.processor} ({', '.join(machine.instructions)}), {machine.cores} cores"
     versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
@@ -134,3 +133,7 @@ def _timing_table(result: BundleTimings) -> Table:
         f"{first.calls} calls of each after {result.warm_up_rounds} to warm up"
     )
     return table
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f} × as fast"

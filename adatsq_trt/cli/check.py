@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from adatsq_trt.cli.backends import BackendName
 from adatsq_trt.errors import AdatsqError
 
 if TYPE_CHECKING:
@@ -41,13 +42,17 @@ def check(
     again: Annotated[
         bool, typer.Option("--again", help="Compare anew, also when this very bundle has passed before.")
     ] = False,
+    backend: Annotated[
+        BackendName, typer.Option("--backend", help="Whose plans to compare as well; onnxruntime compares none.")
+    ] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Compare a bundle's graphs with the fake-quantized PyTorch model.
 
     Every step and, for each bucket, every layer of the cpu graphs is compared in ONNX Runtime, as is every step of the
     full-precision graph; every layer and module of the target graphs in onnx's reference evaluator; the denoising loop
-    as a whole; guidance, sigmas, scales and constants bit for bit. Exit code 1 when a comparison fails. A bundle that
+    as a whole; guidance, sigmas, scales and constants bit for bit. Where plans run, every plan is compared with the cpu
+    graph of the same step, and the plans' loop with PyTorch's. Exit code 1 when a comparison fails. A bundle that
     has passed and is unchanged, file by file, is not compared anew.
 
     Example: adatsq-trt check runs/demo --bisect --junit check.xml
@@ -58,7 +63,8 @@ def check(
     from adatsq_trt.cli.progress import bars
     from adatsq_trt.engines.accuracy import write_junit
 
-    opened = api.load(bundle)
+    opened = api.load(bundle, backend)
+    typer.echo(opened.choice.sentence, err=True)
     folder = output or opened.path.parent / "check"
     with bars() as progress:
         report = api.check(opened, output=folder, fail_above=fail_above, bisect=bisect, again=again, progress=progress)
@@ -84,6 +90,8 @@ def _failure(report: CheckReport, folder: Path) -> str:
         parts.append(f"in what must be exactly as exported ({', '.join(unequal)})")
     if not report.loop.passed:
         parts.append("in the denoising loop")
+    if report.plan_loop is not None and not report.plan_loop.passed:
+        parts.append("in the denoising loop of the plans")
     advice = "" if report.first_layers or not failed else "; --bisect names the first wrong layer"
     return f"check failed {' and '.join(parts)}; see '{folder / 'check.json'}'{advice}"
 
@@ -97,17 +105,20 @@ def _table(report: CheckReport, folder: Path, shape: str | None) -> Table:
     size = "" if shape is None else f" at {shape}"
     table = Table("steps", "variant", "outputs", "median", "≤", "relative", "≤", "", box=None)
     for index, (first, last) in enumerate(report.buckets):
-        for variant in ("cpu", "target", "reference"):
+        for variant in ("cpu", "target", "plan", "reference"):
             rows = [row for row in report.rows if (row.bucket, row.variant) == (index, variant)]
             if rows:
                 table.add_row(f"{first}–{last}", variant, str(len(rows)), *_worst(rows), _verdict(rows))
     verdict = "ok" if all(row.passed for row in report.exact) else "FAILED"
     table.add_row("all", "exact", str(len(report.exact)), "", "", "", "", verdict)
     loop = report.loop
-    if loop.rows:
-        worst = max(loop.rows, key=lambda row: float("inf") if row.error is None else row.error / row.tolerance)
-        verdict = "ok" if loop.passed else "FAILED"
-        table.add_row("all", "loop", str(len(loop.rows)), "", "", figure(worst.error), figure(worst.tolerance), verdict)
+    for name, own in (("loop", loop), ("loop of plans", report.plan_loop)):
+        if own is not None and own.rows:
+            worst = max(own.rows, key=lambda row: float("inf") if row.error is None else row.error / row.tolerance)
+            verdict = "ok" if own.passed else "FAILED"
+            table.add_row(
+                "all", name, str(len(own.rows)), "", "", figure(worst.error), figure(worst.tolerance), verdict
+            )
     lines = [f"{row.subject}: {row.finding}" for row in report.rows if not row.passed][:_SHOWN_FAILURES]
     lines += [f"{row.subject}: {row.failure}" for row in report.exact if not row.passed]
     lines += [layer.sentence for layer in report.first_layers]

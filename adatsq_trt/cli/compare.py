@@ -15,8 +15,8 @@ def compare(
 ) -> None:
     """Measure what the weights' solver is worth for a run's policy.
 
-    The same policy with weights from Fisher-weighted Hessians, from unweighted Hessians and rounded to nearest, each
-    on the run's held-out pictures; and uniform integer formats beside rounding to nearest with one scale per channel.
+    The same policy with weights from the run's Hessians, from unweighted ones and rounded to nearest, each on the
+    run's held-out pictures; and uniform integer formats beside rounding to nearest with one scale per channel.
 
     Example: adatsq-trt compare runs/demo
     """

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
+from adatsq_trt.cli.backends import BackendName
 from adatsq_trt.errors import UserError
 
 
@@ -25,9 +26,13 @@ def triton(
         int, typer.Option("--max-samples", min=1, help="Most samples that run together, and most of one request.")
     ] = 32,
     backend: Annotated[
-        Literal["onnxruntime", "rtx", "tensorrt"],
-        typer.Option("--backend", help="Cpu graphs anywhere, or plans on a GPU; tensorrt serves single steps only."),
-    ] = "onnxruntime",
+        BackendName,
+        typer.Option(
+            "--backend",
+            help="What runs there: plans, cpu graphs on a GPU or the processor; tensorrt serves single steps only.",
+            show_default="the best of the machine that serves",
+        ),
+    ] = "auto",
     pipeline: Annotated[
         Path | None,
         typer.Option("--pipeline", help="Saved diffusers pipeline of the model; requests can be text then."),

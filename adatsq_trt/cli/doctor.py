@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from adatsq_trt.errors import UserError
+
 _GIGABYTE = 10**9
 _ENOUGH_DISK_BYTES = 2 * _GIGABYTE
 
@@ -116,7 +118,11 @@ _LIBRARIES = (
     ),
     _Library("polygraphy", "polygraphy", ("polygraphy",), "check", "pip install polygraphy"),
     _Library(
-        "ModelOpt", "modelopt", ("nvidia-modelopt",), "comparison with other quantizers", "pip install nvidia-modelopt"
+        "ModelOpt",
+        "modelopt",
+        ("nvidia-modelopt",),
+        "comparison with other quantizers",
+        "pip install 'adatsq-trt[peers]'",
     ),
     _Library("Ray", "ray", ("ray",), "--ray", "pip install ray", _loads("ray")),
     _Library("Triton language", "triton", ("triton",), "build plugins", "pip install triton"),
@@ -235,9 +241,35 @@ def _first_line(text: str) -> str:
 
 
 def doctor(
-    json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead of a table.")] = False,
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="Look at the GPU: driver, libraries, and what would run a bundle on it.")
+    ] = False,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(
+            "--bundle",
+            help="With --gpu: a bundle or run directory to run, check and time there.",
+            show_default="the demo's model, built for the GPU that is there",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="With --gpu: JSON file to write.", show_default="none")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Say what this machine can do and what to install for the rest."""
+    """Say what this machine can do and what to install for the rest.
+
+    With --gpu, a report that can be attached to a bug report; exit code 1 when something that was tried went wrong.
+
+    Example: adatsq-trt doctor --gpu --output gpu.json
+    """
+    if gpu:
+        from adatsq_trt.cli.doctor_gpu import examine
+
+        examine(bundle, output, json)
+        return
+    if bundle is not None or output is not None:
+        raise UserError("--bundle and --output belong to --gpu; add it, or leave them out")
     capabilities = diagnose()
     if json:
         typer.echo(json_format.dumps([asdict(capability) for capability in capabilities], indent=2))

@@ -57,10 +57,11 @@ def evaluate(
     Example: adatsq-trt evaluate scenes-flux-schnell --methods rtn,adatsq --bits 4/4 --samples 120
     """
     from adatsq_trt.evaluation.methods import BITS, FULL_BITS, FULL_PRECISION, METHODS, method_named, require_bits
+    from adatsq_trt.evaluation.peers import require_peers
     from adatsq_trt.zoo import find_model
 
     find_model(model)
-    wanted = [method_named(name) for name in (METHODS if methods == "all" else methods.split(","))]
+    wanted = require_peers(method_named(name) for name in (METHODS if methods == "all" else methods.split(",")))
     widths = [width for width in dict.fromkeys(bits.split(",")) if require_bits(width)]
     pairs = [(method_named(FULL_PRECISION), FULL_BITS)]
     pairs += [

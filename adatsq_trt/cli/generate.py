@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
+from adatsq_trt.cli.backends import BackendName
 from adatsq_trt.errors import UserError
 
 
@@ -30,7 +31,7 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the first picture; the others follow.")] = 3_000_000,
     backend: Annotated[
-        Literal["auto", "rtx", "tensorrt", "cuda", "onnxruntime"],
+        BackendName,
         typer.Option("--backend", help="Plans (rtx, tensorrt), cpu graphs on a GPU (cuda) or on the processor."),
     ] = "auto",
     output: Annotated[

@@ -47,7 +47,14 @@ def import_(
     output: Annotated[Path, typer.Option("--output", "-o", help="policy.json to write.", show_default=False)],
     from_: From = _KEY,
     native: Annotated[str, typer.Option("--native", help="Format of the checkpoint's quantized path.")] = "fp8",
-    wide: Annotated[str, typer.Option("--wide", help="Format of steps in 16 bits.")] = "bf16",
+    wide: Annotated[
+        str | None,
+        typer.Option(
+            "--wide",
+            help="Format of steps in 16 bits.",
+            show_default="16-bit activations over --native's weights, bf16 where there is no such format",
+        ),
+    ] = None,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Of the loop.", show_default="as --like")] = None,
 ) -> None:
     """Read that key as a policy, for 'build engine --policy'.
@@ -57,17 +64,25 @@ def import_(
     from adatsq_trt.files import read_json_model
     from adatsq_trt.formats import format_named
     from adatsq_trt.policy import GIVEN_POLICY_ADVICE, Policy
-    from adatsq_trt.step_policy import StepPolicyFile, import_policy
+    from adatsq_trt.step_policy import StepPolicyFile, import_policy, wide_twin
 
-    names = [format_named(name).name for name in (native, wide)]
+    own = format_named(native)
+    other_steps = wide_twin(own) if wide is None else format_named(wide)
     advice = "give a config.json with quantization_config.runtime.diffusion_step_policy"
     known = read_json_model(step_policy, StepPolicyFile, advice).policy
     other = Policy.load(like, GIVEN_POLICY_ADVICE)
     count = steps or other.steps
+    names = (own.name, other_steps.name)
     policy = import_policy(known, other.model, other.weights_sha256, other.layers, count, *names)
     policy.save(output)
-    modes = known.modes(count)
+    shared = other_steps.weight == own.weight
+    in_16_bits = known.modes(count).count("a16")
+    weights = (
+        f"reads the weights of {native}, as in other programs"
+        if shared
+        else f"reads weights of its own here, where other programs dequantize those of {native}"
+    )
     typer.echo(
-        f"{output}: {modes.count('a16')} of {count} steps in {wide}, the others in {native}; a step in 16 bits reads "
-        f"weights of its own here, where other programs dequantize those of {native}"
+        f"{output}: {in_16_bits} of {count} steps in {other_steps.name}, the others in {native}; "
+        f"a step in 16 bits {weights}"
     )

@@ -24,6 +24,7 @@ def settings_table(settings: Settings) -> Table:
     values = settings.model_dump(exclude=_NOT_SHOWN)
     if settings.pipeline is not None:
         values |= settings.pipeline.model_dump(exclude={"prompts"}) | {"prompts": len(settings.pipeline.prompts)}
+    values["formats_for"] = tuple(f"{layer}={','.join(names)}" for layer, names in settings.formats_for.items())
     for name, value in values.items():
         value = tuple(map(written, value)) if name == "shapes" else value
         table.add_row(name, ", ".join(map(str, value)) if isinstance(value, tuple) else str(value))
@@ -117,8 +118,10 @@ def size_table(report: SizeReport) -> Table:
             row.layout, str(row.engines), f"{row.weight_bytes / 1e6:.1f} MB", ratio, "; ".join(plans) or unknown
         )
     table.caption = (
-        f"the least: {report.floor_bytes / 1e6:.1f} MB, every (layer, format) and the rest of the model once"
+        f"the least: {report.floor_bytes / 1e6:.1f} MB, every weight grid of a layer and the rest of the model once"
     )
+    if any(row.layout == "shared" and row.plan_bytes for row in report.layouts):
+        table.caption += "\nplans without weights have run on no GPU yet: how fast they are is not measured"
     if report.operands:
         parts = [f"{o.name} {o.bytes / 1e3:.1f} kB in {o.layers} layers" for o in report.operands]
         table.caption += f"\ninputs of plugin nodes: {', '.join(parts)}"

@@ -5,16 +5,34 @@ modelopt changes the transformer in place and rounds in its own modules, so a pe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from importlib import util
 from typing import Any
 
 from torch import nn
 
-from adatsq_trt.evaluation.methods import Peer
+from adatsq_trt.errors import DependencyError
+from adatsq_trt.evaluation.methods import Method, Peer
 from adatsq_trt.formats import GROUP
 
 STRENGTH = 0.5  # SmoothQuant's α
 _OFF: dict[str, Any] = {"quantizer_name": "*", "enable": False}
+
+
+def require_peers(methods: Iterable[Method]) -> list[Method]:
+    """The same methods; refuses those whose library is not there, before anything runs.
+
+    Raises:
+        DependencyError: names the first of them.
+    """
+    wanted = list(methods)
+    for method in wanted:
+        if method.peer is not None and util.find_spec("modelopt") is None:
+            raise DependencyError(
+                f"method '{method.name}' needs the library modelopt; install it with: pip install 'adatsq-trt[peers]', "
+                "or leave the method out of --methods"
+            )
+    return wanted
 
 
 def apply_peer(

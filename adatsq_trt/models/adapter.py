@@ -15,6 +15,8 @@ from adatsq_trt.errors import MismatchError
 from adatsq_trt.image import ImageShape
 from adatsq_trt.models.stored import stored_layers
 from adatsq_trt.schedule import Schedule
+from adatsq_trt.solver import guide
+from adatsq_trt.transformer_call import TransformerCall
 
 OUTSIDE = "outside"  # of all blocks
 
@@ -147,6 +149,10 @@ class ModelAdapter(ABC):
     def trace_module(self) -> nn.Module:
         """A module of real arithmetic and plain tensors for the exporter: positional inputs, one output."""
 
+    def pipeline_call(self) -> TransformerCall | None:
+        """How the pipeline calls the transformer; None for a bundle that runs by itself only."""
+        return None
+
     @property
     def device(self) -> torch.device:
         """Where the transformer's weights are, and its inputs have to be."""
@@ -235,7 +241,7 @@ class ModelAdapter(ABC):
     def velocity(self, latent: Tensor, model_time: float, conditioning: Conditioning, guidance: float) -> Tensor:
         """Guided prediction v0 + guidance (v - v0), shape of the latent (Ho and Salimans 2022, eq. 6)."""
         inputs = self.guided_inputs(latent, model_time, conditioning, guidance)
-        return guide(self.predict(inputs), conditioning, guidance)
+        return guide(self.predict(inputs), len(latent), guidance)
 
 
 def _tensors(root: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
@@ -250,11 +256,3 @@ def _copy(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(tensor.detach().to(device, dtype), tensor.requires_grad)
     return tensor.to(device)
-
-
-def guide(prediction: Tensor, conditioning: Conditioning, guidance: float) -> Tensor:
-    """Combine the two halves of a guided batch."""
-    if conditioning.unconditional is None:
-        return prediction
-    conditional, unconditional = prediction.chunk(2)
-    return unconditional + guidance * (conditional - unconditional)

@@ -1,18 +1,22 @@
-"""Flux: diffusers' FluxTransformer2DModel."""
+"""Flux: diffusers' FluxPipeline and its FluxTransformer2DModel."""
 
 from __future__ import annotations
 
 import copy
 import re
 from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from diffusers import FluxTransformer2DModel
+from pydantic import JsonValue
 from torch import Tensor, nn
 
 from adatsq_trt.models.adapter import AnySize, open_axes
+from adatsq_trt.models.family import Family
 from adatsq_trt.models.prompted import PromptedAdapter
 from adatsq_trt.schedule import Schedule, make_schedule
+from adatsq_trt.transformer_call import TransformerCall, forward_arguments
 
 POSITIONS = "rotations"
 
@@ -20,9 +24,8 @@ POSITIONS = "rotations"
 class FluxAdapter(PromptedAdapter):
     """A Flux with a closed set of prompts, whose latents are tokens, as Flux packs them."""
 
-    architecture = "FluxTransformer2DModel"
     model_class = FluxTransformer2DModel
-    text_width = "joint_attention_dim"
+    text_width, pooled_width = "joint_attention_dim", "pooled_projection_dim"
     transformer: FluxTransformer2DModel
     quantizable = re.compile(
         r"(transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.net\.(0\.proj|2))"
@@ -74,6 +77,19 @@ class FluxAdapter(PromptedAdapter):
     def schedule(self, steps: int) -> Schedule:
         """Flux's sigmas for this image size."""
         return make_schedule(self.scheduler, steps, self.latent_shape[0])
+
+    def pipeline_call(self) -> TransformerCall:
+        """Positions tell the size: several sizes may have the same number of tokens."""
+        config = self.transformer.config
+        inputs = ["hidden_states", "encoder_hidden_states", "pooled_projections"]
+        return TransformerCall(
+            arguments=forward_arguments(FluxTransformer2DModel),
+            inputs={name: name for name in (*inputs, *(["guidance"] if config.guidance_embeds else []))},
+            time="timestep",
+            positions="img_ids",
+            zeros=("txt_ids",),
+            settings={"in_channels": config.in_channels, "guidance_embeds": config.guidance_embeds},
+        )
 
 
 class FluxTrace(nn.Module):
@@ -165,6 +181,26 @@ def position_ids(grid: tuple[int, int]) -> Tensor:
     """Zero, row and column of every token, float32 [rows * columns, 3]."""
     places = [torch.arange(size, dtype=torch.float32) for size in grid]
     return torch.cartesian_prod(torch.zeros(1), *places)
+
+
+class FluxFamily(Family):
+    """FluxPipeline: guidance is an input of the transformer (dev), or there is none (schnell)."""
+
+    adapter, pipeline = FluxAdapter, "FluxPipeline"
+    encoders = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    packed, guided = True, False
+    # A scheduler that was UniPC is asked for its own sigmas.
+    scheduler_options: ClassVar[Mapping[str, JsonValue]] = {"use_flow_sigmas": False}
+    transformer_options: ClassVar[Mapping[str, JsonValue]] = {"patch_size": 1}
+
+    def defaults(self, config: Mapping[str, JsonValue]) -> tuple[int, float]:
+        """Of Flux dev and of Flux schnell."""
+        return (28, 3.5) if config.get("guidance_embeds") else (4, 0.0)
+
+    def encode(self, pipe: Any, prompt: str) -> tuple[Tensor, Tensor]:
+        """T5's tokens and CLIP's pooled projection."""
+        tokens, pooled, _ = pipe.encode_prompt(prompt, None, device="cpu", max_sequence_length=self.text_tokens)
+        return tokens[0], pooled[0]
 
 
 def pack(images: Tensor, patch_size: int = 2) -> Tensor:

@@ -1,4 +1,4 @@
-"""The weights of every format and the activation scales of every step, in memory and on disk.
+"""The weights of every format and the activation scales or clipping ratios of every step, in memory and on disk.
 
 FOLDER/<format>/<block>.safetensors   <module path>.codes, .scales, .global_scale of the layers of a block
 FOLDER/activation_scales.safetensors  <format>: float32 [steps, layers]
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from adatsq_trt.errors import DamagedFileError, MissingFileError
 from adatsq_trt.files import MappedTensors, read_tensors, write_tensors
+from adatsq_trt.formats import Format
 from adatsq_trt.models.transforms import IDENTITY, LayerTransform, load_transforms
 from adatsq_trt.quantizers import QuantizedWeight
 
@@ -24,17 +25,23 @@ _PARTS = ("codes", "scales", "global_scale")
 
 @dataclass(frozen=True)
 class CandidateWeights:
-    """Everything that the formats need: quantized weights and static activation scales.
+    """Everything that the formats need: quantized weights, static activation scales and clipping ratios.
 
     Attributes:
         weights: format name → module path → quantized weight.
-        scales: format name → float32 [steps, layers], for formats with a static activation scale.
+        scales: format name → float32 [steps, layers], for formats with a static activation scale or a clipping ratio
+            (`Format.scaled_activation`); without ratios nothing is clipped.
         transforms: module path → what happens to the layer's input, for layers where something does.
     """
 
     weights: Mapping[str, Mapping[str, QuantizedWeight]]
     scales: Mapping[str, Tensor]
     transforms: Mapping[str, LayerTransform] = field(default_factory=dict)
+
+    def scale(self, fmt: Format, step: int, layer: int) -> Tensor | None:
+        """What enters the activation's scale at a step: float32 [], or None where nothing does."""
+        known = fmt.static_activation or (fmt.scaled_activation and fmt.name in self.scales)
+        return self.scales[fmt.name][step, layer] if known else None
 
     def transform(self, layer: str) -> LayerTransform:
         """The layer's transform, or one that changes nothing."""

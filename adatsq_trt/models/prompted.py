@@ -23,6 +23,7 @@ class PromptedAdapter(ModelAdapter):
     Attributes:
         model_class: diffusers' class of the transformer.
         text_width: which of the transformer's settings is the width of a text token.
+        pooled_width: likewise of the pooled projection, for models that take one.
         quantizable: module paths of the linear layers that a policy may quantize. Modulation, embedders, norm_out and
             the final projection stay in high precision.
         block_lists: the module lists that hold the transformer's blocks, in the order of execution.
@@ -30,6 +31,7 @@ class PromptedAdapter(ModelAdapter):
 
     model_class: ClassVar[type[ModelMixin]]
     text_width: ClassVar[str]
+    pooled_width: ClassVar[str | None] = None
     quantizable: ClassVar[re.Pattern[str]]
     block_lists: ClassVar[tuple[str, ...]]
     transformer: ModelMixin
@@ -45,12 +47,13 @@ class PromptedAdapter(ModelAdapter):
         """Adapt a transformer.
 
         Args:
-            transformer: of the class `architecture`.
+            transformer: of the class `model_class`.
             encoder: of the prompts, as wide as the transformer's condition.
             scheduler: its configuration decides the sigmas.
             image: what a latent decodes to.
             guidance_distilled: the model needs no branch without a prompt.
         """
+        self.architecture = self.model_class.__name__
         self.transformer = transformer.float().eval()
         self.encoder = encoder.float().eval()
         self.scheduler = scheduler

@@ -16,14 +16,15 @@ LOGGER = logging.getLogger(__name__)
 
 
 def round_input(x: Tensor, grid: Grid, scale: Tensor | None = None) -> Tensor:
-    """`fake_quantize_activation`, on a GPU in one pass where every token has its own scale.
+    """`fake_quantize_activation`, on a GPU in one pass where every token has its own scale and all of it is kept.
 
     Args:
         x: a layer's input [..., K], float32 or bfloat16.
         grid: of its activations.
-        scale: float32 [], for static grids.
+        scale: float32 [], as there.
     """
-    if _in_one_pass(x) and grid.granularity is Granularity.TOKEN:
+    whole = grid.granularity is Granularity.TOKEN and (scale is None or bool(scale == 1))
+    if whole and _in_one_pass(x):
         from adatsq_trt.models.gpu_kernels import WIDEST, round_tokens
 
         if x.shape[-1] <= WIDEST:

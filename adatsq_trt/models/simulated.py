@@ -55,7 +55,7 @@ class SharedRounding:
         Args:
             x: as in `map`.
             grid: of the calling layer's activations.
-            scale: its static scale, float32 [], or None.
+            scale: its static scale or clipping ratio, float32 [], or None.
             input_map: of the calling layer.
         """
         mapped = self.map(x, input_map)
@@ -72,7 +72,7 @@ class SimulatedLinear(nn.Module):
         original: the full-precision layer.
         weights: format name → dequantized weight, float32 [N, K]; may be made at every lookup.
         active: the format in use, or None for full precision.
-        scale: static activation scale of the active format, float32 [].
+        scale: what the active format has for its activations at this step (`Format.scaled_activation`), float32 [].
     """
 
     def __init__(
@@ -97,12 +97,18 @@ class SimulatedLinear(nn.Module):
         """Y = Q(x) Q(W)ᵀ + b, or what the transform makes of it; x is [..., K], y is [..., N]."""
         if self.active is None:
             return self.original(x)  # type: ignore[no-any-return]
-        input_map, branch = self._transform.input_map, self._transform.branch
-        rounded = self._shared.round(x, self.active.activation, self.scale, input_map)
+        mapped, rounded = self.inputs(x)
         output = functional.linear(rounded, self.weights[self.active.name], self.original.bias)
+        branch = self._transform.branch
         if branch is None:
             return output
-        return output + functional.linear(functional.linear(self._shared.map(x, input_map), branch.down), branch.up)
+        return output + functional.linear(functional.linear(mapped, branch.down), branch.up)
+
+    def inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The transformed input and what it is rounded to in the active format; both [..., K]."""
+        assert self.active is not None, "in full precision nothing is rounded"
+        input_map = self._transform.input_map
+        return self._shared.map(x, input_map), self._shared.round(x, self.active.activation, self.scale, input_map)
 
 
 class SimulatedModel:
@@ -126,7 +132,7 @@ class SimulatedModel:
         held = 4 * len(store.weights) * size <= most_bytes
         self.adapter = adapter
         self.layers = tuple(originals)
-        self._scales = store.scales
+        self._store = store
         formats, shared = {name: format_named(name) for name in store.weights}, SharedRounding()
         self._linears = {
             layer: SimulatedLinear(
@@ -173,12 +179,11 @@ class SimulatedModel:
 
         Args:
             formats: module path → format, or None for full precision.
-            step: index in the loop; decides the static activation scales.
+            step: index in the loop; decides static scales and clipping ratios.
         """
         for index, (layer, linear) in enumerate(self._linears.items()):
             linear.active = formats[layer] if formats is not None else None
-            if linear.active is not None and linear.active.static_activation:
-                linear.scale = self._scales[linear.active.name][step, index]
+            linear.scale = None if linear.active is None else self._store.scale(linear.active, step, index)
 
 
 class _Dequantized(Mapping[str, Tensor]):

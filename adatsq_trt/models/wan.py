@@ -1,22 +1,30 @@
-"""Wan 2.1: diffusers' WanTransformer3DModel, text to video."""
+"""Wan 2.1: diffusers' WanPipeline and its WanTransformer3DModel, text to video."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 from math import prod
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
+from pydantic import JsonValue
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adatsq_trt.errors import UnsupportedFormatError
+from adatsq_trt.errors import DamagedFileError, UnsupportedFormatError
+from adatsq_trt.files import read_json_model
 from adatsq_trt.models.adapter import AnySize, open_axes
+from adatsq_trt.models.family import AGAIN, Canvas, Family, JsonObject, VaeScale
 from adatsq_trt.models.prompted import PromptedAdapter
 from adatsq_trt.models.rotary import require_positions, rotate_pairs
-from adatsq_trt.schedule import TRAIN_TIMESTEPS, Schedule, make_schedule
+from adatsq_trt.schedule import EULER, TRAIN_TIMESTEPS, UNIPC, Schedule, make_schedule
+from adatsq_trt.transformer_call import TIMESTEPS, TransformerCall, forward_arguments
+
+_FLAT = re.compile(r"lora_unet__?blocks_(\d+)_(self_attn|cross_attn|ffn)_(\w+)")
 
 
 class WanAdapter(PromptedAdapter):
@@ -26,7 +34,6 @@ class WanAdapter(PromptedAdapter):
     in a WanPipeline.
     """
 
-    architecture = "WanTransformer3DModel"
     model_class = WanTransformer3DModel
     text_width = "text_dim"
     transformer: WanTransformer3DModel
@@ -73,6 +80,17 @@ class WanAdapter(PromptedAdapter):
     def schedule(self, steps: int) -> Schedule:
         """The scheduler's own sigmas, which do not depend on the size."""
         return make_schedule(self.scheduler, steps)
+
+    def pipeline_call(self) -> TransformerCall:
+        """A patch of one cell rules no size out; those that the bundle was not exported for are refused later."""
+        inputs = ("hidden_states", "encoder_hidden_states")
+        return TransformerCall(
+            arguments=forward_arguments(WanTransformer3DModel),
+            inputs={name: name for name in inputs},
+            time="timestep",
+            time_range=TIMESTEPS,
+            settings={"in_channels": self.transformer.config.in_channels, "patch_size": [1, 1, 1]},
+        )
 
 
 class RealRotaryProcessor(WanAttnProcessor):  # type: ignore[misc]
@@ -167,3 +185,51 @@ class WanAnySizeTrace(WanTrace):
     ) -> Tensor:
         """Predicted velocity; `rotations` [2, frames, rows, columns, 1, D / 2] of the tokens."""
         return self._predict(rotations, hidden_states, encoder_hidden_states, timestep)
+
+
+class WanFamily(Family):
+    """WanPipeline: text to video."""
+
+    adapter, pipeline = WanAdapter, "WanPipeline"
+    canvas = Canvas(480, 832, 81)
+    text_library = "ftfy"
+    schedulers = (EULER, UNIPC)
+    transformer_options: ClassVar[Mapping[str, JsonValue]] = {
+        "image_dim": None,
+        "added_kv_proj_dim": None,
+        "pos_embed_seq_len": None,
+    }
+    # Those of Wan 2.2, whose pipelines treat the transformer in another way.
+    pipeline_options: ClassVar[Mapping[str, JsonValue]] = {"expand_timesteps": False, "boundary_ratio": None}
+    instead = "choose another checkpoint, such as Wan 2.1"
+    vae_channels = "z_dim"
+
+    def defaults(self, config: Mapping[str, JsonValue]) -> tuple[int, float]:
+        """Of Wan 2.1."""
+        return 50, 5.0
+
+    def encode(self, pipe: Any, prompt: str) -> tuple[Tensor, Tensor]:
+        """UMT5's tokens, filled up with zeros."""
+        tokens, _ = pipe.encode_prompt(
+            prompt, do_classifier_free_guidance=False, max_sequence_length=self.text_tokens, device="cpu"
+        )
+        return tokens[0], tokens.new_empty(0)
+
+    def vae_scale(self, folder: Path) -> VaeScale:
+        """Of Wan's video VAE."""
+        config = folder / "vae" / "config.json"
+        values = read_json_model(config, JsonObject, AGAIN).root
+        pixels, frames = values.get("scale_factor_spatial", 8), values.get("scale_factor_temporal", 4)
+        if not isinstance(pixels, int) or not isinstance(frames, int):
+            raise DamagedFileError(f"'{config}': scale factors {pixels} and {frames}, expected integers; {AGAIN}")
+        return VaeScale(pixels, frames)
+
+    def lora_layer(self, name: str) -> str:
+        """With dots again, which the converter wants."""
+        return _FLAT.sub(r"diffusion_model.blocks.\1.\2.\3", name)
+
+    def own_name(self, weight: str) -> str:
+        """By diffusers' converter of whole checkpoints."""
+        from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+
+        return str(next(iter(convert_wan_transformer_to_diffusers({weight: torch.empty(0)}))))

@@ -1,22 +1,26 @@
-"""Z-Image: diffusers' ZImageTransformer2DModel."""
+"""Z-Image: diffusers' ZImagePipeline and its ZImageTransformer2DModel."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from diffusers import ZImageTransformer2DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF, ZSingleStreamAttnProcessor
+from pydantic import JsonValue
 from torch import Tensor, nn
 from torch.nn import functional
 
 from adatsq_trt.errors import MismatchError
 from adatsq_trt.models.adapter import AnySize, open_axes
+from adatsq_trt.models.family import Family
 from adatsq_trt.models.prompted import PromptedAdapter
 from adatsq_trt.models.rotary import require_positions, rotate_pairs
 from adatsq_trt.schedule import Schedule, make_schedule
+from adatsq_trt.transformer_call import TransformerCall, forward_arguments
 
 # Added to a product of a query and a key; its exponential is 0 in every type, and in fp16 it is a number.
 _UNSEEN = -3e4
@@ -31,7 +35,6 @@ class ZImageAdapter(PromptedAdapter):
     here is one more than the pipeline's.
     """
 
-    architecture = "ZImageTransformer2DModel"
     model_class = ZImageTransformer2DModel
     text_width = "cap_feat_dim"
     transformer: ZImageTransformer2DModel
@@ -96,6 +99,19 @@ class ZImageAdapter(PromptedAdapter):
         """Z-Image's sigmas for this image size."""
         _, rows, columns = self.latent_shape
         return make_schedule(self.scheduler, steps, (rows // 2) * (columns // 2))
+
+    def pipeline_call(self) -> TransformerCall:
+        """Latents of one frame and captions come in lists; time runs the other way, and so does the prediction."""
+        return TransformerCall(
+            arguments=forward_arguments(ZImageTransformer2DModel),
+            inputs={"hidden_states": "x", "encoder_hidden_states": "cap_feats"},
+            time="t",
+            time_range=(0.0, 1.0),
+            listed=True,
+            unit_axis=1,
+            negated=True,
+            settings={"in_channels": self.transformer.config.in_channels},
+        )
 
 
 class RealRotaryProcessor(ZSingleStreamAttnProcessor):  # type: ignore[misc]
@@ -274,3 +290,34 @@ class ZImageAnySizeTrace(ZImageTrace):
     ) -> Tensor:
         """Predicted velocity; `rotations` [2, rows, columns, 1, ...] of the image's tokens, as `image_rotations`."""
         return self._predict(rotations, hidden_states, encoder_hidden_states, timestep)
+
+
+class ZImageFamily(Family):
+    """ZImagePipeline. Its own scale of guidance is one less than ours: it adds s (v - v0) to v."""
+
+    adapter, pipeline = ZImageAdapter, "ZImagePipeline"
+    token_multiple = SEQ_MULTI_OF
+    unused_weights = ("norm_final.weight",)  # its authors' code has it and does not call it
+    transformer_options: ClassVar[Mapping[str, JsonValue]] = {
+        "all_patch_size": [2],
+        "all_f_patch_size": [1],
+        "siglip_feat_dim": None,
+    }
+
+    def defaults(self, config: Mapping[str, JsonValue]) -> tuple[int, float]:
+        """Of Z-Image; Z-Image-Turbo, which has the same configuration, wants 9 steps and a scale of 1."""
+        return 50, 6.0
+
+    def encode(self, pipe: Any, prompt: str) -> tuple[Tensor, Tensor]:
+        """As many tokens of the language model as the prompt has."""
+        embeddings, _ = pipe.encode_prompt(
+            prompt, device="cpu", do_classifier_free_guidance=False, max_sequence_length=self.text_tokens
+        )
+        return embeddings[0], embeddings[0].new_empty(0)
+
+    def lora_key(self, layer: str, part: str) -> str:
+        """The one spelling of which the converter splits attention.qkv."""
+        if not layer.startswith("diffusion_model."):
+            return super().lora_key(layer, part)
+        layer = layer.replace(".final_layer.", ".all_final_layer.2-1.").replace(".x_embedder", ".all_x_embedder.2-1")
+        return f"{layer}.lora.{part}.weight"

@@ -15,6 +15,7 @@ import jinja2
 import matplotlib
 from markupsafe import Markup
 
+from adatsq_trt.config import BuildConfig
 from adatsq_trt.errors import UserError
 from adatsq_trt.files import write_bytes
 from adatsq_trt.report.charts import along_steps, check_chart, pareto, stages_chart
@@ -30,7 +31,7 @@ _MOST_COMPARISONS = 60
 _OPTIONS = (
     *("budget_bits", "layout", "steps", "guidance", "seed"),
     *("beam", "candidates", "expansions", "search_precision", "weights"),
-    *("calibration_samples", "selection_samples", "held_out_samples"),
+    *("calibration_samples", "selection_samples", "held_out_samples", "hessian"),
 )
 
 
@@ -197,7 +198,11 @@ def commands(data: ReportData) -> list[list[str]]:
     build += ["--simulate"] if settings.simulate else []
     build += ["--formats", settings.format_set]
     build += ["--transform", settings.transform] if settings.transform is not None else []
+    build += ["--clips", settings.clips] if settings.clips != BuildConfig.clips else []
+    build += ["--refine"] if settings.refine else []
     build += [word for layer in settings.excluded for word in ("--exclude", layer)]
+    for layer, names in settings.formats_for.items():
+        build += ["--formats-for", f"{layer}={','.join(names)}"]
     for name in _OPTIONS:
         value = getattr(settings, name)
         build += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]

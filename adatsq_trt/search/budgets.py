@@ -84,11 +84,13 @@ class Budgets:
         steps: of the loop.
         additive: in bits, milliseconds and activation bits, as far as there are such limits.
         storage: in bytes, likewise.
+        allowed: [formats, layers]: what a layer may be given; None for everything.
     """
 
     steps: int
     additive: tuple[Additive, ...]
     storage: Storage | None = None
+    allowed: NDArray[np.bool_] | None = None
 
     @property
     def once(self) -> bool:
@@ -98,10 +100,12 @@ class Budgets:
     def of_formats(self, formats: NDArray[np.int64]) -> Budgets:
         """The same where only some formats, by their indices, may be chosen."""
         additive = tuple(replace(item, cost=item.cost[formats]) for item in self.additive)
+        allowed = None if self.allowed is None else self.allowed[formats]
         if self.storage is None:
-            return Budgets(self.steps, additive)
+            return Budgets(self.steps, additive, None, allowed)
         stored, grids = np.unique(self.storage.grids[formats], return_inverse=True)
-        return Budgets(self.steps, additive, replace(self.storage, grids=grids, bytes=self.storage.bytes[stored]))
+        storage = replace(self.storage, grids=grids, bytes=self.storage.bytes[stored])
+        return Budgets(self.steps, additive, storage, allowed)
 
     def spent(self, rows: Sequence[Assignment]) -> dict[str, float]:
         """Unit → what a policy, or the first steps of one, costs."""
@@ -118,8 +122,11 @@ class Budgets:
         return result if self.storage is None else {**result, "bytes": self.storage.limit}
 
     def holds(self, rows: Sequence[Assignment]) -> bool:
-        """Whether a policy keeps every budget, and one weight of each layer where it may have no more."""
-        if self.storage is not None and not self.storage.holds(np.array(rows, dtype=np.int64)):
+        """Whether a policy keeps every budget, one weight of each layer where it may have no more, and its formats."""
+        array = np.array(rows, dtype=np.int64)
+        if self.storage is not None and not self.storage.holds(array):
+            return False
+        if self.allowed is not None and not self.allowed[array, np.arange(array.shape[1])].all():
             return False
         limits = self.limits()
         return all(cost <= limits[unit] * (1 + ROUNDING) for unit, cost in self.spent(rows).items())
@@ -137,9 +144,12 @@ class Budgets:
         """The least that any policy costs in one unit."""
         if unit == "bytes":
             assert self.storage is not None
-            return float(self.storage.bytes.min(axis=0).sum())
-        cost = next(item.cost for item in self.additive if item.unit == unit)
-        return self.steps * float(cost.min(axis=0).sum())
+            cost, times = self.storage.bytes[self.storage.grids], 1
+        else:
+            cost, times = next(item.cost for item in self.additive if item.unit == unit), self.steps
+        if self.allowed is not None:
+            cost = np.where(self.allowed, cost, np.inf)
+        return times * float(cost.min(axis=0).sum())
 
 
 @dataclass(frozen=True)

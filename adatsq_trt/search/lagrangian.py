@@ -38,6 +38,7 @@ class Constraints:
         bytes: [grids, groups]; zeros without a budget in bytes.
         most_bytes: the budget in bytes; infinite without one.
         once: whether a group stores one grid.
+        allowed: [formats, items]: what an item may be given; None for everything.
     """
 
     costs: tuple[Array, ...]
@@ -47,12 +48,15 @@ class Constraints:
     bytes: Array
     most_bytes: float
     once: bool = False
+    allowed: NDArray[np.bool_] | None = None
 
     @classmethod
     def each(cls, budgets: Budgets, formats: int, layers: int) -> Constraints:
         """An item for each (step, layer), in this order."""
         costs = tuple(np.tile(item.cost, (1, budgets.steps)) for item in budgets.additive)
-        return cls._make(budgets, costs, np.tile(np.arange(layers), budgets.steps), formats, layers)
+        constraints = cls._make(budgets, costs, np.tile(np.arange(layers), budgets.steps), formats, layers)
+        allowed = constraints.allowed
+        return constraints if allowed is None else replace(constraints, allowed=np.tile(allowed, budgets.steps))
 
     @classmethod
     def by_layer(cls, budgets: Budgets, formats: int, layers: int) -> Constraints:
@@ -65,14 +69,19 @@ class Constraints:
         """An item for each step: the same format for all layers."""
         costs = tuple(np.tile(item.cost.sum(axis=1)[:, None], budgets.steps) for item in budgets.additive)
         constraints = cls._make(budgets, costs, np.zeros(budgets.steps, dtype=np.int64), formats, layers)
-        return replace(constraints, bytes=constraints.bytes.sum(axis=1, keepdims=True))
+        allowed = constraints.allowed
+        if allowed is not None:
+            allowed = np.repeat(allowed.all(axis=1, keepdims=True), budgets.steps, axis=1)
+        return replace(constraints, bytes=constraints.bytes.sum(axis=1, keepdims=True), allowed=allowed)
 
     @classmethod
     def grouped(cls, budgets: Budgets, items: Knapsack) -> Constraints:
         """An item for each (group of steps, layer); `items.weight` counts the group's steps."""
         formats, layers = len(items.bits), int(items.layers.max()) + 1
         costs = tuple(item.cost[:, items.layers] * items.weight for item in budgets.additive)
-        return cls._make(budgets, costs, items.layers, formats, layers)
+        constraints = cls._make(budgets, costs, items.layers, formats, layers)
+        allowed = constraints.allowed
+        return constraints if allowed is None else replace(constraints, allowed=allowed[:, items.layers])
 
     @classmethod
     def _make(
@@ -80,8 +89,10 @@ class Constraints:
     ) -> Constraints:
         limits, storage = tuple(item.limit for item in budgets.additive), budgets.storage
         if storage is None:
-            return cls(costs, limits, groups, np.arange(formats), np.zeros((formats, layers)), np.inf)
-        return cls(costs, limits, groups, storage.grids, storage.bytes, storage.limit, storage.once)
+            own = (np.arange(formats), np.zeros((formats, layers)), np.inf, False)
+        else:
+            own = (storage.grids, storage.bytes, storage.limit, storage.once)
+        return cls(costs, limits, groups, *own, budgets.allowed)
 
     def penalty(self, multipliers: Array) -> Array:
         """[formats, items]: what the additive costs are worth."""
@@ -98,8 +109,10 @@ class Constraints:
         return np.array([*(cost[chosen, places].sum() for cost in self.costs), (self.bytes * present).sum()])
 
     def holds(self, chosen: Selection) -> bool:
-        """Whether a choice keeps every budget, and one grid of each group where it may have no more."""
+        """Whether a choice keeps every budget, one grid of each group where it may have no more, and its formats."""
         if self.once and not self._one_grid(chosen):
+            return False
+        if self.allowed is not None and not self.allowed[chosen, np.arange(len(chosen))].all():
             return False
         most = np.array([*self.limits, self.most_bytes])
         return bool((self.used(chosen) <= most * (1 + 1e-9)).all())
@@ -110,9 +123,12 @@ class Constraints:
         return bool((own[self.groups] == self.grids[chosen]).all())
 
     def members(self, which: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """[formats, items]: the formats of each group's one grid [groups]."""
-        allowed: NDArray[np.bool_] = self.grids[:, None] == which[self.groups]
-        return allowed
+        """[formats, items]: the allowed formats of each group's one grid [groups]."""
+        return self.among(self.grids[:, None] == which[self.groups])
+
+    def among(self, formats: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """[formats, items]: those of some formats that items may be given."""
+        return formats if self.allowed is None else formats & self.allowed
 
 
 def accumulated_errors(items: Knapsack) -> Array:
@@ -206,7 +222,8 @@ class _Relaxation:
     def values(self, multipliers: Array) -> Array:
         """[sets, groups]: error and additive costs, without bytes."""
         total, groups = self.errors + self.constraints.penalty(multipliers), self.bytes.shape[1]
-        best = [np.where(members[:, None], total, np.inf).min(axis=0) for members in self.members]
+        among = self.constraints.among
+        best = [np.where(among(members[:, None]), total, np.inf).min(axis=0) for members in self.members]
         return np.stack([np.bincount(self.constraints.groups, weights=row, minlength=groups) for row in best])
 
     def solve(self, multipliers: Array) -> StoredSets:
@@ -215,7 +232,7 @@ class _Relaxation:
 
     def _with_sets(self, multipliers: Array, which: NDArray[np.int64]) -> StoredSets:
         """The best formats within a set for each group [groups]."""
-        allowed = np.stack(self.members)[which][self.constraints.groups].T
+        allowed = self.constraints.among(np.stack(self.members)[which][self.constraints.groups].T)
         total = np.where(allowed, self.errors + self.constraints.penalty(multipliers), np.inf)
         return StoredSets(multipliers, allowed, np.argmin(total, axis=0))
 

@@ -120,7 +120,9 @@ def _best_grids(items: Knapsack, constraints: Constraints, chosen: _Chosen, shri
     """
     grids = grids_of(constraints, chosen.formats)
     multipliers = chosen.sets.multipliers * chosen.scale
-    price, bytes_price = constraints.penalty(multipliers), constraints.bytes * multipliers[-1]
+    everything = np.ones_like(items.errors, dtype=bool)
+    price = np.where(constraints.among(everything), constraints.penalty(multipliers), np.inf)
+    bytes_price = constraints.bytes * multipliers[-1]
     total = items.contributions[chosen.formats, np.arange(len(items.layers))].sum(axis=0)
     for group in range(constraints.bytes.shape[1]):
         own = np.flatnonzero(constraints.groups == group)

@@ -43,7 +43,8 @@ class Plan:
     Attributes:
         policies: the plan at its own price first, then at prices far enough to show the Pareto front; each a row of
             format indices per step.
-        columns: for each step its distinct candidates, the plan's own first, then those of the nearest prices.
+        columns: for each step its distinct candidates, the plan's own first, then those of the nearest prices; none
+            where none are asked for.
         hedges: other allocations of the same budget, to be judged as whole policies only.
         row_weights: [rows]: what the rows of projected errors are multiplied by, as contributions are.
         contributions: [formats, steps, layers, rows].
@@ -142,7 +143,8 @@ def make_constrained_plan(
 
     Returns:
         The plan, then what a format costs a layer at one step at the prices of the budgets: [formats, layers], infinite
-        where the layer does not store the format. A path's bits are counted in it. The same for all formats.
+        where the layer does not store the format. A path's bits are counted in it. The same for all formats
+        that the layer may have.
 
     Raises:
         BudgetError: the budgets cannot be kept together.
@@ -163,7 +165,10 @@ def make_constrained_plan(
     floor = np.tile(np.argmin(cost, axis=0), budgets.steps)
     hedges = [*(choice for choice, _ in others), sets.chosen]
     plan = _complete(sensitivity, Allocation(penalty, 1.0, own, floor), hedges, cost, candidates)
-    return plan, cost, _at_scale_of(cost, constraints.penalty(sets.multipliers)[:, :layers])
+    prices = constraints.penalty(sets.multipliers)[:, :layers]
+    if budgets.allowed is not None:
+        prices = np.where(budgets.allowed, prices, np.inf)
+    return plan, cost, _at_scale_of(cost, prices)
 
 
 def _at_scale_of(cost: Array, prices: Array) -> Array:

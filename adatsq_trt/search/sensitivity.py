@@ -142,8 +142,7 @@ def layer_contributions(
         exact = functional.linear(inputs, transform.rounded_weight(linear.weight.float()))
         changes = []
         for fmt in formats:
-            scale = store.scales[fmt.name][layers.step, index] if fmt.static_activation else None
-            rounded = round_input(inputs, fmt.activation, scale)
+            rounded = round_input(inputs, fmt.activation, store.scale(fmt, layers.step, index))
             changes.append(functional.linear(rounded, stored_weight(store.weights[fmt.name][layer], fmt)) - exact)
         gradients = layers.gradients[layer].float().flatten(2)
         result[layer] = torch.einsum("psn,fsn->fps", gradients, torch.stack(changes).flatten(2)).flatten(1)

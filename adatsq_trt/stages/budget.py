@@ -6,6 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from adatsq_trt.costs import Limits
 from adatsq_trt.errors import BudgetError
 from adatsq_trt.files import read_tensors
@@ -57,6 +60,21 @@ def chooses_weights(settings: Settings) -> bool:
     return settings.weights == "once" and len(grids) > 1
 
 
+def constrained(settings: Settings) -> bool:
+    """Whether policies have to keep more than a budget in bits."""
+    return penalty(settings) or chooses_weights(settings) or bool(settings.formats_for)
+
+
+def allowed_formats(settings: Settings, layers: Sequence[str]) -> NDArray[np.bool_] | None:
+    """[formats, layers]: what each layer may be given; None where nothing was ruled out."""
+    if not settings.formats_for:
+        return None
+    rows = [
+        [name in settings.formats_for.get(layer, settings.formats) for layer in layers] for name in settings.formats
+    ]
+    return np.array(rows)
+
+
 def shapes_of(context: Context) -> tuple[LayerShape, ...]:
     """Shapes of the quantizable layers; calibration has counted their rows."""
     counted = read_tensors(calibrate.stage(context).folder / calibrate.STATISTICS)["tokens"]
@@ -81,7 +99,7 @@ def account(context: Context) -> Account:
         own = steps * sum(model.layer_ms(SIXTEEN, shape) for shape in shapes) + rest_ms
         limits = limits.model_copy(update={"ms": own / settings.budget_speedup})
     if model is not None and limits.ms is not None:
-        _require_ms(settings, costs, limits.ms, model.source)
+        _require_ms(context, costs, limits.ms, model.source)
     weights = sum(shape.in_features * shape.out_features for shape in shapes)
     source = None if model is None else model.source
     return Account(costs, _budgets(costs, limits, context), limits, weights, source)
@@ -111,7 +129,30 @@ def _budgets(costs: CostModel, limits: Limits, context: Context) -> Budgets:
         additive.append(Additive("ms", costs.ms, limits.ms - costs.rest_ms))
     once, most = chooses_weights(context.settings), math.inf if limits.bytes is None else limits.bytes
     storage = replace(costs.storage, limit=most, once=once) if once or math.isfinite(most) else None
-    return Budgets(steps, tuple(additive), storage)
+    return Budgets(steps, tuple(additive), storage, allowed_formats(context.settings, context.layers))
+
+
+def require_bits(settings: Settings, layers: Sequence[str]) -> None:
+    """Refuse, before anything runs, fewer bits than the cheapest policy has.
+
+    Raises:
+        BudgetError: says how many these are.
+    """
+    if settings.budget_bits is None:
+        return
+    cheapest, allowed = format_named(settings.formats[0]), allowed_formats(settings, layers)
+    bits = format_bits([format_named(name) for name in settings.formats])[:, None]
+    least = cheapest.bits if allowed is None else float(np.where(allowed, bits, np.inf).min(axis=0).mean())
+    if not settings.budget_bits >= least - 1e-9:
+        what = (
+            f"{cheapest.name} everywhere"
+            if allowed is None
+            else "that with the cheapest format that each layer may have"
+        )
+        raise BudgetError(
+            f"--budget-bits {settings.budget_bits:g}: no policy of these formats is that small; the cheapest is {what} "
+            f"with a mean of {least:g} bits; raise the budget or add a format"
+        )
 
 
 def _rest_ms(context: Context, model: TimeModel, shapes: Sequence[LayerShape]) -> float:
@@ -120,14 +161,17 @@ def _rest_ms(context: Context, model: TimeModel, shapes: Sequence[LayerShape]) -
     return model.rest_ms(max(context.operations - quantized, 0.0))
 
 
-def _require_ms(settings: Settings, costs: CostModel, most: float, source: str) -> None:
+def _require_ms(context: Context, costs: CostModel, most: float, source: str) -> None:
     """Refuse fewer milliseconds than the fastest policy takes.
 
     Raises:
         BudgetError: says how many these are.
     """
     assert costs.ms is not None
-    least = settings.steps * float(costs.ms.min(axis=0).sum()) + costs.rest_ms
+    settings = context.settings
+    allowed = allowed_formats(settings, context.layers)
+    ms = costs.ms if allowed is None else np.where(allowed, costs.ms, np.inf)
+    least = settings.steps * float(ms.min(axis=0).sum()) + costs.rest_ms
     if most < least * (1 - 1e-9):
         speedup = settings.budget_speedup
         asked = f"{most:.4g}ms" if speedup is None else f"{speedup:g}x, which is {most:.4g} ms"
@@ -149,7 +193,9 @@ def require_bytes(settings: Settings, adapter: ModelAdapter) -> None:
         return
     shapes = layer_shapes(adapter, dict.fromkeys(adapter.quantizable_layers(), 1))
     formats = [format_named(name) for name in settings.formats]
-    least = Budgets(settings.steps, (), Storage.of(formats, shapes, settings.budget_bytes)).cheapest("bytes")
+    allowed = allowed_formats(settings, [shape.name for shape in shapes])
+    storage = Storage.of(formats, shapes, settings.budget_bytes)
+    least = Budgets(settings.steps, (), storage, allowed).cheapest("bytes")
     if settings.budget_bytes < least:
         whole = sixteen_bit_bytes(shapes)
         raise BudgetError(

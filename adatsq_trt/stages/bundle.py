@@ -55,6 +55,8 @@ def stage(context: Context) -> Stage:
     if context.settings.backend != "rtx":
         inputs |= context.inputs(_BACKEND_SETTINGS)
     versions = dict(library_versions())
+    if (call := context.adapter.pipeline_call()) is not None:
+        inputs["call"] = call.model_dump(mode="json")
     files = [export.stage(context).folder, search.stage(context).folder / search.POLICY, *_vae_files(context)]
     return context.run.stage(NAME, {**inputs, "versions": versions}, files)
 
@@ -171,6 +173,7 @@ def _manifest(context: Context, index: GraphIndex, policy: Policy, plans: tuple[
         shapes=tuple(_shape(context, size, adapter) for size, adapter in context.sizes.items()),
         prompts=len(adapter.prompts),
         prompt_texts=adapter.prompts,
+        call=adapter.pipeline_call(),
         compatibility=_compatibility(context.settings),
         plans=plans,
         versions=versions,

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from adatsq_trt.calibration.finite import require_finite_trajectory
-from adatsq_trt.calibration.fisher import projections, temporal_weights
+from adatsq_trt.calibration.fisher import projections, proportional_weights, temporal_weights
 from adatsq_trt.calibration.hessian import LayerMoments, hessian_bytes, layer_moments
 from adatsq_trt.calibration.trajectory import Samples, latent_mse, trajectory
 from adatsq_trt.calibration.units import Measured, backward_sweep, measured_trajectory, squared_gradients
 from adatsq_trt.execution import Shared
 from adatsq_trt.execution.device import CPU
 from adatsq_trt.files import MappedTensors, read_tensors, write_tensors
-from adatsq_trt.stages import embed
+from adatsq_trt.stages import embed, gradients
 from adatsq_trt.stages.context import Context
 from adatsq_trt.stages.run_directory import Stage
 
@@ -37,6 +37,8 @@ def stage(context: Context) -> Stage:
     encodings = [] if context.settings.pipeline is None else [embed.encodings_file(context.run)]
     # Newer settings count where they are not the default, so that earlier runs go on.
     newer = ("excluded",) if context.settings.excluded else ()
+    if context.settings.hessian != "paper":
+        newer = (*newer, "hessian")
     return context.run.stage(NAME, {**context.inputs((*_SETTINGS, *newer)), "hessians": "by block"}, encodings)
 
 
@@ -89,28 +91,45 @@ def _fisher(context: Context, this: Stage, latents: Tensor, advance: Advance) ->
 
 
 def _hessians(context: Context, this: Stage, batch: Shared[Samples], latents: Tensor, information: Tensor) -> None:
-    """H' with temporal weights, the same without, and the largest activation of every (step, layer).
+    """What GPTQ minimizes, the same without weights, and the largest activation of every (step, layer)."""
+    _moments(context, this, batch, latents, information)
+    blocks = context.adapter.layers_by_block()
+    if context.settings.hessian in gradients.FORMS:
+        files = {block: this.unit(f"{HESSIANS}/{block}.safetensors") for block in blocks}
+        gradients.write_hessians(context, this, latents, files)
+    ranges = MappedTensors(this.unit(f"{RANGES}/{block}.safetensors") for block in blocks)
+    alpha = _step_weights(context, information)
+    statistics = {
+        "information": information,
+        "alpha": torch.full_like(information, 1 / len(information)) if alpha is None else alpha,
+        "largest": torch.stack([ranges[f"{layer}.largest"] for layer in context.layers], dim=1),
+        "tokens": torch.stack([ranges[f"{layer}.tokens"] for layer in context.layers]),
+    }
+    write_tensors(this.unit(STATISTICS), statistics)
+
+
+def _step_weights(context: Context, information: Tensor) -> Tensor | None:
+    """alpha, float32 [steps, layers]; None where Hessians have no weights by steps."""
+    if context.settings.hessian == "paper":
+        return temporal_weights(information, context.settings.temperature)
+    return proportional_weights(information) if context.settings.hessian == "linear" else None
+
+
+def _moments(context: Context, this: Stage, batch: Shared[Samples], latents: Tensor, information: Tensor) -> None:
+    """H' with weights by steps, the same without, and ranges.
 
     Memory holds the Hessians of some blocks at a time; each such group takes a pass over the trajectory.
     """
-    alpha = temporal_weights(information, context.settings.temperature)
-    columns, blocks = dict(zip(context.layers, alpha.mT, strict=True)), context.adapter.layers_by_block()
-    missing = [block for block in blocks if not all(file.is_file() for file in _files_of(this, block))]
+    alpha, blocks = _step_weights(context, information), context.adapter.layers_by_block()
+    columns = dict(zip(context.layers, [None] * len(context.layers) if alpha is None else alpha.mT, strict=True))
+    missing = [block for block in blocks if not all(file.is_file() for file in _files_of(context, this, block))]
     passes = hessian_passes(context, missing)
     with context.progress("calibrate: Hessians", len(passes) * context.settings.steps) as advance:
         for group in passes:
             weights = {layer: columns[layer] for block in group for layer in blocks[block]}
             moments = layer_moments(context.executor, batch, latents, weights, advance)
             for block in group:
-                _write_block(this, block, {layer: moments.pop(layer) for layer in blocks[block]})
-    ranges = MappedTensors(this.unit(f"{RANGES}/{block}.safetensors") for block in blocks)
-    statistics = {
-        "information": information,
-        "alpha": alpha,
-        "largest": torch.stack([ranges[f"{layer}.largest"] for layer in context.layers], dim=1),
-        "tokens": torch.stack([ranges[f"{layer}.tokens"] for layer in context.layers]),
-    }
-    write_tensors(this.unit(STATISTICS), statistics)
+                _write_block(context, this, block, {layer: moments.pop(layer) for layer in blocks[block]})
 
 
 def _rounding(context: Context, this: Stage, last: Tensor) -> None:
@@ -150,14 +169,17 @@ def hessian_passes(context: Context, blocks: Sequence[str]) -> list[list[str]]:
     return groups
 
 
-def _files_of(this: Stage, block: str) -> list[Path]:
-    return [this.unit(f"{folder}/{block}.safetensors") for folder in (HESSIANS, PLAIN_HESSIANS, RANGES)]
+def _files_of(context: Context, this: Stage, block: str) -> list[Path]:
+    """Unweighted Hessians, ranges, and Hessians where these are moments of the inputs too."""
+    folders = [PLAIN_HESSIANS, RANGES, *([] if context.settings.hessian in gradients.FORMS else [HESSIANS])]
+    return [this.unit(f"{folder}/{block}.safetensors") for folder in folders]
 
 
-def _write_block(this: Stage, block: str, moments: dict[str, LayerMoments]) -> None:
+def _write_block(context: Context, this: Stage, block: str, moments: dict[str, LayerMoments]) -> None:
     """The files of a block."""
-    hessians, plain, ranges = _files_of(this, block)
-    write_tensors(hessians, {layer: moment.weighted for layer, moment in moments.items()})
+    plain, ranges, *hessians = _files_of(context, this, block)
+    for file in hessians:
+        write_tensors(file, {n: own.plain if own.weighted is None else own.weighted for n, own in moments.items()})
     write_tensors(plain, {layer: moment.plain for layer, moment in moments.items()})
     largest = {f"{layer}.largest": moment.largest for layer, moment in moments.items()}
     tokens = {f"{layer}.tokens": torch.tensor(moment.tokens) for layer, moment in moments.items()}

@@ -10,8 +10,9 @@ from torch import Tensor
 from adatsq_trt.calibration.gptq import gptq
 from adatsq_trt.calibration.trajectory import final_latents, latent_mse
 from adatsq_trt.errors import MissingFileError
+from adatsq_trt.files import read_tensors
 from adatsq_trt.formats import Element, Format, Granularity, Grid, format_named
-from adatsq_trt.models.format_store import CandidateWeights
+from adatsq_trt.models.format_store import SCALES_NAME, CandidateWeights
 from adatsq_trt.models.transforms import IDENTITY
 from adatsq_trt.policy import Policy
 from adatsq_trt.quantizers import QuantizedWeight, quantize_nearest
@@ -20,6 +21,7 @@ from adatsq_trt.stages import calibrate, quantize, search
 from adatsq_trt.stages.context import Context
 
 Solver = Callable[[str, Tensor, Format], QuantizedWeight]
+_WEIGHTED, _UNWEIGHTED = "GPTQ, Fisher-weighted Hessian", "GPTQ, unweighted Hessian"
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,13 @@ class Case:
 def solver_errors(context: Context) -> dict[str, dict[str, float]]:
     """Subject → solver → latent MSE on the run's held-out samples.
 
-    The policy with GPTQ under Fisher-weighted and unweighted Hessians and rounded to nearest; and every uniform policy
+    The policy with GPTQ under the run's and under unweighted Hessians and rounded to nearest; and every uniform policy
     of a grouped integer format with GPTQ and rounded to nearest with one scale per channel.
 
     Raises:
         MissingFileError: the run has no finished search for its settings.
     """
-    if not search.stage(context).done:
+    if not _searched(context):
         raise MissingFileError(
             f"'{context.run.path}' has no finished search for the settings in its {SETTINGS_NAME}; "
             "run 'adatsq-trt search' with this folder as --output first"
@@ -63,14 +65,27 @@ def solver_errors(context: Context) -> dict[str, dict[str, float]]:
     return errors
 
 
+def _searched(context: Context) -> bool:
+    """Whether the search is done; a stage before it that never ran has no files to name it by."""
+    try:
+        return search.stage(context).done
+    except MissingFileError:
+        return False
+
+
 def _policy_cases(context: Context) -> list[Case]:
     policy = Policy.load(search.stage(context).folder / search.POLICY)
     solvers = {
-        "GPTQ, Fisher-weighted Hessian": _with_hessian(context, calibrate.load_hessians(context)),
-        "GPTQ, unweighted Hessian": _with_hessian(context, calibrate.load_hessians(context, calibrate.PLAIN_HESSIANS)),
+        _own_solver(context): _with_hessian(context, calibrate.load_hessians(context)),
+        _UNWEIGHTED: _with_hessian(context, calibrate.load_hessians(context, calibrate.PLAIN_HESSIANS)),
         "round to nearest": _nearest,
     }
     return [Case("policy", name, policy.formats_at, solver) for name, solver in solvers.items()]
+
+
+def _own_solver(context: Context) -> str:
+    """GPTQ with the run's own Hessians."""
+    return _UNWEIGHTED if context.settings.hessian == "plain" else _WEIGHTED
 
 
 def _uniform_cases(context: Context) -> list[Case]:
@@ -80,7 +95,7 @@ def _uniform_cases(context: Context) -> list[Case]:
         if fmt.weight.element is Element.INT and fmt.weight.granularity is Granularity.GROUP:
             everywhere = _everywhere(dict.fromkeys(context.layers, fmt))
             for name, solver in (
-                ("GPTQ, Fisher-weighted Hessian", weighted),
+                (_own_solver(context), weighted),
                 ("round to nearest per channel", _nearest_per_channel),
             ):
                 cases.append(Case(f"uniform {fmt.name}", name, everywhere, solver))
@@ -123,7 +138,7 @@ def _error(context: Context, case: Case, reference: Tensor) -> float:
         fmt: {name: case.solver(name, weight, format_named(fmt)) for name, weight in rounded.items()}
         for fmt in sorted(used)
     }
-    store = CandidateWeights(weights, quantize.activation_scales(context, transforms), transforms)
+    store = CandidateWeights(weights, read_tensors(quantize.stage(context).folder / SCALES_NAME), transforms)
     with context.simulated(store).installed() as model:
         latents = final_latents(context.held_out, lambda step: model.assign(case.formats_at(step), step))
     return latent_mse(latents, reference)

@@ -45,12 +45,14 @@ class Memory:
         call_bytes: what a call of the model needs beside its weights.
         backward_bytes: what a backward pass through the whole model at once keeps of activations.
         projection_bytes: what it keeps for each projection beside that.
+        block_bytes: what one that goes block by block keeps with one projection.
     """
 
     limit_bytes: int = field(default_factory=machine_bytes)
     call_bytes: int = 0
     backward_bytes: int = 0
     projection_bytes: int = 0
+    block_bytes: int = 0
 
     def backward_bytes_of(self, projections: int) -> int:
         """What a backward pass through the whole model at once keeps with some projections."""

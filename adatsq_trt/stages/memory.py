@@ -10,16 +10,19 @@ from dataclasses import dataclass
 
 import torch
 
+from adatsq_trt.calibration.clips import PROJECTIONS, clipped_grids
 from adatsq_trt.calibration.fisher import MOST_ROW_PRODUCTS
 from adatsq_trt.calibration.hessian import hessian_bytes
+from adatsq_trt.calibration.shared_gradients import sample_bytes, sums_bytes
 from adatsq_trt.calibration.trajectory import SAMPLES_PER_CALL
 from adatsq_trt.calibration.units import SAMPLES_PER_BACKWARD
 from adatsq_trt.checkpoints.loading import OpenedPipeline
 from adatsq_trt.errors import UserError
-from adatsq_trt.formats import PLUGIN_LAYOUT, target_named
+from adatsq_trt.formats import PLUGIN_LAYOUT, format_named, target_named
 from adatsq_trt.models.flow import Flow, measure_flow
 from adatsq_trt.models.stored import count_weights
 from adatsq_trt.settings import Settings
+from adatsq_trt.stages import gradients
 from adatsq_trt.stages.context import Memory
 from adatsq_trt.stages.meter import machine_bytes, resident_bytes
 from adatsq_trt.zoo.loading import LoadedModel
@@ -100,6 +103,7 @@ def plan_memory(
         _call_bytes(settings, flow),
         samples * flow.backward_bytes(0),
         samples * flow.layers_bytes,
+        samples * flow.block_backward_bytes(1),
     )
 
 
@@ -117,8 +121,10 @@ def needed_bytes(settings: Settings, model: Model, before: int) -> dict[str, int
     # Hessians of a block, and one of its two files as it is being written.
     sums = max(sum(hessian_bytes(width for width, _ in block)) for block in model.shapes)
     sums += max(sum(4 * width**2 for width, _ in block) for block in model.shapes)
+    shared = gradient_bytes(settings, flow, model.shapes)
     call = _call_bytes(settings, flow)
     rounded = max(_ROUNDED * 4 * width * rows for width, rows in pairs)
+    solver = max(_SOLVER * width**2 for width, _ in pairs)
     block_codes = max(sum(4 * width * rows for width, rows in block) for block in model.shapes)
     search = call + rounded
     if settings.policy is None:
@@ -127,9 +133,11 @@ def needed_bytes(settings: Settings, model: Model, before: int) -> dict[str, int
     return {
         "embed": before + model.encoder_bytes,
         "loading": held + model.file_bytes,
-        "calibrate": held + max(fisher, call + sums),
-        "quantize": held + max(_SOLVER * width**2 for width, _ in pairs) + rounded + block_codes,
+        "calibrate": held + max(fisher, call + sums, shared),
+        "quantize": held + max(solver + rounded + block_codes, _clip_bytes(settings, flow, pairs)),
         "search": held + search,
+        # Of a block the sums of two second moments in each format, and those of one part of the batch.
+        "refine": held + max(call + rounded + 2 * sums, solver + rounded) if settings.refine else 0,
         "export": held + max(copy * 2 * model.weights, call + rounded, 8 * model.encodings),
         BUNDLE: before + int(_compiled(settings) * 2 * model.weights),
     }
@@ -158,6 +166,36 @@ def sweep_bytes(settings: Settings, flow: Flow, shapes: Sequence[tuple[int, int]
     # Outputs of a layer in all formats, twice, the exact one and the rounded input.
     measured = samples * (2 * len(settings.formats) + 2) * flow.largest_bytes + _ROUNDED * largest
     return fisher, samples * flow.block_backward_bytes(settings.projections) + measured
+
+
+def _clip_bytes(settings: Settings, flow: Flow, shapes: Sequence[tuple[int, int]]) -> int:
+    """What the backward sweep for the ratios that clip needs at least."""
+    if settings.clips == "none" or not clipped_grids(format_named(name) for name in settings.formats):
+        return 0
+    samples = min(SAMPLES_PER_BACKWARD, settings.calibration_samples)
+    # Gradients that have been pulled back to a layer's inputs, these, and what rounding changes of them.
+    measured = samples * (PROJECTIONS + 4) * flow.largest_bytes + _ROUNDED * 4 * max(k * n for k, n in shapes)
+    return samples * flow.block_backward_bytes(PROJECTIONS) + measured
+
+
+def gradient_bytes(settings: Settings, flow: Flow, blocks: Sequence[Sequence[tuple[int, int]]]) -> int:
+    """What Hessians from gradients take at least: a block's sums and file, and the gradients of one sample.
+
+    Args:
+        settings: of the run.
+        flow: of one sample.
+        blocks: (K, N) of their quantizable layers.
+    """
+    if settings.hessian not in gradients.FORMS:
+        return 0
+    samples, coherent = min(SAMPLES_PER_BACKWARD, settings.calibration_samples), settings.hessian == gradients.COHERENT
+    kept = [
+        sums_bytes([width for width, _ in block])
+        + sum(sample_bytes(pair, gradients.PROJECTIONS, coherent) for pair in block)
+        + 2 * sum(4 * width**2 for width, _ in block)
+        for block in blocks
+    ]
+    return samples * flow.block_backward_bytes(gradients.PROJECTIONS) + max(kept)
 
 
 def _model(settings: Settings, outline: LoadedModel, pipeline: OpenedPipeline | None) -> Model:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from adatsq_trt.config import BuildConfig, option_name
 from adatsq_trt.errors import MissingFileError, UserError
 from adatsq_trt.files import read_json_model
+from adatsq_trt.formats import resolve_formats
 from adatsq_trt.progress import Reporter
 from adatsq_trt.settings import IN_MEMORY, SETTINGS_NAME, PipelineSettings, Settings
 from adatsq_trt.zoo import find_model, zoo_models
@@ -126,17 +127,60 @@ def exclude_layers(model: LoadedModel, patterns: Sequence[str]) -> tuple[str, ..
     """
     layers = tuple(model.adapter.quantizable_layers())
     for pattern in patterns:
-        if not fnmatch.filter(layers, pattern):
-            near = get_close_matches(pattern, layers, n=3, cutoff=0.0)
-            raise UserError(
-                f"--exclude '{pattern}': no layer of model '{model.name}' has such a name; the nearest are "
-                f"{', '.join(near)}"
-            )
+        _matching("--exclude", pattern, layers, model)
     excluded = tuple(layer for layer in layers if any(fnmatch.fnmatchcase(layer, p) for p in patterns))
     if len(excluded) == len(layers):
         raise UserError(f"--exclude {', '.join(patterns)}: no layer is left to quantize; leave out a pattern")
     model.adapter.excluded = frozenset(excluded)
     return excluded
+
+
+def restrict_formats(
+    model: LoadedModel, restrictions: Sequence[str], formats: Sequence[str]
+) -> dict[str, tuple[str, ...]]:
+    """Which formats some layers may have.
+
+    Args:
+        model: its excluded layers are left out already.
+        restrictions: PATTERN=FORMATS each.
+        formats: all candidates.
+
+    Returns:
+        Module path → formats, in the order of `formats`, of the layers that patterns match.
+
+    Raises:
+        UserError: a pattern that matches nothing, formats that are no candidates, or that leave a layer none.
+    """
+    layers, allowed = tuple(model.adapter.quantizable_layers()), dict[str, tuple[str, ...]]()
+    for text in restrictions:
+        pattern, sign, names = text.partition("=")
+        if not sign or not names:
+            raise UserError(f"--formats-for '{text}': expected PATTERN=FORMATS, such as '*.ff.*=fp8,bf16'")
+        own = [fmt.name for fmt in resolve_formats(names)]
+        for name in own:
+            if name not in formats:
+                raise UserError(
+                    f"--formats-for '{text}': {name} is none of the candidates, which are {', '.join(formats)}; add it "
+                    "to --formats"
+                )
+        for layer in _matching("--formats-for", pattern, layers, model):
+            allowed[layer] = tuple(name for name in allowed.get(layer, formats) if name in own)
+            if not allowed[layer]:
+                raise UserError(
+                    f"--formats-for '{text}': with the others it leaves layer '{layer}' no format; leave one out"
+                )
+    return allowed
+
+
+def _matching(option: str, pattern: str, layers: Sequence[str], model: LoadedModel) -> list[str]:
+    """The layers that a pattern of the user's matches."""
+    found = [layer for layer in layers if fnmatch.fnmatchcase(layer, pattern)]
+    if not found:
+        near = get_close_matches(pattern, layers, n=3, cutoff=0.0)
+        raise UserError(
+            f"{option} '{pattern}': no layer of model '{model.name}' has such a name; the nearest are {', '.join(near)}"
+        )
+    return found
 
 
 def _drawn_prompts(config: BuildConfig) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Stage `quantize`: GPTQ with the weighted Hessians, every layer in every candidate format, once.
+"""Stage `quantize`: GPTQ with the weighted Hessians, every layer in every candidate format, once; activation scales.
 
 With a transform, what is rounded is the transformed weight, for the transformed input.
 """
@@ -13,11 +13,12 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from adatsq_trt.calibration.clips import clipped_grids
 from adatsq_trt.calibration.finite import require_finite_weight, require_range
 from adatsq_trt.calibration.gptq import factorize, gptq_factored
 from adatsq_trt.calibration.nested import NARROW, WIDE, NestedWeight, nest
 from adatsq_trt.calibration.transforms.make import make_transforms
-from adatsq_trt.calibration.transforms.statistics import largest_inputs, measure_groups
+from adatsq_trt.calibration.transforms.statistics import measure_groups
 from adatsq_trt.execution.device import CPU, to_device
 from adatsq_trt.files import read_tensors, write_tensors
 from adatsq_trt.formats import PLUGIN_LAYOUT, Format, Grid
@@ -31,8 +32,8 @@ from adatsq_trt.models.format_store import (
     weights_name,
 )
 from adatsq_trt.models.transforms import IDENTITY, LayerTransform, load_transforms, save_transforms
-from adatsq_trt.quantizers import QuantizedWeight, quantize_nearest, static_activation_scale
-from adatsq_trt.stages import calibrate
+from adatsq_trt.quantizers import QuantizedWeight, quantize_nearest
+from adatsq_trt.stages import calibrate, clips
 from adatsq_trt.stages.context import Context
 from adatsq_trt.stages.run_directory import Stage
 
@@ -48,6 +49,10 @@ def stage(context: Context) -> Stage:
     if context.settings.transform is not None:
         names, files = (*names, "transform"), [*files, folder / calibrate.TRAJECTORY]
     inputs = context.inputs(names)
+    if clipped_grids(context.formats):
+        inputs["clips"] = context.settings.clips
+    if clips.searched(context) and folder / calibrate.TRAJECTORY not in files:
+        files = [*files, folder / calibrate.TRAJECTORY]
     return context.run.stage(NAME, {**inputs, "nested": True} if _nests(context) else inputs, files)
 
 
@@ -66,7 +71,7 @@ def run(context: Context) -> Stage:
                 _quantize_block(context, this, block, layers, hessians, transforms, advance)
         if _nests(context) and not this.unit(NESTED).is_file():
             write_tensors(this.unit(NESTED), _nest(context, this.folder, hessians))
-        write_tensors(this.unit(SCALES_NAME), activation_scales(context, transforms))
+        write_tensors(this.unit(SCALES_NAME), clips.activation_scales(context, this, transforms))
     return this
 
 
@@ -177,12 +182,19 @@ def solve(
 
 def _nests(context: Context) -> bool:
     """Whether layers may be stored in two planes: where both widths are candidates and a backend reads planes."""
-    return context.settings.layout == PLUGIN_LAYOUT and {NARROW.name, WIDE.name} <= set(context.settings.formats)
+    grids = {fmt.weight for fmt in context.formats}
+    return context.settings.layout == PLUGIN_LAYOUT and {NARROW.weight, WIDE.weight} <= grids
+
+
+def _with_grid(context: Context, grid: Grid) -> list[str]:
+    """Names of the candidates that have a weight grid."""
+    return [fmt.name for fmt in context.formats if fmt.weight == grid]
 
 
 def _nest(context: Context, folder: Path, hessians: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Planes of the layers that lose little when they are nested: "<module path>.<attribute of NestedWeight>"."""
-    narrow, wide = (BlockFiles(folder / fmt.name, context.layers) for fmt in (NARROW, WIDE))
+    names = [_with_grid(context, fmt.weight)[0] for fmt in (NARROW, WIDE)]
+    narrow, wide = (BlockFiles(folder / name, context.layers) for name in names)
     linears, tensors = context.adapter.quantizable_layers(), dict[str, Tensor]()
     problems = ((linear.weight.detach(), hessians[n], narrow[n], wide[n]) for n, linear in linears.items())
     with context.progress("quantize: nested layers", len(linears)) as advance:
@@ -198,22 +210,6 @@ def _nest_layer(
     damping: float, problem: tuple[Tensor, Tensor, QuantizedWeight, QuantizedWeight]
 ) -> NestedWeight | None:
     return nest(*problem, damping)
-
-
-def activation_scales(
-    context: Context, transforms: Mapping[str, LayerTransform] = MappingProxyType({})
-) -> dict[str, Tensor]:
-    """Static scales of the formats that have them: float32 [steps, layers]."""
-    folder = calibrate.stage(context).folder
-    if transforms and any(fmt.static_activation for fmt in context.formats):
-        latents = read_tensors(folder / calibrate.TRAJECTORY)["latents"]
-        with context.on_device():
-            there = to_device(transforms, context.device)
-            largest = largest_inputs(context.calibration, latents.to(context.device), there).to(CPU)
-    else:
-        largest = read_tensors(folder / calibrate.STATISTICS)["largest"]
-    scales = {f.name: static_activation_scale(largest, f.activation) for f in context.formats if f.static_activation}
-    return scales or {"none": largest.new_zeros(0)}  # safetensors needs a tensor
 
 
 def load_layer_transforms(context: Context) -> dict[str, LayerTransform]:
@@ -236,8 +232,7 @@ def _load(context: Context) -> CandidateWeights:
     for layer in context.layers:
         if f"{layer}.high" in tensors:
             planes = NestedWeight(**{field.name: tensors[f"{layer}.{field.name}"] for field in fields(NestedWeight)})
-            weights[WIDE.name][layer] = planes.wide
-            for fmt in context.formats:
-                if fmt.weight == NARROW.weight:
-                    weights[fmt.name][layer] = planes.narrow
+            for fmt, plane in ((NARROW, planes.narrow), (WIDE, planes.wide)):
+                for name in _with_grid(context, fmt.weight):
+                    weights[name][layer] = plane
     return CandidateWeights(weights, store.scales, store.transforms)

@@ -104,19 +104,22 @@ def _check(folder: Path) -> Check | None:
         for row in report.exact
         if not row.passed
     )
-    return Check(report.passed, current, (*map(_comparison, report.rows), *unequal, *_loop_comparisons(report.loop)))
+    loops = (*_loop_comparisons(report.loop), *_loop_comparisons(report.plan_loop, "loop of plans"))
+    return Check(report.passed, current, (*map(_comparison, report.rows), *unequal, *loops))
 
 
-def _loop_comparisons(loop: LoopReport) -> Iterator[Comparison]:
+def _loop_comparisons(loop: LoopReport | None, name: str = "loop") -> Iterator[Comparison]:
     """The latent after every step, and the user's own limit."""
+    if loop is None:
+        return
     for row in loop.rows:
         part = _part(row.error, row.tolerance)
-        yield Comparison(row.step, "loop, latent so far", "PyTorch's loop", part, row.passed, loop.command)
+        yield Comparison(row.step, f"{name}, latent so far", "PyTorch's loop", part, row.passed, loop.command)
     if loop.fail_above is not None and loop.rows:
         last = loop.rows[-1]
         within = last.quantization_error is not None and last.quantization_error <= loop.fail_above
         part = _part(last.quantization_error, loop.fail_above)
-        yield Comparison(last.step, "loop, last latent", "full precision", part, within, loop.command)
+        yield Comparison(last.step, f"{name}, last latent", "full precision", part, within, loop.command)
 
 
 def _comparison(row: CheckRow) -> Comparison:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adatsq_trt.base_type import require_one_type
-from adatsq_trt.config import DEFAULT_LAYOUT, BuildConfig, Weights
+from adatsq_trt.config import DEFAULT_LAYOUT, BuildConfig, Layout, Weights
 from adatsq_trt.errors import UserError
 from adatsq_trt.execution import Executor, InProcess
 from adatsq_trt.execution.cluster import connected, parse_address, require_cluster
@@ -29,7 +29,7 @@ from adatsq_trt.policy import GIVEN_POLICY_ADVICE, Policy
 from adatsq_trt.settings import Settings
 from adatsq_trt.stages.budget_options import budget_settings, size_settings
 from adatsq_trt.stages.context import layer_shapes
-from adatsq_trt.stages.models import OpenedModel, exclude_layers, open_model, require_model
+from adatsq_trt.stages.models import OpenedModel, exclude_layers, open_model, require_model, restrict_formats
 from adatsq_trt.stages.shapes import Shape, at_first, parse_shapes, resolve_shapes, written
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ PLUGIN_TARGET = "sm90"  # of layout `plugin` without a target: its graph is the 
 # Choices that are settings as they are.
 _GIVEN = (
     *("simulate", "backend", "hardware_compatibility", "version_compatible", "weight_streaming"),
-    *("transform", "weights", "seed", "calibration_samples", "projections", "selection_samples", "held_out_samples"),
+    *("transform", "clips", "refine", "weights", "seed", "calibration_samples", "projections"),
+    *("selection_samples", "held_out_samples", "hessian"),
     *("temperature", "damping", "beam", "candidates", "slack", "expansions", "search_precision"),
 )
 
@@ -63,7 +64,8 @@ def open_and_resolve(model: object, config: BuildConfig, last: str) -> tuple[Ope
     require_model(model, config)
     targets = _targets(config)
     layout = config.layout or DEFAULT_LAYOUT
-    own = default_formats(targets, layout, config.backend) if targets and not config.simulate else None
+    asks = config.formats is None and not config.simulate
+    own = default_formats(targets, layout, config.backend) if targets and asks else None
     format_set = config.formats or own or (targets[0].default_set if targets else SIMULATED_SETS[config.weights])
     formats = resolve_formats(format_set)
     require_one_type(fmt.name for fmt in formats)
@@ -108,6 +110,16 @@ def _require_layout(config: BuildConfig, targets: Sequence[Target]) -> None:
         )
 
 
+def _layout(config: BuildConfig, targets: Sequence[Target], formats: Sequence[Format]) -> Layout:
+    """The layout: where none is asked for and formats share a weight, one whose plans share it too."""
+    if config.layout is not None:
+        return config.layout
+    grids = [fmt.weight for fmt in formats if not fmt.weight.is_float]
+    compiled = config.backend == "rtx" and not config.simulate
+    plans = compiled and any(target.compute_capability is not None for target in targets)
+    return "shared" if plans and len(set(grids)) < len(grids) else DEFAULT_LAYOUT
+
+
 def _require_backend(config: BuildConfig, targets: Sequence[Target]) -> None:
     """Refuse, before anything runs, options of another backend, and plans that this machine cannot compile.
 
@@ -140,7 +152,12 @@ def _require_backend(config: BuildConfig, targets: Sequence[Target]) -> None:
 
 
 def _require_exportable(config: BuildConfig, last: str) -> None:
-    """No graph holds a transform yet, so nothing that was made with one may reach the export."""
+    """No graph holds a transform yet, so nothing that was made with one may reach the export; nor shared planes."""
+    if config.refine and config.layout == PLUGIN_LAYOUT:
+        raise UserError(
+            "--refine: with --layout plugin widths of a layer may share planes, which are not solved again; choose "
+            "another layout, or leave it out"
+        )
     if config.transform is None:
         return
     if not config.simulate:
@@ -185,12 +202,13 @@ def _resolve(
     shapes_of_one_row = layer_shapes(model.adapter, dict.fromkeys(layers, 1))
     return Settings(
         **{name: getattr(config, name) for name in _GIVEN}
-        | ({} if config.layout is None else {"layout": config.layout})
+        | {"layout": _layout(config, targets, formats)}
         | known
         | size_settings(config, shapes_of_one_row)
         | ({"batch": batch} if batch else {})
         | {"shapes": shapes},
         excluded=excluded,
+        formats_for=restrict_formats(model, config.restrictions, [fmt.name for fmt in formats]),
         model=model.name,
         pipeline=opened.settings,
         weights_sha256=model.weights_sha256,

@@ -16,7 +16,7 @@ from adatsq_trt.calibration.finite import require_finite_trajectory
 from adatsq_trt.calibration.fisher import projections
 from adatsq_trt.calibration.trajectory import SAMPLES_PER_CALL
 from adatsq_trt.calibration.units import measured_trajectory
-from adatsq_trt.errors import BudgetError, MismatchError, UserError
+from adatsq_trt.errors import MismatchError, UserError
 from adatsq_trt.execution import Executor, InProcess
 from adatsq_trt.execution.device import CPU
 from adatsq_trt.execution.precision import Bfloat16
@@ -55,7 +55,9 @@ _SETTINGS = (
     *("budget_bits", "budget_bytes", "budget_ms", "times"),
     *("calibration_samples", "projections", "selection_samples", "held_out_samples", "beam", "candidates", "slack"),
 )
-_NEWER_SETTINGS = ("max_assignments", "expansions", "search_precision", "weights", "budget_speedup", "reference")
+_NEWER_SETTINGS = (
+    *("max_assignments", "expansions", "search_precision", "weights", "formats_for", "budget_speedup", "reference"),
+)
 
 
 def stage(context: Context) -> Stage:
@@ -88,12 +90,7 @@ def require_possible(settings: Settings, model: LoadedModel) -> None:
             "leave it out"
         )
     budget.require_bytes(settings, model.adapter)
-    cheapest = format_named(settings.formats[0])
-    if settings.budget_bits is not None and not settings.budget_bits >= cheapest.bits:
-        raise BudgetError(
-            f"--budget-bits {settings.budget_bits:g}: no policy of these formats is that small; the cheapest is "
-            f"{cheapest.name} everywhere with a mean of {cheapest.bits:g} bits; raise the budget or add a format"
-        )
+    budget.require_bits(settings, tuple(model.adapter.quantizable_layers()))
 
 
 def require_affordable(context: Context) -> None:
@@ -123,6 +120,13 @@ def _given_policy(settings: Settings, layers: Sequence[str]) -> Policy:
             f"--policy uses {', '.join(unknown)}, the formats of this run are {', '.join(settings.formats)}; "
             "pass --formats with all of the policy's formats"
         )
+    for row in policy.assignments:
+        for layer, name in zip(layers, row, strict=True):
+            if name not in settings.formats_for.get(layer, (name,)):
+                raise MismatchError(
+                    f"--policy gives layer '{layer}' the format {name}, --formats-for leaves it "
+                    f"{', '.join(settings.formats_for[layer])}; leave out one of them"
+                )
     return policy
 
 
@@ -220,9 +224,16 @@ def _plans(
     context: Context, sensitivity: Sensitivity, account: budget.Account
 ) -> tuple[Plan, Callable[..., DenoisingProblem], list[Proposal], Allowance]:
     """The plan, what makes the beam's problem of it, the static policies, and what merged ones may spend."""
-    bits, count, budgets = format_bits(context.formats), context.settings.candidates, account.budgets
+    bits, count = format_bits(context.formats), context.settings.candidates if context.settings.beam else 0
     allowance: Allowance
-    if budget.penalty(context.settings) or budget.chooses_weights(context.settings):
+    budgets = account.budgets
+    if budget.constrained(context.settings):
+        if budgets.once and len({fmt.weight for fmt in context.formats}) == len(context.formats):
+            LOGGER.warning(
+                "--weights once: no two of the formats %s share a weight, so a policy is the same at all steps; add "
+                "such formats, or pass --weights free",
+                ", ".join(context.settings.formats),
+            )
         by_layer = constrained_layer_only(sensitivity, bits, budgets)
         plan, cost, prices = make_constrained_plan(sensitivity, bits, budgets, count, by_layer)
         by_step = constrained_time_only(sensitivity, bits, budgets)

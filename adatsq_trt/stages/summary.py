@@ -12,7 +12,7 @@ from adatsq_trt.policy import Policy, resident_weight_bytes
 from adatsq_trt.report.summary import PolicyFigures, Replaced, StageFigures, StaticErrors, Summary, Unlimited
 from adatsq_trt.search.select import SearchResult
 from adatsq_trt.settings import SETTINGS_NAME
-from adatsq_trt.stages import budget, bundle, calibrate, embed, export, quantize, search
+from adatsq_trt.stages import budget, bundle, calibrate, embed, export, quantize, refine, search
 from adatsq_trt.stages.context import Context
 from adatsq_trt.stages.run_directory import RunDirectory
 
@@ -53,7 +53,12 @@ def _summary(context: Context, policy: Policy) -> Summary:
     graphs = export.stage(context).folder / export.GRAPHS
     index = read_json_model(graphs / INDEX_NAME, GraphIndex)
     manifest = read_json_model(bundle.stage(context).folder / "manifest.json", Manifest)
-    chosen = result.points[result.chosen]
+    found = refine.result(context)
+    refined = None if found is None or not found.kept else found.held_out
+    chosen, policies = result.points[result.chosen], policy_figures(result, settings.max_assignments)
+    if refined is not None:
+        own = {"error": refined.error, "standard_error": refined.standard_error}
+        policies = (policies[0].model_copy(update=own), *policies[1:])
     return Summary(
         settings_sha256=sha256(context.run.path / SETTINGS_NAME),
         model=settings.model,
@@ -65,7 +70,7 @@ def _summary(context: Context, policy: Policy) -> Summary:
         limits=result.limits,
         reference=settings.reference,
         max_assignments=settings.max_assignments,
-        policies=policy_figures(result, settings.max_assignments),
+        policies=policies,
         replaced=replaced(result),
         ms=chosen.costs.ms,
         ms_source=result.ms_source,
@@ -77,8 +82,8 @@ def _summary(context: Context, policy: Policy) -> Summary:
         mean_bits=policy.mean_bits,
         mean_weight_bits=policy.mean_weight_bits(shapes),
         mean_activation_bits=policy.mean_activation_bits(shapes),
-        final_error=_held_out(result, result.chosen),
-        final_standard_error=_known(chosen.held_out_standard_error),
+        final_error=_held_out(result, result.chosen) if refined is None else refined.error,
+        final_standard_error=_known(chosen.held_out_standard_error) if refined is None else refined.standard_error,
         chosen_kind=chosen.kind,
         uniform_errors={p.name: _held_out(result, i) for i, p in enumerate(result.points) if p.kind == "uniform"},
         static_errors=StaticErrors(
@@ -148,7 +153,8 @@ def _engines(manifest: Manifest, index: GraphIndex) -> int:
 def _stages(context: Context) -> list[str]:
     """Names of the stages that this run has."""
     own = [] if context.settings.pipeline is None else [embed.NAME]
-    return [*own, *(module.NAME for module in _STAGES)]
+    refined = [refine.NAME] if context.settings.refine else []
+    return [*own, *(module.NAME for module in _STAGES), *refined]
 
 
 def _unlimited(result: SearchResult) -> Unlimited | None:

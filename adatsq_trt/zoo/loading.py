@@ -16,12 +16,12 @@ from torch import nn
 from adatsq_trt.errors import DamagedFileError
 from adatsq_trt.files import read_json_model, read_tensors, sha256
 from adatsq_trt.image import ImageShape, PixelScale
-from adatsq_trt.loading import PLAIN_LOADING, one_loader
 from adatsq_trt.models.adapter import ModelAdapter
-from adatsq_trt.models.architectures import ADAPTERS
 from adatsq_trt.models.declared import Rounding
+from adatsq_trt.models.families import families, family_of_transformer
 from adatsq_trt.models.prompted import PromptedAdapter
 from adatsq_trt.models.prompts import ClassEncoder, PromptEncoder, TextEncoder
+from adatsq_trt.models.stored import EmptyOnMeta
 from adatsq_trt.zoo import TextEncoderConfig, ZooIndex, find_model
 
 INDEX = Path("model_index.json")
@@ -75,8 +75,8 @@ def load_model(name: str) -> LoadedModel:
         DamagedFileError: one of its files is truncated or altered.
     """
     folder = find_model(name)
-    index = _index(folder / INDEX)
-    kind = ADAPTERS[index.transformer[1]]
+    index = read_json_model(folder / INDEX, ZooIndex, _ADVICE)
+    kind = _adapter(folder / INDEX, index)
     transformer = _transformer(folder, kind)
     encoder = _encoder(folder, index, transformer.config[kind.text_width])
     read_json_model(folder / SCHEDULER_CONFIG, _Config, _ADVICE)
@@ -113,33 +113,30 @@ def model_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _index(file: Path) -> ZooIndex:
-    index = read_json_model(file, ZooIndex, _ADVICE)
-    if index.transformer[1] not in ADAPTERS:
+def _adapter(file: Path, index: ZooIndex) -> type[PromptedAdapter]:
+    family = family_of_transformer(index.transformer[1])
+    if family is None:
+        known = ", ".join(family.transformer for family in families())
         raise DamagedFileError(
-            f"'{file}' names the transformer '{index.transformer[1]}', expected one of {', '.join(ADAPTERS)}; {_ADVICE}"
+            f"'{file}' names the transformer '{index.transformer[1]}', expected one of {known}; {_ADVICE}"
         )
-    return index
+    return family.adapter
 
 
 def _transformer(folder: Path, kind: type[PromptedAdapter]) -> ModelMixin:
-    """The transformer, frozen; its file is read beforehand, because diffusers' own errors do not name it."""
+    """The transformer, frozen, in float32: diffusers' class with the tensors of its file."""
     weights, config = folder / TRANSFORMER_WEIGHTS, folder / TRANSFORMER_CONFIG
-    read_tensors(weights, _ADVICE)
-    read_json_model(config, _Config, _ADVICE)
-    with _refusing(config), one_loader():
-        transformer, found = kind.model_class.from_pretrained(
-            folder / "transformer",
-            torch_dtype=torch.float32,
-            use_safetensors=True,
-            output_loading_info=True,
-            **PLAIN_LOADING,
-        )
-    # Diffusers only warns of these, and fills what is missing with random numbers.
-    odd = sorted({*found["missing_keys"], *found["unexpected_keys"]})
+    tensors = read_tensors(weights, _ADVICE)
+    settings = read_json_model(config, _Config, _ADVICE).root
+    with _refusing(config):
+        with EmptyOnMeta():
+            transformer: ModelMixin = kind.model_class.from_config(settings)
+        given = {name: tensor.float() for name, tensor in tensors.items()}
+        found = transformer.load_state_dict(given, strict=False, assign=True)
+    odd = sorted({*found.missing_keys, *found.unexpected_keys})
     if odd:
         raise DamagedFileError(f"'{weights}' and '{config}' do not go together: '{odd[0]}' is in one only; {_ADVICE}")
-    return transformer.requires_grad_(False)
+    return transformer.eval().requires_grad_(False)
 
 
 def _encoder(folder: Path, index: ZooIndex, width: int) -> PromptEncoder:

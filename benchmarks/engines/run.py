@@ -142,6 +142,7 @@ def make_manifest(name: str, adapter: ModelAdapter, formats: tuple[str, ...], ba
         latent_shape=adapter.latent_shape,
         image=ImageSpec(**asdict(adapter.image)),
         prompts=PROMPTS,
+        call=adapter.pipeline_call(),
         plans=(),
         versions={},
     )

@@ -24,10 +24,11 @@ import tritonclient.grpc as triton
 from pydantic import BaseModel, ConfigDict
 
 from adatsq_trt.engines.bundle import BundleFiles
-from adatsq_trt.engines.runtime import TIME_INPUT, Bundle, guide
+from adatsq_trt.engines.runtime import TIME_INPUT, Bundle
 from adatsq_trt.engines.triton_server.repository import Deployment, write_repository
 from adatsq_trt.engines.triton_server.server import HOST, Installation, Ports, Server, free_ports
 from adatsq_trt.files import write_json_model
+from adatsq_trt.solver import guide
 from benchmarks.engines.run import make_bundle
 from benchmarks.serving.client import GrpcClient, HttpClient
 from benchmarks.serving.load import LoadResult, LoadRun, metric

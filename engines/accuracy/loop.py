@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -9,20 +10,26 @@ import numpy as np
 from adatsq_trt.engines.accuracy.comparison import CPU_NAME, Figures, SavedArrays, compare
 from adatsq_trt.engines.accuracy.references import Reference
 from adatsq_trt.engines.accuracy.report import LoopReport, LoopRow
-from adatsq_trt.engines.accuracy.tolerances import loop_tolerances
+from adatsq_trt.engines.accuracy.tolerances import (
+    Tolerance,
+    loop_tolerances,
+    plan_loop_tolerances,
+    plan_tolerance,
+)
 from adatsq_trt.engines.bundle import BundleFiles
 from adatsq_trt.engines.runtime import Bundle
 
 _REFERENCE_NAME = "PyTorch's loop, fake-quantized"
 
 
-def check_loop(bundle: BundleFiles, folder: Path, fail_above: float | None) -> LoopReport:
+def check_loop(bundle: BundleFiles, folder: Path, fail_above: float | None, plans: Bundle | None = None) -> LoopReport:
     """Compare the latent after every step.
 
     Args:
         bundle: opened.
         folder: receives the latents in polygraphy's format.
         fail_above: largest relative error of the last latent against full precision; None for no limit.
+        plans: the bundle on a GPU, whose loop it shall be; that of the cpu graphs without it.
 
     Raises:
         DamagedFileError: the bundle lacks the reference.
@@ -30,13 +37,12 @@ def check_loop(bundle: BundleFiles, folder: Path, fail_above: float | None) -> L
     """
     reference = Reference(bundle)
     expected, full = reference.loop("quantized"), reference.loop("full_precision")
-    formats = {name for row in bundle.policy.assignments for name in row}
-    own = loop_tolerances(formats, reference.loop_spread())
-    limits = {_name(step): tolerance for step, tolerance in enumerate(own)}
-    got, failure = _latents(bundle, reference)
+    limits = {_name(step): tolerance for step, tolerance in enumerate(_tolerances(reference, plans is not None))}
+    got, failure = _latents(bundle, reference, plans)
     arrays = [{_name(t): latents[t + 1] for t in range(len(latents) - 1)} for latents in (got, expected, full)]
-    saved = SavedArrays(folder, "loop")
-    saved.save({"noise": expected[0]}, arrays[0], arrays[1], CPU_NAME, _REFERENCE_NAME)
+    saved = SavedArrays(folder, "loop" if plans is None else "loop.plans")
+    name = CPU_NAME if plans is None else plans.choice.name
+    saved.save({"noise": expected[0]}, arrays[0], arrays[1], name, _REFERENCE_NAME)
     agreement, quantization = compare(arrays[0], arrays[1], limits), compare(arrays[0], arrays[2], limits)
     rows = tuple(
         LoopRow(
@@ -51,23 +57,43 @@ def check_loop(bundle: BundleFiles, folder: Path, fail_above: float | None) -> L
     return LoopReport(
         rows=rows,
         fail_above=fail_above,
-        passed=all(row.passed for row in rows) and _is_below(quantization[_name(len(own) - 1)], fail_above),
+        passed=all(row.passed for row in rows) and _is_below(quantization[_name(len(limits) - 1)], fail_above),
         failure=failure,
         command=saved.compare_command(arrays[1], limits),
     )
+
+
+def _tolerances(reference: Reference, of_plans: bool) -> list[Tolerance]:
+    bundle, policy = reference.bundle, reference.bundle.policy
+    formats = {name for row in policy.assignments for name in row}
+    cpu = loop_tolerances(formats, reference.loop_spread())
+    if not of_plans:
+        return cpu
+    outputs = [plan_output_tolerance(bundle, step).relative for step in range(policy.steps)]
+    latents = reference.loop("quantized").astype(np.float64)
+    sizes = [float(np.linalg.norm(latent)) for latent in latents[1:]]
+    moves = [float(np.linalg.norm(move)) for move in np.diff(latents, axis=0)]
+    guidance = bundle.manifest.guidance if bundle.two_branches else 1.0
+    return plan_loop_tolerances(outputs, moves, sizes, guidance, cpu)
+
+
+def plan_output_tolerance(bundle: BundleFiles, step: int) -> Tolerance:
+    """Limits of what a step's plan puts out."""
+    formats = bundle.policy.assignments[bundle.policy.step_assignments[step]]
+    return plan_tolerance(formats, bundle.index.base_type, len(bundle.index.blocks))
 
 
 def _name(step: int) -> str:
     return f"latent_{step:03d}"
 
 
-def _latents(bundle: BundleFiles, reference: Reference) -> tuple[list[np.ndarray], str | None]:
+def _latents(bundle: BundleFiles, reference: Reference, plans: Bundle | None) -> tuple[list[np.ndarray], str | None]:
     """The noise and the latent after every step; or the noise alone and why the loop did not run."""
     prompts, seeds = reference.loop("prompts").tolist(), reference.loop("seeds").tolist()
     latents = [reference.loop("quantized")[0]]
     # ONNX Runtime documents no common base for what goes wrong with a graph or its inputs.
     try:
-        with Bundle(bundle, "onnxruntime") as runnable:  # the limits are those of the cpu graphs
+        with nullcontext(plans) if plans is not None else Bundle(bundle, "onnxruntime") as runnable:
             conditioning = runnable.conditioning(prompts)
             runnable.denoise(runnable.noise(seeds), conditioning, callback=lambda done: latents.append(done.latents))
     except Exception as error:

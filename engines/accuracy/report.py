@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from adatsq_trt.files import write_bytes, write_json_model
 
 REPORT_NAME = "check.json"
-Variant = Literal["cpu", "target", "reference"]
+Variant = Literal["cpu", "target", "reference", "plan"]
 # Libraries colour their messages with what XML 1.0 cannot hold.
 _NOT_XML = re.compile(r"[^\t\n\r\x20-\uD7FF\uE000-\uFFFD\U00010000-\U0010FFFF]")
 
@@ -28,7 +28,8 @@ class CheckRow(_Record):
         bucket: index into the policy's buckets.
         step: whose inputs and scales were fed.
         assignment: index into the policy's assignments.
-        variant: which graph is checked; "reference" is the full-precision one.
+        variant: which graph is checked; "reference" is the full-precision one, "plan" what was compiled of the target
+            graph.
         block: module path of what was cut out, a block or a module outside of the blocks; "model" for nodes of no
             module; None for the whole graph.
         separated: whether every layer was given what the reference computed before it.
@@ -68,7 +69,8 @@ class CheckRow(_Record):
     def subject(self) -> str:
         """What is compared, for people."""
         part = self.layer or self.block or ("behind the last layer" if self.separated else "")
-        own = "full-precision graph" if self.variant == "reference" else f"{self.variant} graph of assignment"
+        graph = "plan" if self.variant == "plan" else f"{self.variant} graph"
+        own = "full-precision graph" if self.variant == "reference" else f"{graph} of assignment"
         number = "" if self.variant == "reference" else f" {self.assignment}"
         return f"step {self.step}, {own}{number}" + (f", {part}" if part else "")
 
@@ -175,11 +177,13 @@ class CheckReport(_Record):
         exact: what is compared bit for bit.
         buckets: first and last step of each bucket.
         rows: by bucket; cpu graphs before target graphs, layers in the order of execution.
-        loop: the whole denoising loop.
+        loop: the whole denoising loop, of the cpu graphs.
+        backend: what ran plans; None where none were run.
+        plan_loop: the loop of the plans, where they were run.
         first_layers: where wrong graphs begin to be wrong; filled by `bisect`.
     """
 
-    schema_version: Literal[4] = 4
+    schema_version: Literal[5] = 5
     model: str
     manifest_sha256: str
     passed: bool
@@ -187,6 +191,8 @@ class CheckReport(_Record):
     rows: tuple[CheckRow, ...]
     exact: tuple[ExactRow, ...]
     loop: LoopReport
+    backend: str | None = None
+    plan_loop: LoopReport | None = None
     first_layers: tuple[FirstLayer, ...] = ()
 
 
@@ -219,18 +225,24 @@ def write_junit(path: Path, report: CheckReport) -> None:
     suite = _suite(root, "bit for bit")
     for same in report.exact:
         _case(suite, "exact", same.subject, same.failure, same.failure or "")
-    suite = _suite(root, "denoising loop")
-    for step in report.loop.rows:
-        finding = f"relative {figure(step.error)} (limit {figure(step.tolerance)})"
-        _case(suite, "loop", f"latent after step {step.step}", None if step.passed else finding, report.loop.command)
-    if report.loop.failure is not None or report.loop.fail_above is not None:
-        reason = report.loop.failure or f"above --fail-above {report.loop.fail_above}"
-        _case(suite, "loop", "quantization error", None if report.loop.passed else reason, report.loop.command)
+    _loop_suite(root, "denoising loop", "loop", report.loop)
+    if report.plan_loop is not None:
+        _loop_suite(root, "denoising loop of the plans", "plan_loop", report.plan_loop)
     for suite in root:
         suite.set("tests", str(len(suite)))
         suite.set("failures", str(len(suite.findall("testcase/failure"))))
     ElementTree.indent(root)
     write_bytes(path, ElementTree.tostring(root, encoding="utf-8", xml_declaration=True) + b"\n")
+
+
+def _loop_suite(root: ElementTree.Element, name: str, kind: str, loop: LoopReport) -> None:
+    suite = _suite(root, name)
+    for step in loop.rows:
+        finding = f"relative {figure(step.error)} (limit {figure(step.tolerance)})"
+        _case(suite, kind, f"latent after step {step.step}", None if step.passed else finding, loop.command)
+    if loop.failure is not None or loop.fail_above is not None:
+        reason = loop.failure or f"above --fail-above {loop.fail_above}"
+        _case(suite, kind, "quantization error", None if loop.passed else reason, loop.command)
 
 
 def _suite(root: ElementTree.Element, name: str) -> ElementTree.Element:

@@ -13,7 +13,7 @@ from adatsq_trt.engines.accuracy.block_cut import load_graph
 from adatsq_trt.engines.accuracy.blocks import REFERENCE_NAME, BlockPair
 from adatsq_trt.engines.accuracy.comparison import CPU_NAME, Arrays, SavedArrays, compare, run_in_onnxruntime
 from adatsq_trt.engines.accuracy.exact import check_exactly
-from adatsq_trt.engines.accuracy.loop import check_loop
+from adatsq_trt.engines.accuracy.loop import check_loop, plan_output_tolerance
 from adatsq_trt.engines.accuracy.references import OUTPUT_SUFFIX, Reference
 from adatsq_trt.engines.accuracy.report import REPORT_NAME, CheckReport, CheckRow, Variant, write_report
 from adatsq_trt.engines.accuracy.separate_layers import chosen_outputs, given_inputs, write_separated
@@ -26,7 +26,9 @@ from adatsq_trt.engines.accuracy.tolerances import (
     unquantized_tolerance,
 )
 from adatsq_trt.engines.accuracy.written_formats import written_formats
+from adatsq_trt.engines.backends.selection import BackendName, choose
 from adatsq_trt.engines.bundle import MANIFEST_NAME, BundleFiles
+from adatsq_trt.engines.runtime import Bundle
 from adatsq_trt.errors import AdatsqError, UserError
 from adatsq_trt.files import read_json_model, sha256
 
@@ -63,7 +65,11 @@ def work_units(bundle: BundleFiles) -> int:
 
 
 def check(
-    bundle: BundleFiles, folder: Path, fail_above: float | None = None, on_unit: Callable[[], None] | None = None
+    bundle: BundleFiles,
+    folder: Path,
+    fail_above: float | None = None,
+    on_unit: Callable[[], None] | None = None,
+    backend: BackendName = "onnxruntime",
 ) -> CheckReport:
     """Compare a bundle's graphs with PyTorch's outputs, with each other, and run the whole loop.
 
@@ -72,47 +78,60 @@ def check(
         folder: receives `check.json` and all arrays in polygraphy's format.
         fail_above: largest relative error of the last latent against full precision; None for no limit.
         on_unit: called `work_units` times.
+        backend: of a GPU, whose plans are compared with the cpu graphs beside all that; others add nothing.
 
     Raises:
         DamagedFileError: the bundle lacks a reference or a graph.
         OutputError: the folder cannot be written.
+        UserError: the backend does not run the bundle here.
     """
     rows: list[CheckRow] = []
-    for unit in _units(bundle, folder):
-        rows += unit
-        if on_unit is not None:
-            on_unit()
-    exact, loop = check_exactly(bundle), check_loop(bundle, folder, fail_above)
+    with Bundle(bundle, backend) as runnable:
+        plans = runnable if runnable.choice.plans else None
+        for unit in _units(bundle, folder, plans):
+            rows += unit
+            if on_unit is not None:
+                on_unit()
+        exact, loop = check_exactly(bundle), check_loop(bundle, folder, fail_above)
+        plan_loop = None if plans is None else check_loop(bundle, folder, fail_above, plans)
     if on_unit is not None:
         on_unit()
         on_unit()
+    loops = [own.passed for own in (loop, plan_loop) if own is not None]
     report = CheckReport(
         model=bundle.manifest.model,
         manifest_sha256=_identity(bundle),
-        passed=loop.passed and all(row.passed for row in rows) and all(row.passed for row in exact),
+        passed=all(loops) and all(row.passed for row in rows) and all(row.passed for row in exact),
         buckets=tuple((bucket.first, bucket.last) for bucket in bundle.policy.buckets),
         rows=tuple(sorted(rows, key=lambda row: (row.bucket, row.variant))),
         exact=exact,
         loop=loop,
+        backend=None if plans is None else plans.choice.name,
+        plan_loop=plan_loop,
     )
     write_report(folder, report)
     return report
 
 
-def passed_before(bundle: BundleFiles, folder: Path, fail_above: float | None = None) -> CheckReport | None:
+def passed_before(
+    bundle: BundleFiles, folder: Path, fail_above: float | None = None, backend: BackendName = "onnxruntime"
+) -> CheckReport | None:
     """The report of an earlier check of this very bundle with this limit, if all its rows passed.
 
     Args:
         bundle: opened, hence verified: equal manifests mean equal files.
         folder: where an earlier report may lie.
         fail_above: as in `check`.
+        backend: likewise; plans that were not run then are run now.
     """
     try:
         report = read_json_model(folder / REPORT_NAME, CheckReport)
     except UserError:  # none, or damaged, or of another version: check again
         return None
     same = report.manifest_sha256 == _identity(bundle) and report.loop.fail_above == fail_above
-    return report if report.passed and same else None
+    choice = choose(bundle.manifest, backend)
+    ran = not choice.plans or report.backend == choice.name
+    return report if report.passed and same and ran else None
 
 
 def _identity(bundle: BundleFiles) -> str:
@@ -127,22 +146,24 @@ def _targets(bundle: BundleFiles) -> Sequence[int]:
     return [assignment for assignment in graphs if assignment is not None]
 
 
-def _units(bundle: BundleFiles, folder: Path) -> Iterator[list[CheckRow]]:
+def _units(bundle: BundleFiles, folder: Path, plans: Bundle | None) -> Iterator[list[CheckRow]]:
     reference = Reference(bundle)
     for assignment in range(len(bundle.policy.assignments)):
-        yield from _check_steps(bundle, reference, assignment, folder)
+        yield from _check_steps(bundle, reference, assignment, folder, plans)
     yield from _run_outputs(bundle, "reference", range(bundle.policy.steps), folder)
     for assignment in _targets(bundle):
         yield from _check_target(bundle, reference, assignment, folder)
 
 
-def _check_steps(bundle: BundleFiles, reference: Reference, assignment: int, folder: Path) -> Iterator[list[CheckRow]]:
+def _check_steps(
+    bundle: BundleFiles, reference: Reference, assignment: int, folder: Path, plans: Bundle | None
+) -> Iterator[list[CheckRow]]:
     """Every layer at the first step of every bucket of an assignment, and the output of its every step."""
     policy = bundle.policy
     firsts = [bucket.first for bucket in policy.buckets if bucket.assignment == assignment]
     steps = [step for step, used in enumerate(policy.step_assignments) if used == assignment]
     yield from _run_layers(bundle, {step: reference.layers(step) for step in firsts}, folder)
-    yield from _run_outputs(bundle, "cpu", steps, folder)
+    yield from _run_outputs(bundle, "cpu", steps, folder, plans)
 
 
 def check_layers(bundle: BundleFiles, step: int, expected: Arrays, folder: Path) -> list[CheckRow]:
@@ -205,8 +226,13 @@ def _layer_tolerance(reference: Reference, step: int, layer: str, rows: np.ndarr
     return layer_tolerance(fmt.activation, len(rows), reference.in_features(layer))
 
 
-def _run_outputs(bundle: BundleFiles, variant: Variant, steps: Sequence[int], folder: Path) -> Iterator[list[CheckRow]]:
-    """Run a whole graph, an assignment's or the full-precision one, at its every step, with one session."""
+def _run_outputs(
+    bundle: BundleFiles, variant: Variant, steps: Sequence[int], folder: Path, plans: Bundle | None = None
+) -> Iterator[list[CheckRow]]:
+    """Run a whole graph, an assignment's or the full-precision one, at its every step, with one session.
+
+    What a cpu graph puts out is what the step's plan is compared with, where plans run here.
+    """
     reference, whole = Reference(bundle), variant == "reference"
     graph = bundle.graph(variant, None) if whole else bundle.cpu_graph(steps[0])
     path, output = bundle.graph_path(graph), graph.outputs[0].name
@@ -224,7 +250,27 @@ def _run_outputs(bundle: BundleFiles, variant: Variant, steps: Sequence[int], fo
         if failure is not None:
             yield [run.failed(feed, {output: expected}, failure)]
         else:
-            yield run.rows(feed, got, {output: expected}, marked=False)
+            rows = run.rows(feed, got, {output: expected}, marked=False)
+            yield rows if plans is None else [*rows, _check_plan(plans, step, feed, got, folder)]
+
+
+def _check_plan(plans: Bundle, step: int, feed: Arrays, cpu: Arrays, folder: Path) -> CheckRow:
+    """What a step's plan puts out, against the cpu graph."""
+    bundle = plans.files
+    rows = min(filter(None, (plans.most_rows(None), len(next(iter(feed.values()))))))
+    inputs = {signature.name: feed[signature.name][:rows] for signature in bundle.row_inputs()}
+    ((output, whole),) = cpu.items()
+    expected, limit = {output: whole[:rows]}, plan_output_tolerance(bundle, step)
+    graph = bundle.graph_path(bundle.cpu_graph(step))
+    subject, name = _subject(bundle, step, "plan"), f"step_{step:03d}.plan"
+    comparison = _Comparison(bundle, subject, folder, name, graph, {output: limit}, plans.choice.name)
+    try:
+        got = {output: plans.predict(step, inputs)}
+    except AdatsqError as error:
+        return comparison.failed(inputs, expected, str(error))
+    (row,) = comparison.rows(inputs, got, expected, marked=False)
+    command = SavedArrays(folder, name).compare_command(expected, {output: limit})
+    return row.model_copy(update={"command": command})
 
 
 def _output_tolerance(reference: Reference, step: int) -> Tolerance:
@@ -312,6 +358,7 @@ class _Comparison:
         name: what the names of the saved arrays begin with.
         graph: ONNX file that ONNX Runtime ran.
         tolerances: output → its limits.
+        backend: what ran a plan.
     """
 
     bundle: BundleFiles
@@ -320,6 +367,7 @@ class _Comparison:
     name: str
     graph: Path
     tolerances: Mapping[str, Tolerance]
+    backend: str = ""
 
     def rows(self, inputs: Arrays, got: Arrays, expected: Arrays, marked: bool) -> list[CheckRow]:
         """Save the arrays and compare each output.
@@ -357,6 +405,8 @@ class _Comparison:
     @property
     def _names(self) -> tuple[str, str]:
         """What computed both sides."""
+        if self.subject.variant == "plan":
+            return self.backend, CPU_NAME
         # A target block is the reference of its cpu twin for polygraphy, which runs the twin only.
         return CPU_NAME, REFERENCE_NAME if self.subject.variant == "target" else self._pytorch
 
@@ -367,7 +417,11 @@ class _Comparison:
     def _row(
         self, output: str, median: float | None, relative: float | None, passed: bool, failure: str | None, command: str
     ) -> CheckRow:
-        subject, whole = self.subject, self.subject.variant != "target"
+        subject = self.subject
+        computed_by, reference = {
+            "target": (REFERENCE_NAME, f"the cpu graph in {CPU_NAME}"),
+            "plan": (self.backend, f"the cpu graph in {CPU_NAME}"),
+        }.get(subject.variant, (CPU_NAME, self._pytorch))
         formats: Mapping[str, str] = dict(
             zip(self.bundle.policy.layers, self.bundle.policy.assignments[subject.assignment], strict=True)
         )
@@ -382,8 +436,8 @@ class _Comparison:
             separated=subject.separated,
             layer=layer if layer in formats else None,
             format=formats.get(layer),
-            computed_by=CPU_NAME if whole else REFERENCE_NAME,
-            reference=self._pytorch if whole else f"the cpu graph in {CPU_NAME}",
+            computed_by=computed_by,
+            reference=reference,
             median_error=median,
             median_tolerance=tolerance.median,
             relative_error=relative,

@@ -44,6 +44,14 @@ is 2^3 u + 2 sqrt(4 R u s). R is read from the graph (`rounded_layers`):
 - a gated feed-forward network multiplies the outputs of two layers. A product has the relative errors of both factors,
   so its R is the sum. In Z-Image both factors have three, and the layer behind their product has seven.
 
+Plans on a GPU against the `cpu` graph. A plan is the target graph as a whole: what one block may add, B blocks add
+independently, so the limit of its output is sqrt(B) times a block's. Its loop is compared with the loop of the
+fake-quantized PyTorch model: a step moves the latent by |x[t+1] - x[t]|, of which at most the output's limit is wrong,
+times sqrt(g^2 + (g - 1)^2) where guidance of scale g combines two rows; independent steps add in squares, twice that is
+allowed for what an error does to later steps, and flips spread as in the loop of the `cpu` graphs. These limits grow
+with depth: they find a plan that computes something else, not a layer that is a few percent off, which the rows of the
+`target` graph find.
+
 An output sums many inputs that flipped, so its error is about normal, and the median of a normal error is 0.67 times
 its root mean square: so is the limit of the median. `make demo` (nvfp4 in bfloat16, R = 4) showed up to 0.138, limit
 0.192, and for the median 0.083, limit 0.130. A float32 target block differs from its twin by flips only; its limits are
@@ -58,7 +66,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from adatsq_trt.formats import FORMATS, Element, Grid
+from adatsq_trt.formats import Element, Grid, format_named
 
 FLOAT32_ERROR = 1e-5
 NORMAL_MEDIAN = 0.6745  # of |x| for x with the standard normal distribution
@@ -151,6 +159,38 @@ def block_tolerance(formats: Sequence[str], base_type: str, layers: int = 0) -> 
     return Tolerance(NORMAL_MEDIAN * relative, relative)
 
 
+def plan_tolerance(formats: Sequence[str], base_type: str, blocks: int) -> Tolerance:
+    """Limits for a plan's output against the `cpu` graph; see the head of this file.
+
+    Args:
+        formats: an assignment's format names.
+        base_type: type of what is not quantized in the target graph.
+        blocks: of the model, one behind the other.
+    """
+    block = block_tolerance(formats, base_type)
+    return Tolerance(None, block.relative * max(blocks, 1) ** 0.5)
+
+
+def plan_loop_tolerances(
+    outputs: Sequence[float], moves: Sequence[float], sizes: Sequence[float], guidance: float, cpu: Sequence[Tolerance]
+) -> list[Tolerance]:
+    """Limits for the latent after every step of the plans' loop; see the head of this file.
+
+    Args:
+        outputs: relative limit of every step's output.
+        moves: Euclidean norm of what every step adds to the latent.
+        sizes: of the latent after it.
+        guidance: its scale; 1 where rows are not combined.
+        cpu: limits of the `cpu` graphs' loop.
+    """
+    combined = (guidance**2 + (guidance - 1) ** 2) ** 0.5
+    limits, squares = [], 0.0
+    for output, move, size, own in zip(outputs, moves, sizes, cpu, strict=True):
+        squares += (combined * output * move) ** 2
+        limits.append(Tolerance(None, _SPREAD_MARGIN * squares**0.5 / size + own.relative))
+    return limits
+
+
 def unquantized_tolerance(base_type: str) -> Tolerance:
     """Limits for a value of a target graph that no layer is quantized in front of: 16-bit roundings alone.
 
@@ -165,7 +205,7 @@ def unquantized_tolerance(base_type: str) -> Tolerance:
 
 def coarsest_step(formats: Iterable[str]) -> float:
     """Largest step of the activation grids in use; 0 when nothing is rounded."""
-    return max(_step(FORMATS[name].activation) for name in formats)
+    return max(_step(format_named(name).activation) for name in formats)
 
 
 def _step(grid: Grid) -> float:

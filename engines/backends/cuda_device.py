@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -43,12 +43,14 @@ def gpu_capability() -> int:
     Raises:
         DependencyError: PyTorch sees no GPU.
     """
-    import torch
-
+    try:
+        import torch
+    except ImportError as error:
+        raise DependencyError("PyTorch is not installed; run: pip install torch, in a CUDA build") from error
     if not torch.cuda.is_available():
         raise DependencyError(
-            "plans run on a GPU only and PyTorch sees none; run them where a GPU, its driver and a CUDA build of "
-            "PyTorch are, or use backend 'onnxruntime'"
+            "plans and CUDA run on a GPU only and PyTorch sees none; use them where a GPU, its driver and a CUDA build "
+            "of PyTorch are, or use backend 'onnxruntime'"
         )
     major, minor = torch.cuda.get_device_capability()
     return 10 * major + minor
@@ -89,6 +91,25 @@ class CudaDevice:
     def synchronize(self) -> None:
         """Wait for all that is enqueued; raises what went wrong there."""
         self._stream.synchronize()
+
+    def timed(self, enqueue: Callable[[], object]) -> float:
+        """Milliseconds that the stream takes for what is enqueued, by its own events; waits for the end."""
+        import torch
+
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with self.work():
+            start.record(self._stream)
+            enqueue()
+            end.record(self._stream)
+        end.synchronize()
+        return float(start.elapsed_time(end))
+
+    def used_bytes(self) -> int:
+        """Memory of the card that is in use, by whatever process."""
+        import torch
+
+        free, total = torch.cuda.mem_get_info(self.device)
+        return int(total - free)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Memory there; PyTorch's allocator aligns it to 512 bytes."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from adatsq_trt.engines.backends.base import Backend, Runner, StepRunner
+from adatsq_trt.engines.backends.cuda_device import gpu_capability
 from adatsq_trt.engines.backends.int8 import PRECISE_PRODUCTS, precise_products_needed
 from adatsq_trt.engines.bundle import BundleFiles
 from adatsq_trt.engines.generation import Arrays, as_array
@@ -32,20 +33,9 @@ _FOLDED_BYTES = 1 << 24
 class OnnxRuntimeRunner(Runner):
     """An ONNX Runtime session."""
 
-    def __init__(self, path: Path, on_gpu: bool = False) -> None:
+    def __init__(self, path: Path) -> None:
         """Load a graph; see `OnnxRuntimeBackend.load`."""
-        import onnxruntime
-
-        self._path = path
-        # The library documents no common base for its exceptions.
-        try:
-            self._session = _session(path, on_gpu) if on_gpu else _folded_session(path)
-        except Exception as error:
-            raise DamagedFileError(
-                f"ONNX Runtime {onnxruntime.__version__} cannot load '{path}': {error}; "
-                "run 'adatsq-trt build engine' again with the version of onnxruntime that constraints.txt names"
-            ) from error
-        _return_freed_memory()
+        self._path, self._session = path, load_session(path)
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Compute all outputs.
@@ -66,6 +56,31 @@ class OnnxRuntimeRunner(Runner):
         del self._session
 
 
+def load_session(path: Path, providers: Sequence[Any] = (PROVIDER,)) -> onnxruntime.InferenceSession:
+    """A session that computes a graph.
+
+    Args:
+        path: of the graph; external data is found beside it.
+        providers: in the order of preference, with their options.
+
+    Raises:
+        DamagedFileError: in the library's words.
+    """
+    import onnxruntime
+
+    # The library documents no common base for its exceptions.
+    try:
+        on_processor = list(providers) == [PROVIDER]
+        session = _folded_session(path) if on_processor else _session(path, providers)
+    except Exception as error:
+        raise DamagedFileError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot load '{path}': {error}; "
+            "run 'adatsq-trt build engine' again with the version of onnxruntime that constraints.txt names"
+        ) from error
+    _return_freed_memory()
+    return session
+
+
 def _folded_session(path: Path) -> onnxruntime.InferenceSession:
     """A session whose constants were computed one by one, where that matters and the disk has room for them."""
     from adatsq_trt.engines.backends.fold import fold, weight_file_bytes
@@ -81,7 +96,7 @@ def _folded_session(path: Path) -> onnxruntime.InferenceSession:
     return _session(path)
 
 
-def _session(path: Path, on_gpu: bool = False) -> onnxruntime.InferenceSession:
+def _session(path: Path, providers: Sequence[Any] = (PROVIDER,)) -> onnxruntime.InferenceSession:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -90,7 +105,7 @@ def _session(path: Path, on_gpu: bool = False) -> onnxruntime.InferenceSession:
     options.add_session_config_entry(PRECISE_PRODUCTS, str(int(precise_products_needed())))
     # Else a session's threads spin for some 30 ms after a call, and take the processors from the next session's.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    return onnxruntime.InferenceSession(path, options, providers=[CUDA_PROVIDER, PROVIDER] if on_gpu else [PROVIDER])
+    return onnxruntime.InferenceSession(path, options, providers=list(providers))
 
 
 def _return_freed_memory() -> None:
@@ -107,16 +122,15 @@ class OnnxRuntimeSteps(StepRunner):
     the processor as in a session of its own (docs/decisions/0009).
     """
 
-    def __init__(self, files: BundleFiles, graph: GraphFile, on_gpu: bool = False) -> None:
+    def __init__(self, files: BundleFiles, graph: GraphFile) -> None:
         """Load a graph.
 
         Args:
             files: the bundle.
             graph: the one of all assignments, or the reference.
-            on_gpu: compute on the GPU; what its provider does not have runs on the processor.
         """
         self._files, self._graph = files, graph
-        self._runner = OnnxRuntimeBackend().load(files.graph_path(graph), on_gpu)
+        self._runner = OnnxRuntimeBackend().load(files.graph_path(graph))
         self._controls: dict[tuple[int, tuple[int, ...] | None], dict[str, np.ndarray]] = {}
 
     def run(self, step: int, inputs: Arrays, size: tuple[int, ...] | None = None) -> np.ndarray:
@@ -157,10 +171,10 @@ class OnnxRuntimeBackend(Backend):
 
         return str(onnxruntime.__version__)
 
-    def load(self, path: Path, on_gpu: bool = False) -> Runner:
+    def load(self, path: Path) -> Runner:
         """Load an ONNX graph with its external data."""
         self.require()
-        return OnnxRuntimeRunner(path, on_gpu)
+        return OnnxRuntimeRunner(path)
 
 
 def require_cuda() -> None:
@@ -170,9 +184,7 @@ def require_cuda() -> None:
         DependencyError: says what is missing.
     """
     import onnxruntime
-    import torch
 
     if CUDA_PROVIDER not in onnxruntime.get_available_providers():
         raise DependencyError(f"this ONNX Runtime has no {CUDA_PROVIDER}; run: pip install onnxruntime-gpu")
-    if not torch.cuda.is_available():
-        raise DependencyError("PyTorch sees no GPU; install a CUDA build of PyTorch and the GPU's driver")
+    gpu_capability()

@@ -1,4 +1,4 @@
-"""A bundle's plans on a GPU: every layout, one block of activations, tensors that stay on the device.
+"""A bundle's plans on a GPU: every layout, one block of activations.
 
 What is bound, and how often (docs/decisions/0041): weights once per context; positions once per size; scales of all
 steps lie in one tensor, of which a step binds its part; conditioning once per generation; latents and time per step.
@@ -8,52 +8,24 @@ No machine of ours has run this with a GPU. The tests run it against a stand-in 
 
 from __future__ import annotations
 
+import time
 from abc import abstractmethod
-from contextlib import AbstractContextManager
-from threading import RLock
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from adatsq_trt.engines.backends.base import StepRunner
-from adatsq_trt.engines.backends.cuda_device import CudaDevice
+from adatsq_trt.engines.backends.device_steps import Device, DeviceSteps, RowBuffers, Size
 from adatsq_trt.engines.backends.execution_context import EngineContext
 from adatsq_trt.engines.backends.network import NetworkCompiler
 from adatsq_trt.engines.backends.plan_controls import PlanControls
 from adatsq_trt.engines.bundle import BundleFiles, PlanFile
-from adatsq_trt.engines.generation import Array, Arrays, DenoisingRequest, Generation, guide
 from adatsq_trt.engines.plan_weights import read_plan
 from adatsq_trt.errors import DamagedFileError
 
 if TYPE_CHECKING:
     import torch
 
-Size = tuple[int, ...] | None
 
-
-class Device(Protocol):
-    """What `CudaDevice` is to the runtime."""
-
-    @property
-    def device(self) -> torch.device:
-        """As PyTorch calls it."""
-
-    @property
-    def stream(self) -> int:
-        """Handle of the stream that everything runs on."""
-
-    def work(self) -> AbstractContextManager[None]:
-        """Enqueue on the stream, in order with the caller's."""
-
-    def synchronize(self) -> None:
-        """Wait for the stream."""
-
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Memory on the device."""
-
-
-class PlanSteps(StepRunner):
-    """A bundle's engines, of which each step runs one. Calls of several threads take turns."""
+class PlanSteps(DeviceSteps):
+    """A bundle's engines, of which each step runs one."""
 
     def __init__(
         self, files: BundleFiles, plans: tuple[PlanFile, ...], backend: NetworkCompiler, device: Device | None = None
@@ -70,9 +42,8 @@ class PlanSteps(StepRunner):
             DamagedFileError: the library refuses a plan.
             AdatsqError: the library refuses to make an execution context.
         """
-        self._files, self._title, self._library = files, backend.title, backend.library
-        self._gpu = device or CudaDevice()
-        self._lock = RLock()
+        super().__init__(files, device)
+        self._title, self._library = backend.title, backend.library
         self._runtime = self._library.Runtime(backend.make_logger())
         self._prepare_runtime(self._runtime)
         self._plans = {plan.assignment: plan for plan in plans}
@@ -84,18 +55,10 @@ class PlanSteps(StepRunner):
             self._controls = PlanControls(files, self._gpu, next(iter(self._contexts.values())))
             for context in self._contexts.values():
                 self._controls.bind_weights(context)
-        self._call: _RowBuffers | None = None
 
-    @property
-    def device(self) -> torch.device:
-        """Where latents and velocities are."""
-        return self._gpu.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type that the graphs take their latents in."""
-        context = next(iter(self._contexts.values()))
-        return context.dtype(self._files.graph("cpu", None).inputs[0].name)
+    def row_type(self, name: str) -> torch.dtype:
+        """Of the engines' input; the same for all."""
+        return next(iter(self._contexts.values())).dtype(name)
 
     def _prepare_runtime(self, runtime: Any) -> None:
         """What the library asks for before it deserializes."""
@@ -109,19 +72,26 @@ class PlanSteps(StepRunner):
             captured: whether its calls may be captured as CUDA graphs.
         """
 
-    def _called(self, held: int | None, rows: int, size: Size) -> None:
-        """An engine has been called for so many rows of a size."""
+    def _captured(self, held: int | None) -> bool:
+        """Whether calls of an engine may be captured as CUDA graphs."""
+        # The branch that a plan of all assignments takes is decided on the device, which no captured graph can.
+        return held is not None
+
+    def _called(self, held: int | None, rows: int, size: Size, seconds: float) -> None:
+        """An engine has been called for so many rows of a size, which took so long to enqueue."""
 
     def _deserialize(self, plan: PlanFile) -> Any:
-        folder = self._files.folder
-        engine = self._runtime.deserialize_cuda_engine(read_plan(folder, plan))
+        engine = self._runtime.deserialize_cuda_engine(self._read(plan))
         if engine is None:
-            raise DamagedFileError(f"{self._title} cannot load '{folder / plan.path}'; build it again on this version")
+            path = self._files.folder / plan.path
+            raise DamagedFileError(f"{self._title} cannot load '{path}'; build it again on this version")
         return engine
 
+    def _read(self, plan: PlanFile) -> bytes:
+        return read_plan(self._files.folder, plan)
+
     def _context(self, engine: Any, held: int | None) -> EngineContext:
-        # The branch that a plan of all assignments takes is decided on the device, which no captured graph can.
-        context = self._make_context(engine, captured=held is not None)
+        context = self._make_context(engine, self._captured(held))
         title = f"{self._title} ('{self._plans[held].path}')"
         return EngineContext(self._library, engine, context, title)
 
@@ -135,61 +105,13 @@ class PlanSteps(StepRunner):
             context.use_memory(memory)
         return memory
 
-    # ------------------------------------------------------------------------------------------------- running
-
-    def run(self, step: int, inputs: Arrays, size: Size = None) -> Array:
-        """Predict a velocity from inputs of the caller's, of which NumPy's arrays come back as such."""
-        given = next(iter(inputs.values()))
-        with self._lock, self._gpu.work():
-            if self._call is None or not self._call.fits(len(given), size):
-                self._call = _RowBuffers(self, len(given), size)
-            for name, value in inputs.items():
-                self._call.rows[name].copy_(_tensor(value))
-            velocity = self.enqueue(step, self._call).float()
-            if isinstance(given, np.ndarray):
-                return np.asarray(velocity.cpu().numpy())
-            return velocity
-
-    def generation(self, request: DenoisingRequest) -> PlanGeneration:
-        """Begin a run of the loop with buffers of its own."""
-        with self._lock, self._gpu.work():
-            return PlanGeneration(self, request)
-
-    def working(self) -> AbstractContextManager[None]:
-        """Keep what PyTorch does meanwhile in order with the engines."""
-        return self._gpu.work()
-
-    def synchronize(self) -> None:
-        """Wait for the device; raises what went wrong there."""
-        self._gpu.synchronize()
-
-    def context_of(self, step: int) -> EngineContext:
-        """The context that runs a step."""
-        return self._contexts[self._held(step)]
-
     def _held(self, step: int) -> int | None:
         """The assignment of a step's engine; None for the engine of all assignments."""
         assignment = self._files.policy.step_assignments[step]
         return assignment if assignment in self._contexts else None
 
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Memory on the device."""
-        return self._gpu.empty(shape, dtype)
-
-    def row_shapes(self, rows: int, size: Size) -> dict[str, tuple[int, ...]]:
-        """Shapes of the inputs with rows."""
-        return {s.name: (rows, *map(int, s.shape[1:])) for s in self._files.row_inputs(size)}
-
-    def enqueue(self, step: int, buffers: _RowBuffers) -> torch.Tensor:
-        """Bind a step's tensors to its engine and enqueue it.
-
-        Args:
-            step: index in the loop.
-            buffers: inputs with rows, filled.
-
-        Returns:
-            The output buffer, [rows, *latent_shape] in the graph's type, which the next step overwrites.
-        """
+    def enqueue(self, step: int, buffers: RowBuffers) -> torch.Tensor:
+        """Bind a step's tensors to its engine and enqueue it."""
         held, stream = self._held(step), self._gpu.stream
         files, size, context = self._files, buffers.size, self._contexts[held]
         profiles = files.manifest.profiles_of(files.manifest.shape(size))
@@ -199,84 +121,15 @@ class PlanSteps(StepRunner):
                 context.set_shape(name, tensor.shape)
                 context.bind(name, tensor.data_ptr())
             self._controls.bind_step(context, step, size)
-            output = buffers.output(context)
+            output = buffers.output(context.output_shape(), context.dtype(context.output))
             context.bind(context.output, output.data_ptr())
+            began = time.perf_counter()
             context.enqueue(stream)
-            self._called(held, buffers.count, size)
+            self._called(held, buffers.count, size, time.perf_counter() - began)
         return output
 
     def close(self) -> None:
         """Free the engines."""
-        self._call = None
+        super().close()
         self._contexts.clear()
         self._controls.clear()
-
-
-class _RowBuffers:
-    """Inputs with rows, and the output, on the device, in the graph's types.
-
-    Attributes:
-        rows: input name → [rows, ...].
-        count: rows.
-        size: in pixels.
-    """
-
-    def __init__(self, runner: PlanSteps, count: int, size: Size) -> None:
-        self.count, self.size, self._runner = count, size, runner
-        context = runner.context_of(0)
-        shapes = runner.row_shapes(count, size)
-        self.rows = {name: runner.empty(shape, context.dtype(name)) for name, shape in shapes.items()}
-        self._output: torch.Tensor | None = None
-
-    def fits(self, count: int, size: Size) -> bool:
-        """Whether these buffers serve another call."""
-        return (self.count, self.size) == (count, size)
-
-    def output(self, context: EngineContext) -> torch.Tensor:
-        """The output's buffer, once a context knows all shapes."""
-        if self._output is None:
-            self._output = self._runner.empty(context.output_shape(), context.dtype(context.output))
-        return self._output
-
-
-class PlanGeneration(Generation):
-    """A run of the loop on the device: between two steps nothing leaves it, and nothing waits for it."""
-
-    def __init__(self, runner: PlanSteps, request: DenoisingRequest) -> None:
-        """Bring latents and conditioning to the device."""
-        super().__init__(request)
-        import torch
-
-        self._runner = runner
-        self._buffers = _RowBuffers(runner, request.rows, request.size)
-        self._latents = runner.empty(tuple(request.latents.shape), torch.float32)
-        self._latents.copy_(_tensor(request.latents))
-        samples = len(request.latents)
-        for name, value in request.conditioning.conditional.items():
-            self._buffers.rows[name][:samples].copy_(_tensor(value))
-        for name, value in (request.conditioning.unconditional or {}).items():
-            self._buffers.rows[name][samples:].copy_(_tensor(value))
-
-    @property
-    def latents(self) -> torch.Tensor:
-        """On the device."""
-        return self._latents
-
-    def advance(self, step: int) -> None:
-        """Enqueue one step: model, guidance, and the scheduler's step in float32."""
-        request, rows = self.request, self._buffers.rows
-        samples = len(self._latents)
-        for branch in range(request.conditioning.branches):
-            rows[request.latent_input][branch * samples : (branch + 1) * samples].copy_(self._latents)
-        for name, value in request.row_values(step).items():
-            rows[name].fill_(value)
-        prediction = self._runner.enqueue(step, self._buffers).float()
-        velocity = guide(prediction, samples, request.guidance)
-        self._latents = request.schedule.advance(self._latents, velocity, step)
-
-
-def _tensor(value: Array) -> torch.Tensor:
-    """A caller's array or tensor as a tensor, where it is."""
-    import torch
-
-    return torch.from_numpy(np.asarray(value, order="C")) if isinstance(value, np.ndarray) else value

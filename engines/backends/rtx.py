@@ -14,6 +14,11 @@ class RtxBackend(NetworkCompiler):
 
     name, title, module = "rtx", "TensorRT-RTX", "tensorrt_rtx"
 
+    @property
+    def settings(self) -> str:
+        """What makes plans that need all their memory from outside (`_set_up`)."""
+        return "require_user_allocation"
+
     def require(self) -> None:
         """Make sure that the library is there."""
         try:
@@ -30,5 +35,8 @@ class RtxBackend(NetworkCompiler):
             )
 
     def _set_up(self, config: Any, target: Target) -> None:
+        # All engines of a bundle write their activations to one block, and without memory of their own their calls can
+        # be captured as CUDA graphs.
+        config.set_flag(self.library.BuilderFlag.REQUIRE_USER_ALLOCATION)
         config.num_compute_capabilities = 1
         config.set_compute_capability(self.library.ComputeCapability.__members__[f"SM{target.compute_capability}"], 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,21 @@ def plans_here(manifest: Manifest) -> tuple[PlanFile, ...]:
 
 
 class RtxSteps(PlanSteps):
-    """Engines of TensorRT-RTX, which compiles kernels when a context first meets a shape."""
+    """Engines of TensorRT-RTX, which compiles kernels when a context first meets a shape.
 
-    def __init__(self, files: BundleFiles) -> None:
-        """Deserialize the plans for this machine's GPU.
+    Attributes:
+        compile_seconds: what contexts and first calls have taken, nearly all of which is compiling.
+    """
+
+    def __init__(
+        self, files: BundleFiles, plans: tuple[PlanFile, ...] | None = None, keep_kernels: bool = True
+    ) -> None:
+        """Deserialize plans.
+
+        Args:
+            files: the bundle.
+            plans: those for this machine's GPU unless given.
+            keep_kernels: take compiled kernels from earlier runs, and keep them for later ones.
 
         Raises:
             UserError: as `plans_here`; TensorRT-RTX refuses a plan.
@@ -72,7 +84,9 @@ class RtxSteps(PlanSteps):
         self._cache: Any = None
         self._compiled: set[tuple[int | None, int, tuple[int, ...] | None]] = set()
         self._unsaved = False
-        super().__init__(files, plans_here(files.manifest), RtxBackend())
+        self.compile_seconds = 0.0
+        self._keep_kernels = keep_kernels
+        super().__init__(files, plans_here(files.manifest) if plans is None else plans, RtxBackend())
 
     def _make_context(self, engine: Any, captured: bool) -> Any:
         """With CUDA graphs where they can be captured, and the common cache of compiled kernels."""
@@ -80,20 +94,26 @@ class RtxSteps(PlanSteps):
         if self._cache is None:
             self._cache = config.create_runtime_cache()
             self._cache_file = cache_file(self._files, gpu_name())
-            if self._cache_file.is_file() and not self._cache.deserialize(self._cache_file.read_bytes()):
+            known = self._keep_kernels and self._cache_file.is_file()
+            if known and not self._cache.deserialize(self._cache_file.read_bytes()):
                 log.warning("'%s' is of another version of TensorRT-RTX; compiling kernels anew", self._cache_file)
         if not config.set_runtime_cache(self._cache):
             log.warning("TensorRT-RTX takes no runtime cache; it compiles kernels at every start")
         config.set_execution_context_allocation_strategy(library.ExecutionContextAllocationStrategy.USER_MANAGED)
         strategies = library.CudaGraphStrategy
         config.cuda_graph_strategy = strategies.WHOLE_GRAPH_CAPTURE if captured else strategies.DISABLED
-        return engine.create_execution_context(config)
+        began = time.perf_counter()
+        context = engine.create_execution_context(config)
+        self.compile_seconds += time.perf_counter() - began
+        return context
 
-    def _called(self, held: int | None, rows: int, size: tuple[int, ...] | None) -> None:
+    def _called(self, held: int | None, rows: int, size: tuple[int, ...] | None, seconds: float) -> None:
         """Note that kernels were compiled."""
         call = (held, rows, size)
-        self._unsaved |= call not in self._compiled
-        self._compiled.add(call)
+        if call not in self._compiled:
+            self._compiled.add(call)
+            self._unsaved = True
+            self.compile_seconds += seconds
 
     def synchronize(self) -> None:
         """Wait for the device, and keep what it compiled: a process that is killed later need not compile again."""
@@ -106,13 +126,49 @@ class RtxSteps(PlanSteps):
         super().close()
 
     def _save_cache(self) -> None:
-        if not self._unsaved:
+        if not self._unsaved or not self._keep_kernels:
             return
         self._unsaved = False
+        known = "with" if self._cache_file.is_file() else "without"
+        log.info(
+            "TensorRT-RTX took %.1f s to start %s kernels of an earlier run; they are kept in '%s'",
+            self.compile_seconds,
+            known,
+            self._cache_file,
+        )
         try:
             write_bytes(self._cache_file, bytes(self._cache.serialize()))
         except OutputError as error:
             log.warning("%s; kernels will be compiled again the next time", error)
+
+
+class ComparisonSteps(RtxSteps):
+    """An engine of a graph without formats that takes a bundle's inputs, for comparisons."""
+
+    def __init__(self, files: BundleFiles, plan: bytes, name: str, rows: int) -> None:
+        """Deserialize a plan.
+
+        Args:
+            files: the bundle.
+            plan: for this machine's GPU.
+            name: what messages call it.
+            rows: most that it takes.
+
+        Raises:
+            UserError: TensorRT-RTX refuses it.
+        """
+        self._plan = plan
+        entry = PlanFile(target="none", assignment=None, path=name, bytes=len(plan), max_rows=rows)
+        super().__init__(files, (entry,), keep_kernels=False)
+
+    def _read(self, plan: PlanFile) -> bytes:
+        return self._plan
+
+    def _held(self, step: int) -> int | None:
+        return None
+
+    def _captured(self, held: int | None) -> bool:
+        return True
 
 
 def cache_file(files: BundleFiles, gpu: str) -> Path:

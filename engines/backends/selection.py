@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -10,9 +11,11 @@ from adatsq_trt.engines.backends import rtx_steps, tensorrt_steps
 from adatsq_trt.engines.backends.base import StepRunner
 from adatsq_trt.engines.backends.cuda_device import gpu_is_here
 from adatsq_trt.engines.backends.onnxruntime import OnnxRuntimeSteps, require_cuda
+from adatsq_trt.engines.backends.onnxruntime_gpu import OnnxRuntimeGpuSteps
 from adatsq_trt.engines.bundle import BundleFiles, Manifest, PlanFile
 from adatsq_trt.errors import UserError
 
+log = logging.getLogger(__name__)
 BackendName: TypeAlias = Literal["auto", "rtx", "tensorrt", "cuda", "onnxruntime"]
 _TITLES: dict[BackendName, str] = {
     "rtx": "TensorRT-RTX plans",
@@ -70,6 +73,19 @@ def _best(manifest: Manifest) -> BackendChoice:
     raise UserError(f"nothing here runs the bundle: {passed_over[-1][1]}")
 
 
+def reasons(manifest: Manifest) -> dict[BackendName, str | None]:
+    """For every backend, best first, why it does not run a bundle here; None where it does."""
+    found: dict[BackendName, str | None] = {}
+    for name, plans_here in _PLANS.items():
+        try:
+            plans_here(manifest)
+        except UserError as error:
+            found[name] = str(error)
+        else:
+            found[name] = None
+    return found
+
+
 def _no_plans(manifest: Manifest) -> tuple[PlanFile, ...]:
     return ()
 
@@ -94,7 +110,8 @@ def make_runner(files: BundleFiles, choice: BackendChoice, quantized: bool = Tru
     Args:
         files: the bundle.
         choice: of `choose`.
-        quantized: follow the policy; otherwise the full-precision graph, of which there are no plans.
+        quantized: follow the policy; otherwise the full-precision graph, of which there are no plans: on a GPU it runs
+            in ONNX Runtime there, where that has CUDA.
 
     Raises:
         UserError: a library refuses a plan or a graph.
@@ -104,4 +121,14 @@ def make_runner(files: BundleFiles, choice: BackendChoice, quantized: bool = Tru
     if quantized and choice.name == "tensorrt":
         return tensorrt_steps.TensorRTSteps(files)
     graph = files.graph("cpu" if quantized else "reference", None)
-    return OnnxRuntimeSteps(files, graph, on_gpu=choice.name == "cuda")
+    on_gpu = choice.name == "cuda" or (bool(choice.plans) and _onnxruntime_has_cuda())
+    return OnnxRuntimeGpuSteps(files, graph) if on_gpu else OnnxRuntimeSteps(files, graph)
+
+
+def _onnxruntime_has_cuda() -> bool:
+    try:
+        require_cuda()
+    except UserError as error:
+        log.info("full precision runs on the processor: %s", error)
+        return False
+    return True

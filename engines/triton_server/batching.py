@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from adatsq_trt.engines.runtime import Bundle, Conditioning, guide
+from adatsq_trt.engines.runtime import Bundle, Conditioning
+from adatsq_trt.solver import Denoising, guide
 
 _REFERENCE = -1  # group of all steps in full precision, which have no scales
 
@@ -22,18 +23,26 @@ class Generation:
     """One request's samples on their way through the loop.
 
     Attributes:
-        latents: float32 [samples, *latent_shape], after `step` steps.
+        loop: its latents, float32 [samples, *latent_shape], and the step that comes next.
         conditioning: of every sample.
         guidance: scale of guidance.
         quantized: follow the policy; otherwise full precision.
-        step: the step that comes next.
     """
 
-    latents: np.ndarray
+    loop: Denoising[np.ndarray]
     conditioning: Conditioning
     guidance: float
     quantized: bool = True
-    step: int = 0
+
+    @property
+    def latents(self) -> np.ndarray:
+        """After the steps that are done."""
+        return self.loop.latent
+
+    @property
+    def step(self) -> int:
+        """The one that comes next."""
+        return self.loop.step
 
 
 def interchangeable_steps(bundle: Bundle) -> tuple[int, ...]:
@@ -62,7 +71,6 @@ class StepBatcher:
             max_samples: most samples of one call.
         """
         self._bundle, self._max_samples = bundle, max_samples
-        self._schedule = bundle.schedule
         self._groups = interchangeable_steps(bundle)
 
     def choose(self, running: Sequence[Generation]) -> list[Generation]:
@@ -88,10 +96,7 @@ class StepBatcher:
         prediction = bundle.predict(chosen[0].step, inputs, chosen[0].quantized)
         ends = np.cumsum([len(part[bundle.latent_input]) for part in parts])
         for generation, rows in zip(chosen, np.split(prediction, ends[:-1]), strict=True):
-            velocity = guide(rows, len(generation.latents), generation.guidance)
-            # Its arithmetic serves NumPy as well as the tensors that it is declared for.
-            generation.latents = self._schedule.advance(generation.latents, velocity, generation.step)  # type: ignore[arg-type, assignment]
-            generation.step += 1
+            generation.loop.advance(guide(rows, len(generation.latents), generation.guidance))
 
     def _group(self, generation: Generation) -> int:
         return self._groups[generation.step] if generation.quantized else _REFERENCE

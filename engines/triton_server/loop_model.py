@@ -24,6 +24,7 @@ from adatsq_trt.engines.triton_server.batching import Generation, StepBatcher
 from adatsq_trt.engines.triton_server.python_backend import (
     failure,
     make_response,
+    most_samples,
     open_bundle,
     open_pipeline,
     read_tensors,
@@ -62,7 +63,7 @@ class TritonPythonModel:
         self._pipeline = open_pipeline(args, parameters, self._bundle)
         self._decode = self._bundle.decode if self._pipeline is None else self._pipeline.decode
         self._steps = self._bundle.policy.steps
-        self._max_samples = int(parameters["max_samples"])
+        self._max_samples = most_samples(self._bundle, int(parameters["max_samples"]))
         self._batcher = StepBatcher(self._bundle, self._max_samples)
         self._metrics = _Metrics(args["model_name"])
         self._arrived: SimpleQueue[_Job | None] = SimpleQueue()

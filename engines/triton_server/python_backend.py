@@ -10,11 +10,12 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 import triton_python_backend_utils as server
 
+from adatsq_trt.engines.backends.selection import BackendName
 from adatsq_trt.engines.bundle import MANIFEST_NAME
 from adatsq_trt.engines.runtime import Bundle
 from adatsq_trt.engines.triton_server.pipeline import Pipeline
@@ -43,7 +44,9 @@ def open_bundle(args: dict[str, str]) -> tuple[Bundle, dict[str, str]]:
                 f"'{folder / MANIFEST_NAME}': got sha256 {got}, config.pbtxt expects {parameters['manifest_sha256']}; "
                 "run 'adatsq-trt deploy triton' again"
             )
-        return Bundle.open(folder, cast(Literal["onnxruntime", "rtx"], parameters["backend"])), parameters
+        bundle = Bundle.open(folder, cast(BackendName, parameters["backend"]))
+        log.info("'%s' %s", args["model_name"], bundle.choice.sentence)
+        return bundle, parameters
     except AdatsqError as error:
         raise server.TritonModelException(str(error)) from error
 
@@ -61,11 +64,16 @@ def open_pipeline(args: dict[str, str], parameters: Mapping[str, str], bundle: B
     """
     if not parameters["pipeline_sha256"]:
         return None
-    device = "cuda" if parameters["backend"] == "rtx" else "cpu"
     try:
-        return Pipeline(Path(args["model_repository"], "1"), parameters["pipeline_sha256"], bundle, device)
+        return Pipeline(Path(args["model_repository"], "1"), parameters["pipeline_sha256"], bundle, bundle.device.type)
     except AdatsqError as error:
         raise server.TritonModelException(str(error)) from error
+
+
+def most_samples(bundle: Bundle, wanted: int) -> int:
+    """The most samples of a call: as many as wanted, or as plans take with both branches of guidance."""
+    rows = bundle.most_rows(None)
+    return wanted if rows is None else max(min(wanted, rows // 2), 1)
 
 
 def read_tensors(request: Any) -> dict[str, np.ndarray]:
@@ -111,7 +119,7 @@ def _parameters(args: dict[str, str]) -> dict[str, str]:
     stated = json.loads(args["model_config"]).get("parameters", {})
     parameters = {name: value.get("string_value", "") for name, value in stated.items()}
     missing = sorted({"bundle", "backend", "manifest_sha256"} - set(parameters))
-    if missing or parameters["backend"] not in ("onnxruntime", "rtx"):
+    if missing or parameters["backend"] not in get_args(BackendName):
         what = f"no parameter '{missing[0]}'" if missing else f"backend '{parameters['backend']}', which there is not"
         raise DamagedFileError(
             f"config.pbtxt of model '{args['model_name']}' has {what}; run 'adatsq-trt deploy triton'"

@@ -6,9 +6,9 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from adatsq_trt import __version__
+from adatsq_trt.engines.backends.selection import BackendName
 from adatsq_trt.engines.bundle import MANIFEST_NAME, BundleFiles
 from adatsq_trt.engines.runtime import TIME_INPUT
 from adatsq_trt.engines.triton_server.pipeline import copy_pipeline, require_pipeline
@@ -19,15 +19,21 @@ from adatsq_trt.files import sha256
 
 IMAGE = "nvcr.io/nvidia/tritonserver:25.10-py3"
 MAX_SAMPLES = 32
-Backend = Literal["onnxruntime", "rtx"]
-_REQUIREMENTS = "numpy onnxruntime-gpu pillow pydantic safetensors"
+_REQUIREMENTS = "numpy nvidia-ml-py onnxruntime-gpu pillow pydantic safetensors"
 _VAE_REQUIREMENTS = "accelerate diffusers"
 _PIPELINE_REQUIREMENTS = f"{_VAE_REQUIREMENTS} transformers"
 _RTX_LIBRARY = "tensorrt-rtx"
 _PROBE = Path(__file__).with_name("probe.py")
 _ALL_GPUS = "{ driver: nvidia, count: all, capabilities: [gpu] }"
 _GPUS = f"    deploy: {{ resources: {{ reservations: {{ devices: [{_ALL_GPUS}] }} }} }}\n"
-_INSTANCES = {"onnxruntime": "kind: KIND_CPU", "rtx": "kind: KIND_GPU gpus: [ 0 ]"}
+_ON_GPU = "kind: KIND_GPU gpus: [ 0 ]"
+_INSTANCES: dict[BackendName, str] = {
+    "auto": "kind: KIND_AUTO",
+    "rtx": _ON_GPU,
+    "tensorrt": _ON_GPU,
+    "cuda": _ON_GPU,
+    "onnxruntime": "kind: KIND_CPU",
+}
 _QUEUE_DELAY_US = 200
 _TEXT = 'Its parameter "text" is the prompt in words, the same for all samples, and then there is no input "prompt".'
 _STORED = 'Its parameter "text" may be the text of a prompt that the bundle holds; then there is no input "prompt".'
@@ -42,7 +48,7 @@ class Deployment:
         files: the bundle.
         step_model: also write a model for single steps, `name` + "_step"; it holds the weights once more.
         max_samples: most samples of one call of the denoiser.
-        backend: "onnxruntime" runs the cpu graphs anywhere, "rtx" the plans on a GPU.
+        backend: what runs it, as of `Bundle.open`; "auto" is decided on the machine that serves.
         pipeline: folder of the diffusers pipeline that the model is the transformer of; its text encoders and VAE are
             served with it.
     """
@@ -51,13 +57,25 @@ class Deployment:
     files: BundleFiles
     step_model: bool = False
     max_samples: int = MAX_SAMPLES
-    backend: Backend = "onnxruntime"
+    backend: BackendName = "auto"
     pipeline: Path | None = None
 
     @property
     def models(self) -> tuple[str, ...]:
         """Names of its models."""
         return (self.name, f"{self.name}_step") if self.step_model else (self.name,)
+
+    @property
+    def rtx_version(self) -> str | None:
+        """Version of TensorRT-RTX that the server needs; None where it runs no plans of it."""
+        manifest = self.files.manifest
+        runs_plans = self.backend == "rtx" or (self.backend == "auto" and bool(manifest.plans))
+        return manifest.versions.get(_RTX_LIBRARY) if runs_plans else None
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether its container is given the GPUs."""
+        return _INSTANCES[self.backend] == _ON_GPU or self.rtx_version is not None
 
     def require_plans(self) -> None:
         """Refuse what its plans cannot do.
@@ -182,7 +200,7 @@ def _write_documents(deployments: Sequence[Deployment], requirements: str, repos
         rows.append(f"| `{deployment.name}` | the denoising loop of {manifest.model} |")
         if deployment.step_model:
             rows.append(f"| `{deployment.name}_step` | one call of its denoiser, for clients that run the loop |")
-    name, gpu = deployments[0].name, any(deployment.backend == "rtx" for deployment in deployments)
+    name, gpu = deployments[0].name, any(deployment.on_gpu for deployment in deployments)
     values = {
         "version": __version__,
         "models": "\n".join(rows),
@@ -201,7 +219,7 @@ def _write_documents(deployments: Sequence[Deployment], requirements: str, repos
 
 def _requirements(deployments: Sequence[Deployment]) -> str:
     """What the image needs; plans want the very version of TensorRT-RTX that compiled them."""
-    versions = {d.files.manifest.versions[_RTX_LIBRARY] for d in deployments if d.backend == "rtx"}
+    versions = {d.rtx_version for d in deployments if d.rtx_version is not None}
     if len(versions) > 1:
         raise UserError(
             f"the bundles' plans are of TensorRT-RTX {' and '.join(sorted(versions))}, one image holds one; "
@@ -213,5 +231,5 @@ def _requirements(deployments: Sequence[Deployment]) -> str:
         diffusers = _PIPELINE_REQUIREMENTS
     elif any(deployment.files.manifest.image.vae for deployment in deployments):
         diffusers = _VAE_REQUIREMENTS
-    torch = "torch" if versions or diffusers else ""
+    torch = "torch" if diffusers or any(deployment.on_gpu for deployment in deployments) else ""
     return " ".join(filter(None, [*needed, torch, diffusers]))

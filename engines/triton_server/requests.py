@@ -85,7 +85,12 @@ def read_request(
         raise UserError("preview: there are messages to carry it with progress only; ask for progress too")
     conditioning = _conditioning(prompts, asked.get("text"), len(seeds), bundle, pipeline)
     return Request(
-        Generation(bundle.noise(seeds), conditioning, guidance, quantized=bool(_only(tensors, "quantized", True))),
+        Generation(
+            bundle.schedule.begin(bundle.noise(seeds)),
+            conditioning,
+            guidance,
+            quantized=bool(_only(tensors, "quantized", True)),
+        ),
         output=output,
         progress=progress,
         preview=preview,

@@ -91,7 +91,10 @@ class TritonPythonModel:
         ]
 
     def _predict(self, step: int, inputs: tuple[dict[str, np.ndarray], ...]) -> list[np.ndarray]:
-        """Velocities of requests that share a call, in one call."""
+        """Velocities of requests that share a call; in several where plans take fewer rows."""
         joined = {name: np.concatenate([one[name] for one in inputs]) for name in inputs[0]}
         ends = np.cumsum([len(one[TIME_INPUT]) for one in inputs])
-        return np.split(self._bundle.predict(step, joined), ends[:-1])
+        most = self._bundle.most_rows(None) or int(ends[-1])
+        parts = [{n: value[i : i + most] for n, value in joined.items()} for i in range(0, int(ends[-1]), most)]
+        velocities = np.concatenate([self._bundle.predict(step, part) for part in parts])
+        return np.split(velocities, ends[:-1])

@@ -200,6 +200,17 @@ def gemm_w8a16(problem: Problem, group: int) -> Case:
     )
 
 
+def gemm_w8a16_nested(problem: Problem, group: int) -> Case:
+    """16 bits by two int4 planes."""
+    o = _Operands(problem)
+    high, low, w_scale = _pack(o.codes(4)), _pack(o.codes(4, -8)), o.scales()
+    return Case(
+        *o.launch(gemm_float.gemm_w8a16_nested, o.x, high, low, w_scale),
+        lambda: gemm_float.gemm_w8a16_nested_reference(o.x, high, low, w_scale, o.bias),
+        *_float_sum(problem),
+    )
+
+
 def gemm_16(problem: Problem, group: int) -> Case:
     """16 bits by 16 bits."""
     o = _Operands(problem)
@@ -236,5 +247,9 @@ def _float_sum(problem: Problem) -> tuple[int, float]:
 
 
 GEMMS: dict[str, Callable[[Problem, int], Case]] = {
-    make.__name__: make for make in (gemm_w8a8, gemm_w8a8_nested, gemm_w4a8, gemm_w4a16, gemm_w8a16, gemm_16, gemm_fp8)
+    make.__name__: make
+    for make in (
+        *(gemm_w8a8, gemm_w8a8_nested, gemm_w4a8, gemm_w4a16),
+        *(gemm_w8a16, gemm_w8a16_nested, gemm_16, gemm_fp8),
+    )
 }

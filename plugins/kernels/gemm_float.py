@@ -1,9 +1,10 @@
-"""GEMMs on the floating-point tensor cores: 16 bits, int8 weights with 16-bit activations, e4m3."""
+"""GEMMs on the floating-point tensor cores: 16 bits, int8 weights (nested ones too) with 16-bit activations, e4m3."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from adatsq_trt.packing import unpack_nibbles
 from adatsq_trt.plugins.kernels.reference import Reference, linear, scaled
 from adatsq_trt.plugins.kernels.tile import row_pointers, store_tile, tile_position
 
@@ -85,6 +86,54 @@ def gemm_w8a16(
 
 
 @triton.jit
+def gemm_w8a16_nested(
+    x,
+    w_high,
+    w_low,
+    w_scale,
+    bias,
+    y,
+    m,
+    n,
+    k,
+    has_bias,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """Compute gemm_w8a16 with w = 16 · w_high + w_low.
+
+    What differs from gemm_w8a16:
+
+    Args:
+        w_high: [N, K / 2] int8: two codes in [-7, 7] to a byte, the even k in the low nibble.
+        w_low: likewise, codes in [-8, 7].
+        k: a multiple of 32, which that of any group is.
+        BLOCK_K: elements of K at a time, half of them even.
+    """
+    tokens, features = tile_position(m, n, BLOCK_M, BLOCK_N, GROUP_M)
+    half = tl.multiple_of(k // 2, 16)
+    dtype: tl.constexpr = y.dtype.element_ty
+    # Two neighbours are read as one 32-bit word, which is split in registers: even and odd k, as the nibbles are.
+    x_rows = row_pointers(x.to(tl.pointer_type(tl.int32)), tokens, m, half)[None, :]
+    high_rows, low_rows = row_pointers(w_high, features, n, half), row_pointers(w_low, features, n, half)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for start in range(0, half, BLOCK_K // 2):
+        pair = start + tl.arange(0, BLOCK_K // 2)
+        left, right = (pair < half)[None, :], (pair < half)[:, None]
+        high = tl.load(high_rows[:, None] + pair[None, :], mask=left, other=0)
+        low = tl.load(low_rows[:, None] + pair[None, :], mask=left, other=0)
+        words = tl.load(x_rows + pair[:, None], mask=right, other=0)
+        even, odd = words.to(tl.int16).to(dtype, bitcast=True), (words >> 16).to(tl.int16).to(dtype, bitcast=True)
+        # A nibble shifted to the top of its byte is 16 times its value.
+        acc = tl.dot(((high << 4) + ((low << 4) >> 4)).to(dtype), even, acc)
+        acc = tl.dot((((high >> 4) << 4) + (low >> 4)).to(dtype), odd, acc)
+    by_feature = tl.load(w_scale + features, mask=features < n, other=0.0)
+    store_tile(acc * by_feature[:, None], bias, y, tokens, features, m, n, has_bias)
+
+
+@triton.jit
 def gemm_fp8(
     x,
     x_scale,
@@ -125,6 +174,13 @@ def gemm_16_reference(x: Tensor, w: Tensor, bias: Tensor | None) -> Reference:
 def gemm_w8a16_reference(x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None) -> Reference:
     """The arguments of gemm_w8a16."""
     return linear(x.double(), scaled(w, w_scale), bias)
+
+
+def gemm_w8a16_nested_reference(
+    x: Tensor, w_high: Tensor, w_low: Tensor, w_scale: Tensor, bias: Tensor | None
+) -> Reference:
+    """The arguments of gemm_w8a16_nested."""
+    return gemm_w8a16_reference(x, 16 * unpack_nibbles(w_high) + unpack_nibbles(w_low), w_scale, bias)
 
 
 def gemm_fp8_reference(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None) -> Reference:

@@ -18,6 +18,7 @@ DATA = {
     "config",
     "costs",
     "settings",
+    "solver",
     "errors",
     "fields",
     "files",
@@ -31,6 +32,7 @@ DATA = {
     "schedule",
     "step_policy",
     "timed_kernels",
+    "transformer_call",
 }
 TENSORS = DATA | {"packing", "quantizers"}
 MODELS = TENSORS | {"models", "zoo"}
@@ -57,7 +59,7 @@ ALLOWED = {
     "cli": STAGES | {"api", "cli", "plugins"},
 }
 # What the package itself gives out is imported when it is first asked for, from these areas.
-LAZY = defaultdict[str, set[str]](set, {"": {"api", "progress", "results"}})
+LAZY = defaultdict[str, set[str]](set, {"": {"api", "models", "progress", "results"}})
 METHOD = set(ALLOWED) - {
     "cli",
     "evaluation",

@@ -13,12 +13,13 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from adatsq_trt.checkpoints.kinds import KINDS, PipelineKind
 from adatsq_trt.checkpoints.lora import Lora, fuse
 from adatsq_trt.checkpoints.lora_file import read_changes
 from adatsq_trt.errors import UserError
 from adatsq_trt.files import read_tensors
 from adatsq_trt.models import stored
+from adatsq_trt.models.families import families
+from adatsq_trt.models.family import Family
 from tests.lora_dialects import (
     AB,
     FLUX,
@@ -45,13 +46,13 @@ SCALE = 0.7
 
 
 @pytest.fixture
-def saved(request: pytest.FixtureRequest) -> Callable[[PipelineKind], Path]:
+def saved(request: pytest.FixtureRequest) -> Callable[[Family], Path]:
     """The folder of a tiny pipeline."""
     names = {FLUX: "saved_flux", Z_IMAGE: "saved_z_image", WAN: "saved_wan"}
     return lambda kind: request.getfixturevalue(names[kind])
 
 
-def make_transformer(kind: PipelineKind, folder: Path) -> nn.Module:
+def make_transformer(kind: Family, folder: Path) -> nn.Module:
     transformer = kind.make_empty(json.loads((folder / "transformer" / "config.json").read_text()))
     stored.fill(transformer, read_tensors(folder / "transformer" / "diffusion_pytorch_model.safetensors"))
     return transformer
@@ -72,7 +73,7 @@ def check(transformer: nn.Module, before: Tensors, deltas: Tensors) -> None:
 @pytest.mark.parametrize("least", [1, 10**9], ids=["stored", "in memory"])
 @pytest.mark.parametrize("dialect", READ)
 def test_dialects_that_are_read(
-    saved: Callable[[PipelineKind], Path],
+    saved: Callable[[Family], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -98,10 +99,8 @@ def test_dialects_that_are_read(
 @pytest.mark.parametrize(
     "alpha", [torch.tensor(2), torch.tensor([2.0]), torch.tensor(2.0).half(), torch.tensor(2.0).bfloat16()]
 )
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.transformer)
-def test_alpha_of_any_type(
-    saved: Callable[[PipelineKind], Path], tmp_path: Path, kind: PipelineKind, alpha: Tensor
-) -> None:
+@pytest.mark.parametrize("kind", families(), ids=lambda kind: kind.transformer)
+def test_alpha_of_any_type(saved: Callable[[Family], Path], tmp_path: Path, kind: Family, alpha: Tensor) -> None:
     path = {FLUX: FLUX_QKV[0], Z_IMAGE: Z_QKV[0], WAN: WAN_Q}[kind]
     for spelling in (AB, {}):
         tensors, deltas = named(f"transformer.{path}", path, 2.0, **spelling)
@@ -158,7 +157,7 @@ CONFIGS = {
 @pytest.mark.parametrize("settings", CONFIGS)
 @pytest.mark.parametrize("least", [1, 10**9], ids=["stored", "in memory"])
 def test_files_of_diffusers_trainers_and_of_peft(
-    saved: Callable[[PipelineKind], Path],
+    saved: Callable[[Family], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     saver: str,
@@ -204,7 +203,7 @@ def test_files_of_diffusers_trainers_and_of_peft(
 
 
 @pytest.mark.parametrize("dialect", ["diffusers' names with alpha", "ai-toolkit, Z-Image", "ComfyUI, Wan"])
-def test_diffusers_fuses_the_same(saved: Callable[[PipelineKind], Path], tmp_path: Path, dialect: str) -> None:
+def test_diffusers_fuses_the_same(saved: Callable[[Family], Path], tmp_path: Path, dialect: str) -> None:
     """Files that its own pipelines read as they are meant: one of each architecture."""
     kind, make = READ[dialect]
     tensors, _ = make()
@@ -234,7 +233,7 @@ def of_products(name: str, *parts: str) -> Callable[[], Tensors]:
     return lambda: {f"{name}.{part}": torch.ones(4, 4) for part in parts}
 
 
-REFUSED: dict[str, tuple[PipelineKind, Callable[[], Tensors], str]] = {
+REFUSED: dict[str, tuple[Family, Callable[[], Tensors], str]] = {
     "kohya's DoRA, Flux": (
         FLUX,
         with_extra("lora_unet_double_blocks_0_img_attn_proj.dora_scale", kohya_flux, 64, 1),
@@ -361,7 +360,7 @@ REFUSED: dict[str, tuple[PipelineKind, Callable[[], Tensors], str]] = {
 }
 
 
-def refusal(kind: PipelineKind, transformer: nn.Module, file: Path) -> str:
+def refusal(kind: Family, transformer: nn.Module, file: Path) -> str:
     before = weights(transformer)
     with pytest.raises(UserError) as error:
         fuse(kind, transformer, Lora(file, 1.0))
@@ -372,7 +371,7 @@ def refusal(kind: PipelineKind, transformer: nn.Module, file: Path) -> str:
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_lost_is_refused_by_name(saved: Callable[[PipelineKind], Path], tmp_path: Path, case: str) -> None:
+def test_what_is_lost_is_refused_by_name(saved: Callable[[Family], Path], tmp_path: Path, case: str) -> None:
     kind, make, message = REFUSED[case]
     tensors = make()
     tensors = tensors if isinstance(tensors, dict) else tensors[0]
@@ -392,7 +391,7 @@ def test_what_is_lost_is_refused_by_name(saved: Callable[[PipelineKind], Path], 
     ],
 )
 def test_configurations_that_are_not_followed(
-    saved: Callable[[PipelineKind], Path], tmp_path: Path, metadata: object, message: str
+    saved: Callable[[Family], Path], tmp_path: Path, metadata: object, message: str
 ) -> None:
     file = tmp_path / "lora.safetensors"
     save_file(
@@ -403,7 +402,7 @@ def test_configurations_that_are_not_followed(
     assert re.search(message, refusal(FLUX, make_transformer(FLUX, saved(FLUX)), file))
 
 
-def test_a_rank_that_the_configuration_does_not_have(saved: Callable[[PipelineKind], Path], tmp_path: Path) -> None:
+def test_a_rank_that_the_configuration_does_not_have(saved: Callable[[Family], Path], tmp_path: Path) -> None:
     file = tmp_path / "lora.safetensors"
     tensors, _ = named(f"transformer.{FLUX_QKV[0]}", FLUX_QKV[0], **AB)
     save_file(tensors, file, {"lora_adapter_metadata": json.dumps({"transformer.r": 8, "transformer.lora_alpha": 8})})
@@ -422,7 +421,7 @@ def test_a_rank_that_the_configuration_does_not_have(saved: Callable[[PipelineKi
     ],
 )
 def test_a_file_that_is_not_what_its_configuration_says(
-    saved: Callable[[PipelineKind], Path],
+    saved: Callable[[Family], Path],
     tmp_path: Path,
     settings: dict[str, object],
     parts: Tensors,

@@ -29,7 +29,7 @@ def open_file(file: Path, base: Path) -> OpenedPipeline:
 
 
 def loaded_weights(opened: OpenedPipeline) -> Tensors:
-    width, pooled = opened.source.kind.widths(json.loads(opened.source.config.read_text()))
+    width, pooled = opened.source.family.widths(json.loads(opened.source.config.read_text()))
     model = opened.load({"tokens": torch.zeros(2, 32, width), "pooled": torch.zeros(2, pooled)})
     return dict(stored.named_weights(model.adapter.transformer))
 

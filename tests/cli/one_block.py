@@ -46,7 +46,17 @@ def write_model(folder: Path, source: Source) -> None:
     write_tensors(weights, {name: value for name, value in tensors.items() if not _LATER_BLOCK.match(name)})
 
 
-def build(base: Path, name: str, source: Source, formats: str, rows: Rows) -> Path:
+def build(
+    base: Path,
+    name: str,
+    source: Source,
+    formats: str,
+    rows: Rows,
+    *,
+    target: str = "sm120",
+    layout: str | None = None,
+    with_plans: bool = False,
+) -> Path:
     """Make a run.
 
     Args:
@@ -55,9 +65,12 @@ def build(base: Path, name: str, source: Source, formats: str, rows: Rows) -> Pa
         source: what it is made from.
         formats: that the layers may have.
         rows: layers → their formats, for each step.
+        target: what it is built for.
+        layout: of the bundle; None for the default.
+        with_plans: compile them; most checks run none.
 
     Returns:
-        The run directory; its bundle has no plans.
+        The run directory.
     """
     from adatsq_trt.stages import bundle as bundle_stage
     from adatsq_trt.zoo.loading import load_model
@@ -69,10 +82,12 @@ def build(base: Path, name: str, source: Source, formats: str, rows: Rows) -> Pa
         layers = tuple(model.adapter.quantizable_layers())
         policy = [tuple(row) for row in rows(layers)]
         Policy.from_steps(name, model.weights_sha256, layers, policy).save(base / "policy.json")
-        patch.setattr(bundle_stage, "_plans", lambda *_: ())  # the check runs none
+        if not with_plans:
+            patch.setattr(bundle_stage, "_plans", lambda *_: ())
         adatsq_trt.build(
             name,
-            target="sm120",
+            target=target,
+            layout=layout,
             output=base / "run",
             formats=formats,
             budget_bits=16,

@@ -10,6 +10,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 
 from adatsq_trt.calibration.fisher import projections
+from adatsq_trt.calibration.shared_gradients import gradient_sums
 from adatsq_trt.calibration.trajectory import Samples
 from adatsq_trt.calibration.units import Measured, backward_sweep, squared_gradients
 from adatsq_trt.execution import InProcess
@@ -22,7 +23,7 @@ from adatsq_trt.models.wan import WanAdapter
 from adatsq_trt.quantizers import quantize_nearest
 from adatsq_trt.search.sensitivity import Candidates, measure_contributions
 from adatsq_trt.settings import Settings
-from adatsq_trt.stages.memory import sweep_bytes
+from adatsq_trt.stages.memory import gradient_bytes, sweep_bytes
 from adatsq_trt.stages.meter import release_memory, resident_bytes
 
 FORMATS = resolve_formats("w4a4,w8a8")
@@ -59,9 +60,14 @@ def main(kind: str, count: int) -> None:
     samples = Samples(adapter, adapter.schedule(1), 1.0, prompts=(0,), seeds=(0,))
     layers = adapter.quantizable_layers()
     names = tuple(fmt.name for fmt in FORMATS)
-    settings = Settings.model_construct(formats=names, projections=count, calibration_samples=1)
+    settings = Settings.model_construct(formats=names, projections=count, calibration_samples=1, hessian="coherent")
     shapes = [(layer.in_features, layer.out_features) for layer in layers.values()]
-    planned = sweep_bytes(settings, measure_flow(adapter, samples.schedule, 1.0), shapes)[kind == "sensitivity"]
+    flow, blocks = measure_flow(adapter, samples.schedule, 1.0), adapter.layers_by_block()
+    if kind == "gradients":
+        by_block = [[(layers[n].in_features, layers[n].out_features) for n in names] for names in blocks.values()]
+        planned = gradient_bytes(settings, flow, by_block)
+    else:
+        planned = sweep_bytes(settings, flow, shapes)[kind == "sensitivity"]
     weights = {f.name: {n: quantize_nearest(layer.weight, f) for n, layer in layers.items()} for f in FORMATS}
     latents, start = samples.noise()[None], projections(1, adapter.latent_shape, count, 0)
     samples.step(latents[0], 0)  # what libraries keep from their first call on
@@ -72,7 +78,13 @@ def main(kind: str, count: int) -> None:
         extra, measure = None, squared_gradients
     release_memory()
     before = resident_bytes()
-    list(backward_sweep(workers, workers.share(Measured(samples, extra, by_block=True)), measure, latents, start, 0))
+    if kind == "gradients":
+        latents = torch.stack([latents[0], latents[0]])
+        common = workers.share(Measured(samples, extra=True, by_block=True))
+        list(gradient_sums(workers, common, latents, start, blocks[adapter.blocks()[1]], at_once=1))
+    else:
+        common = workers.share(Measured(samples, extra, by_block=True))
+        list(backward_sweep(workers, common, measure, latents, start, 0))
     peak = record_bytes()
     sys.stdout.write(f"{planned} {peak - before}\n")
 

@@ -23,7 +23,9 @@ from adatsq_trt.stages.models import OpenedModel, open_run
 from adatsq_trt.stages.run_directory import RunDirectory, StageRecord
 from adatsq_trt.zoo.loading import LoadedModel
 
-STAGES = tuple(name for name in NODES if name != "embed")  # models of the zoo have no such stage
+STAGES = tuple(
+    name for name in NODES if name not in ("embed", "refine")
+)  # models of the zoo have no such stage; not asked for
 
 
 def records(run: Path) -> dict[str, StageRecord]:

@@ -90,15 +90,3 @@ def test_a_transform_is_for_simulated_runs(cli, tmp_path: Path) -> None:
         "before the export"
     )
     assert not run.exists()
-
-
-def test_a_transform_is_searched_with(cli, tmp_path: Path) -> None:
-    options = ("--simulate", "--formats", "w3a3,w4a4,fp8", "--budget-bits", "4", *cli.small)
-    plain, smooth = tmp_path / "plain", tmp_path / "smooth"
-    assert cli("search", "digits-flux", *options, "-o", plain).code == 0
-    assert cli("search", "digits-flux", *options, "--transform", "smooth", "-o", smooth).code == 0
-    assert not (plain / "quantize" / "transforms.safetensors").exists()
-    assert (smooth / "quantize" / "transforms.safetensors").exists()
-    for name in ("w4a4/transformer_blocks.0.safetensors", "activation_scales.safetensors"):
-        assert (plain / "quantize" / name).read_bytes() != (smooth / "quantize" / name).read_bytes()
-    assert cli("compare", smooth).code == 0

@@ -25,9 +25,22 @@ def test_there_and_back_again(cli, policy: Path, tmp_path: Path) -> None:
     assert "lost: 1 of 8 (step, layer) are nvfp4: they become fp8" in ended.out
     key = json.loads(written.read_text())["quantization_config"]["runtime"]["diffusion_step_policy"]
     assert key["first_steps"] == {"count": 1, "mode": "a16"}
-    ended = cli("policy", "import", written, "--like", policy, "--output", back)
+    ended = cli("policy", "import", written, "--like", policy, "--wide", "bf16", "--output", back)
+    assert "reads weights of its own here" in ended.out
     assert "2 of 4 steps in bf16, the others in fp8" in ended.out
     rows = [("bf16", "bf16"), ("fp8", "fp8"), ("fp8", "fp8"), ("bf16", "bf16")]
+    assert Policy.load(back) == Policy.from_steps("model", "0" * 64, LAYERS, rows)
+
+
+@pytest.mark.parametrize(("native", "wide"), [("fp8", "fp8a16"), ("nvfp4", "nvfp4a16"), ("w8a8s", "w8a16")])
+def test_steps_in_16_bits_read_the_native_weights(cli, policy: Path, tmp_path: Path, native: str, wide: str) -> None:
+    written, back = tmp_path / "step_policy.json", tmp_path / "back.json"
+    assert cli("policy", "export", policy, "--output", written).code == 0
+    ended = cli("policy", "import", written, "--like", policy, "--native", native, "--output", back)
+    assert (
+        f"2 of 4 steps in {wide}, the others in {native}; a step in 16 bits reads the weights of {native}" in ended.out
+    )
+    rows = [(wide, wide), (native, native), (native, native), (wide, wide)]
     assert Policy.load(back) == Policy.from_steps("model", "0" * 64, LAYERS, rows)
 
 

@@ -4,8 +4,9 @@ Its tensors lie apart from the processor's: an operation that mixes the two fail
 "meta" device, the only other one that a build for processors admits; each holds its content beside that.
 """
 
+import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,6 +48,10 @@ class DeviceTensor(Tensor):
         """Where the content lies: a wrapper has no memory of its own."""
         return self.content.data_ptr()
 
+    def tolist(self) -> Any:
+        """Through the processor, as on a GPU; PyTorch refuses it of wrappers."""
+        return self.cpu().tolist()
+
     @classmethod
     def __torch_dispatch__(
         cls, operation: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -72,6 +77,23 @@ class DeviceTensor(Tensor):
         return return_and_correct_aliasing(operation, args, settings, wrapped)
 
 
+class OnDevice(TorchDispatchMode):
+    """Inside of it, what PyTorch is told to make or bring there becomes a tensor there, and not one without content."""
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        settings = dict(kwargs or {})
+        device = settings.get("device")
+        if device is None or torch.device(device) != DEVICE or any(_is_there(leaf) for leaf in tree_leaves(args)):
+            return operation(*args, **settings)
+        return tree_map_only(Tensor, DeviceTensor, operation(*args, **{**settings, "device": torch.device("cpu")}))
+
+
+def _is_there(leaf: Any) -> bool:
+    return isinstance(leaf, DeviceTensor)
+
+
 class HostDevice:
     """What the runtime takes for a GPU.
 
@@ -92,6 +114,14 @@ class HostDevice:
 
     def synchronize(self) -> None:
         self.synchronizations += 1
+
+    def timed(self, enqueue: Callable[[], object]) -> float:
+        began = time.perf_counter()
+        enqueue()
+        return 1e3 * (time.perf_counter() - began)
+
+    def used_bytes(self) -> int:
+        return sum(size for _, size, block in self._allocations if block() is not None)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Memory that knows when it is gone; filled with nonsense, as a GPU's is."""

@@ -13,7 +13,7 @@ import ctypes
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import onnxruntime
 import tensorrt_rtx as real
 import torch
 
-from adatsq_trt.engines.backends.base import Profile
+from adatsq_trt.engines.backends.base import BatchRange, Profile
 from adatsq_trt.engines.bundle import GRAPH_FOLDER, PLAN_FOLDER, BundleFiles, PlanFile
 from adatsq_trt.engines.plan_weights import STORE_NAME, name_weights, read_plan, without_weights
 from tests.doubles.host_device import ALIGNMENT, STREAM, HostDevice
@@ -95,6 +95,17 @@ class PlanBook:
             output = model.graph.output[0]
             digest = _digest(read_plan(bundle.folder, plan))
             self._recipes[digest] = Recipe(folder / cpu.path, ports, (output.name, _port(output, {})), tuple(profiles))
+
+    def enter_comparison(self, bundle: BundleFiles, plan: bytes, rows: int, kind: str) -> None:
+        """Note that a plan computes the full-precision graph, with inputs and outputs of another type."""
+        path = bundle.graph_path(bundle.graph("reference", None))
+        model = onnx.load(path, load_external_data=False)
+        element = {"float32": onnx.TensorProto.FLOAT, "bfloat16": onnx.TensorProto.BFLOAT16}[kind]
+        ports = {value.name: replace(_port(value, {}), element=element) for value in model.graph.input}
+        output = model.graph.output[0]
+        profiles = BatchRange(1, rows, rows).profiles
+        own = (output.name, replace(_port(output, {}), element=element))
+        self._recipes[_digest(plan)] = Recipe(path, ports, own, profiles)
 
     def find(self, plan: bytes) -> Recipe | None:
         """What a plan computes; None for bytes that are no plan of ours."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from adatsq_trt.engines.backends import plan_steps
+from adatsq_trt.engines.backends import device_steps, plan_steps
 from adatsq_trt.engines.backends.onnxruntime import OnnxRuntimeBackend
 from adatsq_trt.engines.bundle import BundleFiles, PlanFile, write_manifest
 from adatsq_trt.engines.runtime import Bundle, Conditioning
@@ -30,7 +30,7 @@ def with_plan(own_bundle: BundleFiles, monkeypatch: pytest.MonkeyPatch) -> Bundl
     write_manifest(own_bundle.folder, own_bundle.manifest.model_copy(update={"plans": (plan,), "versions": versions}))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 0))
-    monkeypatch.setattr(plan_steps, "CudaDevice", HostDevice)
+    monkeypatch.setattr(device_steps, "CudaDevice", HostDevice)
     return BundleFiles.open(own_bundle.folder)
 
 

@@ -90,7 +90,7 @@ def test_one_session_serves_all_steps(bundle: Bundle, monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         onnxruntime.OnnxRuntimeBackend,
         "load",
-        lambda self, path, on_gpu: loaded.append(path.name) or load(self, path, on_gpu),
+        lambda self, path: loaded.append(path.name) or load(self, path),
     )
     for _ in range(2):
         bundle.denoise(bundle.noise([3]), bundle.conditioning([0]))

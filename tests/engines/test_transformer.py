@@ -95,3 +95,39 @@ def test_requests_that_the_bundle_was_not_made_for(
 def test_another_architecture(tiny_bundle: BundleFiles) -> None:
     with pytest.raises(MismatchError, match=r"holds a TinyModel.*Bundle\.denoise"):
         AdatsqTransformer.from_bundle(tiny_bundle.folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"controlnet_block_samples": [torch.zeros(1)]}, "argument 'controlnet_block_samples' .*: a bundle takes none"),
+        ({"guidance": torch.ones(1)}, "argument 'guidance' of the transformer: a bundle takes none"),
+        ({"controlnet_blocks_repeat": True}, "argument 'controlnet_blocks_repeat' .*: a bundle takes none"),
+        (
+            {"controlnet_blocks_repeat": False, "guidance": None},
+            "expected each of hidden_states, .*, timestep, img_ids",
+        ),
+    ],
+)
+def test_arguments_that_are_not_followed(pipe: FluxPipeline, arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(MismatchError, match=message):
+        pipe.transformer(**arguments)
+
+
+def test_arguments_by_place_are_those_by_name(pipe: FluxPipeline) -> None:
+    transformer, bundle = pipe.transformer, pipe.transformer.bundle
+    condition = {name: torch.from_numpy(v) for name, v in bundle.conditioning([4]).conditional.items()}
+    rows, columns = torch.meshgrid(torch.arange(PATCHES), torch.arange(PATCHES), indexing="ij")
+    by_name = {
+        "hidden_states": torch.from_numpy(bundle.noise([1])),
+        **condition,
+        "timestep": torch.tensor([bundle.schedule.model_time(1)]),
+        "img_ids": torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3),
+        "txt_ids": torch.zeros(8, 3),
+    }
+    wanted = transformer(**by_name, return_dict=False)[0]
+    assert torch.equal(transformer(*by_name.values()).sample, wanted)
+    with pytest.raises(MismatchError, match="txt_ids: got other positions than zero"):
+        transformer(**{**by_name, "txt_ids": torch.ones(8, 3)})
+    with pytest.raises(MismatchError, match="once"):
+        transformer(*by_name.values(), timestep=by_name["timestep"])

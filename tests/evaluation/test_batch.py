@@ -12,10 +12,10 @@ from adatsq_trt.evaluation.batch import make_batch
 from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.models.flux import FluxAdapter
 from adatsq_trt.zoo.loading import load_model
-from adatsq_trt.zoo.scenes.clips import clip_prompts, paint_clip
+from adatsq_trt.zoo.scenes.clips import clip_prompts
 from adatsq_trt.zoo.scenes.prompts import COLUMNS, evaluation_prompts
 from adatsq_trt.zoo.scenes.video_scores import VIDEO_SCORES
-from adatsq_trt.zoo.scenes.world import load_split
+from examples.zoo.scenes.painting import load_split, paint_clip
 
 
 def test_all_columns_are_asked_for_equally() -> None:

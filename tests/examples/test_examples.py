@@ -4,11 +4,13 @@ import ast
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from diffusers import FluxPipeline
 
 import adatsq_trt
-from examples import build_demo, own_policy, pipeline_in_memory, run_in_a_pipeline
+from adatsq_trt.models import families
+from examples import build_demo, new_architecture, own_policy, pipeline_in_memory, run_in_a_pipeline
 from tests.tiny_checkpoints import HEIGHT, WIDTH, make_flux_pipeline
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
@@ -47,6 +49,18 @@ def test_a_bundle_runs_in_the_pipeline(pipe: FluxPipeline, tmp_path: Path) -> No
     pipe.set_progress_bar_config(disable=True)
     drawn = run_in_a_pipeline.main(tmp_path / "run", pipe, "a cat", height=HEIGHT, width=WIDTH, output_type="np")
     assert drawn.images.shape == (1, HEIGHT, WIDTH, 3)
+
+
+def test_a_new_architecture_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "_FAMILIES", list(families.families()))
+    bundle = new_architecture.main(output=tmp_path / "run", **SMALL)
+    assert bundle.manifest.architecture == "LetterTransformer"
+    assert bundle.summary is not None
+    assert bundle.summary.mean_bits < 32
+    with bundle:
+        latents = bundle.denoise(bundle.noise([1, 2]), bundle.conditioning([0, 1]))
+    assert bundle.decode(latents).shape == (2, 64, 64, 3)
+    assert not np.array_equal(*bundle.denoise(bundle.noise([1, 1]), bundle.conditioning([0, 1])))
 
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)

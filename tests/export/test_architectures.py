@@ -11,6 +11,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from adatsq_trt.calibration.clips import scale_with
 from adatsq_trt.engines.accuracy.block_cut import GraphView, find_cut, find_pieces
 from adatsq_trt.engines.accuracy.reference_ops import OPERATORS
 from adatsq_trt.engines.accuracy.rounded_layers import count_rounded_layers
@@ -24,7 +25,7 @@ from adatsq_trt.models.format_store import CandidateWeights
 from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.models.wan import WanAdapter
 from adatsq_trt.policy import Policy
-from adatsq_trt.quantizers import quantize_nearest, static_activation_scale
+from adatsq_trt.quantizers import quantize_nearest
 from tests.export.separated import require_equal_layers
 from tests.tiny_wan import make_tiny_wan
 from tests.tiny_z_image import make_tiny_z_image, make_z_image_of_several_lengths
@@ -57,10 +58,8 @@ def store(adapter: ModelAdapter, inputs: Inputs) -> CandidateWeights:
     with captured(layers) as capture, torch.no_grad():
         adapter.predict(inputs)
     largest = torch.stack([capture.inputs[layer].abs().amax() for layer in layers])
-    static = {name: fmt for name, fmt in FORMATS.items() if fmt.static_activation}
-    return CandidateWeights(
-        weights, {n: static_activation_scale(largest, f.activation)[None] for n, f in static.items()}
-    )
+    scaled = {name: fmt for name, fmt in FORMATS.items() if fmt.scaled_activation}
+    return CandidateWeights(weights, {n: scale_with(0.75, largest, f.activation)[None] for n, f in scaled.items()})
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +112,7 @@ def test_cpu_graphs_are_the_fake_quantized_model(exported, adapter, store, input
         formats = {layer: FORMATS[name] for layer, name in zip(policy.layers, row, strict=True)}
         feed = {name: value.numpy() for name, value in inputs.items()}
         for place, (layer, fmt) in enumerate(formats.items()):
-            if fmt.static_activation:
+            if fmt.scaled_activation:
                 feed[graph.scale_inputs[layer].name] = store.scales[fmt.name][0, place].numpy()
         with SimulatedModel(adapter, store).installed() as model, torch.no_grad():
             model.assign(formats, 0)

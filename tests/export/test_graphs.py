@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from adatsq_trt.calibration.clips import scale_with
 from adatsq_trt.errors import MismatchError, OutputError, UnsupportedFormatError
 from adatsq_trt.export import export_graphs
 from adatsq_trt.files import read_json_model
-from adatsq_trt.formats import FORMATS
+from adatsq_trt.formats import FORMATS, format_named
 from adatsq_trt.graph_index import CONSTANTS_NAME, INDEX_NAME, GraphIndex
 from adatsq_trt.models.flux import FluxAdapter
 from adatsq_trt.policy import Policy
@@ -22,11 +23,10 @@ from adatsq_trt.quantizers import (
     dequantize_weight,
     fake_quantize_activation,
     quantize_nearest,
-    static_activation_scale,
 )
 from tests.export.separated import require_equal_layers
 
-NAMES = tuple(FORMATS)
+NAMES = (*FORMATS, "w4a4g32")
 MIXED = len(NAMES)  # index of the assignment that mixes all formats
 
 
@@ -38,7 +38,7 @@ def layers(small_flux: FluxAdapter) -> dict[str, nn.Linear]:
 @pytest.fixture(scope="module")
 def weights(layers) -> dict[str, dict[str, QuantizedWeight]]:
     return {
-        name: {layer: quantize_nearest(module.weight.detach(), FORMATS[name]) for layer, module in layers.items()}
+        name: {layer: quantize_nearest(module.weight.detach(), format_named(name)) for layer, module in layers.items()}
         for name in NAMES
     }
 
@@ -78,7 +78,7 @@ def fake_quantized(adapter, inputs, layers, formats, weights, scales) -> tuple[d
     outputs = {}
 
     def replace(name):
-        fmt = FORMATS[formats[name]]
+        fmt = format_named(formats[name])
         weight = dequantize_weight(weights[fmt.name][name], fmt)
 
         def hook(module, args, _):
@@ -104,9 +104,9 @@ def test_cpu_graph_is_the_fake_quantized_model(
     formats = dict(zip(policy.layers, policy.assignments[index], strict=True))
     graph = table.find("cpu", index)
     scales = {
-        layer: static_activation_scale(largest[layer], FORMATS[name].activation)
+        layer: scale_with(0.75, largest[layer], format_named(name).activation)
         for layer, name in formats.items()
-        if FORMATS[name].static_activation
+        if format_named(name).scaled_activation
     }
     assert set(graph.scale_inputs) == set(scales)
     feed = {name: value.numpy() for name, value in flux_inputs.items()}
@@ -115,7 +115,7 @@ def test_cpu_graph_is_the_fake_quantized_model(
     outputs, wanted = fake_quantized(small_flux, flux_inputs, layers, formats, weights, scales)
     # Sums in another order can push a value over a rounding border; then a few outputs of the whole graph move.
     assert np.quantile(np.abs(got - wanted), 0.5) < 2e-5 * wanted.std()
-    widths = {layer: (FORMATS[name], layers[layer].in_features) for layer, name in formats.items()}
+    widths = {layer: (format_named(name), layers[layer].in_features) for layer, name in formats.items()}
     require_equal_layers(folder / graph.path, feed, outputs, (graph.outputs[0].name, wanted), widths)
 
 

@@ -7,7 +7,7 @@ from adatsq_trt.export.encode import encode_weight
 from adatsq_trt.export.insert_qdq import FORMAT, InsertQdq
 from adatsq_trt.export.normalize_linears import NormalizeLinears, find_linears, weight_of
 from adatsq_trt.export.weight_store import ExternalData
-from adatsq_trt.formats import FORMATS
+from adatsq_trt.formats import FORMATS, format_named
 from adatsq_trt.graph_index import WEIGHTS_NAME
 from adatsq_trt.quantizers import quantize_nearest
 
@@ -21,10 +21,10 @@ def inserted(traced_toy, toy_layers, tmp_path):
     def insert(name: str) -> tuple[ir.Model, ir.Node]:
         model = traced_toy.clone()
         NormalizeLinears([LAYER])(model)
-        weight = quantize_nearest(toy_layers[LAYER].weight.detach(), FORMATS[name])
+        weight = quantize_nearest(toy_layers[LAYER].weight.detach(), format_named(name))
         with (tmp_path / WEIGHTS_NAME).open("wb") as file:
-            encoded = encode_weight(weight, FORMATS[name], DataType.BFLOAT16, ExternalData(file, tmp_path))
-        InsertQdq({LAYER: FORMATS[name]}, {LAYER: encoded}, DataType.BFLOAT16)(model)
+            encoded = encode_weight(weight, format_named(name), DataType.BFLOAT16, ExternalData(file, tmp_path))
+        InsertQdq({LAYER: format_named(name)}, {LAYER: encoded}, DataType.BFLOAT16)(model)
         return model, find_linears(model, [LAYER])[LAYER]
 
     return insert
@@ -91,11 +91,20 @@ def test_rule_5_another_plain_type_is_cast_to_and_back(inserted):
     assert weight_of(linear).dtype == DataType.FLOAT16
 
 
-def test_rule_8_integers_per_token_are_arithmetic_in_float32(inserted):
-    model, linear = inserted("w4a4")
+@pytest.mark.parametrize("name", ["w4a4", "w4a8"])
+def test_rule_8_integers_per_token_are_arithmetic_in_float32(inserted, name):
+    model, linear = inserted(name)
     assert upstream(linear.inputs[0])[:5] == ["Cast", "Mul", "Clip", "Round", "Div"]
     assert linear.inputs[0].producer().inputs[0].dtype == DataType.FLOAT
-    assert scale_inputs(model) == {}
+    ratio = {f"{LAYER}.activation_scale": DataType.FLOAT}
+    assert scale_inputs(model) == (ratio if name == "w4a4" else {})
+
+
+def test_rule_8_groups_are_a_dimension_of_their_own(inserted):
+    _, linear = inserted("w4a4g32")
+    assert upstream(linear.inputs[0])[:6] == ["Cast", "Reshape", "Mul", "Clip", "Round", "Div"]
+    groups = linear.inputs[0].producer().inputs[0].producer().inputs[0].producer()
+    assert upstream(groups.inputs[1])[:3] == ["Sub", "Mul", "Max"]  # its scale has eight significant bits
 
 
 def test_rule_9_a_weight_only_format_leaves_the_activation(inserted):

@@ -26,7 +26,10 @@ from adatsq_trt.quantizers import QuantizedWeight, quantize_nearest, static_acti
 from tests.tiny_flux import make_tiny_flux
 
 Runner = Callable[[str | bytes, Mapping[str, np.ndarray]], np.ndarray]
-FORMATS_OF = {"bfloat16": ("w8a8", "w4a8", "int4wo", "fp8", "bf16"), "float16": ("w8a8", "w4a8", "fp8", "fp16")}
+FORMATS_OF = {
+    "bfloat16": ("w8a8", "w8a16", "w4a8", "int4wo", "fp8", "bf16"),
+    "float16": ("w8a8", "w4a8", "fp8", "fp16"),
+}
 NESTED = ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.proj_out")
 ACTIVATION_SCALE = static_activation_scale(torch.tensor(6.0), FORMATS["fp8"].activation)
 
@@ -81,7 +84,8 @@ def make_weights(layers: Mapping[str, nn.Linear], names: Sequence[str]) -> dict[
         codes = weights["w8a8"][layer].codes.clamp(-120, 119)
         scales = weights["w8a8"][layer].scales
         high = QuantizedWeight(split_planes(codes)[0], (16 * scales).repeat(1, codes.shape[1] // 64))
-        weights["w8a8"][layer] = QuantizedWeight(codes, scales)
+        wide = QuantizedWeight(codes, scales)
+        weights |= {n: {**weights[n], layer: wide} for n in ("w8a8", "w8a16") if n in weights}
         weights |= {n: {**weights[n], layer: high} for n in ("w4a8", "int4wo") if n in weights}
     return weights
 
@@ -266,8 +270,17 @@ def test_a_layer_of_odd_shape_is_refused() -> None:
         require_plugin_shapes({"ff": (32, 40)})
 
 
-def test_two_formats_of_one_plane_must_agree() -> None:
-    codes = torch.zeros(16, 64, dtype=torch.int8)
-    weights = {n: QuantizedWeight(codes + i, torch.ones(16, 1)) for i, n in enumerate(("w4a8", "int4wo"))}
-    with pytest.raises(MismatchError, match="layer 'ff': w4a8 and int4wo have different codes"):
+@pytest.mark.parametrize("names", [("w4a8", "int4wo"), ("w8a8", "w8a16")])
+def test_two_formats_of_one_grid_must_agree(names: tuple[str, str]) -> None:
+    codes, scales = torch.zeros(16, 64, dtype=torch.int8), torch.ones(16, 1)
+    weights = {name: QuantizedWeight(codes + i, scales) for i, name in enumerate(names)}
+    with pytest.raises(MismatchError, match=f"layer 'ff': {names[0]} and {names[1]} have different weights"):
         plugin_operands("ff", weights)
+    rescaled = {name: QuantizedWeight(codes, scales * (1 + i)) for i, name in enumerate(names)}
+    with pytest.raises(MismatchError, match="have different weights"):
+        plugin_operands("ff", rescaled)
+
+
+def test_eight_bit_formats_share_an_operand() -> None:
+    weight = QuantizedWeight(torch.zeros(16, 64, dtype=torch.int8), torch.ones(16, 1))
+    assert list(plugin_operands("ff", {"w8a16": weight, "w8a8": weight})) == ["w8", "w8_scale"]

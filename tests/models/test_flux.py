@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from adatsq_trt.models.adapter import Conditioning, guide
+from adatsq_trt.models.adapter import Conditioning
 from adatsq_trt.models.flux import FluxAdapter, pack
 from examples.zoo.scenes.train_flux import make_adapter
 
@@ -85,11 +85,6 @@ def test_guidance_extrapolates_from_the_unguided_branch(untrained_flux: FluxAdap
         velocity = untrained_flux.velocity(latent, 0.7, conditioning, guidance)
         torch.testing.assert_close(velocity, expected, rtol=1e-4, atol=1e-5)
     assert (conditional - other).abs().max() > 1e-3
-
-
-def test_models_without_guidance_have_one_branch() -> None:
-    prediction = torch.randn(4, 2)
-    assert guide(prediction, Conditioning({"x": prediction}, None), 5.0) is prediction
 
 
 def test_conditioning_can_be_cut(untrained_flux: FluxAdapter) -> None:

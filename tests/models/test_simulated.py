@@ -5,14 +5,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adatsq_trt.formats import FORMATS
+from adatsq_trt.formats import FORMATS, format_named
 from adatsq_trt.models.flux import FluxAdapter
 from adatsq_trt.models.format_store import CandidateWeights
 from adatsq_trt.models.simulated import SharedRounding, SimulatedLinear, SimulatedModel
 from adatsq_trt.quantizers import dequantize_weight, fake_quantize_activation, quantize_nearest
 
 STEPS = 2
-NAMES = ("w4a4", "w8a8", "w8a8s", "fp8", "nvfp4", "bf16", "fp32")
+NAMES = ("w4a4", "w3a4g32", "w8a8", "w8a8s", "fp8", "nvfp4", "bf16", "fp32")
 LAYER = "single_transformer_blocks.1.proj_mlp"
 
 
@@ -20,12 +20,12 @@ LAYER = "single_transformer_blocks.1.proj_mlp"
 def store(untrained_flux: FluxAdapter) -> CandidateWeights:
     layers = untrained_flux.quantizable_layers()
     weights = {
-        name: {layer: quantize_nearest(linear.weight.detach(), FORMATS[name]) for layer, linear in layers.items()}
+        name: {layer: quantize_nearest(linear.weight.detach(), format_named(name)) for layer, linear in layers.items()}
         for name in NAMES
     }
     # Different at every step and layer, so that a wrong row or column shows.
     steps = torch.arange(STEPS * len(layers), dtype=torch.float32).reshape(STEPS, -1)
-    scales = {n: (0.01 + 0.001 * steps).bfloat16().float() for n in NAMES if FORMATS[n].static_activation}
+    scales = {n: (0.01 + 0.001 * steps).bfloat16().float() for n in NAMES if format_named(n).scaled_activation}
     return CandidateWeights(weights, scales)
 
 
@@ -45,14 +45,14 @@ def inputs(adapter: FluxAdapter) -> dict[str, Tensor]:
 def test_a_layer_multiplies_rounded_inputs_with_rounded_weights(
     model: SimulatedModel, store: CandidateWeights, name: str, step: int
 ) -> None:
-    fmt, index = FORMATS[name], model.layers.index(LAYER)
+    fmt, index = format_named(name), model.layers.index(LAYER)
     x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(1))
     with model.installed():
         model.assign(dict.fromkeys(model.layers, fmt), step)
         linear = model.adapter.transformer.get_submodule(LAYER)
         assert isinstance(linear, SimulatedLinear)
         got = linear(x)
-    scale = store.scales[name][step, index] if fmt.static_activation else None
+    scale = store.scales[name][step, index] if fmt.scaled_activation else None
     weight = dequantize_weight(store.weights[name][LAYER], fmt)
     expected = functional.linear(fake_quantize_activation(x, fmt.activation, scale), weight, linear.original.bias)
     assert torch.equal(got, expected)
@@ -63,14 +63,14 @@ def test_a_layer_multiplies_rounded_inputs_with_rounded_weights(
 def test_the_whole_model_is_the_one_with_hand_made_hooks(model: SimulatedModel, store: CandidateWeights) -> None:
     adapter, step = model.adapter, 1
     assert isinstance(adapter, FluxAdapter)
-    formats = {layer: FORMATS[NAMES[i % len(NAMES)]] for i, layer in enumerate(model.layers)}
+    formats = {layer: format_named(NAMES[i % len(NAMES)]) for i, layer in enumerate(model.layers)}
     with model.installed():
         model.assign(formats, step)
         got = adapter.predict(inputs(adapter))
 
     def hook(index: int, layer: str):  # type: ignore[no-untyped-def]
         fmt = formats[layer]
-        scale = store.scales[fmt.name][step, index] if fmt.static_activation else None
+        scale = store.scales[fmt.name][step, index] if fmt.scaled_activation else None
 
         def replace(module: nn.Module, arguments: tuple[Tensor], _output: Tensor) -> Tensor:
             weight = dequantize_weight(store.weights[fmt.name][layer], fmt)

@@ -20,6 +20,7 @@ GEMMS = {
     "gemm_w4a8": (("x", "x_scale", "w", "w_scale"), (64, 128), "even_odd"),
     "gemm_w8a8_nested": (("x", "x_scale", "w_high", "w_low", "w_scale"), (0,), "even_odd"),
     "gemm_w8a16": (("x", "w", "w_scale"), (0,), "natural"),
+    "gemm_w8a16_nested": (("x", "w_high", "w_low", "w_scale"), (0,), "natural"),
     "gemm_w4a16": (("x", "w", "w_scale"), (64, 128), "natural"),
     "gemm_16": (("x", "w"), (0,), "natural"),
     "gemm_fp8": (("x", "x_scale", "w", "w_scale"), (0,), "natural"),

@@ -30,7 +30,7 @@ def test_every_stage_comes_after_what_it_reads() -> None:
     [
         ("embed", ("embed",)),
         ("quantize", ("embed", "calibrate", "quantize")),
-        ("bundle", ("embed", "calibrate", "quantize", "search", "export", "bundle")),
+        ("bundle", ("embed", "calibrate", "quantize", "search", "refine", "export", "bundle")),
     ],
 )
 def test_a_stage_needs_all_that_those_before_it_read(last: str, names: tuple[str, ...]) -> None:

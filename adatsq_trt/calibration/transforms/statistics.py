@@ -68,7 +68,7 @@ def measure_groups(samples: Samples, latents: Tensor) -> list[LayerGroup]:
     for step in range(samples.schedule.steps):
         with captured(linears) as capture:
             samples.step(latents[step], step)
-        for names in _sharing(linears, capture.inputs):
+        for names in sharing_layers(linears, capture.inputs):
             members.setdefault(names, []).append(capture.inputs[names[0]].flatten(0, -2).abs().amax(dim=0))
     return [
         LayerGroup(_Weights({name: linears[name] for name in names}), torch.stack(largest))
@@ -94,8 +94,13 @@ def largest_inputs(samples: Samples, latents: Tensor, transforms: Mapping[str, L
     return torch.stack(rows)
 
 
-def _sharing(linears: Mapping[str, nn.Linear], inputs: Mapping[str, Tensor]) -> Iterable[tuple[str, ...]]:
-    """The layers by the memory that their input lies in."""
+def sharing_layers(linears: Iterable[str], inputs: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
+    """The layers by the memory that their input lies in.
+
+    Args:
+        linears: module paths.
+        inputs: of theirs in one call of the model.
+    """
     groups: dict[tuple[int, torch.Size], list[str]] = {}
     for name in linears:
         groups.setdefault((inputs[name].data_ptr(), inputs[name].shape), []).append(name)

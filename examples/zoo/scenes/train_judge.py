@@ -22,7 +22,7 @@ from torch.nn import functional
 from adatsq_trt.files import write_bytes, write_tensors
 from adatsq_trt.zoo.scenes.judge import NOTHING, Judge, column_scores
 from adatsq_trt.zoo.scenes.prompts import COLOURS, evaluation_prompts
-from adatsq_trt.zoo.scenes.world import RGB, Digits, Painter, draw_scene, load_split
+from examples.zoo.scenes.painting import RGB, Digits, Painter, draw_scene, load_split
 
 LOGGER = logging.getLogger(__name__)
 ITERATIONS, BATCH, RATE = 1500, 128, 2e-3

@@ -17,11 +17,12 @@ from torch.nn import functional
 from adatsq_trt.image import ImageShape
 from adatsq_trt.models.prompts import TextEncoder
 from adatsq_trt.models.wan import WanAdapter
-from adatsq_trt.zoo.scenes.clips import CLIP_WORDS, FRAMES, LONGEST_CLIP, clip_prompts, paint_clip
+from adatsq_trt.zoo.scenes.clips import CLIP_WORDS, FRAMES, LONGEST_CLIP, clip_prompts
 from adatsq_trt.zoo.scenes.judge import load_judge
 from adatsq_trt.zoo.scenes.video_scores import clip_scores, mean_scores
-from adatsq_trt.zoo.scenes.world import IMAGE_SIZE, load_split
+from adatsq_trt.zoo.scenes.world import IMAGE_SIZE
 from examples.zoo.sampling import sample
+from examples.zoo.scenes.painting import load_split, paint_clip
 from examples.zoo.scenes.training import Arguments, SceneSet, Trainer, finish, noisy_batch, parse_arguments
 
 NAME, STEPS, GUIDANCE, SHIFT = "scenes-wan", 25, 3.0, 3.0

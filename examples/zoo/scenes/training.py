@@ -20,7 +20,7 @@ from adatsq_trt.models.flux import pack
 from adatsq_trt.models.prompted import PromptedAdapter
 from adatsq_trt.models.prompts import TextEncoder
 from adatsq_trt.zoo import TextEncoderConfig
-from adatsq_trt.zoo.scenes.world import Painter, draw_prompt, draw_scene, load_split
+from examples.zoo.scenes.painting import Painter, draw_prompt, draw_scene, load_split
 
 AdapterT = TypeVar("AdapterT", bound=PromptedAdapter)
 LOGGER = logging.getLogger(__name__)

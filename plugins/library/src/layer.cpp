@@ -88,7 +88,9 @@ Operands Layer::operands(Format format) const {
         if (nested) return {kTokens, "gemm_w8a8_nested", Role::kW4, Role::kLo, Role::kW8Scale, {}, false};
         return {kTokens, "gemm_w8a8", Role::kW8, {}, Role::kW8Scale, {}, false};
     case Format::kW4A8: return {kTokens, "gemm_w4a8", Role::kW4, {}, Role::kW4Scale, {}, true};
-    case Format::kW8A16: return {nullptr, "gemm_w8a16", Role::kW8, {}, Role::kW8Scale, {}, false};
+    case Format::kW8A16:
+        if (nested) return {nullptr, "gemm_w8a16_nested", Role::kW4, Role::kLo, Role::kW8Scale, {}, false};
+        return {nullptr, "gemm_w8a16", Role::kW8, {}, Role::kW8Scale, {}, false};
     case Format::kInt4WeightOnly: return {nullptr, "gemm_w4a16", Role::kW4, {}, Role::kW4Scale, {}, true};
     case Format::kFp8: return {"quantize_fp8", "gemm_fp8", Role::kWFp8, {}, Role::kWFp8Scale, Role::kXFp8Scale, false};
     case Format::kFp16:

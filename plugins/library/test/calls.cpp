@@ -139,13 +139,14 @@ std::unique_ptr<IPluginV3> checkSerialization(const Session& session, IPluginV3&
 std::string expectedLaunches(const Node& node, const std::string& format, std::int64_t m, int blockM,
                              std::uintptr_t stream) {
     const bool has16 = format == "fp16" || format == "bf16";
-    const bool nested = format == "w8a8" && node.inputs.find(",lo") != std::string::npos;
+    const bool eight = format == "w8a8" || format == "w8a16";
+    const bool nested = eight && node.inputs.find(",lo") != std::string::npos;
     const bool tokens = format == "w8a8" || format == "w4a8";
     const bool grouped = format == "w4a8" || format == "int4wo";
-    const bool evenOdd = nested || format == "w4a8";
+    const bool evenOdd = (nested && tokens) || format == "w4a8";
     const std::string gemm = has16                ? "gemm_16"
                              : format == "int4wo" ? "gemm_w4a16"
-                             : nested             ? "gemm_w8a8_nested"
+                             : nested             ? "gemm_" + format + "_nested"
                                                   : "gemm_" + format;
     const std::string weights = has16 ? "w16" : format == "fp8" ? "w_fp8" : grouped || nested ? "w4" : "w8";
     const std::string scales = format == "fp8" ? "w_fp8_scale" : grouped ? "w4_scale" : "w8_scale";

@@ -56,7 +56,7 @@ struct Node {
     Fields fields() const { return Fields::ofNode(profiles, inputs, groupSize); }
 };
 
-/// The layers that all parts of the harness run: nested, two copies, weight-only, 16 bits, fp8.
+/// The layers that all parts of the harness run: nested, two copies, weight-only, weight-only nested, 16 bits, fp8.
 const std::vector<Node>& nodes();
 
 nvinfer1::IPluginV3OneBuild& build(nvinfer1::IPluginV3& plugin);

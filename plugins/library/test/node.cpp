@@ -99,6 +99,7 @@ const std::vector<Node>& nodes() {
         {"w8a8,w4a8,w4a8", "x,selector,bias,smoothing,w4,w4_scale,lo,w8_scale"},
         {"w8a8,w4a8", "x,selector,w8,w8_scale,w4,w4_scale", 128, 192, 256, DataType::kBF16},
         {"w8a16,int4wo", "x,selector,w8,w8_scale,w4,w4_scale,bias"},
+        {"w8a16,w4a8,w8a8,int4wo", "x,selector,bias,w4,w4_scale,lo,w8_scale"},
         {"fp16,w8a8", "selector,bias,x,w16,w8,w8_scale"},
         {"bf16,fp8", "x,selector,bias,w16,w_fp8,w_fp8_scale,x_fp8_scale", 64, 192, 128, DataType::kBF16},
     };

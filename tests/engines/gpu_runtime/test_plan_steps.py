@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 import torch
 
-from adatsq_trt.engines.backends import plan_controls, plan_steps
+from adatsq_trt.engines.backends import device_steps, plan_controls
 from adatsq_trt.engines.backends.execution_context import EngineContext
 from adatsq_trt.engines.bundle import Layout
 from adatsq_trt.engines.runtime import Bundle, StepResult
@@ -198,18 +198,22 @@ def weights_of_another(patch: pytest.MonkeyPatch) -> None:
 
 
 def stale_latents(patch: pytest.MonkeyPatch) -> None:
-    advance = plan_steps.PlanGeneration.advance
-    patch.setattr(plan_steps.PlanGeneration, "advance", lambda self, step: advance(self, 0))
+    predict = device_steps.DeviceGeneration.predict
+    patch.setattr(
+        device_steps.DeviceGeneration,
+        "predict",
+        lambda self, latents, step: predict(self, self.request.latents, step),
+    )
 
 
 def buffers_that_are_gone(patch: pytest.MonkeyPatch) -> None:
-    original = plan_steps._RowBuffers.__init__
+    original = device_steps.RowBuffers.__init__
 
-    def forget(self: plan_steps._RowBuffers, *args: Any) -> None:
+    def forget(self: device_steps.RowBuffers, *args: Any) -> None:
         original(self, *args)
         self.rows = {name: _Gone(tensor) for name, tensor in self.rows.items()}  # type: ignore[misc]
 
-    patch.setattr(plan_steps._RowBuffers, "__init__", forget)
+    patch.setattr(device_steps.RowBuffers, "__init__", forget)
 
 
 class _Gone:

@@ -19,7 +19,7 @@ def bundle(tiny_bundle: BundleFiles) -> Bundle:
 
 def start(bundle: Bundle, seeds: list[int], quantized: bool = True, guidance: float = 2.0) -> Generation:
     prompts = [seed % 3 for seed in seeds]
-    return Generation(bundle.noise(seeds), bundle.conditioning(prompts), guidance, quantized)
+    return Generation(bundle.schedule.begin(bundle.noise(seeds)), bundle.conditioning(prompts), guidance, quantized)
 
 
 def test_steps_are_interchangeable_when_assignment_and_scales_are_equal(bundle: Bundle) -> None:
@@ -73,7 +73,7 @@ def test_results_are_those_of_a_loop_alone(bundle: Bundle) -> None:
 def test_full_precision_joins_at_any_step(bundle: Bundle) -> None:
     batcher = StepBatcher(bundle, max_samples=8)
     first, second, quantized = start(bundle, [1], False), start(bundle, [2], False), start(bundle, [3])
-    first.step = 2
+    first.loop.step = 2
     assert batcher.choose([first, second, quantized]) == [second, first]
 
 

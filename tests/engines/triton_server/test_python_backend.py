@@ -52,7 +52,8 @@ def test_models_open_the_bundle_that_was_deployed(
     bundle, parameters = open_bundle(arguments(repository, model))
     assert bundle.files.folder.resolve() == repository / "tiny" / "1" / "bundle"
     assert bundle.manifest == tiny_bundle.manifest
-    assert parameters["backend"] == "onnxruntime"
+    assert parameters["backend"] == "auto"
+    assert bundle.choice.name == "onnxruntime"
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_models_open_the_bundle_that_was_deployed(
     [
         ("bundle", None, "config.pbtxt of model 'tiny' has no parameter 'bundle'"),
         ("manifest_sha256", None, "has no parameter 'manifest_sha256'"),
-        ("backend", "cuda", "has backend 'cuda', which there is not"),
+        ("backend", "tpu", "has backend 'tpu', which there is not"),
         ("manifest_sha256", "0" * 64, f"config.pbtxt expects {'0' * 64}"),
         ("bundle", "../..", "does not exist"),
     ],

@@ -28,7 +28,7 @@ def inner(name: str, group: int) -> st.SearchStrategy[int]:
     """Any K that the kernel takes."""
     if group:
         return st.integers(1, 3).map(lambda groups: groups * group)
-    return st.integers(1, 4).map(lambda k: 32 * k) if name == "gemm_w8a8_nested" else st.integers(1, 100)
+    return st.integers(1, 4).map(lambda k: 32 * k) if name.endswith("_nested") else st.integers(1, 100)
 
 
 @st.composite
@@ -70,14 +70,14 @@ def with_one_wrong(packed: Tensor) -> Tensor:
     return codes
 
 
-@pytest.mark.parametrize("name", ["gemm_w8a8_nested", "gemm_w4a8", "gemm_w4a16"])
+@pytest.mark.parametrize("name", ["gemm_w8a8_nested", "gemm_w8a16_nested", "gemm_w4a8", "gemm_w4a16"])
 def test_one_wrong_nibble_is_seen(name: str) -> None:
-    group = 64 if name != "gemm_w8a8_nested" else 0
+    group = 0 if name.endswith("_nested") else 64
     problem = Problem(20, 20, 128, torch.float16)
     case = GEMMS[name](problem, group)
     y = case.launch(Tile(16, 16, 64, 2, 4, 2))
     with pytest.MonkeyPatch.context() as patch:
-        for module in (gemm_int4, gemm_int8):
+        for module in (gemm_float, gemm_int4, gemm_int8):
             patch.setattr(module, "unpack_nibbles", with_one_wrong)
         assert error_of_bound(y, case, case.reference()) > 10
 
@@ -117,6 +117,19 @@ def test_nested_planes_are_one_int8_weight() -> None:
     cases.gemm(gemm_int8.gemm_w8a8, (q, x_scale, 16 * high + low, w_scale), None, y[0], 64, SMALL)
     nested = (quantize.even_odd(q), x_scale, *planes, w_scale)
     cases.gemm(gemm_int8.gemm_w8a8_nested, nested, None, y[1], 64, SMALL)
+    assert torch.equal(y[0], y[1])
+
+
+def test_nested_planes_are_one_int8_weight_beside_16_bit_activations() -> None:
+    """Powers of two as activations: every sum is exact in any order."""
+    generator = torch.Generator().manual_seed(0)
+    high = torch.randint(-7, 8, (24, 64), generator=generator, dtype=torch.int8)
+    low = torch.randint(-8, 8, (24, 64), generator=generator, dtype=torch.int8)
+    x = torch.randint(-2, 3, (5, 64), generator=generator).half() / 4
+    w_scale, y = torch.rand(24, generator=generator), torch.empty(2, 5, 24, dtype=torch.float16)
+    planes = [pack_nibbles(plane).view(torch.int8).reshape(24, -1) for plane in (high, low)]
+    cases.gemm(gemm_float.gemm_w8a16, (x, 16 * high + low, w_scale), None, y[0], 64, SMALL)
+    cases.gemm(gemm_float.gemm_w8a16_nested, (x, *planes, w_scale), None, y[1], 64, SMALL)
     assert torch.equal(y[0], y[1])
 
 

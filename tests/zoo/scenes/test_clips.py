@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from adatsq_trt.zoo.scenes.clips import CLIP_WORDS, FRAMES, LONGEST_CLIP, ClipPrompt, clip_prompts, paint_clip
+from adatsq_trt.zoo.scenes.clips import CLIP_WORDS, FRAMES, LONGEST_CLIP, ClipPrompt, clip_prompts
 from adatsq_trt.zoo.scenes.judge import Judge, load_judge
 from adatsq_trt.zoo.scenes.prompts import Thing
 from adatsq_trt.zoo.scenes.video_scores import VIDEO_SCORES, clip_scores, mean_scores, track
-from adatsq_trt.zoo.scenes.world import load_split
+from examples.zoo.scenes.painting import load_split, paint_clip
 
 PROMPTS = clip_prompts()
 

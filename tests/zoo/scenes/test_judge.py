@@ -10,8 +10,8 @@ import torch
 from adatsq_trt.errors import DamagedFileError, MissingFileError
 from adatsq_trt.zoo.scenes.judge import WEIGHTS, Judge, column_scores, cut_cells, load_judge
 from adatsq_trt.zoo.scenes.prompts import COLUMNS, Prompt, evaluation_prompts
-from adatsq_trt.zoo.scenes.world import Painter, draw_scene, load_split
 from examples.zoo.scenes import train_judge
+from examples.zoo.scenes.painting import Painter, draw_scene, load_split
 
 SAMPLES = 600
 

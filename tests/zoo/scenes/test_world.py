@@ -6,18 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adatsq_trt.zoo.scenes.prompts import COLOURS, Prompt, Thing
-from adatsq_trt.zoo.scenes.world import (
-    CELL_SIZE,
-    DIGIT_ROWS,
-    RGB,
-    SPLITS,
-    Painter,
-    Scene,
-    draw_prompt,
-    draw_scene,
-    load_split,
-    satisfies,
-)
+from adatsq_trt.zoo.scenes.world import CELL_SIZE, DIGIT_ROWS, Scene, satisfies
+from examples.zoo.scenes.painting import RGB, SPLITS, Painter, draw_prompt, draw_scene, load_split
 
 RED3, BLUE3, BLUE7 = Thing(3, "red"), Thing(3, "blue"), Thing(7, "blue")
 LEFT = Prompt(Thing(3), 1, Thing(7), "left of")

@@ -1,8 +1,10 @@
-"""The pipelines that can be loaded: their parts, their text encoding, and what they draw unless told otherwise."""
+"""A family of models: one of diffusers' pipelines with the adapter of its transformer, all that is known of it.
+
+A family is a file of this folder and a line in `families`.
+"""
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,15 +16,13 @@ import torch
 from pydantic import JsonValue, RootModel
 from torch import Tensor, nn
 
-from adatsq_trt.checkpoints.schedulers import make_scheduler
 from adatsq_trt.errors import DamagedFileError, DependencyError, MismatchError
 from adatsq_trt.files import read_json_model
 from adatsq_trt.image import ImageShape
+from adatsq_trt.models.prompted import PromptedAdapter
 from adatsq_trt.models.stored import EmptyOnMeta
-from adatsq_trt.schedule import EULER, UNIPC
-from adatsq_trt.zoo.loading import SCHEDULER_CONFIG
+from adatsq_trt.schedule import EULER
 
-log = logging.getLogger(__name__)
 AGAIN = "save the pipeline again with diffusers' save_pretrained, or download it again"
 
 
@@ -58,12 +58,12 @@ class VaeScale:
     frames: int | None = None
 
 
-class PipelineKind(ABC):
-    """One of diffusers' pipelines.
+class Family(ABC):
+    """A pipeline of diffusers, or one that is built like those, and its transformer.
 
     Attributes:
-        pipeline: its class name.
-        transformer: class name of its transformer.
+        adapter: of its transformer.
+        pipeline: class name.
         encoders: folders of its text encoders and tokenizers.
         text_tokens: most tokens of a prompt.
         text_library: that the pipeline cleans prompts with where it is installed.
@@ -75,12 +75,14 @@ class PipelineKind(ABC):
         scheduler_options: of the scheduler that the loop looks at itself → the value that is followed.
         transformer_options: of the transformer's configuration → the value that is supported.
         pipeline_options: of the pipeline → the value that is supported.
+        instead: what to choose where a pipeline is refused.
+        unused_weights: what single files hold beside the transformer's own weights.
         vae_channels: the VAE's setting that says how many channels its latents have.
         canvas: what is drawn when nothing else is asked for; Flux's and Z-Image's own VAEs have 8 pixels to a cell.
     """
 
+    adapter: type[PromptedAdapter]
     pipeline: str
-    transformer: str
     encoders: tuple[str, ...] = ("text_encoder", "tokenizer")
     text_tokens: int = 512
     text_library: str | None = None
@@ -92,6 +94,8 @@ class PipelineKind(ABC):
     scheduler_options: ClassVar[Mapping[str, JsonValue]] = {}
     transformer_options: ClassVar[Mapping[str, JsonValue]] = {}
     pipeline_options: ClassVar[Mapping[str, JsonValue]] = {}
+    instead: str = "choose another checkpoint"
+    unused_weights: tuple[str, ...] = ()
     vae_channels: str = "latent_channels"
     canvas: Canvas = Canvas(1024, 1024)
 
@@ -103,39 +107,50 @@ class PipelineKind(ABC):
     def encode(self, pipe: Any, prompt: str) -> tuple[Tensor, Tensor]:
         """Encode one prompt with a pipeline without transformer: tokens [tokens, width], pooled [width] or [0]."""
 
-    @abstractmethod
-    def widths(self, config: Mapping[str, Any]) -> tuple[int, int]:
-        """Width of a text token and of the pooled projection, from the transformer's configuration."""
+    def lora_key(self, layer: str, part: str) -> str:
+        """A matrix of a LoRA in the authors' names, as diffusers' converter for this architecture reads it.
 
-    def load_class(self, name: str) -> Any:
-        """A class of diffusers."""
+        Args:
+            layer: "diffusion_model." and its name with dots, or one word, as kohya's trainers write it.
+            part: "up" or "down".
+        """
+        return f"{layer}.lora_{part}.weight"
+
+    def lora_layer(self, name: str) -> str:
+        """A layer that trainers write in one word, as `lora_key` takes it."""
+        return name
+
+    def own_name(self, weight: str) -> str:
+        """A weight in the authors' names, as the transformer calls it."""
+        return weight
+
+    @property
+    def transformer(self) -> str:
+        """Class name of the transformer."""
+        return self.adapter.model_class.__name__
+
+    def widths(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        """Width of a text token and of the pooled projection (0: none), from the transformer's configuration."""
+        pooled = self.adapter.pooled_width
+        return config[self.adapter.text_width], 0 if pooled is None else config[pooled]
+
+    def load_pipeline_class(self) -> Any:
+        """The pipeline's class."""
         import diffusers
 
-        return getattr(diffusers, name)
+        return getattr(diffusers, self.pipeline)
 
     def make_outline(self, config: Mapping[str, JsonValue]) -> nn.Module:
         """The transformer without weights, on the meta device."""
         with torch.device("meta"):
-            module: nn.Module = self.load_class(self.transformer).from_config(dict(config))
+            module: nn.Module = self.adapter.model_class.from_config(dict(config))
         return module
 
     def make_empty(self, config: Mapping[str, JsonValue]) -> nn.Module:
         """The transformer with its buffers but without weights: large parameters are on the meta device."""
         with EmptyOnMeta():
-            module: nn.Module = self.load_class(self.transformer).from_config(dict(config))
+            module: nn.Module = self.adapter.model_class.from_config(dict(config))
         return module
-
-    def make_scheduler(self, folder: Path) -> Any:
-        """The scheduler whose sigmas the loop takes, with Euler's method.
-
-        Raises:
-            MismatchError: the pipeline has another one, or one with an option that is not followed.
-            MissingFileError: it has none.
-            DamagedFileError: diffusers cannot make it.
-        """
-        file = folder / SCHEDULER_CONFIG
-        config = read_json_model(file, JsonObject, AGAIN).root
-        return make_scheduler(file, config, self.schedulers, self.scheduler_options)
 
     def require_libraries(self) -> None:
         """Refuse to encode prompts without a library that changes what comes out.
@@ -199,105 +214,3 @@ class PipelineKind(ABC):
         rows, columns = canvas.height // (side * scale.pixels), canvas.width // (side * scale.pixels)
         frames = None if canvas.frames is None else (canvas.frames - 1) // (scale.frames or 1) + 1
         return ImageShape(rows, transformer.config.in_channels // side**2, side, columns, frames, vae=True)
-
-
-class FluxKind(PipelineKind):
-    """FluxPipeline: guidance is an input of the transformer (dev), or there is none (schnell)."""
-
-    pipeline, transformer = "FluxPipeline", "FluxTransformer2DModel"
-    encoders = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-    packed, guided = True, False
-    scheduler_options: ClassVar[Mapping[str, JsonValue]] = {
-        "use_flow_sigmas": False
-    }  # a scheduler that was UniPC is asked for its own sigmas
-    transformer_options: ClassVar[Mapping[str, JsonValue]] = {"patch_size": 1}
-
-    def defaults(self, config: Mapping[str, JsonValue]) -> tuple[int, float]:
-        """Of Flux dev and of Flux schnell."""
-        return (28, 3.5) if config.get("guidance_embeds") else (4, 0.0)
-
-    def encode(self, pipe: Any, prompt: str) -> tuple[Tensor, Tensor]:
-        """T5's tokens and CLIP's pooled projection."""
-        tokens, pooled, _ = pipe.encode_prompt(prompt, None, device="cpu", max_sequence_length=self.text_tokens)
-        return tokens[0], pooled[0]
-
-    def widths(self, config: Mapping[str, Any]) -> tuple[int, int]:
-        """Of T5 and of CLIP."""
-        return config["joint_attention_dim"], config["pooled_projection_dim"]
-
-
-class ZImageKind(PipelineKind):
-    """ZImagePipeline. Its own scale of guidance is one less than ours: it adds s (v - v0) to v."""
-
-    pipeline, transformer = "ZImagePipeline", "ZImageTransformer2DModel"
-    token_multiple = 32
-    transformer_options: ClassVar[Mapping[str, JsonValue]] = {
-        "all_patch_size": [2],
-        "all_f_patch_size": [1],
-        "siglip_feat_dim": None,
-    }
-
-    def defaults(self, config: Mapping[str, JsonValue]) -> tuple[int, float]:
-        """Of Z-Image; Z-Image-Turbo, which has the same configuration, wants 9 steps and a scale of 1."""
-        return 50, 6.0
-
-    def encode(self, pipe: Any, prompt: str) -> tuple[Tensor, Tensor]:
-        """As many tokens of the language model as the prompt has."""
-        embeddings, _ = pipe.encode_prompt(
-            prompt, device="cpu", do_classifier_free_guidance=False, max_sequence_length=self.text_tokens
-        )
-        return embeddings[0], embeddings[0].new_empty(0)
-
-    def widths(self, config: Mapping[str, Any]) -> tuple[int, int]:
-        """Of the language model."""
-        return config["cap_feat_dim"], 0
-
-
-class WanKind(PipelineKind):
-    """WanPipeline: text to video."""
-
-    pipeline, transformer = "WanPipeline", "WanTransformer3DModel"
-    canvas = Canvas(480, 832, 81)
-    text_library = "ftfy"
-    schedulers = (EULER, UNIPC)
-    transformer_options: ClassVar[Mapping[str, JsonValue]] = {
-        "image_dim": None,
-        "added_kv_proj_dim": None,
-        "pos_embed_seq_len": None,
-    }
-    pipeline_options: ClassVar[Mapping[str, JsonValue]] = {"expand_timesteps": False, "boundary_ratio": None}
-    vae_channels = "z_dim"
-
-    def defaults(self, config: Mapping[str, JsonValue]) -> tuple[int, float]:
-        """Of Wan 2.1."""
-        return 50, 5.0
-
-    def encode(self, pipe: Any, prompt: str) -> tuple[Tensor, Tensor]:
-        """UMT5's tokens, filled up with zeros."""
-        tokens, _ = pipe.encode_prompt(
-            prompt, do_classifier_free_guidance=False, max_sequence_length=self.text_tokens, device="cpu"
-        )
-        return tokens[0], tokens.new_empty(0)
-
-    def widths(self, config: Mapping[str, Any]) -> tuple[int, int]:
-        """Of UMT5."""
-        return config["text_dim"], 0
-
-    def make_scheduler(self, folder: Path) -> Any:
-        """UniPC, which Wan's pipelines are saved with, gives its sigmas; the steps are Euler's."""
-        scheduler = super().make_scheduler(folder)
-        if type(scheduler).__name__ == UNIPC:
-            log.warning("'%s': denoising with Euler's method on the sigmas of UniPC", folder / SCHEDULER_CONFIG)
-        return scheduler
-
-    def vae_scale(self, folder: Path) -> VaeScale:
-        """Of Wan's video VAE."""
-        config = folder / "vae" / "config.json"
-        values = read_json_model(config, JsonObject, AGAIN).root
-        pixels, frames = values.get("scale_factor_spatial", 8), values.get("scale_factor_temporal", 4)
-        if not isinstance(pixels, int) or not isinstance(frames, int):
-            raise DamagedFileError(f"'{config}': scale factors {pixels} and {frames}, expected integers; {AGAIN}")
-        return VaeScale(pixels, frames)
-
-
-KINDS: tuple[PipelineKind, ...] = (FluxKind(), ZImageKind(), WanKind())

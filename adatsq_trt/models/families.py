@@ -1,0 +1,47 @@
+"""The families of models that are known: a file each, and a line here."""
+
+from __future__ import annotations
+
+from adatsq_trt.errors import MismatchError
+from adatsq_trt.models.family import Family
+from adatsq_trt.models.flux import FluxFamily
+from adatsq_trt.models.wan import WanFamily
+from adatsq_trt.models.z_image import ZImageFamily
+
+_FAMILIES: list[Family] = [FluxFamily(), ZImageFamily(), WanFamily()]
+
+
+def register_family(family: Family) -> None:
+    """Make a family known to this process; it takes the place of one with the same pipeline.
+
+    Args:
+        family: its pipeline, and the adapter of its transformer.
+
+    Raises:
+        MismatchError: not a family.
+    """
+    if not isinstance(family, Family):
+        raise MismatchError(
+            f"got {family!r}, expected an object of a class that derives from Family; see docs/adapters.md"
+        )
+    _FAMILIES[:] = [*(known for known in _FAMILIES if known.pipeline != family.pipeline), family]
+
+
+def families() -> tuple[Family, ...]:
+    """All that are known."""
+    return tuple(_FAMILIES)
+
+
+def known_families() -> str:
+    """All that are known, as messages name them: pipelines with their transformers."""
+    return ", ".join(f"{family.pipeline} ({family.transformer})" for family in _FAMILIES)
+
+
+def family_of_pipeline(name: object) -> Family | None:
+    """The family with a pipeline of this class name."""
+    return next((family for family in _FAMILIES if family.pipeline == name), None)
+
+
+def family_of_transformer(name: object) -> Family | None:
+    """The first family with a transformer of this class name."""
+    return next((family for family in _FAMILIES if family.transformer == name), None)

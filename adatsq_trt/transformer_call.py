@@ -1,0 +1,80 @@
+"""How a diffusers pipeline calls its transformer, as data.
+
+The adapter of an architecture says it, a bundle's manifest carries it, and `adatsq_trt.engines.transformer` does what
+it says: so a bundle takes the place of any transformer, also of one that was registered by a user.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, FiniteFloat, JsonValue, NonNegativeInt, model_validator
+
+from adatsq_trt.schedule import TRAIN_TIMESTEPS
+
+RETURN_DICT = "return_dict"
+
+
+class TransformerCall(BaseModel):
+    """The arguments of a transformer's `forward`, and what the graph takes and gives in their place.
+
+    An argument that has no part in this may only have its default.
+
+    Attributes:
+        arguments: name → default, in the order of `forward`; None where there is no default.
+        inputs: graph input → the argument that it is; all inputs but the time.
+        time: the argument that says the time, [rows].
+        time_range: its values for noise and for a finished sample: (1, 0), or (1000, 0) for the scheduler's timesteps.
+        positions: the argument that says where a token of the latents lies, [tokens, 3]: zero, row and column.
+        zeros: arguments that are zero throughout, such as the positions of a text.
+        listed: rows come and go in lists. Rows of a condition that are shorter than the graph's end in zeros there.
+        unit_axis: an axis of a row of the latents that always has one element and that the graph does not have.
+        negated: whether the pipeline expects the opposite of the velocity.
+        settings: what the pipeline reads in the transformer's configuration.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    arguments: dict[str, JsonValue]
+    inputs: dict[str, str]
+    time: str
+    time_range: tuple[FiniteFloat, FiniteFloat] = (1.0, 0.0)
+    positions: str | None = None
+    zeros: tuple[str, ...] = ()
+    listed: bool = False
+    unit_axis: NonNegativeInt | None = None
+    negated: bool = False
+    settings: dict[str, JsonValue] = {}
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """Arguments that every call has."""
+        return (*self.inputs.values(), self.time, *(() if self.positions is None else (self.positions,)))
+
+    @property
+    def followed(self) -> set[str]:
+        """Arguments that have a part in this."""
+        return {*self.required, *self.zeros, RETURN_DICT}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TransformerCall:
+        unknown = self.followed - {*self.arguments, RETURN_DICT}
+        if unknown:
+            raise ValueError(f"'{min(unknown)}' is none of the arguments {', '.join(self.arguments)}")
+        if self.time_range[0] == self.time_range[1]:
+            raise ValueError(f"time_range {self.time_range} has one value for noise and for a finished sample")
+        return self
+
+
+TIMESTEPS = (float(TRAIN_TIMESTEPS), 0.0)  # a `time_range`
+
+
+def forward_arguments(model_class: type) -> dict[str, JsonValue]:
+    """The arguments of a class's `forward` with their defaults, as `TransformerCall.arguments` has them."""
+    forward: Any = model_class.forward  # type: ignore[attr-defined]
+    return {
+        name: parameter.default if isinstance(parameter.default, bool | int | float | str) else None
+        for name, parameter in inspect.signature(forward).parameters.items()
+        if name != "self" and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    }

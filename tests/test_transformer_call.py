@@ -1,0 +1,39 @@
+"""How a pipeline calls its transformer, as data: what is consistent, and what classes of diffusers have."""
+
+import pytest
+from diffusers import FluxTransformer2DModel, ZImageTransformer2DModel
+from pydantic import ValidationError
+
+from adatsq_trt.transformer_call import TIMESTEPS, TransformerCall, forward_arguments
+
+INPUTS = {"hidden_states": "x"}
+
+
+def test_arguments_are_in_order_and_have_their_defaults() -> None:
+    arguments = forward_arguments(ZImageTransformer2DModel)
+    assert list(arguments)[:3] == ["x", "t", "cap_feats"]
+    assert (arguments["return_dict"], arguments["patch_size"], arguments["siglip_feats"]) == (True, 2, None)
+    assert forward_arguments(FluxTransformer2DModel)["controlnet_blocks_repeat"] is False
+
+
+def test_it_is_text() -> None:
+    call = TransformerCall(arguments={"x": None, "t": None}, inputs=INPUTS, time="t", time_range=TIMESTEPS)
+    assert TransformerCall.model_validate_json(call.model_dump_json()) == call
+    assert call.required == ("x", "t")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"time": "timestep"}, "'timestep' is none of the arguments x, t"),
+        ({"positions": "ids"}, "'ids' is none of the arguments"),
+        ({"zeros": ("txt_ids",)}, "'txt_ids' is none of the arguments"),
+        ({"time_range": (1.0, 1.0)}, "one value for noise and for a finished sample"),
+        ({"time_range": (float("nan"), 1.0)}, "finite"),
+        ({"unit_axis": -1}, "greater than or equal to 0"),
+    ],
+)
+def test_what_cannot_be_is_refused(changes: dict[str, object], message: str) -> None:
+    given = {"arguments": {"x": None, "t": None}, "inputs": INPUTS, "time": "t", **changes}
+    with pytest.raises(ValidationError, match=message):
+        TransformerCall.model_validate(given)
