@@ -241,8 +241,8 @@ class _Relaxation:
         for fmt, grid in enumerate(self.constraints.grids):
             chosen = np.full(self.errors.shape[1], fmt)
             if self.constraints.holds(chosen):
-                allowed = np.repeat(self.constraints.grids[:, None] == grid, len(chosen), axis=1)
-                return StoredSets(multipliers, allowed, chosen)
+                which = np.full(self.bytes.shape[1], grid)
+                return StoredSets(multipliers, self.constraints.members(which), chosen)
         return None
 
     def least_multiplier(self, multipliers: Array, unit: int, most: float) -> float:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import combinations
 from typing import Protocol
 
@@ -30,7 +31,7 @@ from adatsq_trt.search.lagrangian import allocate_groups
 from adatsq_trt.search.plan import SHRINKAGES, Rows
 from adatsq_trt.search.sensitivity import Sensitivity
 
-_ROUNDS = 4
+_ROUNDS, _SKETCH = 4, 64
 Labels = NDArray[np.int64]
 
 
@@ -158,6 +159,19 @@ class ErrorModel:
         items = _items(self.contributions, self.errors, self.bits, np.arange(self.errors.shape[1]))
         return replace(self, allowance=allowance, prices=allowance.prices(items, self.shrinkage))
 
+    @cached_property
+    def sketch(self) -> Array:
+        """The contributions with fewer rows, whose squares sum to about the same: [formats, steps, layers, sketch].
+
+        A random projection (Johnson and Lindenstrauss): joining looks at hundreds of unions, and is only a start.
+        """
+        rows = self.contributions.shape[-1]
+        if rows <= _SKETCH:
+            return self.contributions
+        projection = np.random.default_rng(0).standard_normal((rows, _SKETCH)) / np.sqrt(_SKETCH)
+        projected: Array = self.contributions @ projection
+        return projected
+
     def error(self, chosen: Labels) -> float:
         """Predicted latent MSE of a policy, [steps, layers] format indices."""
         picked, alone = self.picked(chosen)
@@ -280,17 +294,24 @@ class _Group:
 
 
 def _join(model: ErrorModel, chosen: Labels, limit: int) -> Labels:
-    """Group the steps: rules 1 and 2."""
-    groups = []
+    """Group the steps: rules 1 and 2, on a sketch of the rows."""
+    groups, sketch = [], model.sketch
     for row in dict.fromkeys(map(tuple, chosen.tolist())):
         steps = np.flatnonzero((chosen == row).all(axis=1))
-        sums = model.contributions[:, steps].sum(axis=1), model.errors[:, steps].sum(axis=1)
+        sums = sketch[:, steps].sum(axis=1), model.errors[:, steps].sum(axis=1)
         groups.append(_Group(tuple(steps.tolist()), np.asarray(row), *sums))
+    unions: list[tuple[float, Labels, tuple[_Group, _Group]]] = []
+    fresh = list(combinations(groups, 2))
     while len(groups) > limit:
+        # What a union costs changes little when two other groups are joined, so it is computed once.
         by_layer = np.sum([group.chosen for group in groups], axis=0)
-        unions = [(*_union(model, by_layer, pair), pair) for pair in combinations(groups, 2)]
+        unions += [(*_union(model, by_layer, pair), pair) for pair in fresh]
         _, shared, (one, other) = min(unions, key=lambda union: union[0])
-        groups = [g for g in groups if g is not one and g is not other] + [one.joined(other, shared)]
+        joined = one.joined(other, shared)
+        groups = [group for group in groups if group is not one and group is not other]
+        unions = [u for u in unions if not any(group is one or group is other for group in u[2])]
+        fresh = [(group, joined) for group in groups]
+        groups.append(joined)
     result = np.empty(len(chosen), dtype=np.int64)
     for label, group in enumerate(groups):
         result[list(group.steps)] = label

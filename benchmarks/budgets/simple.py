@@ -31,7 +31,7 @@ from benchmarks.document import replace_marked
 
 RUNS, RESULTS = Path("runs/bench-simple"), Path(__file__).with_name("simple.json")
 SCRIPT = Path(sys.executable).with_name("adatsq-trt")
-EFFORT = ("--calibration-samples", "16", "--selection-samples", "64", "--held-out-samples", "128")
+EFFORT = ("--steps", "8", "--calibration-samples", "8", "--selection-samples", "32", "--held-out-samples", "64")
 EFFORT = (*EFFORT, "--beam", "2", "--candidates", "2")
 TARGETS = ("sm120", "sm89", "sm80", "plugin", "cpu")
 CASES = (*(f"digits-flux:{target}" for target in TARGETS), "scenes-flux-schnell:sm120", "scenes-z-image:sm120")
