@@ -164,7 +164,7 @@ def test_a_node_is_what_the_library_reads(in_bfloat16: Exported) -> None:
     assert got["plugin_namespace"] == b"adatsq"
     assert got["plugin_version"] == b"1"
     assert got["group_size"] == 64
-    assert got["profiles"].decode().split(",")[:5] == list(FORMATS_OF["bfloat16"])
+    assert got["profiles"].decode().split(",")[:6] == list(FORMATS_OF["bfloat16"])
     assert got["inputs"] == b"x,selector,bias,w4,w4_scale,lo,w8_scale,w_fp8,w_fp8_scale,w16,x_fp8_scale"
 
 
