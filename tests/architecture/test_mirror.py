@@ -25,7 +25,6 @@ ELSEWHERE: Mapping[str, Mapping[str, str]] = {
         "adatsq_trt/report/charts.py": "tests/report/test_page.py",
         "adatsq_trt/report/maps.py": "tests/report/test_page.py",
         "adatsq_trt/report/theme.py": "tests/report/test_page.py",
-        "adatsq_trt/search/budgets.py": "tests/search/test_lagrangian.py",
         "adatsq_trt/search/denoising.py": "tests/search/test_resume.py",
         "adatsq_trt/zoo/scenes/video_scores.py": "tests/zoo/scenes/test_clips.py",
         "engines/accuracy/blocks.py": "tests/engines/accuracy/test_block_cut.py",
@@ -74,6 +73,7 @@ ELSEWHERE: Mapping[str, Mapping[str, str]] = {
     "data, interfaces and tables of names, tested by those who hold them": {
         "adatsq_trt/checkpoints/objects.py": "tests/test_api.py",
         "adatsq_trt/config.py": "tests/cli/test_help.py",
+        "adatsq_trt/costs.py": "tests/search/test_dominance.py",
         "adatsq_trt/evaluation/methods.py": "tests/stages/test_evaluate.py",
         "adatsq_trt/graph_index.py": "tests/export/test_graphs.py",
         "adatsq_trt/models/adapter.py": "tests/test_adapter_guide.py",

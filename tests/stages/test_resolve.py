@@ -45,10 +45,10 @@ def test_options_of_effort_are_settings_as_they_are() -> None:
 
 
 def test_another_budget_replaces_that_in_bits() -> None:
-    assert resolve(target="cpu", budget_bytes="2MB").budget_bits is None
-    both = resolve(target="cpu", budget_bytes="2MB", budget_bits=20.0)
+    assert resolve(target="cpu", budget_size="2MB").budget_bits is None
+    both = resolve(target="cpu", budget_size="2MB", budget_bits=20.0)
     assert (both.budget_bytes, both.budget_bits) == (2e6, 20.0)
-    timed = resolve(target="sm89", budget_ms=1.0, gpu="rtx-4090")
+    timed = resolve(target="sm89", budget_speed="1ms", gpu="rtx-4090")
     assert (timed.budget_bits, timed.budget_ms) == (None, 1.0)
     assert timed.times is not None
 
@@ -84,7 +84,7 @@ def test_what_is_given_is_kept(tmp_path: Path) -> None:
         ({"target": "cpu", "transform": "smooth"}, "pass --simulate to study it"),
         ({"simulate": True, "transform": "smooth"}, "which ends before the export"),
         ({"target": "cpu", "memory_limit": "much"}, "much"),
-        ({"target": "cpu", "budget_ms": 1.0}, "--gpu"),
+        ({"target": "cpu", "budget_speed": "1ms"}, "--gpu"),
         ({"target": "cpu", "exclude": "nothing"}, "--exclude 'nothing'"),
     ],
 )
