@@ -132,6 +132,11 @@ class SearchResult(BaseModel):
     denoiser_calls: int
     sensitivity_sweeps: int
 
+    @property
+    def searched(self) -> int:
+        """Index of the search's own choice."""
+        return self.chosen if self.dominated is None else self.dominated.searched
+
 
 def judge(
     proposals: Sequence[Proposal],

@@ -1,6 +1,6 @@
 """What a search is worth beside simple policies of its budgets: models and targets, each with its default budgets.
 
-    python -m benchmarks.budgets.simple [MODEL:TARGET ...] [--document docs/how-to/choose-a-budget.md]
+    python -m benchmarks.budgets.simple [MODEL:TARGET ...] [--document FILE]
 
 A search for each, with small effort, in runs/bench-simple; those whose policies are there already are not repeated.
 Writes simple.json beside this file and prints a Markdown table, which `--document` puts between the markers of that

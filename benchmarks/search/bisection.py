@@ -20,7 +20,7 @@ from adatsq_trt.search.plan import Rows
 from adatsq_trt.search.resume import Scorer
 from adatsq_trt.search.select import SearchResult
 from adatsq_trt.search.simulation import Simulation
-from adatsq_trt.stages import quantize, search
+from adatsq_trt.stages import judging, quantize, search
 from adatsq_trt.stages.context import Context
 from adatsq_trt.stages.models import open_run
 
@@ -45,7 +45,7 @@ def measure(context: Context, samples: int, folder: Path) -> list[tuple[str, flo
     assert settings.budget_bits is not None, "the bisection is compared at a mean of bits"
     with context.simulated(quantize.load(context)).installed() as model:
         simulation = Simulation(model, context.formats, context.schedule, settings.guidance, context.executor)
-        screening = Scorer(simulation, context.selection.part(slice(0, search.SCREENING)), folder)
+        screening = Scorer(simulation, context.selection.part(slice(0, judging.SCREENING)), folder)
         runs = list[Rows]()
 
         def error(rows: Rows) -> float:

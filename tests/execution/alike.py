@@ -37,7 +37,8 @@ def assert_alike(here: Path, there: Path, precision: float) -> None:
     results = [read_json_model(run / search.NAME / search.RESULT, SearchResult) for run in (here, there)]
     for result in results:
         rivals = [p for p in result.points if p.mean_bits <= BUDGET_BITS + 1e-9]
-        assert result.points[result.chosen].rank_error == min(p.rank_error for p in rivals)
+        own = result.points[result.searched]
+        assert own.rank_error == min(p.rank_error for p in rivals if p.samples == own.samples)
     # Two policies that nearly tie may change places, so a policy is compared that both runs have measured.
     errors = [next(p.held_out_error for p in result.points if p.kind == "uniform") for result in results]
     assert errors[0] is not None

@@ -8,7 +8,7 @@ import pytest
 from adatsq_trt.errors import BudgetError
 from adatsq_trt.formats import FORMATS
 from adatsq_trt.policy import Policy, resident_weight_bytes
-from adatsq_trt.search.costs import time_model
+from adatsq_trt.search.costs import stored_time_model, time_model
 from adatsq_trt.stages import budget, calibrate
 from adatsq_trt.stages.context import Context, layer_shapes
 from tests.stages.tiny_run import make_model, make_settings, tiny_context
@@ -52,28 +52,53 @@ def test_shapes_have_the_rows_that_calibration_counted(finished: Context) -> Non
 def test_a_policy_takes_the_time_of_its_layers_and_of_the_rest(tmp_path: Path) -> None:
     with tiny_context(tmp_path / "run", **GPU, budget_ms=1.0, times=ADA) as context:
         calibrate.run(context)
-        times = budget.sample_times(context)
-        assert times is not None
-        rows = [["fp8"] * len(context.layers), ["bf16"] * len(context.layers)]
-        layers = sum(times.model.layer_ms(FORMATS[name], shape) for name in ("fp8", "bf16") for shape in times.shapes)
-        assert times.rest_ms > 0
-        policy = Policy.from_steps("tiny", "0" * 64, context.layers, rows)
-        assert times.policy_ms(policy) == pytest.approx(layers + 2 * times.rest_ms)
-        with pytest.raises(BudgetError, match=r"--budget-ms 1e-09: the fastest policy of these formats takes"):
-            budget.budgets(_with(context, budget_ms=1e-9))
-        found = budget.budgets(context)
+        account, shapes = budget.account(context), budget.shapes_of(context)
+        model = stored_time_model(ADA)
+        layers = sum(model.layer_ms(FORMATS[name], shape) for name in ("fp8", "bf16") for shape in shapes)
+        rest = account.costs.rest_ms
+        assert rest > 0
+        rows = [(0,) * len(shapes), (1,) * len(shapes)]
+        assert account.costs.costs(rows).ms == pytest.approx(layers + rest)
+        assert account.ms_source == model.source
+        with pytest.raises(BudgetError, match=r"--budget-speed 1e-09ms: the fastest policy of these formats takes"):
+            budget.account(_with(context, budget_ms=1e-9))
+        found = account.budgets
         assert [additive.unit for additive in found.additive] == ["ms"]
-        assert found.additive[0].limit == pytest.approx(1.0 - 2 * times.rest_ms)
+        assert found.additive[0].limit == pytest.approx(1.0 - rest)
 
 
-def _with(context: Context, **changes: float) -> Context:
+def test_a_speed_is_beside_16_bits_everywhere(tmp_path: Path) -> None:
+    with tiny_context(tmp_path / "run", **GPU, budget_speedup=1.01, times=ADA) as context:
+        calibrate.run(context)
+        account = budget.account(context)
+        sixteen = account.costs.costs([(1,) * len(context.layers)] * context.settings.steps).ms
+        assert account.limits.ms == pytest.approx(sixteen / 1.01)
+        with pytest.raises(BudgetError, match=r"--budget-speed 1000x, which is .* times as fast as 16 bits"):
+            budget.account(_with(context, budget_speedup=1000.0))
+
+
+def test_without_a_budget_a_policy_costs_little_more_than_the_reference(finished: Context) -> None:
+    account = budget.account(_with(finished, budget_bits=None, reference="w8a8s"))
+    everywhere = [(0,) * len(finished.layers)] * finished.settings.steps
+    own = account.costs.costs(everywhere)
+    room = account.limits.bytes / own.resident_bytes
+    assert room >= 1.1 - 1e-9
+    # Nobody knows times here, so activation bits stand for them, with the same room.
+    assert account.limits.activation_bits == pytest.approx(room * own.activation_bits)
+    assert account.limits.ms is None
+    assert account.budgets.holds(everywhere)
+
+
+def _with(context: Context, **changes: object) -> Context:
     settings = context.settings.model_copy(update=changes)
     return Context(context.run, settings, context.model)
 
 
 def test_nobody_asks_for_times(finished: Context) -> None:
-    assert budget.sample_times(finished) is None
-    found = budget.budgets(finished)
+    account = budget.account(finished)
+    assert account.ms_source is None
+    assert account.costs.ms is None
+    found = account.budgets
     (bits,) = found.additive
     layers, steps = len(finished.layers), finished.settings.steps
     assert bits.limit == 20.0 * layers * steps
