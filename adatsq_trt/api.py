@@ -82,8 +82,7 @@ class Job:
                 on_settings(self.settings)
             build.run(self.last)
             if self.last == "bundle":
-                # Milliseconds of what is not quantized are told from the operations of a call of the model.
-                summary.write(build.loaded if self.settings.times is not None else build.outline)
+                summary.write(build.outline)
             return _result(self.last, build, folder, temporary)
 
 
@@ -304,9 +303,8 @@ def _result(last: str, build: Build, folder: Path, temporary: TemporaryDirectory
 def _figures(build: Build, last: str) -> Mapping[str, StageFigures]:
     """What each stage took."""
     from adatsq_trt.report.summary import StageFigures
-    from adatsq_trt.stages.graph import stages_up_to
+    from adatsq_trt.stages.graph import stages_of
 
     run = build.outline.run
-    names = [name for name in stages_up_to(last) if name != "embed" or build.opened.pipeline is not None]
-    records = {name: run.record(name) for name in names}
+    records = {name: run.record(name) for name in stages_of(build.outline, last)}
     return {name: StageFigures(seconds=r.seconds, peak_bytes=r.peak_bytes) for name, r in records.items()}

@@ -7,12 +7,12 @@ built with is recorded in `adatsq_trt.settings`.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_type_hints
 
+from adatsq_trt.amounts import Amount, parse_bytes, parse_size, parse_speed
 from adatsq_trt.errors import UnknownNameError, UserError
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ _MOST_ROWS = 4096
 _MOST_SAMPLES, _MOST_STEPS, _MOST_PATHS = 1_000_000, 1000, 1000
 _MOST_GUIDANCE = 1000  # far beyond what any model is used with
 MOST_PIXELS = 1 << 15  # along a side, and of frames
-_SIZE = re.compile(r"([0-9]+(?:\.[0-9]*)?(?:e[0-9]+)?) *([kMG]?B?)", re.IGNORECASE)
-_UNITS = {"": 1.0, "b": 1.0, "k": 1e3, "kb": 1e3, "m": 1e6, "mb": 1e6, "g": 1e9, "gb": 1e9}
+# Options of earlier versions, and what took their place.
+RENAMED = {"budget_bytes": "budget_size", "budget_ms": "budget_speed"}
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,12 @@ class BuildConfig:
         "least; none: all of it.",
         POLICY,
     )
+    refine: bool = _choice(
+        False,
+        "After the search, solve the policy's weights again for the inputs that it rounds, and keep them where they "
+        "err less.",
+        POLICY,
+    )
     exclude: str | Sequence[str] = _choice(
         (),
         "Layers that stay in full precision, by module path with * and ?, such as 'transformer_blocks.0.*'; may be "
@@ -121,24 +127,30 @@ class BuildConfig:
         None,
         "Largest mean over steps and layers of (weight bits + activation bits) / 2.",
         POLICY,
-        "by format set, unless there is another budget",
+        "without a target by format set, unless there is another budget",
     )
-    budget_bytes: str | float | None = _choice(
+    budget_size: str | float | None = _choice(
         None,
-        "Most bytes of quantized weights, each weight format of a layer once: a number, or one with kB, MB or GB.",
+        "Most resident bytes of quantized weights, each weight format of a layer once, with its scales: bytes such as "
+        "300kB or 2.5GB, or a part of what the same weights take in 16 bits, such as 0.3x.",
         POLICY,
-        "no limit",
+        "1.1 times that of the target's reference format, unless there is another budget",
         metavar="SIZE",
     )
-    budget_ms: float | None = _choice(
-        None, "Most milliseconds per sample on the card that --gpu names.", POLICY, "no limit"
+    budget_speed: str | None = _choice(
+        None,
+        "Least speed of one sample on the card that --gpu names: 1.8x is 1.8 times as fast as 16 bits everywhere, 12ms "
+        "is at most 12 milliseconds.",
+        POLICY,
+        "as --budget-size",
+        metavar="SPEED",
     )
     gpu: str | None = _choice(
         None,
-        "Card of --budget-ms: a name, for a roofline of its published rates, or a file that 'adatsq-trt benchmark "
-        "kernels' wrote there.",
+        "Card whose milliseconds are told and limited: a name, for a roofline of its published rates, or a file that "
+        "'adatsq-trt benchmark kernels' wrote there.",
         POLICY,
-        "none",
+        "a card of the target, as far as it has rates for all formats",
     )
     weights: Weights = _choice(
         "once",
@@ -150,7 +162,7 @@ class BuildConfig:
         None,
         "Most distinct assignments, which are engines in the layouts embedded and shared; steps share them.",
         POLICY,
-        "any number",
+        "4 in these layouts, else any number",
         least=1,
         most=_MOST_STEPS,
     )
@@ -309,10 +321,14 @@ class BuildConfig:
         """From names and values.
 
         Raises:
-            UnknownNameError: a name that is none of the fields; says which was probably meant.
+            UserError: a name of an earlier version, or a name that is none of the fields; says what is meant.
         """
         known = [one.name for one, _ in choices()]
         for name in options:
+            if name in RENAMED:
+                raise UserError(
+                    f"{option_name(name)} is now {option_name(RENAMED[name])}; see 'adatsq-trt search --help'"
+                )
             if name not in known:
                 raise UnknownNameError("option", name, known)
         return cls(**options)
@@ -343,13 +359,22 @@ class BuildConfig:
         return tuple(sorted(set(self.batch if isinstance(self.batch, Sequence) else (self.batch,))))
 
     @property
-    def most_bytes(self) -> float | None:
-        """Of quantized weights; None for any number.
+    def size(self) -> Amount | None:
+        """Most resident bytes of quantized weights; None for any number.
 
         Raises:
             UserError: not a size.
         """
-        return None if self.budget_bytes is None else parse_bytes(self.budget_bytes, "--budget-bytes")
+        return None if self.budget_size is None else parse_size(self.budget_size, "--budget-size")
+
+    @property
+    def speed(self) -> Amount | None:
+        """Most milliseconds, or least speed; None for any.
+
+        Raises:
+            UserError: not a speed.
+        """
+        return None if self.budget_speed is None else parse_speed(self.budget_speed, "--budget-speed")
 
     @property
     def limit_bytes(self) -> int | None:
@@ -405,23 +430,3 @@ def _require_number(option: str, choice: Choice, number: Any, whole: bool) -> No
         raise UserError(f"{option}: got {number}, expected at least {choice.least:g}; pass a larger number")
     if choice.most is not None and number > choice.most:
         raise UserError(f"{option}: got {number}, expected at most {choice.most:g}; pass a smaller number")
-
-
-def parse_bytes(size: float | str, option: str) -> float:
-    """A number of bytes: 800000, "800kB", "6.5 GB"; a kB is 1,000 bytes.
-
-    Args:
-        size: what the user wrote.
-        option: where.
-
-    Raises:
-        UserError: it is none.
-    """
-    if not isinstance(size, str):
-        if isinstance(size, bool) or not math.isfinite(size) or size < 0:
-            raise UserError(f"{option} {size}: expected a number of bytes, or a text such as 6GB")
-        return float(size)
-    match = _SIZE.fullmatch(size.strip())
-    if match is None:
-        raise UserError(f"{option} '{size}': expected a size such as 800000, 800kB, 12.5MB or 6GB")
-    return float(match[1]) * _UNITS[match[2].lower()]

@@ -20,6 +20,8 @@ E2M1_MAX = 6.0
 MIN_SCALE = 2.0**-14
 # Smallest step of integers with dynamic scales.
 SMALLEST_STEP = 1e-12
+# 2^16 + 1 splits float32's 24 significant bits into 8 and 16.
+SPLITTER = 65537.0
 _PLAIN_TYPES = {Element.FP32: torch.float32, Element.BF16: torch.bfloat16, Element.FP16: torch.float16}
 
 
@@ -261,12 +263,18 @@ def _fake_quantize_dynamic(x: Tensor, grid: Grid, ratio: Tensor | None) -> Tenso
     # The floor keeps an all-zero token finite; it is far below any real activation.
     step = ((largest if ratio is None else largest * ratio) / grid.maximum).clamp(min=SMALLEST_STEP)
     if grid.granularity is Granularity.GROUP:
-        step = step.bfloat16().float()
+        step = eight_bits(step)
     points = (groups / step).round_()
     if ratio is not None or grid.granularity is Granularity.GROUP:  # else the largest quotient is the maximum
         points.clamp_(-grid.maximum, grid.maximum)
     rounded: Tensor = points.mul_(step).flatten(-2)
     return rounded
+
+
+def eight_bits(values: Tensor) -> Tensor:
+    """Nearest numbers of eight significant bits by arithmetic that graphs can hold (Veltkamp's splitting); float32."""
+    wide = values * SPLITTER
+    return wide - (wide - values)
 
 
 def _fake_quantize_blocks(x: Tensor, grid: Grid, global_scale: Tensor) -> Tensor:

@@ -74,9 +74,13 @@ class Settings(BaseModel):
         steps: denoising steps.
         guidance: classifier-free guidance scale.
         budget_bits: largest mean of (weight bits + activation bits) / 2 over (step, layer); None for no such limit.
-        budget_bytes: most bytes of quantized weights, each distinct weight format of a layer once; None likewise.
+        budget_bytes: most resident bytes of quantized weights, each distinct weight format of a layer once; None
+            likewise.
         budget_ms: most milliseconds per sample; None likewise.
-        times: where milliseconds come from: a card's name, or the text of a measured table.
+        budget_speedup: least speed as a multiple of that of 16 bits everywhere; None likewise.
+        reference: format whose bytes and time are the budgets, with a little room, where none was asked for; None where
+            one was.
+        times: where milliseconds come from: a card's name, or the text of a measured table; None where nobody knows.
         weights: whether a layer has one weight format for all steps. Runs of before there was a choice were free.
         max_assignments: most distinct assignments of the policy; None for any number.
         policy: text of a given policy file, which replaces the search; None to search.
@@ -91,6 +95,7 @@ class Settings(BaseModel):
         damping: of the Hessian, as a part of its mean diagonal.
         transform: what happens to weights and inputs before they are rounded; None for nothing.
         clips: whether the part of each activation's largest magnitude that its scale keeps is searched, or all is kept.
+        refine: whether the policy's weights are solved again for the inputs that it rounds.
         excluded: module paths of layers that stay in full precision, in the order of execution.
         formats_for: module path → its candidates, of the layers that may not have all of `formats`.
         beam: paths kept per column.
@@ -123,6 +128,8 @@ class Settings(BaseModel):
     budget_bits: float | None
     budget_bytes: float | None = None
     budget_ms: float | None = None
+    budget_speedup: float | None = None
+    reference: str | None = None
     times: str | None = None
     weights: Weights = "free"
     max_assignments: int | None = None
@@ -137,6 +144,7 @@ class Settings(BaseModel):
     damping: float = BuildConfig.damping
     transform: str | None = None
     clips: Clips = BuildConfig.clips
+    refine: bool = BuildConfig.refine
     excluded: tuple[str, ...] = ()
     formats_for: dict[str, tuple[str, ...]] = {}
     beam: int = BuildConfig.beam

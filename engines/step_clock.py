@@ -16,14 +16,15 @@ _TOLERANCE = 2 * 2.0**-8
 class StepClock:
     """Reads timesteps that are on the processor; of those on a device only the first of a generation.
 
-    From there the steps follow in order: a pipeline calls each branch of guidance once per step. What it passes is
-    compared on the device, without waiting: after a timestep that is not the expected one all predictions are NaN, and
-    the end of the generation says why.
+    From there the steps follow in order: a pipeline calls each branch of guidance once per step. Some tell the index
+    when they announce a branch, and then none is read. What is passed is compared on the device, without waiting: after
+    a timestep that is not the expected one all predictions are NaN, and the end of the generation says why.
     """
 
     def __init__(self) -> None:
         """Before the first generation."""
         self._branch: str | None = None
+        self._told: tuple[int | None, int | None] = (None, None)
         self._forget()
 
     def _forget(self) -> None:
@@ -32,9 +33,15 @@ class StepClock:
         self._seen: set[str | None] = set()
         self._strayed: Tensor | None = None
 
-    def enter(self, branch: str | None) -> None:
-        """The calls that follow are of this branch of guidance; None where a call has all."""
-        self._branch = branch
+    def enter(self, branch: str | None, step: int | None = None, steps: int | None = None) -> None:
+        """The calls that follow are of this branch of guidance; None where a call has all.
+
+        Args:
+            branch: its name.
+            step: index in the pipeline's loop, where the pipeline tells it.
+            steps: length of that loop, likewise.
+        """
+        self._branch, self._told = branch, (step, steps)
 
     def finish(self) -> None:
         """A generation has ended, or another begins: the next timestep is read.
@@ -61,6 +68,11 @@ class StepClock:
         """
         if time.device.type == "cpu":
             return find_step(time.detach().float().numpy(), schedule)
+        told, steps = self._told
+        if told is not None and steps == schedule.steps:
+            self._at, self._schedule = told, schedule
+            self._compare(time, schedule.model_time(told))
+            return told
         if self._schedule == schedule and self._branch in self._seen:
             self._at, self._seen = self._at + 1, set()
         if self._schedule != schedule or self._at == schedule.steps:

@@ -95,9 +95,9 @@ class AdatsqTransformer(nn.Module):
         return self.bundle.schedule.scheduler()
 
     @contextmanager
-    def cache_context(self, name: str, **_about: Any) -> Iterator[None]:
+    def cache_context(self, name: str, **about: Any) -> Iterator[None]:
         """What pipelines announce a guidance branch with; both branches of a step have the same formats."""
-        self._clock.enter(name)
+        self._clock.enter(name, about.get("step_index"), about.get("num_inference_steps"))
         try:
             yield
         finally:

@@ -37,7 +37,7 @@ from adatsq_trt.export.emitter import TRT_DOMAIN, Emitter
 from adatsq_trt.export.encode import EncodedWeight, element_type
 from adatsq_trt.export.normalize_linears import find_linears, weight_of
 from adatsq_trt.formats import Element, Format, Granularity, Grid
-from adatsq_trt.quantizers import SMALLEST_STEP, group_width
+from adatsq_trt.quantizers import SMALLEST_STEP, SPLITTER, group_width
 
 FORMAT = "adatsq.format"
 SCALE_SUFFIX = "activation_scale"
@@ -182,8 +182,9 @@ def _dynamic(x: ir.Value, ratio: ir.Value | None, grid: Grid, width: int, base: 
         largest = emit.op("ClipMaximum", "Mul", [largest, ratio], kind)
     quotient = emit.op("InputRatio", "Div", [largest, emit.number("Qmax", grid.maximum)], kind)
     step = emit.op("InputStep", "Max", [quotient, emit.number("StepFloor", SMALLEST_STEP)], kind)
-    if grouped:  # such scales have 16 bits
-        step = emit.cast("WidenStep", emit.cast("RoundStep", step, DataType.BFLOAT16), kind)
+    if grouped:  # as `quantizers.eight_bits`; a Cast to bfloat16 would be dropped from graphs in float32
+        wide_step = emit.op("SplitStep", "Mul", [step, emit.number("Splitter", SPLITTER)], kind)
+        step = emit.op("RoundStep", "Sub", [wide_step, emit.op("StepRest", "Sub", [wide_step, step], kind)], kind)
     points = emit.op("RoundInput", "Round", [emit.op("ScaleInput", "Div", [groups, step], kind)], kind)
     low, high = emit.number("Lowest", -grid.maximum), emit.number("Highest", grid.maximum)
     kept = emit.op("ClipInput", "Clip", [points, low, high], kind)

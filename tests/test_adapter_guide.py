@@ -20,7 +20,9 @@ from adatsq_trt.models.prompts import StoredPrompts
 PAGE = Path(__file__).parents[1] / "docs" / "adapters.md"
 STEPS, GUIDANCE, WIDTH, TOKENS, CELLS, PIXELS = 2, 2.0, 32, 9, 8, 16
 SMALL = {
-    **{"steps": STEPS, "guidance": GUIDANCE, "height": PIXELS, "width": PIXELS, "formats": "cpu"},
+    **{"steps": STEPS, "guidance": GUIDANCE, "height": PIXELS, "width": PIXELS},
+    # Both formats, whatever the search finds.
+    **{"formats": "w8a8s,fp32", "formats_for": ("transformer_blocks.0.*=w8a8s", "transformer_blocks.1.*=fp32")},
     **{"calibration_samples": 2, "selection_samples": 2, "held_out_samples": 2, "beam": 2, "candidates": 2},
 }
 

@@ -29,6 +29,7 @@ from adatsq_trt import (
     UnknownNameError,
     UserError,
 )
+from adatsq_trt.amounts import Amount
 from tests.tiny_checkpoints import HEIGHT, WIDTH, make_flux_pipeline
 
 VERBS = ("build", "calibrate", "check", "export_onnx", "load", "quantize", "search_policy")
@@ -80,7 +81,9 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
         ({"simulate": 1}, "--simulate: got 1, expected true or false"),
         ({"batch": (1, 0)}, "--batch: got 0, expected at least 1"),
         ({"bean": 4}, "unknown option 'bean'; did you mean 'beam'?"),
-        ({"target": "cpu", "budget_bytes": "many"}, "--budget-bytes 'many': expected a size"),
+        ({"target": "cpu", "budget_size": "many"}, "--budget-size 'many': expected a size"),
+        ({"target": "cpu", "budget_ms": 3.0}, "--budget-ms is now --budget-speed, which"),
+        ({"target": "cpu", "budget_speed": 3.0}, "--budget-speed '3.0': expected a speed against 16 bits such as 1.8x"),
         ({"target": "sm121x"}, "unknown target 'sm121x'"),
         ({"target": ("sm120", "cpu")}, "accelerate no format of their sets in common"),
         ({}, "no --target: expected one of"),
@@ -99,7 +102,8 @@ def test_a_configuration_is_a_value() -> None:
     config = BuildConfig(target=["sm120", "sm120"], lora="a.safetensors", batch=4)
     assert (config.targets, config.loras, config.batches) == (("sm120",), ("a.safetensors",), (4,))
     assert BuildConfig(memory_limit="12GB").limit_bytes == 12e9
-    assert BuildConfig(budget_bytes=5000).most_bytes == 5000.0
+    assert BuildConfig(budget_size=5000).size == Amount(5000.0, relative=False)
+    assert BuildConfig(budget_size="0.3x", budget_speed="12ms").size == Amount(0.3, relative=True)
 
 
 # ------------------------------------------------------------------------------------- a model of the zoo

@@ -14,6 +14,7 @@ from adatsq_trt.quantizers import (
     QuantizedWeight,
     decode_e2m1,
     dequantize_weight,
+    eight_bits,
     encode_e2m1,
     encode_weight,
     fake_quantize_activation,
@@ -216,6 +217,13 @@ def test_a_group_has_a_scale_of_16_bits_and_a_ratio_clips_it() -> None:
     assert half[0, 16:20].tolist() == [0.375, 0.375, -0.375, 0.125]
     step = torch.tensor(1.0 / 3).bfloat16().float()
     assert fake_quantize_activation(torch.full((1, 16), 1.0), grid)[0, 0] == 3 * step  # not 1: the scale was rounded
+
+
+def test_steps_of_groups_have_eight_significant_bits() -> None:
+    values = torch.rand(100_000, generator=torch.Generator().manual_seed(0)) * 2.0 ** torch.arange(-20, 20).repeat(2500)
+    found = eight_bits(values)
+    assert torch.equal(found, found.bfloat16().float())
+    assert torch.equal((found - values).abs(), (values.bfloat16().float() - values).abs())  # ties may go either way
 
 
 @given(x=activations(), width=st.sampled_from([3, 4, 6]))

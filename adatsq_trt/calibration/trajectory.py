@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -64,14 +64,14 @@ class Samples:
 
 
 def seeded_samples(
-    adapter: ModelAdapter, schedule: Schedule, guidance: float, count: int, first_seed: int, prompts: int
+    adapter: ModelAdapter, schedule: Schedule, guidance: float, count: int, first_seed: int, prompts: Sequence[int]
 ) -> Samples:
-    """`count` samples with consecutive seeds and the first `prompts` of the model in turn."""
+    """`count` samples with consecutive seeds and some prompts of the model, by their indices, in turn."""
     return Samples(
         adapter,
         schedule,
         guidance,
-        tuple(i % prompts for i in range(count)),
+        tuple(prompts[i % len(prompts)] for i in range(count)),
         tuple(range(first_seed, first_seed + count)),
     )
 

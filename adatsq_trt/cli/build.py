@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
 import typer
 
-from adatsq_trt.config import choice_of, choices, option_name
+from adatsq_trt.config import RENAMED, choice_of, choices, option_name
 
 if TYPE_CHECKING:
     from adatsq_trt.api import Job
@@ -56,6 +56,8 @@ def _command(name: str, last: str, help: str) -> Callable[..., None]:
         if not choice_of(one).in_python_only:
             parameters.append(_option(one, kind))
     parameters.insert(2, _parameter("output", Output, None))
+    # Refused by a sentence that names what took their place.
+    parameters += [_parameter(name, Annotated[str | None, typer.Option(hidden=True)], None) for name in RENAMED]
     run.__name__, run.__doc__ = name, help
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -94,6 +96,8 @@ def _run(last: str, model: str, output: Path | None, options: dict[str, Any]) ->
     folder, console = output or _default_folder(job), Console()
     with bars() as progress:
         result = job.run(folder, progress, on_settings=lambda settings: console.print(settings_table(settings)))
+    if last == "search":
+        _print_policy(result, job.settings, console)
     if last == "bundle":
         _print_bundle(result, console)
     console.print(f"{last}: {folder / last}", highlight=False, soft_wrap=True)
@@ -104,6 +108,21 @@ def _default_folder(job: Job) -> Path:
     settings = job.settings
     names = [settings.model, *settings.targets, *(["simulated"] if settings.simulate else [])]
     return Path("runs") / "-".join(names)
+
+
+def _print_policy(policy: Any, settings: Any, console: Any) -> None:
+    """What the searched policy costs, beside simpler ones."""
+    from adatsq_trt.cli.tables import limits_text, policies_table
+    from adatsq_trt.report.summary import looser
+    from adatsq_trt.stages.summary import policy_figures, replaced
+
+    result, limit = policy.result, settings.max_assignments
+    policies = policy_figures(result, limit)
+    console.print(policies_table(policies, result.ms_source))
+    console.print(limits_text(result.limits, settings.reference, limit), highlight=False, soft_wrap=True)
+    found = replaced(result)
+    for remark in [*([] if found is None else [found.sentence]), *looser(policies)]:
+        console.print(remark, highlight=False, soft_wrap=True)
 
 
 def _print_bundle(bundle: Any, console: Any) -> None:

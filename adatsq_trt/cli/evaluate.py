@@ -89,6 +89,7 @@ def evaluate(
         guidance=loaded.default_guidance,
         calibration_samples=calibration_samples,
         selection_samples=selection_samples,
+        prompts="apart",
     )
     with bars() as progress:
         folder = output or Path("runs") / f"evaluate-{model}"

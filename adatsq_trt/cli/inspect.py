@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json as json_format
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from adatsq_trt.engines.inspection import Inspection
+    from adatsq_trt.report.summary import Summary
 
 _SHADES = "░▒▓█"
 
@@ -32,12 +34,16 @@ def inspect(
     from adatsq_trt.engines.bundle import BundleFiles
     from adatsq_trt.engines.inspection import inspect_bundle
 
-    seen = inspect_bundle(BundleFiles.open(bundle))
+    files = BundleFiles.open(bundle)
+    seen, summary = inspect_bundle(files), _summary(files.folder.parent)
     if json:
-        typer.echo(seen.model_dump_json(indent=2))
+        costs = None if summary is None else summary.policies[0].model_dump(mode="json")
+        typer.echo(json_format.dumps(seen.model_dump(mode="json") | {"costs": costs}, indent=2))
         return
     console = Console(highlight=False)
     console.print(_headline(seen))
+    if summary is not None:
+        console.print(_costs(summary), soft_wrap=True)
     console.print(_sizes(seen), soft_wrap=True)
     console.print(_picture(seen))
     console.print(_buckets(seen))
@@ -48,6 +54,25 @@ def inspect(
     console.print(f"made with: {versions or 'not recorded'}")
     for backend, obstacle in seen.here.items():
         console.print(f"{backend}: {obstacle or 'runs here'}", soft_wrap=True)
+
+
+def _summary(run: Path) -> Summary | None:
+    """The figures of the build, where the bundle lies in its run directory."""
+    from adatsq_trt.files import read_json_model
+    from adatsq_trt.report.summary import Summary
+    from adatsq_trt.stages.summary import SUMMARY_NAME
+
+    return read_json_model(run / SUMMARY_NAME, Summary) if (run / SUMMARY_NAME).is_file() else None
+
+
+def _costs(summary: Summary) -> str:
+    """What the policy costs whoever runs it."""
+    chosen = summary.policies[0]
+    ms = "" if summary.ms is None else f"{summary.ms:.4g} ms per sample ({summary.ms_source}), "
+    return (
+        f"resident weights {chosen.costs.resident_bytes / 1e6:.4g} MB ({chosen.resident_bits:.2f} bits per quantized "
+        f"weight), {chosen.costs.activation_bits:.2f} activation bits, {ms}{summary.engines} engines or graphs"
+    )
 
 
 def _headline(seen: Inspection) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -10,8 +11,9 @@ from adatsq_trt.settings import Settings
 from adatsq_trt.stages.shapes import written
 
 if TYPE_CHECKING:
+    from adatsq_trt.costs import Limits
     from adatsq_trt.engines.sizes import SizeReport
-    from adatsq_trt.report.summary import Summary
+    from adatsq_trt.report.summary import PolicyFigures, Summary
 
 _NOT_SHOWN = {"schema_version", "weights_sha256", "model_sha256", "policy", "pipeline", "times"}
 
@@ -29,38 +31,68 @@ def settings_table(settings: Settings) -> Table:
     return table
 
 
-def summary_table(summary: Summary) -> Table:
-    """The figures of a run beside those of simpler policies."""
+def policies_table(policies: Sequence[PolicyFigures], ms_source: str | None) -> Table:
+    """What the chosen policy and simpler ones cost, and how far from full precision they are."""
+    costs = ("resident weights", "bits per weight", "activation bits", *(["ms"] if ms_source else []))
+    table = Table("policy", *costs, "assignments", "mean bits", "latent MSE", "of the chosen", box=None)
+    chosen = policies[0]
+    for policy in policies:
+        ms = [f"{policy.costs.ms:.4g}"] if policy.costs.ms is not None else []
+        table.add_row(
+            policy.name if policy.within_limits else f"{policy.name} *",
+            f"{policy.costs.resident_bytes / 1e6:.4g} MB",
+            f"{policy.resident_bits:.2f}",
+            f"{policy.costs.activation_bits:.2f}",
+            *ms,
+            str(policy.assignments),
+            f"{policy.mean_bits:.3f}",
+            f"{policy.error:.3e} ± {policy.standard_error:.0e}",
+            _ratio(policy, chosen),
+        )
+    table.caption = "resident bytes are of quantized weights, each format of a layer once; activation bits are a mean "
+    table.caption += "over multiply-accumulates"
+    table.caption += f"; ms per sample: {ms_source}" if ms_source else ""
+    if not all(policy.within_limits for policy in policies):
+        table.caption += "\n* exceeds a budget"
+    return table
+
+
+def _ratio(policy: PolicyFigures, chosen: PolicyFigures) -> str:
+    """Of errors on the same samples, with a 95 % interval where there are enough of them."""
     from adatsq_trt.report.numbers import ratio
 
-    table = Table("policy", "mean bits", "latent MSE", "of the chosen", box=None)
-    rows = [("chosen", f"{summary.mean_bits:.3f}", summary.final_error)]
-    static = summary.static_errors
-    rows += [
-        (name, "" if summary.budget_bits is None else f"≤ {summary.budget_bits:g}", error)
-        for name, error in (("best layer-only", static.layer_only), ("best time-only", static.time_only))
-        if error is not None
-    ]
-    if summary.unlimited is not None:
-        rows.append((f"without --max-assignments: {summary.unlimited.assignments}", "", summary.unlimited.error))
-    rows += [(f"uniform {name}", "", error) for name, error in summary.uniform_errors.items()]
-    for name, bits, error in rows:
-        spread = f" ± {summary.final_standard_error:.0e}" if name == "chosen" else ""
-        times = ratio(error / summary.final_error) if summary.final_error else ""
-        table.add_row(name, bits, f"{error:.3e}{spread}", times)
+    if policy is chosen or not chosen.error:
+        return ""
+    interval = "" if policy.ratio is None else f" ({policy.ratio[1]:.2f} to {policy.ratio[2]:.2f})"
+    return f"{ratio(policy.error / chosen.error)}{interval}"
+
+
+def limits_text(limits: Limits, reference: str | None, max_assignments: int | None) -> str:
+    """The budgets in one line."""
+    parts = [] if limits.bits is None else [f"{limits.bits:g} mean bits"]
+    parts += [] if limits.bytes is None else [f"{limits.bytes / 1e6:.4g} MB resident"]
+    parts += [] if limits.activation_bits is None else [f"{limits.activation_bits:.4g} activation bits"]
+    parts += [] if limits.ms is None else [f"{limits.ms:.4g} ms"]
+    parts += [] if max_assignments is None else [f"{max_assignments} assignments"]
+    why = "" if reference is None else f"; none was asked for, so a little more than uniform {reference} has"
+    return f"budget: {', '.join(parts) or 'none'}{why}"
+
+
+def summary_table(summary: Summary) -> Table:
+    """The figures of a run beside those of simpler policies."""
+    table = policies_table(summary.policies, summary.ms_source)
+    from adatsq_trt.report.summary import remarks
+
+    budget = limits_text(summary.limits, summary.reference, summary.max_assignments)
     table.caption = (
-        f"{summary.buckets} buckets, {summary.assignments} distinct assignments; errors on {summary.held_out_samples} "
-        f"held-out samples; {summary.denoiser_calls} denoiser calls; engines {summary.engine_bytes / 1e6:.1f} MB"
+        f"{table.caption}\n{budget}\n{summary.buckets} buckets, {summary.assignments} distinct assignments; errors on "
+        f"{summary.held_out_samples} held-out samples; {summary.denoiser_calls} denoiser calls; {summary.engines} "
+        f"engines or graphs, {summary.engine_bytes / 1e6:.1f} MB of plans"
     )
+    for remark in remarks(summary):
+        table.caption += f"\n{remark}"
     if summary.rounding_error is not None:
         table.caption += f"\n{_rounding(summary.base_type, summary.rounding_error)}"
-    if summary.budget_bytes is not None:
-        resident, most = summary.resident_weight_bytes / 1e6, summary.budget_bytes / 1e6
-        table.caption += f"\nquantized weights {resident:.4g} MB of a budget of {most:.4g} MB"
-    if summary.budget_ms is not None:
-        table.caption += (
-            f"\n{summary.ms:.4g} ms per sample of a budget of {summary.budget_ms:g} ms: {summary.ms_source}"
-        )
     return table
 
 

@@ -7,33 +7,11 @@ draws serve both methods of a difference (Efron and Tibshirani 1993, chapters 6 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-DRAWS, COVERAGE = 2000, 0.95
-Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A figure and where it may lie.
-
-    Attributes:
-        value: measured on the batch.
-        low: 2.5th percentile of the bootstrap.
-        high: 97.5th percentile.
-    """
-
-    value: float
-    low: float
-    high: float
-
-    @property
-    def is_tie(self) -> bool:
-        """For a difference: whether zero lies within."""
-        return self.low <= 0 <= self.high
+from adatsq_trt.intervals import DRAWS, Floats, Interval, limits
 
 
 def columns_of(names: Sequence[str]) -> dict[str, NDArray[np.int64]]:
@@ -59,9 +37,18 @@ def bootstrap(values: Floats, names: Sequence[str], seed: int = 0) -> Interval:
     draws = np.zeros(DRAWS)
     for index in columns.values():
         draws += values[index][rng.integers(0, len(index), (DRAWS, len(index)))].mean(axis=1)
-    low, high = np.quantile(draws / len(columns), [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
     value = sum(column_means(values, columns).values()) / len(columns)
-    return Interval(value, float(low), float(high))
+    return Interval(value, *limits(draws / len(columns)))
+
+
+def psnr_of_mean(decibels: Floats) -> float:
+    """PSNR of the mean squared error, from that of every sample: a few lost samples weigh as much as they err."""
+    return float(-10 * np.log10(np.mean(10 ** (-decibels / 10))))
+
+
+def worst_psnr(decibels: Floats) -> float:
+    """What 5 % of the samples fall short of: those that became another picture."""
+    return float(np.quantile(decibels, 0.05))
 
 
 def psnr(images: Floats, reference: Floats) -> Floats:

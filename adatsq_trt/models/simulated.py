@@ -97,12 +97,18 @@ class SimulatedLinear(nn.Module):
         """Y = Q(x) Q(W)ᵀ + b, or what the transform makes of it; x is [..., K], y is [..., N]."""
         if self.active is None:
             return self.original(x)  # type: ignore[no-any-return]
-        input_map, branch = self._transform.input_map, self._transform.branch
-        rounded = self._shared.round(x, self.active.activation, self.scale, input_map)
+        mapped, rounded = self.inputs(x)
         output = functional.linear(rounded, self.weights[self.active.name], self.original.bias)
+        branch = self._transform.branch
         if branch is None:
             return output
-        return output + functional.linear(functional.linear(self._shared.map(x, input_map), branch.down), branch.up)
+        return output + functional.linear(functional.linear(mapped, branch.down), branch.up)
+
+    def inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The transformed input and what it is rounded to in the active format; both [..., K]."""
+        assert self.active is not None, "in full precision nothing is rounded"
+        input_map = self._transform.input_map
+        return self._shared.map(x, input_map), self._shared.round(x, self.active.activation, self.scale, input_map)
 
 
 class SimulatedModel:

@@ -22,13 +22,14 @@ from adatsq_trt.report.charts import along_steps, check_chart, pareto, stages_ch
 from adatsq_trt.report.data import Check, Comparison, EngineFile, ReportData
 from adatsq_trt.report.maps import policy_map, sensitivity_map
 from adatsq_trt.report.numbers import ratio, scientific, size
+from adatsq_trt.report.summary import remarks
 from adatsq_trt.report.theme import STYLE, Chart, RenderedChart, format_colors, render
 from adatsq_trt.settings import IN_MEMORY, PipelineSettings, Settings
 
 FIGURES_FOLDER = "report"
 _MOST_COMPARISONS = 60
 _OPTIONS = (
-    *("budget_bits", "budget_bytes", "budget_ms", "layout", "steps", "guidance", "seed"),
+    *("budget_bits", "layout", "steps", "guidance", "seed"),
     *("beam", "candidates", "expansions", "search_precision", "weights"),
     *("calibration_samples", "selection_samples", "held_out_samples", "hessian"),
 )
@@ -109,6 +110,7 @@ def page(data: ReportData, charts: dict[str, RenderedChart]) -> str:
     return environment.get_template("page.html").render(
         data=data,
         summary=data.summary,
+        remarks=remarks(data.summary),
         charts={name: (chart, Markup(chart.inline)) for name, chart in charts.items()},
         css=source["page.css"],
         js=source["page.js"],
@@ -197,12 +199,14 @@ def commands(data: ReportData) -> list[list[str]]:
     build += ["--formats", settings.format_set]
     build += ["--transform", settings.transform] if settings.transform is not None else []
     build += ["--clips", settings.clips] if settings.clips != BuildConfig.clips else []
+    build += ["--refine"] if settings.refine else []
     build += [word for layer in settings.excluded for word in ("--exclude", layer)]
     for layer, names in settings.formats_for.items():
         build += ["--formats-for", f"{layer}={','.join(names)}"]
     for name in _OPTIONS:
         value = getattr(settings, name)
         build += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+    build += _budget_options(settings)
     if settings.times is not None:
         # Of a measured table the settings hold the text; the page cannot say where the file lay.
         build += ["--gpu", "times.json" if settings.times.startswith("{") else settings.times]
@@ -211,6 +215,14 @@ def commands(data: ReportData) -> list[list[str]]:
     build += ["--output", run]
     others = [["adatsq-trt", name, run] for name in ("check", "generate", "report")]
     return [[shlex.quote(word) for word in command] for command in (build, *others)]
+
+
+def _budget_options(settings: Settings) -> list[str]:
+    """In bytes and milliseconds; a speed beside 16 bits as it was given."""
+    options = [] if settings.budget_bytes is None else ["--budget-size", f"{settings.budget_bytes:.0f}"]
+    if settings.budget_speedup is not None:
+        options += ["--budget-speed", f"{settings.budget_speedup!r}x"]
+    return options if settings.budget_ms is None else [*options, "--budget-speed", f"{settings.budget_ms!r}ms"]
 
 
 def _checkpoint_options(pipeline: PipelineSettings) -> list[str]:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from adatsq_trt.base_type import BaseName
+from adatsq_trt.costs import Costs, Limits
+
+# Policies that keep so many bits of each weight are full precision.
+_SIXTEEN = 16
 
 
 class StageFigures(BaseModel):
@@ -43,6 +48,71 @@ class Unlimited(BaseModel):
     error: float
 
 
+class PolicyFigures(BaseModel):
+    """One policy of the table at the end of a build.
+
+    Attributes:
+        name: "chosen", "best layer-only", "uniform nvfp4" and so on.
+        kind: where it comes from.
+        assignments: distinct ones.
+        mean_bits: mean of nominal bits.
+        costs: resident bytes, activation bits and milliseconds.
+        resident_bits: resident bytes as bits per quantized weight.
+        error: held-out latent MSE.
+        standard_error: of that mean.
+        ratio: error in errors of the chosen policy, on the same samples, with the ends of its 95 % interval; None for
+            too few samples.
+        within_limits: whether it keeps the budgets and the limit on assignments.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    kind: str
+    assignments: int
+    mean_bits: float
+    costs: Costs
+    resident_bits: float
+    error: float
+    standard_error: float
+    ratio: tuple[float, float, float] | None = None
+    within_limits: bool
+
+
+class Replaced(BaseModel):
+    """A simple policy that is no worse than the search's own in bytes, time and error, and better in one.
+
+    Attributes:
+        searched: name of the search's own.
+        by: name of the simple one.
+        returned: whether the simple one was returned; with free weights it is a warning only.
+        ratio: error of the simple one in errors of the other, on samples of their own.
+        low: lower end of its paired 95 % interval; None for too few samples.
+        high: upper end.
+        samples: how many.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    searched: str
+    by: str
+    returned: bool
+    ratio: float
+    low: float | None
+    high: float | None
+    samples: int
+
+    @property
+    def sentence(self) -> str:
+        """As it is told."""
+        interval = "" if self.low is None or self.high is None else f" ({self.low:.2f} to {self.high:.2f})"
+        what = "is returned" if self.returned else "would be the better choice: drop --weights free"
+        return (
+            f"{self.by} {what}: no more bytes, no more time and {self.ratio:.2f}{interval} times the error of "
+            f"'{self.searched}', the best that was searched, on {self.samples} fresh samples"
+        )
+
+
 class Summary(BaseModel):
     """The figures of a run.
 
@@ -55,10 +125,12 @@ class Summary(BaseModel):
         simulate: whether plans were left out.
         steps: denoising steps.
         guidance: classifier-free guidance scale.
-        budget_bits: what was asked for, None for no limit.
-        budget_bytes: likewise, of `resident_weight_bytes`.
-        budget_ms: likewise, of `ms`.
-        ms: per sample, where there is such a budget.
+        limits: what was asked for, or what the reference format leaves.
+        reference: format whose bytes and time the limits are a little more than; None where limits were asked for.
+        max_assignments: most distinct assignments that were allowed; None for any number.
+        policies: the chosen policy, and what else was measured on held-out samples.
+        replaced: a simple policy that the search's own is no better than; None where there is none.
+        ms: per sample; None where nobody knows.
         ms_source: where milliseconds come from: a roofline or measured times.
         buckets: runs of steps with one assignment.
         assignments: distinct assignments.
@@ -78,6 +150,7 @@ class Summary(BaseModel):
         held_out_seeds: first and last seed.
         denoiser_calls: of beam search and selection.
         resident_weight_bytes: quantized weights, each distinct weight format of a layer once, scales included.
+        engines: plans of the bundle on each target; graphs of the processor where there are none.
         onnx_bytes: of all graphs without the weight file.
         weight_bytes: of the weight file.
         engine_bytes: of all plans.
@@ -87,7 +160,7 @@ class Summary(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     settings_sha256: str
     model: str
     targets: tuple[str, ...]
@@ -95,9 +168,11 @@ class Summary(BaseModel):
     simulate: bool
     steps: int
     guidance: float
-    budget_bits: float | None
-    budget_bytes: float | None = None
-    budget_ms: float | None = None
+    limits: Limits
+    reference: str | None = None
+    max_assignments: int | None = None
+    policies: Annotated[tuple[PolicyFigures, ...], Field(min_length=1)]
+    replaced: Replaced | None = None
     ms: float | None = None
     ms_source: str | None = None
     buckets: int
@@ -117,8 +192,39 @@ class Summary(BaseModel):
     held_out_seeds: tuple[int, int]
     denoiser_calls: int
     resident_weight_bytes: int
+    engines: int
     onnx_bytes: int
     weight_bytes: int
     engine_bytes: int
     stages: Annotated[dict[str, StageFigures], Field(min_length=1)]
     versions: dict[str, str]
+
+
+def looser(policies: Sequence[PolicyFigures]) -> list[str]:
+    """What looser budgets would have bought: policies beyond them that err less, by a paired interval.
+
+    Of several with less bytes, less time and less error than another only the first is told; those of 16 bits and more
+    need no search.
+    """
+    chosen, told = policies[0], list[PolicyFigures]()
+    beyond = [p for p in policies[1:] if not p.within_limits and p.ratio is not None and p.ratio[2] < 1]
+    for policy in sorted(beyond, key=lambda p: (p.costs.resident_bytes, p.costs.time)):
+        if policy.resident_bits < _SIXTEEN and all(policy.error < other.error for other in told):
+            told.append(policy)
+    return [_bought(policy, chosen) for policy in told]
+
+
+def _bought(policy: PolicyFigures, chosen: PolicyFigures) -> str:
+    assert policy.ratio is not None
+    value, low, high = policy.ratio
+    unit = "activation bits" if policy.costs.ms is None else "ms"
+    return (
+        f"a looser budget buys {policy.name}: {value:.2f} ({low:.2f} to {high:.2f}) times the error with "
+        f"{policy.costs.resident_bytes / chosen.costs.resident_bytes:.2f} times the bytes and "
+        f"{policy.costs.time / chosen.costs.time:.2f} times the {unit}"
+    )
+
+
+def remarks(summary: Summary) -> list[str]:
+    """Why a simple policy was returned, and what looser budgets would have bought."""
+    return [*([] if summary.replaced is None else [summary.replaced.sentence]), *looser(summary.policies)]

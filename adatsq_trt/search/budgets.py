@@ -1,4 +1,4 @@
-"""Budgets in bits, bytes and milliseconds: what a policy spends of each, and whether a prefix can still keep them.
+"""What a policy costs, and budgets: whether it keeps them, and whether a prefix still can.
 
 Bits and milliseconds add up over steps and layers. Bytes do not: a layer's weight in one format is stored once, however
 many steps use it, so a policy costs, for every layer, the sum over the distinct weight formats that it has. With
@@ -14,11 +14,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from adatsq_trt.costs import ROUNDING, Costs
 from adatsq_trt.formats import Format
 from adatsq_trt.policy import LayerShape
 from adatsq_trt.search.candidates import Array, Assignment
-
-_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Additive:
     """A budget for a cost that adds up.
 
     Attributes:
-        unit: "bits" or "ms".
+        unit: "bits", "ms" or "activation_bits".
         cost: of one step: [formats, layers].
         limit: of the whole policy.
     """
@@ -83,7 +82,7 @@ class Budgets:
 
     Attributes:
         steps: of the loop.
-        additive: in bits and milliseconds, as far as they were asked for.
+        additive: in bits, milliseconds and activation bits, as far as there are such limits.
         storage: in bytes, likewise.
         allowed: [formats, layers]: what a layer may be given; None for everything.
     """
@@ -130,7 +129,7 @@ class Budgets:
         if self.allowed is not None and not self.allowed[array, np.arange(array.shape[1])].all():
             return False
         limits = self.limits()
-        return all(cost <= limits[unit] * (1 + _ROUNDING) for unit, cost in self.spent(rows).items())
+        return all(cost <= limits[unit] * (1 + ROUNDING) for unit, cost in self.spent(rows).items())
 
     def fits(self, prefix: Sequence[Assignment], rests: Sequence[Sequence[Assignment]]) -> bool:
         """Whether one of several known rests of the trajectory completes a prefix within every budget.
@@ -151,3 +150,66 @@ class Budgets:
         if self.allowed is not None:
             cost = np.where(self.allowed, cost, np.inf)
         return times * float(cost.min(axis=0).sum())
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Tells what policies cost.
+
+    Attributes:
+        storage: of weights, without a limit.
+        activation_bits: [formats, layers]: of one step; those of all steps and layers sum to a mean.
+        ms: [formats, layers]: of one step; None where nobody knows.
+        rest_ms: of everything that is not quantized, in all steps.
+    """
+
+    storage: Storage
+    activation_bits: Array
+    ms: Array | None = None
+    rest_ms: float = 0.0
+
+    @classmethod
+    def of(
+        cls,
+        formats: Sequence[Format],
+        shapes: Sequence[LayerShape],
+        steps: int,
+        ms: Array | None = None,
+        rest_ms: float = 0.0,
+    ) -> CostModel:
+        """From shapes."""
+        operations = np.array([s.in_features * s.out_features * s.tokens for s in shapes], dtype=np.float64)
+        bits = np.array([[f.moved_activation_bits(s.in_features) for s in shapes] for f in formats])
+        share = operations / (operations.sum() * steps)
+        return cls(Storage.of(formats, shapes, np.inf), bits * share, ms, rest_ms)
+
+    def costs(self, rows: Sequence[Assignment]) -> Costs:
+        """Of a whole policy."""
+        array = np.array(rows, dtype=np.int64)
+        layers = np.arange(array.shape[1])
+        return Costs(
+            resident_bytes=round(self.storage.used(array)),
+            activation_bits=float(self.activation_bits[array, layers].sum()),
+            ms=None if self.ms is None else float(self.ms[array, layers].sum()) + self.rest_ms,
+        )
+
+    def least_departure(self, reference: int, steps: int) -> float:
+        """How much of its bytes or time, whichever is more, a policy needs beside one format everywhere to differ.
+
+        Args:
+            reference: index of that format.
+            steps: of the loop.
+
+        Returns:
+            A part of what that format costs; 0 where a policy that costs no more differs.
+        """
+        layers = self.storage.bytes.shape[1]
+        own = self.costs([(reference,) * layers] * steps)
+        time = self.activation_bits if self.ms is None else self.ms
+        size = self.storage.bytes[self.storage.grids]
+        more_bytes, more_time = size - size[reference], time - time[reference]
+        # An activation differs at one step; a weight, which is stored once, at all.
+        stored = (self.storage.grids != self.storage.grids[reference])[:, None]
+        parts = np.maximum(more_bytes / own.resident_bytes, np.where(stored, steps, 1) * more_time / own.time)
+        others = np.delete(parts, reference, axis=0)
+        return max(float(others.min(initial=np.inf)), 0.0) if len(others) else 0.0

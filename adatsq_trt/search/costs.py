@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, Field, FiniteFloat, model_validator
 
-from adatsq_trt.errors import UnknownNameError, UnsupportedFormatError, UserError
+from adatsq_trt.errors import UnknownNameError, UnsupportedFormatError
 from adatsq_trt.files import parse_json_model, read_json_model
 from adatsq_trt.formats import Element, Format, format_named
 from adatsq_trt.policy import LayerShape
@@ -57,6 +57,7 @@ def _card(name: str, title: str, memory: float, half: float, **others: float) ->
 #             (waredb.com/processor/nvidia-geforce-rtx-4090; not seen in a document of NVIDIA's)
 #   l40s      362.05 bf16, 733 fp8, 864 GB/s: the data sheet's table, as in mullet.se/product.html?product_id=355414,
 #             without an int8 rate
+#   a40       149.7 bf16, 299.3 TOPS int8, 696 GB/s: the data sheet's table, as in ecer.com/corp/details-uuuedqa-p1bsay9
 #   h100      3.35 TB/s, fp8 as the H200 (lzwjava.github.io/nvidia-h200-gpu-specs-en), whose die it shares
 #   h200      989 bf16, 1,979 fp8, 4.8 TB/s (itkb.uw.cz/2026/06/nvidia-h200-vs-b300-precisions-cores.html); 3.96 POPS
 #             int8 with sparsity (hmc-tech.com/gpu/nvidia-h100-vs-nvidia-h200-sxm-vs-nvidia-gb200)
@@ -67,6 +68,7 @@ CARDS = {
     card.name: card
     for card in (
         _card("a100", "NVIDIA A100 80GB SXM", 2039, 312, int8=624),
+        _card("a40", "NVIDIA A40", 696, 149.7, int8=299.3),
         _card("rtx-4090", "NVIDIA GeForce RTX 4090", 1008, 165.2, int8=660.6, fp8=330.3),
         _card("l40s", "NVIDIA L40S", 864, 362, fp8=733),
         _card("h100", "NVIDIA H100 SXM", 3350, 989, int8=1979, fp8=1979),
@@ -74,6 +76,9 @@ CARDS = {
         _card("rtx-5090", "NVIDIA GeForce RTX 5090", 1792, 209.5, int8=838, fp8=419, fp4=1676),
     )
 }
+
+# Where times are told for a target when no card is named.
+TARGET_CARDS = {"sm80": "a100", "sm86": "a40", "sm89": "rtx-4090", "sm90": "h100", "sm120": "rtx-5090"}
 
 
 class _Timing(BaseModel):
@@ -154,6 +159,14 @@ class TimeModel:
             elif self.card is not None:
                 _rate(self.card, fmt)
 
+    def knows(self, formats: Sequence[Format]) -> bool:
+        """Whether there is a time for each of them."""
+        try:
+            self.require(formats)
+        except UnsupportedFormatError:
+            return False
+        return True
+
     def rest_ms(self, operations: float) -> float:
         """Milliseconds of everything that is not quantized, in one step: 0 where only layers were measured.
 
@@ -200,7 +213,7 @@ def _rate(card: Card, fmt: Format) -> float:
     rate = card.tops.get(fmt.activation.element)
     if rate is None or (fmt.activation.element is Element.INT and fmt.activation.bits != 8):
         raise UnsupportedFormatError(
-            f"--budget-ms: the roofline of {card.title} has no rate for format '{fmt.name}'; leave it out of "
+            f"--gpu: the roofline of {card.title} has no rate for format '{fmt.name}'; leave it out of "
             "--formats, or choose another card with --gpu"
         )
     return rate
@@ -224,7 +237,7 @@ def _measured_rows(table: TimeTable, fmt: Format) -> _Rows:
     if rows is None:
         known = ", ".join(name for name in TIMED_KERNELS if _timed(table, format_named(name))) or "none"
         raise UnsupportedFormatError(
-            f"--budget-ms: the table measured on {table.card} has no time for format '{fmt.name}', its formats are "
+            f"--gpu: the table measured on {table.card} has no time for format '{fmt.name}', its formats are "
             f"{known}; leave it out of --formats, or name a card with --gpu"
         )
     return rows
@@ -247,18 +260,3 @@ def _measured_ms(table: TimeTable, fmt: Format, shape: LayerShape) -> float:
         quantizer = min(quantizers, key=lambda t: distance((t.m, m), (t.k, k)))
         total += quantizer.median_ms * (m * k) / (quantizer.m * quantizer.k)
     return total
-
-
-def require_one_unit(gpu: str | None, budget_ms: float | None) -> None:
-    """A budget in milliseconds needs a card, and a card is there for such a budget.
-
-    Raises:
-        UserError: one is given without the other.
-    """
-    if budget_ms is not None and gpu is None:
-        raise UserError(
-            f"--budget-ms {budget_ms:g}: on which card? pass --gpu with one of {', '.join(CARDS)} (a roofline of its "
-            "published rates) or with a file that 'adatsq-trt benchmark kernels' wrote (measured)"
-        )
-    if gpu is not None and budget_ms is None:
-        raise UserError(f"--gpu {gpu}: it says where --budget-ms is spent; pass --budget-ms too, or leave --gpu out")

@@ -75,6 +75,15 @@ class Constraints:
         return replace(constraints, bytes=constraints.bytes.sum(axis=1, keepdims=True), allowed=allowed)
 
     @classmethod
+    def grouped(cls, budgets: Budgets, items: Knapsack) -> Constraints:
+        """An item for each (group of steps, layer); `items.weight` counts the group's steps."""
+        formats, layers = len(items.bits), int(items.layers.max()) + 1
+        costs = tuple(item.cost[:, items.layers] * items.weight for item in budgets.additive)
+        constraints = cls._make(budgets, costs, items.layers, formats, layers)
+        allowed = constraints.allowed
+        return constraints if allowed is None else replace(constraints, allowed=allowed[:, items.layers])
+
+    @classmethod
     def _make(
         cls, budgets: Budgets, costs: tuple[Array, ...], groups: NDArray[np.int64], formats: int, layers: int
     ) -> Constraints:
@@ -179,6 +188,9 @@ def choose_stored_sets(errors: Array, constraints: Constraints) -> StoredSets:
         sets = relaxed.solve(multipliers)
         if constraints.holds(sets.chosen):
             return relaxed.spend_bytes(sets)
+    uniform = relaxed.uniform(multipliers)
+    if uniform is not None:
+        return uniform
     raise BudgetError(
         "no policy was found that keeps all budgets at once, although each can be kept alone; raise one of them or add "
         "a format"
@@ -223,6 +235,15 @@ class _Relaxation:
         allowed = self.constraints.among(np.stack(self.members)[which][self.constraints.groups].T)
         total = np.where(allowed, self.errors + self.constraints.penalty(multipliers), np.inf)
         return StoredSets(multipliers, allowed, np.argmin(total, axis=0))
+
+    def uniform(self, multipliers: Array) -> StoredSets | None:
+        """The weights of a format that keeps every budget everywhere, where prices find nothing."""
+        for fmt, grid in enumerate(self.constraints.grids):
+            chosen = np.full(self.errors.shape[1], fmt)
+            if self.constraints.holds(chosen):
+                which = np.full(self.bytes.shape[1], grid)
+                return StoredSets(multipliers, self.constraints.members(which), chosen)
+        return None
 
     def least_multiplier(self, multipliers: Array, unit: int, most: float) -> float:
         """The lowest price of a unit, among the others, at which its budget is kept."""
@@ -303,6 +324,40 @@ def allocate_at_scale(
         else:
             low = middle
     return spend(items.errors, constraints, sets.allowed, best), scale
+
+
+def allocate_groups(items: Knapsack, budgets: Budgets, cost: Array, shrinkage: Shrinkage) -> Selection | None:
+    """Formats of groups of steps within the stored formats of a plan, at the ratio of its prices.
+
+    Args:
+        items: one for each (group, layer), in this order; `weight` counts the group's steps.
+        budgets: of all steps.
+        cost: of one step at those prices: [formats, layers], infinite where a layer does not store a format.
+        shrinkage: see `joint`.
+
+    Returns:
+        None where no common factor of the prices keeps every budget.
+    """
+    constraints = Constraints.grouped(budgets, items)
+    prices = cost[:, items.layers] * items.weight
+
+    def trial(factor: float) -> Selection | None:
+        chosen = coordinate_descent(replace(items, cost=prices), factor, shrinkage)
+        return chosen if constraints.holds(chosen) else None
+
+    low, high = 1e-3, 1e3
+    best = trial(high)
+    if best is None:
+        return None
+    for _ in range(16):
+        middle = float(np.sqrt(low * high))
+        kept = trial(middle)
+        if kept is None:
+            low = middle
+        else:
+            best, high = kept, middle
+    spent = spend(items.errors, constraints, np.isfinite(prices), best)
+    return spent if constraints.holds(spent) else best  # all formats at once may be more bytes than there are
 
 
 def spend(errors: Array, constraints: Constraints, allowed: NDArray[np.bool_], chosen: Selection) -> Selection:

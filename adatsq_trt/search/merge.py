@@ -5,10 +5,10 @@ of a policy are put into at most so many groups, with the error model that the p
 
 1. Steps with equal rows are a group.
 2. While there are too many, the two groups are joined whose union costs least, when every layer takes the format with
-   the least error + price · bits and everything else stays as it is.
+   the least error + price · cost and everything else stays as it is.
 3. Each step moves to the group whose assignment suits it best (k-means, with the model's error as the distance).
-4. The groups' assignments are allocated anew within the budget: an item for each (group, layer). With weights once
-   every layer keeps the weight grid that it has in the policy.
+4. The groups' assignments are allocated anew within the budgets: an item for each (group, layer). Where stored weights
+   are limited, every layer keeps the weight formats that it has in the policy.
 
 3 and 4 are repeated. What the model proposes is measured on whole samples afterwards, as every other policy is.
 """
@@ -19,17 +19,108 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from adatsq_trt.search.budgets import Budgets
 from adatsq_trt.search.candidates import Array
-from adatsq_trt.search.joint import Knapsack, Shrinkage, allocate_jointly
+from adatsq_trt.search.joint import Knapsack, Selection, Shrinkage, allocate_jointly
+from adatsq_trt.search.lagrangian import allocate_groups
 from adatsq_trt.search.plan import SHRINKAGES, Rows
 from adatsq_trt.search.sensitivity import Sensitivity
 
-_ROUNDS = 4
+_ROUNDS, _SKETCH = 4, 64
 Labels = NDArray[np.int64]
+
+
+class Allowance(Protocol):
+    """What a policy may spend."""
+
+    def for_start(self, rows: Rows) -> Allowance:
+        """The same where layers store what they store in a policy, if that is limited."""
+
+    def prices(self, items: Knapsack, shrinkage: Shrinkage) -> Array:
+        """What a format costs a layer at one step, in units of error: [formats, layers].
+
+        Infinite where a layer may not be given a format.
+
+        Args:
+            items: of all steps.
+            shrinkage: see `joint`.
+        """
+
+    def holds(self, rows: Rows) -> bool:
+        """Whether a policy keeps it."""
+
+    def allocate(self, items: Knapsack, shrinkage: Shrinkage) -> Selection | None:
+        """Formats of every (group, layer), or None where none are found; `items.weight` counts a group's steps."""
+
+
+@dataclass(frozen=True)
+class MeanBits:
+    """Bits alone.
+
+    Attributes:
+        bits: [formats], ascending.
+        total: a budget as a sum over (step, layer).
+    """
+
+    bits: Array
+    total: float
+
+    def for_start(self, rows: Rows) -> MeanBits:
+        """Itself."""
+        return self
+
+    def prices(self, items: Knapsack, shrinkage: Shrinkage) -> Array:
+        """Bits at the price at which a policy without a limit just meets the budget."""
+        multiplier = allocate_jointly(items, self.total, shrinkage)[1]
+        return np.repeat(multiplier * self.bits[:, None], items.layers.max() + 1, axis=1)
+
+    def holds(self, rows: Rows) -> bool:
+        """Whether the sum is kept."""
+        return bool(self.bits[np.asarray(rows)].sum() <= self.total + 1e-9)
+
+    def allocate(self, items: Knapsack, shrinkage: Shrinkage) -> Selection | None:
+        """The cheapest format everywhere always keeps it."""
+        return allocate_jointly(items, self.total, shrinkage)[0]
+
+
+@dataclass(frozen=True)
+class Several:
+    """Any budgets.
+
+    Attributes:
+        budgets: all of them.
+        cost: of one step at a plan's prices: [formats, layers], infinite where a layer may not be given a format.
+    """
+
+    budgets: Budgets
+    cost: Array
+
+    def for_start(self, rows: Rows) -> Several:
+        """Within the weight formats that the policy stores of each layer."""
+        storage = self.budgets.storage
+        if storage is None:
+            return self
+        used, layers = storage.grids[np.asarray(rows)], np.arange(len(rows[0]))
+        stored = np.zeros(storage.bytes.shape, dtype=bool)
+        stored[used, layers] = True
+        return Several(self.budgets, np.where(stored[storage.grids], self.cost, np.inf))
+
+    def prices(self, items: Knapsack, shrinkage: Shrinkage) -> Array:
+        """The plan's."""
+        return self.cost
+
+    def holds(self, rows: Rows) -> bool:
+        """Whether every budget is kept."""
+        return self.budgets.holds(rows)
+
+    def allocate(self, items: Knapsack, shrinkage: Shrinkage) -> Selection | None:
+        """At the plan's ratio of prices."""
+        return allocate_groups(items, self.budgets, self.cost, shrinkage)
 
 
 @dataclass(frozen=True)
@@ -40,53 +131,46 @@ class ErrorModel:
         contributions: [formats, steps, layers, rows].
         errors: [formats, steps, layers]: single errors.
         bits: [formats], ascending.
-        budget: largest mean of bits over (step, layer).
+        allowance: what a policy may spend.
+        prices: [formats, layers]: of one step, in units of error.
         shrinkage: in covariances.
-        allowed: [formats, layers]: what a layer may be given; None for everything.
     """
 
     contributions: Array
     errors: Array
     bits: Array
-    budget: float
+    allowance: Allowance
+    prices: Array
     shrinkage: Shrinkage
-    allowed: NDArray[np.bool_] | None = None
 
     @classmethod
-    def of(
-        cls,
-        sensitivity: Sensitivity,
-        bits: Array,
-        budget: float,
-        shrinkage: Shrinkage,
-        allowed: NDArray[np.bool_] | None = None,
-    ) -> ErrorModel:
+    def of(cls, sensitivity: Sensitivity, bits: Array, allowance: Allowance, shrinkage: Shrinkage) -> ErrorModel:
         """The model that the plan uses."""
         saturated = sensitivity.saturated()
         contributions, errors = saturated.contributions.double().numpy(), saturated.smoothed_errors().numpy()
-        return cls(contributions, errors, bits, budget, shrinkage, allowed)
+        items = _items(contributions, errors, bits, np.arange(errors.shape[1]))
+        return cls(contributions, errors, bits, allowance, allowance.prices(items, shrinkage), shrinkage)
 
-    def with_weights_of(self, rows: Rows, grids: NDArray[np.int64]) -> ErrorModel:
-        """The same where every layer keeps the weight grid that it has in a policy.
+    def for_start(self, rows: Rows) -> ErrorModel:
+        """The same for policies that are made from one."""
+        allowance = self.allowance.for_start(rows)
+        if allowance is self.allowance:
+            return self
+        items = _items(self.contributions, self.errors, self.bits, np.arange(self.errors.shape[1]))
+        return replace(self, allowance=allowance, prices=allowance.prices(items, self.shrinkage))
 
-        Args:
-            rows: a policy with one grid for each layer.
-            grids: [formats]: which formats share a grid.
+    @cached_property
+    def sketch(self) -> Array:
+        """The contributions with fewer rows, whose squares sum to about the same: [formats, steps, layers, sketch].
+
+        A random projection (Johnson and Lindenstrauss): joining looks at hundreds of unions, and is only a start.
         """
-        own = grids[:, None] == grids[list(rows[0])]
-        return replace(self, allowed=own if self.allowed is None else own & self.allowed)
-
-    @property
-    def step_cost(self) -> Array:
-        """[formats, layers]: bits of one step, infinite where a layer may not be given a format."""
-        bits = np.repeat(self.bits[:, None], self.errors.shape[2], axis=1)
-        return bits if self.allowed is None else np.where(self.allowed, bits, np.inf)
-
-    @property
-    def total_bits(self) -> float:
-        """The budget as a sum over (step, layer)."""
-        _, steps, layers = self.errors.shape
-        return float(self.budget * steps * layers)
+        rows = self.contributions.shape[-1]
+        if rows <= _SKETCH:
+            return self.contributions
+        projection = np.random.default_rng(0).standard_normal((rows, _SKETCH)) / np.sqrt(_SKETCH)
+        projected: Array = self.contributions @ projection
+        return projected
 
     def error(self, chosen: Labels) -> float:
         """Predicted latent MSE of a policy, [steps, layers] format indices."""
@@ -105,89 +189,80 @@ class ErrorModel:
             shrinkage.together * together + shrinkage.by_layer * np.square(by_layer).sum() + shrinkage.alone * alone
         )
 
-    def items(self, labels: Labels) -> Knapsack:
-        """An item for each (group, layer), in that order; groups are numbered from 0 without gaps."""
-        groups = int(labels.max()) + 1
-        member = np.eye(groups)[labels]
-        contributions = np.einsum("tg,ftlr->fglr", member, self.contributions)
-        formats, _, layers, rows = contributions.shape
-        weight = np.repeat(member.sum(axis=0), layers)
-        return Knapsack(
-            contributions.reshape(formats, groups * layers, rows),
-            np.einsum("tg,ftl->fgl", member, self.errors).reshape(formats, groups * layers),
-            np.tile(np.arange(layers), groups),
-            self.bits,
-            weight,
-            np.tile(self.step_cost, groups) * weight,
-        )
-
-    @cached_property
-    def multiplier(self) -> float:
-        """Error per bit at which a policy without a limit just meets the budget."""
-        return allocate_jointly(self.items(np.arange(self.errors.shape[1])), self.total_bits, self.shrinkage)[1]
+    def allocate(self, labels: Labels) -> Labels | None:
+        """The groups' assignments, [groups, layers]: rule 4."""
+        items = _items(self.contributions, self.errors, self.bits, labels)
+        chosen = self.allowance.allocate(items, self.shrinkage)
+        return None if chosen is None else chosen.reshape(labels.max() + 1, -1)
 
 
-def merge(model: ErrorModel, rows: Rows, limit: int, known: dict[bytes, Labels] | None = None) -> Rows:
+def _items(contributions: Array, errors: Array, bits: Array, labels: Labels) -> Knapsack:
+    """An item for each (group, layer), in that order; groups are numbered from 0 without gaps."""
+    groups = int(labels.max()) + 1
+    member = np.eye(groups)[labels]
+    summed = np.einsum("tg,ftlr->fglr", member, contributions)
+    formats, _, layers, rows = summed.shape
+    return Knapsack(
+        summed.reshape(formats, groups * layers, rows),
+        np.einsum("tg,ftl->fgl", member, errors).reshape(formats, groups * layers),
+        np.tile(np.arange(layers), groups),
+        bits,
+        np.repeat(member.sum(axis=0), layers),
+    )
+
+
+def merge(model: ErrorModel, rows: Rows, limit: int, known: dict[bytes, Labels | None] | None = None) -> Rows | None:
     """The policy with at most so many distinct assignments that the model finds when it starts from another policy.
 
     Args:
-        model: of the error; says the budget.
-        rows: any policy; one that keeps the limit and the budget is itself a candidate.
+        model: of the error; says what may be spent.
+        rows: any policy; one that keeps the limit and the budgets is itself a candidate.
         limit: most distinct assignments, at least 1.
         known: allocations of earlier calls with this model, by their groups; receives those of this call.
+
+    Returns:
+        None where no policy was found that keeps the budgets.
     """
     known = {} if known is None else known
     chosen = np.asarray(rows, dtype=np.int64)
     labels = _join(model, chosen, limit)
     best, least = None, np.inf
-    if len(set(rows)) <= limit and model.bits[chosen].sum() <= model.total_bits + 1e-9:
+    if len(set(rows)) <= limit and model.allowance.holds(rows):
         best, least = chosen, model.error(chosen)
     for _ in range(_ROUNDS):
-        groups = _in_order_of_steps(labels)
-        if groups.tobytes() not in known:
-            known[groups.tobytes()] = _allocate(model, groups)
-        labels, table = groups, known[groups.tobytes()]
-        error = model.error(table[labels])
-        if error >= least:
+        labels = _in_order_of_steps(labels)
+        if labels.tobytes() not in known:
+            known[labels.tobytes()] = model.allocate(labels)
+        table = known[labels.tobytes()]
+        if table is None or (error := model.error(table[labels])) >= least:
             break
         best, least = table[labels], error
         labels = _move(model, table, labels)
-    assert best is not None, "an allocation has a finite error"
-    return tuple(tuple(int(i) for i in row) for row in best)
+    return None if best is None else tuple(tuple(int(i) for i in row) for row in best)
 
 
 def merged_policies(
-    sensitivity: Sensitivity,
-    bits: Array,
-    budget: float,
-    starts: Sequence[Rows],
-    limit: int,
-    grids: NDArray[np.int64] | None = None,
-    allowed: NDArray[np.bool_] | None = None,
+    sensitivity: Sensitivity, bits: Array, allowance: Allowance, starts: Sequence[Rows], limit: int
 ) -> list[Rows]:
     """Distinct policies with at most so many assignments: one of every start, the first's with each shrinkage.
 
     Args:
         sensitivity: measured contributions.
         bits: [formats], ascending.
-        budget: mean bits per (step, layer).
+        allowance: what they may spend.
         starts: policies without a limit, the plan first.
         limit: most distinct assignments.
-        grids: [formats]: which formats share a weight grid, of which a layer keeps the one that it has at the start;
-            None where its weights may change.
-        allowed: [formats, layers]: what a layer may be given, as in every start; None for everything.
     """
-    models = [ErrorModel.of(sensitivity, bits, budget, shrinkage, allowed) for shrinkage in SHRINKAGES]
-    restricted: dict[bytes, tuple[ErrorModel, dict[bytes, Labels]]] = {}
+    models = [ErrorModel.of(sensitivity, bits, allowance, shrinkage) for shrinkage in SHRINKAGES]
+    known: dict[bytes, dict[bytes, Labels | None]] = {}
 
-    def merged(model: ErrorModel, rows: Rows) -> Rows:
-        own = model if grids is None else model.with_weights_of(rows, grids)
-        key = repr(model.shrinkage).encode() + (b"" if own.allowed is None else own.allowed.tobytes())
-        own, known = restricted.setdefault(key, (own, {}))
-        return merge(own, rows, limit, known)
+    def merged(model: ErrorModel, rows: Rows) -> Rows | None:
+        own = model.for_start(rows)
+        key = repr(own.shrinkage).encode() + own.prices.tobytes()
+        return merge(own, rows, limit, known.setdefault(key, {}))
 
     found = [merged(models[0], rows) for rows in starts] + [merged(model, starts[0]) for model in models[1:]]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(rows for rows in found if rows is not None))
 
 
 @dataclass(frozen=True)
@@ -219,17 +294,24 @@ class _Group:
 
 
 def _join(model: ErrorModel, chosen: Labels, limit: int) -> Labels:
-    """Group the steps: rules 1 and 2."""
-    groups = []
+    """Group the steps: rules 1 and 2, on a sketch of the rows."""
+    groups, sketch = [], model.sketch
     for row in dict.fromkeys(map(tuple, chosen.tolist())):
         steps = np.flatnonzero((chosen == row).all(axis=1))
-        sums = model.contributions[:, steps].sum(axis=1), model.errors[:, steps].sum(axis=1)
+        sums = sketch[:, steps].sum(axis=1), model.errors[:, steps].sum(axis=1)
         groups.append(_Group(tuple(steps.tolist()), np.asarray(row), *sums))
+    unions: list[tuple[float, Labels, tuple[_Group, _Group]]] = []
+    fresh = list(combinations(groups, 2))
     while len(groups) > limit:
+        # What a union costs changes little when two other groups are joined, so it is computed once.
         by_layer = np.sum([group.chosen for group in groups], axis=0)
-        unions = [(*_union(model, by_layer, pair), pair) for pair in combinations(groups, 2)]
+        unions += [(*_union(model, by_layer, pair), pair) for pair in fresh]
         _, shared, (one, other) = min(unions, key=lambda union: union[0])
-        groups = [g for g in groups if g is not one and g is not other] + [one.joined(other, shared)]
+        joined = one.joined(other, shared)
+        groups = [group for group in groups if group is not one and group is not other]
+        unions = [u for u in unions if not any(group is one or group is other for group in u[2])]
+        fresh = [(group, joined) for group in groups]
+        groups.append(joined)
     result = np.empty(len(chosen), dtype=np.int64)
     for label, group in enumerate(groups):
         result[list(group.steps)] = label
@@ -248,15 +330,15 @@ def _union(model: ErrorModel, by_layer: Array, pair: tuple[_Group, _Group]) -> t
     shrinkage, rest = model.shrinkage, by_layer - one.chosen - other.chosen
     total, added = by_layer.sum(axis=0), one.contributions + other.contributions
     outside = total - one.chosen - other.chosen
-    bits, paid = model.multiplier * model.bits, model.multiplier * model.step_cost
     cost = shrinkage.together * np.square(outside + added).sum(axis=-1)
     cost += shrinkage.by_layer * np.square(rest + added).sum(axis=-1) + shrinkage.alone * (one.errors + other.errors)
-    cost += paid * (len(one.steps) + len(other.steps))
+    cost += model.prices * (len(one.steps) + len(other.steps))
     row: Labels = cost.argmin(axis=0)
     before = shrinkage.together * np.square(total).sum() + shrinkage.by_layer * np.square(by_layer).sum(axis=-1)
     for group in pair:
         layers = np.arange(len(group.row))
-        before = before + shrinkage.alone * group.errors[group.row, layers] + bits[group.row] * len(group.steps)
+        price = model.prices[group.row, layers] * len(group.steps)
+        before = before + shrinkage.alone * group.errors[group.row, layers] + price
     return float((cost.min(axis=0) - before).sum()), row
 
 
@@ -266,24 +348,18 @@ def _in_order_of_steps(labels: Labels) -> Labels:
     return np.array([numbers[label] for label in labels.tolist()], dtype=np.int64)
 
 
-def _allocate(model: ErrorModel, labels: Labels) -> Labels:
-    """The groups' assignments, [groups, layers]: rule 4."""
-    chosen, _ = allocate_jointly(model.items(labels), model.total_bits, model.shrinkage)
-    return chosen.reshape(labels.max() + 1, -1)
-
-
 def _move(model: ErrorModel, table: Labels, labels: Labels) -> Labels:
     """Give each step the assignment that suits it best, one step after another; a group may be left empty."""
     labels, layers = labels.copy(), np.arange(table.shape[1])
     options = model.contributions[table[:, None], np.arange(len(labels))[:, None], layers]
     alone = model.errors[table[:, None], np.arange(len(labels))[:, None], layers].sum(axis=-1)
-    multiplier, shrinkage = model.multiplier * model.bits[table].sum(axis=1), model.shrinkage
+    prices, shrinkage = model.prices[table, np.arange(table.shape[1])].sum(axis=1), model.shrinkage
     by_layer = options[labels, np.arange(len(labels))].sum(axis=0)
     for step in range(len(labels)):
         rest = by_layer - options[labels[step], step]
         tried = rest + options[:, step]
         cost = shrinkage.together * np.square(tried.sum(axis=1)).sum(axis=-1)
-        cost += shrinkage.by_layer * np.square(tried).sum(axis=(1, 2)) + shrinkage.alone * alone[:, step] + multiplier
+        cost += shrinkage.by_layer * np.square(tried).sum(axis=(1, 2)) + shrinkage.alone * alone[:, step] + prices
         labels[step] = int(cost.argmin())
         by_layer = tried[labels[step]]
     return labels

@@ -131,7 +131,7 @@ def make_plan(sensitivity: Sensitivity, bits: Array, budget: float, candidates: 
 
 def make_constrained_plan(
     sensitivity: Sensitivity, bits: Array, budgets: Budgets, candidates: int, known: Sequence[Rows] = ()
-) -> tuple[Plan, Array]:
+) -> tuple[Plan, Array, Array]:
     """The same under any budgets, and with weights once where these ask for it.
 
     Args:
@@ -142,8 +142,9 @@ def make_constrained_plan(
         known: with weights once, policies whose weights are a start for the choice of them.
 
     Returns:
-        The plan, and what a format costs a layer at one step at the prices of the budgets: [formats, layers], infinite
-        where the layer does not store the format. A path's bits are counted in it.
+        The plan, then what a format costs a layer at one step at the prices of the budgets: [formats, layers], infinite
+        where the layer does not store the format. A path's bits are counted in it. The same for all formats
+        that the layer may have.
 
     Raises:
         BudgetError: the budgets cannot be kept together.
@@ -163,7 +164,17 @@ def make_constrained_plan(
     # What a path goes on with when it can afford no candidate.
     floor = np.tile(np.argmin(cost, axis=0), budgets.steps)
     hedges = [*(choice for choice, _ in others), sets.chosen]
-    return _complete(sensitivity, Allocation(penalty, 1.0, own, floor), hedges, cost, candidates), cost
+    plan = _complete(sensitivity, Allocation(penalty, 1.0, own, floor), hedges, cost, candidates)
+    prices = constraints.penalty(sets.multipliers)[:, :layers]
+    if budgets.allowed is not None:
+        prices = np.where(budgets.allowed, prices, np.inf)
+    return plan, cost, _at_scale_of(cost, prices)
+
+
+def _at_scale_of(cost: Array, prices: Array) -> Array:
+    """Prices [formats, layers], of which `cost` has some by a common factor."""
+    known = np.isfinite(cost) & (prices > 0)
+    return prices * (float(cost[known][0] / prices[known][0]) if known.any() else 1.0)
 
 
 def _items(sensitivity: Sensitivity, bits: Array) -> Knapsack:

@@ -2,7 +2,7 @@
 
 FOLDER/sensitivity/step_007.safetensors   contributions and adjoint of a step (written from the last step back)
 FOLDER/columns/column_007.safetensors     the paths that survived a step
-FOLDER/scores/<hash>.json                 error of one policy on one batch
+FOLDER/scores/<hash>.safetensors          errors of one policy on the samples of one batch
 """
 
 from __future__ import annotations
@@ -10,19 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from adatsq_trt.calibration.trajectory import Samples
 from adatsq_trt.calibration.units import Measured, backward_sweep
 from adatsq_trt.execution import Executor
-from adatsq_trt.files import read_json_model, read_tensors, write_json_model, write_tensors
+from adatsq_trt.files import read_tensors, write_tensors
 from adatsq_trt.formats import Format
+from adatsq_trt.intervals import Floats
 from adatsq_trt.models.format_store import CandidateWeights
 from adatsq_trt.search.beam import Path as BeamPath
 from adatsq_trt.search.beam import Pruning, beam_search
@@ -128,29 +129,46 @@ def _last_column(folder: Path, steps: int) -> tuple[list[BeamPath[Tensor]], int]
     return paths, int(column["calls"])
 
 
-class Score(BaseModel):
+@dataclass(frozen=True)
+class Score:
     """How a policy does on a batch.
 
     Attributes:
-        error: latent MSE.
-        standard_error: of that mean, from the spread over the samples.
-        capped_error: the mean when no sample counts for more than `CAP` median ones. A few samples flip to another
-            picture; which ones is mostly chance, so this ranks policies better than the mean itself.
+        errors: latent MSE of every sample, float64 [samples].
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    schema_version: Literal[2] = 2
-    error: float
-    standard_error: float
-    capped_error: float
+    errors: Floats
 
     @classmethod
-    def of(cls, errors: Tensor) -> Score:
-        """From the errors of the samples, float64 [samples]."""
-        spread = float(errors.std()) / math.sqrt(len(errors)) if len(errors) > 1 else 0.0
-        capped = errors.clamp(max=CAP * float(errors.median()))
-        return cls(error=float(errors.mean()), standard_error=spread, capped_error=float(capped.mean()))
+    def joined(cls, scores: Iterable[Score]) -> Score:
+        """Of several batches together."""
+        return cls(np.concatenate([score.errors for score in scores]))
+
+    @property
+    def error(self) -> float:
+        """Latent MSE."""
+        return float(self.errors.mean())
+
+    @property
+    def standard_error(self) -> float:
+        """Of that mean, from the spread over the samples."""
+        count = len(self.errors)
+        return float(self.errors.std(ddof=1)) / math.sqrt(count) if count > 1 else 0.0
+
+    @property
+    def capped_errors(self) -> Floats:
+        """No sample counts for more than `CAP` median ones, float64 [samples].
+
+        A few samples flip to another picture; which ones is mostly chance, so this ranks policies better than the
+        errors themselves.
+        """
+        capped: Floats = np.minimum(self.errors, CAP * float(np.median(self.errors)))
+        return capped
+
+    @property
+    def capped_error(self) -> float:
+        """Their mean."""
+        return float(self.capped_errors.mean())
 
 
 class Scorer:
@@ -185,7 +203,7 @@ class Scorer:
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def _file(self, rows: Rows) -> Path:
-        return self._folder / f"{self._key(rows)}.json"
+        return self._folder / f"{self._key(rows)}.safetensors"
 
     def scores(self, policies: Sequence[Rows]) -> Iterator[Score]:
         """Errors of whole generated samples, in the order of the policies; each policy is measured once."""
@@ -195,5 +213,5 @@ class Scorer:
             if not self._file(rows).is_file():  # results come in the order in which policies are first named
                 errors = row_errors(next(measured), self.reference)
                 require_finite(self._simulation, self.samples, rows, errors)
-                write_json_model(self._file(rows), Score.of(errors))
-            yield read_json_model(self._file(rows), Score)
+                write_tensors(self._file(rows), {"errors": errors})
+            yield Score(read_tensors(self._file(rows))["errors"].numpy())

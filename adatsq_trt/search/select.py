@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from adatsq_trt.costs import Costs, Limits
 from adatsq_trt.formats import Format
+from adatsq_trt.intervals import LEAST, Floats, paired_difference, paired_ratio
+from adatsq_trt.search.budgets import CostModel
 from adatsq_trt.search.pareto import front
 from adatsq_trt.search.plan import Rows
 from adatsq_trt.search.resume import Score, Scorer
@@ -37,11 +40,14 @@ class Point(BaseModel):
         kind: where it comes from.
         name: for uniform policies the format, else kind and number.
         mean_bits: mean of nominal bits.
+        costs: what it costs whoever runs it.
         selection_error: latent MSE on the screening batch; for finalists on the whole selection batch.
         rank_error: the same with every sample capped (`Score.capped_error`): what policies are chosen by.
+        samples: how many these errors are means over.
         finalist: whether it got the second look.
         held_out_error: latent MSE on the held-out samples, for those policies whose figure is reported.
         held_out_standard_error: of that mean.
+        held_out_ratio: that mean in means of the chosen policy, with its paired interval; None without one.
         on_front: whether no other point had fewer bits and a smaller error on the screening batch.
         buckets: runs of steps with one assignment.
         formats: step → layer → format name.
@@ -52,11 +58,14 @@ class Point(BaseModel):
     kind: Kind
     name: str
     mean_bits: float
+    costs: Costs
     selection_error: float
     rank_error: float
+    samples: int
     finalist: bool = False
     held_out_error: float | None = None
     held_out_standard_error: float | None = None
+    held_out_ratio: tuple[float, float, float] | None = None
     on_front: bool = False
     buckets: int
     formats: tuple[tuple[str, ...], ...]
@@ -67,13 +76,40 @@ class Point(BaseModel):
         return len(set(self.formats))
 
 
+class Dominated(BaseModel):
+    """The search's own choice, beside a simple policy that is no worse in bytes, time and error, and better in one.
+
+    Attributes:
+        searched: index of the one.
+        by: index of the other.
+        ratio: error of the other in errors of the one, on fresh samples.
+        low: lower end of its paired interval; None for samples too few to have one.
+        high: upper end.
+        samples: how many.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    searched: int
+    by: int
+    ratio: float
+    low: float | None
+    high: float | None
+    samples: int
+
+
 class SearchResult(BaseModel):
     """What the search found.
 
     Attributes:
         schema_version: of this file.
         points: every judged policy; the Pareto front is those with `on_front`.
+        weights: number of quantized weights.
+        limits: what the chosen one had to keep.
+        ms_source: where milliseconds come from; None where nobody knows them.
         chosen: index of the policy that is deployed.
+        dominated: why it is not the search's own choice, or with free weights a warning; None where there is nothing to
+            say.
         layer_only: index of the best static policy with one assignment for all steps, None if there is none.
         time_only: index of the best static policy with one format for all layers of a step, None likewise.
         unlimited: index of the policy that would be deployed without a limit on assignments, None if there is no limit.
@@ -83,9 +119,13 @@ class SearchResult(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     points: tuple[Point, ...]
+    weights: int
+    limits: Limits
+    ms_source: str | None = None
     chosen: int
+    dominated: Dominated | None = None
     layer_only: int | None
     time_only: int | None
     unlimited: int | None = None
@@ -94,11 +134,22 @@ class SearchResult(BaseModel):
 
 
 def judge(
-    proposals: Sequence[Proposal], formats: Sequence[Format], screening: Scorer, on_policy: Callable[[], None]
+    proposals: Sequence[Proposal],
+    formats: Sequence[Format],
+    costs: CostModel,
+    screening: Scorer,
+    on_policy: Callable[[], None],
 ) -> list[Point]:
     """Score whole generated samples of every proposal and mark the Pareto front.
 
     The same policy may come from several kinds of search; each keeps its point, and the scorer measures it once.
+
+    Args:
+        proposals: to be judged.
+        formats: what they index.
+        costs: tells what they cost.
+        screening: of the first samples.
+        on_policy: called after each.
     """
     distinct = list(dict.fromkeys(proposals))
     points, counts = [], dict.fromkeys((p.kind for p in distinct), 0)
@@ -107,7 +158,7 @@ def judge(
         number = f"{proposal.kind} {counts[proposal.kind]}"
         name = formats[proposal.rows[0][0]].name if proposal.kind == "uniform" else number
         counts[proposal.kind] += 1
-        points.append(_point(proposal, name, formats, score))
+        points.append(_point(proposal, name, formats, costs.costs(proposal.rows), score))
         on_policy()
     best = set(front([(p.mean_bits, p.selection_error) for p in points]))
     return [p.model_copy(update={"on_front": i in best}) for i, p in enumerate(points)]
@@ -211,26 +262,24 @@ def rescore(
     points: Sequence[Point],
     wanted: Sequence[int],
     formats: Sequence[Format],
-    scorers: tuple[Scorer, Scorer],
+    scorers: Sequence[Scorer],
     on_policy: Callable[[], None],
 ) -> list[Point]:
-    """Replace the errors of some points by their means over both batches.
+    """Replace the errors of some points by those over several batches.
 
     Args:
         points: judged policies.
         wanted: indices of the finalists.
         formats: what the points' format names index.
-        scorers: of the screening batch and of the further batch.
+        scorers: of the batches.
         on_policy: called after each.
     """
     result = list(points)
-    sizes = [len(scorer.samples.seeds) for scorer in scorers]
-    policies = [_rows(points[index], formats) for index in wanted]
-    measured = zip(*(scorer.scores(policies) for scorer in scorers), strict=True)
-    for index, scores in zip(wanted, measured, strict=True):
+    for index, score in zip(wanted, scores_of(points, wanted, formats, scorers), strict=True):
         update = {
-            "selection_error": _mean([score.error for score in scores], sizes),
-            "rank_error": _mean([score.capped_error for score in scores], sizes),
+            "selection_error": score.error,
+            "rank_error": score.capped_error,
+            "samples": len(score.errors),
             "finalist": True,
         }
         result[index] = points[index].model_copy(update=update)
@@ -238,8 +287,34 @@ def rescore(
     return result
 
 
-def _mean(values: Sequence[float], sizes: Sequence[int]) -> float:
-    return sum(n * value for n, value in zip(sizes, values, strict=True)) / sum(sizes)
+def scores_of(
+    points: Sequence[Point], wanted: Sequence[int], formats: Sequence[Format], scorers: Sequence[Scorer]
+) -> Iterator[Score]:
+    """How some points do on several batches together."""
+    policies = [_rows(points[index], formats) for index in wanted]
+    for scores in zip(*(scorer.scores(policies) for scorer in scorers), strict=True):
+        yield Score.joined(scores)
+
+
+# Contenders for whom further samples are drawn.
+_MOST_CONTENDERS = 4
+
+
+def contenders(points: Sequence[Point], among: Sequence[int], errors: Mapping[int, Floats]) -> list[int]:
+    """The best point, and those that the samples do not tell from it: their paired interval holds zero.
+
+    Args:
+        points: judged policies.
+        among: indices of those that may be chosen, all seen on the same samples.
+        errors: capped errors of each, float64 [samples].
+    """
+    ranked = _ranked(points, among)
+    # The first of several points with one policy.
+    first = {points[i].formats: i for i in reversed(ranked)}
+    distinct = [i for i in ranked if first[points[i].formats] == i]
+    best = errors[distinct[0]]
+    near = [i for i in distinct[1:] if paired_difference(errors[i], best).is_tie]
+    return [distinct[0], *near][:_MOST_CONTENDERS]
 
 
 def _rows(point: Point, formats: Sequence[Format]) -> Rows:
@@ -247,15 +322,17 @@ def _rows(point: Point, formats: Sequence[Format]) -> Rows:
     return tuple(tuple(names[name] for name in row) for row in point.formats)
 
 
-def _point(proposal: Proposal, name: str, formats: Sequence[Format], score: Score) -> Point:
+def _point(proposal: Proposal, name: str, formats: Sequence[Format], costs: Costs, score: Score) -> Point:
     rows = proposal.rows
     entries = [formats[i].bits for row in rows for i in row]
     return Point(
         kind=proposal.kind,
         name=name,
         mean_bits=sum(entries) / len(entries),
+        costs=costs,
         selection_error=score.error,
         rank_error=score.capped_error,
+        samples=len(score.errors),
         buckets=1 + sum(a != b for a, b in pairwise(rows)),
         formats=tuple(tuple(formats[i].name for i in row) for row in rows),
     )
@@ -287,15 +364,28 @@ def measure_held_out(
 
     Args:
         points: judged policies.
-        wanted: indices of those to measure.
+        wanted: indices of those to measure, the chosen one first.
         formats: what the points' format names index.
         held_out: scores samples that nothing was chosen on.
         on_policy: called after each.
     """
     result, distinct = list(points), list(dict.fromkeys(wanted))
-    scores = held_out.scores([_rows(points[index], formats) for index in distinct])
+    scores, chosen = held_out.scores([_rows(points[index], formats) for index in distinct]), None
     for index, score in zip(distinct, scores, strict=True):
-        update = {"held_out_error": score.error, "held_out_standard_error": score.standard_error}
+        chosen = chosen or score
+        update = {
+            "held_out_error": score.error,
+            "held_out_standard_error": score.standard_error,
+            "held_out_ratio": _ratio(score, chosen),
+        }
         result[index] = points[index].model_copy(update=update)
         on_policy()
     return result
+
+
+def _ratio(one: Score, other: Score) -> tuple[float, float, float] | None:
+    """None where samples are too few, or nothing errs."""
+    if len(one.errors) < LEAST or not other.error:
+        return None
+    interval = paired_ratio(one.errors, other.errors)
+    return interval.value, interval.low, interval.high

@@ -1,53 +1,57 @@
-"""The budgets of a search, from the settings and the shapes that calibration saw."""
+"""What policies of a run cost, and its budgets, from the settings and the shapes that calibration saw."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.utils.flop_counter import FlopCounterMode
 
+from adatsq_trt.costs import Limits
 from adatsq_trt.errors import BudgetError
 from adatsq_trt.files import read_tensors
 from adatsq_trt.formats import format_named
 from adatsq_trt.models.adapter import ModelAdapter
-from adatsq_trt.policy import LayerShape, Policy
-from adatsq_trt.search.budgets import Additive, Budgets, Storage
+from adatsq_trt.policy import LayerShape
+from adatsq_trt.search.budgets import Additive, Budgets, CostModel, Storage
 from adatsq_trt.search.costs import TimeModel, stored_time_model
 from adatsq_trt.search.denoising import format_bits
+from adatsq_trt.search.static import uniform
 from adatsq_trt.settings import Settings
 from adatsq_trt.stages import calibrate
 from adatsq_trt.stages.context import Context, layer_shapes
 
+# Times a reference format's bytes and time that a policy may have where nobody said how much.
+ROOM = 1.1
+# What speeds and sizes that are given beside 16 bits compare with.
+SIXTEEN = format_named("bf16")
+
 
 @dataclass(frozen=True)
-class SampleTimes:
-    """Milliseconds of one sample.
+class Account:
+    """What policies cost and may cost.
 
     Attributes:
-        model: where they come from.
-        shapes: of the layers.
-        rest_ms: of everything that is not quantized, in one step.
+        costs: of policies.
+        budgets: as the search counts them: sums over steps and layers of what is quantized.
+        limits: as they are told, of whole samples.
+        weights: number of quantized weights.
+        ms_source: where milliseconds come from; None where nobody knows them.
     """
 
-    model: TimeModel
-    shapes: tuple[LayerShape, ...]
-    rest_ms: float
-
-    def policy_ms(self, policy: Policy) -> float:
-        """Of a whole policy."""
-        steps = (policy.formats_at(step) for step in range(policy.steps))
-        layers = sum(self.model.layer_ms(row[shape.name], shape) for row in steps for shape in self.shapes)
-        return layers + policy.steps * self.rest_ms
+    costs: CostModel
+    budgets: Budgets
+    limits: Limits
+    weights: int
+    ms_source: str | None
 
 
 def penalty(settings: Settings) -> bool:
     """Whether there is another budget than that in bits."""
-    return settings.budget_bytes is not None or settings.budget_ms is not None
+    others = (settings.budget_bytes, settings.budget_ms, settings.budget_speedup, settings.reference)
+    return any(other is not None for other in others)
 
 
 def chooses_weights(settings: Settings) -> bool:
@@ -77,55 +81,55 @@ def shapes_of(context: Context) -> tuple[LayerShape, ...]:
     return layer_shapes(context.adapter, dict(zip(context.layers, (int(n) for n in counted), strict=True)))
 
 
-def sample_times(context: Context) -> SampleTimes | None:
-    """Where milliseconds come from, or None when nobody asked for them."""
-    if context.settings.times is None:
-        return None
-    model, shapes = stored_time_model(context.settings.times), shapes_of(context)
-    quantized = sum(2.0 * s.tokens * s.in_features * s.out_features for s in shapes)
-    return SampleTimes(model, shapes, model.rest_ms(max(_operations(context) - quantized, 0.0)))
-
-
-@torch.no_grad()
-def _operations(context: Context) -> float:
-    """Additions and multiplications of matrix products and attention in one step of one sample."""
-    one = context.calibration.part(slice(0, 1))
-    with FlopCounterMode(display=False) as counter:
-        one.step(one.noise(), 0)
-    return float(counter.get_total_flops())
-
-
-def budgets(context: Context) -> Budgets:
-    """All budgets of the settings.
+def account(context: Context) -> Account:
+    """Costs and budgets of a run whose calibration is done.
 
     Raises:
         BudgetError: one that no policy can meet; names the cheapest.
         UnsupportedFormatError: a format that takes nobody knows how long.
     """
-    settings, formats, steps = context.settings, context.formats, context.settings.steps
-    layers, additive = len(context.layers), []
-    allowed = allowed_formats(settings, context.layers)
-    if settings.budget_bits is not None:
-        cost = format_bits(formats)[:, None].repeat(layers, axis=1)
-        additive.append(Additive("bits", cost, settings.budget_bits * steps * layers))
-    times = sample_times(context)
-    if times is not None:
-        assert settings.budget_ms is not None
-        rest = steps * times.rest_ms
-        found = Budgets(steps, (Additive("ms", times.model.table_of(formats, times.shapes), 0.0),), allowed=allowed)
-        least = found.cheapest("ms") + rest
-        if settings.budget_ms < least:
-            raise BudgetError(
-                f"--budget-ms {settings.budget_ms:g}: the fastest policy of these formats takes {least:.4g} ms "
-                f"({times.model.source}), {rest:.4g} of them for what is not quantized; raise the budget, add a format "
-                "or take fewer steps"
-            )
-        additive.append(Additive("ms", found.additive[0].cost, settings.budget_ms - rest))
-    storage, once = None, chooses_weights(settings)
-    if settings.budget_bytes is not None or once:
-        most = math.inf if settings.budget_bytes is None else settings.budget_bytes
-        storage = Storage.of(formats, shapes_of(context), most, once=once)
-    return Budgets(steps, tuple(additive), storage, allowed)
+    settings, formats, shapes = context.settings, context.formats, shapes_of(context)
+    steps, ms, rest_ms, model = settings.steps, None, 0.0, None
+    if settings.times is not None:
+        model = stored_time_model(settings.times)
+        ms, rest_ms = model.table_of(formats, shapes), steps * _rest_ms(context, model, shapes)
+    costs = CostModel.of(formats, shapes, steps, ms, rest_ms)
+    limits = _limits(context, costs)
+    if model is not None and settings.budget_speedup is not None:
+        own = steps * sum(model.layer_ms(SIXTEEN, shape) for shape in shapes) + rest_ms
+        limits = limits.model_copy(update={"ms": own / settings.budget_speedup})
+    if model is not None and limits.ms is not None:
+        _require_ms(context, costs, limits.ms, model.source)
+    weights = sum(shape.in_features * shape.out_features for shape in shapes)
+    source = None if model is None else model.source
+    return Account(costs, _budgets(costs, limits, context), limits, weights, source)
+
+
+def _limits(context: Context, costs: CostModel) -> Limits:
+    """Those of the settings that do not depend on the speed of 16 bits."""
+    settings = context.settings
+    if settings.reference is None:
+        return Limits(bits=settings.budget_bits, bytes=settings.budget_bytes, ms=settings.budget_ms)
+    index = settings.formats.index(settings.reference)
+    own = costs.costs(uniform(index, settings.steps, len(context.layers)))
+    room = max(ROOM, 1 + costs.least_departure(index, settings.steps))
+    return Limits.within(own, room)
+
+
+def _budgets(costs: CostModel, limits: Limits, context: Context) -> Budgets:
+    """Limits as sums over steps and layers."""
+    steps, layers, additive = context.settings.steps, len(context.layers), []
+    if limits.bits is not None:
+        bits = format_bits(context.formats)[:, None].repeat(layers, axis=1)
+        additive.append(Additive("bits", bits, limits.bits * steps * layers))
+    if limits.activation_bits is not None:
+        additive.append(Additive("activation_bits", costs.activation_bits, limits.activation_bits))
+    if limits.ms is not None:
+        assert costs.ms is not None, "a budget in milliseconds has a card"
+        additive.append(Additive("ms", costs.ms, limits.ms - costs.rest_ms))
+    once, most = chooses_weights(context.settings), math.inf if limits.bytes is None else limits.bytes
+    storage = replace(costs.storage, limit=most, once=once) if once or math.isfinite(most) else None
+    return Budgets(steps, tuple(additive), storage, allowed_formats(context.settings, context.layers))
 
 
 def require_bits(settings: Settings, layers: Sequence[str]) -> None:
@@ -151,6 +155,34 @@ def require_bits(settings: Settings, layers: Sequence[str]) -> None:
         )
 
 
+def _rest_ms(context: Context, model: TimeModel, shapes: Sequence[LayerShape]) -> float:
+    """Milliseconds of what is not quantized, in one step."""
+    quantized = sum(2.0 * s.tokens * s.in_features * s.out_features for s in shapes)
+    return model.rest_ms(max(context.operations - quantized, 0.0))
+
+
+def _require_ms(context: Context, costs: CostModel, most: float, source: str) -> None:
+    """Refuse fewer milliseconds than the fastest policy takes.
+
+    Raises:
+        BudgetError: says how many these are.
+    """
+    assert costs.ms is not None
+    settings = context.settings
+    allowed = allowed_formats(settings, context.layers)
+    ms = costs.ms if allowed is None else np.where(allowed, costs.ms, np.inf)
+    least = settings.steps * float(ms.min(axis=0).sum()) + costs.rest_ms
+    if most < least * (1 - 1e-9):
+        speedup = settings.budget_speedup
+        asked = f"{most:.4g}ms" if speedup is None else f"{speedup:g}x, which is {most:.4g} ms"
+        fastest = "" if speedup is None else f", {speedup * most / least:.4g} times as fast as 16 bits"
+        raise BudgetError(
+            f"--budget-speed {asked}: the fastest policy of these formats takes {least:.4g} ms{fastest} ({source}), "
+            f"{costs.rest_ms:.4g} of them for what is not quantized; ask for less speed, add a format or take fewer "
+            "steps"
+        )
+
+
 def require_bytes(settings: Settings, adapter: ModelAdapter) -> None:
     """Refuse, before anything runs, fewer bytes than the smallest weights have.
 
@@ -165,7 +197,13 @@ def require_bytes(settings: Settings, adapter: ModelAdapter) -> None:
     storage = Storage.of(formats, shapes, settings.budget_bytes)
     least = Budgets(settings.steps, (), storage, allowed).cheapest("bytes")
     if settings.budget_bytes < least:
+        whole = sixteen_bit_bytes(shapes)
         raise BudgetError(
-            f"--budget-bytes {settings.budget_bytes:.0f}: the smallest weights of these formats have {least:.0f} "
-            "bytes; raise the budget or add a format"
+            f"--budget-size {settings.budget_bytes:.0f}: the smallest weights of these formats have {least:.0f} bytes, "
+            f"{least / whole:.3g}x those in 16 bits; raise the budget or add a format"
         )
+
+
+def sixteen_bit_bytes(shapes: Sequence[LayerShape]) -> float:
+    """What the weights that are quantized take in 16 bits; biases and everything else stay as they are."""
+    return 2.0 * sum(s.in_features * s.out_features for s in shapes)

@@ -50,7 +50,7 @@ def solver_errors(context: Context) -> dict[str, dict[str, float]]:
     Raises:
         MissingFileError: the run has no finished search for its settings.
     """
-    if not search.stage(context).done:
+    if not _searched(context):
         raise MissingFileError(
             f"'{context.run.path}' has no finished search for the settings in its {SETTINGS_NAME}; "
             "run 'adatsq-trt search' with this folder as --output first"
@@ -63,6 +63,14 @@ def solver_errors(context: Context) -> dict[str, dict[str, float]]:
             errors.setdefault(case.subject, {})[case.solver_name] = _error(context, case, reference)
             advance()
     return errors
+
+
+def _searched(context: Context) -> bool:
+    """Whether the search is done; a stage before it that never ran has no files to name it by."""
+    try:
+        return search.stage(context).done
+    except MissingFileError:
+        return False
 
 
 def _policy_cases(context: Context) -> list[Case]:

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from adatsq_trt.calibration.prompt_shares import Use, apart, shared_prompts
 from adatsq_trt.calibration.trajectory import Samples, seeded_samples
 from adatsq_trt.checkpoints.loading import OpenedPipeline
 from adatsq_trt.execution import Executor, InProcess
@@ -27,7 +29,9 @@ from adatsq_trt.zoo.loading import LoadedModel
 
 # Seeds of the batches never meet: each has a million of its own per --seed.
 _SEEDS_PER_RUN = 10_000_000
+_SEEDS_PER_BATCH = 1_000_000
 _SELECTION_SEEDS, _HELD_OUT_SEEDS, _EVALUATION_SEEDS = 1_000_000, 2_000_000, 3_000_000
+_COMPARISON_SEEDS, _FURTHER_SEEDS = 4_000_000, 5_000_000
 # Share of the limit that is left alone, since what a call needs is told from shapes.
 _KEPT = 0.03
 
@@ -144,6 +148,15 @@ class Context:
         """Quantizable layers."""
         return tuple(self.adapter.quantizable_layers())
 
+    @cached_property
+    @torch.no_grad()
+    def operations(self) -> float:
+        """Additions and multiplications of matrix products and attention in one step of one sample."""
+        one = self.calibration.part(slice(0, 1))
+        with FlopCounterMode(display=False) as counter:
+            one.step(one.noise().to(self.adapter.device), 0)
+        return float(counter.get_total_flops())
+
     @property
     def formats(self) -> tuple[Format, ...]:
         """Candidate formats, cheapest first."""
@@ -157,17 +170,27 @@ class Context:
     @cached_property
     def calibration(self) -> Samples:
         """The batch that everything is measured on."""
-        return self._samples(self.settings.calibration_samples, 0)
+        return self._samples(self.settings.calibration_samples, 0, Use.CALIBRATION)
 
     @cached_property
     def selection(self) -> Samples:
         """The batch that decides between finished policies."""
-        return self._samples(self.settings.selection_samples, _SELECTION_SEEDS)
+        return self._samples(self.settings.selection_samples, _SELECTION_SEEDS, Use.SELECTION)
+
+    def further_selection(self, number: int) -> Samples:
+        """As many samples more of that kind, for policies that these do not tell apart: batch 0, 1 or 2."""
+        offset = _FURTHER_SEEDS + number * _SEEDS_PER_BATCH
+        return self._samples(self.settings.selection_samples, offset, Use.SELECTION)
+
+    @cached_property
+    def comparison(self) -> Samples:
+        """The batch that the chosen policy is compared with simpler ones on."""
+        return self._samples(self.settings.selection_samples, _COMPARISON_SEEDS, Use.SCORING)
 
     @cached_property
     def held_out(self) -> Samples:
         """The batch that reported errors are measured on; nothing is chosen by it."""
-        return self._samples(self.settings.held_out_samples, _HELD_OUT_SEEDS)
+        return self._samples(self.settings.held_out_samples, _HELD_OUT_SEEDS, Use.SCORING)
 
     def evaluation(self, prompts: Sequence[int]) -> Samples:
         """A batch with given prompts, to score methods on; nothing is chosen by it either."""
@@ -175,15 +198,20 @@ class Context:
         seeds = tuple(range(first, first + len(prompts)))
         return Samples(self.adapter, self.schedule, self.settings.guidance, tuple(prompts), seeds)
 
-    def _samples(self, count: int, offset: int) -> Samples:
-        first = self.settings.seed * _SEEDS_PER_RUN + offset
-        adapter = self.adapter
-        return seeded_samples(adapter, self.schedule, self.settings.guidance, count, first, len(adapter.prompts))
+    def _samples(self, count: int, offset: int, use: Use) -> Samples:
+        first, adapter = self.settings.seed * _SEEDS_PER_RUN + offset, self.adapter
+        prompts = shared_prompts(len(adapter.prompts), use)
+        return seeded_samples(adapter, self.schedule, self.settings.guidance, count, first, prompts)
 
     def inputs(self, names: Sequence[str]) -> dict[str, Json]:
-        """Some of the settings, for a stage's key; the weights are those of a file in the declared type."""
-        values = self.settings.model_dump(mode="json") | {"base": self.settings.base_type}
-        return {name: values[name] for name in (*names, *(["base"] if "weights_sha256" in names else []))}
+        """Some of the settings, for a stage's key; the weights are those of a file in the declared type.
+
+        What draws samples has other prompts than it once had, where prompts are apart.
+        """
+        values = self.settings.model_dump(mode="json") | {"base": self.settings.base_type, "prompts": "apart"}
+        own = ["base"] if "weights_sha256" in names else []
+        own += ["prompts"] if "calibration_samples" in names and apart(len(self.adapter.prompts)) else []
+        return {name: values[name] for name in (*names, *own)}
 
 
 def layer_shapes(adapter: ModelAdapter, inputs: dict[str, int]) -> tuple[LayerShape, ...]:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -31,17 +31,18 @@ from adatsq_trt.errors import MismatchError
 from adatsq_trt.evaluation.batch import Batch, Verdict, make_batch
 from adatsq_trt.evaluation.methods import FULL_BITS, FULL_PRECISION, Method, Peer, Weights, require_bits
 from adatsq_trt.evaluation.peers import apply_peer
-from adatsq_trt.evaluation.scores import psnr
+from adatsq_trt.evaluation.scores import psnr, psnr_of_mean, worst_psnr
 from adatsq_trt.files import read_json_model, read_tensors, write_json_model, write_tensors
 from adatsq_trt.formats import Format, resolve_formats
 from adatsq_trt.models.format_store import CandidateWeights
 from adatsq_trt.models.transforms import BRANCH_BITS, LayerTransform
-from adatsq_trt.policy import LayerShape, Policy
+from adatsq_trt.policy import LayerShape, Policy, resident_weight_bytes
 from adatsq_trt.progress import Reporter
 from adatsq_trt.quantizers import quantize_nearest
 from adatsq_trt.search.select import SearchResult
 from adatsq_trt.settings import Settings
 from adatsq_trt.stages import calibrate, quantize, search
+from adatsq_trt.stages.budget import shapes_of
 from adatsq_trt.stages.context import Context, layer_shapes
 from adatsq_trt.stages.graph import run_stages
 from adatsq_trt.stages.run_directory import RunDirectory, Stage
@@ -64,6 +65,7 @@ class Effort(BaseModel):
         guidance: its scale.
         calibration_samples: trajectories that methods are calibrated on.
         selection_samples: trajectories that decide between found policies.
+        prompts: whether those of calibration and selection are apart from those that are scored, if there are enough.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -77,6 +79,7 @@ class Effort(BaseModel):
     guidance: float
     calibration_samples: int
     selection_samples: int
+    prompts: Literal["all", "apart"] = "all"
 
 
 class Cell(BaseModel):
@@ -86,10 +89,18 @@ class Cell(BaseModel):
         model: its name.
         method: name of the method.
         bits: weights/activations, a mean for searched policies.
-        effective_weight_bits: stored bits per weight, with scales and 16-bit branches, weighted by parameters.
+        effective_weight_bits: bits per weight that a step uses, a mean over steps, with scales and 16-bit branches,
+            weighted by parameters.
+        resident_weight_bits: bits per weight that are stored: each distinct weight format of a layer once; None for
+            cells of before it was told.
+        activation_bits: mean over steps of bits per activation, weighted by multiply-accumulates; None likewise, and
+            where nothing was calibrated.
+        proposal: kind of the proposal that a search chose; None for other methods.
         mean_score: mean of `scores`; None for a model without a judge.
         scores: column → share of its samples that show what was asked for; for clips, the means of their scores.
         psnr_db: mean over samples against full precision; None for that itself.
+        mean_error_psnr_db: PSNR of the mean squared error; None likewise, and for cells of before it was told.
+        worst_psnr_db: what 5 % of the samples fall short of; None likewise.
         samples: how many.
         seed: of calibration and samples.
         seconds: that the cell took; depends on the machine.
@@ -101,9 +112,14 @@ class Cell(BaseModel):
     method: str
     bits: str
     effective_weight_bits: float
+    resident_weight_bits: float | None = None
+    activation_bits: float | None = None
+    proposal: str | None = None
     mean_score: float | None
     scores: dict[str, float]
     psnr_db: float | None
+    mean_error_psnr_db: float | None = None
+    worst_psnr_db: float | None = None
     samples: int
     seed: int
     seconds: float
@@ -115,11 +131,17 @@ class Generated:
 
     Attributes:
         latents: float32 [samples, *latent_shape].
-        weight_bits: stored bits per weight.
+        weight_bits: bits per weight that a step uses.
+        resident_bits: bits per weight that are stored.
+        activation_bits: mean over multiply-accumulates; None where nobody counted these.
+        proposal: kind of the proposal that a search chose.
     """
 
     latents: Tensor
     weight_bits: float
+    resident_bits: float
+    activation_bits: float | None = None
+    proposal: str | None = None
 
 
 class Evaluation:
@@ -173,7 +195,7 @@ class Evaluation:
         verdict = Verdict(np.zeros(len(images)), {}) if self.batch.judge is None else self.batch.judge(images)
         tensors = {"latents": generated.latents, "values": torch.from_numpy(verdict.values)}
         write_tensors(file.with_suffix(".safetensors"), tensors)
-        cell = self._cell(method, bits, generated.weight_bits, verdict.scores, seconds)
+        cell = self._cell(method, bits, generated, verdict.scores, seconds)
         write_json_model(file, cell)
         return cell
 
@@ -205,16 +227,23 @@ class Evaluation:
     def _file(self, method: str, bits: str) -> Path:
         return self._folder / "cells" / f"{method}-{bits.replace('/', '-')}.json"
 
-    def _cell(self, method: Method, bits: str, weight_bits: float, scores: Mapping[str, float], seconds: float) -> Cell:
-        exact = method.name == FULL_PRECISION
+    def _cell(
+        self, method: Method, bits: str, generated: Generated, scores: Mapping[str, float], seconds: float
+    ) -> Cell:
+        decibels = None if method.name == FULL_PRECISION else self.outcomes(method.name, bits)[1]
         return Cell(
             model=self.effort.model,
             method=method.name,
             bits=bits,
-            effective_weight_bits=round(weight_bits, 4),
+            effective_weight_bits=round(generated.weight_bits, 4),
+            resident_weight_bits=round(generated.resident_bits, 4),
+            activation_bits=generated.activation_bits,
+            proposal=generated.proposal,
             mean_score=sum(scores.values()) / len(scores) if scores else None,
             scores=dict(scores),
-            psnr_db=None if exact else float(self.outcomes(method.name, bits)[1].mean()),
+            psnr_db=None if decibels is None else float(decibels.mean()),
+            mean_error_psnr_db=None if decibels is None else psnr_of_mean(decibels),
+            worst_psnr_db=None if decibels is None else worst_psnr(decibels),
             samples=self.effort.samples,
             seed=self.effort.seed,
             seconds=round(seconds, 1),
@@ -223,7 +252,7 @@ class Evaluation:
     def _generate(self, method: Method, bits: str) -> Generated:
         if method.name == FULL_PRECISION:
             with self._context("base", method, "4/4", "w4a4") as context:
-                return Generated(final_latents(context.evaluation(self.batch.prompts)), 16.0)
+                return Generated(final_latents(context.evaluation(self.batch.prompts)), 16.0, 16.0)
         if method.peer is not None:
             return self._peer(method, method.peer, bits)
         if method.searched is not None:
@@ -245,7 +274,8 @@ class Evaluation:
             policy = _everywhere(context, context.formats[0])
             extra = sum(BRANCH_BITS * rank * (w.in_features + w.out_features) for w in layers.values())
             branch = extra / _parameters(context) if peer is Peer.SVDQUANT else 0.0
-            return Generated(latents, policy.mean_weight_bits(_shapes(context)) + branch)
+            bits_per_weight = policy.mean_weight_bits(_shapes(context)) + branch
+            return Generated(latents, bits_per_weight, bits_per_weight)
 
     def _uniform(self, method: Method, bits: str) -> Generated:
         """One format everywhere."""
@@ -265,9 +295,11 @@ class Evaluation:
             result = read_json_model(run_stages(context, search.NAME).folder / search.RESULT, SearchResult)
             index: int | None = getattr(result, method.kind)
             assert index is not None, "every budget here has policies of both static kinds"
-            rows = result.points[index].formats
-            policy = Policy.from_steps(self.effort.model, context.settings.weights_sha256, context.layers, rows)
-            return self._simulate(context, quantize.load(context), policy)
+            point = result.points[index]
+            policy = Policy.from_steps(
+                self.effort.model, context.settings.weights_sha256, context.layers, point.formats
+            )
+            return replace(self._simulate(context, quantize.load(context), policy), proposal=point.kind)
 
     def _adopt(self, stage: Stage) -> None:
         """Take over what another method's run has done already."""
@@ -279,8 +311,15 @@ class Evaluation:
         with context.simulated(store).installed() as model:
             asked = context.evaluation(self.batch.prompts)
             latents = final_latents(asked, lambda step: model.assign(policy.formats_at(step), step))
+        shapes = shapes_of(context)
         branches = sum(transform.bits for transform in store.transforms.values()) / _parameters(context)
-        return Generated(latents, policy.mean_weight_bits(_shapes(context)) + branches)
+        resident = 8 * resident_weight_bytes(policy, {shape.name: shape for shape in shapes}) / _parameters(context)
+        return Generated(
+            latents,
+            policy.mean_weight_bits(shapes) + branches,
+            resident + branches,
+            policy.mean_activation_bits(shapes),
+        )
 
     @contextmanager
     def _context(self, name: str, method: Method, bits: str, formats: str) -> Iterator[Context]:

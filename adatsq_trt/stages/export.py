@@ -25,7 +25,7 @@ from adatsq_trt.models.format_store import SCALES_NAME
 from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.policy import Policy
 from adatsq_trt.schedule import Schedule
-from adatsq_trt.stages import calibrate, quantize, search
+from adatsq_trt.stages import calibrate, quantize, refine, search
 from adatsq_trt.stages.context import Context
 from adatsq_trt.stages.meter import release_memory
 from adatsq_trt.stages.run_directory import Json, Stage
@@ -57,6 +57,8 @@ def stage(context: Context) -> Stage:
         quantize.stage(context).folder,
         calibrate.stage(context).folder / calibrate.TRAJECTORY,
     ]
+    if context.settings.refine:
+        files.append(refine.stage(context).folder)
     inputs = context.inputs(("weights_sha256", "model_sha256", "formats", "steps", "guidance"))
     own: dict[str, Json] = {
         "variants": variants(context),
@@ -115,7 +117,7 @@ def _graphs(context: Context, policy: Policy, folder: Path) -> None:
     samples, base = context.calibration.part(slice(0, CHECK_SAMPLES)), context.settings.base_type
     time, guidance = context.schedule.model_time(0), samples.guidance
     inputs = context.adapter.guided_inputs(samples.noise(), time, samples.conditioning, guidance)
-    weights = quantize.load(context).weights
+    weights = refine.load(context).weights
     names, in_plugin = variants(context), context.settings.layout == PLUGIN_LAYOUT
     count = PLUGIN_GRAPHS if in_plugin else 1 + (len(policy.assignments) + 1) * len(names)
     with context.progress("export", 1 + count) as advance:
@@ -165,7 +167,7 @@ def _reference(context: Context, policy: Policy, folder: Path) -> None:
     for step in range(policy.steps):
         own = _one_step(context, samples, there[step], step, with_layers=False)
         tensors[f"step_{step:03d}.full_precision"] = own[f"step_{step:03d}.output"].to(CPU)
-    store = quantize.load(context)
+    store = refine.load(context)
     tensors |= to_device({f"{SCALES_PREFIX}{name}": table for name, table in store.scales.items()}, CPU)
     with context.simulated(store).installed() as model:
         for step in range(policy.steps):
@@ -221,7 +223,7 @@ def layer_reference(context: Context, policy: Policy, step: int) -> dict[str, Te
     """Outputs of all layers of the fake-quantized model at any step, by module path, as `_reference` stores them."""
     samples = context.calibration.part(slice(0, CHECK_SAMPLES))
     latents = read_tensors(calibrate.stage(context).folder / calibrate.TRAJECTORY)["latents"][step, :CHECK_SAMPLES]
-    with context.simulated(quantize.load(context)).installed() as model:
+    with context.simulated(refine.load(context)).installed() as model:
         model.assign(policy.formats_at(step), step)
         tensors = _one_step(context, samples, latents, step, with_layers=True)
     return {name: tensors[f"step_{step:03d}.layer.{name}"] for name in context.layers}

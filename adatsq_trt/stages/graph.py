@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
-from adatsq_trt.stages import bundle, calibrate, embed, export, quantize, search
+from adatsq_trt.stages import bundle, calibrate, embed, export, quantize, refine, search
 from adatsq_trt.stages.context import Context
 from adatsq_trt.stages.meter import release_memory
 from adatsq_trt.stages.models import OpenedModel
@@ -56,7 +56,8 @@ STAGES: dict[str, Node] = {
     calibrate.NAME: Node(calibrate, (embed.NAME,)),
     quantize.NAME: Node(quantize, (calibrate.NAME,), require=search.require_affordable),
     search.NAME: Node(search, (calibrate.NAME, quantize.NAME), require=search.require_affordable),
-    export.NAME: Node(export, (calibrate.NAME, quantize.NAME, search.NAME)),
+    refine.NAME: Node(refine, (calibrate.NAME, quantize.NAME, search.NAME)),
+    export.NAME: Node(export, (calibrate.NAME, quantize.NAME, search.NAME, refine.NAME)),
     bundle.NAME: Node(bundle, (search.NAME, export.NAME), weights=False),
 }
 
@@ -71,9 +72,15 @@ def stages_up_to(last: str) -> tuple[str, ...]:
     return tuple(name for name in STAGES if name in needed)
 
 
+def stages_of(context: Context, last: str) -> tuple[str, ...]:
+    """The stages of a run up to one: without those that it has no use for."""
+    unused = {embed.NAME: context.pipeline is None, refine.NAME: not context.settings.refine}
+    return tuple(name for name in stages_up_to(last) if not unused.get(name))
+
+
 def run_stages(context: Context, last: str) -> Stage:
     """Run the stages up to one with a model that is loaded."""
-    names = [name for name in stages_up_to(last) if name != embed.NAME]
+    names = [name for name in stages_of(context, last) if name != embed.NAME]
     return [STAGES[name].run(context) for name in names][-1]
 
 
@@ -96,9 +103,7 @@ class Build:
 
     def run(self, last: str) -> Stage:
         """Run the stages up to one, but for those that are done."""
-        own = self.opened.pipeline is not None
-        names = [name for name in stages_up_to(last) if own or name != embed.NAME]
-        return [self._run(STAGES[name]) for name in names][-1]
+        return [self._run(STAGES[name]) for name in stages_of(self.outline, last)][-1]
 
     def _run(self, node: Node) -> Stage:
         this = node.module.stage(self.outline)

@@ -136,6 +136,8 @@ def needed_bytes(settings: Settings, model: Model, before: int) -> dict[str, int
         "calibrate": held + max(fisher, call + sums, shared),
         "quantize": held + max(solver + rounded + block_codes, _clip_bytes(settings, flow, pairs)),
         "search": held + search,
+        # Of a block the sums of two second moments in each format, and those of one part of the batch.
+        "refine": held + max(call + rounded + 2 * sums, solver + rounded) if settings.refine else 0,
         "export": held + max(copy * 2 * model.weights, call + rounded, 8 * model.encodings),
         BUNDLE: before + int(_compiled(settings) * 2 * model.weights),
     }

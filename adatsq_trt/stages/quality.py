@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
 from adatsq_trt.evaluation.methods import FULL_PRECISION
-from adatsq_trt.evaluation.scores import Interval, bootstrap
+from adatsq_trt.evaluation.scores import bootstrap
+from adatsq_trt.intervals import Interval
 from adatsq_trt.stages.evaluate import Cell, Evaluation
 
 
@@ -95,11 +96,17 @@ def intervals(evaluation: Evaluation, cell: Cell) -> tuple[Interval | None, Inte
 
 def table(evaluation: Evaluation, cells: Sequence[Cell]) -> Table:
     """The cells in a terminal, with 95 % intervals."""
-    result = Table("method", "bits", "weight bits", "mean score", "PSNR dB", "seconds", box=None)
+    heads = ("resident bits", "activation bits", "mean score", "PSNR dB", "of the mean MSE", "worst 5 %", "won by")
+    result = Table("method", "bits", *heads, "seconds", box=None)
     for cell in cells:
         score, psnr = intervals(evaluation, cell)
         shown = ["" if i is None else f"{i.value:.3f} [{i.low:.3f}, {i.high:.3f}]" for i in (score,)]
         decibels = ["" if i is None else f"{i.value:.2f} [{i.low:.2f}, {i.high:.2f}]" for i in (psnr,)]
-        bits = f"{cell.effective_weight_bits:.2f}"
-        result.add_row(cell.method, cell.bits, bits, *shown, *decibels, f"{cell.seconds:.0f}")
+        bits = [_number(cell.resident_weight_bits, 2), _number(cell.activation_bits, 2)]
+        tail = [_number(cell.mean_error_psnr_db, 2), _number(cell.worst_psnr_db, 1), cell.proposal or ""]
+        result.add_row(cell.method, cell.bits, *bits, *shown, *decibels, *tail, f"{cell.seconds:.0f}")
     return result
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"

@@ -19,7 +19,6 @@ from adatsq_trt.formats import (
     TARGETS,
     Format,
     Target,
-    default_budget,
     default_formats,
     require_accelerated,
     require_shapes,
@@ -28,6 +27,8 @@ from adatsq_trt.formats import (
 )
 from adatsq_trt.policy import GIVEN_POLICY_ADVICE, Policy
 from adatsq_trt.settings import Settings
+from adatsq_trt.stages.budget_options import budget_settings, size_settings
+from adatsq_trt.stages.context import layer_shapes
 from adatsq_trt.stages.models import OpenedModel, exclude_layers, open_model, require_model, restrict_formats
 from adatsq_trt.stages.shapes import Shape, at_first, parse_shapes, resolve_shapes, written
 
@@ -43,8 +44,8 @@ PLUGIN_TARGET = "sm90"  # of layout `plugin` without a target: its graph is the 
 # Choices that are settings as they are.
 _GIVEN = (
     *("simulate", "backend", "hardware_compatibility", "version_compatible", "weight_streaming"),
-    *("transform", "clips", "budget_bits", "budget_ms", "weights", "max_assignments", "seed"),
-    *("calibration_samples", "projections", "selection_samples", "held_out_samples", "hessian"),
+    *("transform", "clips", "refine", "weights", "seed", "calibration_samples", "projections"),
+    *("selection_samples", "held_out_samples", "hessian"),
     *("temperature", "damping", "beam", "candidates", "slack", "expansions", "search_precision"),
 )
 
@@ -63,14 +64,15 @@ def open_and_resolve(model: object, config: BuildConfig, last: str) -> tuple[Ope
     require_model(model, config)
     targets = _targets(config)
     layout = config.layout or DEFAULT_LAYOUT
-    own = default_formats(targets, layout, config.backend) if targets and not config.simulate else None
+    asks = config.formats is None and not config.simulate
+    own = default_formats(targets, layout, config.backend) if targets and asks else None
     format_set = config.formats or own or (targets[0].default_set if targets else SIMULATED_SETS[config.weights])
     formats = resolve_formats(format_set)
     require_one_type(fmt.name for fmt in formats)
     if not config.simulate:
         require_accelerated(formats, targets, layout, config.backend)
     _require_backend(config, targets)
-    known = _budgets(config, format_set) | {"policy": _policy_text(config.policy)}
+    known = budget_settings(config, targets, layout, format_set, formats) | {"policy": _policy_text(config.policy)}
     shapes = () if config.shapes is None else parse_shapes(config.shapes)
     if shapes and config.batches:
         raise UserError("--batch: --shapes says how many samples of each size; leave one of them out")
@@ -118,26 +120,6 @@ def _layout(config: BuildConfig, targets: Sequence[Target], formats: Sequence[Fo
     return "shared" if plans and len(set(grids)) < len(grids) else DEFAULT_LAYOUT
 
 
-def _budgets(config: BuildConfig, format_set: str) -> dict[str, Any]:
-    """Settings of the budgets: without any, the format set's, in bits.
-
-    Raises:
-        UserError: a size of no known unit, milliseconds of no card, an unknown card, or a format whose time there
-            nobody knows.
-    """
-    size = config.most_bytes
-    if config.budget_ms is None and config.gpu is None:
-        default = default_budget(format_set) if config.budget_bits is None and size is None else config.budget_bits
-        return {"budget_bits": default, "budget_bytes": size}
-    from adatsq_trt.search.costs import require_one_unit, time_model
-
-    require_one_unit(config.gpu, config.budget_ms)
-    assert config.gpu is not None, "refused before"
-    model, times = time_model(config.gpu)
-    model.require(resolve_formats(format_set))
-    return {"budget_bytes": size, "times": times}
-
-
 def _require_backend(config: BuildConfig, targets: Sequence[Target]) -> None:
     """Refuse, before anything runs, options of another backend, and plans that this machine cannot compile.
 
@@ -170,7 +152,12 @@ def _require_backend(config: BuildConfig, targets: Sequence[Target]) -> None:
 
 
 def _require_exportable(config: BuildConfig, last: str) -> None:
-    """No graph holds a transform yet, so nothing that was made with one may reach the export."""
+    """No graph holds a transform yet, so nothing that was made with one may reach the export; nor shared planes."""
+    if config.refine and config.layout == PLUGIN_LAYOUT:
+        raise UserError(
+            "--refine: with --layout plugin widths of a layer may share planes, which are not solved again; choose "
+            "another layout, or leave it out"
+        )
     if config.transform is None:
         return
     if not config.simulate:
@@ -210,11 +197,14 @@ def _resolve(
         batch, shapes = tuple(shape[0] for shape in shapes), ()
     excluded = exclude_layers(model, config.excludes)
     _require_size(model)
-    _require_layers(config, targets, formats, model.adapter.quantizable_layers())
+    layers = model.adapter.quantizable_layers()
+    _require_layers(config, targets, formats, layers)
+    shapes_of_one_row = layer_shapes(model.adapter, dict.fromkeys(layers, 1))
     return Settings(
         **{name: getattr(config, name) for name in _GIVEN}
         | {"layout": _layout(config, targets, formats)}
         | known
+        | size_settings(config, shapes_of_one_row)
         | ({"batch": batch} if batch else {})
         | {"shapes": shapes},
         excluded=excluded,

@@ -22,54 +22,42 @@ from adatsq_trt.execution.device import CPU
 from adatsq_trt.execution.precision import Bfloat16
 from adatsq_trt.execution.threads import threads
 from adatsq_trt.files import parse_json_model, read_tensors, write_json_model, write_tensors
-from adatsq_trt.formats import Format, format_named
+from adatsq_trt.formats import format_named
 from adatsq_trt.models.format_store import CandidateWeights
 from adatsq_trt.models.stored import count_weights
 from adatsq_trt.policy import GIVEN_POLICY_ADVICE, Policy
 from adatsq_trt.search.beam import Pruning
 from adatsq_trt.search.denoising import ConstrainedProblem, DenoisingProblem, format_bits, row_errors
-from adatsq_trt.search.merge import merged_policies
+from adatsq_trt.search.merge import Allowance, MeanBits, Several, merged_policies
 from adatsq_trt.search.plan import Plan, Rows, make_constrained_plan, make_plan
-from adatsq_trt.search.resume import Scorer, measure_sensitivity, search_columns
-from adatsq_trt.search.select import (
-    KINDS,
-    Kind,
-    Point,
-    Proposal,
-    Rules,
-    SearchResult,
-    best_of,
-    judge,
-    look_again,
-    measure_held_out,
-    rescore,
-)
+from adatsq_trt.search.resume import measure_sensitivity, search_columns
+from adatsq_trt.search.select import Proposal, SearchResult
 from adatsq_trt.search.sensitivity import Sensitivity
 from adatsq_trt.search.simulation import Simulation
 from adatsq_trt.search.static import constrained_layer_only, constrained_time_only, layer_only, time_only, uniform
 from adatsq_trt.settings import Settings
 from adatsq_trt.stages import budget, calibrate, quantize
 from adatsq_trt.stages.context import Context
+from adatsq_trt.stages.judging import Judging
 from adatsq_trt.stages.run_directory import Stage
 from adatsq_trt.zoo.loading import LoadedModel
 
 LOGGER = logging.getLogger(__name__)
 
 NAME = "search"
-# Every proposal is judged on the first samples of the selection batch, finalists on all.
-SCREENING = 64
 # Copies of the model and of its weights in all formats, beyond which one unit at a time takes all processors.
 _MOST_COPIED_BYTES = 512 << 20
 RESULT, POLICY = "result.json", "policy.json"
 # Kept for the report: latent MSE of each rounding alone, and of whole policies after every step.
 SENSITIVITY, TRAJECTORY_ERRORS = "sensitivity.safetensors", "trajectory_errors.safetensors"
-STATIC_KINDS: tuple[Kind, Kind] = ("layer_only", "time_only")
 _SETTINGS = (
     *("model", "weights_sha256", "model_sha256", "formats", "steps", "guidance", "policy", "seed"),
     *("budget_bits", "budget_bytes", "budget_ms", "times"),
     *("calibration_samples", "projections", "selection_samples", "held_out_samples", "beam", "candidates", "slack"),
 )
-_NEWER_SETTINGS = ("max_assignments", "expansions", "search_precision", "weights", "formats_for")
+_NEWER_SETTINGS = (
+    *("max_assignments", "expansions", "search_precision", "weights", "formats_for", "budget_speedup", "reference"),
+)
 
 
 def stage(context: Context) -> Stage:
@@ -96,11 +84,6 @@ def require_possible(settings: Settings, model: LoadedModel) -> None:
     if settings.policy is not None:
         _given_policy(settings, tuple(model.adapter.quantizable_layers()))
         return
-    if settings.max_assignments is not None and budget.penalty(settings):
-        raise UserError(
-            "--max-assignments: assignments are merged within a budget of bits only; leave out --budget-bytes and "
-            "--budget-ms, or this limit"
-        )
     if settings.expansions is not None and settings.beam == 0:
         raise UserError(
             f"--expansions {settings.expansions}: there is no beam search that it could shorten; add --beam 4, or "
@@ -118,7 +101,7 @@ def require_affordable(context: Context) -> None:
         UnsupportedFormatError: a format that takes nobody knows how long.
     """
     if context.settings.policy is None and budget.penalty(context.settings):
-        budget.budgets(context)
+        budget.account(context)
 
 
 def _given_policy(settings: Settings, layers: Sequence[str]) -> Policy:
@@ -153,8 +136,9 @@ def run(context: Context) -> Stage:
     if this.done:
         return this
     with this.run() as folder:
+        account = budget.account(context)  # which counts operations in the model's own precision
         with context.on_device(getattr(torch, context.settings.search_precision)):
-            result = _search(context, folder)
+            result = _search(context, account, folder)
         chosen = result.points[result.chosen]
         policy = Policy.from_steps(context.model.name, context.settings.weights_sha256, context.layers, chosen.formats)
         policy.save(this.unit(POLICY))
@@ -162,16 +146,16 @@ def run(context: Context) -> Stage:
     return this
 
 
-def _search(context: Context, folder: Path) -> SearchResult:
+def _search(context: Context, account: budget.Account, folder: Path) -> SearchResult:
     """The steps of the search, each kept on disk as it goes."""
-    store, within = quantize.load(context), _within_budget(context)
+    store = quantize.load(context)
     with _executor(context) as executor:
         latents = _reference(context, executor, folder)
         if context.settings.policy is not None:
             with _simulation(context, store, executor) as simulation:
-                return _judge(context, simulation, [_given_proposal(context), *_uniforms(context)], within, 0, folder)
+                return _judge(context, simulation, [_given_proposal(context), *_uniforms(context)], account, 0, folder)
         sensitivity, adjoints = _sensitivity(context, store, latents, executor, folder)
-        plan, make_problem, static = _plans(context, sensitivity)
+        plan, make_problem, static, allowance = _plans(context, sensitivity, account)
         with _simulation(context, store, executor) as simulation:
             problem = make_problem(context.calibration, simulation, latents, adjoints, plan)
             paths = _beam(context, problem, folder)
@@ -179,11 +163,11 @@ def _search(context: Context, folder: Path) -> SearchResult:
             proposals = [
                 *(Proposal("beam", rows) for rows in paths),
                 *(Proposal("plan", rows) for rows in (*plan.policies, *plan.hedges)),
-                *(Proposal("merged", rows) for rows in _merged(context, sensitivity, starts)),
+                *(Proposal("merged", rows) for rows in _merged(context, sensitivity, allowance, starts)),
                 *static,
                 *_uniforms(context),
             ]
-            return _judge(context, simulation, proposals, within, problem.calls, folder)
+            return _judge(context, simulation, proposals, account, problem.calls, folder)
 
 
 def _beam(context: Context, problem: DenoisingProblem, folder: Path) -> list[Rows]:
@@ -236,35 +220,36 @@ def _simulation(context: Context, store: CandidateWeights, executor: Executor) -
         yield Simulation(model, context.formats, context.schedule, settings.guidance, executor, together)
 
 
-def _plans(context: Context, sensitivity: Sensitivity) -> tuple[Plan, Callable[..., DenoisingProblem], list[Proposal]]:
-    """The plan, what makes the beam's problem of it, and the static policies; for bits alone or for other budgets."""
+def _plans(
+    context: Context, sensitivity: Sensitivity, account: budget.Account
+) -> tuple[Plan, Callable[..., DenoisingProblem], list[Proposal], Allowance]:
+    """The plan, what makes the beam's problem of it, the static policies, and what merged ones may spend."""
     bits, count = format_bits(context.formats), context.settings.candidates if context.settings.beam else 0
+    allowance: Allowance
+    budgets = account.budgets
     if budget.constrained(context.settings):
-        all_budgets = budget.budgets(context)
-        by_layer = constrained_layer_only(sensitivity, bits, all_budgets)
-        plan, cost = make_constrained_plan(sensitivity, bits, all_budgets, count, by_layer)
-        by_step = constrained_time_only(sensitivity, bits, all_budgets)
+        if budgets.once and len({fmt.weight for fmt in context.formats}) == len(context.formats):
+            LOGGER.warning(
+                "--weights once: no two of the formats %s share a weight, so a policy is the same at all steps; add "
+                "such formats, or pass --weights free",
+                ", ".join(context.settings.formats),
+            )
+        by_layer = constrained_layer_only(sensitivity, bits, budgets)
+        plan, cost, prices = make_constrained_plan(sensitivity, bits, budgets, count, by_layer)
+        by_step = constrained_time_only(sensitivity, bits, budgets)
         make_problem: Callable[..., DenoisingProblem] = partial(
-            ConstrainedProblem, budget=math.inf, budgets=all_budgets, cost=cost
+            ConstrainedProblem, budget=math.inf, budgets=budgets, cost=cost
         )
+        allowance = Several(budgets, prices)
     else:
         mean = context.settings.budget_bits
         assert mean is not None
         plan = make_plan(sensitivity, bits, mean, count)
         by_layer, by_step = layer_only(sensitivity, bits, mean), time_only(sensitivity, bits, mean)
         make_problem = partial(DenoisingProblem, budget=mean)
+        allowance = MeanBits(bits, budgets.limits()["bits"])
     static = [*(Proposal("layer_only", rows) for rows in by_layer), *(Proposal("time_only", rows) for rows in by_step)]
-    return plan, make_problem, static
-
-
-def _within_budget(context: Context) -> Callable[[Point], bool]:
-    """Whether a judged policy keeps every budget."""
-    settings, index = context.settings, {fmt.name: i for i, fmt in enumerate(context.formats)}
-    if settings.policy is not None or not budget.constrained(settings):
-        most = math.inf if settings.budget_bits is None else settings.budget_bits
-        return lambda point: point.mean_bits <= most + 1e-9
-    limits = budget.budgets(context)
-    return lambda point: limits.holds([tuple(index[name] for name in row) for row in point.formats])
+    return plan, make_problem, static, allowance
 
 
 def _reference(context: Context, executor: Executor, folder: Path) -> Tensor:
@@ -301,16 +286,10 @@ def _sensitivity(
     return sensitivity, adjoints
 
 
-def _merged(context: Context, sensitivity: Sensitivity, starts: Sequence[Rows]) -> list[Rows]:
+def _merged(context: Context, sensitivity: Sensitivity, allowance: Allowance, starts: Sequence[Rows]) -> list[Rows]:
     """Policies with few assignments, where they are asked for."""
-    settings, limit = context.settings, context.settings.max_assignments
-    if limit is None:
-        return []
-    assert settings.budget_bits is not None, "other budgets were refused with a limit"
-    limits = budget.budgets(context)
-    grids = None if limits.storage is None else limits.storage.grids
-    bits, most = format_bits(context.formats), settings.budget_bits
-    return merged_policies(sensitivity, bits, most, starts, limit, grids, limits.allowed)
+    limit = context.settings.max_assignments
+    return [] if limit is None else merged_policies(sensitivity, format_bits(context.formats), allowance, starts, limit)
 
 
 def _uniforms(context: Context) -> list[Proposal]:
@@ -344,73 +323,31 @@ def _mention_changed_weights(policy: Policy) -> None:
         )
 
 
-def _distinct(points: Sequence[Point]) -> set[tuple[tuple[str, ...], ...]]:
-    """Policies that were measured: the same one may have come from several kinds of search."""
-    return {point.formats for point in points}
-
-
 def _judge(
     context: Context,
     simulation: Simulation,
     proposals: list[Proposal],
-    within: Callable[[Point], bool],
+    account: budget.Account,
     calls: int,
     folder: Path,
 ) -> SearchResult:
-    """Screen all, look at the finalists again, choose; report on the held-out samples."""
-    settings, formats = context.settings, context.formats
-    batches = [context.selection.part(part) for part in (slice(0, SCREENING), slice(SCREENING, None))]
-    scorers = [Scorer(simulation, batch, folder) for batch in batches if batch.seeds]
-    with context.progress("search: screening", len(set(proposals))) as advance:
-        points = judge(proposals, formats, scorers[0], advance)
-    look = partial(_look, context, scorers, formats)
-    limit = settings.max_assignments
-    given = [i for i, point in enumerate(points) if point.kind == "given"]
-    points, wanted = (look(points, given), given) if given else look_again(points, Rules(within, limit), look)
-    chosen, unlimited = (best_of(points, wanted, KINDS, most) for most in (limit, None))
-    assert chosen is not None and unlimited is not None, "the plan meets the budget, and merged policies the limit"
-    static = [best_of(points, wanted, (kind,)) for kind in STATIC_KINDS]
-    second = _distinct([points[i] for i in wanted]) if len(scorers) == 2 else set()
-    uniforms = [i for i, point in enumerate(points) if point.kind == "uniform"]
-    reported = list(dict.fromkeys([chosen, unlimited, *(i for i in static if i is not None), *uniforms]))
-    if settings.held_out_samples:
-        with context.progress("search: held-out samples", len(reported)) as advance:
-            scorer = Scorer(simulation, context.held_out, folder)
-            points = measure_held_out(points, reported, formats, scorer, advance)
+    """Choose, and keep how the errors of what is reported grow."""
+    result = Judging(context, simulation, account, folder, calls).result(proposals)
+    if context.settings.held_out_samples:
         latents = read_tensors(_reference_file(context, folder))["latents"]
-        _keep_trajectory_errors(context, simulation, latents, [points[i] for i in reported], folder / TRAJECTORY_ERRORS)
-    return SearchResult(
-        points=tuple(points),
-        chosen=chosen,
-        layer_only=static[0],
-        time_only=static[1],
-        unlimited=None if limit is None else unlimited,
-        denoiser_calls=calls + (len(_distinct(points)) + len(second)) * settings.steps,
-        sensitivity_sweeps=0 if given else settings.projections,
-    )
-
-
-def _look(
-    context: Context,
-    scorers: Sequence[Scorer],
-    formats: Sequence[Format],
-    points: Sequence[Point],
-    wanted: Sequence[int],
-) -> list[Point]:
-    """The second look at some points: none where all samples have been seen."""
-    if len(scorers) == 1:
-        return list(points)
-    with context.progress("search: finalists", len(wanted)) as advance:
-        return rescore(points, wanted, formats, (scorers[0], scorers[1]), advance)
+        _keep_trajectory_errors(context, simulation, latents, result, folder / TRAJECTORY_ERRORS)
+    return result
 
 
 def _keep_trajectory_errors(
-    context: Context, simulation: Simulation, reference: Tensor, points: Sequence[Point], file: Path
+    context: Context, simulation: Simulation, reference: Tensor, result: SearchResult, file: Path
 ) -> None:
     """Measure, on the calibration batch, how the errors of the chosen policy (the first) and its rivals grow."""
-    names = [point.kind if point.kind in STATIC_KINDS else point.name for point in points[1:]]
+    names = {i: point.name for i, point in enumerate(result.points) if point.held_out_error is not None}
+    static = {result.layer_only: "layer_only", result.time_only: "time_only", result.chosen: "chosen"}
+    names = dict(sorted((names | {i: name for i, name in static.items() if i is not None}).items()))
     index = {fmt.name: i for i, fmt in enumerate(context.formats)}
-    policies = [[tuple(index[name] for name in row) for row in point.formats] for point in points]
+    policies = [[tuple(index[name] for name in row) for row in result.points[i].formats] for i in names]
     latents = simulation.trajectories(context.calibration, policies)
-    errors = {name: row_errors(own, reference) for name, own in zip(("chosen", *names), latents, strict=True)}
+    errors = {name: row_errors(own, reference) for name, own in zip(names.values(), latents, strict=True)}
     write_tensors(file, errors)

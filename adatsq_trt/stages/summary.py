@@ -9,10 +9,10 @@ from adatsq_trt.errors import MismatchError
 from adatsq_trt.files import read_json_model, read_tensors, sha256, write_bytes, write_json_model
 from adatsq_trt.graph_index import INDEX_NAME, GraphIndex
 from adatsq_trt.policy import Policy, resident_weight_bytes
-from adatsq_trt.report.summary import StageFigures, StaticErrors, Summary, Unlimited
+from adatsq_trt.report.summary import PolicyFigures, Replaced, StageFigures, StaticErrors, Summary, Unlimited
 from adatsq_trt.search.select import SearchResult
 from adatsq_trt.settings import SETTINGS_NAME
-from adatsq_trt.stages import budget, bundle, calibrate, embed, export, quantize, search
+from adatsq_trt.stages import budget, bundle, calibrate, embed, export, quantize, refine, search
 from adatsq_trt.stages.context import Context
 from adatsq_trt.stages.run_directory import RunDirectory
 
@@ -53,7 +53,12 @@ def _summary(context: Context, policy: Policy) -> Summary:
     graphs = export.stage(context).folder / export.GRAPHS
     index = read_json_model(graphs / INDEX_NAME, GraphIndex)
     manifest = read_json_model(bundle.stage(context).folder / "manifest.json", Manifest)
-    chosen, times = result.points[result.chosen], budget.sample_times(context)
+    found = refine.result(context)
+    refined = None if found is None or not found.kept else found.held_out
+    chosen, policies = result.points[result.chosen], policy_figures(result, settings.max_assignments)
+    if refined is not None:
+        own = {"error": refined.error, "standard_error": refined.standard_error}
+        policies = (policies[0].model_copy(update=own), *policies[1:])
     return Summary(
         settings_sha256=sha256(context.run.path / SETTINGS_NAME),
         model=settings.model,
@@ -62,11 +67,13 @@ def _summary(context: Context, policy: Policy) -> Summary:
         simulate=settings.simulate,
         steps=settings.steps,
         guidance=settings.guidance,
-        budget_bits=settings.budget_bits,
-        budget_bytes=settings.budget_bytes,
-        budget_ms=settings.budget_ms,
-        ms=None if times is None else times.policy_ms(policy),
-        ms_source=None if times is None else times.model.source,
+        limits=result.limits,
+        reference=settings.reference,
+        max_assignments=settings.max_assignments,
+        policies=policies,
+        replaced=replaced(result),
+        ms=chosen.costs.ms,
+        ms_source=result.ms_source,
         buckets=len(policy.buckets),
         assignments=len(policy.assignments),
         unlimited=_unlimited(result),
@@ -75,8 +82,8 @@ def _summary(context: Context, policy: Policy) -> Summary:
         mean_bits=policy.mean_bits,
         mean_weight_bits=policy.mean_weight_bits(shapes),
         mean_activation_bits=policy.mean_activation_bits(shapes),
-        final_error=_held_out(result, result.chosen),
-        final_standard_error=_known(chosen.held_out_standard_error),
+        final_error=_held_out(result, result.chosen) if refined is None else refined.error,
+        final_standard_error=_known(chosen.held_out_standard_error) if refined is None else refined.standard_error,
         chosen_kind=chosen.kind,
         uniform_errors={p.name: _held_out(result, i) for i, p in enumerate(result.points) if p.kind == "uniform"},
         static_errors=StaticErrors(
@@ -87,6 +94,7 @@ def _summary(context: Context, policy: Policy) -> Summary:
         held_out_seeds=(context.held_out.seeds[0], context.held_out.seeds[-1]),
         denoiser_calls=result.denoiser_calls,
         resident_weight_bytes=resident_weight_bytes(policy, {s.name: s for s in shapes}),
+        engines=_engines(manifest, index),
         onnx_bytes=sum(_size(graphs / graph.path) for graph in index.graphs),
         weight_bytes=index.weight_bytes,
         engine_bytes=sum(plan.bytes for plan in manifest.plans),
@@ -95,10 +103,58 @@ def _summary(context: Context, policy: Policy) -> Summary:
     )
 
 
+def policy_figures(result: SearchResult, limit: int | None) -> tuple[PolicyFigures, ...]:
+    """The chosen policy, then the others that were measured on held-out samples.
+
+    Args:
+        result: of the search.
+        limit: most distinct assignments that were allowed.
+    """
+    names = {result.unlimited: "without --max-assignments", result.layer_only: "best layer-only"}
+    names |= {result.time_only: "best time-only", result.chosen: "chosen"}
+    measured = [i for i, point in enumerate(result.points) if point.held_out_error is not None]
+
+    def figures(index: int) -> PolicyFigures:
+        point = result.points[index]
+        return PolicyFigures(
+            name=names.get(index, f"uniform {point.name}" if point.kind == "uniform" else point.name),
+            kind=point.kind,
+            assignments=point.assignments,
+            mean_bits=point.mean_bits,
+            costs=point.costs,
+            resident_bits=8 * point.costs.resident_bytes / result.weights,
+            error=_held_out(result, index),
+            standard_error=_known(point.held_out_standard_error),
+            ratio=point.held_out_ratio,
+            within_limits=(limit is None or point.assignments <= limit)
+            and result.limits.kept_by(point.mean_bits, point.costs),
+        )
+
+    return tuple(map(figures, sorted(measured, key=lambda i: i != result.chosen)))
+
+
+def replaced(result: SearchResult) -> Replaced | None:
+    """A simple policy that the search's own is no better than."""
+    found = result.dominated
+    if found is None:
+        return None
+    by, figures = result.points[found.by], found.model_dump(include={"ratio", "low", "high", "samples"})
+    name = f"uniform {by.name}" if by.kind == "uniform" else by.name
+    returned = result.chosen == found.by
+    return Replaced(searched=result.points[found.searched].name, by=name, returned=returned, **figures)
+
+
+def _engines(manifest: Manifest, index: GraphIndex) -> int:
+    """Of one target: the plans that take turns, or the processor's graphs."""
+    targets = {plan.target for plan in manifest.plans}
+    return len(manifest.plans) // len(targets) if targets else sum(graph.variant == "cpu" for graph in index.graphs)
+
+
 def _stages(context: Context) -> list[str]:
     """Names of the stages that this run has."""
     own = [] if context.settings.pipeline is None else [embed.NAME]
-    return [*own, *(module.NAME for module in _STAGES)]
+    refined = [refine.NAME] if context.settings.refine else []
+    return [*own, *(module.NAME for module in _STAGES), *refined]
 
 
 def _unlimited(result: SearchResult) -> Unlimited | None:

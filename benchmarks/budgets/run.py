@@ -1,4 +1,4 @@
-"""What budgets in bits, bytes and milliseconds choose on one model: whether each is kept, and how the policies differ.
+"""What budgets in bits, size and speed choose on one model: whether each is kept, and how the policies differ.
 
     python -m benchmarks.budgets.run [--document docs/how-to/choose-a-budget.md]
 
@@ -19,12 +19,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from adatsq_trt.costs import Costs
 from adatsq_trt.errors import MismatchError
 from adatsq_trt.files import read_json_model, write_json_model
-from adatsq_trt.policy import Policy, resident_weight_bytes
+from adatsq_trt.policy import Policy
 from adatsq_trt.search.select import SearchResult
-from adatsq_trt.stages import budget, search
-from adatsq_trt.stages.context import Context
+from adatsq_trt.stages import search
 from adatsq_trt.stages.models import open_run
 from benchmarks.document import replace_marked
 
@@ -35,12 +35,12 @@ EFFORT = ("--steps", "10", "--calibration-samples", "8", "--selection-samples", 
 COMMAND = ("search", "digits-flux", "--target", "sm120", *EFFORT, "--beam", "2", "--candidates", "2")
 SINGLE = (
     ("--budget-bits", "6"),
-    ("--budget-bytes", "300kB"),
-    ("--budget-ms", "0.0040", "--gpu", GPU),
+    ("--budget-size", "0.38x"),
+    ("--budget-speed", "1.4x", "--gpu", GPU),
 )
 TOGETHER = (
-    ("--budget-bits", "6", "--budget-bytes", "400kB"),
-    ("--budget-bits", "7", "--budget-bytes", "500kB", "--budget-ms", "0.0045", "--gpu", GPU),
+    ("--budget-bits", "7", "--budget-size", "0.35x", "--max-assignments", "4"),
+    ("--budget-bits", "8", "--budget-size", "0.4x", "--budget-speed", "1.4x", "--gpu", GPU, "--max-assignments", "2"),
 )
 
 
@@ -49,9 +49,11 @@ class Chosen(BaseModel):
 
     Attributes:
         budget: options.
-        mean_bits, bytes, ms: what the policy has of each; milliseconds of one sample, by the card's roofline.
+        kind: where the policy comes from.
+        mean_bits: mean of nominal bits.
+        costs: resident bytes, activation bits, and milliseconds of one sample by the card's roofline.
+        resident_bits: resident bytes as bits per quantized weight.
         assignments: distinct ones.
-        formats_per_layer: mean number of formats that a layer stores.
         shares: format → share of all (step, layer).
         error: latent MSE on held-out samples.
         standard_error: of that mean.
@@ -60,11 +62,11 @@ class Chosen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     budget: str
+    kind: str
     mean_bits: float
-    bytes: int
-    ms: float
+    costs: Costs
+    resident_bits: float
     assignments: int
-    formats_per_layer: float
     shares: dict[str, float]
     error: float
     standard_error: float
@@ -79,7 +81,7 @@ class Results(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     command: str
     gpu: str
     chosen: tuple[Chosen, ...]
@@ -104,55 +106,44 @@ def choose(options: tuple[str, ...]) -> tuple[Chosen, Policy]:
     cells, point = rows(policy), result.points[result.chosen]
     assert point.held_out_error is not None
     assert point.held_out_standard_error is not None
-    with_times = Context(context.run, context.settings.model_copy(update={"times": GPU}), context.model)
-    times = budget.sample_times(with_times)
-    assert times is not None
-    stored = [len(set(names)) for names in zip(*policy.assignments, strict=True)]
+    limit = context.settings.max_assignments
+    if not result.limits.kept_by(policy.mean_bits, point.costs) or (limit or point.assignments) < point.assignments:
+        raise MismatchError(
+            f"{' '.join(options)}: got {point.costs} in {point.assignments} assignments; a budget broke"
+        )
     chosen = Chosen(
         budget=" ".join(options),
+        kind=point.kind,
         mean_bits=policy.mean_bits,
-        bytes=resident_weight_bytes(policy, {shape.name: shape for shape in budget.shapes_of(context)}),
-        ms=times.policy_ms(policy),
+        costs=point.costs,
+        resident_bits=8 * point.costs.resident_bytes / result.weights,
         assignments=len(policy.assignments),
-        formats_per_layer=sum(stored) / len(stored),
         shares={name: count / len(cells) for name, count in sorted(Counter(cells).items())},
         error=point.held_out_error,
         standard_error=point.held_out_standard_error,
     )
-    _require_kept(context, chosen)
     return chosen, policy
-
-
-def _require_kept(context: Context, chosen: Chosen) -> None:
-    settings = context.settings
-    limits = (
-        (settings.budget_bits, chosen.mean_bits),
-        (settings.budget_bytes, chosen.bytes),
-        (settings.budget_ms, chosen.ms),
-    )
-    for most, got in limits:
-        if most is not None and got > most * (1 + 1e-9):
-            raise MismatchError(f"{chosen.budget}: got {got:g}, expected at most {most:g}; the search broke its budget")
 
 
 def table(results: Results) -> str:
     """The results in Markdown."""
-    heads = ("budget", "mean bits", "weight bytes", "ms", "assignments", "formats stored per layer", "formats used")
-    lines = [f"| {' | '.join((*heads, 'latent MSE'))} |", f"|---{'|---:' * 5}|---|---:|"]
+    heads = ("budget", "resident bytes", "bits per weight", "activation bits", "ms", "mean bits", "assignments", "kind")
+    lines = [f"| {' | '.join((*heads, 'formats used', 'latent MSE'))} |", f"|---|{'---:|' * 6}---|---|---:|"]
     for row in results.chosen:
         bits = f"{row.mean_bits:.3f}"
-        size, ms = f"{row.bytes:,}", f"{row.ms:.5f}"
-        marks = {"--budget-bits": bits, "--budget-bytes": size, "--budget-ms": ms}
+        size, ms = f"{row.costs.resident_bytes:,}", f"{row.costs.ms:.5f}"
+        marks = {"--budget-bits": bits, "--budget-size": size, "--budget-speed": ms}
         bits, size, ms = (f"**{text}**" if option in row.budget.split() else text for option, text in marks.items())
         shares = ", ".join(f"{name} {share:.0%}" for name, share in row.shares.items())
-        figures = (bits, size, ms, str(row.assignments), f"{row.formats_per_layer:.2f}", shares)
+        figures = (size, f"{row.resident_bits:.2f}", f"{row.costs.activation_bits:.2f}", ms, bits)
+        figures = (*figures, str(row.assignments), row.kind, shares)
         lines.append(f"| `{row.budget}` | {' | '.join(figures)} | {row.error:.1e} ± {row.standard_error:.1e} |")
     alike = "; ".join(f"{pair}: {share:.0%}" for pair, share in results.alike.items())
     return "\n".join(lines) + f"\n\nSteps and layers with the same format under two single budgets: {alike}.\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Search with budgets in bits, bytes and milliseconds.")
+    parser = argparse.ArgumentParser(description="Search with budgets in bits, size and speed.")
     parser.add_argument("--document", type=Path, help="file whose table is replaced")
     arguments = parser.parse_args()
     found = [choose(options) for options in (*SINGLE, *TOGETHER)]

@@ -45,10 +45,11 @@ from adatsq_trt.stages.models import open_run
 from benchmarks.document import replace_marked
 
 RUNS, RESULTS = Path("runs/bench-hessian"), Path(__file__).with_name("results.json")
-MODELS = ("digits-flux", "scenes-flux-schnell", "scenes-z-image", "scenes-flux-dev")
+# Denoising steps; None for the model's own. A quarter of scenes-flux-dev's 50 takes a quarter of the hours.
+MODELS = {"digits-flux": None, "scenes-flux-schnell": None, "scenes-z-image": None, "scenes-flux-dev": 12}
 FORMS: tuple[HessianForm, ...] = ("plain", "paper", "linear", "row", "coherent")
 FORMATS = ("int4wo", "w3a16", "w3a5", "w4a4")
-POLICIES = {"weights once": "w4a3,w4a4,w4a5,w4a6", "weights free": "paper-fine"}
+POLICIES = {"once": "w4a3,w4a4,w4a5,w4a6", "free": "paper-fine"}  # --weights → --formats
 CALIBRATION, MOST_SEEDS, WORST = 64, 1024, 0.05
 EFFORT = {"calibration_samples": 16, "selection_samples": 16, "held_out_samples": 1, "projections": 2}
 RESAMPLES = 2000
@@ -128,6 +129,7 @@ class Measurement:
             model,
             formats=",".join(FORMATS),
             simulate=True,
+            steps=MODELS[model],
             hessian="coherent",
             calibration_samples=CALIBRATION,
             held_out_samples=MOST_SEEDS,
@@ -161,15 +163,16 @@ class Measurement:
             fmt = format_named(name)
             formats = dict.fromkeys(self.context.layers, fmt)
             yield Subject(name, (fmt,), partial(_same, formats))
-        for name, formats in POLICIES.items():
-            file = self.folder / f"{name.replace(' ', '-')}.json"
+        for weights, formats in POLICIES.items():
+            file = self.folder / f"weights-{weights}.json"
             if not file.is_file():
                 effort = {**EFFORT, "beam": 1, "candidates": 2, "device": "cpu", "hessian": "plain"}
-                found = adatsq_trt.search_policy(self.name, formats=formats, budget_bits=4.0, **effort)
+                asked = {"formats": formats, "weights": weights, "budget_bits": 4.0, "steps": MODELS[self.name]}
+                found = adatsq_trt.search_policy(self.name, **asked, **effort)
                 found.save(file)
             policy = Policy.load(file)
             used = {f.name: f for step in range(self.context.settings.steps) for f in policy.formats_at(step).values()}
-            yield Subject(name, tuple(used.values()), policy.formats_at)
+            yield Subject(f"weights {weights}", tuple(used.values()), policy.formats_at)
 
     def _errors(self, subject: Subject, form: HessianForm, seeds: int) -> np.ndarray:
         """Latent MSE of each held-out picture, float64 [seeds]."""
@@ -272,7 +275,7 @@ def _bootstrapped(errors: np.ndarray, plain: np.ndarray, figure: Callable[[np.nd
 def main() -> None:
     """Measure, write, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--seeds", type=int, default=MOST_SEEDS, help="held-out pictures, at most %(default)s")
     parser.add_argument("--document", type=Path, help="Markdown file whose tables are replaced")
     parser.add_argument("--from-results", action="store_true", help="print results.json, measure nothing")
@@ -291,7 +294,7 @@ def merged(rows: list[Row]) -> Results:
     before = read_json_model(RESULTS, Results).rows if RESULTS.is_file() else ()
     measured = {row.model for row in rows}
     every = [*(row for row in before if row.model not in measured), *rows]
-    every.sort(key=lambda row: MODELS.index(row.model))
+    every.sort(key=lambda row: list(MODELS).index(row.model))
     return Results(
         calibration_samples=CALIBRATION,
         torch=torch.__version__,

@@ -58,7 +58,7 @@ class Sizes:
     selection: int
 
 
-QUICK, FULL, MANY_STEPS = Sizes(24, 8, 8), Sizes(600, 32, 32), Sizes(600, 16, 16)
+QUICK, FULL, MANY_STEPS = Sizes(24, 8, 8), Sizes(600, 32, 64), Sizes(600, 16, 64)
 # The parts of the method, with the whole beside them, on fewer samples: PSNR tells them apart.
 ABLATION = Sizes(60, 16, 16)
 CLIPS = 120  # of a cell
@@ -131,6 +131,7 @@ def open_evaluation(model: str, folder: Path, sizes: Sizes) -> Evaluation:
         guidance=loaded.default_guidance,
         calibration_samples=sizes.calibration,
         selection_samples=sizes.selection,
+        prompts="apart",
     )
     return Evaluation(folder, effort, loaded)
 

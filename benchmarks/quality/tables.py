@@ -13,6 +13,13 @@ from adatsq_trt.stages.quality import verdict
 if TYPE_CHECKING:
     from benchmarks.quality.run import CellInterval, Comparisons
 
+# Columns that cells of before they were told do not have: head, field, digits.
+_NEWER = (
+    ("resident bits", "resident_weight_bits", 2),
+    ("activation bits", "activation_bits", 2),
+    ("won by", "proposal", 0),
+    ("PSNR of the mean MSE, dB", "mean_error_psnr_db", 2),
+)
 OURS = ("adatsq", "adatsq-fine", "adatsq-best")
 
 
@@ -66,15 +73,22 @@ def _effort(comparisons: Comparisons) -> str:
 
 def _methods(cells: Sequence[Cell], comparisons: Comparisons) -> str:
     columns = list(cells[0].scores)
-    head = ["method", "W/A", "weight bits", "mean score", "PSNR, dB", "worst 5 %, dB", *columns]
+    told = [head for head, name, _ in _NEWER if any(getattr(cell, name) is not None for cell in cells)]
+    head = ["method", "W/A", "weight bits", *told, "mean score", "PSNR, dB", "worst 5 %, dB", *columns]
     lines = [f"| {' | '.join(head)} |", f"|---|---|{'---:|' * (len(head) - 2)}"]
     for cell in cells:
         figures = [
+            *(_newer(cell, name, digits) for head, name, digits in _NEWER if head in told),
             *_figures(cell, comparisons.intervals),
             *(f"{cell.scores[c]:.2f}" for c in columns),
         ]
         lines.append(f"| {cell.method} | {cell.bits} | {cell.effective_weight_bits:.2f} | {' | '.join(figures)} |")
     return "\n".join(lines) + "\n"
+
+
+def _newer(cell: Cell, name: str, digits: int) -> str:
+    value = getattr(cell, name)
+    return "" if value is None else value if isinstance(value, str) else f"{value:.{digits}f}"
 
 
 def _figures(cell: Cell, intervals: Sequence[CellInterval]) -> tuple[str, str, str]:

@@ -183,7 +183,7 @@ def measure(device: torch.device, search: Search) -> Row:
     executor = Bfloat16(executor, device.type) if search.precision == BFLOAT16 else executor
     adapter, steps = make_adapter(device, search), search.steps
     store, schedule = make_store(adapter), adapter.schedule(steps)
-    samples = seeded_samples(adapter, schedule, GUIDANCE, 1, 0, 1)
+    samples = seeded_samples(adapter, schedule, GUIDANCE, 1, 0, [0])
     by_block = goes_by_block(adapter, schedule, device, search)
     noise = samples.noise()
     began = perf_counter()

@@ -49,8 +49,8 @@ def gpu_capability() -> int:
         raise DependencyError("PyTorch is not installed; run: pip install torch, in a CUDA build") from error
     if not torch.cuda.is_available():
         raise DependencyError(
-            "bundles run on a GPU with PyTorch beside it, which sees none; run them where a GPU, its driver and a CUDA "
-            "build of PyTorch are, or use backend 'onnxruntime'"
+            "plans and CUDA run on a GPU only and PyTorch sees none; use them where a GPU, its driver and a CUDA build "
+            "of PyTorch are, or use backend 'onnxruntime'"
         )
     major, minor = torch.cuda.get_device_capability()
     return 10 * major + minor

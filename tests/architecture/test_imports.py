@@ -13,8 +13,10 @@ BESIDE = ("engines", "export", "plugins")  # folders that the installation maps 
 
 DATA = {
     "",
+    "amounts",
     "base_type",
     "config",
+    "costs",
     "settings",
     "solver",
     "errors",
@@ -23,6 +25,7 @@ DATA = {
     "formats",
     "graph_index",
     "image",
+    "intervals",
     "loading",
     "policy",
     "progress",

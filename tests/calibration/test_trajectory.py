@@ -23,7 +23,7 @@ def test_a_samples_noise_depends_on_its_seed_alone(tiny_flux: FluxAdapter) -> No
 
 
 def test_noise_is_unit_normal(tiny_flux: FluxAdapter) -> None:
-    values = seeded_samples(tiny_flux, tiny_flux.schedule(1), 2.0, 200, 0, 10).noise()
+    values = seeded_samples(tiny_flux, tiny_flux.schedule(1), 2.0, 200, 0, range(10)).noise()
     n = values.numel()
     assert abs(float(values.mean())) < 4 / math.sqrt(n)
     assert abs(float(values.var()) - 1) < 4 * math.sqrt(2 / n)
@@ -71,7 +71,7 @@ def test_callbacks_surround_each_step(samples: Samples) -> None:
 
 
 def test_classes_come_in_turn_and_seeds_one_after_another(tiny_flux: FluxAdapter) -> None:
-    batch = seeded_samples(tiny_flux, tiny_flux.schedule(1), 2.0, 5, 100, 3)
+    batch = seeded_samples(tiny_flux, tiny_flux.schedule(1), 2.0, 5, 100, range(3))
     assert batch.prompts == (0, 1, 2, 0, 1)
     assert batch.seeds == (100, 101, 102, 103, 104)
 

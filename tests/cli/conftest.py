@@ -58,7 +58,7 @@ class CommandLine:
 
     samples = ("--calibration-samples", "2", "--selection-samples", "2", "--held-out-samples", "2")
     small = (*samples, "--steps", "2", "--beam", "2", "--candidates", "2")
-    build = ("build", "engine", "digits-flux", "--target", "sm120", *small)
+    build = ("build", "engine", "digits-flux", "--target", "sm120", *small, "--budget-bits", "6")
     script = SCRIPT
 
     def __init__(self, capture: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,8 @@ def search(cli, tmp_path: Path):  # type: ignore[no-untyped-def]
     """Search with some budgets; all in one run, so that calibration and weights are made once."""
 
     def run(*budgets: str) -> Policy:
-        ended = cli("search", "digits-flux", "--target", "sm120", *cli.small, *budgets, "--output", tmp_path / "run")
+        command = ("search", "digits-flux", "--target", "sm120", "--weights", "free", *cli.small)
+        ended = cli(*command, *budgets, "--output", tmp_path / "run")
         assert ended.code == 0, ended.err
         return Policy.load(tmp_path / "run" / "search" / "policy.json")
 
@@ -48,13 +49,14 @@ def layers_ms(policy: Policy, run: Path, shapes: dict[str, LayerShape]) -> float
 
 def test_each_budget_is_kept_and_the_policies_differ(search, tmp_path: Path, shapes: dict[str, LayerShape]) -> None:
     bits = search("--budget-bits", str(BITS))
-    by_bytes = search("--budget-bytes", "300kB")
-    by_ms = search("--budget-ms", str(MS), "--gpu", GPU)
-    both = search("--budget-bits", str(BITS), "--budget-bytes", "300kB")
+    by_bytes = search("--budget-size", "300kB")
+    by_ms = search("--budget-speed", f"{MS}ms", "--gpu", GPU)
+    both = search("--budget-bits", str(BITS), "--budget-size", "300kB")
     assert bits.mean_bits <= BITS
     assert resident_weight_bytes(by_bytes, shapes) <= BYTES
-    # Bytes alone: one format of each layer; bits alone does not count what it stores.
-    assert len(by_bytes.assignments) == 1
+    # Bytes alone: one weight of each layer, though it might have more; bits alone does not count what it stores.
+    for column in zip(*by_bytes.assignments, strict=True):
+        assert len({FORMATS[name].weight for name in column}) == 1
     assert resident_weight_bytes(bits, shapes) > BYTES
     assert layers_ms(by_ms, tmp_path / "run", shapes) <= MS
     assert both.mean_bits <= BITS
@@ -65,16 +67,79 @@ def test_each_budget_is_kept_and_the_policies_differ(search, tmp_path: Path, sha
     assert (settings["budget_bits"], settings["budget_bytes"], settings["budget_ms"]) == (BITS, float(BYTES), None)
 
 
+def test_speed_size_and_few_assignments_together(cli, search, tmp_path: Path, shapes: dict[str, LayerShape]) -> None:
+    """Against 16 bits, with room for one assignment only: the policy of 16 bits is the yardstick of both."""
+    few = search("--budget-size", "0.42x", "--budget-speed", "1.1x", "--budget-bits", "9", "--max-assignments", "1")
+    assert len(few.assignments) == 1
+    assert few.mean_bits <= 9
+    sixteen = 2 * sum(shape.in_features * shape.out_features for shape in shapes.values())
+    assert resident_weight_bytes(few, shapes) <= 0.42 * sixteen
+    run = tmp_path / "run"
+    result = json.loads((run / "search" / "result.json").read_text())
+    (uniform,) = (p for p in result["points"] if p["kind"] == "uniform" and p["name"] == "bf16")
+    chosen = result["points"][result["chosen"]]
+    assert chosen["costs"]["ms"] <= uniform["costs"]["ms"] / 1.1
+    assert uniform["costs"]["resident_bytes"] == sixteen
+    assert result["limits"]["ms"] == pytest.approx(uniform["costs"]["ms"] / 1.1)
+    # Milliseconds are of the layers, by the card's rates, and of what is not quantized.
+    rest = uniform["costs"]["ms"] - layers_ms(everywhere(few, "bf16"), run, shapes)
+    assert chosen["costs"]["ms"] == pytest.approx(layers_ms(few, run, shapes) + rest)
+    assert rest > 0
+
+
+def everywhere(policy: Policy, name: str) -> Policy:
+    rows = [[name] * len(policy.layers)] * policy.steps
+    return Policy.from_steps(policy.model, policy.weights_sha256, policy.layers, rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "reference", "few", "source"),
+    [
+        (("--target", "sm120"), "nvfp4", 4, "RTX 5090"),
+        (("--target", "sm89"), "fp8", 4, "RTX 4090"),
+        (("--target", "sm80"), "int4wo", 4, "A100"),
+        (("--target", "sm86"), "int4wo", 4, "A40"),
+        (("--target", "sm90", "--layout", "plugin"), "w4a8", None, "H100"),
+        (("--target", "cpu"), "w8a8s", 4, None),
+    ],
+)
+def test_without_a_budget_a_policy_costs_little_more_than_the_targets_reference(
+    cli, tmp_path: Path, options: tuple[str, ...], reference: str, few: int | None, source: str | None
+) -> None:
+    run = tmp_path / "run"
+    ended = cli("search", "digits-flux", *options, *cli.small, "--steps", "1", "--output", run)
+    assert ended.code == 0, ended.err
+    settings = json.loads((run / "settings.json").read_text())
+    assert (settings["reference"], settings["max_assignments"], settings["budget_bits"]) == (reference, few, None)
+    result = json.loads((run / "search" / "result.json").read_text())
+    limits, time = result["limits"], "activation_bits" if source is None else "ms"
+    costs = {p["name"]: p["costs"] for p in result["points"] if p["kind"] == "uniform"}
+    room = limits["bytes"] / costs[reference]["resident_bytes"]
+    assert room >= 1.1 - 1e-9
+    assert limits[time] == pytest.approx(room * costs[reference][time])
+    chosen = result["points"][result["chosen"]]
+    assert chosen["costs"]["resident_bytes"] <= limits["bytes"] + 0.5
+    assert chosen["costs"][time] <= limits[time] * (1 + 1e-9)
+    assert "resident" in ended.out
+    if source is None:
+        assert result["ms_source"] is None
+    else:
+        assert source in result["ms_source"]
+
+
 BUDGETS = {
-    "bytes": (("--budget-bytes", "100kB"), "the smallest weights of these formats have 221184 bytes; raise the budget"),
-    "no size": (("--budget-bytes", "much"), "--budget-bytes 'much': expected a size such as 800000, 800kB, 12.5MB"),
-    "no card": (("--budget-ms", "1"), "--budget-ms 1: on which card? pass --gpu with one of a100, "),
-    "unknown card": (("--budget-ms", "1", "--gpu", "rtx-509"), "unknown card 'rtx-509'; did you mean 'rtx-5090'?"),
-    "card alone": (("--gpu", "a100"), "--gpu a100: it says where --budget-ms is spent; pass --budget-ms too"),
-    "no rate": (("--budget-ms", "1", "--gpu", "a100"), "A100 80GB SXM has no rate for format 'nvfp4'; leave it out of"),
-    "no time": (("--budget-ms", "1", "--gpu", str(MEASURED)), "measured on NVIDIA H200 has no time for format 'nvfp4'"),
-    "NaN": (("--budget-ms", "nan", "--gpu", "a100"), "--budget-ms: got nan, expected a finite number"),
-    "bits beside bytes": (("--budget-bits", "3", "--budget-bytes", "1MB"), "cheapest is nvfp4 everywhere"),
+    "bytes": (("--budget-size", "100kB"), "the smallest weights of these formats have 221184 bytes; raise the budget"),
+    "no size": (("--budget-size", "much"), "--budget-size 'much': expected a size such as 800000, 800kB, 12.5MB or"),
+    "small part": (("--budget-size", "0.2x"), "the smallest weights of these formats have 221184 bytes, 0.281x those"),
+    "no part": (("--budget-size", "0x"), "--budget-size '0x': got 0, expected a finite number above 0"),
+    "no unit": (("--budget-speed", "12"), "--budget-speed '12': expected a speed against 16 bits such as 1.8x, or"),
+    "unknown card": (("--budget-speed", "1ms", "--gpu", "rtx-509"), "unknown card 'rtx-509'; did you mean 'rtx-5090'?"),
+    "no rate": (("--gpu", "a100"), "A100 80GB SXM has no rate for format 'nvfp4'; leave it out of"),
+    "no time": (("--gpu", str(MEASURED)), "measured on NVIDIA H200 has no time for format 'nvfp4'"),
+    "NaN": (("--budget-speed", "nanms"), "--budget-speed 'nanms': expected a speed against 16 bits such as 1.8x, or"),
+    "bits beside bytes": (("--budget-bits", "3", "--budget-size", "1MB"), "cheapest is nvfp4 everywhere"),
+    "bytes of old": (("--budget-bytes", "300kB"), "--budget-bytes is now --budget-size, which"),
+    "ms of old": (("--budget-ms", "3"), "--budget-ms is now --budget-speed, which"),
 }
 
 
@@ -88,19 +153,19 @@ def test_budgets_that_cannot_be_kept_are_refused_before_anything_runs(cli, tmp_p
 def test_times_that_the_benchmark_measured_are_spent(cli, tmp_path: Path) -> None:
     run, formats = tmp_path / "run", "w4a8,fp8,w8a8,int4wo,bf16"
     options = ("--formats", formats, "--layout", "plugin", *cli.small, "--gpu", MEASURED)
-    ended = cli("search", "digits-flux", *options, "--budget-ms", "3", "--output", run)
+    ended = cli("search", "digits-flux", *options, "--budget-speed", "3ms", "--output", run)
     assert ended.code == 0, ended.err
     settings = json.loads((run / "settings.json").read_text())
     assert (settings["budget_ms"], settings["formats"]) == (3.0, formats.split(","))
     kept = cli.state(run / "search")
-    ended = cli("search", "digits-flux", *options, "--budget-ms", "1e-6", "--output", run)
+    ended = cli("search", "digits-flux", *options, "--budget-speed", "1e-6ms", "--output", run)
     assert "the fastest policy of these formats takes" in ended.refusal
     assert "(measured on NVIDIA H200)" in ended.refusal
     assert cli.state(run / "search") == kept
 
 
 def test_milliseconds_that_no_policy_takes_are_refused_after_calibration(cli, tmp_path: Path) -> None:
-    ended = cli(*cli.build, "--budget-ms", "1e-6", "--gpu", GPU, "--output", tmp_path / "run")
+    ended = cli(*cli.build, "--budget-speed", "1e-6ms", "--gpu", GPU, "--output", tmp_path / "run")
     assert "the fastest policy of these formats takes" in ended.refusal
     assert "(roofline of NVIDIA GeForce RTX 5090's published rates)" in ended.refusal
     assert (tmp_path / "run" / "calibrate").exists()

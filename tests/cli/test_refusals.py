@@ -71,6 +71,10 @@ REQUESTS = {
         ("some/hub-id", *SM120, "--height", "1000000"),
         "--height: got 1000000, expected at most 32768; pass",
     ),
+    "expansions without a beam": (
+        ("digits-flux", *SM120, "--expansions", "4"),
+        "--expansions 4: there is no beam search that it could shorten; add --beam 4, or leave it out",
+    ),
     "huge guidance": (
         ("digits-flux", *SM120, "--guidance", "1e300"),
         "--guidance: got 1e+300, expected at most 1000; pass",

@@ -1,7 +1,5 @@
 """Interrupted runs go on where they stopped and end as if nothing had happened."""
 
-import os
-import shutil
 import signal
 import subprocess
 import time
@@ -87,20 +85,3 @@ def test_interrupted_and_killed_search_ends_in_the_same_policy(cli, search: tupl
 def test_a_run_that_is_in_use_is_refused(cli, tmp_path: Path) -> None:
     with RunDirectory.open(tmp_path / "run"):
         assert "is in use by another adatsq-trt process" in cli(*cli.build, "--output", tmp_path / "run").refusal
-
-
-def test_a_search_in_threads_ends_as_one_in_a_single_thread(cli, tmp_path: Path, search: tuple[str, ...]) -> None:
-    """With several processors to a process units of work are computed in threads; not so in these tests otherwise."""
-
-    def run(command: str, folder: Path, threads: int) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        arguments = [cli.script, command, *search[1:], "--output", folder]
-        subprocess.run(arguments, env=environment, check=True, capture_output=True)
-
-    one, two = tmp_path / "one", tmp_path / "two"
-    run("quantize", one, 1)  # what comes before the search still depends on the number of threads
-    shutil.copytree(one, two)
-    for threads, folder in enumerate((one, two), start=1):
-        run("search", folder, threads)
-    for name in ("policy.json", "result.json"):
-        assert (one / "search" / name).read_bytes() == (two / "search" / name).read_bytes()

@@ -48,6 +48,10 @@ class DeviceTensor(Tensor):
         """Where the content lies: a wrapper has no memory of its own."""
         return self.content.data_ptr()
 
+    def tolist(self) -> Any:
+        """Through the processor, as on a GPU; PyTorch refuses it of wrappers."""
+        return self.cpu().tolist()
+
     @classmethod
     def __torch_dispatch__(
         cls, operation: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

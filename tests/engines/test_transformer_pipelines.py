@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import DiffusionPipeline, UniPCMultistepScheduler
 from torch import Tensor
 from torch.nn import functional
 
@@ -13,22 +13,9 @@ from adatsq_trt.engines.runtime import Conditioning
 from adatsq_trt.engines.step_clock import find_step
 from adatsq_trt.engines.transformer import AdatsqTransformer
 from adatsq_trt.errors import MismatchError
-from adatsq_trt.image import ImageShape
-from adatsq_trt.models.prompts import TextEncoder
-from adatsq_trt.models.wan import WanAdapter
-from adatsq_trt.models.z_image import ZImageAdapter
-from tests.tiny_bundle import GUIDANCE, STEPS, write_bundle
-from tests.tiny_checkpoints import HEIGHT, LATENT_CHANNELS, T5_WIDTH, WIDTH, make_wan_pipeline, make_z_image_pipeline
-from tests.tiny_z_image import PROMPTS, WORDS
-
-TEXT, LENGTH = ["a red three", "seven and a green three and a red seven"], 32
-FRAMES = 9  # of which Wan's VAE makes three
-KINDS = {
-    "z-image": (make_z_image_pipeline, ZImageAdapter, None, {"guidance_scale": GUIDANCE - 1}),
-    "wan": (make_wan_pipeline, WanAdapter, 3, {"guidance_scale": GUIDANCE, "num_frames": FRAMES}),
-    # With the scheduler that Wan's pipelines come with.
-    "wan-unipc": (make_wan_pipeline, WanAdapter, 3, {"guidance_scale": GUIDANCE, "num_frames": FRAMES}),
-}
+from tests.engines.bundled_pipelines import KINDS, LENGTH, TEXT, make_bundled
+from tests.tiny_bundle import STEPS
+from tests.tiny_checkpoints import HEIGHT, WIDTH, make_wan_pipeline
 
 
 @dataclass(frozen=True)
@@ -69,25 +56,10 @@ class Case:
 
 @pytest.fixture(scope="module", params=KINDS)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    make, kind, frames, arguments = KINDS[request.param]
-    pipe = make()
-    pipe.set_progress_bar_config(disable=True)
-    pipe.text_encoder.eval()
-    encoder = TextEncoder(WORDS, PROMPTS, LENGTH, T5_WIDTH)
-    scheduler = pipe.scheduler if request.param == "wan-unipc" else FlowMatchEulerDiscreteScheduler(shift=3.0)
-    image = ImageShape(HEIGHT // 8, LATENT_CHANNELS, patch_size=1, columns=WIDTH // 8, frames=frames)
-    adapter = kind(pipe.transformer, encoder, scheduler, image)
-    latents = torch.randn(7, *adapter.latent_shape, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        prompts = adapter.encode([i % len(PROMPTS) for i in range(7)])
-        inputs = adapter.model_inputs(latents, 0.5, prompts.conditional, GUIDANCE)
-        stored = adapter.encode(range(len(PROMPTS)))
-    unguided = {name: value[:1].clone() for name, value in (stored.unconditional or {}).items()}
-    folder = tmp_path_factory.mktemp(request.param) / "bundle"
-    stored = type(stored)({n: v.contiguous() for n, v in stored.conditional.items()}, unguided)
-    pipe.transformer = AdatsqTransformer.from_bundle(write_bundle(folder, adapter, inputs, stored).folder)
+    pipe, files = make_bundled(request.param, tmp_path_factory.mktemp(request.param) / "bundle")
+    pipe.transformer = AdatsqTransformer.from_bundle(files.folder)
     pipe.scheduler = pipe.transformer.scheduler
-    return Case(pipe, arguments)
+    return Case(pipe, KINDS[request.param][-1])
 
 
 def test_a_guided_pipeline_gives_what_the_bundles_own_loop_gives(case: Case) -> None:

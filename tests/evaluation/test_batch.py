@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from adatsq_trt.calibration.prompt_shares import Use, shared_prompts
 from adatsq_trt.evaluation.batch import make_batch
 from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.models.flux import FluxAdapter
@@ -21,8 +22,10 @@ def test_all_columns_are_asked_for_equally() -> None:
     adapter = load_model("scenes-flux-schnell").adapter
     batch = make_batch(adapter, 606)
     assert {batch.columns.count(column) for column in COLUMNS} == {101}
-    assert [adapter.prompts[i] for i in batch.prompts[:600]] == list(map(str, evaluation_prompts(600)))
-    assert batch.prompts[600:] == batch.prompts[:6]
+    columns = {str(prompt): prompt.column for prompt in evaluation_prompts(600)}
+    assert [columns[adapter.prompts[i]] for i in batch.prompts] == list(batch.columns)
+    # Nothing was calibrated or chosen on them, and every one is asked for.
+    assert set(batch.prompts) == set(shared_prompts(len(adapter.prompts), Use.SCORING))
 
 
 def test_black_pictures_show_nothing() -> None:
@@ -39,7 +42,8 @@ def test_models_of_clips_are_judged_by_the_scores_of_clips() -> None:
     batch = make_batch(adapter, 6)
     assert batch.judge is not None
     rng, digits = np.random.default_rng(0), load_split("held out")
-    clips = torch.from_numpy(np.stack([paint_clip(prompt, digits, rng) for prompt in prompts[:6]]))
+    asked = [prompts[i] for i in batch.prompts]
+    clips = torch.from_numpy(np.stack([paint_clip(prompt, digits, rng) for prompt in asked]))
     verdict = batch.judge(clips)
     assert tuple(verdict.scores) == VIDEO_SCORES
     assert np.mean(verdict.values) == pytest.approx(np.mean(list(verdict.scores.values())))

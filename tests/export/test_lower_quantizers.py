@@ -7,12 +7,15 @@ import pytest
 import torch
 from onnx_ir import DataType
 
+from adatsq_trt.export.emitter import Emitter
+from adatsq_trt.export.insert_qdq import _dynamic
 from adatsq_trt.export.lower_quantizers import LowerQuantizers
 from adatsq_trt.export.weight_store import INLINE_LIMIT_BYTES
-from adatsq_trt.formats import FORMATS
+from adatsq_trt.formats import FORMATS, format_named
 from adatsq_trt.quantizers import (
     decode_e2m1,
     fake_quantize_activation,
+    group_width,
     static_activation_scale,
 )
 
@@ -95,6 +98,21 @@ def test_rule_3_fp4_activations(lowered):
     wanted = fake_quantize_activation(torch.tensor(x), grid, scale).numpy()
     got = lowered(model, {"x": x, "scale": scale.numpy()})
     np.testing.assert_allclose(got, wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w4a4", "w3a3", "w4a4g32", "w3a5g16"])
+def test_integers_with_dynamic_scales_and_the_ratio_that_clips(lowered, name):
+    """Rule 8 of `insert_qdq`; scales of groups keep their eight significant bits in float32."""
+    model, fmt = build("g (float[n,64] x) => (float[n,64] y) { y = Identity(x) }", {}, {}), format_named(name)
+    (node,), grid = model.graph, fmt.activation
+    emit = Emitter(node, "layer/")
+    ratio = emit.renamed("layer.").graph_input("activation_scale", DataType.FLOAT) if fmt.scaled_activation else None
+    assert node.inputs[0] is not None
+    node.replace_input_with(0, _dynamic(node.inputs[0], ratio, grid, group_width(grid, 64), DataType.FLOAT, emit))
+    x, kept = activations(), torch.tensor(0.6875)
+    feeds = {"x": x} if ratio is None else {"x": x, "layer.activation_scale": kept.numpy()}
+    wanted = fake_quantize_activation(torch.tensor(x), grid, None if ratio is None else kept)
+    np.testing.assert_array_equal(lowered(model, feeds), wanted.numpy())
 
 
 def test_rule_4_fp4_constants(lowered):

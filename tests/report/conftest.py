@@ -6,14 +6,29 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from adatsq_trt.costs import Costs, Limits
 from adatsq_trt.policy import Policy
 from adatsq_trt.report.data import Check, Comparison, EngineFile, JudgedPolicy, ReportData
-from adatsq_trt.report.summary import StageFigures, StaticErrors, Summary
+from adatsq_trt.report.summary import PolicyFigures, StageFigures, StaticErrors, Summary
 from adatsq_trt.settings import Settings
 
 LAYERS = ("transformer_blocks.0.attn.to_q", "transformer_blocks.0.ff", "proj.$x$<b>")
 FORMATS = ("nvfp4", "fp8", "bf16")
 ROWS = (("nvfp4", "fp8", "nvfp4"), ("nvfp4", "fp8", "nvfp4"), ("fp8", "fp8", "bf16"), ("nvfp4", "nvfp4", "nvfp4"))
+
+
+def figures(name: str, kind: str, bits: float, error: float) -> PolicyFigures:
+    return PolicyFigures(
+        name=name,
+        kind=kind,
+        assignments=1,
+        mean_bits=bits,
+        costs=Costs(resident_bytes=int(5e4 * bits), activation_bits=bits, ms=bits / 1000),
+        resident_bits=bits,
+        error=error,
+        standard_error=error / 10,
+        within_limits=bits <= 7,
+    )
 
 
 @pytest.fixture
@@ -38,7 +53,14 @@ def data() -> ReportData:
         simulate=False,
         steps=4,
         guidance=2.0,
-        budget_bits=7.0,
+        limits=Limits(bits=7.0),
+        policies=(
+            figures("chosen", "plan", 6.5, 1e-3),
+            figures("best layer-only", "layer_only", 6.5, 2e-3),
+            figures("uniform nvfp4", "uniform", 4.0, 4e-3),
+            figures("uniform fp8", "uniform", 8.0, 5e-4),
+            figures("uniform bf16", "uniform", 16.0, 1e-6),
+        ),
         buckets=3,
         assignments=3,
         mean_bits=6.5,
@@ -53,6 +75,7 @@ def data() -> ReportData:
         held_out_seeds=(2_000_000, 2_000_127),
         denoiser_calls=400,
         resident_weight_bytes=300_000,
+        engines=3,
         onnx_bytes=1_000_000,
         weight_bytes=2_000_000,
         engine_bytes=30_000_000,

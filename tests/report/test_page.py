@@ -56,7 +56,8 @@ def test_page_shows_the_figures_of_the_run(data: ReportData) -> None:
     for figure in ("6.500", "of 7 allowed", "1.00 × 10⁻³", "0.25 ×", "30.0 MB", "6 plans, embedded", "2 comparisons"):
         assert figure in shown, figure
     assert "3 plans for sm89, layout embedded 15.0 MB" in shown
-    assert "best layer-only 6.500 2.00 × 10⁻³ 2.00 ×" in shown
+    assert "best layer-only 325.0 kB 6.50 6.50 1 6.500 2.00 × 10⁻³ 2.00 × kept" in shown
+    assert "uniform fp8 400.0 kB 8.00 8.00 1 8.000 5.00 × 10⁻⁴ 0.50 × exceeded" in shown
 
 
 def test_names_are_text_and_never_markup_or_formulas(data: ReportData) -> None:
@@ -179,7 +180,8 @@ def test_the_build_command_says_everything_that_it_can(data: ReportData) -> None
     build: Any = get_command(app)
     for name in ("build", "engine"):
         build = build.commands[name]
-    options = {option.opts[0] for option in build.params if option.param_type_name == "option"}
+    shown = [option for option in build.params if option.param_type_name == "option" and not option.hidden]
+    options = {option.opts[0] for option in shown}
     # What a run may take and who computes it are not settings of it; sizes stand in the place of batches.
     unsaid = {"--simulate", "--policy", "--memory-limit", "--ray", "--device", "--shapes", "--encodings"}
     assert options - set(words) == unsaid

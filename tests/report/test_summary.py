@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from adatsq_trt.costs import Costs, Limits
 from adatsq_trt.errors import DamagedFileError
 from adatsq_trt.files import read_json_model, write_json_model
-from adatsq_trt.report.summary import StageFigures, StaticErrors, Summary
+from adatsq_trt.report.summary import PolicyFigures, StageFigures, StaticErrors, Summary
 
 
 def example() -> Summary:
@@ -19,7 +20,20 @@ def example() -> Summary:
         simulate=False,
         steps=20,
         guidance=2.0,
-        budget_bits=6.0,
+        limits=Limits(bits=6.0),
+        policies=(
+            PolicyFigures(
+                name="chosen",
+                kind="beam",
+                assignments=3,
+                mean_bits=5.98,
+                costs=Costs(resident_bytes=300_000, activation_bits=6.2),
+                resident_bits=6.4,
+                error=0.1 + 0.2,
+                standard_error=0.01,
+                within_limits=True,
+            ),
+        ),
         buckets=4,
         assignments=3,
         mean_bits=5.98,
@@ -34,6 +48,7 @@ def example() -> Summary:
         held_out_seeds=(1000, 1127),
         denoiser_calls=400,
         resident_weight_bytes=300_000,
+        engines=3,
         onnx_bytes=1,
         weight_bytes=2,
         engine_bytes=3,
@@ -50,7 +65,7 @@ def test_a_summary_survives_the_disk(tmp_path: Path) -> None:
 def test_scripts_find_the_figures_by_name(tmp_path: Path) -> None:
     write_json_model(tmp_path / "summary.json", example())
     content = json.loads((tmp_path / "summary.json").read_text())
-    assert content["schema_version"] == 2
+    assert content["schema_version"] == 3
     assert content["final_error"] == 0.1 + 0.2
     assert content["static_errors"] == {"layer_only": 0.4, "time_only": None}
     assert content["stages"]["search"] == {"seconds": 1.5, "peak_bytes": 1 << 30}

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from adatsq_trt.errors import DamagedFileError, UnknownNameError, UnsupportedFormatError, UserError
-from adatsq_trt.formats import FORMATS, PLUGIN_FORMATS
+from adatsq_trt.errors import DamagedFileError, UnknownNameError, UnsupportedFormatError
+from adatsq_trt.formats import FORMATS, PLUGIN_FORMATS, TARGETS
 from adatsq_trt.policy import LayerShape
-from adatsq_trt.search.costs import CARDS, require_one_unit, stored_time_model, time_model
+from adatsq_trt.search.costs import CARDS, TARGET_CARDS, stored_time_model, time_model
 from adatsq_trt.timed_kernels import TIMED_KERNELS
 
 MEASURED = Path(__file__).parents[2] / "benchmarks" / "kernels" / "results.json"
@@ -100,7 +100,10 @@ def test_tables_and_cards_that_cannot_be_used(tmp_path: Path) -> None:
     unmeasured.write_text(json.dumps(content))
     with pytest.raises(DamagedFileError, match=f"two times of {again['what']} with m {again['m']}, n {again['n']}, "):
         time_model(str(unmeasured))
-    with pytest.raises(UserError, match="on which card"):
-        require_one_unit(None, 3.0)
-    with pytest.raises(UserError, match="pass --budget-ms too"):
-        require_one_unit("a100", None)
+
+
+def test_every_gpu_has_a_card_that_knows_its_own_formats() -> None:
+    assert set(TARGET_CARDS) == {name for name, target in TARGETS.items() if target.compute_capability is not None}
+    for name, card in TARGET_CARDS.items():
+        model, _ = time_model(card)
+        assert model.knows([FORMATS[fmt] for fmt in TARGETS[name].formats]), name

@@ -149,3 +149,15 @@ def test_budgets_that_exclude_each_other_are_refused() -> None:
     assert not any(tight.holds(rows.tolist()) for rows in EVERY_POLICY)
     with pytest.raises(BudgetError, match="no policy was found that keeps all budgets at once"):
         solve(errors_of(0), tight)
+
+
+def test_a_format_that_keeps_all_budgets_everywhere_is_found_where_prices_fail() -> None:
+    """The smallest weight is slow, the fastest large: only the format between them keeps both."""
+    shapes = (LayerShape("a", 64, 64, 4), LayerShape("b", 64, 64, 4))
+    formats = tuple(FORMATS[name] for name in ("w3a3", "w4a4", "w8a8"))
+    storage, ms = Storage.of(formats, shapes), np.array([[9.0, 9.0], [2.0, 2.0], [1.0, 1.0]])
+    steps, own = 2, float(storage.bytes[1].sum())
+    budgets = Budgets(steps, (Additive("ms", ms, 2.0 * 2 * steps),), Storage(storage.grids, storage.bytes, own))
+    constraints = Constraints.each(budgets, 3, 2)
+    sets = choose_stored_sets(np.array([[3.0] * 4, [2.0] * 4, [1.0] * 4]), constraints)
+    assert constraints.holds(sets.chosen)

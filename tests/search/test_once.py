@@ -15,7 +15,7 @@ from adatsq_trt.search.budgets import Additive, Budgets, Storage
 from adatsq_trt.search.denoising import format_bits
 from adatsq_trt.search.joint import Knapsack, Selection, Shrinkage, predicted_error
 from adatsq_trt.search.lagrangian import Constraints, accumulated_errors, choose_stored_sets
-from adatsq_trt.search.merge import merged_policies
+from adatsq_trt.search.merge import Several, merged_policies
 from adatsq_trt.search.once import choose_weights, grids_of
 from adatsq_trt.search.plan import SHRINKAGES, Rows, make_constrained_plan
 from adatsq_trt.search.sensitivity import Sensitivity
@@ -124,7 +124,7 @@ def planned(request: pytest.FixtureRequest) -> tuple[Sensitivity, Budgets]:
 
 def test_all_that_the_plan_offers_has_one_grid_for_each_layer(planned: tuple[Sensitivity, Budgets]) -> None:
     sensitivity, budgets = planned
-    plan, cost = make_constrained_plan(sensitivity, BITS, budgets, 4)
+    plan, cost, _ = make_constrained_plan(sensitivity, BITS, budgets, 4)
     for rows in (*plan.policies, *plan.hedges):
         assert one_grid_each(rows)
     assert budgets.holds(plan.policies[0])
@@ -164,8 +164,9 @@ def test_static_policies_have_weights_once(planned: tuple[Sensitivity, Budgets])
 @given(st.integers(0, 1000), st.integers(1, 3))
 def test_merged_policies_keep_the_weights_that_they_start_with(seed: int, limit: int) -> None:
     sensitivity, budgets = random_sensitivity(seed, steps=4), budgets_of(4.0, steps=4)
-    plan = make_constrained_plan(sensitivity, BITS, budgets, 3)[0]
-    for rows in merged_policies(sensitivity, BITS, 4.0, [plan.policies[0], *plan.hedges], limit, GRIDS):
+    plan, _, prices = make_constrained_plan(sensitivity, BITS, budgets, 3)
+    starts = [plan.policies[0], *plan.hedges]
+    for rows in merged_policies(sensitivity, BITS, Several(budgets, prices), starts, limit):
         assert len(set(rows)) <= limit
         assert budgets.holds(rows)
 

@@ -4,13 +4,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from adatsq_trt.costs import Costs, Limits
 from adatsq_trt.files import read_json_model, write_json_model
 from adatsq_trt.formats import FORMATS
+from adatsq_trt.policy import LayerShape
+from adatsq_trt.search.budgets import CostModel
 from adatsq_trt.search.plan import Rows
 from adatsq_trt.search.resume import Score, Scorer
 from adatsq_trt.search.select import (
@@ -21,6 +25,7 @@ from adatsq_trt.search.select import (
     Rules,
     SearchResult,
     best_of,
+    contenders,
     judge,
     look_again,
     measure_held_out,
@@ -33,6 +38,8 @@ LOW: Rows = ((0, 0), (0, 0))
 MIDDLE: Rows = ((1, 1), (1, 1))
 MIXED: Rows = ((2, 0), (0, 1))
 HIGH: Rows = ((2, 2), (2, 2))
+SHAPES = (LayerShape("a", 64, 64, 4), LayerShape("b", 64, 128, 4))
+COSTS = CostModel.of(SET, SHAPES, steps=2)
 ERRORS = {LOW: 9.0, MIDDLE: 5.0, MIXED: 6.0, HIGH: 1.0}
 
 
@@ -43,17 +50,17 @@ class Batch(BaseModel):
 class Table:
     """A scorer that looks errors up and counts."""
 
-    def __init__(self, errors: dict[Rows, float], samples: int = 1) -> None:
+    def __init__(self, errors: dict[Rows, float], samples: int = 3) -> None:
         self.errors, self.asked = errors, list[Rows]()
         self.samples = Batch(seeds=tuple(range(samples)))
 
     def scores(self, policies: Sequence[Rows]) -> Iterator[Score]:
         for rows in policies:
             self.asked.append(rows)
-            yield Score(error=self.errors[rows], standard_error=0.5, capped_error=self.errors[rows] / 2)
+            yield Score(self.errors[rows] * np.linspace(0.5, 1.5, len(self.samples.seeds)))
 
 
-def table(errors: dict[Rows, float], samples: int = 1) -> Scorer:
+def table(errors: dict[Rows, float], samples: int = 3) -> Scorer:
     return cast(Scorer, Table(errors, samples))
 
 
@@ -64,8 +71,10 @@ def point(
         kind=kind,
         name="",
         mean_bits=bits,
+        costs=Costs(resident_bytes=1000, activation_bits=bits),
         selection_error=100.0,
         rank_error=error,
+        samples=1,
         buckets=buckets,
         formats=formats,
     )
@@ -87,25 +96,30 @@ def test_a_policy_keeps_a_point_for_each_kind_of_search_that_found_it() -> None:
         Proposal("beam", MIXED),
         Proposal("uniform", MIDDLE),
     ]
-    points = judge(proposals, SET, cast(Scorer, scorer), lambda: done.append(None))
+    points = judge(proposals, SET, COSTS, cast(Scorer, scorer), lambda: done.append(None))
     assert [(p.kind, p.selection_error) for p in points] == [("beam", 6.0), ("plan", 5.0), ("uniform", 5.0)]
     assert len(done) == 3
 
 
 def test_a_point_says_what_the_policy_is() -> None:
-    points = judge([Proposal("uniform", HIGH), Proposal("beam", MIXED)], SET, table(ERRORS), ignore)
+    points = judge([Proposal("uniform", HIGH), Proposal("beam", MIXED)], SET, COSTS, table(ERRORS), ignore)
     uniform, beam = (next(p for p in points if p.kind == kind) for kind in ("uniform", "beam"))
     assert (uniform.name, uniform.mean_bits, uniform.buckets) == ("w8a8", 8.0, 1)
     assert (beam.name, beam.mean_bits, beam.buckets) == ("beam 0", (8 + 3 + 3 + 4) / 4, 2)
     assert beam.formats == (("w8a8", "w3a3"), ("w3a3", "w4a4"))
     assert beam.held_out_error is None
+    # Each weight format once: w8a8 and w3a3 of the first layer, w3a3 and w4a4 of the second.
+    stored = (8 + 16 / 64 + 3 + 16 / 64) * 64 * 64 / 8 + (3 + 16 / 64 + 4 + 16 / 64) * 64 * 128 / 8
+    assert beam.costs.resident_bytes == stored
+    assert uniform.costs.activation_bits == pytest.approx(8 + 32 / 64)
+    assert beam.costs.ms is None
 
 
 def test_the_front_is_marked() -> None:
     kinds: list[Kind] = ["uniform", "uniform", "beam", "uniform"]
     rows = [LOW, MIDDLE, MIXED, HIGH]
     proposals = [Proposal(kind, row) for kind, row in zip(kinds, rows, strict=True)]
-    points = judge(proposals, SET, table(ERRORS), ignore)
+    points = judge(proposals, SET, COSTS, table(ERRORS), ignore)
     # MIXED has more bits than MIDDLE and a larger error.
     assert {p.name for p in points if p.on_front} == {"w3a3", "w4a4", "w8a8"}
 
@@ -172,31 +186,32 @@ def test_no_judged_policy_that_keeps_the_rules_beats_the_one_that_is_returned(
 
 
 def test_the_second_look_is_the_mean_over_all_samples() -> None:
-    points = judge([Proposal("beam", MIXED), Proposal("uniform", MIDDLE)], SET, table(ERRORS), ignore)
+    points = judge([Proposal("beam", MIXED), Proposal("uniform", MIDDLE)], SET, COSTS, table(ERRORS), ignore)
     index = next(i for i, p in enumerate(points) if p.kind == "beam")
-    scorers = (table(ERRORS, 1), table({MIXED: 2.0}, 3))
+    scorers = (table(ERRORS, 3), table({MIXED: 2.0}, 9))
     looked = rescore(points, [index], SET, scorers, ignore)
-    assert looked[index].selection_error == pytest.approx((6.0 + 3 * 2.0) / 4)
-    assert looked[index].rank_error == pytest.approx((3.0 + 3 * 1.0) / 4)
-    assert looked[index].finalist
+    assert looked[index].selection_error == pytest.approx((3 * 6.0 + 9 * 2.0) / 12)
+    assert (looked[index].samples, looked[index].finalist) == (12, True)
     assert looked[1 - index] == points[1 - index]
 
 
 def test_held_out_errors_are_measured_for_the_wanted_alone() -> None:
     proposals = [Proposal("uniform", rows) for rows in (LOW, MIDDLE, HIGH)]
-    points = judge(proposals, SET, table(ERRORS), ignore)
+    points = judge(proposals, SET, COSTS, table(ERRORS), ignore)
     by_name = {p.name: i for i, p in enumerate(points)}
-    scorer = Table({LOW: 90.0, HIGH: 10.0})
+    scorer = Table({LOW: 90.0, HIGH: 10.0}, 2)
     wanted = [by_name["w8a8"], by_name["w3a3"]]
     result = measure_held_out(points, wanted, SET, cast(Scorer, scorer), ignore)
     got = {p.name: p.held_out_error for p in result}
     assert got == {"w3a3": 90.0, "w4a4": None, "w8a8": 10.0}
-    assert {p.name: p.held_out_standard_error for p in result} == {"w3a3": 0.5, "w4a4": None, "w8a8": 0.5}
+    assert {p.name: p.held_out_standard_error for p in result} == {"w3a3": 45.0, "w4a4": None, "w8a8": 5.0}
     assert [p.selection_error for p in result] == [p.selection_error for p in points]
 
 
 def test_a_result_survives_the_disk(tmp_path: Path) -> None:
     fields: dict[str, Any] = {
+        "weights": 64 * 64,
+        "limits": Limits(bits=4.0),
         "chosen": 0,
         "layer_only": None,
         "time_only": 1,
@@ -206,3 +221,17 @@ def test_a_result_survives_the_disk(tmp_path: Path) -> None:
     result = SearchResult(points=(point("beam", 4, 0.1), point("time_only", 4, 0.2)), **fields)
     write_json_model(tmp_path / "result.json", result)
     assert read_json_model(tmp_path / "result.json", SearchResult) == result
+
+
+def test_policies_that_the_samples_do_not_tell_apart_contend() -> None:
+    rng = np.random.default_rng(0)
+    easy = rng.lognormal(size=200)
+    errors = {0: easy, 1: easy * 1.01 + rng.normal(0, 0.5, 200), 2: easy + 1.0, 3: easy}
+    ranked = {i: float(e.mean()) for i, e in errors.items()}
+    formats = ((("w3a3",),), (("w4a4",),), (("w8a8",),), (("w3a3",),))
+    points = [point("beam", 4, ranked[i], formats=formats[i]) for i in range(4)]
+    # The third is worse at every sample; the last is the first policy again.
+    near = [0, 1] if ranked[0] <= ranked[1] else [1, 0]
+    assert contenders(points, [0, 1, 2, 3], errors) == near
+    few = {i: e[:4] for i, e in errors.items()}
+    assert set(contenders(points, [0, 1, 2, 3], few)) == {0, 1, 2}

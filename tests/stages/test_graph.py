@@ -30,7 +30,7 @@ def test_every_stage_comes_after_what_it_reads() -> None:
     [
         ("embed", ("embed",)),
         ("quantize", ("embed", "calibrate", "quantize")),
-        ("bundle", ("embed", "calibrate", "quantize", "search", "export", "bundle")),
+        ("bundle", ("embed", "calibrate", "quantize", "search", "refine", "export", "bundle")),
     ],
 )
 def test_a_stage_needs_all_that_those_before_it_read(last: str, names: tuple[str, ...]) -> None:
@@ -61,7 +61,7 @@ def test_done_stages_are_skipped_and_the_model_is_not_loaded_for_them(
 
 def test_a_budget_that_nobody_can_keep_is_refused_after_calibration(tmp_path: Path) -> None:
     """Calibration counts the rows that milliseconds depend on; nothing is quantized for such a budget."""
-    config = BuildConfig(**SMALL | {"target": "sm80", "budget_ms": 1e-9, "gpu": "a100"})
+    config = BuildConfig(**SMALL | {"target": "sm80", "budget_speed": "1e-9ms", "gpu": "a100"})
     with (
         prepare("digits-flux", config, "search").run(tmp_path / "run", Reporter()) as build,
         pytest.raises(BudgetError, match="the fastest policy of these formats takes"),

@@ -68,7 +68,7 @@ def test_samples_show_the_digit_that_was_asked_for(digits_flux: LoadedModel) -> 
     judge = SVC(gamma=0.02, C=10).fit(flat[:TRAIN_IMAGES], labels[:TRAIN_IMAGES])
     assert judge.score(flat[TRAIN_IMAGES:], labels[TRAIN_IMAGES:]) > 0.9  # a judge worth asking
     adapter = digits_flux.adapter
-    samples = seeded_samples(adapter, adapter.schedule(10), 2.0, 40, 0, len(adapter.prompts))
+    samples = seeded_samples(adapter, adapter.schedule(10), 2.0, 40, 0, range(len(adapter.prompts)))
     drawn = adapter.decode(trajectory(samples)[-1]).flatten(1).numpy() * 2 - 1
     assert judge.score(drawn, samples.prompts) >= 0.95
     # Not one picture per class: two samples of a class differ.

@@ -1,0 +1,65 @@
+"""What every stage keeps resident, told beforehand."""
+
+from dataclasses import replace
+
+import pytest
+
+from adatsq_trt.config import BuildConfig
+from adatsq_trt.errors import UserError
+from adatsq_trt.stages import memory
+from adatsq_trt.stages.graph import STAGES
+from tests.stages.tiny_run import make_model, make_settings
+
+MODEL = memory._model(make_settings(), make_model(), None)
+GPU = {"targets": ("sm89",), "formats": ("fp8", "bf16")}
+
+
+def needed(model: memory.Model = MODEL, **changes: object) -> dict[str, int]:
+    return memory.needed_bytes(make_settings(**changes), model, before=1 << 30)
+
+
+def test_every_stage_has_a_figure_in_its_order() -> None:
+    assert [name for name in needed() if name != "loading"] == list(STAGES)
+    assert min(needed().values()) > 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("change", "stages"),
+    [
+        ({"encoder_bytes": 1 << 40}, {"embed"}),
+        ({"file_bytes": 1 << 40}, {"loading"}),
+        ({"resident_bytes": 1 << 40}, {"loading", "calibrate", "quantize", "search", "export"}),
+        ({"encodings": 1 << 38}, {"loading", "calibrate", "quantize", "search", "export"}),
+    ],
+)
+def test_what_grows_with_the_model(change: dict[str, int], stages: set[str]) -> None:
+    grown = needed(replace(MODEL, **change))
+    assert {name for name, size in grown.items() if size > needed()[name]} == stages
+
+
+def test_what_is_compiled_depends_on_targets_and_layout() -> None:
+    large = replace(MODEL, weights=10**9)
+    assert needed(large)["bundle"] == needed()["bundle"], "the processor runs graphs"
+    sizes = [needed(large, **GPU, layout=layout)["bundle"] for layout in ("plugin", "shared", "embedded")]
+    assert sizes == sorted(set(sizes))
+    assert needed(large, **GPU, simulate=True)["bundle"] == sizes[0]
+    assert needed(replace(large, copied=False))["export"] < needed(large)["export"]
+
+
+def test_a_given_policy_needs_no_backward_pass() -> None:
+    wide = {"projections": 64}
+    assert needed(**wide)["search"] > needed(**wide, policy="{}")["search"]
+    assert needed(**wide)["calibrate"] == needed()["calibrate"]
+
+
+def test_a_limit_that_is_too_small_names_the_stage_and_one_that_does() -> None:
+    settings, outline = make_settings(), make_model()
+    with pytest.raises(
+        UserError, match=r"stage '\w+' needs .* GB for .*; pass at least --memory-limit [\d.]+GB"
+    ) as told:
+        memory.plan_memory(1, settings, outline)
+    smallest = str(told.value).partition("at least --memory-limit ")[2].partition(",")[0]
+    plan = memory.plan_memory(BuildConfig(memory_limit=smallest).limit_bytes, settings, outline)
+    assert plan.limit_bytes == float(smallest.removesuffix("GB")) * 1e9
+    assert min(plan.call_bytes, plan.backward_bytes, plan.projection_bytes) > 0
+    assert memory.plan_memory(None, settings, outline).limit_bytes > 1 << 30
