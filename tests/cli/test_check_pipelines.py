@@ -28,8 +28,9 @@ PIPELINES = {"flux": make_flux_pipeline, "z-image": partial(make_z_image_pipelin
 TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # What is built → its options and the formats that take turns in the policy.
 BUNDLES = {
-    "sm89": (("--target", "sm89"), FORMAT_SETS["ada"]),
-    "sm120": (("--target", "sm120"), FORMAT_SETS["blackwell"]),
+    # Without plans there is no store of weights beside them, as layout `shared` has it.
+    "sm89": (("--target", "sm89", "--layout", "embedded"), FORMAT_SETS["ada"]),
+    "sm120": (("--target", "sm120", "--layout", "embedded"), FORMAT_SETS["blackwell"]),
     "cpu": (("--target", "cpu"), FORMAT_SETS["cpu"]),
     "plugin": (("--layout", "plugin", "--formats", "hopper"), FORMAT_SETS["hopper"]),
 }
