@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as json_format
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -56,20 +56,10 @@ def evaluate(
 
     Example: adatsq-trt evaluate scenes-flux-schnell --methods rtn,adatsq --bits 4/4 --samples 120
     """
-    from adatsq_trt.evaluation.methods import BITS, FULL_BITS, FULL_PRECISION, METHODS, method_named, require_bits
-    from adatsq_trt.evaluation.peers import require_peers
     from adatsq_trt.zoo import find_model
 
     find_model(model)
-    wanted = require_peers(method_named(name) for name in (METHODS if methods == "all" else methods.split(",")))
-    widths = [width for width in dict.fromkeys(bits.split(",")) if require_bits(width)]
-    pairs = [(method_named(FULL_PRECISION), FULL_BITS)]
-    pairs += [
-        (method, width)
-        for width in sorted(widths, key=BITS.index)
-        for method in wanted
-        if method.name != FULL_PRECISION
-    ]
+    pairs = _pairs(methods, bits)
 
     from rich.console import Console
 
@@ -99,3 +89,20 @@ def evaluate(
         typer.echo(json_format.dumps([cell.model_dump() for cell in cells], indent=2))
         return
     Console().print(table(evaluation, cells))
+
+
+def _pairs(methods: str, bits: str) -> list[Any]:
+    """(method, bits) of every cell that was asked for, full precision first.
+
+    Raises:
+        UnknownNameError: no such method or bits.
+        DependencyError: a method's library is not installed.
+    """
+    from adatsq_trt.evaluation.methods import BITS, FULL_BITS, FULL_PRECISION, METHODS, method_named, require_bits
+    from adatsq_trt.evaluation.peers import require_peers
+
+    wanted = require_peers(method_named(name) for name in (METHODS if methods == "all" else methods.split(",")))
+    widths = [width for width in dict.fromkeys(bits.split(",")) if require_bits(width)]
+    quantized = [method for method in wanted if method.name != FULL_PRECISION]
+    pairs = [(method, width) for width in sorted(widths, key=BITS.index) for method in quantized]
+    return [(method_named(FULL_PRECISION), FULL_BITS), *pairs]

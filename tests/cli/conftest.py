@@ -52,13 +52,16 @@ class CommandLine:
 
     Attributes:
         small: options for the least effort.
+        choice: formats and budget of the shared run.
         build: arguments of the shared run, without --output.
         script: path of the console script.
     """
 
     samples = ("--calibration-samples", "2", "--selection-samples", "2", "--held-out-samples", "2")
     small = (*samples, "--steps", "2", "--beam", "2", "--candidates", "2")
-    build = ("build", "engine", "digits-flux", "--target", "sm120", *small, "--budget-bits", "6")
+    # Weights of three formats, which change over the steps, and a plan for each assignment.
+    choice = ("--formats", "nvfp4,fp8,bf16", "--weights", "free", "--budget-bits", "6")
+    build = ("build", "engine", "digits-flux", "--target", "sm120", *small, *choice)
     script = SCRIPT
 
     def __init__(self, capture: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch) -> None:

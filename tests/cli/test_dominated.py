@@ -21,7 +21,7 @@ def test_a_policy_that_something_simple_beats_is_not_returned(
     def with_a_bad_plan(context: Context) -> list[Proposal]:
         sizes = [layer.in_features * layer.out_features for layer in context.adapter.quantizable_layers().values()]
         middle = sorted(sizes)[len(sizes) // 2]
-        row = tuple(2 if size >= middle else 0 for size in sizes)
+        row = tuple(2 if size > middle else 0 for size in sizes)
         return [*uniforms(context), Proposal("plan", (row,) * context.settings.steps)]
 
     def worst(self: judging.Judging, points: list[Point], among: Sequence[int]) -> tuple[list[Point], int]:
