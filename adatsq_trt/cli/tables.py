@@ -33,24 +33,31 @@ def settings_table(settings: Settings) -> Table:
 
 def policies_table(policies: Sequence[PolicyFigures], ms_source: str | None) -> Table:
     """What the chosen policy and simpler ones cost, and how far from full precision they are."""
-    costs = ("resident weights", "bits per weight", "activation bits", *(["ms"] if ms_source else []))
-    table = Table("policy", *costs, "assignments", "mean bits", "latent MSE", "of the chosen", box=None)
+    # What fits in the 80 columns of a terminal: figures are never cut.
+    table = Table(box=None, padding=(0, 1, 0, 0), caption_justify="left")
+    table.add_column("policy", overflow="fold")
+    figures = ("MB", "bits", "act.", *(["ms"] if ms_source else []), "#", "mean", "latent MSE")
+    for name in figures:
+        table.add_column(name, no_wrap=True, justify="right")
+    table.add_column("of the chosen", overflow="fold")
     chosen = policies[0]
     for policy in policies:
-        ms = [f"{policy.costs.ms:.4g}"] if policy.costs.ms is not None else []
+        ms = [f"{policy.costs.ms:.3g}"] if policy.costs.ms is not None else []
         table.add_row(
             policy.name if policy.within_limits else f"{policy.name} *",
-            f"{policy.costs.resident_bytes / 1e6:.4g} MB",
+            f"{policy.costs.resident_bytes / 1e6:.4g}",
             f"{policy.resident_bits:.2f}",
             f"{policy.costs.activation_bits:.2f}",
             *ms,
             str(policy.assignments),
-            f"{policy.mean_bits:.3f}",
-            f"{policy.error:.3e} ± {policy.standard_error:.0e}",
+            f"{policy.mean_bits:.2f}",
+            f"{policy.error:.2e} ± {policy.standard_error:.0e}".replace("e-0", "e-"),
             _ratio(policy, chosen),
         )
-    table.caption = "resident bytes are of quantized weights, each format of a layer once; activation bits are a mean "
-    table.caption += "over multiply-accumulates"
+    table.caption = (
+        "MB, bits: quantized weights as they are stored, each format of a layer once; act.: mean activation bits over "
+        "multiply-accumulates; #: distinct assignments; mean: nominal bits of weights and activations"
+    )
     table.caption += f"; ms per sample: {ms_source}" if ms_source else ""
     if not all(policy.within_limits for policy in policies):
         table.caption += "\n* exceeds a budget"

@@ -158,6 +158,15 @@ class Judging:
             samples=len(errors[winner]),
         )
 
+    def _unlimited(self, points: Sequence[Point], chosen: int, wanted: Sequence[int]) -> int | None:
+        """What would be chosen without a limit on assignments: the same where the limit keeps nothing out."""
+        limit = self.context.settings.max_assignments
+        if limit is None:
+            return None
+        best = best_of(points, wanted, KINDS)
+        assert best is not None, "one of these was chosen"
+        return best if points[best].assignments > limit else chosen
+
     def _reported(
         self, points: list[Point], searched: int, dominated: Dominated | None, wanted: Sequence[int]
     ) -> SearchResult:
@@ -165,7 +174,7 @@ class Judging:
         settings = self.context.settings
         once, given = settings.weights == "once", points[searched].kind == "given"
         chosen = dominated.by if dominated is not None and once else searched
-        unlimited = None if given or settings.max_assignments is None else best_of(points, wanted, KINDS)
+        unlimited = None if given else self._unlimited(points, chosen, wanted)
         static = [best_of(points, wanted, (kind,)) for kind in STATIC_KINDS]
         others = [unlimited, *static] if dominated is None else [dominated.searched, dominated.by, unlimited, *static]
         uniforms = [i for i, point in enumerate(points) if point.kind == "uniform"]

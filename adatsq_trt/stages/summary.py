@@ -110,7 +110,7 @@ def policy_figures(result: SearchResult, limit: int | None) -> tuple[PolicyFigur
         result: of the search.
         limit: most distinct assignments that were allowed.
     """
-    names = {result.unlimited: "without --max-assignments", result.layer_only: "best layer-only"}
+    names = {result.unlimited: "without limit", result.layer_only: "best layer-only"}
     names |= {result.time_only: "best time-only", result.chosen: "chosen"}
     measured = [i for i, point in enumerate(result.points) if point.held_out_error is not None]
 

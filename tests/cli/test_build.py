@@ -98,7 +98,7 @@ def test_second_build_runs_no_stage(cli, copy: Path) -> None:
     ended = cli(*cli.build, "--output", copy)
     assert ended.warnings == []
     assert "budget_bits" in ended.out  # the settings, defaults included
-    assert "best layer-only" in ended.out
+    assert "of the chosen" in ended.out  # the figures
     assert str(copy / "bundle") in ended.out
     assert records(copy) == before
     assert cli.state(copy / "bundle") == plans
@@ -183,7 +183,7 @@ def test_few_assignments_have_a_price(cli, copy: Path, tmp_path: Path) -> None:
     limited = ("--max-assignments", "1", "--batch", "4", "--batch", "1")
     ended = cli(*cli.build, *limited, "--output", copy)
     assert ended.code == 0, ended.err
-    assert "without --max-assignments" in ended.out
+    assert "without limit" in ended.out
     summary = Summary.model_validate_json((copy / "summary.json").read_text())
     assert (summary.assignments, len(Policy.load(copy / "policy.json").assignments)) == (1, 1)
     assert summary.unlimited is not None
@@ -295,7 +295,8 @@ def moved(built: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("layout", ["shared", "switch"])
 def test_another_layout_replaces_plans_only(cli, copy: Path, layout: str) -> None:
     before = records(copy)
-    ended = cli(*cli.build, "--layout", layout, "--output", copy)
+    # Engines of the first layout were at most four.
+    ended = cli(*cli.build, "--layout", layout, "--max-assignments", "4", "--output", copy)
     assert ended.warnings == ["stage 'bundle': replacing its earlier result, because its settings or inputs changed"]
     assert {name: record for name, record in records(copy).items() if name != "bundle"} == {
         name: record for name, record in before.items() if name != "bundle"

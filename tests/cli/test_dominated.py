@@ -8,6 +8,7 @@ from adatsq_trt.files import read_json_model
 from adatsq_trt.search.select import Point, Proposal, SearchResult
 from adatsq_trt.stages import judging, search
 from adatsq_trt.stages.context import Context
+from adatsq_trt.zoo.loading import load_model
 
 
 @pytest.mark.parametrize("weights", ["once", "free"])
@@ -18,10 +19,11 @@ def test_a_policy_that_something_simple_beats_is_not_returned(
     run = tmp_path_factory.getbasetemp() / "dominated"  # calibration and weights are made once
     uniforms, best = search._uniforms, judging.Judging._best
 
+    layers = load_model("digits-flux").adapter.quantizable_layers().values()
+    sizes = [layer.in_features * layer.out_features for layer in layers]
+    row = tuple(2 if size > min(sizes) else 0 for size in sizes)
+
     def with_a_bad_plan(context: Context) -> list[Proposal]:
-        sizes = [layer.in_features * layer.out_features for layer in context.adapter.quantizable_layers().values()]
-        middle = sorted(sizes)[len(sizes) // 2]
-        row = tuple(2 if size > middle else 0 for size in sizes)
         return [*uniforms(context), Proposal("plan", (row,) * context.settings.steps)]
 
     def worst(self: judging.Judging, points: list[Point], among: Sequence[int]) -> tuple[list[Point], int]:
