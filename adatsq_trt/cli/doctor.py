@@ -122,7 +122,7 @@ _LIBRARIES = (
         "modelopt",
         ("nvidia-modelopt",),
         "comparison with other quantizers",
-        "pip install 'adatsq-trt[peers]'",
+        "pip install -e '.[peers]'",
     ),
     _Library("Ray", "ray", ("ray",), "--ray", "pip install ray", _loads("ray")),
     _Library("Triton language", "triton", ("triton",), "build plugins", "pip install triton"),
