@@ -64,4 +64,4 @@ def test_the_cpu_runs_its_own_formats(traced_toy, toy_layers, toy_inputs, tmp_pa
         for assignment in range(len(names)):
             outputs.append(runner.run({**feed, "assignment": np.asarray(assignment, np.int32)})["velocity"])
     assert np.isfinite(outputs).all()
-    assert not np.array_equal(*outputs)
+    assert len({output.tobytes() for output in outputs}) == len(names)

@@ -171,6 +171,9 @@ def test_the_build_command_says_everything_that_it_can(data: ReportData) -> None
         "weight_streaming": True,
         "max_assignments": 4,
         "transform": "smooth",
+        "clips": "none",
+        "refine": True,
+        "formats_for": {"blocks.0.proj": ("fp8",)},
         "expansions": 8,
         "excluded": ("blocks.0.proj",),
     }

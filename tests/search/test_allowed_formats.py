@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adatsq_trt.search.lagrangian import Constraints, accumulated_errors, choose_stored_sets
-from adatsq_trt.search.merge import merged_policies
+from adatsq_trt.search.merge import Several, merged_policies
 from adatsq_trt.search.plan import make_constrained_plan
 from adatsq_trt.search.static import constrained_layer_only, constrained_time_only
 from tests.search.test_once import (
@@ -48,8 +48,8 @@ def test_no_policy_has_a_forbidden_format(mask: list[list[bool]], once: bool, se
     # Enough for the dearest allowed format of every layer.
     budgets = masked(float(np.where(allowed, BITS[:, None], 0).max(axis=0).mean()), allowed, once)
     by_layer = constrained_layer_only(sensitivity, BITS, budgets)
-    plan, cost = make_constrained_plan(sensitivity, BITS, budgets, 4, by_layer)
-    merged = merged_policies(sensitivity, BITS, 8.0, plan.policies, 1, GRIDS if once else None, allowed)
+    plan, cost, prices = make_constrained_plan(sensitivity, BITS, budgets, 4, by_layer)
+    merged = merged_policies(sensitivity, BITS, Several(budgets, prices), plan.policies, 1)
     policies = [*plan.policies, *plan.hedges, *by_layer, *constrained_time_only(sensitivity, BITS, budgets), *merged]
     assert by_layer
     assert all(keeps(rows, allowed) for rows in policies)

@@ -82,7 +82,10 @@ def test_a_format_that_was_not_timed_is_refused_with_those_that_were(tmp_path: P
     content["timings"] = [t for t in content["timings"] if t["what"] in ("gemm_w8a8_nested", "torch.matmul bf16")]
     file = tmp_path / "times.json"
     file.write_text(json.dumps(content))
-    for path, name, known in ((MEASURED, "nvfp4", "bf16, fp16, fp8, w8a8, w4a8, int4wo"), (file, "w8a8", "bf16, fp16")):
+    for path, name, known in (
+        (MEASURED, "nvfp4", "bf16, fp16, fp8, w8a8, w4a8, w8a16, int4wo"),
+        (file, "w8a8", "bf16, fp16"),
+    ):
         with pytest.raises(UnsupportedFormatError, match=f"no time for format '{name}', its formats are {known}; "):
             time_model(str(path))[0].require([FORMATS["bf16"], FORMATS[name]])
 

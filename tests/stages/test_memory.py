@@ -20,7 +20,9 @@ def needed(model: memory.Model = MODEL, **changes: object) -> dict[str, int]:
 
 def test_every_stage_has_a_figure_in_its_order() -> None:
     assert [name for name in needed() if name != "loading"] == list(STAGES)
-    assert min(needed().values()) > 1 << 30
+    asked = {name: size for name, size in needed(refine=True).items()}
+    assert min(asked.values()) > 1 << 30
+    assert needed()["refine"] == 0  # not asked for
 
 
 @pytest.mark.parametrize(

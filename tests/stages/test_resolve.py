@@ -27,7 +27,7 @@ def test_defaults_are_the_model_s_and_the_target_s() -> None:
     )
     assert (settings.steps, settings.guidance) == (model.default_steps, model.default_guidance)
     assert (settings.weights_sha256, settings.model_sha256) == (model.weights_sha256, model.model_sha256)
-    assert settings.budget_bits is not None
+    assert (settings.budget_bits, settings.reference) == (None, "w8a8s")
     assert settings.weights == "once"
     assert settings.pipeline is None
 

@@ -28,8 +28,8 @@ def policy(*steps: str, layers: list[str] = LAYERS, weights: str = HASH) -> str:
     [
         ({"budget_bits": 7.9}, BudgetError, "the cheapest is w8a8s everywhere with a mean of 8 bits"),
         ({"budget_bits": float("nan")}, BudgetError, "no policy of these formats is that small"),
-        ({"budget_bytes": 1.0}, BudgetError, "--budget-bytes 1: the smallest weights"),
-        ({"budget_bytes": 1e9, "max_assignments": 1}, UserError, "--max-assignments: assignments are merged within"),
+        ({"budget_bytes": 1.0}, BudgetError, "--budget-size 1: the smallest weights"),
+        ({"expansions": 2, "beam": 0}, UserError, "--expansions 2: there is no beam search that it could shorten"),
         ({"policy": policy("fp32")}, MismatchError, "step"),
         ({"policy": policy("fp32", "fp32", weights="1" * 64)}, MismatchError, "weights"),
         ({"policy": policy("fp32", "fp32", layers=LAYERS[1:])}, MismatchError, "layer"),
@@ -64,7 +64,7 @@ def test_the_policy_is_the_best_within_the_budget_and_its_layers_keep_their_weig
     assert all(len(set(column)) == 1 for column in zip(*found.assignments, strict=True)), "weights once"
     uniform = {point.name: point for point in result.points if point.kind == "uniform"}
     assert set(uniform) == {"w8a8s", "fp32"}
-    assert not within(uniform["fp32"])
+    assert uniform["fp32"] not in within
     assert uniform["fp32"].held_out_error == pytest.approx(0, abs=1e-12)
     assert result.denoiser_calls > 0
     assert result.sensitivity_sweeps == finished.settings.projections

@@ -122,6 +122,7 @@ def test_the_search_prices_every_format_of_the_plugin_from_what_the_benchmark_wr
         "w8a8": written["quantize_tokens natural"] + written["gemm_w8a8"],
         "w4a8": written["quantize_tokens even-odd"] + written["gemm_w4a8 64"],
         "int4wo": written["gemm_w4a16 64"],
+        "w8a16": written["gemm_w8a16"],
     }
     assert expected.keys() == PLUGIN_FORMATS
     shape = LayerShape("layer", 128, 32, 17)
