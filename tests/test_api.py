@@ -161,7 +161,7 @@ def test_verbs_go_on_in_one_run_directory(bundle: Bundle) -> None:
     assert calibration.information.shape == calibration.temporal_weights.shape == (steps, layers)
     assert calibration.latents.shape[:2] == (steps + 1, 2)
     weights = adatsq_trt.quantize("digits-flux", progress=again.append, **common)
-    assert weights.formats == ("w8a8s", "fp32")
+    assert weights.formats == ("w8a8s", "w8a32", "fp32")
     layer = weights.layers[0]
     exact, rounded = weights.weight(layer, "fp32"), weights.weight(layer, "w8a8s")
     assert 0 < float((exact - rounded).norm() / exact.norm()) < 0.02
@@ -211,7 +211,7 @@ def test_some_layers_have_the_formats_that_they_may_have(tmp_path: Path) -> None
     common: dict[str, Any] = {"target": "sm120", "formats": "nvfp4,fp8,bf16", "output": tmp_path / "run", **SMALL}
     where = ("single_*=fp8,bf16", "*.proj_out=bf16", "transformer_blocks.0.*=nvfp4")
     policy = adatsq_trt.search_policy("digits-flux", formats_for=where, budget_bits=14, **common)
-    assert {name for row in policy.assignments for name in row} > {"nvfp4", "bf16"}
+    assert {name for row in policy.assignments for name in row} >= {"nvfp4", "bf16"}
     for layer, names in zip(policy.layers, zip(*policy.assignments, strict=True), strict=True):
         if layer.startswith("transformer_blocks.0."):
             assert set(names) == {"nvfp4"}, layer

@@ -110,8 +110,12 @@ def _limits(context: Context, costs: CostModel) -> Limits:
     settings = context.settings
     if settings.reference is None:
         return Limits(bits=settings.budget_bits, bytes=settings.budget_bytes, ms=settings.budget_ms)
-    index = settings.formats.index(settings.reference)
-    own = costs.costs(uniform(index, settings.steps, len(context.layers)))
+    index, allowed = settings.formats.index(settings.reference), allowed_formats(settings, context.layers)
+    rows = uniform(index, settings.steps, len(context.layers))
+    if allowed is not None:  # layers that may not have it have the cheapest of those that they may have
+        first = np.argmax(allowed, axis=0)
+        rows = (tuple(np.where(allowed[index], index, first).tolist()),) * settings.steps
+    own = costs.costs(rows)
     room = max(ROOM, 1 + costs.least_departure(index, settings.steps))
     return Limits.within(own, room)
 

@@ -10,10 +10,11 @@ import pytest
 
 from adatsq_trt.engines import accuracy
 from adatsq_trt.engines.bundle import BundleFiles
-from adatsq_trt.formats import FORMAT_SETS
 from adatsq_trt.policy import Policy
 from adatsq_trt.zoo.loading import load_model
 from tests.cli.conftest import CommandLine
+
+FORMATS = ("w4a8", "w8a8", "fp8", "bf16")  # each with a weight of its own
 
 # The console script, for which no layer loses too much when it is nested: otherwise none of this model would be.
 ALL_NESTED = """
@@ -34,9 +35,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plugin")
     model, path = load_model("digits-flux"), folder / "run"
     layers = list(model.adapter.quantizable_layers())
-    rows = [[FORMAT_SETS["hopper"][(i + step * (i // 4)) % 4] for i in range(len(layers))] for step in range(2)]
+    rows = [[FORMATS[(i + step * (i // 4)) % 4] for i in range(len(layers))] for step in range(2)]
     Policy.from_steps("digits-flux", model.weights_sha256, layers, rows).save(folder / "policy.json")
-    arguments = ("build", "engine", "digits-flux", "--layout", "plugin", "--formats", "hopper", *CommandLine.small)
+    arguments = (
+        "build",
+        "engine",
+        "digits-flux",
+        "--layout",
+        "plugin",
+        "--formats",
+        ",".join(FORMATS),
+        *CommandLine.small,
+    )
     command = [sys.executable, "-c", ALL_NESTED, *arguments, "--policy", folder / "policy.json", "--output", path]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr

@@ -19,7 +19,7 @@ STEPS = 4
 @pytest.fixture
 def search(cli) -> tuple[str, ...]:
     """A search with enough columns to be interrupted."""
-    return ("search", "digits-flux", "--simulate", "--formats", "w4a4,w8a8", *cli.small, "--steps", str(STEPS))
+    return ("search", "digits-flux", "--simulate", "--formats", "w4a4,w4a6", *cli.small, "--steps", str(STEPS))
 
 
 def kill(cli, arguments: tuple[str, ...], run: Path, column: int) -> None:

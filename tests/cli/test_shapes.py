@@ -16,7 +16,7 @@ SHAPES = ("--shapes", "2x12x16,4x8x8")
 
 def test_a_run_of_several_sizes(cli, copy: Path) -> None:
     """The policy of before, exported for both sizes; full precision at the second is PyTorch's own loop there."""
-    ended = cli(*cli.build, *SHAPES, "--layout", "switch", "--output", copy)
+    ended = cli(*cli.build, *SHAPES, "--layout", "switch", "--max-assignments", "4", "--output", copy)
     assert ended.code == 0, ended.err
     # What is measured and searched is of the model's own size, and stays.
     assert ["'export'" in line or "'bundle'" in line for line in ended.warnings] == [True, True]

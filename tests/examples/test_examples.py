@@ -9,6 +9,7 @@ import pytest
 from diffusers import FluxPipeline
 
 import adatsq_trt
+from adatsq_trt.formats import FORMAT_SETS
 from adatsq_trt.models import families
 from examples import build_demo, new_architecture, own_policy, pipeline_in_memory, run_in_a_pipeline
 from tests.tiny_checkpoints import HEIGHT, WIDTH, make_flux_pipeline
@@ -41,7 +42,7 @@ def test_a_policy_by_hand_is_judged_beside_the_searched_one(tmp_path: Path) -> N
 def test_a_pipeline_in_memory_gets_a_policy(pipe: FluxPipeline) -> None:
     policy = pipeline_in_memory.main(pipe, **TINY)
     assert policy.steps == 3
-    assert set(policy.uniform_errors) == {"nvfp4", "fp8", "bf16"}
+    assert set(policy.uniform_errors) == set(FORMAT_SETS["blackwell"])
 
 
 def test_a_bundle_runs_in_the_pipeline(pipe: FluxPipeline, tmp_path: Path) -> None:

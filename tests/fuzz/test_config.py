@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from adatsq_trt.engines.bundle import BundleFiles, Manifest, PlanFile
-from adatsq_trt.engines.triton_server.repository import Backend, Deployment, write_repository
+from adatsq_trt.engines.triton_server.repository import BackendName, Deployment, write_repository
 from adatsq_trt.errors import UserError
 from adatsq_trt.files import parse_json_model
 from adatsq_trt.graph_index import GraphIndex
@@ -27,7 +27,7 @@ HOSTILE = (
     *('x"\nbackend: "evil"', 'x" } ] backend: "evil" input [ {', "x\nRUN evil", "../../x", "/etc", "..", ".", "-rf"),
     *("", " ", "ü", "x" * 300, "1\n", "1 ] } ] input [ {"),
 )
-BACKENDS: tuple[Backend, ...] = ("onnxruntime", "rtx")
+BACKENDS: tuple[BackendName, ...] = ("onnxruntime", "rtx")
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ class Repositories:
         self.loop, self.step = (read(folder / "sound" / name) for name in ("sound", "sound_step"))
         self.dockerfile = instructions(folder / "sound")
 
-    def require_sound(self, place: int, text: str, backend: Backend) -> bool:
+    def require_sound(self, place: int, text: str, backend: BackendName) -> bool:
         """Put a text in some place; whether anything was written, which then is what was meant."""
         root = documents(self.bundle)
         container, key = list(texts(root))[place]
@@ -136,7 +136,7 @@ def test_any_text(go_on: Callable, bundle: BundleFiles, tmp_path: Path) -> None:
 
     @FUZZ
     @given(st.integers(0, repositories.places - 1), text, st.sampled_from(BACKENDS))
-    def one_round(place: int, text: str, backend: Backend) -> None:
+    def one_round(place: int, text: str, backend: BackendName) -> None:
         repositories.require_sound(place, text, backend)
 
     go_on(one_round)

@@ -92,8 +92,9 @@ def test_few_expansions_and_bfloat16_keep_their_limits_and_choose_the_best_they_
         assert {"beam", "plan", "layer_only", "time_only"} <= {point.kind for point in allowed}
         chosen = found.points[found.chosen]
         assert chosen in allowed
-        own = found.points[found.searched]
-        assert own.rank_error == min(point.rank_error for point in allowed if point.samples == own.samples)
+        searched_point = found.points[found.searched]
+        seen = searched_point.samples
+        assert searched_point.rank_error == min(point.rank_error for point in allowed if point.samples == seen)
     # Both precisions see the same steps and layers as sensitive.
     assert not torch.equal(exact_logs, logs)
     assert float(torch.corrcoef(torch.stack([exact_logs, logs]))[0, 1]) > 0.95
@@ -136,8 +137,9 @@ def test_without_a_beam_the_plan_and_its_hedges_are_judged(quantized_once: Path,
     assert "beam" not in kinds
     assert kinds.count("plan") >= 2
     assert not (folder / "columns").exists()
-    # Whole policies of every step, and nothing else, called the model.
-    assert found.denoiser_calls == STEPS * len({point.formats for point in found.points})
+    # Whole policies of every step, on as many batches as it took to tell them apart, and nothing else called the model.
+    assert found.denoiser_calls >= STEPS * len({point.formats for point in found.points})
+    assert found.denoiser_calls % STEPS == 0
 
 
 def test_settings_that_came_later_leave_earlier_runs_alone(

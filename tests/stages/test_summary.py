@@ -30,7 +30,7 @@ def test_its_figures_are_those_of_the_stages(finished: Context) -> None:
     assert set(found.uniform_errors) == {"w8a8s", "fp32"}
     assert found.rounding_error == 0.0
     assert found.ms is None
-    assert set(found.stages) == set(STAGES) - {"embed"}
+    assert set(found.stages) == set(STAGES) - {"embed", "refine"}
     assert found.held_out_seeds == (finished.held_out.seeds[0], finished.held_out.seeds[-1])
 
 
