@@ -45,6 +45,7 @@ lint: $(DEVELOPED)
 	$(BIN)/ruff format --check .
 	BIN=$(BIN) scripts/typecheck
 	BIN=$(BIN) scripts/check-cpp-format
+	$(BIN)/python scripts/check-prose
 
 format: $(DEVELOPED)
 	$(BIN)/ruff check --fix .
