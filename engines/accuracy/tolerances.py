@@ -214,4 +214,4 @@ def _step(grid: Grid) -> float:
     if grid.element is Element.INT:
         return 1 / grid.maximum
     relative = {Element.FP32: 0.0, Element.FP16: 2.0**-11, Element.BF16: 2.0**-8, Element.E4M3: 2.0**-4}
-    return relative.get(grid.element, 2.0**-2)
+    return (relative | {Element.E2M1: 2.0**-2})[grid.element]
