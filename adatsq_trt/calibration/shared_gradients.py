@@ -77,7 +77,7 @@ class GradientSums:
 
 
 class SampleGradients:
-    """What is kept of a layer and a sample while the steps go by.
+    """Sums for one layer and one sample, accumulated while the steps go by.
 
     Attributes:
         gradients: M of each projection, float32 [projections, N, K]; None where the coherent form is not wanted.

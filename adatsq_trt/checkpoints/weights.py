@@ -156,7 +156,7 @@ def require_shapes(weights: WeightFiles, model: nn.Module, config: Path) -> None
     Args:
         weights: of the component.
         model: made from the configuration, on any device.
-        config: what messages call the configuration.
+        config: the configuration, as messages name it.
 
     Raises:
         DamagedFileError: a tensor is missing, too much, or of another shape; names it and its file.

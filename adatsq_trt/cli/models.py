@@ -15,7 +15,7 @@ class ModelRow:
     """One model of the zoo.
 
     Attributes:
-        name: what commands call it.
+        name: as commands take it.
         architecture: diffusers class of the transformer.
         image_size: height and width in pixels.
         frames: of a video; None for images.

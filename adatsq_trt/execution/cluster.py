@@ -143,7 +143,7 @@ def connected(address: Address) -> Iterator[RayExecutor]:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a worker must have in common with this process to compute the same bits.
+    """Versions and settings that a worker must share with this process to compute the same bits.
 
     Attributes:
         version: of this package.
@@ -210,7 +210,7 @@ class RayExecutor:
         """Start tasks some way ahead and give their results in the order of the items.
 
         Raises:
-            AdatsqError: what a unit raised; or its workers died again and again.
+            AdatsqError: a unit raised it, or its workers died again and again.
         """
         import ray
 

@@ -124,7 +124,7 @@ def to_device(value: T, device: torch.device | str) -> T:
 
 
 class _Move:
-    """What was one object in two places is one object afterwards."""
+    """Copies values to a device; an object that is met in two places is copied once."""
 
     def __init__(self, device: torch.device | str) -> None:
         self._device = device

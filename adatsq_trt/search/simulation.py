@@ -23,11 +23,11 @@ from adatsq_trt.search.candidates import Assignment
 
 @dataclass(frozen=True)
 class _Loop:
-    """What all units have in common.
+    """Data that all units of work share.
 
     Attributes:
         model: installed.
-        formats: what the indices of assignments mean.
+        formats: those that assignments index.
         schedule: of the denoising loop.
         guidance: its scale.
     """
@@ -78,7 +78,7 @@ class Simulation:
 
     Attributes:
         model: installed.
-        formats: what the indices of assignments mean.
+        formats: those that assignments index.
     """
 
     def __init__(

@@ -41,7 +41,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a picture shall show, and nothing else shall be in it.
+    """Prompt for a picture: the digits that it shall show, and nothing else.
 
     Attributes:
         thing: the digit, or the first of two.
