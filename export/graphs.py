@@ -63,7 +63,7 @@ def export_graphs(
     """Write a policy's graphs, their weights and the index.
 
     Args:
-        template: what `trace` returned for the same base type. It is used up: its weights go to the folder, one by one.
+        template: result of `trace` for the same base type. It is used up: its weights go to the folder, one by one.
         policy: assignments of the layers.
         weights: format → module path → weight.
         folder: is made, or its earlier export replaced.
