@@ -29,7 +29,7 @@ def bisect(
 
     Args:
         bundle: that the report is about.
-        report: what `check` found.
+        report: result of `check`.
         folder: the report's; `check.json` is written again, with the layers.
         layer_reference: for steps that are not the first of their bucket, whose layers the bundle does not hold; None
             where PyTorch's model is not at hand: those steps are told without a layer.

@@ -124,7 +124,7 @@ class Server:
 
     Attributes:
         ports: where it listens.
-        log_file: what it writes.
+        log_file: file of its log.
         process: of the server; a process for each model below it.
     """
 
@@ -271,7 +271,7 @@ class Server:
 
 
 def _ask(address: str, body: bytes | None = None) -> bytes | None:
-    """What a server answers; None while it does not."""
+    """Return a server's answer; None while it gives none."""
     try:
         with urllib.request.urlopen(urllib.request.Request(address, data=body), timeout=10) as response:
             return bytes(response.read())

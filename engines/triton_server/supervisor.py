@@ -24,7 +24,7 @@ class Supervisor:
     """A server that comes back; a context manager that ends it.
 
     Attributes:
-        log_file: what all its servers write, and a line for each that was lost.
+        log_file: log of all its servers, with a line for each that was lost.
     """
 
     def __init__(
