@@ -176,7 +176,7 @@ def _check_quantizers(wrong: list[str], target: str, device: str) -> int:
 def _candidates(
     tiles: Tiles, target: str, device: str, m: int, n: int, k: int
 ) -> Iterator[tuple[str, Callable[[], object]]]:
-    """What is timed on one shape, torch.matmul first; weights and activations are quantized beforehand."""
+    """Yield the functions to time on one shape, torch.matmul first; weights and inputs are quantized beforehand."""
     x, w = (torch.randn(rows, k, device=device, dtype=torch.bfloat16) for rows in (m, n))
     yield MATMUL_16, lambda: x @ w.T
     codes, w_codes = (torch.randint(-127, 128, (rows, k), device=device, dtype=torch.int8) for rows in (m, n))

@@ -23,7 +23,7 @@ _SYSTEM_HEADERS = (Path("/usr/include/x86_64-linux-gnu"), Path("/usr/include"), 
 
 @dataclass(frozen=True)
 class Built:
-    """What was built.
+    """Result of `build plugins`.
 
     Attributes:
         table: of the cubins.

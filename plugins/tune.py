@@ -57,7 +57,7 @@ def fastest(
     thorough: Callable[[Tile], float],
     sound: Callable[[Tile], bool],
 ) -> Tile | None:
-    """The best of a band: one shape ranks all tiles, all shapes rank the finalists, and a sound one wins.
+    """The best of a band: one shape ranks all tiles, all shapes rank the shortlist, and a sound one wins.
 
     Args:
         tiles: which compete.
