@@ -1,4 +1,4 @@
-"""What budgets in bits, size and speed choose on one model: whether each is kept, and how the policies differ.
+"""Policies that budgets in bits, size and speed choose on one model: whether each is kept, and how the policies differ.
 
     python -m benchmarks.budgets.run [--document docs/how-to/choose-a-budget.md]
 
@@ -73,7 +73,7 @@ class Chosen(BaseModel):
 
 
 class Results(BaseModel):
-    """What results.json holds.
+    """Content of results.json.
 
     Attributes:
         alike: two single budgets, by their options → share of (step, layer) with the same format.

@@ -1,4 +1,4 @@
-"""What a search is worth beside simple policies of its budgets: models and targets, each with its default budgets.
+"""Comparison of a search with simple policies of its budgets: models and targets, each with its default budgets.
 
     python -m benchmarks.budgets.simple [MODEL:TARGET ...] [--document FILE]
 
@@ -60,7 +60,7 @@ class Case(BaseModel):
 
 
 class Results(BaseModel):
-    """What simple.json holds."""
+    """Content of simple.json."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
