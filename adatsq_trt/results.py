@@ -40,7 +40,7 @@ class Run:
     """A run directory, up to some stage.
 
     Attributes:
-        folder: where its files are; a temporary one goes with the last object that knows it.
+        folder: folder of its files; a temporary one goes with the last object that knows it.
         settings: those of the run, defaults filled in.
         layers: module paths of the quantizable layers.
         figures: stage → seconds and peak memory.

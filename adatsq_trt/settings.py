@@ -58,7 +58,7 @@ class Settings(BaseModel):
     Attributes:
         schema_version: of this file.
         model: name of the model.
-        pipeline: where it comes from, if it is none of the zoo.
+        pipeline: source of the model, if it is none of the zoo.
         weights_sha256: hash of its transformer's weights.
         model_sha256: hash of all its configurations and weights.
         format_set: set or list of formats that the user asked for.
@@ -80,7 +80,7 @@ class Settings(BaseModel):
         budget_speedup: least speed as a multiple of that of 16 bits everywhere; None likewise.
         reference: format whose bytes and time are the budgets, with a little room, where none was asked for; None where
             one was.
-        times: where milliseconds come from: a card's name, or the text of a measured table; None where nobody knows.
+        times: source of the milliseconds: a card's name, or the text of a measured table; None where nobody knows.
         weights: whether a layer has one weight format for all steps. Runs of before there was a choice were free.
         max_assignments: most distinct assignments of the policy; None for any number.
         policy: text of a given policy file, which replaces the search; None to search.

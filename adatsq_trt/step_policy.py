@@ -184,7 +184,7 @@ def import_policy(
 
     Args:
         step_policy: of a checkpoint.
-        model: that the policy is for.
+        model: name of the model that the policy is for.
         weights_sha256: of its transformer.
         layers: module paths.
         steps: of the loop.

@@ -79,7 +79,7 @@ class Timing(_Record):
         formats: format → (step, layer) pairs or layers that have it; empty in full precision.
         samples: in one call.
         rows: of one call: samples times guidance branches.
-        calls: that were timed, after the warm-up.
+        calls: calls that were timed, after the warm-up.
         steps_per_second: of the median.
         median_ms, least_ms, p10_ms, p90_ms: of one step.
         speed_up: time in full precision / this time, medians; None where full precision did not run.
@@ -186,7 +186,7 @@ def benchmark_bundles(
 
     Args:
         paths: of bundles or run directories.
-        backend: that runs them; "auto" for the best that runs each. Beside plans of TensorRT-RTX their model is
+        backend: name of the backend; "auto" for the best that runs each. Beside plans of TensorRT-RTX their model is
             compiled in 16 bits and in full precision.
         samples: in one call.
         rounds: calls of each case that are timed.

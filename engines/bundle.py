@@ -74,7 +74,7 @@ class BundleFiles:
     """An opened bundle.
 
     Attributes:
-        folder: where it lies.
+        folder: its folder.
         manifest: its description and its files.
         policy: assignments, and the one of each step.
         index: the ONNX graphs.

@@ -61,7 +61,7 @@ class Trial(_Record):
 
     Attributes:
         name: of the trial.
-        seconds: that it took.
+        seconds: duration of the trial.
         result: its figures.
         error: its full text, with where it was raised; None where it went well.
     """

@@ -213,7 +213,7 @@ def write_graph(
 
     Args:
         model: the graph; its versions are set.
-        path: where it goes, beside the weight file.
+        path: path of its file, beside the weight file.
         variant: as in the index.
         assignment: index into the policy's assignments; None for all of them, and for the reference.
         formats: module path → its formats.

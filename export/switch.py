@@ -201,7 +201,7 @@ class _Joined:
         Args:
             title: of the branch.
             name: of the format.
-            source: where the nodes are.
+            source: graph that the nodes are in.
             nodes: in order.
             output: of the branch.
         """

@@ -105,8 +105,8 @@ def check(
 
     Args:
         tiles: how the kernels are cut.
-        target: whose kernels.
-        device: where they run: "cpu" is for the interpreter.
+        target: target of the kernels.
+        device: device that they run on: "cpu" is for the interpreter.
         shapes: (M, N, K).
 
     Raises:
@@ -134,7 +134,7 @@ def wrong_tiles(
     Args:
         place: the kernel.
         tiles: how it is cut.
-        device: where it runs: "cpu" is for the interpreter.
+        device: device that it runs on: "cpu" is for the interpreter.
         shapes: (M, N, K).
     """
     wrong, count = [], 0
@@ -204,8 +204,8 @@ def measure(
 
     Args:
         tiles: how the kernels are cut.
-        target: whose kernels.
-        device: where they run: "cpu" is for the interpreter.
+        target: target of the kernels.
+        device: device that they run on: "cpu" is for the interpreter.
         shapes: (M, N, K).
         largest: rows and columns of the square matrices whose multiplication is taken for the card's ceiling.
     """

@@ -28,7 +28,7 @@ class Built:
     Attributes:
         table: of the cubins.
         library: the plugin library; None where it was left out.
-        left_out: why there is no library and how to get it; empty when there is one.
+        left_out: reason that there is no library and how to get it; empty when there is one.
     """
 
     table: KernelTable

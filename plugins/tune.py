@@ -60,7 +60,7 @@ def fastest(
     """The best of a band: one shape ranks all tiles, all shapes rank the shortlist, and a sound one wins.
 
     Args:
-        tiles: which compete.
+        tiles: tiles that compete.
         quick: time on one shape.
         thorough: time on all shapes.
         sound: whether it is right, and the ahead-of-time compiler takes it without spills.

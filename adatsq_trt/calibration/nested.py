@@ -193,7 +193,7 @@ def _joint_gptq(weight: Tensor, feedback: Tensor, order: Tensor, cost: _Cost) ->
 
 
 def _descend(weight: Tensor, hessian: Tensor, planes: tuple[Tensor, Tensor], cost: _Cost) -> tuple[Tensor, Tensor]:
-    """Sweeps over the columns; each takes the codes that are best while all others stay."""
+    """Make passes over the columns; each takes the codes that are best while all others stay."""
     high, low = (plane.clone() for plane in planes)
     gradients = [
         (high * cost.narrow_scales - weight) @ hessian,

@@ -28,7 +28,7 @@ class Place:
 
     Attributes:
         step: index in the loop.
-        samples: which of the batch.
+        samples: slice of the batch.
         latent: theirs, float32 [some samples, *latent_shape]; memory of its own, since all of a view's would be sent.
     """
 

@@ -55,7 +55,7 @@ class OpenedPipeline:
 
     Attributes:
         settings: the user's choices, with the defaults filled in.
-        source: where the parts lie.
+        source: places of the parts.
         loras: to be fused.
     """
 
@@ -265,7 +265,7 @@ def open_source(
 
     Args:
         settings: sizes may be None, which stands for the pipeline's default.
-        source: where the parts lie.
+        source: places of the parts.
         make: the opened model, from settings and LoRA files.
 
     Raises:

@@ -35,7 +35,7 @@ class WeightFiles:
     """The weight files of one component.
 
     Attributes:
-        files: that hold tensors, sorted.
+        files: those that hold tensors, sorted.
         shapes: tensor → its shape.
         places: tensor → its file.
         dtypes: tensor → safetensors' name of its type, such as "BF16".

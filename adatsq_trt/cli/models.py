@@ -22,7 +22,7 @@ class ModelRow:
         weight_bytes: size of all its safetensors.
         default_steps: denoising steps when none are asked for.
         default_guidance: guidance scale when none is asked for.
-        folder: where it lies, in diffusers' layout.
+        folder: its folder, in diffusers' layout.
     """
 
     name: str

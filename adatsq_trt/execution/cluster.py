@@ -148,7 +148,7 @@ class Surroundings:
     Attributes:
         version: of this package.
         torch: its version.
-        instructions: which of the processor's it uses.
+        instructions: those of the processor's instruction sets that PyTorch uses.
         threads: it computes with; sums over them are taken in another order with another number.
     """
 

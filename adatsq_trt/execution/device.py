@@ -117,7 +117,7 @@ def to_device(value: T, device: torch.device | str) -> T:
 
     Args:
         value: tensors in tuples, lists, mappings (which become dictionaries) and dataclasses; other objects stay.
-        device: where to.
+        device: target of the copies.
     """
     result: T = _Move(device)(value)
     return result

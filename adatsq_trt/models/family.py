@@ -66,12 +66,12 @@ class Family(ABC):
         pipeline: class name.
         encoders: folders of its text encoders and tokenizers.
         text_tokens: most tokens of a prompt.
-        text_library: that the pipeline cleans prompts with where it is installed.
+        text_library: library that the pipeline cleans prompts with where it is installed.
         token_multiple: prompts are filled up with zeros to a multiple of so many tokens.
         patch: cells of the VAE's latent along one side of a token.
         packed: whether a latent is a row of tokens; else it has the VAE's own shape.
         guided: whether guidance takes a second branch, with the empty prompt.
-        schedulers: that the pipeline's loop is known for.
+        schedulers: classes that the pipeline's loop is known for.
         scheduler_options: of the scheduler that the loop looks at itself → the value that is followed.
         transformer_options: of the transformer's configuration → the value that is supported.
         pipeline_options: of the pipeline → the value that is supported.

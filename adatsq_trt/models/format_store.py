@@ -66,7 +66,7 @@ class BlockFiles(Mapping[str, QuantizedWeight]):
 
         Args:
             folder: of the format.
-            layers: that have to be there.
+            layers: those that have to be there.
 
         Raises:
             MissingFileError: there are no files.

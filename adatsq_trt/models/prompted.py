@@ -22,7 +22,7 @@ class PromptedAdapter(ModelAdapter):
 
     Attributes:
         model_class: diffusers' class of the transformer.
-        text_width: which of the transformer's settings is the width of a text token.
+        text_width: name of the transformer's setting for the width of a text token.
         pooled_width: likewise of the pooled projection, for models that take one.
         quantizable: module paths of the linear layers that a policy may quantize. Modulation, embedders, norm_out and
             the final projection stay in high precision.

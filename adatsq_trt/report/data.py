@@ -22,7 +22,7 @@ class JudgedPolicy:
     """One policy that the search measured.
 
     Attributes:
-        kind: where it comes from: "beam", "plan", "merged", "layer_only", "time_only", "uniform" or "given".
+        kind: its origin: "beam", "plan", "merged", "layer_only", "time_only", "uniform" or "given".
         name: for uniform policies the format, else kind and number.
         mean_bits: mean of nominal bits.
         error: latent MSE on the screening batch; for the shortlist, on the whole selection batch.
@@ -52,8 +52,8 @@ class Comparison:
     """One row of the accuracy check.
 
     Attributes:
-        step: whose inputs were fed.
-        graph: which graph was checked, and which part of it.
+        step: the step whose inputs were fed.
+        graph: graph that was checked, and the part of it.
         reference: name of the computation that it was compared with.
         of_limit: largest of its errors as a part of that error's limit; None when outputs could not be compared.
         passed: whether all limits hold.

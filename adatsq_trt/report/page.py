@@ -65,7 +65,7 @@ def write_report(data: ReportData, file: Path, figures_folder: Path) -> Written:
 
     Args:
         data: the run.
-        file: where the page goes, with the suffix .html.
+        file: path of the page, with the suffix .html.
         figures_folder: receives NAME.svg and NAME.png of every figure.
 
     Raises:

@@ -53,7 +53,7 @@ class PolicyFigures(BaseModel):
 
     Attributes:
         name: "chosen", "best layer-only", "uniform nvfp4" and so on.
-        kind: where it comes from.
+        kind: its origin.
         assignments: distinct ones.
         mean_bits: mean of nominal bits.
         costs: resident bytes, activation bits and milliseconds.
@@ -131,7 +131,7 @@ class Summary(BaseModel):
         policies: the chosen policy, and others that were measured on held-out samples.
         replaced: a simple policy that the search's own is no better than; None where there is none.
         ms: per sample; None where nobody knows.
-        ms_source: where milliseconds come from: a roofline or measured times.
+        ms_source: source of the milliseconds: a roofline or measured times.
         buckets: runs of steps with one assignment.
         assignments: distinct assignments.
         unlimited: the policy that a limit on assignments kept from being chosen; None without a limit.
@@ -143,7 +143,7 @@ class Summary(BaseModel):
         mean_activation_bits: with dynamic scales, weighted by multiply-accumulates.
         final_error: latent MSE against full precision on the held-out seeds.
         final_standard_error: of that mean, from the spread over the samples; errors are heavy-tailed.
-        chosen_kind: where the chosen policy comes from.
+        chosen_kind: origin of the chosen policy.
         uniform_errors: format → the same for that format everywhere.
         static_errors: the same for the best static policies of the budget.
         held_out_samples: how many pictures these errors are means over.

@@ -115,7 +115,7 @@ def beam_search(
     Args:
         problem: the one that is searched.
         pruning: how columns are thinned.
-        paths: where to go on from (all of the same length), or None for the start.
+        paths: prefixes to go on from (all of the same length), or None for the start.
         on_column: called with the step and the paths that survived it.
     """
     survivors = list(paths) if paths else [Path(problem.start(), (), 0.0, 0.0, 0.0)]
@@ -134,7 +134,7 @@ def expand(
     Args:
         problem: the one that is searched.
         paths: to go on from.
-        step: that they take.
+        step: the one that they take.
         most: successors, if not all.
     """
     options = [(path, _feasible(problem, path, step)) for path in paths]

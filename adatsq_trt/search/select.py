@@ -25,7 +25,7 @@ class Proposal:
     """A complete policy that is to be judged.
 
     Attributes:
-        kind: where it comes from.
+        kind: its origin.
         rows: format indices per step and layer.
     """
 
@@ -37,7 +37,7 @@ class Point(BaseModel):
     """A judged policy.
 
     Attributes:
-        kind: where it comes from.
+        kind: its origin.
         name: for uniform policies the format, else kind and number.
         mean_bits: mean of nominal bits.
         costs: resident bytes, activation bits and time.
@@ -46,7 +46,7 @@ class Point(BaseModel):
         samples: how many these errors are means over.
         held_out_error: latent MSE on the held-out samples, for those policies whose figure is reported.
         held_out_standard_error: of that mean.
-        held_out_ratio: that mean in means of the chosen policy, with its paired interval; None without one.
+        held_out_ratio: that mean over the chosen policy's, with its paired interval; None without one.
         on_front: whether no other point had fewer bits and a smaller error on the screening batch.
         buckets: runs of steps with one assignment.
         formats: step → layer → format name.
@@ -105,7 +105,7 @@ class SearchResult(BaseModel):
         points: every judged policy; the Pareto front is those with `on_front`.
         weights: number of quantized weights.
         limits: those that the chosen one had to keep.
-        ms_source: where milliseconds come from; None where nobody knows them.
+        ms_source: source of the milliseconds; None where they are not known.
         chosen: index of the policy that is deployed.
         dominated: why it is not the search's own choice, or with free weights a warning; None where there is nothing to
             say.
@@ -169,7 +169,7 @@ def judge(
 
 
 KINDS: tuple[Kind, ...] = ("given", "beam", "plan", "merged", "layer_only", "time_only", "uniform")
-# Kinds of search, and how many of each get a second look at least.
+# Kinds of search, and how many of each are rescored at least.
 _SEATS: tuple[tuple[tuple[Kind, ...], int], ...] = (
     (("beam", "plan"), 4),
     (("merged",), 4),

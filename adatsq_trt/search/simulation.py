@@ -179,7 +179,7 @@ def require_finite(simulation: Simulation, samples: Samples, rows: Sequence[Assi
 
     Args:
         simulation: of the model.
-        samples: that were drawn under the policy.
+        samples: those that were drawn under the policy.
         rows: the policy.
         errors: of the samples.
 

@@ -38,7 +38,7 @@ class Account:
         budgets: as the search counts them: sums over steps and layers of what is quantized.
         limits: as they are told, of whole samples.
         weights: number of quantized weights.
-        ms_source: where milliseconds come from; None where nobody knows them.
+        ms_source: source of the milliseconds; None where they are not known.
     """
 
     costs: CostModel

@@ -69,7 +69,7 @@ class Context:
     """A run.
 
     Attributes:
-        run: where files go, opened for writing.
+        run: run directory, opened for writing.
         settings: resolved.
         model: loaded; large layers of a checkpoint may be on disk.
         memory: limit and needs. Decides which data are kept and which are read or computed again, never a result.

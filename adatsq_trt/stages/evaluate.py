@@ -103,7 +103,7 @@ class Cell(BaseModel):
         worst_psnr_db: 5 % quantile over samples; None likewise.
         samples: how many.
         seed: of calibration and samples.
-        seconds: that the cell took; depends on the machine.
+        seconds: duration of the cell; depends on the machine.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -37,7 +37,7 @@ from adatsq_trt.search.simulation import Simulation
 from adatsq_trt.stages.budget import Account
 from adatsq_trt.stages.context import Context
 
-# Every proposal is judged on the first samples of the selection batch, finalists on all.
+# Every proposal is judged on the first samples of the selection batch, the shortlist on all.
 SCREENING = 64
 # While the best policies are not told apart, so many batches of selection samples more are drawn.
 FURTHER = 3

@@ -49,7 +49,7 @@ class Chosen(BaseModel):
 
     Attributes:
         budget: options.
-        kind: where the policy comes from.
+        kind: origin of the policy.
         mean_bits: mean of nominal bits.
         costs: resident bytes, activation bits, and milliseconds of one sample by the card's roofline.
         resident_bits: resident bytes as bits per quantized weight.

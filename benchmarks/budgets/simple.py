@@ -44,7 +44,7 @@ class Case(BaseModel):
         model: its name.
         target: as on the command line; "plugin" is layout `plugin` for sm90.
         reference: format that the budgets are a little more than.
-        ms_source: where milliseconds come from.
+        ms_source: source of the milliseconds.
         policies: the returned policy, then what it is compared with.
         replaced: a simple policy that the search's own was no better than.
     """

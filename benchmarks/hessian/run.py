@@ -109,7 +109,7 @@ class Subject:
 
     Attributes:
         name: in the table.
-        formats: that it uses.
+        formats: those that it uses.
         at: step → module path → format.
     """
 

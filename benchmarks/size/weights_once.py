@@ -77,7 +77,7 @@ class Row(BaseModel):
     Attributes:
         grid: of the weight.
         activations: of the layer's input: "16 bits", "quantized", or "both" for two branches.
-        weight: where it is.
+        weight: its place in the network.
         constant_scales: whether activation scales are constants.
         target: name.
         plan_bytes: of the plans of both widths; None where the compiler refuses them.

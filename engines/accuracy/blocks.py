@@ -112,7 +112,7 @@ class BlockPair:
 
         Args:
             piece: its name.
-            graph: where the cpu piece is written as an ONNX file.
+            graph: path of the ONNX file that the cpu piece is written to.
 
         Raises:
             AdatsqError: the variants do not share the piece's border, or a graph cannot be run.

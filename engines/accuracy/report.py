@@ -26,7 +26,7 @@ class CheckRow(_Record):
 
     Attributes:
         bucket: index into the policy's buckets.
-        step: whose inputs and scales were fed.
+        step: the step whose inputs and scales were fed.
         assignment: index into the policy's assignments.
         variant: graph that is checked; "reference" is the full-precision one, "plan" the plan compiled from the target
             graph.
@@ -43,7 +43,7 @@ class CheckRow(_Record):
         relative_error: |got - expected| / |got|, Euclidean norms over all elements; None likewise.
         relative_tolerance: its limit.
         passed: both limits hold, and the layer is written in the policy's format.
-        failure: why nothing was computed, or that a layer is written in another format; None otherwise.
+        failure: reason that nothing was computed, or that a layer is written in another format; None otherwise.
         command: repeats the figures when run in the report's folder; exit code 0 if the limits hold.
     """
 
@@ -110,7 +110,7 @@ class LoopReport(_Record):
         rows: one for every step.
         fail_above: the user's limit for the quantization error after the last step; None for no limit.
         passed: all rows pass and the user's limit holds.
-        failure: why the loop could not run; None when it ran.
+        failure: reason that the loop could not run; None when it ran.
         command: compares the saved latents again when run in the report's folder.
     """
 
@@ -139,9 +139,9 @@ class FirstLayer(_Record):
     """The first layer, in the order of execution, whose output leaves the tolerance.
 
     Attributes:
-        step: where.
+        step: index in the loop.
         assignment: index into the policy's assignments.
-        variant: which graph.
+        variant: of the graph.
         layer: module path.
         format: by the policy.
         graph_format: by the graph, where that is another.
@@ -180,7 +180,7 @@ class CheckReport(_Record):
         loop: the whole denoising loop, of the cpu graphs.
         backend: name of the backend that ran plans; None where none were run.
         plan_loop: the loop of the plans, where they were run.
-        first_layers: where wrong graphs begin to be wrong; filled by `bisect`.
+        first_layers: the first wrong layer of each wrong graph; filled by `bisect`.
     """
 
     schema_version: Literal[5] = 5

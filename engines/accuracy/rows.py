@@ -43,9 +43,9 @@ class Subject:
 
     Attributes:
         bucket: index into the policy's buckets.
-        step: whose inputs and scales are fed.
+        step: the step whose inputs and scales are fed.
         assignment: index into the policy's assignments.
-        variant: which graph is checked.
+        variant: of the graph that is checked.
         block: module path; None for the whole graph.
         separated: whether every layer is given what the reference computed before it.
     """
@@ -120,7 +120,7 @@ def passed_before(
 
     Args:
         bundle: opened, hence verified: equal manifests mean equal files.
-        folder: where an earlier report may lie.
+        folder: place of an earlier report, if there is one.
         fail_above: as in `check`.
         backend: likewise; plans that were not run then are run now.
     """
@@ -353,7 +353,7 @@ class _Comparison:
 
     Attributes:
         bundle: opened.
-        subject: where it belongs.
+        subject: its place in the bundle.
         folder: the report's.
         name: beginning of the names of the saved arrays.
         graph: ONNX file that ONNX Runtime ran.

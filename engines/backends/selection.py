@@ -31,7 +31,7 @@ class BackendChoice:
 
     Attributes:
         name: of the backend; never "auto".
-        plans: that it runs; none where graphs are run.
+        plans: those that it runs; none where graphs are run.
         passed_over: better backends, and why they do not run the bundle here.
     """
 

@@ -107,7 +107,7 @@ class Pipeline:
             folder: its target.
             record_sha256: hash that it returned.
             bundle: the transformer.
-            device: where text encoders and VAE run.
+            device: device of the text encoders and the VAE.
 
         Raises:
             DamagedFileError: a file is not the one that was recorded, or diffusers cannot load it.

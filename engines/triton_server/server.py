@@ -68,7 +68,7 @@ class Installation:
         """Find a server.
 
         Args:
-            folder: where the wheel was installed with pip's --target; unless given, it is looked for among this
+            folder: pip's --target when the wheel was installed; unless given, it is looked for among this
                 environment's packages and where 'make test-serving' puts it.
 
         Raises:
@@ -123,7 +123,7 @@ class Server:
     """A running server; a context manager that ends it.
 
     Attributes:
-        ports: where it listens.
+        ports: those that it listens at.
         log_file: file of its log.
         process: of the server; a process for each model below it.
     """
@@ -140,8 +140,8 @@ class Server:
 
         Args:
             repository: a model repository.
-            ports: where it is to listen.
-            installation: which server; the one that is found unless given.
+            ports: those that it is to listen at.
+            installation: server to start; the one that is found unless given.
             options: further arguments of its command line.
             log_file: to which it writes at the end; one that goes with the server unless given.
 

@@ -28,7 +28,7 @@ class Problem:
         dtype: of x and y.
         has_bias: whether there is one.
         seed: of the random numbers.
-        device: where.
+        device: of the operands.
     """
 
     m: int

@@ -47,7 +47,7 @@ class Prompt:
         thing: the digit, or the first of two.
         count: how many of it; 1 when there is another thing.
         other: the second digit.
-        relation: where the first lies, seen from the second; one of `RELATIONS`, or None when the prompt says "and".
+        relation: place of the first, seen from the second; one of `RELATIONS`, or None when the prompt says "and".
     """
 
     thing: Thing

@@ -193,7 +193,7 @@ class Arguments:
         output: folder of the zoo.
         seed: of weights, batches and noise.
         iterations: in all, those before a checkpoint included.
-        device: where the model learns.
+        device: device that the model learns on.
     """
 
     work: Path
