@@ -81,7 +81,9 @@ class BuildConfig:
     """
 
     target: str | Sequence[str] = _choice(
-        (), "What to build for: sm80, sm86, sm89, sm90 (layout plugin), sm120 or cpu; may be repeated.", shown="none"
+        (),
+        "What to build for: sm80, sm86, sm89, sm90 (layout plugin), sm120 or cpu; may be repeated.",
+        shown="the GPU of this machine; sm120 without one",
     )
     formats: str | None = _choice(
         None,
