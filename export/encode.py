@@ -53,7 +53,7 @@ def encode_weight(weight: QuantizedWeight, fmt: Format, base: DataType, store: E
         weight: codes [N, K] and scales.
         fmt: the weight's format.
         base: type of the scales; they have eight significant bits, so every base type holds them exactly.
-        store: where the bytes go.
+        store: receives the bytes.
     """
     grid, kind = fmt.weight, element_type(fmt.weight)
     shape = tuple(weight.codes.shape)

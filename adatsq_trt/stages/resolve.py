@@ -58,7 +58,7 @@ def open_and_resolve(model: object, config: BuildConfig, last: str) -> tuple[Ope
 
     Args:
         model: name of a model of the zoo; else a path, a hub id, or a pipeline or transformer in memory.
-        config: what was asked for.
+        config: choices of the build.
         last: the last stage that is to run.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What the method is worth on `digits-flux`: four builds, and what the solver's Hessians add to each.
+"""Evaluation of the method on `digits-flux`: four builds, and what the solver's Hessians add to each.
 
     python -m benchmarks.digits_flux.run [--document docs/quality.md]
 
@@ -91,7 +91,7 @@ class Result(BaseModel):
 
 
 class Results(BaseModel):
-    """What results.json holds."""
+    """Content of results.json."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

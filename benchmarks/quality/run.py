@@ -87,13 +87,13 @@ class CellInterval(BaseModel):
 
 
 class Comparisons(BaseModel):
-    """What comparisons.json holds.
+    """Content of comparisons.json.
 
     Attributes:
-        efforts: what the cells of each model have in common.
+        efforts: settings that the cells of each model share.
         intervals: of all cells in results.json.
         differences: our methods less every other one at the same bits, paired.
-        ablation_effort: what the cells of the ablation have in common.
+        ablation_effort: settings that the cells of the ablation share.
         ablation: those cells.
         ablation_intervals: of those.
         missing: cells that were not measured, as "model method bits".
@@ -271,7 +271,7 @@ def main() -> None:
 
 
 def compared(models: Sequence[Measured], ablation: Measured | None) -> Comparisons:
-    """What cells say beside each other."""
+    """Compare cells: their intervals, and differences on the same samples."""
     return Comparisons(
         efforts=tuple(model.evaluation.effort for model in models if model.cells),
         intervals=tuple(interval for model in models for interval in model.bounds),
