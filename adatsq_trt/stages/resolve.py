@@ -83,7 +83,7 @@ def open_and_resolve(model: object, config: BuildConfig, last: str) -> tuple[Ope
     _require_exportable(config, last)
     opened = open_model(model, at_first(config))
     settings = _resolve(config, opened, targets, format_set, formats, shapes, known)
-    if targets and not config.targets:
+    if targets and not config.targets and config.layout != PLUGIN_LAYOUT:
         LOGGER.info("no --target: the target is %s", targets[0].name)
     return opened, settings
 
