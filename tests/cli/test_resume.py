@@ -23,11 +23,10 @@ def search(cli) -> tuple[str, ...]:
 
 
 def kill(cli, arguments: tuple[str, ...], run: Path, column: int) -> None:
-    """Start the console script and kill it as soon as a column of the beam is on disk."""
+    """Start the command and kill it as soon as a column of the beam is on disk."""
     file = run / "search" / "columns" / f"column_{column:03d}.safetensors"
-    process = subprocess.Popen(
-        [cli.script, *arguments, "--output", run], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    command = cli.alone(*arguments, "--output", run)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not file.is_file():
         assert process.poll() is None
         time.sleep(0.0005)
