@@ -99,10 +99,7 @@ def write_positions(folder: Path, adapters: Sequence[ModelAdapter]) -> None:
 
 
 def _schedule(adapter: ModelAdapter) -> ScheduleRecord:
-    schedule = adapter.schedule(STEPS)
-    return ScheduleRecord(
-        sigmas=schedule.sigmas, timesteps=schedule.timesteps, scheduler_config=schedule.scheduler_config
-    )
+    return ScheduleRecord.of(adapter.schedule(STEPS))
 
 
 def _shape(adapter: ModelAdapter) -> ShapeRecord:
