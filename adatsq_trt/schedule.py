@@ -52,7 +52,8 @@ class Schedule:
     @property
     def pipeline_steps(self) -> int:
         """What a pipeline calls the number of its steps, `num_inference_steps`: Heun's method has two calls in each."""
-        return (self.steps + 1) // calls_per_step(self.scheduler_config.get("_class_name"))
+        calls = calls_per_step(self.scheduler_config.get("_class_name"))
+        return (self.steps + calls - 1) // calls
 
     @property
     def is_euler(self) -> bool:
@@ -145,12 +146,12 @@ def _pipeline_steps(scheduler: str, steps: int) -> int:
         UserError: no number of them has so many calls of the model.
     """
     calls = calls_per_step(scheduler)
-    if (steps + 1) % calls:
+    if (steps + calls - 1) % calls:
         raise UserError(
             f"steps: got {steps}, expected an odd number: {scheduler} calls the model twice in each step but the last; "
             f"pass --steps {steps + 1} for num_inference_steps={steps // 2 + 1} of the pipeline"
         )
-    return (steps + 1) // calls
+    return (steps + calls - 1) // calls
 
 
 def _require_falling(schedule: Schedule) -> None:

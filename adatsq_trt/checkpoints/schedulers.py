@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import JsonValue
+from pydantic import JsonValue, model_validator
 
 from adatsq_trt.errors import DamagedFileError, MismatchError, one_line
 from adatsq_trt.files import read_json_model
@@ -19,6 +20,7 @@ from adatsq_trt.zoo.loading import SCHEDULER_CONFIG
 if TYPE_CHECKING:
     from adatsq_trt.models.adapter import ModelAdapter
 
+_INFINITE = "lambda_min_clipped"
 _ADVICE = "correct it, or save or download the pipeline again"
 
 
@@ -90,7 +92,7 @@ OPTIONS = {
     ),
     DPM: SchedulerOptions(
         followed=frozenset({*_MULTISTEP, "euler_at_final"}),
-        idle=frozenset({*_BETAS, *_OF_THRESHOLDING, *_SPACING, "lambda_min_clipped", "time_shift_type"}),
+        idle=frozenset({*_BETAS, *_OF_THRESHOLDING, *_SPACING, _INFINITE, "time_shift_type"}),
         required={
             **_OF_FLOWS,
             "algorithm_type": "dpmsolver++",  # others draw noise or do not reach sigma 0
@@ -100,6 +102,17 @@ OPTIONS = {
         },
     ),
 }
+
+
+class SchedulerConfig(JsonObject):
+    """A scheduler's file, without the one option whose default JSON cannot say and diffusers writes nevertheless."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_infinity(cls, root: object) -> object:
+        if isinstance(root, dict) and root.get(_INFINITE) == -math.inf:
+            return {option: value for option, value in root.items() if option != _INFINITE}
+        return root
 
 
 def make_scheduler(family: Family, folder: Path) -> Any:
@@ -117,7 +130,7 @@ def make_scheduler(family: Family, folder: Path) -> Any:
     import diffusers
 
     file = folder / SCHEDULER_CONFIG
-    config, allowed = read_json_model(file, JsonObject, AGAIN).root, family.schedulers
+    config, allowed = read_json_model(file, SchedulerConfig, AGAIN).root, family.schedulers
     name = config.get("_class_name")
     if name not in allowed:
         which = "that one" if len(allowed) == 1 else "one of these"
