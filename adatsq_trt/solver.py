@@ -22,7 +22,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 
-from adatsq_trt.errors import MismatchError
+from adatsq_trt.errors import MismatchError, one_line
 
 # An array of NumPy, or a tensor of PyTorch on any device: what follows is the same for both.
 Latent = TypeVar("Latent", bound=Any)
@@ -305,6 +305,9 @@ def _run(scheduler: Any, start: np.ndarray, velocities: np.ndarray) -> np.ndarra
 
     Returns:
         float64 [steps + 1, numbers].
+
+    Raises:
+        MismatchError: it fails; names the step.
     """
     import torch
 
@@ -314,7 +317,13 @@ def _run(scheduler: Any, start: np.ndarray, velocities: np.ndarray) -> np.ndarra
     # Some schedulers take images only.
     latents = [torch.from_numpy(start)[:, None, None, None]]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        for time, velocity in zip(own.timesteps, velocities, strict=True):
+        for step, (time, velocity) in enumerate(zip(own.timesteps, velocities, strict=True)):
             prediction = torch.from_numpy(velocity)[:, None, None, None]
-            latents.append(own.step(prediction, time, latents[-1], return_dict=False)[0])
+            try:
+                latents.append(own.step(prediction, time, latents[-1], return_dict=False)[0])
+            except (RuntimeError, ValueError, TypeError) as error:  # what is raised depends on the options
+                raise MismatchError(
+                    f"the scheduler {type(scheduler).__name__} is not followed: its step {step} fails "
+                    f"({one_line(error)}); save the pipeline with other options of it, or with another scheduler"
+                ) from error
     return np.stack([latent.flatten().double().numpy() for latent in latents])

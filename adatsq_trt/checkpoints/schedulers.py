@@ -91,8 +91,9 @@ OPTIONS = {
         },
     ),
     DPM: SchedulerOptions(
-        followed=frozenset({*_MULTISTEP, "euler_at_final"}),
-        idle=frozenset({*_BETAS, *_OF_THRESHOLDING, *_SPACING, _INFINITE, "time_shift_type"}),
+        followed=frozenset(_MULTISTEP),
+        # Its step to sigma 0 is Euler's in any case.
+        idle=frozenset({*_BETAS, *_OF_THRESHOLDING, *_SPACING, _INFINITE, "time_shift_type", "euler_at_final"}),
         required={
             **_OF_FLOWS,
             "algorithm_type": "dpmsolver++",  # others draw noise or do not reach sigma 0
