@@ -72,6 +72,7 @@ class AdatsqTransformer(nn.Module):
         bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         if scheduler is not None:
             require_scheduler(bundle.manifest, scheduler)
+            _require_version(bundle.manifest)
         if bundle.manifest.call is None:
             raise MismatchError(
                 f"bundle '{bundle.files.folder}' holds a {bundle.manifest.architecture} and does not say how a "
@@ -241,7 +242,7 @@ class AdatsqTransformer(nn.Module):
 
 
 def require_scheduler(manifest: Manifest, scheduler: SchedulerMixin) -> None:
-    """Refuse a scheduler that may take other steps than the bundle's loop.
+    """Refuse a scheduler that takes other steps than the bundle's loop.
 
     Args:
         manifest: of the bundle.
@@ -250,16 +251,20 @@ def require_scheduler(manifest: Manifest, scheduler: SchedulerMixin) -> None:
     Raises:
         MismatchError: says what of it is another, and both values.
     """
-    own, advice = dict(manifest.schedule.scheduler_config), "give the pipeline the bundle's: pipe.transformer.scheduler"
-    name = own.pop("_class_name", None)
-    if type(scheduler).__name__ != name:
-        raise MismatchError(
-            f"the pipeline's scheduler is a {type(scheduler).__name__}, the bundle's a {name}; {advice}"
-        )
+    own = dict(manifest.schedule.scheduler_config)
+    name, got = own.pop("_class_name", None), type(scheduler).__name__
+    advice = "give the pipeline the bundle's, pipe.transformer.scheduler, or build the bundle with this one"
+    if got != name:
+        raise MismatchError(f"the pipeline's scheduler is a {got}, the bundle's a {name}; {advice}")
     for option, value in own.items():
-        got = scheduler.config.get(option)
-        if got != value and json.loads(json.dumps(got, default=str)) != value:
-            raise MismatchError(f"the pipeline's {name} has {option} = {got!r}, the bundle's {value!r}; {advice}")
+        other = scheduler.config.get(option)
+        # In the manifest a tuple is a list.
+        if other != value and json.loads(json.dumps(other, default=str)) != value:
+            raise MismatchError(f"the pipeline's {name} has {option} = {other!r}, the bundle's {value!r}; {advice}")
+
+
+def _require_version(manifest: Manifest) -> None:
+    """Refuse another diffusers than the one that the bundle's steps are of."""
     built = manifest.versions.get("diffusers", __version__)
     if built != __version__:
         raise MismatchError(

@@ -10,9 +10,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch.nn import functional
 
-from adatsq_trt.engines.runtime import Conditioning
+from adatsq_trt.engines.runtime import Bundle, Conditioning
 from adatsq_trt.engines.step_clock import StepClock
-from adatsq_trt.engines.transformer import AdatsqTransformer, require_scheduler
+from adatsq_trt.engines.transformer import AdatsqTransformer
 from adatsq_trt.errors import MismatchError
 from tests.engines.bundled_pipelines import KINDS, LENGTH, SCHEDULERS, TEXT, make_bundled
 from tests.tiny_bundle import STEPS
@@ -152,10 +152,12 @@ def test_a_scheduler_that_is_shown_and_is_another_is_refused_with_both_values(
 
 @pytest.mark.parametrize("case", ["wan-unipc"], indirect=True)
 def test_a_scheduler_of_another_diffusers_is_refused_with_both_versions(case: Case) -> None:
-    bundle, scheduler = case.pipe.transformer.bundle, case.pipe.scheduler
-    older = bundle.manifest.model_copy(update={"versions": {"diffusers": "0.41.0"}})
+    files, scheduler = case.pipe.transformer.bundle.files, case.pipe.scheduler
+    older = files.manifest.model_copy(update={"versions": {"diffusers": "0.41.0"}})
+    bundle = Bundle(replace(files, manifest=older))
     with pytest.raises(MismatchError, match=f"this is diffusers {diffusers.__version__}, .* built with 0.41.0"):
-        require_scheduler(older, scheduler)
+        AdatsqTransformer.from_bundle(bundle, scheduler)
+    assert AdatsqTransformer.from_bundle(bundle).bundle is bundle
 
 
 @pytest.mark.parametrize("case", ["wan-unipc"], indirect=True)
