@@ -94,6 +94,11 @@ bench-solver: $(INSTALLED)
 bench-search: $(INSTALLED)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m benchmarks.search.run
 
+# The loop beside tiny pipelines with their own and other schedulers; results.json and a table in the page on adapters.
+.PHONY: bench-pipelines
+bench-pipelines: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.pipelines.run --document docs/adapters.md
+
 # What budgets in bits, bytes and milliseconds choose; results.json and the table in the page about budgets.
 .PHONY: bench-budgets
 bench-budgets: $(INSTALLED)

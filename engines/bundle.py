@@ -134,8 +134,7 @@ class BundleFiles:
         Raises:
             MismatchError: the bundle does not have that size.
         """
-        record = self.manifest.shape(size).schedule
-        return Schedule(record.sigmas, record.timesteps, dict(record.scheduler_config))
+        return self.manifest.shape(size).schedule.read()
 
     def graph(self, variant: str, assignment: int | None) -> GraphFile:
         """A graph's entry in the index.

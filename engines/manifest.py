@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from math import prod
 from typing import Annotated, Literal
 
@@ -12,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, model
 from adatsq_trt.errors import MismatchError
 from adatsq_trt.fields import Count, Name
 from adatsq_trt.image import ImageShape
+from adatsq_trt.schedule import Schedule
+from adatsq_trt.solver import Update
 from adatsq_trt.transformer_call import TransformerCall
 
 # Of one sample: a latent is allocated before any other part of the bundle confirms its shape.
@@ -68,12 +71,53 @@ class PlanFile(_Record):
         return self.max_rows if of is None else max(self.profile_rows[i] for i in of)
 
 
+class UpdateRecord(_Record):
+    """An `Update` as text: the coefficients of a step."""
+
+    latent: FiniteFloat
+    velocity: FiniteFloat
+    clean: tuple[FiniteFloat, ...] = ()
+
+
 class ScheduleRecord(_Record):
-    """A `Schedule` as text: sigmas (steps + 1), timesteps (steps) and the diffusers scheduler's configuration."""
+    """A `Schedule` as text.
+
+    Attributes:
+        sigmas: steps + 1.
+        timesteps: steps.
+        scheduler_config: of the diffusers scheduler, with its class.
+        updates: of every step; none for Euler's method.
+    """
 
     sigmas: tuple[FiniteFloat, ...]
     timesteps: tuple[FiniteFloat, ...]
     scheduler_config: dict[str, JsonValue]
+    updates: tuple[UpdateRecord, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ScheduleRecord:
+        if len(self.updates) not in (0, len(self.timesteps)):
+            raise ValueError(f"{len(self.updates)} updates, {len(self.timesteps)} timesteps")
+        for step, update in enumerate(self.updates):
+            if len(update.clean) > step:
+                raise ValueError(f"step {step} combines {len(update.clean)} predictions of earlier steps")
+        return self
+
+    @classmethod
+    def of(cls, schedule: Schedule) -> ScheduleRecord:
+        """The record of a schedule."""
+        updates = () if schedule.is_euler else tuple(UpdateRecord(**asdict(update)) for update in schedule.updates)
+        return cls(
+            sigmas=schedule.sigmas,
+            timesteps=schedule.timesteps,
+            scheduler_config=schedule.scheduler_config,
+            updates=updates,
+        )
+
+    def read(self) -> Schedule:
+        """What it is a record of."""
+        updates = tuple(Update(own.latent, own.velocity, own.clean) for own in self.updates)
+        return Schedule(self.sigmas, self.timesteps, dict(self.scheduler_config), updates)
 
 
 class ImageSpec(_Record):

@@ -38,6 +38,7 @@ def write_bundle(
     any_size: AnySize | None = None,
     others: Sequence[ModelAdapter] = (),
     variants: Sequence[str] = ("cpu",),
+    steps: int = STEPS,
 ) -> BundleFiles:
     """Three buckets over two assignments, with weights rounded to nearest.
 
@@ -49,10 +50,11 @@ def write_bundle(
         any_size: for a bundle of several sizes: what is traced.
         others: the model at the sizes beside its own.
         variants: of the graphs; plans are made of "target".
+        steps: of the loop.
     """
     layers = adapter.quantizable_layers()
     rows = [["fp8"] * len(layers), [("bf16", "fp8")[i % 2] for i in range(len(layers))]]
-    policy = Policy.from_steps("tiny", "0" * 64, list(layers), [rows[step in (1, 2)] for step in range(STEPS)])
+    policy = Policy.from_steps("tiny", "0" * 64, list(layers), [rows[step in (1, 2)] for step in range(steps)])
     weights = {
         name: {layer: quantize_nearest(module.weight.detach(), FORMATS[name]) for layer, module in layers.items()}
         for name in ("fp8", "bf16")
@@ -65,7 +67,7 @@ def write_bundle(
         write_positions(folder, (adapter, *others))
     index = export_graphs(traced, policy, weights, folder / GRAPH_FOLDER, "bfloat16", adapter.blocks(), variants)
     policy.save(folder / POLICY_NAME)
-    write_tensors(folder / SCALES_NAME, {"fp8": torch.full((STEPS, len(layers)), 1 / 64)})
+    write_tensors(folder / SCALES_NAME, {"fp8": torch.full((steps, len(layers)), 1 / 64)})
     stored = {f"conditional.{name}": value for name, value in prompts.conditional.items()}
     stored |= {f"unconditional.{name}": value for name, value in (prompts.unconditional or {}).items()}
     write_tensors(folder / PROMPTS_NAME, stored)
@@ -76,7 +78,7 @@ def write_bundle(
         targets=("sm120",),
         base_type=index.base_type,
         formats=("bf16", "fp8"),
-        schedule=_schedule(adapter),
+        schedule=_schedule(adapter, steps),
         guidance=GUIDANCE,
         latent_shape=adapter.latent_shape,
         image=ImageSpec(**vars(adapter.image)),
@@ -98,11 +100,8 @@ def write_positions(folder: Path, adapters: Sequence[ModelAdapter]) -> None:
     write_tensors(folder / POSITIONS_NAME, tensors)
 
 
-def _schedule(adapter: ModelAdapter) -> ScheduleRecord:
-    schedule = adapter.schedule(STEPS)
-    return ScheduleRecord(
-        sigmas=schedule.sigmas, timesteps=schedule.timesteps, scheduler_config=schedule.scheduler_config
-    )
+def _schedule(adapter: ModelAdapter, steps: int = STEPS) -> ScheduleRecord:
+    return ScheduleRecord.of(adapter.schedule(steps))
 
 
 def _shape(adapter: ModelAdapter) -> ShapeRecord:

@@ -35,6 +35,7 @@ from adatsq_trt.image import PixelScale
 from adatsq_trt.models.family import AGAIN, Canvas, JsonObject
 from adatsq_trt.models.prompts import StoredPrompts
 from adatsq_trt.models.stored import count_weights, fill, large_linears, named_weights
+from adatsq_trt.schedule import calls_per_step
 from adatsq_trt.settings import PipelineSettings
 from adatsq_trt.zoo.loading import SCHEDULER_CONFIG, LoadedModel
 
@@ -156,6 +157,8 @@ class OpenedPipeline:
         prompts = StoredPrompts(settings.prompts, encodings["tokens"], encodings["pooled"])
         adapter = family.adapter(transformer, prompts, self._scheduler, image, not settings.guided)
         steps, guidance = family.defaults(self._config)
+        calls = calls_per_step(type(self._scheduler).__name__)
+        steps = calls * steps - (calls - 1)
         require_schedule(adapter, steps, source.folder / SCHEDULER_CONFIG)
         return LoadedModel(
             source.name, adapter, self.weights_sha256, self.model_sha256, steps, guidance, scale, source.folder / "vae"

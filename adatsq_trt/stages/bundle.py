@@ -24,7 +24,7 @@ from adatsq_trt.engines.bundle import (
     ShapeRecord,
     write_manifest,
 )
-from adatsq_trt.engines.manifest import Compatibility
+from adatsq_trt.engines.manifest import Compatibility, ScheduleRecord
 from adatsq_trt.engines.plugin_commands import write_commands
 from adatsq_trt.errors import MissingFileError
 from adatsq_trt.files import atomic_path, read_json_model
@@ -166,7 +166,7 @@ def _manifest(context: Context, index: GraphIndex, policy: Policy, plans: tuple[
         targets=context.settings.targets,
         base_type=index.base_type,
         formats=export.used_formats(policy),
-        schedule=export.schedule_record(context.schedule),
+        schedule=ScheduleRecord.of(context.schedule),
         guidance=context.settings.guidance,
         latent_shape=adapter.latent_shape,
         image=ImageSpec(**asdict(adapter.image)),
@@ -187,5 +187,5 @@ def _shape(context: Context, size: tuple[int, ...], adapter: ModelAdapter) -> Sh
         batches=tuple(samples for samples, *own in context.settings.shapes if tuple(own) == size),
         latent_shape=adapter.latent_shape,
         image=ImageSpec(**asdict(adapter.image)),
-        schedule=export.schedule_record(adapter.schedule(context.settings.steps)),
+        schedule=ScheduleRecord.of(adapter.schedule(context.settings.steps)),
     )

@@ -24,7 +24,6 @@ from adatsq_trt.models.capture import captured_outputs
 from adatsq_trt.models.format_store import SCALES_NAME
 from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.policy import Policy
-from adatsq_trt.schedule import Schedule
 from adatsq_trt.stages import calibrate, quantize, refine, search
 from adatsq_trt.stages.context import Context
 from adatsq_trt.stages.meter import release_memory
@@ -100,17 +99,10 @@ def _exported(context: Context, policy: Policy, arrays: Mapping[str, Mapping[str
     return Exported(
         policy=policy,
         guidance=context.calibration.guidance,
-        schedule=schedule_record(context.schedule),
-        shapes={size_name(size): schedule_record(own.schedule(steps)) for size, own in context.sizes.items()},
+        schedule=ScheduleRecord.of(context.schedule),
+        shapes={size_name(size): ScheduleRecord.of(own.schedule(steps)) for size, own in context.sizes.items()},
         prompt_texts=context.adapter.prompts,
         arrays={file: {n: array_hash(t.numpy()) for n, t in tensors.items()} for file, tensors in arrays.items()},
-    )
-
-
-def schedule_record(schedule: Schedule) -> ScheduleRecord:
-    """A schedule as text."""
-    return ScheduleRecord(
-        sigmas=schedule.sigmas, timesteps=schedule.timesteps, scheduler_config=schedule.scheduler_config
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adatsq_trt.calibration.finite import require_finite_trajectory
 from adatsq_trt.calibration.fisher import projections
-from adatsq_trt.calibration.trajectory import SAMPLES_PER_CALL
+from adatsq_trt.calibration.trajectory import SAMPLES_PER_CALL, state_tensors, trajectory_states
 from adatsq_trt.calibration.units import measured_trajectory
 from adatsq_trt.errors import MismatchError, UserError
 from adatsq_trt.execution import Executor, InProcess
@@ -36,6 +36,7 @@ from adatsq_trt.search.sensitivity import Sensitivity
 from adatsq_trt.search.simulation import Simulation
 from adatsq_trt.search.static import constrained_layer_only, constrained_time_only, layer_only, time_only, uniform
 from adatsq_trt.settings import Settings
+from adatsq_trt.solver import State
 from adatsq_trt.stages import budget, calibrate, quantize
 from adatsq_trt.stages.context import Context
 from adatsq_trt.stages.judging import Judging
@@ -150,14 +151,15 @@ def _search(context: Context, account: budget.Account, folder: Path) -> SearchRe
     """The steps of the search, each kept on disk as it goes."""
     store = quantize.load(context)
     with _executor(context) as executor:
-        latents = _reference(context, executor, folder)
+        reference = _reference(context, executor, folder)
         if context.settings.policy is not None:
             with _simulation(context, store, executor) as simulation:
                 return _judge(context, simulation, [_given_proposal(context), *_uniforms(context)], account, 0, folder)
-        sensitivity, adjoints = _sensitivity(context, store, latents, executor, folder)
+        sensitivity, adjoints = _sensitivity(context, store, reference["latents"], executor, folder)
         plan, make_problem, static, allowance = _plans(context, sensitivity, account)
         with _simulation(context, store, executor) as simulation:
-            problem = make_problem(context.calibration, simulation, latents, adjoints, plan)
+            states = trajectory_states(reference, context.schedule.solver.memory)
+            problem = make_problem(context.calibration, simulation, states, adjoints, plan)
             paths = _beam(context, problem, folder)
             starts = [*plan.policies, *plan.hedges, *paths, *(p.rows for p in static)]
             proposals = [
@@ -252,18 +254,18 @@ def _plans(
     return plan, make_problem, static, allowance
 
 
-def _reference(context: Context, executor: Executor, folder: Path) -> Tensor:
-    """The trajectory of the calibration batch without fake quantization, float32 [steps + 1, samples, *latent_shape].
+def _reference(context: Context, executor: Executor, folder: Path) -> dict[str, Tensor]:
+    """The trajectory of the calibration batch without fake quantization, as `state_tensors`.
 
     In the precision of the search: what that changes of a picture is no error of a policy.
     """
     if not (file := _reference_file(context, folder)).is_file():
         noise = context.calibration.noise()
         after = measured_trajectory(executor, executor.share(context.calibration), noise, context.settings.steps)
-        latents = torch.stack([noise, *after])
-        require_finite_trajectory(context.calibration, latents)
-        write_tensors(file, {"latents": latents})
-    return read_tensors(file)["latents"]
+        whole = state_tensors([State(noise), *after])
+        require_finite_trajectory(context.calibration, whole["latents"])
+        write_tensors(file, whole)
+    return read_tensors(file)
 
 
 def _reference_file(context: Context, folder: Path) -> Path:
@@ -273,7 +275,7 @@ def _reference_file(context: Context, folder: Path) -> Path:
 
 def _sensitivity(
     context: Context, store: CandidateWeights, latents: Tensor, executor: Executor, folder: Path
-) -> tuple[Sensitivity, Tensor]:
+) -> tuple[Sensitivity, list[State[Tensor]]]:
     """Sensitivity and adjoints along the trajectory of the calibration batch."""
     settings = context.settings
     start = projections(len(latents[0]), context.adapter.latent_shape, settings.projections, settings.seed)

@@ -25,7 +25,6 @@ ELSEWHERE: Mapping[str, Mapping[str, str]] = {
         "adatsq_trt/report/charts.py": "tests/report/test_page.py",
         "adatsq_trt/report/maps.py": "tests/report/test_page.py",
         "adatsq_trt/report/theme.py": "tests/report/test_page.py",
-        "adatsq_trt/search/denoising.py": "tests/search/test_resume.py",
         "adatsq_trt/zoo/scenes/video_scores.py": "tests/zoo/scenes/test_clips.py",
         "engines/accuracy/blocks.py": "tests/engines/accuracy/test_block_cut.py",
         **{

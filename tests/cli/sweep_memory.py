@@ -23,6 +23,7 @@ from adatsq_trt.models.wan import WanAdapter
 from adatsq_trt.quantizers import quantize_nearest
 from adatsq_trt.search.sensitivity import Candidates, measure_contributions
 from adatsq_trt.settings import Settings
+from adatsq_trt.solver import State
 from adatsq_trt.stages.memory import gradient_bytes, sweep_bytes
 from adatsq_trt.stages.meter import release_memory, resident_bytes
 
@@ -75,7 +76,7 @@ def measure_sweep(kind: str, count: int) -> tuple[int, int]:
         planned = sweep_bytes(settings, flow, shapes)[kind == "sensitivity"]
     weights = {f.name: {n: quantize_nearest(layer.weight, f) for n, layer in layers.items()} for f in FORMATS}
     latents, start = samples.noise()[None], projections(1, adapter.latent_shape, count, 0)
-    samples.step(latents[0], 0)  # what libraries keep from their first call on
+    samples.velocity(latents[0], 0)  # what libraries keep from their first call on
     workers = InProcess()
     if kind == "sensitivity":
         extra, measure = Candidates(FORMATS, CandidateWeights(weights, {})), measure_contributions
@@ -90,7 +91,7 @@ def measure_sweep(kind: str, count: int) -> tuple[int, int]:
         list(gradient_sums(workers, common, latents, start, blocks[adapter.blocks()[1]], at_once=1))
     else:
         common = workers.share(Measured(samples, extra, by_block=True))
-        list(backward_sweep(workers, common, measure, latents, start, 0))
+        list(backward_sweep(workers, common, measure, latents, State(start), 0))
     return planned, record_bytes() - before
 
 
