@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
-from adatsq_trt.engines.bundle import BundleFiles
+from adatsq_trt.engines.bundle import BundleFiles, Layout
 from adatsq_trt.image import ImageShape
 from adatsq_trt.models.prompts import TextEncoder
 from adatsq_trt.models.wan import WanAdapter
@@ -25,7 +25,9 @@ KINDS = {
 }
 
 
-def make_bundled(name: str, folder: Path, variants: Sequence[str] = ("cpu",)) -> tuple[DiffusionPipeline, BundleFiles]:
+def make_bundled(
+    name: str, folder: Path, variants: Sequence[str] = ("cpu",), layout: Layout = "embedded"
+) -> tuple[DiffusionPipeline, BundleFiles]:
     """A pipeline as it is, and a bundle of its transformer.
 
     Args:
@@ -48,4 +50,4 @@ def make_bundled(name: str, folder: Path, variants: Sequence[str] = ("cpu",)) ->
         stored = adapter.encode(range(len(PROMPTS)))
     unguided = {name: value[:1].clone() for name, value in (stored.unconditional or {}).items()}
     stored = type(stored)({n: v.contiguous() for n, v in stored.conditional.items()}, unguided)
-    return pipe, write_bundle(folder, adapter, inputs, stored, variants=variants)
+    return pipe, write_bundle(folder, adapter, inputs, stored, variants=variants, layout=layout)
