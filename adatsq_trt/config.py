@@ -151,7 +151,7 @@ class BuildConfig:
     gpu: str | None = _choice(
         None,
         "Card whose milliseconds are told and limited: a name, for a roofline of its published rates, or a file that "
-        "'adatsq-trt benchmark kernels' wrote there.",
+        "'adatsq-trt benchmark' wrote there.",
         POLICY,
         "a card of the target, as far as it has rates for all formats",
     )

@@ -431,10 +431,15 @@ class IExecutionContext:
 
     @property
     def _latent_shape(self) -> tuple[int, ...]:
-        """The output has the shape of the one input that agrees with it."""
+        """The output has the shape of the one input that agrees with it, or only the rows of all inputs."""
         declared = self.engine.recipe.output[1].shape
-        same = [name for name, port in self.engine.recipe.inputs.items() if port.shape == declared]
-        return self._shapes[same[0]]
+        for name, port in self.engine.recipe.inputs.items():
+            if port.shape == declared:
+                return self._shapes[name]
+        assert declared[0] == -1, "nothing tells the output's shape"
+        assert -1 not in declared[1:], "nothing tells the output's shape"
+        (rows,) = {shape[0] for n, shape in self._shapes.items() if self.engine.port(n).shape[0] == -1}
+        return rows, *declared[1:]
 
     @checked("IExecutionContext")
     def execute_async_v3(self, stream: int) -> bool:

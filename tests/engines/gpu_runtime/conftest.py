@@ -5,29 +5,20 @@ from pathlib import Path
 
 import pytest
 import tensorrt_rtx
-import torch
 
-from adatsq_trt.engines.backends import cuda_device, device_steps, network, rtx_steps, selection, tensorrt_steps
 from adatsq_trt.engines.backends.base import BatchRange, Compiler
-from adatsq_trt.engines.backends.tensorrt import TensorRTBackend
 from adatsq_trt.engines.build import build_plans
 from adatsq_trt.engines.bundle import PLUGIN_LIBRARY as PLUGIN_PATH
 from adatsq_trt.engines.bundle import BundleFiles, Layout, write_manifest
 from adatsq_trt.engines.plugin_commands import plugin_profiles
-from adatsq_trt.engines.runtime import Bundle
 from adatsq_trt.formats import TARGETS
-from tests.doubles.host_device import HostDevice
-from tests.doubles.tensorrt_on_onnxruntime import PLUGIN_LIBRARY, VERSION, Library, PlanBook
+from tests.doubles.gpu import book, device, library
+from tests.doubles.tensorrt_on_onnxruntime import PLUGIN_LIBRARY, VERSION, PlanBook
 from tests.engines.conftest import make_bundle
 
-CPU = torch.device("cpu")
+__all__ = ["book", "device", "library"]
 LAYOUTS: tuple[Layout, ...] = ("embedded", "shared", "switch")
 BATCH = BatchRange(1, 8, 8, smaller=(2,))
-
-
-@pytest.fixture(scope="session")
-def book() -> PlanBook:
-    return PlanBook()
 
 
 def add_plans(
@@ -74,26 +65,3 @@ def planned(tmp_path_factory: pytest.TempPathFactory, book: PlanBook) -> Callabl
         return made[layout]
 
     return make
-
-
-@pytest.fixture
-def device() -> HostDevice:
-    return HostDevice()
-
-
-@pytest.fixture
-def library(book: PlanBook, device: HostDevice, monkeypatch: pytest.MonkeyPatch) -> Library:
-    """The double in the place of TensorRT-RTX and TensorRT, on a machine with a GPU of sm120 as far as anyone asks."""
-    double = Library(book, device)
-    monkeypatch.setattr(network.NetworkCompiler, "library", double)
-    monkeypatch.setattr(device_steps, "CudaDevice", lambda: device)
-    for module in (rtx_steps, tensorrt_steps, cuda_device):
-        monkeypatch.setattr(module, "gpu_capability", lambda: 120)
-    monkeypatch.setattr(TensorRTBackend, "version", lambda _: VERSION)
-    monkeypatch.setattr(TensorRTBackend, "_here", staticmethod(lambda: 120))
-    monkeypatch.setattr(rtx_steps, "gpu_name", lambda: "a double of a GPU")
-    monkeypatch.setattr(selection, "gpu_is_here", lambda: True)
-    monkeypatch.setattr(
-        Bundle, "device", property(lambda self: CPU if self.choice.name == "onnxruntime" else device.device)
-    )
-    return double
