@@ -14,9 +14,12 @@ import pytest
 
 from adatsq_trt.engines import benchmark, runtime
 from adatsq_trt.engines.backends import tensorrt
+from adatsq_trt.engines.backends.base import BatchRange
 from adatsq_trt.engines.backends.selection import BackendChoice
 from adatsq_trt.engines.build import build_plans
 from adatsq_trt.engines.bundle import BundleFiles, Layout, PlanFile
+from adatsq_trt.formats import FORMATS
+from adatsq_trt.search.costs import time_model
 from adatsq_trt.stages import bundle, layer_times
 from adatsq_trt.stages.graph import run_stages
 from tests.cli.conftest import CommandLine
@@ -35,26 +38,24 @@ CHOICE = {"targets": ("sm120",), "formats": ("fp8", "bf16"), "format_set": "fp8,
 def runs(tmp_path_factory: pytest.TempPathFactory, book: PlanBook) -> dict[Layout, Path]:
     """A run of the tiny model for each layout, built by the stages with a double of the compilers."""
     folder, made = tmp_path_factory.mktemp("gpu"), dict[Layout, Path]()
-    library = folder / "libadatsq_plugins.so"
-    library.write_bytes(PLUGIN_LIBRARY)
+    plugins = folder / "libadatsq_plugins.so"
+    plugins.write_bytes(PLUGIN_LIBRARY)
+    noted: list[tuple[tuple[PlanFile, ...], BatchRange]] = []
 
-    def build(
-        folder: Path, index: Any, targets: Any, batch: Any, told: Any, compiler: Any, layout: Layout, jobs: int
-    ) -> Any:
-        plans = build_plans(folder, index, targets, batch, told, CompilerDouble(), layout)
+    def build(folder: Path, index: Any, targets: Any, batch: BatchRange, *others: Any) -> tuple[PlanFile, ...]:
+        on_plan, _compiler, layout, _jobs = others
+        plans = build_plans(folder, index, targets, batch, on_plan, CompilerDouble(), layout)
         noted.append((plans, batch))
         return plans
 
     for layout in LAYOUTS:
-        noted: list[tuple[tuple[PlanFile, ...], Any]] = []
-        own = {"backend": "tensorrt", "plugins": str(library)} if layout == "plugin" else {}
-        with (
-            pytest.MonkeyPatch.context() as patch,
-            tiny_context(folder / "run", **CHOICE, layout=layout, **own) as context,
-        ):
+        noted.clear()
+        own = {"backend": "tensorrt", "plugins": str(plugins)} if layout == "plugin" else {}
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(bundle, "build_plans", build)
             patch.setattr(tensorrt.TensorRTBackend, "version", lambda _: VERSION)
-            built = run_stages(context, bundle.NAME).folder
+            with tiny_context(folder / "run", **CHOICE, layout=layout, **own) as context:
+                built = run_stages(context, bundle.NAME).folder
         made[layout] = folder / layout
         shutil.copytree(built, made[layout] / "bundle")
         ((plans, batch),) = noted
@@ -119,8 +120,19 @@ def test_check_compares_every_plan(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_benchmark_times_plans_and_whole_layers(
-    layout: Layout,
+def test_benchmark_times_every_plan(
+    layout: Layout, runs: dict[Layout, Path], cli: CommandLine, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark, "build_comparison_plans", lambda *_: {})
+    ended = cli("benchmark", "bundle", runs[layout], "--rounds", "1", "--json")
+    assert ended.code == 0, ended.err
+    policy = BundleFiles.open(runs[layout]).policy
+    timings = json.loads(ended.out)["timings"]
+    assert [t["case"] for t in timings] == ["policy", *(f"assignment {i}" for i in range(len(policy.assignments)))]
+    assert {t["backend"] for t in timings} == {"tensorrt" if layout == "plugin" else "rtx"}
+
+
+def test_benchmark_writes_the_times_of_whole_layers(
     runs: dict[Layout, Path],
     cli: CommandLine,
     library: Library,
@@ -128,22 +140,20 @@ def test_benchmark_times_plans_and_whole_layers(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
+    """Of layout `plugin`; tests/stages/test_layer_times.py has another, and the search that reads it."""
+
     def build(folder: Path, index: Any, targets: Any, batch: Any, compiler: Any, layout: Layout) -> Any:
         plans = build_plans(folder, index, targets, batch, compiler=CompilerDouble(), layout=layout)
         book.enter(BundleFiles.open(folder), plans, batch.profiles)
         return plans
 
     monkeypatch.setattr(layer_times, "build_plans", build)
-    monkeypatch.setattr(benchmark, "build_comparison_plans", lambda *_: {})
-    file, table = tmp_path / "timings.json", tmp_path / "layers.json"
-    ended = cli("benchmark", "bundle", runs[layout], "--rounds", "1", "--output", file, "--layer-times", table)
+    file = tmp_path / "layers.json"
+    ended = cli("benchmark", "bundle", runs["plugin"], "--rounds", "1", "--layer-times", file)
     assert ended.code == 0, ended.err
-    policy = BundleFiles.open(runs[layout]).policy
-    timings = json.loads(file.read_text())["timings"]
-    assert [t["case"] for t in timings] == ["policy", *(f"assignment {i}" for i in range(len(policy.assignments)))]
-    measured = {timing["what"] for timing in json.loads(table.read_text())["timings"]}
-    assert {"layer fp8", "layer bf16"} <= measured
-    assert ("layer w8a8" in measured) == (layout == "plugin")
+    time_model(str(file))[0].require([FORMATS[name] for name in ("w8a8", "w4a8", "int4wo", "w8a16", "fp8", "bf16")])
+    both = (runs["plugin"], runs["embedded"])
+    assert "got 2 bundles, expected one" in cli("benchmark", "bundle", *both, "--layer-times", file).refusal
 
 
 class TensorDouble:
