@@ -68,6 +68,8 @@ class Settings(BaseModel):
         layout: how plans and weights are arranged.
         backend: compiler of the plans.
         hardware_compatibility, version_compatible, weight_streaming: of plans of enterprise TensorRT.
+        plugins: absolute path of the plugin's library, around which a plan of layout `plugin` is compiled; None for
+            no plan.
         batch: samples in a call that plans are tuned for, ascending; the last is the most that they accept.
         shapes: samples and size in pixels of each optimization profile, in place of `batch`, where there are several
             sizes; the model's own size first, then by number of samples.
@@ -121,6 +123,7 @@ class Settings(BaseModel):
     hardware_compatibility: Hardware = BuildConfig.hardware_compatibility
     version_compatible: bool = BuildConfig.version_compatible
     weight_streaming: bool = BuildConfig.weight_streaming
+    plugins: str | None = None
     batch: tuple[int, ...] = (32,)
     shapes: tuple[tuple[int, ...], ...] = ()
     steps: int

@@ -14,12 +14,13 @@ from adatsq_trt.engines.bundle import (
     SCALES_NAME,
     BundleFiles,
     ImageSpec,
+    Layout,
     Manifest,
     ScheduleRecord,
     ShapeRecord,
     write_manifest,
 )
-from adatsq_trt.export import export_graphs, trace
+from adatsq_trt.export import export_graphs, export_plugin_graphs, trace
 from adatsq_trt.files import write_tensors
 from adatsq_trt.formats import FORMATS
 from adatsq_trt.image import PixelScale
@@ -39,6 +40,7 @@ def write_bundle(
     others: Sequence[ModelAdapter] = (),
     variants: Sequence[str] = ("cpu",),
     steps: int = STEPS,
+    layout: Layout = "embedded",
 ) -> BundleFiles:
     """Three buckets over two assignments, with weights rounded to nearest.
 
@@ -51,6 +53,7 @@ def write_bundle(
         others: the model at the sizes beside its own.
         variants: of the graphs; plans are made of "target".
         steps: of the loop.
+        layout: "plugin" for a graph of plugin nodes; the others have the same graphs.
     """
     layers = adapter.quantizable_layers()
     rows = [["fp8"] * len(layers), [("bf16", "fp8")[i % 2] for i in range(len(layers))]]
@@ -65,7 +68,11 @@ def write_bundle(
     else:
         traced = trace(any_size.module, *common, any_size.positions, any_size.axes)
         write_positions(folder, (adapter, *others))
-    index = export_graphs(traced, policy, weights, folder / GRAPH_FOLDER, "bfloat16", adapter.blocks(), variants)
+    graphs, blocks = folder / GRAPH_FOLDER, adapter.blocks()
+    if layout == "plugin":
+        index = export_plugin_graphs(traced, policy, weights, graphs, "bfloat16", blocks)
+    else:
+        index = export_graphs(traced, policy, weights, graphs, "bfloat16", blocks, variants)
     policy.save(folder / POLICY_NAME)
     write_tensors(folder / SCALES_NAME, {"fp8": torch.full((steps, len(layers)), 1 / 64)})
     stored = {f"conditional.{name}": value for name, value in prompts.conditional.items()}
@@ -75,6 +82,7 @@ def write_bundle(
         model="tiny",
         architecture=adapter.architecture,
         backend="onnxruntime",
+        layout=layout,
         targets=("sm120",),
         base_type=index.base_type,
         formats=("bf16", "fp8"),

@@ -156,6 +156,7 @@ def _require_backend(config: BuildConfig, targets: Sequence[Target]) -> None:
         "--hardware-compatibility": config.hardware_compatibility != "none",
         "--version-compatible": config.version_compatible,
         "--weight-streaming": config.weight_streaming,
+        "--plugins": config.plugins is not None,
     }
     if config.backend != "tensorrt":
         given = [option for option, is_given in special.items() if is_given]
@@ -164,8 +165,9 @@ def _require_backend(config: BuildConfig, targets: Sequence[Target]) -> None:
                 f"{', '.join(given)}: only enterprise TensorRT has this; add --backend tensorrt or leave it out"
             )
         return
-    if config.layout == PLUGIN_LAYOUT or config.simulate:
+    if config.simulate:
         raise UserError("--backend tensorrt: this request compiles no plans; leave it out")
+    _require_plugins(config)
     from adatsq_trt.engines.backends.tensorrt import TensorRTBackend, TensorRTOptions
     from adatsq_trt.engines.manifest import Compatibility
 
@@ -175,6 +177,18 @@ def _require_backend(config: BuildConfig, targets: Sequence[Target]) -> None:
     for target in targets:
         if target.compute_capability is not None:
             backend.require_target(target)
+
+
+def _require_plugins(config: BuildConfig) -> None:
+    """Refuse a plan of plugin nodes without the library, and the library without such a plan."""
+    if config.layout != PLUGIN_LAYOUT and config.plugins is not None:
+        raise UserError("--plugins: only plans of --layout plugin need the library; leave it out")
+    if config.layout == PLUGIN_LAYOUT and (config.plugins is None or not config.plugins.is_file()):
+        got = "no --plugins" if config.plugins is None else f"no file '{config.plugins}'"
+        raise UserError(
+            f"--backend tensorrt with --layout plugin: got {got}, expected the libadatsq_plugins.so that 'adatsq-trt "
+            "build plugins' makes; or leave --backend out, and the bundle gets commands that compile its plan elsewhere"
+        )
 
 
 def _require_exportable(config: BuildConfig, last: str) -> None:
@@ -232,7 +246,8 @@ def _resolve(
         | known
         | size_settings(config, shapes_of_one_row)
         | ({"batch": batch} if batch else {})
-        | {"shapes": shapes},
+        | {"shapes": shapes}
+        | ({} if config.plugins is None else {"plugins": str(config.plugins.absolute())}),
         excluded=excluded,
         formats_for=restrict_formats(model, config.restrictions, [fmt.name for fmt in formats]),
         model=model.name,

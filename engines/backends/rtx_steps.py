@@ -31,8 +31,13 @@ def runnable_plans(manifest: Manifest, version: str, capability: int) -> tuple[P
         capability: the GPU's compute capability, such as 120.
 
     Raises:
-        MismatchError: there are none for this GPU, or another version of TensorRT-RTX compiled them.
+        MismatchError: there are none for this GPU, or another library or version of TensorRT-RTX compiled them.
     """
+    if manifest.plans and manifest.backend != RtxBackend.name:
+        raise MismatchError(
+            f"the bundle's plans are of {manifest.backend}, not of TensorRT-RTX; run it with backend "
+            f"'{manifest.backend}', or build it again with --backend rtx"
+        )
     target = next((name for name, target in TARGETS.items() if target.compute_capability == capability), None)
     plans = tuple(plan for plan in manifest.plans if plan.target == target)
     if not plans:

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.doubles.gpu import book, device, library
 from tests.permissions import permissions_hold
+
+__all__ = ["book", "device", "library"]
 
 SCRIPT = Path(sys.executable).with_name("adatsq-trt")
 # The console script's function, for which models are in the folder that is the first argument.

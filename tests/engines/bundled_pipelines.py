@@ -8,7 +8,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
-from adatsq_trt.engines.bundle import BundleFiles
+from adatsq_trt.engines.bundle import BundleFiles, Layout
 from adatsq_trt.image import ImageShape
 from adatsq_trt.models.prompts import TextEncoder
 from adatsq_trt.models.wan import WanAdapter
@@ -35,7 +35,9 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make_bundled(name: str, folder: Path, variants: Sequence[str] = ("cpu",)) -> tuple[DiffusionPipeline, BundleFiles]:
+def make_bundled(
+    name: str, folder: Path, variants: Sequence[str] = ("cpu",), layout: Layout = "embedded"
+) -> tuple[DiffusionPipeline, BundleFiles]:
     """A pipeline as it is, and a bundle of its transformer.
 
     Args:
@@ -60,4 +62,4 @@ def make_bundled(name: str, folder: Path, variants: Sequence[str] = ("cpu",)) ->
         stored = adapter.encode(range(len(PROMPTS)))
     unguided = {name: value[:1].clone() for name, value in (stored.unconditional or {}).items()}
     stored = type(stored)({n: v.contiguous() for n, v in stored.conditional.items()}, unguided)
-    return pipe, write_bundle(folder, adapter, inputs, stored, variants=variants, steps=steps)
+    return pipe, write_bundle(folder, adapter, inputs, stored, variants=variants, steps=steps, layout=layout)

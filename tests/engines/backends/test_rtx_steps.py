@@ -42,6 +42,12 @@ def test_plans_for_something_else(manifest: Manifest, version: str, capability: 
         runnable_plans(manifest, version, capability)
 
 
+def test_plans_of_another_library(manifest: Manifest) -> None:
+    """Such a bundle, too, names the version of TensorRT-RTX that was there when it was built."""
+    with pytest.raises(MismatchError, match="plans are of tensorrt, not of TensorRT-RTX; run it with backend 'tensorr"):
+        runnable_plans(manifest.model_copy(update={"backend": "tensorrt"}), "1.7.1", 120)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no GPU")
 def test_plans_need_a_gpu(tiny_bundle: BundleFiles, manifest: Manifest) -> None:
     with pytest.raises(DependencyError, match="run on a GPU only"):
