@@ -9,7 +9,6 @@ from subprocess import CalledProcessError
 import torch
 from torch import Tensor
 
-from adatsq_trt.execution.device import CPU
 from adatsq_trt.formats import Element, Format, Granularity, Grid
 from adatsq_trt.quantizers import QuantizedWeight, dequantize_weight, fake_quantize_activation
 
@@ -64,7 +63,7 @@ def _in_one_pass(tensor: Tensor) -> bool:
 
 
 def _on_one_processor(x: Tensor) -> bool:
-    plain = x.device.type == CPU and x.dtype is torch.float32 and x.is_contiguous() and not x.requires_grad
+    plain = x.is_cpu and x.dtype is torch.float32 and x.is_contiguous() and not x.requires_grad
     return plain and x.numel() >= _WORTH_A_KERNEL and torch.get_num_threads() == 1
 
 

@@ -118,7 +118,7 @@ def measure(model: str, seed: int, samples: int) -> Row:
     """Search a policy, then draw fresh pictures with it and what it is compared with."""
     folder = RUNS / model / f"seed-{seed}"
     found = adatsq_trt.search_policy(
-        model, formats=",".join(FORMATS), budget_bits=BUDGET, seed=seed, held_out_samples=0, output=folder, device="cpu"
+        model, formats=",".join(FORMATS), budget_bits=BUDGET, seed=seed, held_out_samples=1, output=folder, device="cpu"
     )
     result = found.result
     chosen, static = result.points[result.chosen], _static(result)
