@@ -206,7 +206,8 @@ def shortlist(points: Sequence[Point], rules: Rules, errors: Mapping[int, Floats
 
     A handful of samples that flip to another picture decide a mean over a small batch, so what the screening batch does
     not tell from the best of its kind is settled on a larger one, with a cap on what one sample counts; the static
-    rivals get the same. Where there is a limit on assignments, those that keep it have seats of their own.
+    rivals get the same. Where there is a limit on assignments, those that need not keep it are only told beside them, and
+    have half the seats.
 
     Args:
         points: judged policies.
@@ -214,10 +215,10 @@ def shortlist(points: Sequence[Point], rules: Rules, errors: Mapping[int, Floats
         errors: capped errors on the screening batch of all that keep the budgets, float64 [samples].
     """
     chosen: list[int] = []
-    for among in rules.eligible(points):
+    for part, among in enumerate(rules.eligible(points), start=1):
         for kinds, count in _SEATS:
             own = [i for i in among if points[i].kind in kinds]
-            chosen += contenders(points, own, errors, count) if own else []
+            chosen += contenders(points, own, errors, count // part) if own else []
     return list(dict.fromkeys(chosen))
 
 
