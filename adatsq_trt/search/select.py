@@ -205,8 +205,8 @@ def shortlist(points: Sequence[Point], rules: Rules, errors: Mapping[int, Floats
 
     A handful of samples that flip to another picture decide a mean over a small batch, so what the screening batch does
     not tell from the best of its kind is settled on a larger one, with a cap on what one sample counts; the static
-    rivals get the same. Where there is a limit on assignments, those that need not keep it are only told beside them, and
-    have half the seats.
+    rivals get the same. Where there is a limit on assignments, those that need not keep it are only told beside the
+    others, and have half the seats.
 
     Args:
         points: judged policies.

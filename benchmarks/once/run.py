@@ -106,7 +106,7 @@ class Row(_Record):
 
 
 class Results(_Record):
-    """What results.json holds."""
+    """The content of results.json."""
 
     schema_version: Literal[1] = 1
     samples: int
