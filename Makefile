@@ -99,6 +99,12 @@ bench-search: $(INSTALLED)
 bench-pipelines: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.pipelines.run --document docs/adapters.md
 
+# Weights once beside uniform and static policies of the same bytes, three searches on each of two models: results.json and
+# the table in docs/how-it-works.md. Half an hour of one core; what is measured stays in runs/bench-once.
+.PHONY: bench-once
+bench-once: $(INSTALLED)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m benchmarks.once.run --document docs/how-it-works.md
+
 # What budgets in bits, bytes and milliseconds choose; results.json and the table in the page about budgets.
 .PHONY: bench-budgets
 bench-budgets: $(INSTALLED)

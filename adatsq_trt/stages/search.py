@@ -28,8 +28,9 @@ from adatsq_trt.models.stored import count_weights
 from adatsq_trt.policy import GIVEN_POLICY_ADVICE, Policy
 from adatsq_trt.search.beam import Pruning
 from adatsq_trt.search.denoising import ConstrainedProblem, DenoisingProblem, format_bits, row_errors
+from adatsq_trt.search.joint import Shrinkage
 from adatsq_trt.search.merge import Allowance, MeanBits, Several, merged_policies
-from adatsq_trt.search.plan import Plan, Rows, make_constrained_plan, make_plan
+from adatsq_trt.search.plan import ONCE_SHRINKAGES, SHRINKAGES, Plan, Rows, make_constrained_plan, make_plan
 from adatsq_trt.search.resume import measure_sensitivity, search_columns
 from adatsq_trt.search.select import Proposal, SearchResult
 from adatsq_trt.search.sensitivity import Sensitivity
@@ -237,7 +238,7 @@ def _plans(
                 ", ".join(context.settings.formats),
             )
         by_layer = constrained_layer_only(sensitivity, bits, budgets)
-        plan, cost, prices = make_constrained_plan(sensitivity, bits, budgets, count, by_layer)
+        plan, cost, prices = make_constrained_plan(sensitivity, bits, budgets, count, by_layer, _shrinkages(context))
         by_step = constrained_time_only(sensitivity, bits, budgets)
         make_problem: Callable[..., DenoisingProblem] = partial(
             ConstrainedProblem, budget=math.inf, budgets=budgets, cost=cost
@@ -246,12 +247,17 @@ def _plans(
     else:
         mean = context.settings.budget_bits
         assert mean is not None
-        plan = make_plan(sensitivity, bits, mean, count)
+        plan = make_plan(sensitivity, bits, mean, count, _shrinkages(context))
         by_layer, by_step = layer_only(sensitivity, bits, mean), time_only(sensitivity, bits, mean)
         make_problem = partial(DenoisingProblem, budget=mean)
         allowance = MeanBits(bits, budgets.limits()["bits"])
     static = [*(Proposal("layer_only", rows) for rows in by_layer), *(Proposal("time_only", rows) for rows in by_step)]
     return plan, make_problem, static, allowance
+
+
+def _shrinkages(context: Context) -> tuple[Shrinkage, ...]:
+    """How far covariances are believed."""
+    return ONCE_SHRINKAGES if context.settings.weights == "once" else SHRINKAGES
 
 
 def _reference(context: Context, executor: Executor, folder: Path) -> dict[str, Tensor]:
@@ -290,8 +296,10 @@ def _sensitivity(
 
 def _merged(context: Context, sensitivity: Sensitivity, allowance: Allowance, starts: Sequence[Rows]) -> list[Rows]:
     """Policies with few assignments, where they are asked for."""
-    limit = context.settings.max_assignments
-    return [] if limit is None else merged_policies(sensitivity, format_bits(context.formats), allowance, starts, limit)
+    limit, bits = context.settings.max_assignments, format_bits(context.formats)
+    if limit is None:
+        return []
+    return merged_policies(sensitivity, bits, allowance, starts, limit, _shrinkages(context))
 
 
 def _uniforms(context: Context) -> list[Proposal]:
