@@ -21,7 +21,7 @@ ELSEWHERE: Mapping[str, Mapping[str, str]] = {
         "adatsq_trt/models/blocks.py": "tests/calibration/test_units.py",
         "adatsq_trt/models/rotary.py": "tests/models/test_z_image.py",
         "adatsq_trt/models/rounding.py": "tests/models/test_simulated.py",
-        "adatsq_trt/models/transforms.py": "tests/calibration/test_transforms.py",
+        "adatsq_trt/transforms.py": "tests/calibration/test_transforms.py",
         "adatsq_trt/report/charts.py": "tests/report/test_page.py",
         "adatsq_trt/report/maps.py": "tests/report/test_page.py",
         "adatsq_trt/report/theme.py": "tests/report/test_page.py",
