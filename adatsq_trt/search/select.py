@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from adatsq_trt.costs import Costs, Limits
+from adatsq_trt.costs import Costs, Limits, TransformCosts
 from adatsq_trt.formats import Format
 from adatsq_trt.intervals import LEAST, Floats, paired_difference, paired_ratio
 from adatsq_trt.search.budgets import CostModel
@@ -107,6 +107,7 @@ class SearchResult(BaseModel):
         weights: number of quantized weights.
         limits: what the chosen one had to keep.
         ms_source: where milliseconds come from; None where nobody knows them.
+        transform: what a transform has in all costs; None where there is none.
         chosen: index of the policy that is deployed.
         dominated: why it is not the search's own choice, or with free weights a warning; None where there is nothing to
             say.
@@ -124,6 +125,7 @@ class SearchResult(BaseModel):
     weights: int
     limits: Limits
     ms_source: str | None = None
+    transform: TransformCosts | None = None
     chosen: int
     dominated: Dominated | None = None
     layer_only: int | None

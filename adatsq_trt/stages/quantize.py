@@ -50,7 +50,7 @@ def stage(context: Context) -> Stage:
     if context.settings.transform is not None:
         names, files = (*names, "transform"), [*files, folder / calibrate.TRAJECTORY]
     inputs = context.inputs(names)
-    if (form := _graph_form(context)) is not None:
+    if (form := graph_form(context)) is not None:
         inputs["rotated_blocks"] = list(form.blocks)
     if clipped_grids(context.formats):
         inputs["clips"] = context.settings.clips
@@ -87,12 +87,12 @@ def _transforms(context: Context, this: Stage) -> dict[str, LayerTransform]:
         latents = read_tensors(calibrate.stage(context).folder / calibrate.TRAJECTORY)["latents"]
         with context.on_device():
             groups = measure_groups(context.calibration, latents.to(context.device))
-            made = make_transforms(context.settings.transform, groups, _graph_form(context))
+            made = make_transforms(context.settings.transform, groups, graph_form(context))
             save_transforms(file, to_device(made, CPU))
     return load_transforms(file)
 
 
-def _graph_form(context: Context) -> GraphForm | None:
+def graph_form(context: Context) -> GraphForm | None:
     """What graphs hold of transforms; None where there are none, and for a simulated run, whose are as published."""
     if context.settings.transform is None or context.settings.simulate:
         return None

@@ -22,22 +22,24 @@ class Transform:
 
     Attributes:
         input_map: from a group, and what graphs hold, to the map of its input.
-        rotates: whether that turns the input.
+        divides: whether that divides channels.
+        rotates: whether it turns the input.
         low_rank: whether the mapped weight gets a branch.
     """
 
     input_map: Callable[[LayerGroup, GraphForm | None], InputMap]
+    divides: bool = False
     rotates: bool = False
     low_rank: bool = False
 
 
 TRANSFORMS: Mapping[str, Transform] = {
-    "smooth": Transform(smooth),
+    "smooth": Transform(smooth, divides=True),
     "hadamard": Transform(rotate, rotates=True),
-    "balance": Transform(balance, rotates=True),
-    "low-rank": Transform(smooth, low_rank=True),
+    "balance": Transform(balance, divides=True, rotates=True),
+    "low-rank": Transform(smooth, divides=True, low_rank=True),
     "hadamard-low-rank": Transform(rotate, rotates=True, low_rank=True),
-    "balance-low-rank": Transform(balance, rotates=True, low_rank=True),
+    "balance-low-rank": Transform(balance, divides=True, rotates=True, low_rank=True),
 }
 
 
