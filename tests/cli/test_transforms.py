@@ -8,20 +8,18 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import onnx
 import pytest
-from onnx import ModelProto, NodeProto
-from onnx.helper import make_node
+from onnx import ModelProto, NodeProto, TensorProto
+from onnx.helper import make_node, make_tensor
 
 from adatsq_trt import zoo
 from adatsq_trt.engines.accuracy import CheckReport
 from adatsq_trt.engines.bundle import BundleFiles, write_manifest
-from adatsq_trt.engines.plan_weights import weight_of
-from tests.cli.one_block import FLUX, WAN, Z_IMAGE, Source, build
+from tests.cli.one_block import FLUX, WAN, Z_IMAGE, build
 
 MODEL = "one-block"
-DOUBLE, SINGLE = "transformer_blocks.0", "single_transformer_blocks.0"
+LAYER = "transformer_blocks.0.ff.net.2"
 # A transform, a model, a target, a layout, the formats that take turns.
 CASES = {
     "balance-low-rank": (FLUX, "sm120", "switch", ("nvfp4", "fp8")),
@@ -67,3 +65,55 @@ def test_graphs_compute_what_pytorch_computes(cli, tmp_path: Path, name: str) ->
 def test_a_balanced_bundle_passes(cli, balanced: Path, tmp_path: Path) -> None:
     ended = cli("check", balanced, "--json", "--output", tmp_path)
     assert ended.code == 0, ended.out[-3000:]
+
+
+# ------------------------------------------------------------------------------------------------------- defects
+
+
+def node_of(model: ModelProto, end: str) -> NodeProto:
+    (found,) = (node for node in model.graph.node if node.name == f"{LAYER}/{end}")
+    return found
+
+
+def insert_before(model: ModelProto, node: NodeProto, index: int, new: NodeProto) -> None:
+    """Put a node of one output in front of a node's input; it reads what the input was."""
+    new.input.insert(0, node.input[index])
+    node.input[index] = new.output[0]
+    model.graph.node.insert(list(model.graph.node).index(node), new)
+
+
+def transpose_rotation(model: ModelProto) -> None:
+    new = make_node("Transpose", [], ["defect"], "defect/Transpose", perm=[1, 0])
+    insert_before(model, node_of(model, "Rotate"), 1, new)
+
+
+def drop_branch(model: ModelProto) -> None:
+    node = node_of(model, "AddBranch")
+    node.op_type, node.input[:] = "Identity", node.input[:1]
+
+
+def halve_branch(model: ModelProto) -> None:
+    types = {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
+    kind = TensorProto.BFLOAT16 if TensorProto.BFLOAT16 in types.values() else TensorProto.FLOAT
+    model.graph.initializer.append(make_tensor("defect/half", kind, [], [0.5]))
+    insert_before(model, node_of(model, "AddBranch"), 1, make_node("Mul", ["defect/half"], ["defect"], "defect/Mul"))
+
+
+@pytest.mark.parametrize("variant", ["cpu", "target"])
+@pytest.mark.parametrize("defect", [transpose_rotation, drop_branch, halve_branch])
+def test_a_defect_is_caught_and_named(
+    cli, balanced: Path, tmp_path: Path, monkeypatch, defect: Callable[[ModelProto], None], variant: str
+) -> None:
+    monkeypatch.setattr(zoo, "ZOO_FOLDER", balanced.parent / "zoo")
+    run = Path(shutil.copytree(balanced, tmp_path / "run"))
+    bundle = BundleFiles.open(run)
+    path = bundle.graph_path(bundle.graph(variant, 0))
+    model = onnx.load(path, load_external_data=False)
+    defect(model)
+    path.write_bytes(model.SerializeToString())
+    write_manifest(bundle.folder, bundle.manifest)
+    ended = cli("check", run, "--bisect", "--json")
+    assert ended.code == 1
+    assert ended.out, ended.err
+    report = CheckReport.model_validate_json(ended.out)
+    assert (variant, 0, LAYER) in {(layer.variant, layer.step, layer.layer) for layer in report.first_layers}

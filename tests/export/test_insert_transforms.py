@@ -192,5 +192,5 @@ def test_rules_4_and_5_a_branch_stands_beside_its_layer(module, inserted) -> Non
 
 def test_a_transform_that_was_not_made_for_graphs_is_refused(tmp_path: Path) -> None:
     transform = LayerTransform(InputMap(torch.tensor([3.0, 1.0])))
-    with (tmp_path / "weights").open("wb") as file, pytest.raises(MismatchError, match="layer 'up'.*bfloat16"):
+    with (tmp_path / "weights").open("wb") as file, pytest.raises(MismatchError, match=r"layer 'up'.*bfloat16"):
         encode_transform("up", transform, BASE_TYPES["bfloat16"], ExternalData(file, tmp_path))
