@@ -11,8 +11,9 @@ Rules for inputs, once for all layers that are given the same value and share a 
     3. A rotation: Reshape to [..., K / block, block] → MatMul with R → Reshape back.
 
 Rule for branches:
-    4. y + (x̃ · down) · up: two MatMuls beside the layer and one Add behind it and its bias. The layer's own result
-       becomes "<module path>.product", and the sum is "<module path>.output".
+    4. y + (x̃ · down) · up: two MatMuls beside the layer and one Add behind it and its bias. What they give is
+       "<module path>.branch", the layer's own result becomes "<module path>.product", and the sum is
+       "<module path>.output".
 
 Rule for names:
     5. Nodes are called "<module path>/…" and constants "<module path>.inverse_divisor", ".rotation", ".branch_down" and
@@ -141,7 +142,7 @@ def _insert_branch(layer: str, linear: ir.Node, branch: EncodedBranch) -> None:
         assert isinstance(graph, ir.Graph)
         graph.outputs[list(graph.outputs).index(old)] = total
     _like(total, old)
-    total.name, old.name = old.name, f"{layer}.product"
+    total.name, old.name, part.name = old.name, f"{layer}.product", f"{layer}.branch"
     node = total.producer()
     assert node is not None
     node.metadata_props[RANK] = str(branch.up.shape[0])
