@@ -65,7 +65,7 @@ class RtxSteps(PlanSteps):
     """Engines of TensorRT-RTX, which compiles kernels when a context first meets a shape.
 
     Attributes:
-        compile_seconds: what contexts and first calls have taken, nearly all of which is compiling.
+        compile_seconds: time of making contexts and of first calls, nearly all of which is compiling.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class ComparisonSteps(RtxSteps):
         Args:
             files: the bundle.
             plan: for this machine's GPU.
-            name: what messages call it.
+            name: of the plan, in messages.
             rows: most that it takes.
 
         Raises:
