@@ -32,7 +32,7 @@ class Costs(BaseModel):
 
 
 class TransformCosts(BaseModel):
-    """What a transform has in the bytes and milliseconds of every policy of a run.
+    """Share of a transform in the bytes and milliseconds of every policy of a run.
 
     Attributes:
         name: of the transform.

@@ -51,7 +51,7 @@ class InputMap:
 
     @cached_property
     def weight_rotation(self) -> Tensor | None:
-        """What turns a weight when R turns its input, R⁻ᵀ, in the shape of R."""
+        """Rotation R⁻ᵀ of a weight whose input R turns, in the shape of R."""
         if self.rotation is None or self.block is None:
             return self.rotation
         return self.rotation * (_root(self.block) ** 2 / self.block)

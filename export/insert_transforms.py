@@ -18,7 +18,7 @@ Rule for branches:
 Rule for names:
     5. Nodes are called "<module path>/…" and constants "<module path>.inverse_divisor", ".rotation", ".branch_down" and
        ".branch_up". Those of a shared input belong to its first layer by name, and by module to what holds that layer:
-       formats that take turns in a layer (`switch`) leave them where they are. The Add carries the branch's rank.
+       where a layer switches between formats (`switch`), they stay outside of the choice. The Add carries the rank.
 """
 
 from __future__ import annotations

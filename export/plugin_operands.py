@@ -107,7 +107,7 @@ def plugin_operands(layer: str, weights: Mapping[str, QuantizedWeight]) -> dict[
 
 
 def fused_smoothing(transform: LayerTransform, formats: Collection[str]) -> Operand | None:
-    """What a node divides its input by while it quantizes each token; None where that is no whole transform.
+    """Divisors that a node applies while it quantizes each token; None where they are not the whole transform.
 
     Args:
         transform: of the layer.

@@ -229,6 +229,6 @@ def _bought(policy: PolicyFigures, chosen: PolicyFigures) -> str:
 
 
 def remarks(summary: Summary) -> list[str]:
-    """What a transform costs, why a simple policy was returned, and what looser budgets would have bought."""
+    """Costs of a transform, why a simple policy was returned, and what looser budgets would have bought."""
     parts = [part.sentence for part in (summary.transform, summary.replaced) if part is not None]
     return [*parts, *looser(summary.policies)]

@@ -93,7 +93,7 @@ def _transforms(context: Context, this: Stage) -> dict[str, LayerTransform]:
 
 
 def graph_form(context: Context) -> GraphForm | None:
-    """What graphs hold of transforms; None where there are none, and for a simulated run, whose are as published."""
+    """Form of transforms in graphs; None without a transform and in simulated runs, which have the published ones."""
     if context.settings.transform is None or context.settings.simulate:
         return None
     return GraphForm(getattr(torch, context.settings.base_type), rotated_blocks(context.formats))

@@ -1,4 +1,4 @@
-"""What a run's transform adds to the bytes and the time of every policy: it is the same in all formats."""
+"""Bytes and time that a run's transform adds to every policy: they are the same in all formats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the parts of a transform must be like, so that a graph in 16 bits holds them without another rounding."""
+"""Form in which a graph in 16 bits holds a transform without another rounding."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LARGEST_EXPONENT = 14  # of divisors: float16 holds them and their reciprocals
 
 @dataclass(frozen=True)
 class GraphForm:
-    """How a transform is made for graphs.
+    """Numbers and widths of transforms that graphs hold.
 
     Attributes:
         dtype: of the matrices of branches: what is not quantized has it.
