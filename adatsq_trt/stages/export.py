@@ -131,8 +131,17 @@ def _graphs(context: Context, policy: Policy, folder: Path) -> None:
         if in_plugin:
             export_plugin_graphs(traced, policy, store.weights, graphs, base, blocks, advance, store.transforms)
         else:
-            on_graph = lambda _done, _all: advance()  # noqa: E731
-            export_graphs(traced, policy, store.weights, graphs, base, blocks, names, on_graph, store.transforms)
+            export_graphs(
+                traced,
+                policy,
+                store.weights,
+                graphs,
+                base,
+                blocks,
+                names,
+                lambda _done, _all: advance(),
+                store.transforms,
+            )
 
 
 def _trace(adapter: ModelAdapter, inputs: Mapping[str, Tensor], base: BaseName, any_size: bool) -> ir.Model:

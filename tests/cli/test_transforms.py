@@ -31,6 +31,8 @@ CASES = {
     "smooth in plugin nodes": (FLUX, "sm90", "plugin", ("w4a8", "w8a8")),
 }
 
+SELDOM = ("hadamard", "low-rank", "balance", "smooth in plugin nodes")
+
 
 def make(folder: Path, name: str) -> Path:
     source, target, layout, formats = CASES[name]
@@ -55,7 +57,13 @@ def balanced(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(tmp_path_factory.mktemp("balanced"), "balance-low-rank")
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "balance-low-rank"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("smooth", "hadamard-low-rank"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in SELDOM),
+    ],
+)
 def test_graphs_compute_what_pytorch_computes(cli, tmp_path: Path, name: str) -> None:
     run = make(tmp_path, name)
     ended = cli("check", run, "--json")
@@ -103,8 +111,15 @@ def halve_branch(model: ModelProto) -> None:
     model.graph.node.insert(place + 1, half)
 
 
-@pytest.mark.parametrize("variant", ["cpu", "target"])
-@pytest.mark.parametrize("defect", [transpose_rotation, drop_branch, halve_branch])
+@pytest.mark.parametrize(
+    ("defect", "variant"),
+    [
+        *((transpose_rotation, "cpu"), (drop_branch, "target"), (halve_branch, "target")),
+        pytest.param(transpose_rotation, "target", marks=pytest.mark.slow),
+        pytest.param(drop_branch, "cpu", marks=pytest.mark.slow),
+        pytest.param(halve_branch, "cpu", marks=pytest.mark.slow),
+    ],
+)
 def test_a_defect_is_caught_and_named(
     cli, balanced: Path, tmp_path: Path, monkeypatch, defect: Callable[[ModelProto], None], variant: str
 ) -> None:
