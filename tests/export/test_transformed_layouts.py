@@ -1,5 +1,6 @@
 """Every transform with every target and every layout, as a Latin square; the real compilers."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,12 @@ from adatsq_trt.calibration.transforms.make import make_transforms
 from adatsq_trt.calibration.transforms.statistics import LayerGroup
 from adatsq_trt.engines.build import build_plans
 from adatsq_trt.engines.plan_weights import STORE_NAME, initializers
-from adatsq_trt.export import export_graphs, trace
+from adatsq_trt.export import export_graphs, export_plugin_graphs, trace
 from adatsq_trt.files import MappedTensors, read_json_model
 from adatsq_trt.formats import FORMATS, TARGETS
 from adatsq_trt.graph_index import INDEX_NAME, GraphIndex
+from adatsq_trt.models.rounding import stored_weight
+from adatsq_trt.models.simulated import SharedRounding, SimulatedLinear
 from adatsq_trt.policy import Policy
 from adatsq_trt.quantizers import quantize_nearest
 from adatsq_trt.transforms import LayerTransform
@@ -121,3 +124,44 @@ def test_a_layer_whose_formats_take_turns_has_one_branch(traced_toy, toy_layers,
     everywhere = [tensor.name for tensor in initializers(graph) if ".branch_" in tensor.name]
     assert everywhere == names
     assert {tensor.data_type for tensor in graph.initializer if ".branch_" in tensor.name} == {DataType.BFLOAT16}
+
+
+def test_plugin_nodes_divide_where_all_their_formats_quantize_tokens(
+    toy, traced_toy, toy_layers, toy_inputs, run_cpu, tmp_path
+) -> None:
+    """Elsewhere a Mul stands in front of them; either way they give what PyTorch gives."""
+    formats = {"modulation": ("w8a8", "bf16"), "up": ("w8a8", "w4a8"), "down": ("w4a8", "fp8")}
+    names = ("w8a8", "w4a8", "fp8", "bf16")
+    policy = Policy.from_steps("toy", "0" * 64, list(formats), list(zip(*formats.values(), strict=True)))
+    transforms = transforms_of("smooth", toy_layers, names)
+    weights = {
+        name: {
+            layer: quantize_nearest(transforms[layer].rounded_weight(m.weight.detach()), FORMATS[name])
+            for layer, m in toy_layers.items()
+        }
+        for name in names
+    }
+    index = export_plugin_graphs(traced_toy.clone(), policy, weights, tmp_path, "bfloat16", [], transforms=transforms)
+    graph = index.find("cpu", None)
+    nodes = {node.name: node for node in onnx.load(tmp_path / graph.path, load_external_data=False).graph.node}
+    inputs = {
+        layer: next(a.s.decode() for a in nodes[f"{layer}/AdatsqLinear"].attribute if a.name == "inputs").split(",")
+        for layer in formats
+    }
+    assert {layer for layer, own in inputs.items() if "smoothing" in own} == {"up"}
+    assert {name for name in nodes if name.endswith("/Divide")} == {"modulation/Divide", "down/Divide"}
+    scale = torch.tensor(0.02)
+    for assignment, row in enumerate(policy.assignments):
+        feed = {name: value.numpy() for name, value in toy_inputs.items()}
+        feed |= {s.name: scale.numpy() for s in graph.scale_inputs.values()}
+        got = run_cpu(str(tmp_path / graph.path), {**feed, "selector": np.zeros((1, assignment + 1), np.int32)})
+        twin = copy.deepcopy(toy)
+        for layer, name in zip(formats, row, strict=True):
+            fmt, original = FORMATS[name], getattr(twin.transformer, layer)
+            stored = {name: stored_weight(weights[name][layer], fmt)}
+            linear = SimulatedLinear(original, stored, SharedRounding(), transforms[layer])
+            linear.active, linear.scale = fmt, scale if fmt.static_activation else None
+            setattr(twin.transformer, layer, linear)
+        with torch.no_grad():
+            wanted = twin(**toy_inputs).numpy()
+        assert np.median(np.abs(got - wanted)) < 2e-5 * wanted.std()
