@@ -94,9 +94,9 @@ class BuildConfig:
     )
     transform: Transform | None = _choice(
         None,
-        "What happens to weights and inputs before they are rounded; simulated only. smooth: SmoothQuant; hadamard: "
-        "QuaRot's rotation; balance: ViDiT-Q's scaling and rotation; low-rank: SVDQuant's smoothing and 16-bit branch; "
-        "hadamard-low-rank and balance-low-rank: two of these.",
+        "What happens to weights and inputs before they are rounded. smooth: SmoothQuant; hadamard: QuaRot's rotation, "
+        "in graphs of blocks of channels; balance: ViDiT-Q's scaling and rotation; low-rank: SVDQuant's smoothing and "
+        "16-bit branch; hadamard-low-rank and balance-low-rank: two of these.",
         POLICY,
         "nothing",
     )

@@ -120,8 +120,8 @@ def _print_policy(policy: Any, settings: Any, console: Any) -> None:
     policies = policy_figures(result, limit)
     console.print(policies_table(policies, result.ms_source))
     console.print(limits_text(result.limits, settings.reference, limit), highlight=False, soft_wrap=True)
-    found = replaced(result)
-    for remark in [*([] if found is None else [found.sentence]), *looser(policies)]:
+    parts = (part.sentence for part in (result.transform, replaced(result)) if part is not None)
+    for remark in [*parts, *looser(policies)]:
         console.print(remark, highlight=False, soft_wrap=True)
 
 

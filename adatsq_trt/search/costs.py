@@ -175,6 +175,18 @@ class TimeModel:
         """
         return 0.0 if self.card is None else operations / (self.card.tops[Element.BF16] * 1e9)
 
+    def product_ms(self, rows: int, width: int, outputs: int) -> float:
+        """Milliseconds of a product [rows, width] · [width, outputs] in 16 bits.
+
+        Raises:
+            UnsupportedFormatError: the table has no time for such products.
+        """
+        return self.layer_ms(format_named("bf16"), LayerShape("", width, outputs, rows))
+
+    def pointwise_ms(self, numbers: int) -> float:
+        """Milliseconds to read and write so many numbers of 16 bits: 0 where only layers were measured."""
+        return 0.0 if self.card is None else 2 * numbers / (self.card.memory_gbs * 1e6)
+
     def table_of(self, formats: Sequence[Format], shapes: Sequence[LayerShape]) -> Array:
         """`layer_ms` of all, float64 [formats, layers]."""
         return np.array([[self.layer_ms(fmt, shape) for shape in shapes] for fmt in formats])

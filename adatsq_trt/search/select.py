@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from adatsq_trt.costs import Costs, Limits
+from adatsq_trt.costs import Costs, Limits, TransformCosts
 from adatsq_trt.formats import Format
 from adatsq_trt.intervals import LEAST, Floats, paired_difference, paired_ratio
 from adatsq_trt.search.budgets import CostModel
@@ -109,6 +109,7 @@ class SearchResult(BaseModel):
         weights: number of quantized weights.
         limits: those that the chosen one had to keep.
         ms_source: source of the milliseconds; None where they are not known.
+        transform: bytes and milliseconds of the transform in all costs; None where there is none.
         chosen: index of the policy that is deployed.
         dominated: why it is not the search's own choice, or with free weights a warning; None where there is nothing to
             say.
@@ -126,6 +127,7 @@ class SearchResult(BaseModel):
     weights: int
     limits: Limits
     ms_source: str | None = None
+    transform: TransformCosts | None = None
     chosen: int
     dominated: Dominated | None = None
     layer_only: int | None

@@ -19,11 +19,11 @@ from adatsq_trt.execution.device import CPU, to_device
 from adatsq_trt.files import read_tensors, write_tensors
 from adatsq_trt.formats import Grid
 from adatsq_trt.models.capture import captured
-from adatsq_trt.models.transforms import LayerTransform
 from adatsq_trt.solver import State
 from adatsq_trt.stages import calibrate
 from adatsq_trt.stages.context import Context
 from adatsq_trt.stages.run_directory import Stage
+from adatsq_trt.transforms import LayerTransform
 
 
 def searched(context: Context) -> bool:

@@ -110,7 +110,7 @@ def _graphs(context: Context, policy: Policy, folder: Path) -> None:
     samples, base = context.calibration.part(slice(0, CHECK_SAMPLES)), context.settings.base_type
     time, guidance = context.schedule.model_time(0), samples.guidance
     inputs = context.adapter.guided_inputs(samples.noise(), time, samples.conditioning, guidance)
-    weights = refine.load(context).weights
+    store = refine.load(context)
     names, in_plugin = variants(context), context.settings.layout == PLUGIN_LAYOUT
     count = PLUGIN_GRAPHS if in_plugin else 1 + (len(policy.assignments) + 1) * len(names)
     with context.progress("export", 1 + count) as advance:
@@ -121,9 +121,19 @@ def _graphs(context: Context, policy: Policy, folder: Path) -> None:
         advance()
         blocks, graphs = adapter.blocks(), folder / GRAPHS
         if in_plugin:
-            export_plugin_graphs(traced, policy, weights, graphs, base, blocks, advance)
+            export_plugin_graphs(traced, policy, store.weights, graphs, base, blocks, advance, store.transforms)
         else:
-            export_graphs(traced, policy, weights, graphs, base, blocks, names, lambda _done, _all: advance())
+            export_graphs(
+                traced,
+                policy,
+                store.weights,
+                graphs,
+                base,
+                blocks,
+                names,
+                lambda _done, _all: advance(),
+                store.transforms,
+            )
 
 
 def _trace(adapter: ModelAdapter, inputs: Mapping[str, Tensor], base: BaseName, any_size: bool) -> ir.Model:

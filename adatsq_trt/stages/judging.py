@@ -209,6 +209,7 @@ class Judging:
             weights=self.account.weights,
             limits=self.account.limits,
             ms_source=self.account.ms_source,
+            transform=self.account.transform,
             chosen=chosen,
             dominated=dominated,
             layer_only=static[0],

@@ -34,7 +34,7 @@ DATA = {
     "timed_kernels",
     "transformer_call",
 }
-TENSORS = DATA | {"packing", "quantizers"}
+TENSORS = DATA | {"packing", "quantizers", "transforms"}
 MODELS = TENSORS | {"models", "zoo"}
 CALIBRATION = MODELS | {"calibration", "execution"}
 STAGES = CALIBRATION | {"checkpoints", "engines", "evaluation", "export", "report", "search", "stages"}
@@ -42,7 +42,7 @@ STAGES = CALIBRATION | {"checkpoints", "engines", "evaluation", "export", "repor
 # Area (module or subpackage of adatsq_trt) → areas that it may import.
 ALLOWED = {
     **dict.fromkeys(DATA, DATA),
-    **dict.fromkeys(("packing", "quantizers"), TENSORS),
+    **dict.fromkeys(("packing", "quantizers", "transforms"), TENSORS),
     **dict.fromkeys(("models", "zoo"), MODELS),
     "execution": {"", "errors", "execution"},
     "checkpoints": MODELS | {"checkpoints"},

@@ -13,10 +13,10 @@ from adatsq_trt.calibration.transforms.statistics import measure_groups
 from adatsq_trt.formats import FORMATS, Format
 from adatsq_trt.models.format_store import CandidateWeights
 from adatsq_trt.models.simulated import SimulatedModel
-from adatsq_trt.models.transforms import IDENTITY
 from adatsq_trt.quantizers import QuantizedWeight
 from adatsq_trt.search.sensitivity import SMOOTHED_STEPS, Sensitivity, assemble, join_parts, layer_contributions
 from adatsq_trt.solver import State
+from adatsq_trt.transforms import IDENTITY
 from tests.sweep import BackwardStep, backward_steps
 
 SET = tuple(FORMATS[name] for name in ("w4a4", "fp8", "w8a8", "fp32"))

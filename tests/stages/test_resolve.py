@@ -84,8 +84,7 @@ def test_what_is_given_is_kept(tmp_path: Path) -> None:
         ({"layout": "plugin", "plugins": Path(__file__)}, "--plugins: only enterprise TensorRT has this"),
         ({"target": "cpu", "shapes": "1x8x8", "batch": 1}, "--shapes says how many samples"),
         ({"target": "cpu", "shapes": "8"}, "--shapes '8'"),
-        ({"target": "cpu", "transform": "smooth"}, "pass --simulate to study it"),
-        ({"simulate": True, "transform": "smooth"}, "which ends before the export"),
+        ({"simulate": True, "transform": "smooth"}, "which ends before the export, or leave out --simulate"),
         ({"target": "cpu", "memory_limit": "much"}, "much"),
         ({"target": "cpu", "budget_speed": "1ms"}, "--gpu"),
         ({"target": "cpu", "exclude": "nothing"}, "--exclude 'nothing'"),
@@ -96,8 +95,9 @@ def test_what_does_not_go_together_is_refused(choices: dict[str, object], messag
         resolve(**choices)
 
 
-def test_a_transform_is_searched_with() -> None:
+def test_a_transform_is_searched_with_and_built_with() -> None:
     assert resolve("search", simulate=True, transform="smooth").transform == "smooth"
+    assert resolve(target="cpu", transform="balance-low-rank").transform == "balance-low-rank"
 
 
 def test_a_policy_file_must_be_there(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from adatsq_trt.calibration.trajectory import Samples
 from adatsq_trt.models.capture import captured
-from adatsq_trt.models.transforms import LayerTransform
+from adatsq_trt.transforms import LayerTransform
 
 # Keeps channels that are always zero finite.
 SMALLEST = 1e-5
