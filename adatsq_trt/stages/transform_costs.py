@@ -36,7 +36,7 @@ def transform_costs(context: Context, shapes: Sequence[LayerShape], model: TimeM
     transform, form = TRANSFORMS[name], graph_form(context)
     linears, one = context.adapter.quantizable_layers(), context.calibration.part(slice(0, 1))
     with captured(linears) as capture:
-        one.step(one.noise().to(context.adapter.device), 0)
+        one.velocity(one.noise().to(context.adapter.device), 0)
     by_name = {shape.name: shape for shape in shapes}
     inputs = [by_name[names[0]] for names in sharing_layers(linears, capture.inputs)]
     blocks = {_block(form, shape) for shape in inputs} if transform.rotates else set()
