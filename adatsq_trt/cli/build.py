@@ -136,9 +136,25 @@ def _print_bundle(bundle: Any, console: Any) -> None:
     report = size_report(bundle.files)
     if report is not None:
         console.print(size_table(report))
-    if bundle.manifest.layout == PLUGIN_LAYOUT:
+    _compile_kernels(bundle.files, console)
+    if bundle.manifest.layout == PLUGIN_LAYOUT and not bundle.manifest.plans:
         commands = (bundle.path / COMMANDS_NAME).read_text(encoding="utf-8")
         console.print(commands, highlight=False, markup=False, soft_wrap=True)
+
+
+def _compile_kernels(files: Any, console: Any) -> None:
+    """Where the plans run here, what TensorRT-RTX compiles at their first use is compiled now."""
+    from adatsq_trt.engines.backends.rtx_steps import compile_kernels
+    from adatsq_trt.engines.backends.selection import choose
+    from adatsq_trt.errors import AdatsqError
+
+    if choose(files.manifest).name != "rtx":
+        return
+    try:
+        told = compile_kernels(files).sentence
+    except (AdatsqError, RuntimeError) as error:  # PyTorch's and CUDA's are RuntimeErrors
+        told = f"the plans do not run on this machine's GPU: {error}; 'adatsq-trt doctor --gpu --bundle' says more"
+    console.print(told, highlight=False, markup=False, soft_wrap=True)
 
 
 engine = _command("engine", "bundle", _ALL)

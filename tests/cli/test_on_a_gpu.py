@@ -5,13 +5,16 @@ import shutil
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from io import StringIO
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from adatsq_trt.cli.build import _compile_kernels
 from adatsq_trt.engines import benchmark, runtime
 from adatsq_trt.engines.backends import tensorrt
 from adatsq_trt.engines.backends.base import BatchRange
@@ -154,6 +157,31 @@ def test_benchmark_writes_the_times_of_whole_layers(
     time_model(str(file))[0].require([FORMATS[name] for name in ("w8a8", "w4a8", "int4wo", "w8a16", "fp8", "bf16")])
     both = (runs["plugin"], runs["embedded"])
     assert "got 2 bundles, expected one" in cli("benchmark", "bundle", *both, "--layer-times", file).refusal
+
+
+def test_doctor_and_build_tell_what_was_compiled(
+    runs: dict[Layout, Path], cli: CommandLine, library: Library, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(benchmark, "build_comparison_plans", lambda *_: {})
+    for layout in ("shared", "embedded"):  # what other tests left
+        shutil.rmtree(runs[layout] / "runtime-cache", ignore_errors=True)
+    ended = cli("doctor", "--gpu", "--bundle", runs["shared"], "--output", tmp_path / "gpu.json")
+    assert ended.code == 0, ended.err
+    trials = json.loads((tmp_path / "gpu.json").read_text())["trials"]
+    kept = runs["shared"] / "runtime-cache"
+    assert [trial["result"]["known_kernels"] for trial in trials[:2]] == [False, True]
+    assert {Path(trial["result"]["kernels"]).parent for trial in trials[:2]} == {kept}
+    assert "compile_seconds" in ended.out
+    assert str(kept) in ended.out
+
+    files, console, calls = BundleFiles.open(runs["embedded"]), StringIO(), len(library.log.runs)
+    _compile_kernels(files, Console(file=console, width=500))
+    assert "to start without kernels of an earlier run; they are kept in" in console.getvalue()
+    assert len(library.log.runs) == calls + len(files.policy.assignments)
+    assert len(list((runs["embedded"] / "runtime-cache").iterdir())) == 1
+    library.refuse.add("execute_async_v3")
+    _compile_kernels(files, Console(file=console, width=500))
+    assert "the plans do not run on this machine's GPU: TensorRT-RTX" in console.getvalue()
 
 
 class TensorDouble:

@@ -227,6 +227,7 @@ class Library:
         self.book, self.device, self.log = book, device, Log()
         self.refuse: set[str] = set()  # names of methods that fail as the library does
         self.loaded: str | None = None  # the plugin's library
+        self.streamable_bytes = 0  # of the weights of every engine
 
     def __getattr__(self, name: str) -> Any:
         return getattr(real, name)
@@ -311,10 +312,10 @@ class IRuntimeConfig:
 
 
 class ICudaEngine:
-    streamable_weights_size = 0
-
     def __init__(self, library: Library, recipe: Recipe) -> None:
         self.library, self.recipe = library, recipe
+        self.streamable_weights_size = library.streamable_bytes
+        self.weight_streaming_budget_v2 = 0
         self._names = [*recipe.inputs, recipe.output[0]]
         self.contexts = 0
 
@@ -328,7 +329,14 @@ class ICudaEngine:
 
     @property
     def device_memory_size_v2(self) -> int:
-        return MEMORY
+        """Streamed weights go through memory of their own, which depends on the budget."""
+        if not self.streamable_weights_size:
+            return MEMORY
+        assert self.weight_streaming_budget_v2, "asked for memory before there is a budget for streamed weights"
+        return 2 * MEMORY
+
+    def get_weight_streaming_automatic_budget(self) -> int:
+        return self.streamable_weights_size // 2
 
     def port(self, name: str) -> Port:
         own, port = self.recipe.output
@@ -388,6 +396,8 @@ class IExecutionContext:
 
     @checked("IExecutionContext")
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        if "set_optimization_profile_async" in self.engine.library.refuse:
+            return False
         if not 0 <= index < self.engine.num_optimization_profiles:
             return False
         self.active_optimization_profile = index
@@ -396,6 +406,8 @@ class IExecutionContext:
 
     @checked("IExecutionContext")
     def set_input_shape(self, name: str, shape: Any) -> bool:
+        if "set_input_shape" in self.engine.library.refuse:
+            return False
         if name not in self.engine.recipe.inputs or self.active_optimization_profile < 0:
             return False
         declared, shape = self.engine.port(name).shape, tuple(shape)
@@ -412,6 +424,8 @@ class IExecutionContext:
 
     @checked("IExecutionContext")
     def set_tensor_address(self, name: str, address: int) -> bool:
+        if "set_tensor_address" in self.engine.library.refuse:
+            return False
         if name not in self.engine.recipe.inputs and name != self.engine.recipe.output[0]:
             return False
         self._addresses[name] = int(address)

@@ -46,7 +46,8 @@ def make_bundled(
         variants: of the graphs; plans are made of "target".
     """
     make, kind, frames, _ = KINDS[name]
-    pipe = make()
+    # Six heads make all layers of Z-Image as wide as the plugin's kernels need.
+    pipe = make_z_image_pipeline(heads=6) if (name, layout) == ("z-image", "plugin") else make()
     pipe.set_progress_bar_config(disable=True)
     pipe.text_encoder.eval()
     encoder = TextEncoder(WORDS, PROMPTS, LENGTH, T5_WIDTH)

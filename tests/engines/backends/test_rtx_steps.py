@@ -8,8 +8,8 @@ import torch
 from onnx import TensorProto
 
 from adatsq_trt.engines.backends.plan_controls import load_store
-from adatsq_trt.engines.backends.rtx_steps import plans_here, runnable_plans
-from adatsq_trt.engines.bundle import BundleFiles, Manifest, PlanFile
+from adatsq_trt.engines.backends.rtx_steps import cache_file, plans_here, runnable_plans
+from adatsq_trt.engines.bundle import BundleFiles, Manifest, PlanFile, write_manifest
 from adatsq_trt.engines.plan_weights import Weight, write_store
 from adatsq_trt.engines.runtime import Bundle
 from adatsq_trt.errors import DamagedFileError, DependencyError, MismatchError, UserError
@@ -89,3 +89,21 @@ def test_a_store_that_is_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "store").write_bytes(content)
     with pytest.raises(DamagedFileError, match="not a complete safetensors"):
         load_store(tmp_path / "store", Host())
+
+
+def test_compiled_kernels_of_bundle_driver_and_card_have_a_place_of_their_own(
+    tiny_bundle: BundleFiles, own_bundle: BundleFiles, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cards = ("one card, driver 580.1", "one card, driver 580.2", "another card, driver 580.1")
+    files = {cache_file(own_bundle, card) for card in cards}
+    assert len(files) == 3
+    assert {file.parent for file in files} == {own_bundle.folder.parent / "runtime-cache"}
+    first, *_ = (cache_file(own_bundle, card).name for card in cards)
+    write_manifest(own_bundle.folder, own_bundle.manifest.model_copy(update={"model": "another"}))
+    assert cache_file(own_bundle, cards[0]).name != first
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert cache_file(tiny_bundle, cards[0]).parent == tmp_path / "cache" / "adatsq-trt" / "runtime-cache"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_file(tiny_bundle, cards[0]).parent == Path.home() / ".cache" / "adatsq-trt" / "runtime-cache"

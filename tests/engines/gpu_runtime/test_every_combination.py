@@ -1,6 +1,8 @@
 """Every layout in every backend, from Bundle.denoise and from three pipelines: a processor's numbers, bit for bit."""
 
+import shutil
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,17 +27,22 @@ from tests.tiny_checkpoints import HEIGHT, WIDTH
 from tests.tiny_pipeline import PATCHES, make_adapter, make_flux_bundle
 
 VARIANTS, SEEDS, PROMPTS = ("target", "cpu"), [1, 2], [0, 1]
-COMBINATIONS: list[tuple[Layout, BackendName]] = [
-    ("embedded", "rtx"),
-    ("shared", "rtx"),
-    ("switch", "rtx"),
-    ("embedded", "tensorrt"),
-    ("shared", "tensorrt"),
-    ("switch", "tensorrt"),
-    ("plugin", "tensorrt"),
-    ("embedded", "cuda"),
-    ("plugin", "cuda"),
-]
+LAYOUTS: dict[BackendName, tuple[Layout, ...]] = {
+    "rtx": ("embedded", "shared", "switch"),
+    "tensorrt": ("embedded", "shared", "switch", "plugin"),
+    "cuda": ("embedded", "plugin"),  # the others have the graphs of "embedded"
+}
+PIPELINES = ("flux", "z-image", "wan")
+# Every layout, backend and pipeline, each at least once; their product is slow.
+FEW = {
+    ("flux", "embedded", "rtx"),
+    ("flux", "plugin", "tensorrt"),
+    ("flux", "plugin", "cuda"),
+    ("z-image", "switch", "rtx"),
+    ("z-image", "embedded", "cuda"),
+    ("wan", "shared", "tensorrt"),
+}
+ALL = [(name, layout, backend) for name in PIPELINES for backend, layouts in LAYOUTS.items() for layout in layouts]
 Made = tuple[DiffusionPipeline, BundleFiles]
 
 
@@ -53,28 +60,36 @@ class OnProcessor(Bundle):
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory, book: PlanBook) -> Callable[[str, Layout, BackendName], Made]:
-    """A pipeline, and its transformer's bundle with plans of a layout and a library; made once."""
-    known: dict[tuple[str, ...], Made] = {}
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Layout], Made]:
+    """A pipeline, and its transformer's bundle without plans; made once."""
+    known: dict[tuple[str, str], Made] = {}
 
-    def make(name: str, layout: Layout, backend: BackendName) -> Made:
-        library = "tensorrt" if layout == "plugin" else "rtx" if backend == "cuda" else backend
-        key = (name, layout, library)
-        if key not in known:
-            folder = tmp_path_factory.mktemp("-".join(key)) / "run" / "bundle"
-            graphs: Layout = "plugin" if layout == "plugin" else "embedded"
+    def export(name: str, layout: Layout) -> Made:
+        if (name, layout) not in known:
+            folder = tmp_path_factory.mktemp(f"{name}-{layout}") / "bundle"
             if name == "flux":
-                files = make_flux_bundle(folder, VARIANTS, graphs)
+                files = make_flux_bundle(folder, VARIANTS, layout)
                 pipe = FluxPipeline(None, None, None, None, None, None, make_adapter().transformer)
             else:
-                pipe, files = make_bundled(name, folder, VARIANTS, graphs)
+                pipe, files = make_bundled(name, folder, VARIANTS, layout)
                 pipe.text_encoder = pipe.vae = None  # the pipeline would look for its device there
             pipe.set_progress_bar_config(disable=True)
-            known[key] = (
-                pipe,
-                BundleFiles.open(add_plans(files, book, layout, backend=library, compiler=CompilerDouble())),
-            )
-        return known[key]
+            known[name, layout] = pipe, files
+        return known[name, layout]
+
+    return export
+
+
+@pytest.fixture
+def made(exported: Callable[[str, Layout], Made], book: PlanBook, tmp_path: Path) -> Callable[..., Made]:
+    """The same with plans of a layout and a library."""
+
+    def make(name: str, layout: Layout, backend: BackendName) -> Made:
+        pipe, files = exported(name, "plugin" if layout == "plugin" else "embedded")
+        copy = BundleFiles.open(shutil.copytree(files.folder, tmp_path / "run" / "bundle"))
+        library = "tensorrt" if layout == "plugin" else "rtx" if backend == "cuda" else backend
+        add_plans(copy, book, layout, backend=library, compiler=CompilerDouble())
+        return pipe, BundleFiles.open(copy.folder)
 
     return make
 
@@ -146,13 +161,15 @@ def _sized() -> dict[str, Any]:
     return {"height": HEIGHT, "width": WIDTH, "max_sequence_length": LENGTH}
 
 
-@pytest.mark.parametrize("name", ["flux", "z-image", "wan"])
-@pytest.mark.parametrize(("layout", "backend"), COMBINATIONS)
+@pytest.mark.parametrize(
+    ("name", "layout", "backend"),
+    [pytest.param(*one, marks=() if one in FEW else pytest.mark.slow) for one in ALL],
+)
 def test_a_processors_numbers(
     name: str,
     layout: Layout,
     backend: BackendName,
-    made: Callable[[str, Layout, BackendName], Made],
+    made: Callable[..., Made],
     gpu: HostDevice,
     library: Library,
 ) -> None:

@@ -55,6 +55,14 @@ def test_a_second_bundle_finds_the_library_loaded(folder: Path, library: Library
         np.testing.assert_array_equal(loop(first), loop(second))
 
 
+def test_streamed_weights_have_their_budget_before_memory_is_asked_for(folder: Path, library: Library) -> None:
+    with Bundle.open(folder) as bundle:
+        expected = loop(bundle)
+    library.streamable_bytes = 1 << 20
+    with Bundle.open(folder) as bundle:
+        np.testing.assert_array_equal(loop(bundle), expected)
+
+
 def test_a_library_that_does_not_load_is_told(folder: Path, library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.doubles.tensorrt_on_onnxruntime.PLUGIN_LIBRARY", b"another")
     with (
