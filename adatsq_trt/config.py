@@ -299,6 +299,9 @@ class BuildConfig:
         CHECKPOINT,
         "none",
     )
+    negative_prompt: str = _choice(
+        "", "What guidance leads away from, for all prompts.", CHECKPOINT, "the empty prompt", metavar="TEXT"
+    )
     height: int | None = _choice(
         None, "Of the picture, in pixels.", CHECKPOINT, "the model's", least=1, most=MOST_PIXELS
     )

@@ -34,9 +34,10 @@ class PipelineSettings(BaseModel):
         height: in pixels; None until the pipeline's default is known.
         width: in pixels; None likewise.
         frames: of a video; None likewise, and for pictures.
-        guided: guidance takes a second branch, with the empty prompt.
+        guided: guidance takes a second branch.
         prompts: texts that calibration draws and that the bundle can be asked for.
         encodings: absolute path of the file that has them encoded already; None where the text encoders do it.
+        negative_prompt: of the second branch of guidance.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -50,6 +51,7 @@ class PipelineSettings(BaseModel):
     guided: bool = True
     prompts: tuple[str, ...]
     encodings: str | None = None
+    negative_prompt: str = ""
 
 
 class Settings(BaseModel):
