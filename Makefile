@@ -33,12 +33,14 @@ demo: $(INSTALLED)
 	$(BIN)/adatsq-trt check $(DEMO)
 	$(BIN)/adatsq-trt generate $(DEMO)
 
+# Each process begins with one half of the tests, so that what a module builds for its tests is built once.
+TWO_PROCESSES := -n 2 --dist worksteal
 test: $(DEVELOPED)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest $(TWO_PROCESSES)
 
 # `check` on every pipeline in every type for every kind of bundle, of which `make test` has a part; ten minutes.
 test-matrix: $(DEVELOPED)
-	$(BIN)/python -m pytest -n 2 -m 'matrix or not matrix' tests/cli/test_check_pipelines.py
+	$(BIN)/python -m pytest $(TWO_PROCESSES) -m 'matrix or not matrix' tests/cli/test_check_pipelines.py
 
 lint: $(DEVELOPED)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""What this machine has and what works of it: libraries, compilers, a GPU, room on the disk."""
+"""Libraries, compilers, GPU and disk of this machine: whether they are there and work, and how to get them."""
 
 from __future__ import annotations
 

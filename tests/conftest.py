@@ -65,9 +65,12 @@ def small_zoo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def small_zoo(small_zoo_folder: Path) -> Iterator[None]:
-    """Models are found there."""
+    """Models are found there, and traced once."""
+    from tests.traces import trace_once
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("adatsq_trt.zoo.ZOO_FOLDER", small_zoo_folder)
+        patch.setattr("adatsq_trt.stages.export.trace", trace_once)
         yield
 
 

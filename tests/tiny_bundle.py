@@ -20,13 +20,14 @@ from adatsq_trt.engines.bundle import (
     ShapeRecord,
     write_manifest,
 )
-from adatsq_trt.export import export_graphs, export_plugin_graphs, trace
+from adatsq_trt.export import export_graphs, export_plugin_graphs
 from adatsq_trt.files import write_tensors
 from adatsq_trt.formats import FORMATS
 from adatsq_trt.image import PixelScale
 from adatsq_trt.models.adapter import AnySize, Conditioning, ModelAdapter
 from adatsq_trt.policy import Policy
 from adatsq_trt.quantizers import quantize_nearest
+from tests.traces import trace_once
 
 STEPS, GUIDANCE = 4, 2.0
 
@@ -64,9 +65,9 @@ def write_bundle(
     }
     common = (inputs, "velocity", torch.bfloat16, adapter.float32_inputs)
     if any_size is None:
-        traced = trace(adapter.trace_module(), *common)
+        traced = trace_once(adapter.trace_module(), *common)
     else:
-        traced = trace(any_size.module, *common, any_size.positions, any_size.axes)
+        traced = trace_once(any_size.module, *common, any_size.positions, any_size.axes)
         write_positions(folder, (adapter, *others))
     graphs, blocks = folder / GRAPH_FOLDER, adapter.blocks()
     if layout == "plugin":
