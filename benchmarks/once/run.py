@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict
 
 import adatsq_trt
 from adatsq_trt import zoo
+from adatsq_trt.calibration.prompt_shares import Use, shared_prompts
 from adatsq_trt.files import read_json_model, write_json_model
 from adatsq_trt.intervals import Floats, Interval, limits, paired_ratio
 from adatsq_trt.search.plan import Rows
@@ -150,9 +151,10 @@ def _static(result: SearchResult) -> Point:
 
 def _errors(context: Context, points: list[Point], samples: int, folder: Path) -> list[Floats]:
     """Latent MSE of each policy on fresh pictures, float64 [samples] each."""
-    index, classes = {fmt.name: i for i, fmt in enumerate(context.formats)}, len(context.adapter.prompts)
+    index = {fmt.name: i for i, fmt in enumerate(context.formats)}
+    prompts = shared_prompts(len(context.adapter.prompts), Use.SCORING)
     policies: list[Rows] = [tuple(tuple(index[name] for name in row) for row in point.formats) for point in points]
-    fresh = context.evaluation([i % classes for i in range(samples)])
+    fresh = context.evaluation([prompts[i % len(prompts)] for i in range(samples)])
     with context.simulated(quantize.load(context)).installed() as model:
         simulation = Simulation(model, context.formats, context.schedule, context.settings.guidance, context.executor)
         parts = [fresh.part(slice(start, start + PART)) for start in range(0, samples, PART)]
