@@ -106,7 +106,7 @@ def test_graphs_hold_every_number_of_a_transform(name: str, dtype: torch.dtype) 
             published = make_transforms(name, [random_group(5)])[LAYERS[0]].input_map.divisor
             assert published is not None
             ratio = given.divisor / published
-            near = published.log2().abs() < 14  # beyond, float16 has no reciprocals
+            near = published.log2().abs() < 8  # divisors go no further, so that float16 holds what they scale
             assert float(ratio[near].log2().abs().max()) <= 0.5 + 1e-5
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from adatsq_trt.formats import NVFP4_BLOCK, Element, Format
 
 BLOCKS = (128, 64, 16)  # that rotations turn, the largest first
-_LARGEST_EXPONENT = 14  # of divisors: float16 holds them and their reciprocals
+_LARGEST_EXPONENT = 8  # of divisors: what they scale stays well within float16
 
 
 @dataclass(frozen=True)
