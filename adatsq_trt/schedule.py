@@ -51,7 +51,7 @@ class Schedule:
 
     @property
     def pipeline_steps(self) -> int:
-        """What a pipeline calls the number of its steps, `num_inference_steps`: Heun's method has two calls in each."""
+        """The pipeline's `num_inference_steps`: Heun's method has two calls of the model in each of them."""
         calls = calls_per_step(self.scheduler_config.get("_class_name"))
         return (self.steps + calls - 1) // calls
 
@@ -62,7 +62,7 @@ class Schedule:
 
     @property
     def solver(self) -> Solver:
-        """What the steps compute."""
+        """The arithmetic of the steps."""
         return Solver(self.updates, self.sigmas)
 
     def scheduler(self) -> SchedulerMixin:

@@ -86,7 +86,7 @@ def guide(prediction: Latent, samples: int, guidance: float) -> Latent:
 
 @dataclass(frozen=True)
 class State(Generic[Latent]):
-    """What a loop carries from one step to the next; or, as an adjoint, the gradient of a loss for each of these.
+    """Tensors that a loop carries from step to step; or, as an adjoint, the gradient of a loss for each of them.
 
     Attributes:
         latent: x[t], float32 [samples, ...].
@@ -110,7 +110,7 @@ class State(Generic[Latent]):
 
     @staticmethod
     def from_named(tensors: Mapping[str, Latent], name: str) -> State[Latent]:
-        """What `named` wrote."""
+        """Read the tensors that `named` wrote."""
         count = sum(key.startswith(f"{name}.") for key in tensors)
         return State(tensors[name], tuple(tensors[f"{name}.{back}"] for back in range(1, count + 1)))
 
@@ -144,7 +144,7 @@ class Solver:
         return max((len(update.clean) for update in self.updates), default=0)
 
     def own_part(self, latent: Latent, velocity: Latent, step: int) -> State[Latent]:
-        """What this step alone gives to the next state: the latent without earlier ones, and d[t] where it is carried.
+        """Part of the next state that this step alone gives: the latent without earlier ones, and d[t] where it is carried.
 
         Args:
             latent: x[t], float32 [samples, ...].

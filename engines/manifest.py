@@ -116,7 +116,7 @@ class ScheduleRecord(_Record):
         )
 
     def read(self) -> Schedule:
-        """What it is a record of."""
+        """Make the schedule that this records."""
         updates = tuple(Update(own.latent, own.velocity, own.clean) for own in self.updates)
         return Schedule(self.sigmas, self.timesteps, dict(self.scheduler_config), updates)
 

@@ -121,7 +121,7 @@ def _through_blocks(samples: Samples, latent: Tensor, adjoint: State[Tensor], st
 
 
 def _pairs(following: State[Tensor], adjoint: State[Tensor], number: int) -> tuple[list[Tensor], list[Tensor]]:
-    """What a step makes that the loss depends on, and a projection's gradients for these."""
+    """The tensors that a step makes and the loss depends on, and a projection's gradients with respect to them."""
     gradients = [rows[number] for rows in (adjoint.latent, *adjoint.clean[:1])]
     return [following.latent, *following.clean][: len(gradients)], gradients
 

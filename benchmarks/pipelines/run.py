@@ -170,7 +170,7 @@ def _samples(case: Case, folder: Path, scheduler: str) -> Samples:
 
 
 def _pipelines_latents(case: Case, pipe: DiffusionPipeline, samples: Samples) -> Tensor:
-    """What the pipeline itself ends with."""
+    """Latents that the pipeline itself ends with."""
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
