@@ -144,7 +144,7 @@ class Solver:
         return max((len(update.clean) for update in self.updates), default=0)
 
     def own_part(self, latent: Latent, velocity: Latent, step: int) -> State[Latent]:
-        """Part of the next state that this step alone gives: the latent without earlier ones, and d[t] where it is carried.
+        """This step's own part of the next state: the latent without earlier ones, and d[t] where it is carried.
 
         Args:
             latent: x[t], float32 [samples, ...].
