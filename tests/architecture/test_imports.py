@@ -67,7 +67,12 @@ INSIDE = {
     "engines": {"models"},  # graphs of a model without a search
     "hessian": {"calibration", "models", "stages"},
     "nested": {"calibration", "models", "stages"},
-    "once": {"calibration", "search", "stages"},  # errors of single samples, for other prompts than a run keeps
+    "once": {
+        "calibration",
+        "models",
+        "search",
+        "stages",
+    },  # errors of single samples, for other prompts than a run keeps
     "pipelines": {"calibration", "checkpoints", "search"},
     "quality": {"evaluation", "search", "stages"},
     "scaling": {"calibration", "execution", "search", "stages"},
