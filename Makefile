@@ -45,6 +45,7 @@ lint: $(DEVELOPED)
 	$(BIN)/ruff format --check .
 	BIN=$(BIN) scripts/typecheck
 	BIN=$(BIN) scripts/check-cpp-format
+	$(BIN)/python scripts/check-prose
 
 format: $(DEVELOPED)
 	$(BIN)/ruff check --fix .
@@ -55,15 +56,17 @@ docs: $(DEVELOPED)
 	scripts/link-package build/package
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
-# The figures of docs/how-it-works.md, from the demo.
+# README's picture and tables, and the figures of docs/how-it-works.md, from the demo.
 docs-figures: demo
+	$(BIN)/python -m scripts.readme_figures
+	$(BIN)/python -m benchmarks.size.expected --document README.md
 	$(BIN)/adatsq-trt report $(DEMO)
 	cp $(DEMO)/report/{policy,sensitivity,pareto,steps}.svg docs/figures/
 
-# Four builds and their comparison; results.json and the table in README.md. Reuses runs/bench-*.
+# Four builds and their comparison; results.json and the table in docs/quality.md. Reuses runs/bench-*.
 .PHONY: bench-digits
 bench-digits: $(INSTALLED)
-	$(BIN)/python -m benchmarks.digits_flux.run --readme README.md
+	$(BIN)/python -m benchmarks.digits_flux.run --document docs/quality.md
 
 # The forms of --hessian on four models by paired seeds: results.json and the tables in docs/how-it-works.md. Hours of one
 # core; what is measured stays in runs/bench-hessian, so a killed one goes on there.
@@ -106,11 +109,11 @@ bench-size: $(INSTALLED)
 	$(BIN)/python -m benchmarks.size.compiler --document benchmarks/README.md
 
 # Methods of quantization side by side on the models that draw scenes: results.json, comparisons.json, figures and the
-# tables in docs/quality.md and README.md. Hours; cells that are there are reused. BENCH=quick: few samples, models of four steps.
+# tables in docs/quality.md. Hours; cells that are there are reused. BENCH=quick: few samples, models of four steps.
 .PHONY: bench-quality
 bench-quality: $(INSTALLED)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m benchmarks.quality.run \
-	  $(if $(filter quick,$(BENCH)),--quick,--document docs/quality.md --readme README.md)
+	  $(if $(filter quick,$(BENCH)),--quick,--document docs/quality.md)
 
 # Units of work in this process and with one and two Ray workers: results.json and the tables in docs/scaling.md.
 .PHONY: bench-scaling

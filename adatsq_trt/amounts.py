@@ -32,11 +32,11 @@ def parse_bytes(size: float | str, option: str) -> float:
     """A number of bytes: 800000, "800kB", "6.5 GB"; a kB is 1,000 bytes.
 
     Args:
-        size: what the user wrote.
-        option: where.
+        size: the user's number or text.
+        option: name of the option, for messages.
 
     Raises:
-        UserError: it is none.
+        UserError: not a number of bytes.
     """
     if not isinstance(size, str):
         if isinstance(size, bool) or not math.isfinite(size) or size < 0:

@@ -67,7 +67,7 @@ class Job:
             on_settings: is called when the run directory is held, before anything is computed.
 
         Returns:
-            What the verb of the last stage returns.
+            Result of the verb of the last stage.
 
         Raises:
             CancelledError: the event is set.
@@ -204,7 +204,7 @@ def load(path: Path | str, backend: BackendName = "auto") -> Bundle:
 
     Args:
         path: of the bundle.
-        backend: what runs it, as of `adatsq_trt.engines.runtime.Bundle.open`; "auto" for the best that is here.
+        backend: name of the backend, as for `adatsq_trt.engines.runtime.Bundle.open`; "auto" for the best one here.
 
     Raises:
         MissingFileError: there is no bundle, or one of its files is gone.
@@ -239,7 +239,7 @@ def check(
         cancel: ends the work once it is set.
 
     Returns:
-        What was found; `passed` says whether all is well.
+        The comparisons; `passed` says whether all is well.
 
     Raises:
         UserError: there is no bundle, or it is damaged.
@@ -301,7 +301,7 @@ def _result(last: str, build: Build, folder: Path, temporary: TemporaryDirectory
 
 
 def _figures(build: Build, last: str) -> Mapping[str, StageFigures]:
-    """What each stage took."""
+    """Read the seconds and peak memory of each stage."""
     from adatsq_trt.report.summary import StageFigures
     from adatsq_trt.stages.graph import stages_of
 

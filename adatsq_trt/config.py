@@ -43,12 +43,12 @@ RENAMED = {
 
 @dataclass(frozen=True)
 class Choice:
-    """What there is to know of a field of `BuildConfig` beside its type and its default.
+    """Description of a field of `BuildConfig`, beside its type and its default.
 
     Attributes:
         help: one sentence.
         group: of options that belong together; None for those that most users look at first.
-        shown: what stands for a default that is None.
+        shown: text for a default that is None.
         least: of a number.
         most: of a number.
         metavar: how a value is written, where its type does not say it.
@@ -70,7 +70,7 @@ def _choice(default: Any, help: str, group: str | None = None, shown: str | None
 
 @dataclass(frozen=True, kw_only=True)
 class BuildConfig:
-    """What a build is to be; None stands for a default that depends on other choices or on the model.
+    """Choices of a build; None stands for a default that depends on other choices or on the model.
 
     The first of the types of a field is what the command line reads.
 
@@ -81,7 +81,9 @@ class BuildConfig:
     """
 
     target: str | Sequence[str] = _choice(
-        (), "What to build for: sm80, sm86, sm89, sm90 (layout plugin), sm120 or cpu; may be repeated.", shown="none"
+        (),
+        "What to build for: sm80, sm86, sm89, sm90 (layout plugin), sm120 or cpu; may be repeated.",
+        shown="the GPU of this machine; sm120 without one",
     )
     formats: str | None = _choice(
         None,
@@ -343,12 +345,12 @@ class BuildConfig:
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """What to build for, without repetitions."""
+        """Targets to build for, without repetitions."""
         return tuple(dict.fromkeys(_several(self.target)))
 
     @property
     def loras(self) -> tuple[str, ...]:
-        """What is fused into the transformer."""
+        """LoRAs that are fused into the transformer."""
         return tuple(_several(self.lora))
 
     @property
@@ -401,7 +403,7 @@ def choices() -> list[tuple[Field[Any], Any]]:
 
 
 def choice_of(one: Field[Any]) -> Choice:
-    """What there is to know of a field."""
+    """Return the description of a field."""
     choice: Choice = one.metadata["choice"]
     return choice
 
@@ -411,7 +413,7 @@ def _several(value: str | Sequence[str]) -> Sequence[str]:
 
 
 def option_name(name: str) -> str:
-    """What the command line calls a field."""
+    """Name a field as the command line does."""
     return f"--{name.replace('_', '-')}"
 
 

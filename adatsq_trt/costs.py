@@ -1,4 +1,4 @@
-"""What a policy costs whoever runs it, and what it may cost."""
+"""Costs of a policy for whoever runs it, and limits on them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Costs(BaseModel):
 
 
 class Limits(BaseModel):
-    """What a policy may cost at most; None for any.
+    """Upper limits on a policy's costs; None for no limit.
 
     Attributes:
         bits: mean of (weight bits + activation bits) / 2 over (step, layer).

@@ -1,4 +1,4 @@
-"""What can go wrong, as exceptions that the command line turns into one sentence.
+"""Errors, as exceptions that the command line turns into one sentence.
 
     AdatsqError                 exit code 1: a failure that is not the user's doing
     ├── CancelledError          the caller ended the work
@@ -77,6 +77,6 @@ class DependencyError(UserError):
 
 
 def one_line(error: Exception, limit: int = 300) -> str:
-    """What a library's exception says, without line breaks and not too long; its type where it says nothing."""
+    """Put the message of a library's exception on one line, not too long; its type where it has no message."""
     text = " ".join(str(error).split())
     return (text if len(text) <= limit else f"{text[:limit]} ...") or type(error).__name__

@@ -75,7 +75,7 @@ def read_json_model(path: Path, kind: type[ModelT], advice: str | None = None) -
     Args:
         path: of the file.
         kind: the model's class.
-        advice: what messages tell the user to do with a bad file; None for a file that a stage writes.
+        advice: next step for the user, in messages about a bad file; None for a file that a stage writes.
 
     Raises:
         MissingFileError: no such file.
@@ -106,10 +106,10 @@ def parse_json_model(text: str, source: str, kind: type[ModelT], advice: str | N
     """Read a pydantic model from text.
 
     Args:
-        text: what a file holds.
-        source: what messages call it.
+        text: content of a file.
+        source: the file, as messages name it.
         kind: the model's class.
-        advice: what messages tell the user to do with a bad file; None for a file that a stage writes.
+        advice: next step for the user, in messages about a bad file; None for a file that a stage writes.
 
     Raises:
         DamagedFileError: not JSON, truncated, of another schema version, with wrong fields or a number without end.
@@ -182,7 +182,7 @@ def read_tensors(path: Path, advice: str | None = None) -> dict[str, Tensor]:
 
     Args:
         path: of the file.
-        advice: what messages tell the user to do with a bad file; None for a file that a stage writes.
+        advice: next step for the user, in messages about a bad file; None for a file that a stage writes.
 
     Raises:
         MissingFileError: no such file.
@@ -209,7 +209,7 @@ class MappedTensors(Mapping[str, "Tensor"]):
 
         Args:
             files: no name is in two of them.
-            advice: what messages tell the user to do with a bad file; None for a file that a stage writes.
+            advice: next step for the user, in messages about a bad file; None for a file that a stage writes.
             prefix: of the tensors that are wanted, whose names here are without it.
 
         Raises:

@@ -93,10 +93,10 @@ class Format:
     """One row of the table of formats.
 
     Attributes:
-        name: what policies and the command line call it.
+        name: as in policies and on the command line.
         weight: grid of the weights.
         activation: grid of the layer's input.
-        weight_bits: nominal bits, without scales: what `mean_bits` counts.
+        weight_bits: nominal bits, without scales, as `mean_bits` counts them.
         activation_bits: nominal bits of the activation.
     """
 
@@ -219,7 +219,7 @@ class Target:
     """A kind of machine and the formats that its Q/DQ path accelerates.
 
     Attributes:
-        name: what the command line calls it.
+        name: as on the command line.
         formats: formats that Q/DQ graphs accelerate (TensorRT-RTX 1.7 for GPUs, ONNX Runtime for `cpu`).
         default_set: name of the set that `build engine` uses when none is asked for.
         compute_capability: SM number for GPUs, None for the CPU.
@@ -325,14 +325,14 @@ def resolve_formats(names: str) -> tuple[Format, ...]:
 
 
 def default_formats(targets: Sequence[Target], layout: str = "embedded", backend: str = "rtx") -> str:
-    """The candidates where none are asked for: what all targets accelerate of a set.
+    """Choose the candidates where none are asked for: the formats of one set that all targets accelerate.
 
     The set is the oldest target's, unless another target's leaves more; in layout `plugin` it is that of the kernels.
 
     Args:
         targets: at least one.
         layout: of the plans.
-        backend: what compiles them.
+        backend: compiler of the plans.
 
     Returns:
         A set's name where all of it is accelerated, else a list.

@@ -1,4 +1,4 @@
-"""What an export folder holds: written by `export`, read by `engines`, so that neither imports the other."""
+"""Index of an export folder: written by `export`, read by `engines`, so that neither imports the other."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ class GraphFile(BaseModel):
 
     Attributes:
         path: file name, relative to the index.
-        variant: "target" is what TensorRT gets; "cpu" is the same assignment in portable operators and float32;
+        variant: "target" is the graph for TensorRT; "cpu" is the same assignment in portable operators and float32;
             "reference" is the unquantized model in portable operators and float32.
         assignment: index into the policy's assignments; None for the reference, and for a graph of all assignments.
         inputs: inputs with a row for each sample and guidance branch.
-        position_inputs: of a graph for several sizes: what tells one size from another, without rows.
+        position_inputs: of a graph for several sizes: inputs that tell one size from another, without rows.
         outputs: the one output.
         scale_inputs: for each layer with a static activation scale: module path → its scalar float32 input.
-        assignment_input: of a graph in which assignments take turns: the scalar that takes an assignment's index.
+        assignment_input: of a graph that switches between assignments: the scalar that takes an assignment's index.
         selector_input: of a graph of layout `plugin`: int32 [1, k], of any content, selects the k-th assignment.
         plain_path: of a target graph of layout `plugin`: the same without its local functions.
     """
@@ -97,7 +97,7 @@ class GraphIndex(BaseModel):
 
 
 class ConstantHashes(BaseModel):
-    """What the exporter put into its graphs, so that `check` can tell whether it is still there, bit for bit.
+    """Hashes of the constants that the exporter put into its graphs, by which `check` finds any bit that has changed.
 
     Attributes:
         variants: variant of the graph → `constant_key` → `constant_hash`.
@@ -110,7 +110,7 @@ class ConstantHashes(BaseModel):
 
 
 def constant_key(name: str, formats: Mapping[str, str]) -> str:
-    """What a constant is called among those of all graphs of a variant: "<name>@<format>" for one of a layer.
+    """Name a constant among those of all graphs of a variant: "<name>@<format>" for one of a layer.
 
     Args:
         name: in the graph: begins with the layer's module path, then "." or "/".

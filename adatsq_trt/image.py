@@ -1,4 +1,4 @@
-"""What a latent decodes to: patches of pixels, or of a VAE's own latent, put together to an image or a video."""
+"""Shape of a decoded latent: patches of pixels, or of a VAE's own latent, put together to an image or a video."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class ImageShape:
-    """What a latent decodes to.
+    """Shape of the image or video that a latent decodes to.
 
     Attributes:
         patches: from top to bottom.
@@ -19,7 +19,7 @@ class ImageShape:
         patch_size: height and width of a patch in pixels, or in cells of the VAE's latent.
         columns: patches from left to right; as many as from top to bottom unless given.
         frames: of a video, or of its latent; None for an image.
-        vae: what the patches make up is not the image but the latent that a VAE decodes.
+        vae: whether the patches make up not the image but the latent that a VAE decodes.
     """
 
     patches: int
@@ -64,7 +64,7 @@ class ImageShape:
 
 @dataclass(frozen=True)
 class PixelScale:
-    """What an `ImageShape` measures in pixels and in frames of the video.
+    """Scale of an `ImageShape`: pixels of a patch, and video frames of a latent's frame.
 
     Attributes:
         pixels: along a side of a patch.

@@ -24,7 +24,7 @@ GIVEN_POLICY_ADVICE = "check the file or search again"
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What averages and sizes need to know of a layer.
+    """Shape and tokens of a layer, for averages and sizes.
 
     Attributes:
         name: module path.
@@ -59,7 +59,7 @@ class Policy(BaseModel):
 
     Attributes:
         schema_version: of this file.
-        model: what the policy was searched for.
+        model: name of the model that the policy was searched for.
         weights_sha256: hash of the transformer's weights.
         steps: length of the denoising loop.
         layers: module paths, in the order of the assignments' entries.
@@ -206,7 +206,7 @@ class Policy(BaseModel):
 
         Args:
             path: of the file.
-            advice: what messages tell the user to do with a bad file; None for a file that a stage writes.
+            advice: next step for the user, in messages about a bad file; None for a file that a stage writes.
 
         Raises:
             MissingFileError: no such file.

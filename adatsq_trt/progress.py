@@ -16,7 +16,7 @@ class Progress:
     """How far a task is.
 
     Attributes:
-        task: what is being done.
+        task: its name.
         done: units of work that are finished.
         total: units of work in all; those that an earlier run has finished may never be counted.
         ended: whether this is the last that is told of the task.

@@ -101,7 +101,7 @@ def round_to_grid(scaled: Tensor, grid: Grid, *, in_place: bool = False) -> Tens
     """
     if grid.element is Element.INT:
         return (scaled.round_() if in_place else scaled.round()).clamp_(-grid.maximum, grid.maximum)
-    return round_e4m3(scaled) if grid.element is Element.E4M3 else round_e2m1(scaled)
+    return {Element.E4M3: round_e4m3, Element.E2M1: round_e2m1}[grid.element](scaled)
 
 
 # ---------------------------------------------------------------------------------------------------- weights

@@ -1,4 +1,4 @@
-"""What the verbs give back: objects over the files of a run directory, with the figures of `summary.json`."""
+"""Results of the verbs: objects over the files of a run directory, with the figures of `summary.json`."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class Run:
     """A run directory, up to some stage.
 
     Attributes:
-        folder: where its files are; a temporary one goes with the last object that knows it.
-        settings: what it was made with, defaults filled in.
+        folder: folder of its files; a temporary one goes with the last object that knows it.
+        settings: those of the run, defaults filled in.
         layers: module paths of the quantizable layers.
         figures: stage → seconds and peak memory.
     """
@@ -63,7 +63,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Calibration(Run):
-    """What was measured on full-precision trajectories."""
+    """Measurements on full-precision trajectories."""
 
     @cached_property
     def _statistics(self) -> dict[str, Tensor]:
@@ -106,7 +106,7 @@ class QuantizedWeights(Run):
         return self.settings.formats
 
     def weight(self, layer: str, format_name: str) -> Tensor:
-        """What a layer computes with in a format, float32 [N, K].
+        """Dequantize the weight that a layer has in a format: float32 [N, K].
 
         Raises:
             UnknownNameError: no such format.
@@ -166,7 +166,7 @@ class Bundle(runtime.Bundle):
     """A bundle that is ready to run, with the figures of the build where it lies in its run directory.
 
     Attributes:
-        files: what the bundle consists of.
+        files: the opened bundle's files and records.
         summary: the figures; None for a bundle alone.
     """
 
@@ -190,7 +190,7 @@ class Bundle(runtime.Bundle):
         return self.files.folder
 
     def transformer(self) -> AdatsqTransformer:
-        """What takes the transformer's place in an unmodified diffusers pipeline.
+        """Make the module that takes the transformer's place in an unmodified diffusers pipeline.
 
         Raises:
             MismatchError: a model that no supported pipeline has.

@@ -25,9 +25,9 @@ class Schedule:
 
     Attributes:
         sigmas: noise level at the start of each step and, last, at the end of the loop: `steps + 1` numbers, 1 to 0.
-        timesteps: what the scheduler calls the timestep of each step: `steps` numbers in (0, 1000].
+        timesteps: the scheduler's timestep at each step: `steps` numbers in (0, 1000].
         scheduler_config: of the diffusers scheduler that takes these very steps, with its class (`scheduler`).
-        updates: what each step computes; Euler's method unless given.
+        updates: update rule of each step; Euler's method unless given.
     """
 
     sigmas: tuple[float, ...]
@@ -53,7 +53,7 @@ class Schedule:
         return kind.from_config(self.scheduler_config)
 
     def model_time(self, step: int) -> float:
-        """What a trace module is given at `step`: timestep / 1000, in (0, 1]."""
+        """Return the time input of a trace module at `step`: timestep / 1000, in (0, 1]."""
         return self.timesteps[step] / TRAIN_TIMESTEPS
 
     def begin(self, noise: Latent) -> Denoising[Latent]:

@@ -30,12 +30,12 @@ class PipelineSettings(BaseModel):
     Attributes:
         path: absolute path of a pipeline, a transformer or a single file; or the hub id of a pipeline.
         base: path or hub id of the pipeline that a transformer or a single file belongs to.
-        loras: FILE:SCALE of what is fused into the transformer.
+        loras: FILE:SCALE of every LoRA that is fused into the transformer.
         height: in pixels; None until the pipeline's default is known.
         width: in pixels; None likewise.
         frames: of a video; None likewise, and for pictures.
         guided: guidance takes a second branch, with the empty prompt.
-        prompts: what calibration draws, and what the bundle can be asked for.
+        prompts: texts that calibration draws and that the bundle can be asked for.
         encodings: absolute path of the file that has them encoded already; None where the text encoders do it.
     """
 
@@ -58,15 +58,15 @@ class Settings(BaseModel):
     Attributes:
         schema_version: of this file.
         model: name of the model.
-        pipeline: where it comes from, if it is none of the zoo.
+        pipeline: source of the model, if it is none of the zoo.
         weights_sha256: hash of its transformer's weights.
         model_sha256: hash of all its configurations and weights.
-        format_set: what the user asked for.
+        format_set: set or list of formats that the user asked for.
         formats: candidate formats, cheapest first.
-        targets: what the bundle is built for.
+        targets: targets that the bundle is built for.
         simulate: no plans; formats need no accelerated path.
         layout: how plans and weights are arranged.
-        backend: what compiles the plans.
+        backend: compiler of the plans.
         hardware_compatibility, version_compatible, weight_streaming: of plans of enterprise TensorRT.
         plugins: absolute path of the plugin's library, around which a plan of layout `plugin` is compiled; None for
             no plan.
@@ -82,7 +82,7 @@ class Settings(BaseModel):
         budget_speedup: least speed as a multiple of that of 16 bits everywhere; None likewise.
         reference: format whose bytes and time are the budgets, with a little room, where none was asked for; None where
             one was.
-        times: where milliseconds come from: a card's name, or the text of a measured table; None where nobody knows.
+        times: source of the milliseconds: a card's name, or the text of a measured table; None where nobody knows.
         weights: whether a layer has one weight format for all steps. Runs of before there was a choice were free.
         max_assignments: most distinct assignments of the policy; None for any number.
         policy: text of a given policy file, which replaces the search; None to search.
@@ -92,10 +92,10 @@ class Settings(BaseModel):
         selection_samples: fresh trajectories that decide between finished policies.
         held_out_samples: trajectories that the reported errors are measured on; with none the search reports none, and
             leaves out uniform policies above a budget in bits. The command line asks for at least one.
-        hessian: what GPTQ minimizes; runs that do not say it have the paper's.
+        hessian: form of the Hessian, and so the error that GPTQ minimizes; runs that do not say it have the paper's.
         temperature: tau of the paper's temporal weights.
         damping: of the Hessian, as a part of its mean diagonal.
-        transform: what happens to weights and inputs before they are rounded; None for nothing.
+        transform: transform of weights and inputs before they are rounded; None for none.
         clips: whether the part of each activation's largest magnitude that its scale keeps is searched, or all is kept.
         refine: whether the policy's weights are solved again for the inputs that it rounds.
         excluded: module paths of layers that stay in full precision, in the order of execution.

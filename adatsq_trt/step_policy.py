@@ -37,7 +37,7 @@ class StepPolicy(BaseModel):
     Attributes:
         schema_version: of the key.
         type: steps are counted from both ends.
-        index_space: what is counted.
+        index_space: index that the windows count.
         scope: components of the pipeline.
         default_mode: of all other steps.
         first_steps: at the beginning.
@@ -100,12 +100,12 @@ class StepPolicyFile(BaseModel):
 
 @dataclass(frozen=True)
 class Exported:
-    """What a policy became.
+    """Result of turning one of our policies into a step policy.
 
     Attributes:
         policy: as others read it.
         native: format that the checkpoint's own path should have.
-        lost: what could not be said, a sentence each.
+        lost: parts that could not be expressed, a sentence each.
     """
 
     policy: StepPolicy
@@ -172,7 +172,7 @@ def _listed(steps: Sequence[int]) -> str:
 
 
 def wide_twin(native: Format) -> Format:
-    """What 16-bit steps read: the same weights with 16-bit activations, or bf16 where no format has these."""
+    """Find the format of 16-bit steps: the same weights with 16-bit activations, or bf16 where no format has these."""
     names = (name for name, fmt in FORMATS.items() if fmt.weight == native.weight and fmt.activation_bits == 16)
     return FORMATS[next(names, "bf16")]
 
@@ -184,7 +184,7 @@ def import_policy(
 
     Args:
         step_policy: of a checkpoint.
-        model: that the policy is for.
+        model: name of the model that the policy is for.
         weights_sha256: of its transformer.
         layers: module paths.
         steps: of the loop.

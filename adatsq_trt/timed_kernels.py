@@ -18,17 +18,17 @@ MATMUL_16 = "torch.matmul bf16"
 
 
 def quantizer_row(kernel: str, order: str = "") -> str:
-    """What the table calls a kernel that quantizes activations.
+    """Name the table's row of a kernel that quantizes activations.
 
     Args:
         kernel: its name.
-        order: of K in what it writes, where it knows several.
+        order: of K in its output, where it knows several.
     """
     return f"{kernel} {order.replace('_', '-')}".strip()
 
 
 def gemm_row(kernel: str, group: int) -> str:
-    """What the table calls a multiplication.
+    """Name the table's row of a matrix multiplication.
 
     Args:
         kernel: its name.
@@ -44,11 +44,11 @@ def layer_row(name: str) -> str:
 
 @dataclass(frozen=True)
 class TimedKernels:
-    """What runs a linear layer in one format.
+    """Kernels that run a linear layer in one format.
 
     Attributes:
         gemm: the kernel that multiplies, or PyTorch's function in 16 bits.
-        quantizers: rows of the table for what happens to the activations before; the first that the table has counts.
+        quantizers: rows of the table that quantize its activations; the first that the table has counts.
     """
 
     gemm: str

@@ -31,7 +31,7 @@ class TransformerCall(BaseModel):
         listed: rows come and go in lists. Rows of a condition that are shorter than the graph's end in zeros there.
         unit_axis: an axis of a row of the latents that always has one element and that the graph does not have.
         negated: whether the pipeline expects the opposite of the velocity.
-        settings: what the pipeline reads in the transformer's configuration.
+        settings: entries of the transformer's configuration that the pipeline reads.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -14,7 +14,7 @@ def replace_marked(document: Path, name: str, text: str) -> None:
     Args:
         document: Markdown.
         name: in the markers, `<!-- name:begin -->` and `<!-- name:end -->`.
-        text: what is to stand there.
+        text: the replacement.
 
     Raises:
         MismatchError: the markers are not there.

@@ -1,6 +1,6 @@
-"""How long a bundle's steps take on this machine: as the policy has them, in each assignment, and in full precision.
+"""Times of a bundle's steps on this machine: as the policy has them, in each assignment, and in full precision.
 
-All cases take turns, so that whatever else the machine does falls on all of them alike.
+Calls of all cases are interleaved, so that whatever else the machine does falls on all of them alike.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _Record(BaseModel):
 
 
 class Machine(_Record):
-    """What the figures were measured on.
+    """Machine that the figures were measured on.
 
     Attributes:
         processor: its name.
@@ -73,13 +73,13 @@ class Timing(_Record):
     Attributes:
         bundle: path as it was given.
         layout: of the bundle.
-        backend: what ran it.
-        case: "policy" (every step in turn), "assignment 3", "16 bits" or "full precision"; the last two of plans that
+        backend: name of the backend that ran it.
+        case: "policy" (all steps in order), "assignment 3", "16 bits" or "full precision"; the last two of plans that
             were compiled for the comparison.
         formats: format → (step, layer) pairs or layers that have it; empty in full precision.
         samples: in one call.
         rows: of one call: samples times guidance branches.
-        calls: that were timed, after the warm-up.
+        calls: calls that were timed, after the warm-up.
         steps_per_second: of the median.
         median_ms, least_ms, p10_ms, p90_ms: of one step.
         speed_up: time in full precision / this time, medians; None where full precision did not run.
@@ -104,7 +104,7 @@ class Timing(_Record):
 
 
 class Start(_Record):
-    """What a bundle's plans take before and beside their steps.
+    """Seconds and memory that a bundle's plans take before and beside their steps.
 
     Attributes:
         bundle: path as it was given.
@@ -127,7 +127,7 @@ class BundleTimings(_Record):
     """The result of a benchmark.
 
     Attributes:
-        machine: what it was measured on.
+        machine: the one that it was measured on.
         warm_up_rounds: calls of each case before.
         timings: of every case.
         starts: of bundles on a GPU.
@@ -186,7 +186,7 @@ def benchmark_bundles(
 
     Args:
         paths: of bundles or run directories.
-        backend: what runs them; "auto" for the best that runs each. Beside plans of TensorRT-RTX their model is
+        backend: name of the backend; "auto" for the best that runs each. Beside plans of TensorRT-RTX their model is
             compiled in 16 bits and in full precision.
         samples: in one call.
         rounds: calls of each case that are timed.

@@ -31,7 +31,7 @@ _Compile: TypeAlias = Callable[[Path, Target, BatchRange], bytes]
 
 
 class BuiltPlan(BaseModel):
-    """What a plan was built from.
+    """Record of what a plan was built from.
 
     Attributes:
         key: hash of everything that goes into it.
@@ -142,7 +142,7 @@ def _remove_others(folder: Path, wanted: Sequence[str]) -> None:
 
 
 class _Job:
-    """What all plans of a build have in common."""
+    """Data that all plans of a build share."""
 
     def __init__(
         self,
@@ -214,7 +214,7 @@ def _is_built(path: Path, built: BuiltPlan, key: str) -> bool:
 
 
 def _read_record(path: Path) -> BuildRecord:
-    """What was built before; a damaged record only costs the time to build again."""
+    """Read the record of earlier builds; a damaged record only costs the time to build again."""
     if not path.is_file():
         return BuildRecord()
     try:

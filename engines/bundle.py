@@ -75,9 +75,9 @@ class BundleFiles:
     """An opened bundle.
 
     Attributes:
-        folder: where it lies.
-        manifest: what it is.
-        policy: which assignment each step uses.
+        folder: its folder.
+        manifest: its description and its files.
+        policy: assignments, and the one of each step.
         index: the ONNX graphs.
     """
 
@@ -210,7 +210,7 @@ class BundleFiles:
         }
 
     def controls(self, graph: GraphFile, step: int, size: Sequence[int] | None = None) -> dict[str, np.ndarray]:
-        """What a graph takes beside rows: positions, a step's formats, and scales; those that nothing reads are 1.
+        """Make a graph's inputs beside rows: positions, a step's formats, and scales; those that nothing reads are 1.
 
         Args:
             graph: of the step's assignment or of all; the reference takes positions only.
@@ -232,7 +232,7 @@ class BundleFiles:
         return controls
 
     def positions(self, graph: GraphFile, size: Sequence[int] | None = None) -> dict[str, np.ndarray]:
-        """What tells a graph for several sizes which it is: input name → float32, without rows.
+        """Read the inputs that tell a graph for several sizes which it is: input name → float32, without rows.
 
         Args:
             graph: of any variant.
@@ -321,7 +321,7 @@ class BundleFiles:
 
     @cached_property
     def reference(self) -> dict[str, np.ndarray]:
-        """What PyTorch computed: "step_003.input.<graph input>" and "step_003.output" for every step."""
+        """PyTorch's inputs and outputs: "step_003.input.<graph input>" and "step_003.output" for every step."""
         return read_arrays(self.file(REFERENCE_NAME))
 
 

@@ -34,7 +34,7 @@ def build_comparison_plans(files: BundleFiles, target: str, rows: int) -> dict[s
     Args:
         files: a bundle of one size.
         target: name of the GPU target.
-        rows: that the plans are tuned for, and the most that they take.
+        rows: number of rows that the plans are tuned for, and the most that they take.
 
     Returns:
         Name of the case → plan; the second is missing where the base type is float32.

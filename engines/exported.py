@@ -1,4 +1,4 @@
-"""What the exporter was told, kept beside PyTorch's outputs: a bundle must say the same, number by number."""
+"""Record of the exporter's input, kept beside PyTorch's outputs: a bundle must say the same, number by number."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ SCALES_PREFIX = "activation_scales."  # of the tables in the reference: those th
 
 
 class Exported(BaseModel):
-    """What the denoising loop of the reference ran with.
+    """Policy, guidance, schedule and arrays that the denoising loop of the reference ran with.
 
     Attributes:
-        policy: which formats each step used.
+        policy: formats of each step.
         guidance: scale of guidance.
         schedule: sigmas and timesteps.
         shapes: of a bundle of several sizes: size → its schedule.

@@ -22,7 +22,7 @@ Arrays: TypeAlias = Mapping[str, Any]  # of Array; both are used alike
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What steers a batch of samples.
+    """Conditioning of a batch of samples.
 
     Attributes:
         conditional: input name → [samples, ...], float32 or a tensor of any floating type.
@@ -40,7 +40,7 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class DenoisingRequest:
-    """What one run of the loop starts from.
+    """Input of one run of the denoising loop.
 
     Attributes:
         latents: initial noise, [samples, *latent_shape].
@@ -75,7 +75,7 @@ class Generation(ABC):
     """A run of the loop on a backend, which binds once what stays the same over the steps.
 
     Attributes:
-        request: what it started from.
+        request: input of the run.
     """
 
     def __init__(self, request: DenoisingRequest) -> None:
@@ -118,7 +118,7 @@ class ArrayGeneration(Generation):
 
         Args:
             run: (step, inputs, size) → velocity, as `StepRunner.run`.
-            request: what the run starts from.
+            request: input of the run.
         """
         super().__init__(request)
         self._run = run

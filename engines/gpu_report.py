@@ -1,4 +1,4 @@
-"""What a machine with a GPU is, what would run a bundle on it, and how that goes: for a look, or for a bug report."""
+"""Report on a machine with a GPU, on the backends there and how they run a bundle: for a look, or for a bug report."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ class Gpu(_Record):
 
 
 class GpuMachine(_Record):
-    """What is there to run bundles.
+    """Driver, GPUs and libraries of this machine.
 
     Attributes:
         driver: version of NVIDIA's driver; None where there is none.
         gpus: in the driver's order.
         libraries: name → version, or why it cannot be used.
-        torch_sees: what PyTorch calls its GPUs.
+        torch_sees: PyTorch's names of its GPUs.
     """
 
     driver: str | None
@@ -60,9 +60,9 @@ class Trial(_Record):
     """Something that was tried with a bundle.
 
     Attributes:
-        name: what.
-        seconds: that it took.
-        result: what it gave.
+        name: of the trial.
+        seconds: duration of the trial.
+        result: its figures.
         error: its full text, with where it was raised; None where it went well.
     """
 
@@ -76,7 +76,7 @@ class GpuReport(_Record):
     """All of it.
 
     Attributes:
-        machine: what is there.
+        machine: driver, GPUs and libraries.
         bundle: path of what was tried; None without one.
         backends: best first, why each does not run the bundle here; None where it does.
         trials: in their order; none where no GPU runs the bundle.
@@ -90,7 +90,7 @@ class GpuReport(_Record):
 
     @property
     def choice(self) -> BackendName | None:
-        """What "auto" takes."""
+        """The backend that "auto" takes; None where none runs the bundle."""
         return next((name for name, reason in self.backends.items() if reason is None), None)
 
     @property
@@ -100,7 +100,7 @@ class GpuReport(_Record):
 
 
 def look_at_machine() -> GpuMachine:
-    """What the driver, PyTorch and the libraries say."""
+    """Ask the driver, PyTorch and the libraries about this machine."""
     driver, gpus = _driver()
     return GpuMachine(driver=driver, gpus=gpus, libraries=_libraries(), torch_sees=_torch_sees())
 

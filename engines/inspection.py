@@ -1,4 +1,4 @@
-"""What a bundle holds and what of it runs on this machine."""
+"""Contents of a bundle, and the part of it that runs on this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a bundle's manifest says: records of text, without any of the files that they speak of."""
+"""Records of a bundle's manifest, as text, without any of the files that they speak of."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class ImageSpec(_Record):
         patch_size: height and width of a patch in pixels, or in cells of the VAE's latent.
         columns: patches from left to right; as many as from top to bottom unless given.
         frames: of a video, or of its latent; None for an image.
-        vae: what the patches make up is the latent of the VAE that the bundle carries.
+        vae: whether the patches make up the latent of the VAE that the bundle carries.
     """
 
     patches: Count
@@ -98,7 +98,7 @@ class ImageSpec(_Record):
 
     @property
     def shape(self) -> ImageShape:
-        """What decodes latents."""
+        """The same as an `ImageShape`, which decodes latents."""
         return ImageShape(**self.model_dump())
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
@@ -148,7 +148,7 @@ def _require_image(latent_shape: tuple[int, ...], image: ImageSpec) -> None:
 
 
 class Compatibility(_Record):
-    """What else plans run on than where they were compiled; enterprise TensorRT only.
+    """GPUs and versions that plans run on beside those that they were compiled for; enterprise TensorRT only.
 
     Attributes:
         hardware: "none": the same kind of GPU; "same_compute_capability": others of its number; "ampere_plus": all
@@ -161,14 +161,14 @@ class Compatibility(_Record):
 
 
 class Manifest(_Record):
-    """What a bundle is and what it consists of.
+    """Description of a bundle and of its parts.
 
     Attributes:
         model: name of the model that it was made from.
         architecture: diffusers class name.
-        backend: what compiled the plans.
+        backend: compiler of the plans.
         layout: how plans and weights are arranged: "embedded" is a self-contained plan for each assignment, "shared"
-            plans without weights over one store, "switch" one plan in which assignments take turns, "plugin" one graph
+            plans without weights over one store, "switch" one plan that switches assignments, "plugin" one graph
             of plugin nodes with the plan of it, or with the commands that compile it.
         targets: names of the targets that it was built for.
         base_type: 16-bit type of what is not quantized in the target graphs.
@@ -179,7 +179,7 @@ class Manifest(_Record):
         image: how a latent becomes an image.
         shapes: of a bundle of several sizes: each of them, its own first; empty for a bundle of one size.
         prompts: how many prompts are stored.
-        prompt_texts: what they say.
+        prompt_texts: their texts.
         call: how a pipeline calls the transformer that the bundle stands in for; None in bundles that run by themselves
             only, and in earlier ones.
         compatibility: of the plans.
@@ -225,7 +225,7 @@ class Manifest(_Record):
         return self
 
     def shape(self, size: Sequence[int] | None = None) -> ShapeRecord:
-        """What the bundle says of a size.
+        """Look up the record of a size.
 
         Args:
             size: height and width, or frames, height and width, in pixels; None for the size that the policy was

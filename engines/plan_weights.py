@@ -100,7 +100,7 @@ def self_contained(tensor: TensorProto, folder: Path) -> TensorProto:
 
     Args:
         tensor: of a graph.
-        folder: where the graph's external data lies.
+        folder: folder of the graph's external data.
     """
     copy = TensorProto()
     copy.CopyFrom(tensor)
@@ -179,7 +179,7 @@ def store_difference(store: Path, weights_file: Path, names_file: Path) -> str |
     """The first weight of a store that is not the weight file's, as a sentence; None where all are the same.
 
     Args:
-        store: that the plans are bound to.
+        store: the store that the plans are bound to.
         weights_file: the export folder's.
         names_file: `switch.target.onnx`, which names the weights.
 

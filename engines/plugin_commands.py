@@ -55,7 +55,7 @@ def plugin_profiles(graph: GraphFile, assignments: int, batch: BatchRange) -> Ba
     Args:
         graph: with plugin nodes.
         assignments: how many there are.
-        batch: what the dynamic axes of the other inputs may be; with several sizes every assignment has all of them.
+        batch: bounds of the dynamic axes of the other inputs; with several sizes every assignment has all of them.
     """
     assert graph.selector_input is not None
     selector = graph.selector_input.name

@@ -39,7 +39,7 @@ Size = tuple[int, ...]
 
 
 class StepResult:
-    """What a callback is told after each step.
+    """Progress of the loop, as a callback is told after each step.
 
     Attributes:
         step: index of the step that is done.
@@ -68,8 +68,8 @@ class Bundle:
     """A bundle that is ready to run; a context manager that gives the memory back at the end.
 
     Attributes:
-        files: what the bundle consists of, every file verified.
-        choice: what runs it, and why nothing faster does.
+        files: its files and records, every file verified.
+        choice: backend that runs it, and why nothing faster does.
     """
 
     def __init__(self, files: BundleFiles, backend: BackendName = "auto") -> None:
@@ -118,7 +118,7 @@ class Bundle:
 
     @property
     def manifest(self) -> Manifest:
-        """What the bundle is."""
+        """Description of the bundle and of its parts."""
         return self.files.manifest
 
     @property
@@ -343,7 +343,7 @@ class Bundle:
         guidance: float,
         size: Size | None = None,
     ) -> dict[str, np.ndarray]:
-        """What `predict` takes at a step: both branches of guidance in one batch, conditional rows first.
+        """Make the inputs of `predict` at a step: both branches of guidance in one batch, conditional rows first.
 
         Args:
             step: index in the loop.
@@ -355,7 +355,7 @@ class Bundle:
         return array_inputs(self._make_request(latents, conditioning, guidance, size), step)
 
     def runner(self, quantized: bool = True) -> StepRunner:
-        """What runs the steps, made when it is first asked for.
+        """Return the runner of the steps, made when it is first asked for.
 
         Args:
             quantized: follow the policy; otherwise full precision.

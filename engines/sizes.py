@@ -1,4 +1,4 @@
-"""What a bundle weighs in each layout, beside the least that its policy needs."""
+"""Size of a bundle in each layout, beside the least that its policy needs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class LayoutSize(BaseModel):
     Attributes:
         layout: its name.
         engines: how many plans it has for a target.
-        weight_bytes: of the weights that all its plans and its store hold: what stays on the GPU beside activations.
+        weight_bytes: of the weights that all its plans and its store hold, which stay on the GPU beside activations.
         branches: of layout `switch`: alternatives of its layers, each with code of its own in the one plan.
         plan_bytes: target → all plans, as they are stored; empty for a layout that is not built.
         plan_overhead_bytes: target → what the plans hold beside weights, code above all; empty likewise.
@@ -63,7 +63,7 @@ class SizeReport(BaseModel):
     Attributes:
         floor_bytes: distinct (layer, weight grid) weights and everything that is not quantized, each once.
         layouts: the one that is built among them; `plugin` stands alone, as it has a graph of its own.
-        operands: of layout `plugin`: what its layers' weights consist of.
+        operands: of layout `plugin`: types and bytes of its layers' weights.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -105,7 +105,7 @@ def size_report(files: BundleFiles) -> SizeReport | None:
 def constant_bytes(path: Path) -> int:
     """Bytes of the constants that a graph and its subgraphs read, those in the weight file and those in the graph.
 
-    What formats of a layer share counts once: places in the weight file, and small constants that are the same in
+    Constants that formats of a layer share count once: places in the weight file, and small ones that are the same in
     several branches.
 
     Raises:

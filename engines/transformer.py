@@ -38,7 +38,7 @@ class AdatsqTransformer(nn.Module):
     """Stands in for a transformer; the step, and with it the formats, follow from the timestep.
 
     Attributes:
-        bundle: what computes.
+        bundle: the bundle that computes.
         call: how the pipeline calls it.
     """
 
@@ -96,7 +96,7 @@ class AdatsqTransformer(nn.Module):
 
     @contextmanager
     def cache_context(self, name: str, **about: Any) -> Iterator[None]:
-        """What pipelines announce a guidance branch with; both branches of a step have the same formats."""
+        """Enter a guidance branch that a pipeline announces; both branches of a step have the same formats."""
         self._clock.enter(name, about.get("step_index"), about.get("num_inference_steps"))
         try:
             yield
@@ -104,7 +104,7 @@ class AdatsqTransformer(nn.Module):
             self._clock.enter(None)
 
     def _reset_stateful_cache(self, recurse: bool = True) -> None:
-        """What pipelines call at their end.
+        """End a run of the loop; pipelines call it at their end.
 
         Raises:
             MismatchError: as `StepClock.finish`.
@@ -229,7 +229,7 @@ class AdatsqTransformer(nn.Module):
 
     @property
     def _names(self) -> str:
-        """What sizes there are in pixels, where the bundle says it."""
+        """Sizes of the bundle in pixels, for the end of a message; empty where it has only one."""
         return f": {', '.join(shape.name for shape in self.bundle.manifest.shapes)}" if self.bundle.sizes else ""
 
 

@@ -40,7 +40,7 @@ class LetterTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
 
 class LetterPipeline(DiffusionPipeline):  # type: ignore[misc]
-    """What belongs together; letters need no text encoder."""
+    """Pipeline of the parts that belong together; letters need no text encoder."""
 
     def __init__(self, transformer: ModelMixin, scheduler: Any, vae: ModelMixin) -> None:
         super().__init__()

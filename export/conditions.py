@@ -1,4 +1,4 @@
-"""What every written graph must satisfy before it gets its final name."""
+"""Conditions that every written graph must satisfy before it gets its final name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check_graph(path: Path, formats: Mapping[str, Collection[Format]]) -> None:
 
     Args:
         path: the ONNX file.
-        formats: module path → its formats, several where assignments take turns; empty for the reference.
+        formats: module path → its formats, several where assignments are switched; empty for the reference.
 
     Raises:
         AdatsqError: onnx.checker refuses the file; names repeat; a layer is missing or has other formats; a static

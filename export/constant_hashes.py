@@ -29,7 +29,7 @@ class HashedConstants:
         """Take in a graph's constants.
 
         Args:
-            model: what is written, large constants outside.
+            model: about to be written, large constants outside.
             variant: of the graph.
             formats: module path → format, of layers that have one format in this graph.
 

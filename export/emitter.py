@@ -23,7 +23,7 @@ class Emitter:
 
         Args:
             anchor: the node beside which new nodes go.
-            prefix: what the names of nodes, values and constants begin with.
+            prefix: of the names of nodes, values and constants.
             after: write one node after the anchor instead of any number before it.
         """
         assert isinstance(anchor.graph, ir.Graph)

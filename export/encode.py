@@ -43,7 +43,7 @@ def element_type(grid: Grid) -> DataType:
         return DataType.INT4 if grid.bits <= 4 else DataType.INT8
     if grid.is_float:
         return _PLAIN[grid.element]
-    return DataType.FLOAT8E4M3FN if grid.element is Element.E4M3 else DataType.FLOAT4E2M1
+    return {Element.E4M3: DataType.FLOAT8E4M3FN, Element.E2M1: DataType.FLOAT4E2M1}[grid.element]
 
 
 def encode_weight(weight: QuantizedWeight, fmt: Format, base: DataType, store: ExternalData) -> EncodedWeight:
@@ -53,7 +53,7 @@ def encode_weight(weight: QuantizedWeight, fmt: Format, base: DataType, store: E
         weight: codes [N, K] and scales.
         fmt: the weight's format.
         base: type of the scales; they have eight significant bits, so every base type holds them exactly.
-        store: where the bytes go.
+        store: receives the bytes.
     """
     grid, kind = fmt.weight, element_type(fmt.weight)
     shape = tuple(weight.codes.shape)

@@ -63,7 +63,7 @@ def export_graphs(
     """Write a policy's graphs, their weights and the index.
 
     Args:
-        template: what `trace` returned for the same base type. It is used up: its weights go to the folder, one by one.
+        template: result of `trace` for the same base type. It is used up: its weights go to the folder, one by one.
         policy: assignments of the layers.
         weights: format → module path → weight.
         folder: is made, or its earlier export replaced.
@@ -213,7 +213,7 @@ def write_graph(
 
     Args:
         model: the graph; its versions are set.
-        path: where it goes, beside the weight file.
+        path: path of its file, beside the weight file.
         variant: as in the index.
         assignment: index into the policy's assignments; None for all of them, and for the reference.
         formats: module path → its formats.

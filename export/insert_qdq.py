@@ -14,7 +14,7 @@ Rules for activations, which take the place of x:
        "<module path>.activation_scale", cast to the base type. ONNX's int8 reaches to -128, the grid to -127: a code
        that only inputs beyond the calibrated range meet.
     7. e2m1: x / scale → TRT_FP4DynamicQuantize with a second-level scale of one → DequantizeLinear twice. The scale is
-       that same input, so that formats can take turns in a layer. TensorRT wants the operator's own scale to be
+       that same input, so that a layer can switch formats. TensorRT wants the operator's own scale to be
        constant; dividing first says the same.
     8. Integers with dynamic scales, per token or in groups of its channels: arithmetic in float32, since no backend has
        an operator for it. Below 8 bits the same graph input is the part of the largest magnitude that is kept.

@@ -28,7 +28,7 @@ class NameNodes(ir.passes.InPlacePass):
         """Set the pass up.
 
         Args:
-            prefix: what the trace wrapper puts before module paths, with its dot, or "".
+            prefix: prefix of module paths in the trace wrapper, with its dot, or "".
         """
         super().__init__()
         self._prefix = prefix

@@ -1,4 +1,4 @@
-"""What a plugin node means, in standard operators: the model-local function of the same name.
+"""Meaning of a plugin node in standard operators: the model-local function of the same name.
 
 ONNX Runtime and polygraphy run it in the place of `adatsq::AdatsqLinear`. A function's body cannot branch on a string,
 so each distinct pair of a node's `profiles` and `inputs` has a function of its own, told apart by ONNX's `overload`.
@@ -33,7 +33,7 @@ FLOAT, INT32 = DataType.FLOAT, DataType.INT32
 
 @dataclass(frozen=True)
 class NodeKind:
-    """What decides a node's function.
+    """Properties of a node that decide its function.
 
     Attributes:
         profiles: a format for every assignment.

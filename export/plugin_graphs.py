@@ -62,7 +62,7 @@ def export_plugin_graphs(
     A layer whose 4-bit codes are the high plane of its 8-bit ones is stored as two planes, each once.
 
     Args:
-        template: what `trace` returned for the same base type. It is used up: its weights go to the folder, one by one.
+        template: result of `trace` for the same base type. It is used up: its weights go to the folder, one by one.
         policy: assignments of the layers.
         weights: format → module path → weight.
         folder: is made, or its earlier export replaced.

@@ -1,4 +1,4 @@
-"""What a plugin node of a layer reads, as `plugins/library` wants it: names, types and bytes of its weights.
+"""Operands of a layer's plugin node, as `plugins/library` wants them: names, types and bytes of its weights.
 
 The names and their order are the library's (`plugins/library/src/layer.h`); `docs/plugin.md` has the table.
 """
@@ -28,7 +28,7 @@ class Operand:
 
     Attributes:
         content: in memory as the kernels read it; int4 is packed two to a byte.
-        dtype: what the graph declares.
+        dtype: as the graph declares it.
     """
 
     content: Tensor

@@ -102,7 +102,7 @@ class _Joined:
         Args:
             layer: module path.
             formats: its format in each assignment.
-            data: what the layer reads.
+            data: input of the layer.
 
         Returns:
             The same, with one name for all formats that now share a product.
@@ -143,9 +143,9 @@ class _Joined:
         """The `If` nodes that choose between formats, in order.
 
         Args:
-            title: what names begin with.
+            title: beginning of the nodes' names.
             formats: the layer's format in each assignment.
-            branches: format → what computes it.
+            branches: format → graph that computes it.
             nothing: makes the branch of an assignment for which none of these is right, where one is needed.
         """
         (first, then), *others = branches.items()
@@ -187,7 +187,7 @@ class _Joined:
         return self._branch(f"{layer}@{name}", name, source, nodes, _leaving(layer, nodes))
 
     def _input_branch(self, layer: str, name: str, source: ir.Graph) -> ir.Graph:
-        """What a format does to a layer's input (rule 8)."""
+        """Make the branch that applies a format to a layer's input (rule 8)."""
         given = _linear_of(source, layer).inputs[0]
         assert given is not None
         nodes = _leading_to(given, _nodes_of(source, layer))
@@ -201,9 +201,9 @@ class _Joined:
         Args:
             title: of the branch.
             name: of the format.
-            source: where the nodes are.
+            source: graph that the nodes are in.
             nodes: in order.
-            output: what the branch gives.
+            output: of the branch.
         """
         made = {value for node in nodes for value in node.outputs}
         constants = sorted({v for n in nodes for v in n.inputs if v is not None and _is_own(v, nodes)}, key=_name)

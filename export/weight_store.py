@@ -60,7 +60,7 @@ class ExternalData:
 
         Args:
             file: open for writing, at its beginning.
-            folder: where the file will be found under the name WEIGHTS_NAME.
+            folder: folder in which the file will be found under the name WEIGHTS_NAME.
         """
         self._file, self._folder = file, folder
         self._offsets: dict[bytes, int] = {}

@@ -98,7 +98,7 @@ class CompiledVariant(_Record):
 
 
 class KernelTable(_Record):
-    """What lies in a folder of cubins.
+    """Content of a folder of cubins.
 
     Attributes:
         schema_version: of this file.
@@ -111,7 +111,7 @@ class KernelTable(_Record):
 
 @dataclass(frozen=True)
 class Variant:
-    """What is compiled: a kernel's place in the table of tiles, and all that a cubin fixes.
+    """Kernel variant to compile: its place in the table of tiles, and all that a cubin fixes.
 
     Attributes:
         place: kernel, target and group.
@@ -160,7 +160,7 @@ def compile_kernels(
     """Compile variants and write cubins with their table; nothing is written unless all of them are sound.
 
     Args:
-        wanted: what to compile.
+        wanted: variants to compile.
         folder: cubins that another table left here are removed.
         jobs: processes.
         advance: called after each variant.

@@ -105,8 +105,8 @@ def check(
 
     Args:
         tiles: how the kernels are cut.
-        target: whose kernels.
-        device: where they run: "cpu" is for the interpreter.
+        target: target of the kernels.
+        device: device that they run on: "cpu" is for the interpreter.
         shapes: (M, N, K).
 
     Raises:
@@ -134,7 +134,7 @@ def wrong_tiles(
     Args:
         place: the kernel.
         tiles: how it is cut.
-        device: where it runs: "cpu" is for the interpreter.
+        device: device that it runs on: "cpu" is for the interpreter.
         shapes: (M, N, K).
     """
     wrong, count = [], 0
@@ -176,7 +176,7 @@ def _check_quantizers(wrong: list[str], target: str, device: str) -> int:
 def _candidates(
     tiles: Tiles, target: str, device: str, m: int, n: int, k: int
 ) -> Iterator[tuple[str, Callable[[], object]]]:
-    """What is timed on one shape, torch.matmul first; weights and activations are quantized beforehand."""
+    """Yield the functions to time on one shape, torch.matmul first; weights and inputs are quantized beforehand."""
     x, w = (torch.randn(rows, k, device=device, dtype=torch.bfloat16) for rows in (m, n))
     yield MATMUL_16, lambda: x @ w.T
     codes, w_codes = (torch.randint(-127, 128, (rows, k), device=device, dtype=torch.int8) for rows in (m, n))
@@ -204,8 +204,8 @@ def measure(
 
     Args:
         tiles: how the kernels are cut.
-        target: whose kernels.
-        device: where they run: "cpu" is for the interpreter.
+        target: target of the kernels.
+        device: device that they run on: "cpu" is for the interpreter.
         shapes: (M, N, K).
         largest: rows and columns of the square matrices whose multiplication is taken for the card's ceiling.
     """

@@ -23,12 +23,12 @@ _SYSTEM_HEADERS = (Path("/usr/include/x86_64-linux-gnu"), Path("/usr/include"), 
 
 @dataclass(frozen=True)
 class Built:
-    """What was built.
+    """Result of `build plugins`.
 
     Attributes:
         table: of the cubins.
         library: the plugin library; None where it was left out.
-        left_out: why there is no library and how to get it; empty when there is one.
+        left_out: reason that there is no library and how to get it; empty when there is one.
     """
 
     table: KernelTable

@@ -43,7 +43,7 @@ class Kernel:
         parameters: name and type of what is passed at a launch, in order.
         groups: group sizes of the weights; (0,) for none.
         orders: orders of K in int8 activations that it reads or writes.
-        targets: where it is compiled.
+        targets: targets that it is compiled for.
         divisible: integers that the code may take for multiples of 16, so that rows are aligned.
     """
 

@@ -41,7 +41,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Place:
-    """What a tile is tuned for.
+    """Kernel, target and group that a tile is tuned for.
 
     Attributes:
         kernel: its name.

@@ -57,10 +57,10 @@ def fastest(
     thorough: Callable[[Tile], float],
     sound: Callable[[Tile], bool],
 ) -> Tile | None:
-    """The best of a band: one shape ranks all tiles, all shapes rank the finalists, and a sound one wins.
+    """The best of a band: one shape ranks all tiles, all shapes rank the shortlist, and a sound one wins.
 
     Args:
-        tiles: which compete.
+        tiles: tiles that compete.
         quick: time on one shape.
         thorough: time on all shapes.
         sound: whether it is right, and the ahead-of-time compiler takes it without spills.

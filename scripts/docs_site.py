@@ -68,7 +68,7 @@ def relink(markdown: str, document: str, place: str) -> str:
 
 
 def commands() -> str:
-    """What `--help` says, for all commands."""
+    """Render the output of `--help` for all commands."""
     import typer
     from typer.cli import get_docs_for_click
 

@@ -47,7 +47,7 @@ def write_bundle(
         folder: receives the bundle.
         adapter: the model.
         inputs: an example for the trace; no other dimension has the size of its batch.
-        prompts: what the bundle stores; one row for the unguided branch.
+        prompts: stored by the bundle; one row for the unguided branch.
         any_size: for a bundle of several sizes: what is traced.
         others: the model at the sizes beside its own.
         variants: of the graphs; plans are made of "target".

@@ -34,7 +34,7 @@ PROJECTIONS = 2
 
 @dataclass(frozen=True)
 class ClipSearch:
-    """What ratios are searched for.
+    """Inputs of the search for clip ratios: activation grids, largest magnitudes and transforms.
 
     Attributes:
         grids: of activations.
@@ -58,10 +58,10 @@ def clipped_grids(formats: Iterable[Format]) -> tuple[Grid, ...]:
 
 
 def scale_with(ratio: float | Tensor, largest: Tensor, grid: Grid) -> Tensor:
-    """What a grid is given for a ratio (`Format.scaled_activation`): float32, shape of `largest`.
+    """Turn a clip ratio into a grid's scale; a dynamic grid takes the ratio itself. Float32, shape of `largest`.
 
     Args:
-        ratio: that is kept; a number, or float32 of the shape of `largest`.
+        ratio: part of `largest` that is kept; a number, or float32 of the shape of `largest`.
         largest: magnitude of the inputs, float32.
         grid: of activations.
     """

@@ -18,7 +18,7 @@ def require_finite_trajectory(samples: Samples, latents: Tensor) -> None:
     """Refuse a full-precision trajectory with NaN or infinite numbers, from which every later figure would have them.
 
     Args:
-        samples: whose trajectory it is.
+        samples: the batch that went along the trajectory.
         latents: float32 [steps + 1, samples, *latent_shape].
 
     Raises:

@@ -35,7 +35,7 @@ MOST_ROW_PRODUCTS = 1 << 24
 
 @dataclass(frozen=True)
 class LayerGradients:
-    """What some layers are given at a step, and what the loss makes of their outputs.
+    """Inputs of some layers at a step, and the gradients of the loss with respect to their outputs.
 
     Attributes:
         step: index in the loop.

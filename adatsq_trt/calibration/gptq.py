@@ -52,12 +52,12 @@ def gptq(
 
 @dataclass(frozen=True)
 class FactoredHessian:
-    """What GPTQ needs to know of a Hessian: the same for all formats of a layer.
+    """A Hessian factored for GPTQ: the same for all formats of a layer.
 
     Attributes:
         importance: damped diagonal, float32 [K].
         order: in which columns are visited, int64 [K].
-        feedback: what a column's error adds to those visited later, float32 [K, K] (`feedback_factor`).
+        feedback: factors of a column's error in the columns visited later, float32 [K, K] (`feedback_factor`).
     """
 
     importance: Tensor
@@ -119,7 +119,7 @@ def _group_scales(weight: Tensor, importance: Tensor, grid: Grid, global_scale: 
 
 
 def feedback_factor(hessian: Tensor, order: Tensor) -> Tensor:
-    """What every column's error adds to the later ones, float32 [K, K], unit upper triangular.
+    """Compute the factors of every column's error in the later columns, float32 [K, K], unit upper triangular.
 
     With H = R Rᵀ and R upper triangular, the error is ||ΔW R||², and column j's part of it vanishes where column j is
     rounded from w_j + Σ_{i<j} (w_i - ŵ_i) R_ij / R_jj. That is GPTQ without the inverse of H (Chen et al. 2025, "The

@@ -16,7 +16,7 @@ from adatsq_trt.models.capture import observed_inputs
 
 @dataclass
 class LayerMoments:
-    """What a layer's inputs add up to over the steps.
+    """Second moments and largest magnitudes of a layer's inputs over all steps.
 
     Attributes:
         weighted: H', float32 [K, K]; None where steps have no weights.
@@ -41,7 +41,7 @@ class LayerMoments:
 
 @dataclass(frozen=True)
 class StepInputs:
-    """What a layer is given at one step.
+    """Second moment, largest magnitude and token count of a layer's inputs at one step.
 
     Attributes:
         moment: mean of x xᵀ, float32 [K, K].

@@ -47,12 +47,12 @@ class NestedWeight:
 
     @property
     def narrow(self) -> QuantizedWeight:
-        """What the 4-bit width reads."""
+        """The weight that the 4-bit width reads: the high plane alone."""
         return QuantizedWeight(self.high, self.narrow_scales)
 
     @property
     def wide(self) -> QuantizedWeight:
-        """What the 8-bit width reads."""
+        """The weight that the 8-bit width reads: both planes joined."""
         return QuantizedWeight(join_planes(self.high, self.low), self.wide_scales)
 
 
@@ -158,7 +158,7 @@ def solve_jointly(
 
 @dataclass(frozen=True)
 class _Cost:
-    """What a rounding costs: weights of both widths' squared errors, and their scales, float32 [N, K]."""
+    """Cost of a rounding: weights of both widths' squared errors, and their scales, float32 [N, K]."""
 
     narrow: float
     wide: float
@@ -193,7 +193,7 @@ def _joint_gptq(weight: Tensor, feedback: Tensor, order: Tensor, cost: _Cost) ->
 
 
 def _descend(weight: Tensor, hessian: Tensor, planes: tuple[Tensor, Tensor], cost: _Cost) -> tuple[Tensor, Tensor]:
-    """Sweeps over the columns; each takes the codes that are best while all others stay."""
+    """Make passes over the columns; each takes the codes that are best while all others stay."""
     high, low = (plane.clone() for plane in planes)
     gradients = [
         (high * cost.narrow_scales - weight) @ hessian,

@@ -11,7 +11,7 @@ _CYCLE = 5
 
 
 class Use(Enum):
-    """What a batch is for, with its places in each cycle of prompts."""
+    """Purpose of a batch, with its places in each cycle of prompts."""
 
     CALIBRATION = (0, 1)
     SELECTION = (2,)
@@ -28,7 +28,7 @@ def shared_prompts(prompts: int, use: Use) -> tuple[int, ...]:
 
     Args:
         prompts: how many the model has.
-        use: what they are for.
+        use: purpose of the batch that draws them.
     """
     places = use.value if apart(prompts) else range(_CYCLE)
     return tuple(i for i in range(prompts) if i % _CYCLE in places)

@@ -51,7 +51,7 @@ Moments = dict[tuple[str, str], Tensor]
 
 @torch.no_grad()
 def rounded_moments(run: QuantizedRun, samples: slice) -> Moments:
-    """What rounded inputs and inputs add up to along some samples' own trajectories."""
+    """Accumulate the moments of rounded and unrounded inputs along some samples' own trajectories."""
     found: Moments = {}
     with _observed(run.model, run.layers, found):
         trajectory(run.samples.part(samples), lambda step: run.model.assign(run.formats[step], step))

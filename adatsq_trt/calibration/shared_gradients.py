@@ -77,7 +77,7 @@ class GradientSums:
 
 
 class SampleGradients:
-    """What is kept of a layer and a sample while the steps go by.
+    """Sums for one layer and one sample, accumulated while the steps go by.
 
     Attributes:
         gradients: M of each projection, float32 [projections, N, K]; None where the coherent form is not wanted.
@@ -123,10 +123,10 @@ class GradientUnit:
     """A whole sweep over the steps for a part of the batch.
 
     Attributes:
-        samples: which of the batch.
+        samples: slice of the batch.
         latents: their full-precision trajectory, float32 [steps + 1, some samples, *latent_shape].
         start: u, float32 [projections, some samples, *latent_shape].
-        layers: whose sums are wanted.
+        layers: those whose sums are wanted.
         at_once: samples whose gradients are kept at a time; for the next ones the sweep begins again.
     """
 

@@ -28,7 +28,7 @@ class Place:
 
     Attributes:
         step: index in the loop.
-        samples: which of the batch.
+        samples: slice of the batch.
         latent: theirs, float32 [some samples, *latent_shape]; memory of its own, since all of a view's would be sent.
     """
 
@@ -67,11 +67,11 @@ def _full_precision_step(batch: Samples, place: Place) -> Tensor:
 
 @dataclass(frozen=True)
 class Measured(Generic[ExtraT]):
-    """What the units of a backward sweep have in common.
+    """Data that all units of a backward sweep share.
 
     Attributes:
         samples: the batch.
-        extra: what the measurement needs beside it.
+        extra: data that the measurement needs beside the samples.
         by_block: whether one block at a time is in memory (`backward_step`).
     """
 
@@ -87,7 +87,7 @@ class Swept:
     Attributes:
         step: index in the loop.
         adjoint: a_t of all samples, float32 [projections, samples, *latent_shape].
-        measured: what was measured of every layer, by part of the batch: [layers, ...].
+        measured: measurements of every layer, by part of the batch: [layers, ...].
     """
 
     step: int

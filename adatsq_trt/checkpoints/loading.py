@@ -54,8 +54,8 @@ class OpenedPipeline:
     """A checkpoint whose files are all there and go together; its weights are not in memory.
 
     Attributes:
-        settings: what the user asked for, with the defaults filled in.
-        source: where the parts lie.
+        settings: the user's choices, with the defaults filled in.
+        source: places of the parts.
         loras: to be fused.
     """
 
@@ -199,7 +199,7 @@ class OpenedPipeline:
 
     @property
     def resident_bytes(self) -> int:
-        """What the loaded transformer has resident, with the copy that a call makes of a stored weight.
+        """Resident bytes of the loaded transformer, with the copy that a call makes of a stored weight.
 
         A LoRA that is no plain product of matrices takes more.
         """
@@ -251,7 +251,7 @@ def open_pipeline(settings: PipelineSettings) -> OpenedPipeline:
         settings: sizes may be None, which stands for the pipeline's default.
 
     Raises:
-        UserError: what `find_source`, `parse_lora` and the checks of weights refuse, and sizes that do not fit.
+        UserError: as `find_source`, `parse_lora` and the checks of weights; also for sizes that do not fit.
     """
     silence()
     source = find_source(settings.path, settings.base)
@@ -265,11 +265,11 @@ def open_source(
 
     Args:
         settings: sizes may be None, which stands for the pipeline's default.
-        source: where the parts lie.
+        source: places of the parts.
         make: the opened model, from settings and LoRA files.
 
     Raises:
-        UserError: what `parse_lora` and the checks of weights refuse, and sizes that do not fit.
+        UserError: as `parse_lora` and the checks of weights; also for sizes that do not fit.
     """
     opened = make(settings, tuple(parse_lora(text) for text in settings.loras))
     _refuse_quantized(source.config, opened._config)
@@ -332,7 +332,7 @@ def _refuse_quantized(file: Path, config: Mapping[str, JsonValue]) -> None:
 
 
 def files_of(folder: Path) -> Iterator[Path]:
-    """What a part of a pipeline consists of, but for pickles and code."""
+    """List the files of a part of a pipeline, without pickles and code."""
     yield from sorted(path for path in folder.glob("*") if path.is_file() and path.suffix in _SUFFIXES)
 
 

@@ -26,7 +26,7 @@ class Lora:
 
     Attributes:
         file: in safetensors.
-        scale: what the changes are multiplied by.
+        scale: factor of the changes.
     """
 
     file: Path

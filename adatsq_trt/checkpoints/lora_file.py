@@ -1,4 +1,4 @@
-"""What a LoRA file changes: which layers, by how much, and that nothing in it is lost.
+"""Changes that a LoRA file makes: which layers, by how much, and that nothing in the file is lost.
 
 Trainers name layers as diffusers does or as the model's authors do. Diffusers' converters read the latter, but some of
 them drop tensors or strengths without a word. So strengths are multiplied in before, and every tensor must arrive.

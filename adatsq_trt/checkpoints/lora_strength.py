@@ -36,7 +36,7 @@ class PeftConfig(BaseModel):
         use_rslora: alpha is divided by the square root of the rank.
         use_dora: rows have magnitudes.
         lora_bias: the second matrix has a bias.
-        init_lora_weights: what training started from.
+        init_lora_weights: initialization that training started from.
         peft_type: the method.
     """
 
@@ -53,7 +53,7 @@ class PeftConfig(BaseModel):
     peft_type: str = "LORA"
 
     def strength(self, layer: str) -> tuple[float, int]:
-        """What a layer's change is multiplied by, and the rank that it should have."""
+        """Return the factor of a layer's change, and the rank that the change should have."""
         from peft.utils.other import get_pattern_key
 
         rank = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), layer), self.r)
@@ -106,7 +106,7 @@ def _refuse_unknown(where: str, config: PeftConfig) -> None:
 def layer_strength(
     file: Path, name: str, plain_name: str, tensors: Mapping[str, Tensor], config: PeftConfig | None
 ) -> float:
-    """What a layer's change is multiplied by.
+    """Find the factor by which a layer's change is multiplied.
 
     Args:
         file: the LoRA.

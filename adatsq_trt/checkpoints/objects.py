@@ -104,7 +104,7 @@ def open_object(model: Any, settings: PipelineSettings) -> OpenedObject:
 
     Args:
         model: diffusers' object.
-        settings: what of it is asked for; a transformer needs a `base`.
+        settings: the user's choices; a transformer needs a `base`.
 
     Raises:
         MismatchError: an object that has no adapter, or whose parts do not go together.

@@ -28,7 +28,7 @@ _RELATIVES = (EULER, UNIPC, "DPMSolverMultistepScheduler", "FlowMatchHeunDiscret
 
 @dataclass(frozen=True)
 class SchedulerOptions:
-    """What becomes of each option of a class of schedulers.
+    """Options of a class of schedulers: followed, without effect, or followed at one value only.
 
     Attributes:
         followed: decide sigmas and timesteps, which the scheduler itself makes.
@@ -128,7 +128,7 @@ def require_schedule(adapter: ModelAdapter, steps: int, file: Path) -> None:
     Args:
         adapter: the model with its scheduler.
         steps: of the schedule.
-        file: what messages call the scheduler's configuration.
+        file: the scheduler's configuration, as messages name it.
 
     Raises:
         DamagedFileError: diffusers cannot make a schedule.

@@ -60,9 +60,9 @@ def require_layout(family: Family, weights: WeightFiles, model: nn.Module, confi
 
     Args:
         family: of the pipeline.
-        weights: what `transformer_weights` has found.
+        weights: those that `transformer_weights` has found.
         model: made from the configuration, on any device.
-        config: what messages call the configuration.
+        config: the configuration, as messages name it.
 
     Raises:
         MismatchError: a tensor is missing, too much, or of another shape; names it.
@@ -121,5 +121,5 @@ def convert(family: Family, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _called(name: str, value: Tensor) -> str:
-    """What the file calls a tensor."""
+    """Name a tensor as the file does."""
     return ", ".join(sorted(sources([value]))) or name

@@ -27,7 +27,7 @@ class Source:
     """Where the parts lie.
 
     Attributes:
-        name: what the model is called in files and folders.
+        name: the model's name in files and folders.
         family: of the pipeline.
         folder: of the pipeline with text encoders, VAE and scheduler.
         transformer: folder of the transformer, or a single file.
@@ -122,8 +122,8 @@ def find_base(base: str | None, place: object, why: str) -> tuple[Path, Family]:
 
     Args:
         base: path or hub id.
-        place: what messages call the transformer.
-        why: it needs a base.
+        place: the transformer, as messages name it.
+        why: reason that it needs a base.
 
     Raises:
         UserError: there is no base.
@@ -194,7 +194,7 @@ def _class_of(place: JsonValue) -> JsonValue:
 
 
 def _place_name(place: Path) -> str:
-    """What a folder or file is called; a snapshot in the hub's cache by its repository: its own name is a hash."""
+    """Name a folder or file; a snapshot in the hub's cache by its repository, since its own name is a hash."""
     if place.parent.name == "snapshots" and place.parent.parent.name.startswith(_REPOSITORY):
         return safe_name(place.parent.parent.name.removeprefix(_REPOSITORY).rpartition(_SLASH)[2])
     return safe_name(place.name)

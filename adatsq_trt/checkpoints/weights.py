@@ -35,7 +35,7 @@ class WeightFiles:
     """The weight files of one component.
 
     Attributes:
-        files: that hold tensors, sorted.
+        files: those that hold tensors, sorted.
         shapes: tensor → its shape.
         places: tensor → its file.
         dtypes: tensor → safetensors' name of its type, such as "BF16".
@@ -156,7 +156,7 @@ def require_shapes(weights: WeightFiles, model: nn.Module, config: Path) -> None
     Args:
         weights: of the component.
         model: made from the configuration, on any device.
-        config: what messages call the configuration.
+        config: the configuration, as messages name it.
 
     Raises:
         DamagedFileError: a tensor is missing, too much, or of another shape; names it and its file.

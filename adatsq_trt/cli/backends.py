@@ -1,4 +1,4 @@
-"""What `--backend` takes, the same for every command that runs bundles."""
+"""Values of `--backend`, the same for every command that runs bundles."""
 
 from typing import Literal
 

@@ -111,7 +111,7 @@ def _default_folder(job: Job) -> Path:
 
 
 def _print_policy(policy: Any, settings: Any, console: Any) -> None:
-    """What the searched policy costs, beside simpler ones."""
+    """Print the costs of the searched policy beside those of simpler ones."""
     from adatsq_trt.cli.tables import limits_text, policies_table
     from adatsq_trt.report.summary import looser
     from adatsq_trt.stages.summary import policy_figures, replaced

@@ -79,7 +79,7 @@ def check(
 
 
 def _failure(report: CheckReport, folder: Path) -> str:
-    """What failed, in one sentence."""
+    """Say in one sentence which comparisons failed."""
     parts = []
     failed = list(dict.fromkeys(f"step {r.step} ({r.variant})" for r in report.rows if not r.passed))
     if failed:

@@ -31,7 +31,7 @@ class Capability:
         name: of the library, tool or resource.
         found: whether it is there and works.
         detail: version, devices, or why it does not work.
-        needed_for: what it is good for, or that this version does not use it.
+        needed_for: its use, or that this version does not use it.
         advice: how to get it; empty when it is there.
     """
 
@@ -48,9 +48,9 @@ class _Library:
 
     Attributes:
         name: for people.
-        module: what is imported.
+        module: name to import.
         distributions: names under which it may be installed.
-        needed_for: what it is good for.
+        needed_for: its use.
         install: the command that installs it.
         describe: imports it and says more than the version; raises when it does not work.
     """

@@ -66,7 +66,7 @@ def _summary(run: Path) -> Summary | None:
 
 
 def _costs(summary: Summary) -> str:
-    """What the policy costs whoever runs it."""
+    """Describe the policy's costs: resident weights, activation bits, time and number of engines."""
     chosen = summary.policies[0]
     ms = "" if summary.ms is None else f"{summary.ms:.4g} ms per sample ({summary.ms_source}), "
     return (
@@ -85,7 +85,7 @@ def _headline(seen: Inspection) -> str:
 
 
 def _sizes(seen: Inspection) -> str:
-    """What is drawn, with the samples of each optimization profile."""
+    """Describe the sizes of pictures, with the samples of each optimization profile."""
     shapes = seen.manifest.shapes
     if not shapes:
         return f"sizes: its own, latents {written(seen.manifest.latent_shape)}"

@@ -15,14 +15,14 @@ class ModelRow:
     """One model of the zoo.
 
     Attributes:
-        name: what commands call it.
+        name: as commands take it.
         architecture: diffusers class of the transformer.
         image_size: height and width in pixels.
         frames: of a video; None for images.
         weight_bytes: size of all its safetensors.
         default_steps: denoising steps when none are asked for.
         default_guidance: guidance scale when none is asked for.
-        folder: where it lies, in diffusers' layout.
+        folder: its folder, in diffusers' layout.
     """
 
     name: str

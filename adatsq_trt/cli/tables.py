@@ -1,4 +1,4 @@
-"""What the command line prints of a run: its settings, its figures and its sizes."""
+"""Tables and sentences about a run for the command line: its settings, its figures and its sizes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NOT_SHOWN = {"schema_version", "weights_sha256", "model_sha256", "policy", "pip
 
 
 def settings_table(settings: Settings) -> Table:
-    """What a run was asked for, as it was understood."""
+    """Tabulate the settings of a run as they were understood."""
     table = Table("setting", "value", box=None, title="settings", title_justify="left")
     values = settings.model_dump(exclude=_NOT_SHOWN)
     if settings.pipeline is not None:
@@ -32,7 +32,7 @@ def settings_table(settings: Settings) -> Table:
 
 
 def policies_table(policies: Sequence[PolicyFigures], ms_source: str | None) -> Table:
-    """What the chosen policy and simpler ones cost, and how far from full precision they are."""
+    """Tabulate the costs of the chosen policy and simpler ones, and their errors against full precision."""
     # What fits in the 80 columns of a terminal: figures are never cut.
     table = Table(box=None, padding=(0, 1, 0, 0), caption_justify="left")
     table.add_column("policy", overflow="fold")
@@ -104,7 +104,7 @@ def summary_table(summary: Summary) -> Table:
 
 
 def _rounding(base_type: str | None, error: float) -> str:
-    """What rounding the checkpoint cost before anything was quantized."""
+    """Say how much error the rounding of the checkpoint caused before anything was quantized."""
     if error == 0:
         return f"{base_type} holds the checkpoint's weights exactly"
     return f"rounding the checkpoint's weights to {base_type} costs a latent MSE of {error:.3e}, which is in no row"

@@ -27,7 +27,7 @@ NO_COLUMN = "all"
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge says of a batch.
+    """Scores that the judge gives a batch.
 
     Attributes:
         values: of every sample, float64 [samples]; the mean score is the mean of their columns' means.
@@ -40,7 +40,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a model is asked for.
+    """Prompts that a model is scored with, and their judge.
 
     Attributes:
         prompts: indices into the adapter's prompts.

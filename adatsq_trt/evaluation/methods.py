@@ -34,13 +34,13 @@ class Method:
     """One row of the comparison.
 
     Attributes:
-        name: what the command line and results call it.
+        name: as on the command line and in results.
         weights: how they are rounded; None where modelopt does it, and for full precision.
-        transform: what happens before they are rounded.
+        transform: name of the transform of weights and inputs before rounding.
         searched: bits → set of candidate formats; empty for the same format everywhere.
         peer: modelopt's method, for those that run there.
         beam: paths kept per column by the search.
-        kind: which of the policies that the search found.
+        kind: one of the policies that the search found.
     """
 
     name: str

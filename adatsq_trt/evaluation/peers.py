@@ -46,7 +46,7 @@ def apply_peer(
     """Quantize the layers of a transformer in place.
 
     Args:
-        peer: whose method.
+        peer: the one whose method is used.
         transformer: in full precision.
         layers: module paths.
         bits: of weights and activations.

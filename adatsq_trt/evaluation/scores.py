@@ -47,7 +47,7 @@ def psnr_of_mean(decibels: Floats) -> float:
 
 
 def worst_psnr(decibels: Floats) -> float:
-    """What 5 % of the samples fall short of: those that became another picture."""
+    """Return the 5 % quantile of the samples' PSNR: low where some became another picture."""
     return float(np.quantile(decibels, 0.05))
 
 

@@ -143,12 +143,12 @@ def connected(address: Address) -> Iterator[RayExecutor]:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a worker must have in common with this process to compute the same bits.
+    """Versions and settings that a worker must share with this process to compute the same bits.
 
     Attributes:
         version: of this package.
         torch: its version.
-        instructions: which of the processor's it uses.
+        instructions: those of the processor's instruction sets that PyTorch uses.
         threads: it computes with; sums over them are taken in another order with another number.
     """
 
@@ -210,7 +210,7 @@ class RayExecutor:
         """Start tasks some way ahead and give their results in the order of the items.
 
         Raises:
-            AdatsqError: what a unit raised; or its workers died again and again.
+            AdatsqError: a unit raised it, or its workers died again and again.
         """
         import ray
 

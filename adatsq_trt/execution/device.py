@@ -117,14 +117,14 @@ def to_device(value: T, device: torch.device | str) -> T:
 
     Args:
         value: tensors in tuples, lists, mappings (which become dictionaries) and dataclasses; other objects stay.
-        device: where to.
+        device: target of the copies.
     """
     result: T = _Move(device)(value)
     return result
 
 
 class _Move:
-    """What was one object in two places is one object afterwards."""
+    """Copies values to a device; an object that is met in two places is copied once."""
 
     def __init__(self, device: torch.device | str) -> None:
         self._device = device

@@ -1,1 +1,1 @@
-"""Adapters: what the method needs to know of an architecture."""
+"""Adapters: the method's interface to an architecture."""

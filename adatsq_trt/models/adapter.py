@@ -1,4 +1,4 @@
-"""What the method needs to know of an architecture: one small interface, filled by one adapter per architecture."""
+"""Interface between the method and an architecture: small, and filled by one adapter per architecture."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OUTSIDE = "outside"  # of all blocks
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What steers a batch of samples, as the graph's input tensors.
+    """Conditioning of a batch of samples, as the graph's input tensors.
 
     Attributes:
         conditional: graph input name → [batch, ...] float32.
@@ -51,7 +51,7 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class AnySize:
-    """What a trace for several sizes takes beside what a trace for one size takes.
+    """Trace for several sizes: its module, and the positions and axes that a trace for one size lacks.
 
     Attributes:
         module: as `ModelAdapter.trace_module`, with the positions before the other arguments.
@@ -210,7 +210,7 @@ class ModelAdapter(ABC):
         raise MismatchError(f"a graph of {self.architecture} has one size; leave --shapes out")
 
     def any_size(self) -> AnySize:
-        """What a trace for several sizes takes, with this size as its example.
+        """Return the parts of a trace for several sizes, with this size as its example.
 
         Raises:
             MismatchError: this model cannot have several sizes, or not this one.

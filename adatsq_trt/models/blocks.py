@@ -20,8 +20,8 @@ class BlockCall:
 
     Attributes:
         block: module path.
-        forward: what the block does.
-        arguments: what it was given, positional and by name; tensors are as what lies between the blocks made them.
+        forward: the block's own function.
+        arguments: of the call, positional and by name; tensors as the operations between the blocks made them.
         outputs: its tensors, in the order of `repeat`; leaves of autograd's graph.
     """
 
@@ -120,7 +120,7 @@ class LeafGradients:
         return id(leaf) in self._sums[row]
 
     def of(self, row: int, leaf: Tensor) -> Tensor:
-        """What has arrived at a leaf."""
+        """Return the gradient that has arrived at a leaf."""
         return self._sums[row][id(leaf)]
 
     def drop(self, leaves: Sequence[Tensor]) -> None:

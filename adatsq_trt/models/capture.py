@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 @dataclass
 class Capture:
-    """What one call sent through the layers.
+    """Inputs and output gradients of the layers in one call of the model.
 
     Attributes:
         inputs: module path → the layer's input [rows, K] as it was, detached.

@@ -22,7 +22,7 @@ from adatsq_trt.models.stored import MappedLinear
 
 @dataclass(frozen=True)
 class Rounding:
-    """What rounding changed in a model.
+    """Changes that rounding made to a model.
 
     Attributes:
         dtype: the declared type.

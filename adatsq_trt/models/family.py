@@ -32,7 +32,7 @@ class JsonObject(RootModel[dict[str, JsonValue]]):
 
 @dataclass(frozen=True)
 class Canvas:
-    """What is drawn.
+    """Size of the picture or video that is drawn.
 
     Attributes:
         height: in pixels.
@@ -47,7 +47,7 @@ class Canvas:
 
 @dataclass(frozen=True)
 class VaeScale:
-    """What a cell of the VAE's latent stands for.
+    """Pixels and frames that a cell of the VAE's latent stands for.
 
     Attributes:
         pixels: along one side.
@@ -66,19 +66,19 @@ class Family(ABC):
         pipeline: class name.
         encoders: folders of its text encoders and tokenizers.
         text_tokens: most tokens of a prompt.
-        text_library: that the pipeline cleans prompts with where it is installed.
+        text_library: library that the pipeline cleans prompts with where it is installed.
         token_multiple: prompts are filled up with zeros to a multiple of so many tokens.
         patch: cells of the VAE's latent along one side of a token.
         packed: whether a latent is a row of tokens; else it has the VAE's own shape.
         guided: whether guidance takes a second branch, with the empty prompt.
-        schedulers: that the pipeline's loop is known for.
+        schedulers: classes that the pipeline's loop is known for.
         scheduler_options: of the scheduler that the loop looks at itself → the value that is followed.
         transformer_options: of the transformer's configuration → the value that is supported.
         pipeline_options: of the pipeline → the value that is supported.
-        instead: what to choose where a pipeline is refused.
-        unused_weights: what single files hold beside the transformer's own weights.
+        instead: advice where a pipeline is refused.
+        unused_weights: weights that single files hold beside the transformer's own.
         vae_channels: the VAE's setting that says how many channels its latents have.
-        canvas: what is drawn when nothing else is asked for; Flux's and Z-Image's own VAEs have 8 pixels to a cell.
+        canvas: size that is drawn when none is asked for; Flux's and Z-Image's own VAEs have 8 pixels to a cell.
     """
 
     adapter: type[PromptedAdapter]
@@ -169,7 +169,7 @@ class Family(ABC):
 
         Args:
             config: of the transformer.
-            file: what messages call the configuration.
+            file: the configuration, as messages name it.
             folder: of the pipeline.
 
         Raises:
@@ -197,7 +197,7 @@ class Family(ABC):
             )
 
     def vae_scale(self, folder: Path) -> VaeScale:
-        """What a cell of the latent stands for.
+        """Compute the pixels that a cell of the latent stands for, from the VAE's configuration.
 
         Raises:
             DamagedFileError: the VAE's configuration does not say it.

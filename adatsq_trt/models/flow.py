@@ -39,7 +39,7 @@ class Flow:
     block_layers_bytes: int
 
     def backward_bytes(self, projections: int) -> int:
-        """What a backward pass through the whole model keeps of a sample."""
+        """Estimate the bytes that a backward pass through the whole model keeps of a sample."""
         return _KEPT * self.outputs_bytes + (1 + projections) * self.layers_bytes
 
     def block_backward_bytes(self, projections: int) -> int:
@@ -77,7 +77,7 @@ def measure_flow(adapter: ModelAdapter, schedule: Schedule, guidance: float) -> 
 
 
 def _prefix(adapter: ModelAdapter) -> str:
-    """What the trace module puts before the module paths of the transformer."""
+    """Find the prefix that the trace module puts before the module paths of the transformer."""
     names = [name for name, module in adapter.trace_module().named_modules() if module is adapter.transformer]
     return f"{names[0]}." if names and names[0] else ""
 

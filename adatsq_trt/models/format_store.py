@@ -39,7 +39,7 @@ class CandidateWeights:
     transforms: Mapping[str, LayerTransform] = field(default_factory=dict)
 
     def scale(self, fmt: Format, step: int, layer: int) -> Tensor | None:
-        """What enters the activation's scale at a step: float32 [], or None where nothing does."""
+        """Return the scale or clip ratio of the activation at a step: float32 [], or None where the format has none."""
         known = fmt.static_activation or (fmt.scaled_activation and fmt.name in self.scales)
         return self.scales[fmt.name][step, layer] if known else None
 
@@ -66,7 +66,7 @@ class BlockFiles(Mapping[str, QuantizedWeight]):
 
         Args:
             folder: of the format.
-            layers: that have to be there.
+            layers: those that have to be there.
 
         Raises:
             MissingFileError: there are no files.

@@ -1,4 +1,4 @@
-"""What the adapters of models with a closed set of prompts have in common."""
+"""Base of the adapters of models with a closed set of prompts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class PromptedAdapter(ModelAdapter):
 
     Attributes:
         model_class: diffusers' class of the transformer.
-        text_width: which of the transformer's settings is the width of a text token.
+        text_width: name of the transformer's setting for the width of a text token.
         pooled_width: likewise of the pooled projection, for models that take one.
         quantizable: module paths of the linear layers that a policy may quantize. Modulation, embedders, norm_out and
             the final projection stay in high precision.
@@ -50,7 +50,7 @@ class PromptedAdapter(ModelAdapter):
             transformer: of the class `model_class`.
             encoder: of the prompts, as wide as the transformer's condition.
             scheduler: its configuration decides the sigmas.
-            image: what a latent decodes to.
+            image: shape of a decoded latent.
             guidance_distilled: the model needs no branch without a prompt.
         """
         self.architecture = self.model_class.__name__
@@ -72,7 +72,7 @@ class PromptedAdapter(ModelAdapter):
 
     @abstractmethod
     def condition(self, tokens: Tensor, pooled: Tensor) -> dict[str, Tensor]:
-        """What the encoder gives, as graph inputs by name.
+        """Return the encoder's outputs as graph inputs by name.
 
         Args:
             tokens: float32 [B, text tokens, width].

@@ -1,4 +1,4 @@
-"""What turns a prompt into the tensors that steer a model: a table of classes, or a text encoder."""
+"""Prompt encoders: from a prompt to the tensors that condition a model, by a table of classes or a text encoder."""
 
 from __future__ import annotations
 

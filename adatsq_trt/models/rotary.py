@@ -27,7 +27,7 @@ def require_positions(wanted: Sequence[int], most: Sequence[int]) -> None:
 
     Args:
         wanted: positions along each axis.
-        most: what the tables have.
+        most: positions that the tables have along each axis.
 
     Raises:
         MismatchError: says how many.

@@ -1,4 +1,4 @@
-"""What a fake-quantized layer multiplies: its rounded input and its stored weight, in the type that it computes in."""
+"""Operands of a fake-quantized layer: its rounded input and its stored weight, in the type that it computes in."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def stored_weight(weight: QuantizedWeight, fmt: Format) -> Tensor:
 
 
 def computing_type(device: torch.device) -> torch.dtype:
-    """What matrix products on a device are computed from now: float32, or what autocast makes of it."""
+    """Return the type in which matrix products on a device are computed now: float32, or autocast's type."""
     autocast = torch.is_autocast_enabled(device.type)
     return torch.get_autocast_dtype(device.type) if autocast else torch.float32
 

@@ -72,7 +72,7 @@ class SimulatedLinear(nn.Module):
         original: the full-precision layer.
         weights: format name → dequantized weight, float32 [N, K]; may be made at every lookup.
         active: the format in use, or None for full precision.
-        scale: what the active format has for its activations at this step (`Format.scaled_activation`), float32 [].
+        scale: the active format's activation scale or clip ratio at this step (`Format.scaled_activation`), float32 [].
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class SimulatedLinear(nn.Module):
             original: the layer.
             weights: format name → dequantized weight, float32 [N, K].
             shared: of all layers of the model.
-            transform: what the weights were made for.
+            transform: the one that the weights were made for.
         """
         super().__init__()
         self._shared, self._transform = shared, transform

@@ -21,7 +21,7 @@ LEAST_NUMBERS = 1 << 20
 
 @dataclass(frozen=True)
 class LowRankChange:
-    """What is added to a stored weight: factor · up · down.
+    """Low-rank change that is added to a stored weight: factor · up · down.
 
     Attributes:
         up: float32 [N, rank].

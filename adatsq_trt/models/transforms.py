@@ -1,4 +1,4 @@
-"""What happens to a layer's input and weight before they are rounded, so that less is lost.
+"""Transforms of a layer's input and weight before they are rounded, so that less is lost.
 
 A layer y = x Wᵀ becomes
 
@@ -82,14 +82,14 @@ class LayerTransform:
 
     Attributes:
         input_map: of its input.
-        branch: what stays in 16 bits, or None.
+        branch: part of the weight that stays in 16 bits, or None.
     """
 
     input_map: InputMap = InputMap()
     branch: Branch | None = None
 
     def rounded_weight(self, weight: Tensor) -> Tensor:
-        """What is left to be rounded: W̃ - B A, float32 [N, K]."""
+        """Compute the weight that is left to be rounded: W̃ - B A, float32 [N, K]."""
         mapped = self.input_map.weight(weight)
         return mapped if self.branch is None else mapped - self.branch.weight
 

@@ -31,7 +31,7 @@ class ZImageAdapter(PromptedAdapter):
 
     Latents are [channels, rows, columns]. Captions are tensors of one length, a multiple of 32, in which rows of zeros
     follow a caption's own tokens. As in diffusers, the learned pad token fills a caption up to the next multiple of 32;
-    what is beyond that is seen by nobody, and the image's positions follow each caption's own end. A guidance scale
+    nothing looks at rows beyond that, and the image's positions follow each caption's own end. A guidance scale
     here is one more than the pipeline's.
     """
 
@@ -259,7 +259,7 @@ class ZImageTrace(nn.Module):
         return whole[:, 0], whole[:, 1]
 
     def _mask(self, tokens: Tensor) -> Tensor:
-        """What is added to the products with the caption's keys: float32 [B, T], `_UNSEEN` beyond its padding."""
+        """Make the mask that is added to the products with the caption's keys: [B, T], `_UNSEEN` beyond its padding."""
         length = torch.ceil(tokens / SEQ_MULTI_OF) * SEQ_MULTI_OF
         return torch.where(self.places <= length[:, None], 0.0, _UNSEEN)
 

@@ -47,7 +47,7 @@ def write_contact_sheet(file: Path, panels: Mapping[str, np.ndarray], notes: Seq
     """Write the panels one below the other as PNG, whole or not at all.
 
     Args:
-        file: where.
+        file: path of the picture.
         panels: title → images, float32 [B, H, W, C] in [0, 1], or videos [B, F, H, W, C].
         notes: one per panel, added to its title.
 

@@ -1,4 +1,4 @@
-"""What a report shows: plain data that the command line gathers from a run's files."""
+"""Contents of a report: plain data that the command line gathers from a run's files."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class JudgedPolicy:
     """One policy that the search measured.
 
     Attributes:
-        kind: where it comes from: "beam", "plan", "merged", "layer_only", "time_only", "uniform" or "given".
+        kind: its origin: "beam", "plan", "merged", "layer_only", "time_only", "uniform" or "given".
         name: for uniform policies the format, else kind and number.
         mean_bits: mean of nominal bits.
-        error: latent MSE on the screening batch, for finalists on the whole selection batch.
+        error: latent MSE on the screening batch; for the shortlist, on the whole selection batch.
         held_out_error: latent MSE on the held-out samples; None where it was not measured.
         on_front: whether no other policy had fewer bits and a smaller error on the screening batch.
         chosen: whether it is the one that was built.
@@ -41,7 +41,7 @@ class JudgedPolicy:
 
     @property
     def label(self) -> str:
-        """What figures and tables call it."""
+        """Name in figures and tables."""
         if self.chosen:
             return "chosen"
         return STATIC_LABELS.get(self.kind, self.name)
@@ -52,9 +52,9 @@ class Comparison:
     """One row of the accuracy check.
 
     Attributes:
-        step: whose inputs were fed.
-        graph: which graph was checked, and which part of it.
-        reference: what it was compared with.
+        step: the step whose inputs were fed.
+        graph: graph that was checked, and the part of it.
+        reference: name of the computation that it was compared with.
         of_limit: largest of its errors as a part of that error's limit; None when outputs could not be compared.
         passed: whether all limits hold.
         command: repeats the comparison in the folder of the check.
@@ -101,7 +101,7 @@ class ReportData:
         summary: the figures that scripts read too.
         settings: everything that the run depends on.
         policy: the one that was built.
-        timesteps: what the model is given at each step.
+        timesteps: the model's time input at each step.
         sigmas: noise level at the start of each step.
         information: Fisher information I[t,l], [steps, layers].
         sensitivity: latent MSE of each rounding alone, [formats, steps, layers], formats as in the settings; None when

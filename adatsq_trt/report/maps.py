@@ -46,7 +46,7 @@ def policy_map(data: ReportData) -> Chart:
 
 
 def sensitivity_map(data: ReportData) -> Chart:
-    """What the cheapest format alone would do at every (step, layer); Fisher information where that is not known."""
+    """Draw the error of the cheapest format alone at every (step, layer); Fisher information where that is unknown."""
     values = data.information if data.sensitivity is None else data.sensitivity[0]
     step, layer = np.unravel_index(int(np.argmax(values)), values.shape)
     place = f"step\N{NO-BREAK SPACE}{step} in {data.policy.layers[layer]}"

@@ -54,7 +54,7 @@ class BucketRow:
 
 @dataclass(frozen=True)
 class Written:
-    """What a report consists of: the page, and its figures as SVG and PNG."""
+    """Files of a report: the page, and its figures as SVG and PNG."""
 
     page: Path
     figures: tuple[Path, ...]
@@ -65,7 +65,7 @@ def write_report(data: ReportData, file: Path, figures_folder: Path) -> Written:
 
     Args:
         data: the run.
-        file: where the page goes, with the suffix .html.
+        file: path of the page, with the suffix .html.
         figures_folder: receives NAME.svg and NAME.png of every figure.
 
     Raises:
@@ -135,7 +135,7 @@ def _for_script(content: dict[str, object]) -> Markup:
 
 
 def _map_data(data: ReportData) -> dict[str, object]:
-    """What the page says about a place of the maps."""
+    """Collect the page's data about the places of the maps."""
     values = data.information[None] if data.sensitivity is None else data.sensitivity
     return {
         "layers": data.policy.layers,

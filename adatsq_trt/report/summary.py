@@ -15,7 +15,7 @@ _SIXTEEN = 16
 
 
 class StageFigures(BaseModel):
-    """What a stage cost: wall-clock seconds over all attempts, peak resident bytes of the process."""
+    """Cost of a stage: wall-clock seconds over all attempts, peak resident bytes of the process."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -53,7 +53,7 @@ class PolicyFigures(BaseModel):
 
     Attributes:
         name: "chosen", "best layer-only", "uniform nvfp4" and so on.
-        kind: where it comes from.
+        kind: its origin.
         assignments: distinct ones.
         mean_bits: mean of nominal bits.
         costs: resident bytes, activation bits and milliseconds.
@@ -120,30 +120,30 @@ class Summary(BaseModel):
         schema_version: of this file.
         settings_sha256: of settings.json when the run was built: with another, other stages may have replaced these.
         model: name of the model.
-        targets: what the bundle was built for.
+        targets: targets that the bundle was built for.
         formats: candidate formats.
         simulate: whether plans were left out.
         steps: denoising steps.
         guidance: classifier-free guidance scale.
-        limits: what was asked for, or what the reference format leaves.
+        limits: those that were asked for, or those that the reference format leaves.
         reference: format whose bytes and time the limits are a little more than; None where limits were asked for.
         max_assignments: most distinct assignments that were allowed; None for any number.
-        policies: the chosen policy, and what else was measured on held-out samples.
+        policies: the chosen policy, and others that were measured on held-out samples.
         replaced: a simple policy that the search's own is no better than; None where there is none.
         ms: per sample; None where nobody knows.
-        ms_source: where milliseconds come from: a roofline or measured times.
+        ms_source: source of the milliseconds: a roofline or measured times.
         buckets: runs of steps with one assignment.
         assignments: distinct assignments.
         unlimited: the policy that a limit on assignments kept from being chosen; None without a limit.
         base_type: the model's declared type: its weights were rounded to it before anything was measured.
-        rounding_error: what that cost: latent MSE against the checkpoint's own numbers on a few calibration samples,
+        rounding_error: its cost: latent MSE against the checkpoint's own numbers on a few calibration samples,
             both in full precision; 0 where the type holds them exactly.
         mean_bits: unweighted mean over (step, layer) of (nominal weight bits + nominal activation bits) / 2.
         mean_weight_bits: with scales, weighted by parameters.
         mean_activation_bits: with dynamic scales, weighted by multiply-accumulates.
         final_error: latent MSE against full precision on the held-out seeds.
         final_standard_error: of that mean, from the spread over the samples; errors are heavy-tailed.
-        chosen_kind: where the chosen policy comes from.
+        chosen_kind: origin of the chosen policy.
         uniform_errors: format → the same for that format everywhere.
         static_errors: the same for the best static policies of the budget.
         held_out_samples: how many pictures these errors are means over.
@@ -201,7 +201,7 @@ class Summary(BaseModel):
 
 
 def looser(policies: Sequence[PolicyFigures]) -> list[str]:
-    """What looser budgets would have bought: policies beyond them that err less, by a paired interval.
+    """Describe what looser budgets would have bought: policies beyond them that err less, by a paired interval.
 
     Of several with less bytes, less time and less error than another only the first is told; those of 16 bits and more
     need no search.

@@ -55,7 +55,7 @@ class Chart:
 
     Attributes:
         name: of its files and of its elements in the page.
-        title: what it shows, in one sentence.
+        title: one sentence that says what it shows.
         caption: how it was measured and how to read it.
         figure: drawn without the title.
     """
@@ -72,7 +72,7 @@ class RenderedChart:
 
     Attributes:
         name: of its files and of its elements in the page.
-        title: what it shows.
+        title: one sentence that says what it shows.
         caption: how to read it.
         inline: SVG for the page, in the page's colours and font, without the title.
         svg: a file's content, on white, with the title.

@@ -27,7 +27,7 @@ OtherT = TypeVar("OtherT")
 
 
 class Problem(Protocol[StateT]):
-    """What the beam needs to know."""
+    """Interface between the beam and the problem that it searches."""
 
     @property
     def steps(self) -> int:
@@ -50,7 +50,7 @@ class Problem(Protocol[StateT]):
         """States after the step, one for each state before it and its assignment: one denoiser call each."""
 
     def predicted_errors(self, state: StateT, step: int, assignments: Sequence[Assignment]) -> Sequence[float]:
-        """What `error` may say after this step with each of these assignments, without a call."""
+        """Predict what `error` will be after this step with each of these assignments, without a denoiser call."""
 
     def error(self, state: StateT, step: int) -> float:
         """Final error that the state after `step` steps is expected to lead to."""
@@ -59,7 +59,7 @@ class Problem(Protocol[StateT]):
         """Whether a prefix leaves enough of budgets that do not add up to one cost; others are `remaining_error`'s."""
 
     def remaining_error(self, step: int, bits: float) -> float:
-        """What the bits spent so far add to or take from that; infinite when the budget cannot hold the rest."""
+        """Estimate how the bits spent so far change that error; infinite when the budget cannot hold the rest."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Path(Generic[StateT]):
     """A prefix of a policy.
 
     Attributes:
-        state: what the steps so far left behind.
+        state: the problem's state after these steps.
         assignments: one per step.
         bits: their cost.
         error: final error that they are expected to lead to.
@@ -113,9 +113,9 @@ def beam_search(
     """Complete paths, the least error first.
 
     Args:
-        problem: what is searched.
+        problem: the one that is searched.
         pruning: how columns are thinned.
-        paths: where to go on from (all of the same length), or None for the start.
+        paths: prefixes to go on from (all of the same length), or None for the start.
         on_column: called with the step and the paths that survived it.
     """
     survivors = list(paths) if paths else [Path(problem.start(), (), 0.0, 0.0, 0.0)]
@@ -132,9 +132,9 @@ def expand(
     """Feasible successors, the cheapest one where none of the candidates fits: one denoiser call each.
 
     Args:
-        problem: what is searched.
+        problem: the one that is searched.
         paths: to go on from.
-        step: that they take.
+        step: the one that they take.
         most: successors, if not all.
     """
     options = [(path, _feasible(problem, path, step)) for path in paths]
@@ -167,7 +167,7 @@ def _successor(
 
 
 def _feasible(problem: Problem[StateT], path: Path[StateT], step: int) -> Sequence[Assignment]:
-    """What a path can go on with."""
+    """List the assignments that a path can take at a step; the cheapest where none fits."""
     options = problem.candidates(step, path.assignments[-1] if path.assignments else None)
     affordable = [option for option in options if _rest(problem, path, option, step) < math.inf]
     feasible = [option for option in affordable if problem.fits((*path.assignments, option))]

@@ -1,4 +1,4 @@
-"""What a policy costs, and budgets: whether it keeps them, and whether a prefix still can.
+"""Costs of a policy, and budgets: whether a policy keeps them, and whether a prefix still can.
 
 Bits and milliseconds add up over steps and layers. Bytes do not: a layer's weight in one format is stored once, however
 many steps use it, so a policy costs, for every layer, the sum over the distinct weight formats that it has. With
@@ -84,7 +84,7 @@ class Budgets:
         steps: of the loop.
         additive: in bits, milliseconds and activation bits, as far as there are such limits.
         storage: in bytes, likewise.
-        allowed: [formats, layers]: what a layer may be given; None for everything.
+        allowed: [formats, layers]: whether a layer may have a format; None where every one may.
     """
 
     steps: int

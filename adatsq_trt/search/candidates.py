@@ -1,8 +1,8 @@
 """Candidate assignments: sensitive layers get more bits, at several exchange rates between error and bits.
 
-At a price λ per bit every layer takes the format with the least  error + λ · bits.  Ranking layers by sensitivity and
-cutting the ranking into tiers is the same thing: the price says where the cuts lie, the formats' measured errors say
-which tier a layer falls in. A low price gives a rich assignment, a high price a cheap one.
+At a multiplier λ per bit every layer takes the format with the least  error + λ · bits.  Ranking layers by sensitivity
+and cutting the ranking into tiers is the same thing: the multiplier says where the cuts lie, the formats' measured
+errors say which tier a layer falls in. A low multiplier gives a rich assignment, a high one a cheap one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Assignment: TypeAlias = tuple[int, ...]
 
 
 def tiers(errors: Array, bits: Array, weight: Array, multiplier: float) -> NDArray[np.int64]:
-    """The format index of every item at a price.
+    """Choose the format of every item at a multiplier.
 
     Args:
         errors: [formats, items].
@@ -33,7 +33,7 @@ def tiers(errors: Array, bits: Array, weight: Array, multiplier: float) -> NDArr
 
 
 def steepest_multiplier(errors: Array, bits: Array, weight: Array) -> float:
-    """A price at which every item takes the cheapest format: the largest error saved by the smallest upgrade."""
+    """A multiplier at which every item takes the cheapest format: the largest error saved by the smallest upgrade."""
     steps = np.diff(np.unique(bits))
     return float(errors.max()) / float(steps.min(initial=1.0) * weight.min()) + 1e-30
 
@@ -41,8 +41,8 @@ def steepest_multiplier(errors: Array, bits: Array, weight: Array) -> float:
 def allocate(errors: Array, bits: Array, weight: Array, budget: float) -> NDArray[np.int64]:
     """The formats with the least sum of errors whose bits stay within a budget.
 
-    Bisects the price (the Lagrangian optimum of the convex hull), then spends what is left on single upgrades in the
-    order of error saved per bit.
+    Bisects the multiplier (the Lagrangian optimum of the convex hull), then spends what is left on single upgrades in
+    the order of error saved per bit.
 
     Args:
         errors: [formats, items].

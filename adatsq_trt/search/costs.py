@@ -1,4 +1,4 @@
-"""What a step costs in time: from a roofline of a card's published rates, or from times that were measured on it.
+"""Time of a step: from a roofline of a card's published rates, or from times that were measured on it.
 
 Roofline: a layer takes the longer of its operations at the rate of its number format and its bytes (weights, input,
 output in 16 bits) at the memory's rate. Nothing overlaps, nothing is fused, and no card reaches its published rates:
@@ -92,7 +92,7 @@ class _Timing(BaseModel):
 
 
 class TimeTable(BaseModel):
-    """What `adatsq-trt benchmark kernels` writes, and of whole layers `benchmark bundle --layer-times`."""
+    """Times that `adatsq-trt benchmark kernels` measures, and of whole layers `benchmark bundle --layer-times`."""
 
     schema_version: Literal[1] = 1
     measured: Literal[True]
@@ -126,7 +126,7 @@ class TimeModel:
 
     @property
     def source(self) -> str:
-        """What every output calls the times."""
+        """Source of the times, as every output names it."""
         if self.table is not None:
             return f"measured on {self.table.card}"
         assert self.card is not None

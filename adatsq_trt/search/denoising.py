@@ -18,7 +18,7 @@ from adatsq_trt.search.simulation import Simulation
 
 
 def projected_error(state: Tensor, reference: Tensor, adjoint: Tensor) -> np.ndarray:
-    """What an error at one step does to the projected final picture: aᵀ δ, scaled so that squares sum to a latent MSE.
+    """Project an error at one step onto the final picture: aᵀ δ, scaled so that squares sum to a latent MSE.
 
     Args:
         state: the path's latents, float32 [samples, *latent_shape].
@@ -64,7 +64,7 @@ class DenoisingProblem:
         return self.reference[0]
 
     def candidates(self, step: int, previous: Assignment | None) -> Sequence[Assignment]:
-        """The plan's rows at several prices, and the previous assignment."""
+        """The plan's rows at several multipliers, and the previous assignment."""
         return self.plan.candidates(step, previous)
 
     @property
@@ -98,7 +98,7 @@ class DenoisingProblem:
         return True
 
     def remaining_error(self, step: int, bits: float) -> float:
-        """What the path's other spending than planned means for the rest; infinite when the budget cannot hold."""
+        """Estimate what the rest adds or saves with other bits than planned; infinite where the budget is too small."""
         left = self.budget * self.steps * len(self.simulation.model.layers) - bits
         own = sum(self.bits(row) for row in self.plan.policies[0][step:])
         return self.plan.deviation_error(step, left, own)
@@ -106,11 +106,11 @@ class DenoisingProblem:
 
 @dataclass
 class ConstrainedProblem(DenoisingProblem):
-    """The same under several budgets: what a path costs is counted at their prices.
+    """The same problem under several budgets: a path's cost is counted at their multipliers.
 
     Attributes:
         budgets: all of them.
-        cost: of one step at the prices: [formats, layers], infinite where a layer does not store a format.
+        cost: of one step at the multipliers: [formats, layers], infinite where a layer does not store a format.
     """
 
     budgets: Budgets = field(kw_only=True)

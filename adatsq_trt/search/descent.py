@@ -16,8 +16,8 @@ def descent_pass(contributions, fixed, layers, order, together, by_layer, chosen
 
     Args:
         contributions: float64 [items, formats, rows].
-        fixed: float64 [items, formats]: what of an item's cost depends on nothing else; infinite where a format may
-            not be taken.
+        fixed: float64 [items, formats]: part of an item's cost that depends on nothing else; infinite where a format
+            may not be taken.
         layers: int64 [items]: the layer of each.
         order: int64 [items].
         together: share of the error of all items together.

@@ -23,8 +23,8 @@ def dominates(one: Costs, other: Costs, difference: Interval) -> bool:
     """Whether one policy is no worse than another in bytes, time and error, and better in one of them.
 
     Args:
-        one: what it costs.
-        other: what the other costs.
+        one: costs of the policy.
+        other: costs of the other policy.
         difference: the error of the one less that of the other, on the same samples.
     """
     if not no_costlier(one, other) or difference.value > 0:

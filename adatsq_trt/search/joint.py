@@ -5,7 +5,7 @@ c of `sensitivity`, a choice of formats has the predicted error Σ_r (Σ_i c[f_i
 tell real cancellation from luck among a thousand choices, so that sum is shrunk in two stages, towards the sum over
 layers of each layer's own accumulated error, which is what a rounded weight does, and towards its diagonal:
 
-    together Σ_r (Σ_i c_i)² + by_layer Σ_l Σ_r (Σ_{i in l} c_i)² + alone Σ_i Σ_r c_i² + price Σ_i bits_i,
+    together Σ_r (Σ_i c_i)² + by_layer Σ_l Σ_r (Σ_{i in l} c_i)² + alone Σ_i Σ_r c_i² + multiplier Σ_i bits_i,
 
 where together + by_layer + alone = 1. The figures are in docs/decisions/0012.
 """
@@ -43,13 +43,13 @@ class Shrinkage:
 
     @property
     def layered(self) -> float:
-        """What `by_layer` is of everything but `together`."""
+        """Share of `by_layer` in everything but `together`."""
         return self.by_layer / (1 - self.together) if self.together < 1 else 0.0
 
 
 @dataclass(frozen=True)
 class Knapsack:
-    """What gets a format each.
+    """Knapsack problem: errors and costs of every format of every item.
 
     Attributes:
         contributions: [formats, items, rows].
@@ -57,7 +57,7 @@ class Knapsack:
         layers: [items]: the layer of each, from 0.
         bits: [formats], ascending.
         weight: [items]: how many (step, layer) an item stands for.
-        cost: [formats, items]: what is paid instead of weight * bits, infinite where a format may not be taken.
+        cost: [formats, items]: used instead of weight * bits, infinite where a format may not be taken.
     """
 
     contributions: Array
@@ -74,10 +74,10 @@ class Knapsack:
 
 
 def coordinate_descent(items: Knapsack, multiplier: float, shrinkage: Shrinkage) -> Selection:
-    """Formats that no single change improves (or the best after a few sweeps).
+    """Find formats that no single change improves (or the best after a few passes).
 
     Args:
-        items: what is allocated.
+        items: the knapsack problem.
         multiplier: error per bit, or per unit of the items' own cost.
         shrinkage: see the module.
 
@@ -102,7 +102,7 @@ def coordinate_descent(items: Knapsack, multiplier: float, shrinkage: Shrinkage)
 
 
 def predicted_error(items: Knapsack, chosen: Selection, shrinkage: Shrinkage) -> float:
-    """The error of a choice [items] of formats without its price."""
+    """The error of a selection [items] of formats, without its cost."""
     places = np.arange(len(chosen))
     picked = items.contributions[chosen, places]
     layers = np.zeros((items.layers.max(initial=0) + 1, picked.shape[1]))
@@ -113,10 +113,10 @@ def predicted_error(items: Knapsack, chosen: Selection, shrinkage: Shrinkage) ->
 
 
 def allocate_jointly(items: Knapsack, budget: float, shrinkage: Shrinkage) -> tuple[Selection, float]:
-    """The formats within a budget, and their price.
+    """Choose formats within a budget, and return them with their multiplier.
 
     Args:
-        items: what is allocated.
+        items: the knapsack problem.
         budget: largest sum of costs; at least that of the cheapest format everywhere.
         shrinkage: see the module.
     """

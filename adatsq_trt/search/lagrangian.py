@@ -1,12 +1,13 @@
 """Allocation under several budgets at once, one of which, bytes, does not add up over steps.
 
-Every unit has a price μ. At given prices a layer's set S of stored weight formats is worth
+Every unit has a multiplier μ. At given multipliers a layer's set S of stored weight formats is worth
 
     value(l, S) = Σ_t min_{f in S} (error[f, t, l] + μ_bits bits[f] + μ_ms ms[f, l]) + μ_bytes bytes(l, S),
 
 so each layer takes the best of its few sets exactly, by enumeration: this is the Lagrangian relaxation, in which layers
-no longer depend on each other. Prices rise one after the other until each budget is kept. Within the sets that come
-out, which keep the bytes whatever the steps do, formats are allocated jointly (`joint`), at the same ratio of prices.
+no longer depend on each other. Multipliers rise one after the other until each budget is kept. Within the sets that
+come out, which keep the bytes whatever the steps do, formats are allocated jointly (`joint`), at the same ratio of
+multipliers.
 """
 
 from __future__ import annotations
@@ -23,22 +24,22 @@ from adatsq_trt.search.candidates import Array
 from adatsq_trt.search.joint import Knapsack, Selection, Shrinkage, coordinate_descent
 
 _ROUNDS, _BISECTIONS = 6, 40
-_RELATIVE = 1e-12  # the lowest price that is tried, of the highest
+_RELATIVE = 1e-12  # the lowest multiplier that is tried, of the highest
 
 
 @dataclass(frozen=True)
 class Constraints:
-    """What budgets mean to a set of items.
+    """Budgets, as costs and limits of the items of a knapsack problem.
 
     Attributes:
         costs: for each additive budget [formats, items].
-        limits: theirs.
+        limits: of these budgets.
         groups: [items]: whose stored weights an item uses.
         grids: [formats]: the stored weight of a format.
         bytes: [grids, groups]; zeros without a budget in bytes.
         most_bytes: the budget in bytes; infinite without one.
         once: whether a group stores one grid.
-        allowed: [formats, items]: what an item may be given; None for everything.
+        allowed: [formats, items]: whether an item may be given a format; None where every one may.
     """
 
     costs: tuple[Array, ...]
@@ -102,7 +103,7 @@ class Constraints:
         return total
 
     def used(self, chosen: Selection) -> Array:
-        """What a choice costs of each additive budget and, last, in bytes."""
+        """Add up the costs of a selection: of each additive budget and, last, in bytes."""
         places = np.arange(len(chosen))
         present = np.zeros_like(self.bytes, dtype=bool)
         present[self.grids[chosen], self.groups] = True
@@ -164,7 +165,7 @@ class StoredSets:
 
 
 def choose_stored_sets(errors: Array, constraints: Constraints) -> StoredSets:
-    """Prices at which every budget is kept, and the formats that each group stores.
+    """Multipliers at which every budget is kept, and the formats that each group stores.
 
     Args:
         errors: [formats, items].
@@ -183,7 +184,7 @@ def choose_stored_sets(errors: Array, constraints: Constraints) -> StoredSets:
         sets = relaxed.solve(multipliers)
         if constraints.holds(sets.chosen):
             return relaxed.spend_bytes(sets)
-    for _ in range(60):  # the units pull in different directions: all prices together
+    for _ in range(60):  # the units pull in different directions: all multipliers together
         multipliers = np.where(np.isfinite(most), np.maximum(multipliers * 2, relaxed.highest * _RELATIVE), 0.0)
         sets = relaxed.solve(multipliers)
         if constraints.holds(sets.chosen):
@@ -227,7 +228,7 @@ class _Relaxation:
         return np.stack([np.bincount(self.constraints.groups, weights=row, minlength=groups) for row in best])
 
     def solve(self, multipliers: Array) -> StoredSets:
-        """The best sets and formats at some prices."""
+        """The best sets and formats at some multipliers."""
         return self._with_sets(multipliers, np.argmin(self.values(multipliers) + multipliers[-1] * self.bytes, axis=0))
 
     def _with_sets(self, multipliers: Array, which: NDArray[np.int64]) -> StoredSets:
@@ -237,7 +238,7 @@ class _Relaxation:
         return StoredSets(multipliers, allowed, np.argmin(total, axis=0))
 
     def uniform(self, multipliers: Array) -> StoredSets | None:
-        """The weights of a format that keeps every budget everywhere, where prices find nothing."""
+        """The weights of a format that keeps every budget everywhere, where multipliers find nothing."""
         for fmt, grid in enumerate(self.constraints.grids):
             chosen = np.full(self.errors.shape[1], fmt)
             if self.constraints.holds(chosen):
@@ -246,7 +247,7 @@ class _Relaxation:
         return None
 
     def least_multiplier(self, multipliers: Array, unit: int, most: float) -> float:
-        """The lowest price of a unit, among the others, at which its budget is kept."""
+        """The lowest multiplier of a unit, among the others, at which its budget is kept."""
 
         def kept(multiplier: float) -> bool:
             trial = multipliers.copy()
@@ -263,7 +264,7 @@ class _Relaxation:
         return high
 
     def spend_bytes(self, sets: StoredSets) -> StoredSets:
-        """Larger sets where they save most error per byte, while they fit: a price alone leaves some unspent."""
+        """Larger sets where they save most error per byte, while they fit: a multiplier alone leaves some unspent."""
         if not np.isfinite(self.constraints.most_bytes):
             return sets
         values, groups = self.values(sets.multipliers), self.bytes.shape[1]
@@ -288,16 +289,16 @@ class _Relaxation:
 def allocate_within(
     items: Knapsack, constraints: Constraints, sets: StoredSets, shrinkage: Shrinkage
 ) -> tuple[Selection, Knapsack]:
-    """Formats within the stored sets, allocated jointly.
+    """Choose formats within the stored sets jointly.
 
     Args:
-        items: what is allocated; its bits and weights are not looked at.
+        items: the knapsack problem; its bits and weights are not looked at.
         constraints: the budgets.
-        sets: what each group stores, and the prices.
+        sets: formats that each group stores, and the multipliers.
         shrinkage: see `joint`.
 
     Returns:
-        The choice, and the items with the cost at whose price of 1 it was made.
+        The selection, and the items with the cost with which it was made, at a multiplier of 1.
     """
     chosen, scale = allocate_at_scale(items, constraints, sets, shrinkage)
     return chosen, replace(items, cost=_cost(constraints, sets) * scale)
@@ -311,7 +312,7 @@ def _cost(constraints: Constraints, sets: StoredSets) -> Array:
 def allocate_at_scale(
     items: Knapsack, constraints: Constraints, sets: StoredSets, shrinkage: Shrinkage
 ) -> tuple[Selection, float]:
-    """`allocate_within`: the choice, and what the prices were multiplied by for it."""
+    """`allocate_within`: the selection, and the factor of the multipliers that led to it."""
     cost = _cost(constraints, sets)
     if not sets.multipliers[:-1].any():
         return coordinate_descent(replace(items, cost=cost), 1.0, shrinkage), 1.0
@@ -327,16 +328,16 @@ def allocate_at_scale(
 
 
 def allocate_groups(items: Knapsack, budgets: Budgets, cost: Array, shrinkage: Shrinkage) -> Selection | None:
-    """Formats of groups of steps within the stored formats of a plan, at the ratio of its prices.
+    """Formats of groups of steps within the stored formats of a plan, at the ratio of its multipliers.
 
     Args:
         items: one for each (group, layer), in this order; `weight` counts the group's steps.
         budgets: of all steps.
-        cost: of one step at those prices: [formats, layers], infinite where a layer does not store a format.
+        cost: of one step at those multipliers: [formats, layers], infinite where a layer does not store a format.
         shrinkage: see `joint`.
 
     Returns:
-        None where no common factor of the prices keeps every budget.
+        None where no common factor of the multipliers keeps every budget.
     """
     constraints = Constraints.grouped(budgets, items)
     prices = cost[:, items.layers] * items.weight

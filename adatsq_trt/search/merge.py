@@ -5,7 +5,7 @@ of a policy are put into at most so many groups, with the error model that the p
 
 1. Steps with equal rows are a group.
 2. While there are too many, the two groups are joined whose union costs least, when every layer takes the format with
-   the least error + price · cost and everything else stays as it is.
+   the least error + multiplier · cost and everything else stays as it is.
 3. Each step moves to the group whose assignment suits it best (k-means, with the model's error as the distance).
 4. The groups' assignments are allocated anew within the budgets: an item for each (group, layer). Where stored weights
    are limited, every layer keeps the weight formats that it has in the policy.
@@ -36,13 +36,13 @@ Labels = NDArray[np.int64]
 
 
 class Allowance(Protocol):
-    """What a policy may spend."""
+    """Budgets of a policy whose steps share assignments."""
 
     def for_start(self, rows: Rows) -> Allowance:
         """The same where layers store what they store in a policy, if that is limited."""
 
     def prices(self, items: Knapsack, shrinkage: Shrinkage) -> Array:
-        """What a format costs a layer at one step, in units of error: [formats, layers].
+        """Compute the cost of each format for each layer at one step, in units of error: [formats, layers].
 
         Infinite where a layer may not be given a format.
 
@@ -75,7 +75,7 @@ class MeanBits:
         return self
 
     def prices(self, items: Knapsack, shrinkage: Shrinkage) -> Array:
-        """Bits at the price at which a policy without a limit just meets the budget."""
+        """Multiply bits by the multiplier at which a policy without a limit just meets the budget."""
         multiplier = allocate_jointly(items, self.total, shrinkage)[1]
         return np.repeat(multiplier * self.bits[:, None], items.layers.max() + 1, axis=1)
 
@@ -94,7 +94,7 @@ class Several:
 
     Attributes:
         budgets: all of them.
-        cost: of one step at a plan's prices: [formats, layers], infinite where a layer may not be given a format.
+        cost: of one step at a plan's multipliers: [formats, layers], infinite where a layer may not be given a format.
     """
 
     budgets: Budgets
@@ -119,7 +119,7 @@ class Several:
         return self.budgets.holds(rows)
 
     def allocate(self, items: Knapsack, shrinkage: Shrinkage) -> Selection | None:
-        """At the plan's ratio of prices."""
+        """At the plan's ratio of multipliers."""
         return allocate_groups(items, self.budgets, self.cost, shrinkage)
 
 
@@ -131,7 +131,7 @@ class ErrorModel:
         contributions: [formats, steps, layers, rows].
         errors: [formats, steps, layers]: single errors.
         bits: [formats], ascending.
-        allowance: what a policy may spend.
+        allowance: budgets of the policy.
         prices: [formats, layers]: of one step, in units of error.
         shrinkage: in covariances.
     """
@@ -178,7 +178,7 @@ class ErrorModel:
         return self._error(picked.sum(axis=0), alone.sum())
 
     def picked(self, chosen: Labels) -> tuple[Array, Array]:
-        """What the chosen formats contribute: [steps, layers, rows], and their single errors: [steps, layers]."""
+        """Pick the chosen formats' contributions: [steps, layers, rows], and single errors: [steps, layers]."""
         contributions = np.take_along_axis(self.contributions, chosen[None, :, :, None], 0)[0]
         return contributions, np.take_along_axis(self.errors, chosen[None], 0)[0]
 
@@ -249,7 +249,7 @@ def merged_policies(
     Args:
         sensitivity: measured contributions.
         bits: [formats], ascending.
-        allowance: what they may spend.
+        allowance: budgets of the policies.
         starts: policies without a limit, the plan first.
         limit: most distinct assignments.
     """
@@ -319,11 +319,11 @@ def _join(model: ErrorModel, chosen: Labels, limit: int) -> Labels:
 
 
 def _union(model: ErrorModel, by_layer: Array, pair: tuple[_Group, _Group]) -> tuple[float, Labels]:
-    """What it costs to give two groups one assignment, and that assignment; layers are looked at one by one.
+    """Compute the cost of giving two groups one assignment, and that assignment; layers are looked at one by one.
 
     Args:
         model: of the error.
-        by_layer: [layers, rows]: what all groups contribute as they are.
+        by_layer: [layers, rows]: contributions of all groups as they are.
         pair: the two groups.
     """
     one, other = pair

@@ -1,12 +1,12 @@
 """Weights once: one weight grid for each layer, chosen together with the activations of all steps.
 
 A layer has one grid for the whole trajectory and at every step a format of that grid, so what a grid is worth depends
-on the activations that its steps can afford beside it. At given prices (see `lagrangian`) the error model of `joint`
-couples layers only through its share `together`. So
+on the activations that its steps can afford beside it. At given multipliers (see `lagrangian`) the error model of
+`joint` couples layers only through its share `together`. So
 
 1. start from some grids: those of the relaxation, or of a policy that is known;
-2. find the scale of the prices at which the best formats within these grids keep every budget;
-3. at these prices give every layer in turn the grid that is best for it: for each grid its steps take their best
+2. find the scale of the multipliers at which the best formats within these grids keep every budget;
+3. at these multipliers give every layer in turn the grid that is best for it: for each grid its steps take their best
    formats, by coordinate descent within the layer, while all other layers stay as they are;
 4. go on at 2 with the new grids, as long as the predicted error falls.
 
@@ -35,9 +35,9 @@ class _Chosen:
     """An allocation with one grid for each group.
 
     Attributes:
-        sets: its grids, and the prices.
+        sets: its grids, and the multipliers.
         formats: [items].
-        scale: what the prices were multiplied by for them.
+        scale: factor of the multipliers that led to these formats.
         error: predicted.
     """
 
@@ -50,12 +50,12 @@ class _Chosen:
 def choose_weights(
     items: Knapsack, constraints: Constraints, relaxed: StoredSets, shrinkage: Shrinkage, known: Sequence[Grids] = ()
 ) -> tuple[Selection, Knapsack]:
-    """The grids and formats with the least predicted error that are found within every budget.
+    """Search for the grids and formats with the least predicted error within every budget.
 
     Args:
         items: one for each (step, group).
         constraints: the budgets, with one grid for each group.
-        relaxed: what the relaxation chose.
+        relaxed: solution of the relaxation.
         shrinkage: see `joint`.
         known: grids of other policies to start from.
 
@@ -110,10 +110,10 @@ def _within(
 
 
 def _best_grids(items: Knapsack, constraints: Constraints, chosen: _Chosen, shrinkage: Shrinkage) -> Grids:
-    """The grid of every group that is best at the prices of an allocation: rule 3.
+    """Choose for every group the grid that is best at the multipliers of an allocation: rule 3.
 
     Args:
-        items: what is allocated.
+        items: the knapsack problem.
         constraints: the budgets.
         chosen: the allocation.
         shrinkage: see `joint`.
@@ -140,14 +140,14 @@ def _best_grids(items: Knapsack, constraints: Constraints, chosen: _Chosen, shri
 def _group_trial(
     items: Knapsack, price: Array, own: NDArray[np.int64], formats: NDArray[np.int64], rest: Array, shrinkage: Shrinkage
 ) -> tuple[float, Array]:
-    """What a group costs with the best of some formats at its items, and what it contributes [rows].
+    """Compute a group's cost with the best formats of one grid at its items, and its contributions [rows].
 
     Args:
         items: of all groups.
         price: [formats, items].
         own: the group's items.
         formats: of one grid.
-        rest: [rows]: what all other groups contribute.
+        rest: [rows]: contributions of all other groups.
         shrinkage: see `joint`.
     """
     cell = np.ix_(formats, own)

@@ -1,8 +1,8 @@
-"""The plan: allocations of the whole trajectory at several prices, from which every column takes its candidates.
+"""The plan: allocations of the whole trajectory at several multipliers, from which every column takes its candidates.
 
-At the plan's price the whole policy just meets the budget. At other prices around it the same model gives richer and
-cheaper policies; their rows for step t are the candidates of column t, the nearest prices first, so a path can spend
-more at one step and less at another, and what that does is measured on real latents.
+At the plan's multiplier the whole policy just meets the budget. At other multipliers around it the same model gives
+richer and cheaper policies; their rows for step t are the candidates of column t, the nearest multipliers first, so a
+path can spend more at one step and less at another, and what that does is measured on real latents.
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ SHRINKAGES = (
     Shrinkage(together=0.1, by_layer=0.4),
     Shrinkage(together=0.5, by_layer=0.0),
 )
-# Prices, relative to the plan's, at which the rest of a path is estimated.
+# Multipliers, relative to the plan's, at which the rest of a path is estimated.
 _CURVE = (0.125, 0.25, 0.5, 0.75, 1.5, 2.0, 4.0, 8.0)
 # Those whose whole policies are judged too, to show the Pareto front.
 _FRONT = (0.25, 0.5, 2.0, 4.0)
-# Candidates come from prices ever farther from the plan's: this factor apart, at most so many to each side.
+# Candidates come from multipliers ever farther from the plan's: this factor apart, at most so many to each side.
 _PRICE_STEP, _PRICE_STEPS = 1.35, 20
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Whole policies at several prices, and what the rest of a path will do and cost.
+    """Whole policies at several multipliers, and what the rest of a path will do and cost.
 
     Attributes:
-        policies: the plan at its own price first, then at prices far enough to show the Pareto front; each a row of
-            format indices per step.
-        columns: for each step its distinct candidates, the plan's own first, then those of the nearest prices; none
-            where none are asked for.
+        policies: the plan at its own multiplier first, then at others far enough to show the Pareto front; each a row
+            of format indices per step.
+        columns: for each step its distinct candidates, the plan's own first, then those of the nearest multipliers;
+            none where none are asked for.
         hedges: other allocations of the same budget, to be judged as whole policies only.
-        row_weights: [rows]: what the rows of projected errors are multiplied by, as contributions are.
+        row_weights: [rows]: factors of the rows of projected errors, as contributions have them.
         contributions: [formats, steps, layers, rows].
         own_errors: [formats, steps, layers]: error of each rounding, as far as its parts are trusted.
-        tail_contributions: [steps + 1, rows]: what the plan's own steps t … will add to every projected error.
+        tail_contributions: [steps + 1, rows]: additions of the plan's own steps t … to every projected error.
         tail_own_errors: [steps + 1]: their error by layers and alone, as far as each is trusted.
-        tail_bits: [steps + 1, curve]: bits of steps t … at each of several prices, cheapest first.
-        tail_errors: [steps + 1, curve]: predicted error of the plan's steps before t and those at that price from t.
+        tail_bits: [steps + 1, curve]: bits of steps t … at each of several multipliers, cheapest first.
+        tail_errors: [steps + 1, curve]: predicted error of the plan's steps before t and that multiplier's from t.
     """
 
     policies: tuple[Rows, ...]
@@ -99,12 +99,12 @@ class Plan:
         return float(SHRINKAGES[0].together * together + (1 - SHRINKAGES[0].together) * apart)
 
     def deviation_error(self, step: int, bits_left: float, own_bits: float) -> float:
-        """What it costs, or saves, when the rest has other bits than the plan gives it; infinite when too few.
+        """Estimate what the rest adds or saves with other bits than the plan gives it; infinite when too few.
 
         Args:
             step: first step of the rest.
-            bits_left: what the budget leaves for it.
-            own_bits: what the plan would spend on it.
+            bits_left: bits that the budget leaves for it.
+            own_bits: bits that the plan would spend on it.
         """
         bits, errors = self.tail_bits[step], self.tail_errors[step]
         if bits_left < bits[0] - 1e-9:
@@ -113,7 +113,7 @@ class Plan:
 
 
 def make_plan(sensitivity: Sensitivity, bits: Array, budget: float, candidates: int) -> Plan:
-    """Allocate the budget over the trajectory, at its own price and at others.
+    """Allocate the budget over the trajectory, at its own multiplier and at others.
 
     Args:
         sensitivity: measured contributions.
@@ -132,7 +132,7 @@ def make_plan(sensitivity: Sensitivity, bits: Array, budget: float, candidates: 
 def make_constrained_plan(
     sensitivity: Sensitivity, bits: Array, budgets: Budgets, candidates: int, known: Sequence[Rows] = ()
 ) -> tuple[Plan, Array, Array]:
-    """The same under any budgets, and with weights once where these ask for it.
+    """Make a plan under any budgets, and with weights once where these ask for it.
 
     Args:
         sensitivity: measured contributions.
@@ -142,9 +142,9 @@ def make_constrained_plan(
         known: with weights once, policies whose weights are a start for the choice of them.
 
     Returns:
-        The plan, then what a format costs a layer at one step at the prices of the budgets: [formats, layers], infinite
-        where the layer does not store the format. A path's bits are counted in it. The same for all formats
-        that the layer may have.
+        The plan, then the cost of each format for each layer at one step at the multipliers of the budgets: [formats,
+        layers], infinite where the layer does not store the format; a path's bits are counted in it. Last the same cost
+        for all formats that the layer may have.
 
     Raises:
         BudgetError: the budgets cannot be kept together.
@@ -172,7 +172,7 @@ def make_constrained_plan(
 
 
 def _at_scale_of(cost: Array, prices: Array) -> Array:
-    """Prices [formats, layers], of which `cost` has some by a common factor."""
+    """Scale penalties [formats, layers] to `cost`, which has some of them times a common factor."""
     known = np.isfinite(cost) & (prices > 0)
     return prices * (float(cost[known][0] / prices[known][0]) if known.any() else 1.0)
 
@@ -193,7 +193,7 @@ def _items(sensitivity: Sensitivity, bits: Array) -> Knapsack:
 
 @dataclass(frozen=True)
 class Allocation:
-    """What a plan is made from.
+    """Allocations that a plan is made from.
 
     Attributes:
         items: of all steps.
@@ -211,7 +211,7 @@ class Allocation:
 def _complete(
     sensitivity: Sensitivity, allocation: Allocation, hedges: Sequence[Selection], cost: Array, candidates: int
 ) -> Plan:
-    """Candidates, the front and the curves of the rest, from allocations at other prices.
+    """Make a plan from its own allocation: candidates, the front and the curves of the rest, at other multipliers.
 
     Args:
         sensitivity: measured contributions.
@@ -248,7 +248,7 @@ def _complete(
 
 @dataclass(frozen=True)
 class _Tails:
-    """What several policies add from each step on; the first is the plan itself.
+    """Contributions and single errors of several policies from each step on; the first is the plan itself.
 
     Attributes:
         by_layer: [policies, steps + 1, layers, rows]: summed contributions of each layer.
@@ -288,7 +288,7 @@ class _Tails:
 
 
 def error_apart(by_layer: Array, alone: Array) -> Array:
-    """What `SHRINKAGES[0]` makes of accumulation within layers [..., layers, rows] and single errors [...]: [...]."""
+    """Combine accumulation within layers [..., layers, rows] and single errors [...] by `SHRINKAGES[0]`: [...]."""
     layered = SHRINKAGES[0].layered
     error: Array = layered * np.square(by_layer).sum(axis=(-2, -1)) + (1 - layered) * alone
     return error
@@ -302,7 +302,7 @@ def _increasing(bits: Array, errors: Array) -> tuple[Array, Array]:
 
 
 def _columns(own: Selection, at: Callable[[float], Selection], steps: int, count: int) -> tuple[Rows, ...]:
-    """For each step the first `count` distinct rows, going outwards from the plan's price."""
+    """For each step the first `count` distinct rows, going outwards from the plan's multiplier."""
     columns: list[dict[Assignment, None]] = [{row: None} for row in _rows(own, steps)]
     for multiple in _outwards():
         if all(len(column) >= count for column in columns):

@@ -184,7 +184,7 @@ class Scorer:
 
         Args:
             simulation: of the model.
-            samples: whose pictures are compared.
+            samples: the batch whose pictures are compared.
             folder: of the search.
         """
         self.samples = samples

@@ -25,7 +25,7 @@ class Proposal:
     """A complete policy that is to be judged.
 
     Attributes:
-        kind: where it comes from.
+        kind: its origin.
         rows: format indices per step and layer.
     """
 
@@ -37,17 +37,16 @@ class Point(BaseModel):
     """A judged policy.
 
     Attributes:
-        kind: where it comes from.
+        kind: its origin.
         name: for uniform policies the format, else kind and number.
         mean_bits: mean of nominal bits.
-        costs: what it costs whoever runs it.
-        selection_error: latent MSE on the screening batch; for finalists on the whole selection batch.
-        rank_error: the same with every sample capped (`Score.capped_error`): what policies are chosen by.
+        costs: resident bytes, activation bits and time.
+        selection_error: latent MSE on the screening batch; for the shortlist, on the whole selection batch.
+        rank_error: the same with every sample capped (`Score.capped_error`), by which policies are chosen.
         samples: how many these errors are means over.
-        finalist: whether it got the second look.
         held_out_error: latent MSE on the held-out samples, for those policies whose figure is reported.
         held_out_standard_error: of that mean.
-        held_out_ratio: that mean in means of the chosen policy, with its paired interval; None without one.
+        held_out_ratio: that mean over the chosen policy's, with its paired interval; None without one.
         on_front: whether no other point had fewer bits and a smaller error on the screening batch.
         buckets: runs of steps with one assignment.
         formats: step → layer → format name.
@@ -62,7 +61,7 @@ class Point(BaseModel):
     selection_error: float
     rank_error: float
     samples: int
-    finalist: bool = False
+    finalist: bool = False  # Whether it was rescored.
     held_out_error: float | None = None
     held_out_standard_error: float | None = None
     held_out_ratio: tuple[float, float, float] | None = None
@@ -99,14 +98,14 @@ class Dominated(BaseModel):
 
 
 class SearchResult(BaseModel):
-    """What the search found.
+    """Result of the search: every judged policy, the chosen one and what finding it cost.
 
     Attributes:
         schema_version: of this file.
         points: every judged policy; the Pareto front is those with `on_front`.
         weights: number of quantized weights.
-        limits: what the chosen one had to keep.
-        ms_source: where milliseconds come from; None where nobody knows them.
+        limits: those that the chosen one had to keep.
+        ms_source: source of the milliseconds; None where they are not known.
         chosen: index of the policy that is deployed.
         dominated: why it is not the search's own choice, or with free weights a warning; None where there is nothing to
             say.
@@ -151,8 +150,8 @@ def judge(
 
     Args:
         proposals: to be judged.
-        formats: what they index.
-        costs: tells what they cost.
+        formats: those that the proposals index.
+        costs: cost model of policies.
         screening: of the first samples.
         on_policy: called after each.
     """
@@ -170,7 +169,7 @@ def judge(
 
 
 KINDS: tuple[Kind, ...] = ("given", "beam", "plan", "merged", "layer_only", "time_only", "uniform")
-# Kinds of search, and how many of each get a second look at least.
+# Kinds of search, and how many of each are rescored at least.
 _SEATS: tuple[tuple[tuple[Kind, ...], int], ...] = (
     (("beam", "plan"), 4),
     (("merged",), 4),
@@ -181,10 +180,10 @@ _SEATS: tuple[tuple[tuple[Kind, ...], int], ...] = (
 
 @dataclass(frozen=True)
 class Rules:
-    """What a policy must keep to be deployed.
+    """Conditions that a policy must keep to be deployed.
 
     Attributes:
-        within_budget: whether it keeps every budget.
+        within_budget: whether a policy keeps every budget.
         limit: most distinct assignments; None for any number.
     """
 
@@ -200,7 +199,7 @@ class Rules:
 
 
 def shortlist(points: Sequence[Point], rules: Rules) -> list[int]:
-    """Indices of the points that deserve a second look: the best few of each kind of search that keep the rules.
+    """Choose the points to rescore: indices of the best few of each kind of search that keep the rules.
 
     A handful of samples that flip to another picture decide a mean over a small batch, so near ties on the screening
     batch are settled on a larger one, with a cap on what one sample counts; the static rivals get the same. Where there
@@ -216,16 +215,16 @@ def shortlist(points: Sequence[Point], rules: Rules) -> list[int]:
 def look_again(
     screened: Sequence[Point], rules: Rules, look: Callable[[Sequence[Point], Sequence[int]], list[Point]]
 ) -> tuple[list[Point], list[int]]:
-    """Give finalists and whoever may still beat the best of them a second look.
+    """Rescore the shortlist, then whoever may still beat the best of it.
 
     Args:
         screened: all points, with their errors on the screening batch.
-        rules: what a policy must keep.
+        rules: conditions that a policy must keep.
         look: replaces the errors of the points with some indices by those on all samples.
 
     Returns:
-        The points, and the indices of those that got it. No point that keeps the rules has a smaller error than the
-        best of these.
+        The points, and the indices of those that were rescored. No point that keeps the rules has a smaller error than
+        the best of these.
     """
     points, looked, more = list(screened), list[int](), shortlist(screened, rules)
     while more := more or rivals(screened, points, looked, rules):
@@ -235,16 +234,16 @@ def look_again(
 
 
 def rivals(screened: Sequence[Point], points: Sequence[Point], looked: Sequence[int], rules: Rules) -> list[int]:
-    """Indices of further points that deserve a second look, since the best so far has not beaten them.
+    """Choose further points to rescore, since the best so far has not beaten them: their indices.
 
-    Finalists are the best of their kind, so one that was left out may still be ahead of the winner of all kinds. It is
+    The shortlist has the best of each kind, so one that was left out may still beat the winner of all kinds. It is
     beaten when its error on the screening batch is no less than the winner's, on that batch and on all samples.
 
     Args:
         screened: all points, with their errors on the screening batch.
-        points: the same after the second look.
-        looked: indices of those that got it.
-        rules: what a policy must keep.
+        points: the same after rescoring.
+        looked: indices of those that were rescored.
+        rules: conditions that a policy must keep.
     """
     found: list[int] = []
     for among in rules.eligible(points):
@@ -274,8 +273,8 @@ def rescore(
 
     Args:
         points: judged policies.
-        wanted: indices of the finalists.
-        formats: what the points' format names index.
+        wanted: indices of the shortlist.
+        formats: candidates; the points name their formats.
         scorers: of the batches.
         on_policy: called after each.
     """
@@ -370,7 +369,7 @@ def measure_held_out(
     Args:
         points: judged policies.
         wanted: indices of those to measure, the chosen one first.
-        formats: what the points' format names index.
+        formats: candidates; the points name their formats.
         held_out: scores samples that nothing was chosen on.
         on_policy: called after each.
     """

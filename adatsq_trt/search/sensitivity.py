@@ -1,4 +1,4 @@
-"""What each format, at each step and layer, would do to the final picture: a second-order estimate for screening.
+"""Effect of each format, at each step and layer, on the final picture: a second-order estimate for screening.
 
 Rounding layer l at step t to format f changes its output by ΔY = Q(X) Ŵᵀ - X Wᵀ. With the gradient G = ∂(uᵀ x_T)/∂Y
 from the backward sweep, the change of the projected picture is, to first order, the signed number
@@ -92,7 +92,7 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class Candidates:
-    """What sensitivities are measured of.
+    """Candidate formats, whose sensitivities are measured.
 
     Attributes:
         formats: cheapest first.

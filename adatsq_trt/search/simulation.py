@@ -23,11 +23,11 @@ from adatsq_trt.search.candidates import Assignment
 
 @dataclass(frozen=True)
 class _Loop:
-    """What all units have in common.
+    """Data that all units of work share.
 
     Attributes:
         model: installed.
-        formats: what the indices of assignments mean.
+        formats: those that assignments index.
         schedule: of the denoising loop.
         guidance: its scale.
     """
@@ -78,7 +78,7 @@ class Simulation:
 
     Attributes:
         model: installed.
-        formats: what the indices of assignments mean.
+        formats: those that assignments index.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ def require_finite(simulation: Simulation, samples: Samples, rows: Sequence[Assi
 
     Args:
         simulation: of the model.
-        samples: that were drawn under the policy.
+        samples: those that were drawn under the policy.
         rows: the policy.
         errors: of the samples.
 

@@ -27,7 +27,7 @@ def uniform(index: int, steps: int, layers: int) -> Rows:
 def layer_only(sensitivity: Sensitivity, bits: Array, budget: float) -> list[Rows]:
     """Proposals with one assignment for all steps.
 
-    Layers are allocated jointly, as the search's own plan is, with each of its trusts; and one by one, a layer's error
+    Layers are allocated jointly, as the search's own plan is, with each shrinkage; and one by one, a layer's error
     being the geometric mean of that with and without accumulation over the steps (better than either alone).
     """
     steps = sensitivity.contributions.shape[1]

@@ -1,4 +1,4 @@
-"""What policies of a run cost, and its budgets, from the settings and the shapes that calibration saw."""
+"""Costs of a run's policies, and its budgets, from the settings and the shapes that calibration saw."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ SIXTEEN = format_named("bf16")
 
 @dataclass(frozen=True)
 class Account:
-    """What policies cost and may cost.
+    """Costs of policies, and their limits.
 
     Attributes:
         costs: of policies.
         budgets: as the search counts them: sums over steps and layers of what is quantized.
         limits: as they are told, of whole samples.
         weights: number of quantized weights.
-        ms_source: where milliseconds come from; None where nobody knows them.
+        ms_source: source of the milliseconds; None where they are not known.
     """
 
     costs: CostModel
@@ -209,5 +209,5 @@ def require_bytes(settings: Settings, adapter: ModelAdapter) -> None:
 
 
 def sixteen_bit_bytes(shapes: Sequence[LayerShape]) -> float:
-    """What the weights that are quantized take in 16 bits; biases and everything else stay as they are."""
+    """Count the bytes of the quantized weights in 16 bits; biases and everything else stay as they are."""
     return 2.0 * sum(s.in_features * s.out_features for s in shapes)

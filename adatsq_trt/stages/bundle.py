@@ -65,7 +65,7 @@ def stage(context: Context) -> Stage:
 
 
 def library_versions() -> dict[str, str]:
-    """What a bundle was made with."""
+    """List the versions of the package and of the libraries that a bundle is made with."""
     return {"adatsq-trt": __version__, **{name: metadata.version(name) for name in _LIBRARIES if _installed(name)}}
 
 

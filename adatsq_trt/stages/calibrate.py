@@ -91,7 +91,7 @@ def _fisher(context: Context, this: Stage, latents: Tensor, advance: Advance) ->
 
 
 def _hessians(context: Context, this: Stage, batch: Shared[Samples], latents: Tensor, information: Tensor) -> None:
-    """What GPTQ minimizes, the same without weights, and the largest activation of every (step, layer)."""
+    """Write the Hessians for GPTQ, the same without step weights, and the largest input of every (step, layer)."""
     _moments(context, this, batch, latents, information)
     blocks = context.adapter.layers_by_block()
     if context.settings.hessian in gradients.FORMS:

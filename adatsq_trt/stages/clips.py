@@ -1,4 +1,4 @@
-"""What enters the activations' scales at every step and layer: static scales, and the ratios that clip.
+"""Scales of the activations at every step and layer: static scales, and the ratios that clip.
 
 A part of stage `quantize`; a search for ratios is one more backward sweep, kept on disk step by step.
 """

@@ -29,7 +29,7 @@ class Case:
     """One row of the comparison.
 
     Attributes:
-        subject: what is quantized: "policy", or "uniform" and a format.
+        subject: quantized policy: "policy", or "uniform" and a format.
         solver_name: how the weights were found.
         formats_at: step → module path → format.
         solver: rounds a layer's (transformed) weight to a format.

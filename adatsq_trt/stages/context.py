@@ -1,4 +1,4 @@
-"""What all stages share: the run directory, the settings, the model and the batches of samples."""
+"""Context that all stages share: the run directory, the settings, the model and the batches of samples."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ _KEPT = 0.03
 
 @dataclass(frozen=True)
 class Memory:
-    """What this process may have resident.
+    """Limit on this process's resident memory, and the needs that are known beforehand.
 
     Attributes:
         limit_bytes: most of it.
-        call_bytes: what a call of the model needs beside its weights.
-        backward_bytes: what a backward pass through the whole model at once keeps of activations.
-        projection_bytes: what it keeps for each projection beside that.
-        block_bytes: what one that goes block by block keeps with one projection.
+        call_bytes: needed by a call of the model beside its weights.
+        backward_bytes: activations that a backward pass through the whole model at once keeps.
+        projection_bytes: kept by it for each projection beside that.
+        block_bytes: kept by one that goes block by block, with one projection.
     """
 
     limit_bytes: int = field(default_factory=machine_bytes)
@@ -55,12 +55,12 @@ class Memory:
     block_bytes: int = 0
 
     def backward_bytes_of(self, projections: int) -> int:
-        """What a backward pass through the whole model at once keeps with some projections."""
+        """Estimate the bytes that a backward pass through the whole model at once keeps with some projections."""
         return self.backward_bytes + projections * self.projection_bytes
 
     @property
     def room_bytes(self) -> int:
-        """What is left of the limit now, for what is kept between calls of the model."""
+        """Bytes of the limit that are left now for data kept between calls of the model."""
         return max(int(self.limit_bytes * (1 - _KEPT)) - self.call_bytes - resident_bytes(), 0)
 
 
@@ -69,10 +69,10 @@ class Context:
     """A run.
 
     Attributes:
-        run: where files go, opened for writing.
+        run: run directory, opened for writing.
         settings: resolved.
         model: loaded; large layers of a checkpoint may be on disk.
-        memory: what may be resident. Decides what is kept and what is read or computed again, never a result.
+        memory: limit and needs. Decides which data are kept and which are read or computed again, never a result.
         executor: who computes units of work.
         progress: who is told how it goes on.
         pipeline: the checkpoint that the model comes from, while its prompts may have to be encoded.
@@ -106,7 +106,7 @@ class Context:
 
     @property
     def room_bytes(self) -> int:
-        """What is left for sums, where they are kept and where they are computed."""
+        """Bytes left for sums, where they are kept and where they are computed."""
         room = self.memory.room_bytes
         return min(room, free_bytes(self.device)) if self.device.type == CUDA else room
 
@@ -164,7 +164,7 @@ class Context:
 
     @property
     def targets(self) -> tuple[Target, ...]:
-        """What the bundle is built for."""
+        """Targets that the bundle is built for."""
         return tuple(target_named(name) for name in self.settings.targets)
 
     @cached_property
@@ -206,7 +206,7 @@ class Context:
     def inputs(self, names: Sequence[str]) -> dict[str, Json]:
         """Some of the settings, for a stage's key; the weights are those of a file in the declared type.
 
-        What draws samples has other prompts than it once had, where prompts are apart.
+        Stages that draw samples have other prompts than they once had, where prompts are apart.
         """
         values = self.settings.model_dump(mode="json") | {"base": self.settings.base_type, "prompts": "apart"}
         own = ["base"] if "weights_sha256" in names else []

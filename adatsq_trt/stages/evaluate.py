@@ -54,7 +54,7 @@ _FLAT = 1e9
 
 
 class Effort(BaseModel):
-    """What all cells of a model have in common.
+    """Settings that all cells of a model share.
 
     Attributes:
         model: its name.
@@ -100,10 +100,10 @@ class Cell(BaseModel):
         scores: column → share of its samples that show what was asked for; for clips, the means of their scores.
         psnr_db: mean over samples against full precision; None for that itself.
         mean_error_psnr_db: PSNR of the mean squared error; None likewise, and for cells of before it was told.
-        worst_psnr_db: what 5 % of the samples fall short of; None likewise.
+        worst_psnr_db: 5 % quantile over samples; None likewise.
         samples: how many.
         seed: of calibration and samples.
-        seconds: that the cell took; depends on the machine.
+        seconds: duration of the cell; depends on the machine.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -127,7 +127,7 @@ class Cell(BaseModel):
 
 @dataclass(frozen=True)
 class Generated:
-    """What a method makes of the batch.
+    """Result of one method on the batch.
 
     Attributes:
         latents: float32 [samples, *latent_shape].
@@ -148,7 +148,7 @@ class Evaluation:
     """All methods on one model.
 
     Attributes:
-        effort: what all cells have in common.
+        effort: settings that all cells share.
     """
 
     def __init__(self, folder: Path, effort: Effort, model: LoadedModel, progress: Reporter | None = None) -> None:
@@ -156,7 +156,7 @@ class Evaluation:
 
         Args:
             folder: of the model.
-            effort: what all cells have in common.
+            effort: settings that all cells share.
             model: loaded.
             progress: who is told how it goes on.
 
@@ -179,7 +179,7 @@ class Evaluation:
 
     @cached_property
     def batch(self) -> Batch:
-        """What is asked for."""
+        """Prompts of the samples, and their judge."""
         return make_batch(self._model.adapter, self.effort.samples)
 
     def cell(self, method: Method, bits: str) -> Cell:

@@ -95,7 +95,7 @@ def run(context: Context) -> Stage:
 
 
 def _exported(context: Context, policy: Policy, arrays: Mapping[str, Mapping[str, Tensor]]) -> Exported:
-    """What the bundle has to say of its loop."""
+    """Record what the bundle has to say of its loop."""
     steps = context.settings.steps
     return Exported(
         policy=policy,
@@ -145,7 +145,7 @@ def _trace(adapter: ModelAdapter, inputs: Mapping[str, Tensor], base: BaseName, 
 
 
 def _positions(context: Context) -> dict[str, Tensor]:
-    """What graphs for several sizes are told at each: "<size>.<graph input>"."""
+    """Collect the position inputs of graphs for several sizes: "<size>.<graph input>"."""
     return {
         f"{written(size)}.{name}": value
         for size, adapter in context.sizes.items()
@@ -155,7 +155,7 @@ def _positions(context: Context) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _reference(context: Context, policy: Policy, folder: Path) -> None:
-    """What `check` compares graphs with: the fake-quantized PyTorch model at every step and through the whole loop."""
+    """Write the reference of `check`: the fake-quantized PyTorch model at every step and through the whole loop."""
     samples = context.calibration.part(slice(0, CHECK_SAMPLES))
     latents = read_tensors(calibrate.stage(context).folder / calibrate.TRAJECTORY)["latents"][:, :CHECK_SAMPLES]
     there = latents.to(context.device)

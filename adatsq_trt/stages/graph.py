@@ -15,7 +15,7 @@ from adatsq_trt.stages.run_directory import Stage
 
 
 class StageModule(Protocol):
-    """What the module of a stage defines."""
+    """Interface of a stage's module."""
 
     def stage(self, context: Context) -> Stage:
         """The stage for the settings of a run; needs no weights of the model."""

@@ -1,7 +1,7 @@
-"""From proposals to the policy that is deployed: screening, second look, further samples, simpler rivals, report.
+"""From proposals to the policy that is deployed: screening, rescoring, further samples, simpler rivals, report.
 
-Every batch has seeds of its own: what policies are chosen on is not what simpler ones are compared with them on, and
-the figures of the report are from a third.
+Every batch has seeds of its own: policies are chosen on one, compared with simpler ones on another, and the figures of
+the report are from a third.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from adatsq_trt.search.simulation import Simulation
 from adatsq_trt.stages.budget import Account
 from adatsq_trt.stages.context import Context
 
-# Every proposal is judged on the first samples of the selection batch, finalists on all.
+# Every proposal is judged on the first samples of the selection batch, the shortlist on all.
 SCREENING = 64
 # While the best policies are not told apart, so many batches of selection samples more are drawn.
 FURTHER = 3
@@ -47,7 +47,7 @@ _SIMPLE: tuple[Kind, ...] = ("uniform", *STATIC_KINDS)
 
 @dataclass
 class Judging:
-    """What proposals are judged with.
+    """Judge of a search's proposals: the fake-quantized model, the budgets, and the denoiser calls so far.
 
     Attributes:
         context: of the run.
@@ -65,7 +65,7 @@ class Judging:
     _asked: set[tuple[int, tuple[tuple[str, ...], ...]]] = field(default_factory=set)
 
     def result(self, proposals: Sequence[Proposal]) -> SearchResult:
-        """Screen all, look at the finalists again, choose; report on the held-out samples."""
+        """Screen all, rescore the shortlist, choose; report on the held-out samples."""
         context, limit = self.context, self.context.settings.max_assignments
         with context.progress("search: screening", len(set(proposals))) as advance:
             points = judge(proposals, context.formats, self.account.costs, self._selection[0], advance)
@@ -110,7 +110,7 @@ class Judging:
         self._asked |= asked
 
     def _look(self, points: Sequence[Point], wanted: Sequence[int]) -> list[Point]:
-        """The second look at some points: none where all samples have been seen."""
+        """Rescore some points; nothing to do where all samples have been seen."""
         if len(self._selection) == 1:
             return list(points)
         return self._rescored(points, wanted, self._selection)
@@ -159,7 +159,7 @@ class Judging:
         )
 
     def _unlimited(self, points: Sequence[Point], chosen: int, wanted: Sequence[int]) -> int | None:
-        """What would be chosen without a limit on assignments: the same where the limit keeps nothing out."""
+        """Find the choice without a limit on assignments: the same where the limit keeps nothing out."""
         limit = self.context.settings.max_assignments
         if limit is None:
             return None

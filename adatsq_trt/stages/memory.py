@@ -1,4 +1,4 @@
-"""What every stage keeps resident, told before anything runs, and the refusal of a limit that cannot work.
+"""Estimates of what every stage keeps resident, made before anything runs; a limit that cannot work is refused.
 
 The estimates are upper bounds with the factors below, which `benchmarks/size` checks against measured peaks.
 """
@@ -44,7 +44,7 @@ _STEP = 100_000_000  # limits are named in such steps
 
 @dataclass(frozen=True)
 class Model:
-    """What the estimates depend on.
+    """Sizes of a model that the estimates depend on.
 
     Attributes:
         weights: parameters of the transformer.
@@ -74,7 +74,7 @@ def plan_memory(
     pipeline: OpenedPipeline | None = None,
     until: str = BUNDLE,
 ) -> Memory:
-    """What a run may have resident.
+    """Plan the resident memory of a run.
 
     Args:
         limit: in bytes; None for all that the machine has.
@@ -144,7 +144,7 @@ def needed_bytes(settings: Settings, model: Model, before: int) -> dict[str, int
 
 
 def _compiled(settings: Settings) -> float:
-    """What the compiler needs, as a multiple of the weights in 16 bits."""
+    """Estimate the compiler's memory, as a multiple of the weights in 16 bits."""
     if settings.simulate or settings.layout == PLUGIN_LAYOUT:
         return 0
     if all(target_named(name).compute_capability is None for name in settings.targets):
@@ -153,7 +153,7 @@ def _compiled(settings: Settings) -> float:
 
 
 def sweep_bytes(settings: Settings, flow: Flow, shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """What the backward sweeps for Fisher information and for sensitivities need at least.
+    """Estimate the least bytes of the backward sweeps for Fisher information and for sensitivities.
 
     Args:
         settings: of the run.
@@ -169,7 +169,7 @@ def sweep_bytes(settings: Settings, flow: Flow, shapes: Sequence[tuple[int, int]
 
 
 def _clip_bytes(settings: Settings, flow: Flow, shapes: Sequence[tuple[int, int]]) -> int:
-    """What the backward sweep for the ratios that clip needs at least."""
+    """Estimate the least bytes of the backward sweep for the ratios that clip."""
     if settings.clips == "none" or not clipped_grids(format_named(name) for name in settings.formats):
         return 0
     samples = min(SAMPLES_PER_BACKWARD, settings.calibration_samples)
@@ -179,7 +179,7 @@ def _clip_bytes(settings: Settings, flow: Flow, shapes: Sequence[tuple[int, int]
 
 
 def gradient_bytes(settings: Settings, flow: Flow, blocks: Sequence[Sequence[tuple[int, int]]]) -> int:
-    """What Hessians from gradients take at least: a block's sums and file, and the gradients of one sample.
+    """Estimate the least bytes of Hessians from gradients: a block's sums and file, and the gradients of one sample.
 
     Args:
         settings: of the run.
@@ -217,6 +217,6 @@ def _model(settings: Settings, outline: LoadedModel, pipeline: OpenedPipeline | 
 
 
 def _call_bytes(settings: Settings, flow: Flow) -> int:
-    """What a call of the model in full precision needs for the largest batch."""
+    """Estimate the bytes that a call of the model in full precision needs for the largest batch."""
     judged = min(SAMPLES_PER_CALL, max(settings.selection_samples, settings.held_out_samples))
     return max(settings.calibration_samples, judged) * _ALIVE * flow.largest_bytes

@@ -85,7 +85,7 @@ def open_model(model: object, config: BuildConfig) -> OpenedModel:
 
     Args:
         model: name of a model of the zoo; else a path, a hub id, or a pipeline or transformer in memory.
-        config: what of it is asked for.
+        config: choices of the build.
 
     Raises:
         UserError: it does not exist, is damaged, or is of an architecture that has no adapter.

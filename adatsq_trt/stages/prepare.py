@@ -23,12 +23,12 @@ from adatsq_trt.stages.run_directory import RunDirectory
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is known to be possible.
+    """Request that was checked and can be run.
 
     Attributes:
         settings: all of them, defaults filled in.
         opened: the model.
-        memory: what may be resident.
+        memory: limit and needs.
         executor: who is going to compute.
     """
 
@@ -67,11 +67,11 @@ def prepare(model: object, config: BuildConfig, last: str) -> Prepared:
 
     Args:
         model: name of a model of the zoo, path, hub id, or a pipeline or transformer in memory.
-        config: what is asked for.
+        config: choices of the build.
         last: the last stage that is to run.
 
     Raises:
-        UserError: says what does not go together, is not there or does not suit the model.
+        UserError: parts that do not go together, are not there or do not suit the model.
     """
     executor = choose_executor(config)
     opened, settings = open_and_resolve(model, config, last)

@@ -1,4 +1,4 @@
-"""What cells say beside each other: intervals, differences on the same samples, and the table of a terminal."""
+"""Comparison of cells: intervals, differences on the same samples, and the table of a terminal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Difference(BaseModel):
         model: its name.
         bits: of both; of the other when the one is full precision.
         method: the one.
-        other: what is taken away.
+        other: the one that is subtracted.
         score: difference of mean scores; None without a judge.
         score_low: 2.5th percentile of the paired bootstrap.
         score_high: 97.5th percentile.

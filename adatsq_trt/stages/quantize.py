@@ -112,7 +112,7 @@ def _quantize_block(
 
 @dataclass(frozen=True)
 class Solver:
-    """What is done to every layer.
+    """Formats and damping with which every layer is solved.
 
     Attributes:
         formats: to solve for.
@@ -218,7 +218,7 @@ def load_layer_transforms(context: Context) -> dict[str, LayerTransform]:
 
 
 def load(context: Context) -> CandidateWeights:
-    """What the stage wrote, where the model is; nested layers have their planes in every format that reads them."""
+    """Load the stage's weights where the model is; nested layers have their planes in every format that reads them."""
     store, device = _load(context), context.adapter.device
     return store if device.type == CPU else to_device(store, device)
 

@@ -57,13 +57,13 @@ class Judged(BaseModel):
 
 
 class Refined(BaseModel):
-    """What solving again has brought.
+    """Errors of the policy before and after its weights were solved again, and which weights are used.
 
     Attributes:
         schema_version: of this file.
         before, after: the policy with old and new weights on the selection batch.
         kept: whether the new weights are used.
-        held_out: what is used, on the held-out batch; None without such samples.
+        held_out: the policy with the weights that are used, on the held-out batch; None without such samples.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -204,7 +204,7 @@ def _own_weights(store: CandidateWeights, formats: Iterable[str]) -> CandidateWe
 
 
 def result(context: Context) -> Refined | None:
-    """What the stage found; None where it was not asked for."""
+    """Read the stage's result; None where it was not asked for."""
     return read_json_model(stage(context).folder / RESULT, Refined) if context.settings.refine else None
 
 

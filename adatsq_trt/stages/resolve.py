@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from adatsq_trt.base_type import require_one_type
 from adatsq_trt.config import DEFAULT_LAYOUT, BuildConfig, Layout, Weights
-from adatsq_trt.errors import UserError
+from adatsq_trt.engines.backends.cuda_device import gpu_capability
+from adatsq_trt.errors import DependencyError, UserError
 from adatsq_trt.execution import Executor, InProcess
 from adatsq_trt.execution.cluster import connected, parse_address, require_cluster
 from adatsq_trt.execution.device import AUTO, CPU, OnDevice, parse_device
@@ -37,7 +39,8 @@ if TYPE_CHECKING:
 
     from adatsq_trt.zoo.loading import LoadedModel
 
-
+LOGGER = logging.getLogger(__name__)
+DEFAULT_TARGET = "sm120"  # where nobody says what to build for and there is no GPU
 # What --simulate without a target studies.
 SIMULATED_SETS: dict[Weights, str] = {"once": "grid", "free": "paper-fine"}
 PLUGIN_TARGET = "sm90"  # of layout `plugin` without a target: its graph is the same for all
@@ -55,7 +58,7 @@ def open_and_resolve(model: object, config: BuildConfig, last: str) -> tuple[Ope
 
     Args:
         model: name of a model of the zoo; else a path, a hub id, or a pipeline or transformer in memory.
-        config: what was asked for.
+        config: choices of the build.
         last: the last stage that is to run.
 
     Raises:
@@ -79,18 +82,41 @@ def open_and_resolve(model: object, config: BuildConfig, last: str) -> tuple[Ope
     _ = config.limit_bytes  # refused here if it is none
     _require_exportable(config, last)
     opened = open_model(model, at_first(config))
-    return opened, _resolve(config, opened, targets, format_set, formats, shapes, known)
+    settings = _resolve(config, opened, targets, format_set, formats, shapes, known)
+    if targets and not config.targets and config.layout != PLUGIN_LAYOUT:
+        LOGGER.info("no --target: the target is %s", targets[0].name)
+    return opened, settings
 
 
 def _targets(config: BuildConfig) -> list[Target]:
     names = config.targets
     if config.layout == PLUGIN_LAYOUT:
         names = names or (PLUGIN_TARGET,)
+    if not names and not config.simulate:
+        names = (_target_of_this_machine(),)
     targets = [target_named(name) for name in names]
-    if not targets and not config.simulate:
-        raise UserError(f"no --target: expected one of {', '.join(TARGETS)}; or pass --simulate to build no plans")
     _require_layout(config, targets)
     return targets
+
+
+def _target_of_this_machine() -> str:
+    """The target of the GPU that is here; the newest where there is none.
+
+    Raises:
+        UserError: no plans can be built for the GPU that is here.
+    """
+    try:
+        capability = gpu_capability()
+    except DependencyError:
+        return DEFAULT_TARGET
+    name = f"sm{capability}"
+    if name not in TARGETS or not TARGETS[name].formats:
+        able = ", ".join(target.name for target in TARGETS.values() if target.formats)
+        raise UserError(
+            f"no --target: the GPU here is {name}, expected one of {able}; choose one with --target, or pass "
+            f"--layout {PLUGIN_LAYOUT} or --simulate"
+        )
+    return name
 
 
 def _require_layout(config: BuildConfig, targets: Sequence[Target]) -> None:

@@ -41,7 +41,7 @@ _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACC
 
 
 class RunInfo(BaseModel):
-    """What makes a folder a run directory."""
+    """Content of run.json, which makes a folder a run directory."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

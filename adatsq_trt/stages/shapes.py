@@ -57,7 +57,7 @@ def written(numbers: Sequence[int]) -> str:
 
 
 def resolve_shapes(shapes: Sequence[Shape], model: LoadedModel) -> tuple[Shape, ...]:
-    """What was asked for, without repetitions: the model's own size first, and by samples within each size.
+    """Order the requested shapes without repetitions: the model's own size first, and by samples within each size.
 
     Args:
         shapes: from `parse_shapes`.

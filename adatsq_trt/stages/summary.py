@@ -145,7 +145,7 @@ def replaced(result: SearchResult) -> Replaced | None:
 
 
 def _engines(manifest: Manifest, index: GraphIndex) -> int:
-    """Of one target: the plans that take turns, or the processor's graphs."""
+    """Count the plans of one target that the loop switches between, or the processor's graphs."""
     targets = {plan.target for plan in manifest.plans}
     return len(manifest.plans) // len(targets) if targets else sum(graph.variant == "cpu" for graph in index.graphs)
 

@@ -30,7 +30,7 @@ def find_model(name: str) -> Path:
 
 
 class ZooIndex(BaseModel):
-    """What is read of a zoo model's `model_index.json`.
+    """The fields of a zoo model's `model_index.json` that are read.
 
     Attributes:
         transformer: library and class of the transformer.

@@ -44,7 +44,7 @@ class LoadedModel:
     """A model and what a run needs to know of it.
 
     Attributes:
-        name: what the user called it.
+        name: as the user wrote it.
         adapter: the model.
         weights_sha256: hash of the transformer's weight file.
         model_sha256: hash of all its configurations and weights.

@@ -1,4 +1,4 @@
-"""What budgets in bits, size and speed choose on one model: whether each is kept, and how the policies differ.
+"""Policies that budgets in bits, size and speed choose on one model: whether each is kept, and how the policies differ.
 
     python -m benchmarks.budgets.run [--document docs/how-to/choose-a-budget.md]
 
@@ -49,7 +49,7 @@ class Chosen(BaseModel):
 
     Attributes:
         budget: options.
-        kind: where the policy comes from.
+        kind: origin of the policy.
         mean_bits: mean of nominal bits.
         costs: resident bytes, activation bits, and milliseconds of one sample by the card's roofline.
         resident_bits: resident bytes as bits per quantized weight.
@@ -73,7 +73,7 @@ class Chosen(BaseModel):
 
 
 class Results(BaseModel):
-    """What results.json holds.
+    """Content of results.json.
 
     Attributes:
         alike: two single budgets, by their options → share of (step, layer) with the same format.

@@ -1,4 +1,4 @@
-"""What a search is worth beside simple policies of its budgets: models and targets, each with its default budgets.
+"""Comparison of a search with simple policies of its budgets: models and targets, each with its default budgets.
 
     python -m benchmarks.budgets.simple [MODEL:TARGET ...] [--document FILE]
 
@@ -44,7 +44,7 @@ class Case(BaseModel):
         model: its name.
         target: as on the command line; "plugin" is layout `plugin` for sm90.
         reference: format that the budgets are a little more than.
-        ms_source: where milliseconds come from.
+        ms_source: source of the milliseconds.
         policies: the returned policy, then what it is compared with.
         replaced: a simple policy that the search's own was no better than.
     """
@@ -60,7 +60,7 @@ class Case(BaseModel):
 
 
 class Results(BaseModel):
-    """What simple.json holds."""
+    """Content of simple.json."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

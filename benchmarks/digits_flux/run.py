@@ -1,9 +1,9 @@
-"""What the method is worth on `digits-flux`: four builds, and what the solver's Hessians add to each.
+"""Evaluation of the method on `digits-flux`: four builds, and what the solver's Hessians add to each.
 
-    python -m benchmarks.digits_flux.run [--readme README.md]
+    python -m benchmarks.digits_flux.run [--document docs/quality.md]
 
 Builds in runs/bench-* through the console script, reusing what is finished there. Writes results.json beside this file
-and prints a Markdown table; `--readme` puts it between the markers of that file. Only seconds depend on the machine.
+and prints a Markdown table; `--document` puts it between the markers of that file. Only seconds depend on the machine.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Result(BaseModel):
 
 
 class Results(BaseModel):
-    """What results.json holds."""
+    """Content of results.json."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -148,13 +148,13 @@ def table(results: Results) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the builds of digits-flux.")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the run directories are")
-    parser.add_argument("--readme", type=Path, help="file whose results table is replaced")
+    parser.add_argument("--document", type=Path, help="file whose table is replaced")
     arguments = parser.parse_args()
     results = Results(results=tuple(measure(case, arguments.runs) for case in CASES))
     write_json_model(RESULTS, results)
     print(table(results))
-    if arguments.readme is not None:
-        replace_marked(arguments.readme, "results", table(results))
+    if arguments.document is not None:
+        replace_marked(arguments.document, "digits", table(results))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What layouts weigh, and what switching formats costs in ONNX Runtime: results.json.
+"""Sizes of layouts, and the cost of switching formats in ONNX Runtime: results.json.
 
     python benchmarks/engines/run.py            # about 15 minutes on two cores, 6 GB of disk in --work
 

@@ -1,4 +1,4 @@
-"""What GPTQ should minimize: all forms of `--hessian` on small models, by the error of the same pictures.
+"""Forms of `--hessian` for GPTQ, all on small models, compared by the error of the same pictures.
 
     python -m benchmarks.hessian.run [--models M ...] [--seeds N] [--document docs/how-it-works.md] [--from-results]
 
@@ -94,7 +94,7 @@ class Row(_Record):
 
 
 class Results(_Record):
-    """What results.json holds."""
+    """Content of results.json."""
 
     schema_version: Literal[1] = 1
     calibration_samples: int
@@ -105,11 +105,11 @@ class Results(_Record):
 
 @dataclass(frozen=True)
 class Subject:
-    """What is quantized.
+    """Formats of all steps and layers that are measured together.
 
     Attributes:
         name: in the table.
-        formats: that it uses.
+        formats: those that it uses.
         at: step → module path → format.
     """
 

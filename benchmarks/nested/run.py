@@ -1,4 +1,4 @@
-"""What one nested copy of a weight costs, in error, and saves, in bytes, beside two copies.
+"""Error and bytes of one nested copy of a weight, beside two copies.
 
     python -m benchmarks.nested.run [--document docs/plugin.md] [--from-results]
 

@@ -59,7 +59,7 @@ def fronts(model: str, cells: Sequence[Cell]) -> Chart:
 
 
 def sensitivity(model: str, run: Path) -> Chart:
-    """What the cheapest candidate alone would do to the final latent, by step and layer."""
+    """Draw the error of the cheapest candidate alone in the final latent, by step and layer."""
     errors = read_tensors(run / search.NAME / search.SENSITIVITY)["errors"][0].numpy()
     figure, axes = _map(errors.shape)
     positive = np.clip(errors, errors[errors > 0].min(), None).T

@@ -31,7 +31,7 @@ from adatsq_trt.zoo import zoo_models
 from adatsq_trt.zoo.loading import load_model
 from benchmarks.document import replace_marked
 from benchmarks.quality.figures import draw
-from benchmarks.quality.tables import overview, tables
+from benchmarks.quality.tables import tables
 
 Row = TypeVar("Row")
 ROOT = Path(__file__).parents[2]
@@ -87,13 +87,13 @@ class CellInterval(BaseModel):
 
 
 class Comparisons(BaseModel):
-    """What comparisons.json holds.
+    """Content of comparisons.json.
 
     Attributes:
-        efforts: what the cells of each model have in common.
+        efforts: settings that the cells of each model share.
         intervals: of all cells in results.json.
         differences: our methods less every other one at the same bits, paired.
-        ablation_effort: what the cells of the ablation have in common.
+        ablation_effort: settings that the cells of the ablation share.
         ablation: those cells.
         ablation_intervals: of those.
         missing: cells that were not measured, as "model method bits".
@@ -242,7 +242,6 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", help="some of the zoo's models")
     parser.add_argument("--from-cells", action="store_true", help="measure nothing, write what was measured")
     parser.add_argument("--document", type=Path, help="Markdown file whose tables are replaced")
-    parser.add_argument("--readme", type=Path, help="Markdown file whose short table is replaced")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     runs = QUICK_RUNS if options.quick else RUNS
@@ -269,12 +268,10 @@ def main() -> None:
         replace_marked(options.document, "quality", shown)
         for model in filter(lambda model: model.cells, models):
             draw(model.evaluation, model.cells, FIGURES)
-    if options.readme is not None:
-        replace_marked(options.readme, "quality", overview(results.cells))
 
 
 def compared(models: Sequence[Measured], ablation: Measured | None) -> Comparisons:
-    """What cells say beside each other."""
+    """Compare cells: their intervals, and differences on the same samples."""
     return Comparisons(
         efforts=tuple(model.evaluation.effort for model in models if model.cells),
         intervals=tuple(interval for model in models for interval in model.bounds),

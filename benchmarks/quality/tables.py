@@ -35,27 +35,6 @@ def tables(cells: Sequence[Cell], comparisons: Comparisons) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def overview(cells: Sequence[Cell]) -> str:
-    """Mean score and PSNR of every method, a row each, without what the long tables have."""
-    parts = []
-    for model in dict.fromkeys(cell.model for cell in cells):
-        own = {(cell.method, cell.bits): cell for cell in cells if cell.model == model}
-        exact, widths = own["fp16", "16/16"], [bits for bits in BITS if any(b == bits for _, b in own)]
-        head = [f"{figure}, {bits}" for bits in widths for figure in ("score", "PSNR, dB")]
-        lines = [f"| {model} | {' | '.join(head)} |", f"|---|{'---:|' * len(head)}"]
-        lines.append(f"| {exact.method} | {_number(exact.mean_score, 3)} | |{' | |' * (len(widths) - 1)}")
-        for method in dict.fromkeys(method for method, _ in own if method != exact.method):
-            row = [own.get((method, bits)) for bits in widths]
-            figures = [text for cell in row for text in _short(cell)]
-            lines.append(f"| {method} | {' | '.join(figures)} |")
-        parts.append("\n".join(lines) + "\n")
-    return "\n".join(parts)
-
-
-def _short(cell: Cell | None) -> tuple[str, str]:
-    return ("", "") if cell is None else (_number(cell.mean_score, 3), _number(cell.psnr_db, 1))
-
-
 def _number(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 

@@ -43,7 +43,7 @@ def kinds(screened: int, shortlist: int, reported: int) -> list[Kind]:
 
     Args:
         screened: policies that are judged.
-        shortlist: those that get the second look.
+        shortlist: those that are rescored.
         reported: those that are measured on held-out samples.
     """
     samples, projections = _DEFAULTS["calibration_samples"], _DEFAULTS["projections"]

@@ -1,4 +1,4 @@
-"""What units of work cost and what a second worker saves, on digits-flux; results.json and the tables of a document.
+"""Cost of units of work and gain of a second worker, on digits-flux; results.json and the tables of a document.
 
     python -m benchmarks.scaling.run [--document docs/scaling.md]
 
@@ -68,9 +68,9 @@ class Units(_Record):
 
     Attributes:
         count: how many there were.
-        sent_bytes: what they were given, all together.
-        returned_bytes: what they gave back.
-        shared_bytes: what every worker reads once.
+        sent_bytes: sent to them, all together.
+        returned_bytes: sent back by them.
+        shared_bytes: read once by every worker.
         cpu_seconds: processor time of all of them, which other programs do not lengthen much.
     """
 
@@ -82,7 +82,7 @@ class Units(_Record):
 
 
 class Results(_Record):
-    """What was measured.
+    """Measurements of a search: times of each way, files, and units of work.
 
     Attributes:
         options: of the search.
@@ -93,7 +93,7 @@ class Results(_Record):
         units: kind → figures.
         other_cpu_seconds: processor time of the same search outside of its units.
         screened: policies that were judged.
-        shortlist: those that got the second look.
+        shortlist: those that were rescored.
         reported: those that were measured on held-out samples.
     """
 
@@ -164,7 +164,7 @@ def run(way: str) -> dict[str, float]:
 
 
 def files(way: str) -> dict[str, bytes]:
-    """What the stages wrote."""
+    """Read the files that the stages wrote."""
     folder = RUNS / way.replace(" ", "-")
     return {
         file.relative_to(folder).as_posix(): file.read_bytes()

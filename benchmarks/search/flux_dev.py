@@ -69,7 +69,7 @@ progress = Reporter(say)
 
 @dataclass(frozen=True)
 class Search:
-    """What is searched, and how.
+    """Model, picture and options of a search.
 
     Attributes:
         blocks: of two streams and of one; Flux-dev has 19 and 38.
@@ -92,7 +92,7 @@ class Row(BaseModel):
     """A search.
 
     Attributes:
-        search: what was searched, and how.
+        search: its model, picture and options.
         trajectory_seconds: of the steps in full precision that errors are relative to.
         sweep_seconds: of the sensitivities, with one projection; the default of a search is eight.
         sweep_by_block: whether the backward passes of the sweep went block by block, since the whole would not fit.
@@ -120,7 +120,7 @@ class Row(BaseModel):
 
 
 class Results(BaseModel):
-    """What flux_dev.json holds."""
+    """Content of flux_dev.json."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -1,4 +1,4 @@
-"""What the beam's pruning costs: its error against brute force on 200 seeded problems that are small enough for both.
+"""Cost of the beam's pruning: its error against brute force on 200 seeded problems that are small enough for both.
 
     python benchmarks/search/regret.py
 
@@ -98,7 +98,7 @@ class Dynamics:
         return {}
 
     def plan(self, multipliers: int) -> Plan:
-        """The real search's plan, with candidates at so many prices."""
+        """The real search's plan, with so many candidates for each step."""
         if multipliers not in self._plans:
             sensitivity = Sensitivity(SET, torch.from_numpy(self.contributions))
             self._plans[multipliers] = make_plan(sensitivity, BITS, self.budget, multipliers)
@@ -161,7 +161,7 @@ class SmallProblem:
         return [plan.predicted_error(projected, step, assignment) for assignment in assignments]
 
     def projected(self, state: Array, step: int) -> Array:
-        """What the state does to the end, to first order, scaled as contributions are."""
+        """Project the state onto the end, to first order, scaled as contributions are."""
         return (state @ self.dynamics.to_the_end[step].T).ravel() / np.sqrt(len(state))
 
     def error(self, state: Array, step: int) -> float:

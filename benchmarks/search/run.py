@@ -73,7 +73,7 @@ class Row(BaseModel):
 
 
 class Results(BaseModel):
-    """What results.json holds."""
+    """Content of results.json."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -102,7 +102,7 @@ class GrpcClient:
             raise self._failed(error) from error
 
     def messages(self) -> Iterator[Any]:
-        """What the server sends, up to the last message."""
+        """Yield the server's messages, up to the last."""
         while True:
             try:
                 result, error = self._messages.get(timeout=self._timeout_seconds)

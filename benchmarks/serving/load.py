@@ -35,7 +35,7 @@ MALFORMED = {
 
 
 class LoadResult(BaseModel):
-    """What came of a load run.
+    """Result of a load run.
 
     Attributes:
         requests: all, of which the next four are parts.

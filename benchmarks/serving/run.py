@@ -1,4 +1,4 @@
-"""What serving costs and what batching gains, measured on the real Triton server with one bundle.
+"""Cost of serving and gain of batching, measured on the real Triton server with one bundle.
 
     python -m benchmarks.serving.run BUNDLE [--server FOLDER] [--requests 2000] [--rounds 30] [--work FOLDER]
 
@@ -43,11 +43,11 @@ GOALS = "at most 1 ms per step for one client, at most 5 % on the model of middl
 
 
 class Results(BaseModel):
-    """What results.json holds. Times are medians over `rounds`, one sample per request, guidance on.
+    """Content of results.json. Times are medians over `rounds`, one sample per request, guidance on.
 
     The model of middle size has a third of the rounds.
 
-    Differences and ratios are medians too, of what was measured in the same round.
+    Differences and ratios are medians too, of figures that were measured in the same round.
 
     Attributes:
         load_average: processes that wanted a processor in the minute before, this program not among them; well below
@@ -60,11 +60,11 @@ class Results(BaseModel):
         overhead_mid_size: (grpc_ms - loop_ms) / loop_ms on the model of middle size.
         mid_size_loop_ms: its loop in this process.
         batching_gain: time of requests in sequence over that of the same requests by eight clients at a time.
-        backend_gain: time of eight loops of one sample over that of one loop of eight, in this process: what the
-            backend gains from a batch at best.
+        backend_gain: time of eight loops of one sample over that of one loop of eight, in this process: the most that
+            the backend gains from a batch.
         mean_batch: requests in a call of the denoiser, while eight clients asked.
         requests: of the load run, as the next two.
-        notes: what to know before these figures are used.
+        notes: advice to read before these figures are used.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -93,7 +93,7 @@ class Results(BaseModel):
 
 
 def milliseconds(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:
-    """Times of each, [rounds]; they take turns and start in turn, so that a change of the machine meets all."""
+    """Time each function, [rounds]; calls are interleaved and rotated, so that a change of the machine meets all."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     names = deque(functions)
     for number in range(rounds + WARM_UP):

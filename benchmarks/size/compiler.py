@@ -48,7 +48,7 @@ class Row(BaseModel):
 
 
 class Results(BaseModel):
-    """What compiler.json holds.
+    """Content of compiler.json.
 
     Attributes:
         version: of TensorRT-RTX.

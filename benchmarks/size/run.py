@@ -62,7 +62,7 @@ class Row(BaseModel):
     """A stage.
 
     Attributes:
-        model: what ran.
+        model: name of the model that ran.
         stage: its name.
         seconds: of the stage, all attempts together.
         peak_bytes: largest resident memory of the process that ran it, loading the model included.
@@ -79,7 +79,7 @@ class Row(BaseModel):
 
 
 class Results(BaseModel):
-    """What was measured, and on what."""
+    """Measurements, and the machine and options that they were made with."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -1,4 +1,4 @@
-"""What TensorRT-RTX stores of one weight that quantized and 16-bit activations share: weights_once.json and a table.
+"""Storage in TensorRT-RTX of one weight that quantized and 16-bit activations share: weights_once.json and a table.
 
     python -m benchmarks.size.weights_once [--document docs/decisions/0043-weights-once-in-plans.md]
 
@@ -77,7 +77,7 @@ class Row(BaseModel):
     Attributes:
         grid: of the weight.
         activations: of the layer's input: "16 bits", "quantized", or "both" for two branches.
-        weight: where it is.
+        weight: its place in the network.
         constant_scales: whether activation scales are constants.
         target: name.
         plan_bytes: of the plans of both widths; None where the compiler refuses them.
@@ -94,14 +94,14 @@ class Row(BaseModel):
 
     @property
     def bytes_per_weight(self) -> float | None:
-        """What the plan grows by."""
+        """Growth of the plan per weight."""
         if self.plan_bytes is None:
             return None
         return (self.plan_bytes[1] - self.plan_bytes[0]) / (WIDTHS[1] ** 2 - WIDTHS[0] ** 2)
 
 
 class Results(BaseModel):
-    """What weights_once.json holds.
+    """Content of weights_once.json.
 
     Attributes:
         version: of TensorRT-RTX.

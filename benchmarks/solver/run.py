@@ -38,7 +38,7 @@ class Timing(BaseModel):
     """One solver on one layer.
 
     Attributes:
-        cpu_seconds: of every round, of one thread; what pauses and other work on the machine hardly change.
+        cpu_seconds: of every round, of one thread; pauses and other work on the machine hardly change them.
         wall_seconds: of every round.
         error: tr(ΔW H ΔWᵀ) / tr(W H Wᵀ).
     """
@@ -69,7 +69,7 @@ class Layer(BaseModel):
 
 
 class Results(BaseModel):
-    """What results.json holds."""
+    """Content of results.json."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -105,7 +105,7 @@ class Problem:
         return cls(weight, mix, 0.1 * sizes.square())
 
     def save(self, file: Path) -> None:
-        """What solvers read."""
+        """Write the weight and the Hessian that solvers read."""
         save_file({"weight": self.weight, "hessian": self.mix @ self.mix.mT + self.own.diag()}, file)
 
     def size(self, delta: Tensor) -> float:

@@ -78,7 +78,7 @@ class GraphView:
 
     @cached_property
     def types(self) -> dict[str, ValueInfoProto]:
-        """What the file says of the types of its values."""
+        """Types of the graph's values, as the file declares them."""
         return {v.name: v for v in (*self.graph.input, *self.graph.value_info, *self.graph.output)}
 
     def extract(self, inputs: Iterable[ValueInfoProto], outputs: Collection[str]) -> ModelProto:
@@ -118,7 +118,7 @@ class GraphView:
 
 
 def find_pieces(target: GraphView, cpu: GraphView, blocks: Sequence[str]) -> list[Piece]:
-    """What a target graph is compared in: modules outside of the blocks, in the order of execution, then the blocks.
+    """Find the pieces that a target graph is compared in: modules outside of the blocks, as they run, then the blocks.
 
     Outside of the blocks, what nodes compute from constants alone, and Casts that lowering leaves out, belong to all
     pieces that read them.

@@ -101,7 +101,7 @@ class BlockPair:
 
     @cached_property
     def _values(self) -> dict[str, np.ndarray]:
-        """What enters the pieces, computed by the cpu graph."""
+        """Inputs of the pieces, computed by the cpu graph."""
         _, cpu = self._graphs
         entering = sorted({name for cut in self._cuts.values() for name in cut.inputs if name in cpu.producers})
         inside = run_in_onnxruntime(cpu.path, [self.feed], entering)[0] if entering else {}
@@ -112,7 +112,7 @@ class BlockPair:
 
         Args:
             piece: its name.
-            graph: where the cpu piece is written as an ONNX file.
+            graph: path of the ONNX file that the cpu piece is written to.
 
         Raises:
             AdatsqError: the variants do not share the piece's border, or a graph cannot be run.

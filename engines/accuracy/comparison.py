@@ -38,7 +38,7 @@ _OPTIMIZATION = "ORT_ENABLE_BASIC"
 
 @dataclass(frozen=True)
 class Figures:
-    """What an output of two computations does differ by.
+    """Differences between two computations of one output.
 
     Attributes:
         median: as in `Tolerance`; None when the outputs cannot be compared (other shapes, not finite).
@@ -157,11 +157,11 @@ def _run_results(runner: str, outputs: Arrays) -> RunResults:
 
 @dataclass(frozen=True)
 class SavedArrays:
-    """What went into a run and what came out of two computations, in polygraphy's format, in the report's folder.
+    """Inputs of a run and outputs of two computations, in polygraphy's format, in the report's folder.
 
     Attributes:
         folder: the report's.
-        name: what the files' names begin with.
+        name: beginning of the files' names.
     """
 
     folder: Path
@@ -190,7 +190,7 @@ class SavedArrays:
             output: name of the output.
             marked: whether it is a value inside of the graph.
             expected: the reference's, for the unit of the median.
-            tolerance: what the command shall hold the output to; its exit code is 0 if both limits hold.
+            tolerance: limits that the command checks; its exit code is 0 if both hold.
         """
         words = ["polygraphy", "run", os.path.relpath(graph, self.folder), "--onnxrt", "--validate"]
         words += ["--onnx-outputs", output] if marked else []

@@ -19,12 +19,12 @@ _CHUNK_BYTES = 1 << 24
 
 
 def constants_difference(bundle: BundleFiles, variant: str, hashes: ConstantHashes) -> str | None:
-    """The first constant that is not the exporter's, in any graph of a variant.
+    """Find the first constant that is not the exporter's, in any graph of a variant.
 
     Args:
         bundle: opened.
         variant: of the graphs.
-        hashes: what the exporter noted down.
+        hashes: of the exporter's constants.
 
     Returns:
         A sentence; None where all are the same.

@@ -1,4 +1,4 @@
-"""What must be in a bundle bit for bit: what the exporter had, and what two of its files hold in common.
+"""Parts of a bundle that must be right bit for bit: those that the exporter had, and those that two files share.
 
 A change of a hundredth in the guidance, or of the lowest bit in one scale, is smaller than what two correct
 computations of a quantized loop may differ by. So nothing is computed here: numbers and bytes are compared.
@@ -57,7 +57,7 @@ def check_exactly(bundle: BundleFiles) -> tuple[ExactRow, ...]:
 
 
 def _comparisons(bundle: BundleFiles) -> Iterator[tuple[str, _Comparison]]:
-    """What is compared, and how."""
+    """Yield the name and the comparison of every part."""
     manifest, reference = bundle.manifest, Reference(bundle)
     exported = read_json_model(bundle.file(EXPORTED_NAME), Exported, REBUILD)
     yield "policy", lambda: _policy_difference(bundle, exported)

@@ -28,8 +28,8 @@ def bisect(
     """Name the first wrong layer of every wrong graph, at the first step of each bucket at which it is wrong.
 
     Args:
-        bundle: that the report is about.
-        report: what `check` found.
+        bundle: the bundle that the report is about.
+        report: result of `check`.
         folder: the report's; `check.json` is written again, with the layers.
         layer_reference: for steps that are not the first of their bucket, whose layers the bundle does not hold; None
             where PyTorch's model is not at hand: those steps are told without a layer.

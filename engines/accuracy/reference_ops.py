@@ -98,7 +98,7 @@ class ReferenceRunner(BaseRunner):  # type: ignore[misc]
 
         Args:
             model: with its weights inside.
-            name: what results call the runner.
+            name: of the runner in results.
         """
         super().__init__(name=name)
         self._model = model

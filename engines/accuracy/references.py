@@ -1,4 +1,4 @@
-"""What PyTorch computed when the bundle was made: inputs, outputs, layers and the whole loop."""
+"""Reference that PyTorch computed when the bundle was made: inputs, outputs, layers and the whole loop."""
 
 from __future__ import annotations
 

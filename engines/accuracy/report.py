@@ -1,4 +1,4 @@
-"""What a check found: `check.json`, and the same as JUnit XML for continuous integration."""
+"""Result of a check: `check.json`, and the same as JUnit XML for continuous integration."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ class CheckRow(_Record):
 
     Attributes:
         bucket: index into the policy's buckets.
-        step: whose inputs and scales were fed.
+        step: the step whose inputs and scales were fed.
         assignment: index into the policy's assignments.
-        variant: which graph is checked; "reference" is the full-precision one, "plan" what was compiled of the target
+        variant: graph that is checked; "reference" is the full-precision one, "plan" the plan compiled from the target
             graph.
-        block: module path of what was cut out, a block or a module outside of the blocks; "model" for nodes of no
-            module; None for the whole graph.
+        block: module path of the piece that was cut out, a block or a module outside of the blocks; "model" for nodes
+            of no module; None for the whole graph.
         separated: whether every layer was given what the reference computed before it.
         layer: module path of the layer whose output is compared; None for the output of the graph or block.
         format: the layer's format by the policy; None likewise.
-        computed_by: what ran the checked graph.
-        reference: what it was compared with.
+        computed_by: name of the library that ran the checked graph.
+        reference: name of the computation that it was compared with.
         median_error: median |got - expected| over the elements, in units of the expected output's root mean square;
             None when the outputs have other shapes, are not finite or were not computed.
         median_tolerance: its limit; None where the median says nothing.
         relative_error: |got - expected| / |got|, Euclidean norms over all elements; None likewise.
         relative_tolerance: its limit.
         passed: both limits hold, and the layer is written in the policy's format.
-        failure: why nothing was computed, or that a layer is written in another format; None otherwise.
+        failure: reason that nothing was computed, or that a layer is written in another format; None otherwise.
         command: repeats the figures when run in the report's folder; exit code 0 if the limits hold.
     """
 
@@ -67,7 +67,7 @@ class CheckRow(_Record):
 
     @property
     def subject(self) -> str:
-        """What is compared, for people."""
+        """Description of the compared output, for people."""
         part = self.layer or self.block or ("behind the last layer" if self.separated else "")
         graph = "plan" if self.variant == "plan" else f"{self.variant} graph"
         own = "full-precision graph" if self.variant == "reference" else f"{graph} of assignment"
@@ -92,7 +92,7 @@ class LoopRow(_Record):
         step: index of the step that made it.
         error: |got - expected| / |got| against the fake-quantized PyTorch model's loop; None when not finite.
         tolerance: its limit.
-        quantization_error: the same against the full-precision loop: what quantization does to the latent.
+        quantization_error: the same against the full-precision loop: change of the latent by quantization.
         passed: the limit holds.
     """
 
@@ -110,7 +110,7 @@ class LoopReport(_Record):
         rows: one for every step.
         fail_above: the user's limit for the quantization error after the last step; None for no limit.
         passed: all rows pass and the user's limit holds.
-        failure: why the loop could not run; None when it ran.
+        failure: reason that the loop could not run; None when it ran.
         command: compares the saved latents again when run in the report's folder.
     """
 
@@ -125,7 +125,7 @@ class ExactRow(_Record):
     """Something of the bundle that must be what the exporter had, bit for bit.
 
     Attributes:
-        subject: what it is.
+        subject: its name.
         passed: whether it is the same.
         failure: the first difference; None where there is none.
     """
@@ -139,9 +139,9 @@ class FirstLayer(_Record):
     """The first layer, in the order of execution, whose output leaves the tolerance.
 
     Attributes:
-        step: where.
+        step: index in the loop.
         assignment: index into the policy's assignments.
-        variant: which graph.
+        variant: of the graph.
         layer: module path.
         format: by the policy.
         graph_format: by the graph, where that is another.
@@ -174,13 +174,13 @@ class CheckReport(_Record):
         model: the bundle's model.
         manifest_sha256: of the bundle's manifest, which hashes every other file: the bundle that was checked.
         passed: every row and the loop pass.
-        exact: what is compared bit for bit.
+        exact: parts that are compared bit for bit.
         buckets: first and last step of each bucket.
         rows: by bucket; cpu graphs before target graphs, layers in the order of execution.
         loop: the whole denoising loop, of the cpu graphs.
-        backend: what ran plans; None where none were run.
+        backend: name of the backend that ran plans; None where none were run.
         plan_loop: the loop of the plans, where they were run.
-        first_layers: where wrong graphs begin to be wrong; filled by `bisect`.
+        first_layers: the first wrong layer of each wrong graph; filled by `bisect`.
     """
 
     schema_version: Literal[5] = 5

@@ -43,9 +43,9 @@ class Subject:
 
     Attributes:
         bucket: index into the policy's buckets.
-        step: whose inputs and scales are fed.
+        step: the step whose inputs and scales are fed.
         assignment: index into the policy's assignments.
-        variant: which graph is checked.
+        variant: of the graph that is checked.
         block: module path; None for the whole graph.
         separated: whether every layer is given what the reference computed before it.
     """
@@ -120,7 +120,7 @@ def passed_before(
 
     Args:
         bundle: opened, hence verified: equal manifests mean equal files.
-        folder: where an earlier report may lie.
+        folder: place of an earlier report, if there is one.
         fail_above: as in `check`.
         backend: likewise; plans that were not run then are run now.
     """
@@ -231,7 +231,7 @@ def _run_outputs(
 ) -> Iterator[list[CheckRow]]:
     """Run a whole graph, an assignment's or the full-precision one, at its every step, with one session.
 
-    What a cpu graph puts out is what the step's plan is compared with, where plans run here.
+    The step's plan is compared with the output of its cpu graph, where plans run here.
     """
     reference, whole = Reference(bundle), variant == "reference"
     graph = bundle.graph(variant, None) if whole else bundle.cpu_graph(steps[0])
@@ -255,7 +255,7 @@ def _run_outputs(
 
 
 def _check_plan(plans: Bundle, step: int, feed: Arrays, cpu: Arrays, folder: Path) -> CheckRow:
-    """What a step's plan puts out, against the cpu graph."""
+    """Compare the output of a step's plan with the cpu graph's."""
     bundle = plans.files
     rows = min(filter(None, (plans.most_rows(None), len(next(iter(feed.values()))))))
     inputs = {signature.name: feed[signature.name][:rows] for signature in bundle.row_inputs()}
@@ -349,16 +349,16 @@ def _bucket(bundle: BundleFiles, step: int) -> int:
 
 @dataclass(frozen=True)
 class _Comparison:
-    """One run of a graph and what it is compared with.
+    """One run of a graph, to be compared.
 
     Attributes:
         bundle: opened.
-        subject: where it belongs.
+        subject: its place in the bundle.
         folder: the report's.
-        name: what the names of the saved arrays begin with.
+        name: beginning of the names of the saved arrays.
         graph: ONNX file that ONNX Runtime ran.
         tolerances: output → its limits.
-        backend: what ran a plan.
+        backend: name of the backend that ran a plan.
     """
 
     bundle: BundleFiles
@@ -404,7 +404,7 @@ class _Comparison:
 
     @property
     def _names(self) -> tuple[str, str]:
-        """What computed both sides."""
+        """Names of the two computations."""
         if self.subject.variant == "plan":
             return self.backend, CPU_NAME
         # A target block is the reference of its cpu twin for polygraphy, which runs the twin only.

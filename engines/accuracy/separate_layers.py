@@ -84,7 +84,7 @@ def given_inputs(layers: Arrays) -> dict[str, np.ndarray]:
 
 
 def chosen_outputs(layers: Arrays) -> dict[str, np.ndarray]:
-    """What the separated graph is expected to give: its outputs' names → rows [rows, N] of PyTorch's."""
+    """Select the expected outputs of the separated graph: their names → rows [rows, N] of PyTorch's."""
     return {
         f"{layer}{OUTPUT_SUFFIX}": value.reshape(-1, value.shape[-1])[chosen_rows(value)]
         for layer, value in layers.items()

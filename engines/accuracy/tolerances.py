@@ -1,4 +1,4 @@
-"""What two correct computations of one quantized graph may differ by, derived from the formats.
+"""Limits on the difference between two correct computations of one quantized graph, derived from the formats.
 
 Both sides round the same numbers to the same grids, but sum in another order. A value that lies within float32 noise of
 a tie so rounds to the other neighbour: a flip. Attention hands a flip on to all tokens of its sample, where it makes
@@ -8,7 +8,7 @@ quantization itself costs. So layers are compared each by itself, whole graphs a
 Layers of the `cpu` variant against PyTorch. Each is given PyTorch's outputs of the layers before it, so that what is
 left is float32's own error, below 1e-6, and the flips of the layer's own input. Let s be the step of its activation
 grid, relative to the largest magnitude on it (integers: 1 / qmax) or to the value itself (2^-mantissa bits - 1), and
-v = 2^-20 what float32 sums differ by, relative to a token's root mean square:
+v = 2^-20 the difference of float32 sums, relative to a token's root mean square:
 
 - An input flips with the probability p = 8 v / s: two sides of a tie, and a factor of 4 since a floating grid has more
   ties near zero. Tokens that are equal flip together, so few of them are compared
@@ -59,7 +59,7 @@ its root mean square: so is the limit of the median. `make demo` (nvfp4 in bfloa
 0.192, and for the median 0.083, limit 0.130. A float32 target block differs from its twin by flips only; its limits are
 one step s for the relative error and 2^-10 for the median.
 
-What comes nearest: an untrained Z-Image of width 192 with all layers in nvfp4 shows 0.183 behind the gate of its
+Nearest to the limits: an untrained Z-Image of width 192 with all layers in nvfp4 shows 0.183 behind the gate of its
 context refiner, limit 0.249, and for the median 0.119, limit 0.168.
 """
 
@@ -84,7 +84,7 @@ _FEWEST_LAYERS = 4  # of a transformer block
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What two correct computations may differ by.
+    """Limits on the difference between two correct computations.
 
     Attributes:
         median: median over the elements of |got - expected|, in units of the expected output's root mean square; None
@@ -214,4 +214,4 @@ def _step(grid: Grid) -> float:
     if grid.element is Element.INT:
         return 1 / grid.maximum
     relative = {Element.FP32: 0.0, Element.FP16: 2.0**-11, Element.BF16: 2.0**-8, Element.E4M3: 2.0**-4}
-    return relative.get(grid.element, 2.0**-2)
+    return (relative | {Element.E2M1: 2.0**-2})[grid.element]

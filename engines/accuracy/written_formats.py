@@ -9,7 +9,7 @@ _FORMAT_KEY = "adatsq.format"
 
 
 def written_formats(bundle: BundleFiles, variant: str, step: int) -> dict[str, list[str]]:
-    """Layer → formats as a step's graph was written, in the order of execution; several where they take turns."""
+    """Read each layer's formats as a step's graph was written, in the order of execution; several where it switches."""
     graph = bundle.assignment_graph(variant, bundle.policy.step_assignments[step])
     nodes = load_graph(bundle.graph_path(graph)).graph.node
     formats = ((module_of(node), {e.key: e.value for e in node.metadata_props}.get(_FORMAT_KEY)) for node in nodes)

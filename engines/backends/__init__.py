@@ -1,1 +1,1 @@
-"""What compiles graphs and what runs them."""
+"""Backends: libraries that compile graphs and libraries that run them."""

@@ -133,7 +133,7 @@ class StepRunner(ABC):
         return ArrayGeneration(self.run, request)
 
     def working(self) -> AbstractContextManager[None]:
-        """What the loop runs in."""
+        """Return the context manager that the loop runs in."""
         return nullcontext()
 
     def synchronize(self) -> None:  # noqa: B027 - most have nothing to wait for
@@ -148,7 +148,7 @@ class Backend(ABC):
     """A library that runs graphs or plans.
 
     Attributes:
-        name: what manifests and the command line call it.
+        name: in manifests and on the command line.
     """
 
     name: ClassVar[str]
@@ -171,7 +171,7 @@ class Compiler(Backend):
 
     @property
     def settings(self) -> str:
-        """What changes the plans besides graph, target, batch and version; plans are built again when it does."""
+        """Compiler settings that plans depend on, beside graph, target, batch and version; others build them again."""
         return ""
 
     @abstractmethod
@@ -181,7 +181,7 @@ class Compiler(Backend):
         Args:
             onnx_path: external data is found beside it.
             target: a GPU target.
-            batch: what the graph's dynamic axes may be.
+            batch: bounds of the graph's dynamic axes.
 
         Raises:
             AdatsqError: the compiler refuses the graph; with its own words.

@@ -22,7 +22,7 @@ Size = tuple[int, ...] | None
 
 
 class Device(Protocol):
-    """What `CudaDevice` is to the runtime."""
+    """Interface of a device to the runtime, as `CudaDevice` fills it."""
 
     @property
     def device(self) -> torch.device:
@@ -49,7 +49,7 @@ class Device(Protocol):
 
 
 class DeviceSteps(StepRunner):
-    """Runs a bundle's steps on a device. Calls of several threads take turns."""
+    """Runs a bundle's steps on a device. Calls of several threads run one after another."""
 
     def __init__(self, files: BundleFiles, device: Device | None = None) -> None:
         """Take the device.

@@ -32,7 +32,7 @@ class EngineContext:
             library: tensorrt or tensorrt_rtx.
             engine: deserialized.
             context: of the engine; None where the library refused to make one.
-            title: what messages call it.
+            title: of the engine, in messages.
 
         Raises:
             AdatsqError: there is no context, or the engine has not exactly one output.

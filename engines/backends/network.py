@@ -1,4 +1,4 @@
-"""What the Python libraries of TensorRT and TensorRT-RTX have in common: from a graph to a plan."""
+"""Common part of the Python libraries of TensorRT and TensorRT-RTX: from a graph to a plan."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class NetworkCompiler(Compiler):
     """A library of TensorRT's family.
 
     Attributes:
-        title: what messages call it.
-        module: what Python calls it.
+        title: of the library, in messages.
+        module: name of its Python module.
     """
 
     title: ClassVar[str]
@@ -88,14 +88,14 @@ class NetworkCompiler(Compiler):
         """What the library asks for before there is a network."""
 
     def _set_up_parser(self, parser: Any) -> None:
-        """What the library asks for before it reads a graph."""
+        """Prepare a parser before it reads a graph; nothing by default."""
 
     @abstractmethod
     def _set_up(self, config: Any, target: Target) -> None:
         """Make a builder's configuration one for a target."""
 
     def _finish(self, config: Any, target: Target) -> None:
-        """What is done after a plan is there."""
+        """Finish up when a plan has been built; nothing by default."""
 
     def _refusal(self, what: str, onnx_path: Path, target: Target, problems: list[str]) -> AdatsqError:
         words = "; ".join(problems[:_TOLD_ERRORS]) or "it gives no reason"

@@ -21,10 +21,10 @@ _Controls: TypeAlias = "dict[str, torch.Tensor | np.ndarray]"
 class OnnxRuntimeGpuSteps(DeviceSteps):
     """One session for all steps of a bundle, on the stream of the loop.
 
-    What the provider does not have runs on the processor; ONNX Runtime then waits by itself.
+    Operators that the provider does not have run on the processor; ONNX Runtime then waits by itself.
 
     Attributes:
-        memory: what ONNX Runtime calls the memory that addresses are of.
+        memory: ONNX Runtime's name of the memory that addresses are of.
     """
 
     memory: ClassVar[str] = "cuda"
@@ -84,7 +84,7 @@ class OnnxRuntimeGpuSteps(DeviceSteps):
         bind(name, self.memory, 0, np.float32, list(tensor.shape), tensor.data_ptr())
 
     def _controls_of(self, step: int, size: Size) -> _Controls:
-        """Of all steps at once: scales and positions on the device, what branches depend on on the processor."""
+        """Place the controls of all steps: scales and positions on the device, inputs of branches on the processor."""
         if size not in self._controls:
             steps = range(self._files.policy.steps)
             controls = [self._files.controls(self._graph, step, size) for step in steps]

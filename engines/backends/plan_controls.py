@@ -1,4 +1,4 @@
-"""What plans take beside rows: weights, positions, activation scales and the assignment, kept on the device."""
+"""Inputs of plans beside rows: weights, positions, activation scales and the assignment, kept on the device."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class PlanSteps(DeviceSteps):
         Args:
             files: the bundle.
             plans: those for this machine's GPU.
-            backend: what compiled them.
+            backend: compiler of the plans.
             device: the GPU.
 
         Raises:
@@ -61,7 +61,7 @@ class PlanSteps(DeviceSteps):
         return next(iter(self._contexts.values())).dtype(name)
 
     def _prepare_runtime(self, runtime: Any) -> None:
-        """What the library asks for before it deserializes."""
+        """Prepare the library's runtime before it deserializes plans; nothing by default."""
 
     @abstractmethod
     def _make_context(self, engine: Any, captured: bool) -> Any:

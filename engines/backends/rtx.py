@@ -16,7 +16,7 @@ class RtxBackend(NetworkCompiler):
 
     @property
     def settings(self) -> str:
-        """What makes plans that need all their memory from outside (`_set_up`)."""
+        """Setting under which plans need all their memory from outside (`_set_up`)."""
         return "require_user_allocation"
 
     def require(self) -> None:

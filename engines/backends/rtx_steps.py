@@ -73,9 +73,9 @@ class CompiledKernels:
     """What TensorRT-RTX compiled just in time.
 
     Attributes:
-        seconds: that contexts and first calls took, nearly all of which is compiling.
+        seconds: time of making contexts and of first calls, nearly all of which is compiling.
         known: whether kernels of an earlier run were there.
-        file: that keeps them.
+        file: the cache that keeps them.
     """
 
     seconds: float
@@ -198,7 +198,7 @@ class ComparisonSteps(RtxSteps):
         Args:
             files: the bundle.
             plan: for this machine's GPU.
-            name: what messages call it.
+            name: of the plan, in messages.
             rows: most that it takes.
 
         Raises:

@@ -1,4 +1,4 @@
-"""What runs a bundle on this machine: the best that there is, and why nothing better."""
+"""Selection of the backend that runs a bundle on this machine: the best that there is, and why nothing better."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _TITLES: dict[BackendName, str] = {
 
 @dataclass(frozen=True)
 class BackendChoice:
-    """What runs a bundle.
+    """Backend that runs a bundle, and those that were passed over.
 
     Attributes:
         name: of the backend; never "auto".
-        plans: that it runs; none where graphs are run.
+        plans: those that it runs; none where graphs are run.
         passed_over: better backends, and why they do not run the bundle here.
     """
 
@@ -105,7 +105,7 @@ _PLANS: dict[BackendName, Callable[[Manifest], tuple[PlanFile, ...]]] = {
 
 
 def make_runner(files: BundleFiles, choice: BackendChoice, quantized: bool = True) -> StepRunner:
-    """What runs a bundle's steps.
+    """Make the runner of a bundle's steps.
 
     Args:
         files: the bundle.

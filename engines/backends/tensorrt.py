@@ -32,7 +32,7 @@ class TensorRTOptions:
     """How plans are built.
 
     Attributes:
-        compatibility: which other GPUs and versions may run them.
+        compatibility: other GPUs and versions that may run them.
         weight_streaming: leave weights in the host's memory as far as the GPU's does not suffice.
         timing_cache: folder that keeps measured kernels, one file for each target; None to measure anew.
         plugins: library of the plugin, for graphs of its nodes.
@@ -177,7 +177,7 @@ def runs_version(built: str, installed: str, compatibility: Compatibility) -> bo
     Args:
         built: version that compiled the plans.
         installed: version here.
-        compatibility: that they were built with: plans for other versions run on later ones of the same major version.
+        compatibility: of the plans: those for other versions run on later ones of the same major version.
     """
     if built == installed:
         return True

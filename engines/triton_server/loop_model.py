@@ -51,7 +51,7 @@ class _Job:
 
 
 class TritonPythonModel:
-    """What the Python backend loads: requests in, messages out."""
+    """Model that the Python backend loads: requests in, messages out."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Open the bundle, and the pipeline around it if there is one, and start the thread that runs them.

@@ -31,7 +31,7 @@ class Page:
         Args:
             port: of the page.
             http_port: Triton server's.
-            bundle: what is served; the page shows its steps and buckets.
+            bundle: the one that is served; the page shows its steps and buckets.
             name: of the loop model.
 
         Raises:
@@ -127,7 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _parts(answer: Any) -> Iterator[bytes]:
-    """What comes, as it comes; at the end a message of our own where the server goes away before the last one."""
+    """Yield the answer as it comes; at the end a message of our own where the server goes away before the last one."""
     try:
         while part := answer.read1():
             yield part

@@ -44,5 +44,5 @@ def read_parameters(text: str, known: Sequence[str], inputs: Collection[str]) ->
 
 
 def cut(text: str) -> str:
-    """What a client has written, as a message shows it: its beginning where it is long."""
+    """Shorten a client's text for a message: to its beginning where it is long."""
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."

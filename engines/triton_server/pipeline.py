@@ -1,4 +1,4 @@
-"""What a diffusers pipeline has beside its transformer: text encoders and a VAE, in 16 bits; so far FluxPipeline's.
+"""Parts of a diffusers pipeline beside its transformer: text encoders and a VAE, in 16 bits; so far FluxPipeline's.
 
 A model repository carries their files and a record of the files' hashes. Nothing is loaded before these are compared.
 """
@@ -105,9 +105,9 @@ class Pipeline:
 
         Args:
             folder: its target.
-            record_sha256: what it returned.
+            record_sha256: hash that it returned.
             bundle: the transformer.
-            device: where text encoders and VAE run.
+            device: device of the text encoders and the VAE.
 
         Raises:
             DamagedFileError: a file is not the one that was recorded, or diffusers cannot load it.

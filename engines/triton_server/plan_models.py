@@ -26,7 +26,7 @@ def write_plan_repository(bundles: Sequence[tuple[str, BundleFiles]], output: Pa
     """Write a model repository whole or not at all.
 
     Args:
-        bundles: what the names of a bundle's models begin with, and the bundle; at least one.
+        bundles: beginning of the names of a bundle's models, and the bundle; at least one.
         output: a folder that does not exist.
 
     Raises:

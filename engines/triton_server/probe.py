@@ -107,7 +107,7 @@ def _step_request(inputs: list[dict[str, Any]]) -> tuple[bytes, dict[str, str]]:
 
 
 def _ask(address: str, body: bytes | None, headers: dict[str, str], timeout: float) -> str:
-    """What the server says, be it a refusal."""
+    """Return the server's answer, be it a refusal."""
     try:
         with urllib.request.urlopen(urllib.request.Request(address, body, headers), timeout=timeout) as answer:
             return str(answer.read().decode())

@@ -1,4 +1,4 @@
-"""What both models share of Triton server's Python backend.
+"""Code that both models of Triton server's Python backend share.
 
 Runs inside the server only, which provides `triton_python_backend_utils`.
 """
@@ -30,7 +30,7 @@ def open_bundle(args: dict[str, str]) -> tuple[Bundle, dict[str, str]]:
     """Open a model's bundle, and read the parameters of its config.pbtxt.
 
     Args:
-        args: what the server gives to `initialize`.
+        args: given by the server to `initialize`.
 
     Raises:
         TritonModelException: the bundle is not the one that was deployed, or cannot be opened.
@@ -55,12 +55,12 @@ def open_pipeline(args: dict[str, str], parameters: Mapping[str, str], bundle: B
     """Load the text encoders and the VAE that a model was deployed with, if it was.
 
     Args:
-        args: what the server gives to `initialize`.
+        args: given by the server to `initialize`.
         parameters: of config.pbtxt.
         bundle: the transformer.
 
     Raises:
-        TritonModelException: they are not what was deployed, or cannot be loaded.
+        TritonModelException: they are not those that were deployed, or cannot be loaded.
     """
     if not parameters["pipeline_sha256"]:
         return None

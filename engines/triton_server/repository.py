@@ -48,7 +48,7 @@ class Deployment:
         files: the bundle.
         step_model: also write a model for single steps, `name` + "_step"; it holds the weights once more.
         max_samples: most samples of one call of the denoiser.
-        backend: what runs it, as of `Bundle.open`; "auto" is decided on the machine that serves.
+        backend: the one that runs it, as for `Bundle.open`; "auto" is decided on the machine that serves.
         pipeline: folder of the diffusers pipeline that the model is the transformer of; its text encoders and VAE are
             served with it.
     """
@@ -218,7 +218,7 @@ def _write_documents(deployments: Sequence[Deployment], requirements: str, repos
 
 
 def _requirements(deployments: Sequence[Deployment]) -> str:
-    """What the image needs; plans want the very version of TensorRT-RTX that compiled them."""
+    """List the packages that the image needs; plans want the very version of TensorRT-RTX that compiled them."""
     versions = {d.rtx_version for d in deployments if d.rtx_version is not None}
     if len(versions) > 1:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What a request may ask of the loop model, and the sentences for those that cannot be met."""
+"""Requests to the loop model, and the sentences for those that cannot be met."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ OutputName = Literal["png", "image", "latents"]
 
 @dataclass(frozen=True)
 class Request:
-    """A generation, and what the client wants to hear of it.
+    """Generation that a client asks for, and the messages that it wants to hear.
 
     Attributes:
         generation: its start.
-        output: what the last message carries.
+        output: content of the last message.
         progress: send a message after every step.
         preview: let these messages carry the output of the latents so far.
     """
@@ -52,10 +52,10 @@ def read_request(
 
     Args:
         tensors: `seed` and `prompt`, int64 [samples], and any of the optional inputs, [1], that config.pbtxt lists.
-        parameters: JSON object that comes with the request: `output`, `text`, and what is the server's own.
-        bundle: what runs it.
+        parameters: JSON object that comes with the request: `output`, `text`, and the server's own entries.
+        bundle: the one that generates.
         max_samples: most samples of one request.
-        pipeline: what understands any `text`; without it, `text` is that of a prompt of the bundle.
+        pipeline: its encoders understand any `text`; without it, `text` is that of a prompt of the bundle.
 
     Raises:
         UserError: says which input or parameter is wrong or unknown.
@@ -118,7 +118,7 @@ def _guidance(tensors: Mapping[str, np.ndarray], bundle: Bundle) -> float:
 def _conditioning(
     prompts: list[int] | None, text: object, samples: int, bundle: Bundle, pipeline: Pipeline | None
 ) -> Conditioning:
-    """What the prompts or the text mean to the denoiser."""
+    """Encode the prompts or the text for the denoiser."""
     if text is None and prompts is not None:
         return bundle.conditioning(prompts)
     stored = f"'prompt', 0 to {bundle.manifest.prompts - 1}"
@@ -137,7 +137,7 @@ def _conditioning(
 
 
 def _outputs(bundle: Bundle, pipeline: Pipeline | None) -> tuple[OutputName, ...]:
-    """What a request may ask for, the default first; a PNG has 1, 3 or 4 channels."""
+    """List the outputs that a request may ask for, the default first; a PNG has 1, 3 or 4 channels."""
     names: tuple[OutputName, ...] = get_args(OutputName)
     image = bundle.manifest.image
     return names if pipeline is not None or image.vae or image.channels in (1, 3, 4) else names[1:]

@@ -68,7 +68,7 @@ class Installation:
         """Find a server.
 
         Args:
-            folder: where the wheel was installed with pip's --target; unless given, it is looked for among this
+            folder: pip's --target when the wheel was installed; unless given, it is looked for among this
                 environment's packages and where 'make test-serving' puts it.
 
         Raises:
@@ -123,8 +123,8 @@ class Server:
     """A running server; a context manager that ends it.
 
     Attributes:
-        ports: where it listens.
-        log_file: what it writes.
+        ports: those that it listens at.
+        log_file: file of its log.
         process: of the server; a process for each model below it.
     """
 
@@ -140,8 +140,8 @@ class Server:
 
         Args:
             repository: a model repository.
-            ports: where it is to listen.
-            installation: which server; the one that is found unless given.
+            ports: those that it is to listen at.
+            installation: server to start; the one that is found unless given.
             options: further arguments of its command line.
             log_file: to which it writes at the end; one that goes with the server unless given.
 
@@ -271,7 +271,7 @@ class Server:
 
 
 def _ask(address: str, body: bytes | None = None) -> bytes | None:
-    """What a server answers; None while it does not."""
+    """Return a server's answer; None while it gives none."""
     try:
         with urllib.request.urlopen(urllib.request.Request(address, data=body), timeout=10) as response:
             return bytes(response.read())

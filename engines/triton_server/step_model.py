@@ -25,7 +25,7 @@ from adatsq_trt.errors import AdatsqError, UserError
 
 
 class TritonPythonModel:
-    """What the Python backend loads: latents in, velocities out."""
+    """Model that the Python backend loads: latents in, velocities out."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Open the bundle.

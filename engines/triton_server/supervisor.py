@@ -24,7 +24,7 @@ class Supervisor:
     """A server that comes back; a context manager that ends it.
 
     Attributes:
-        log_file: what all its servers write, and a line for each that was lost.
+        log_file: log of all its servers, with a line for each that was lost.
     """
 
     def __init__(
@@ -40,8 +40,8 @@ class Supervisor:
         Args:
             repository: a model repository.
             models: of the Python backend that are in it, all of them.
-            ports: where the server is to listen.
-            installation: which server; the one that is found unless given.
+            ports: those that the server is to listen at.
+            installation: server to start; the one that is found unless given.
             log_file: of the servers.
         """
         self.log_file = log_file

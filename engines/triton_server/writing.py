@@ -1,4 +1,4 @@
-"""What all writers of model repositories share: names, templates, and folders that appear whole or not at all."""
+"""Tools of all writers of model repositories: names, templates, and folders that appear whole or not at all."""
 
 from __future__ import annotations
 

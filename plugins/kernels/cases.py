@@ -19,7 +19,7 @@ QUANTIZE_BLOCK, QUANTIZE_WARPS = 1024, 4
 
 @dataclass(frozen=True)
 class Problem:
-    """What is multiplied.
+    """Matrix multiplication on random operands.
 
     Attributes:
         m: tokens.
@@ -28,7 +28,7 @@ class Problem:
         dtype: of x and y.
         has_bias: whether there is one.
         seed: of the random numbers.
-        device: where.
+        device: of the operands.
     """
 
     m: int
@@ -64,7 +64,7 @@ def gemm(kernel: object, operands: Sequence[Tensor], bias: Tensor | None, y: Ten
 
     Args:
         kernel: a function in the Triton language.
-        operands: what stands before `bias` in its parameters.
+        operands: those before `bias` in its parameters.
         bias: [N] in y's type.
         y: [M, N], which is written and returned.
         k: K.

@@ -1,4 +1,4 @@
-"""What a GEMM's result is held against: the exact sum, and how far rounding may take a kernel from it."""
+"""Reference of a GEMM's result: the exact sum, and how far rounding may take a kernel from it."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""What all GEMMs share: which tile a program computes, where its rows are, how the tile is written."""
+"""Common part of all GEMMs: which tile a program computes, where its rows are, how the tile is written."""
 
 import triton
 import triton.language as tl

@@ -24,7 +24,7 @@ class Source:
 
     Attributes:
         model: of the zoo.
-        config: what changes in its configuration.
+        config: changes of its configuration.
     """
 
     model: str
@@ -62,10 +62,10 @@ def build(
     Args:
         base: receives "zoo", "policy.json" and "run".
         name: of the model.
-        source: what it is made from.
+        source: its source.
         formats: that the layers may have.
         rows: layers → their formats, for each step.
-        target: what it is built for.
+        target: target of the build.
         layout: of the bundle; None for the default.
         with_plans: compile them; most checks run none.
 

@@ -34,8 +34,7 @@ REQUESTS = {
     "set": (("digits-flux", *SM120, "--formats", "blakwell"), "did you mean 'blackwell'?"),
     "format": (("digits-flux", *SM120, "--formats", "fp8,nvfp5"), "unknown format 'nvfp5'; did you mean 'nvfp4'?"),
     "no format": (("digits-flux", *SM120, "--formats", ","), "unknown format ''; choose one of: "),
-    "no target": (("digits-flux",), "no --target: expected one of sm80, sm86, sm89, sm90, sm120, cpu"),
-    "formats and no target": (("digits-flux", "--formats", "paper"), "or pass --simulate"),
+    "formats of no target": (("digits-flux", "--formats", "paper"), "target 'sm120' does not accelerate w3a3"),
     "not accelerated": (
         ("digits-flux", "--target", "sm89", "--formats", "blackwell"),
         "target 'sm89' does not accelerate nvfp4, nvfp4a16; it accelerates bf16, fp16, fp8, fp8a16, int4wo; "

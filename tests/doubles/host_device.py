@@ -98,7 +98,7 @@ class HostDevice:
     """What the runtime takes for a GPU.
 
     Attributes:
-        device: what PyTorch calls it.
+        device: PyTorch's name of the device.
         stream: its handle.
         synchronizations: how often it was waited for.
     """

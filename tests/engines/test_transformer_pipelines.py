@@ -24,7 +24,7 @@ class Case:
 
     Attributes:
         pipe: the pipeline.
-        request: what its call is given beside the usual arguments.
+        request: arguments of its call beside the usual ones.
     """
 
     pipe: DiffusionPipeline

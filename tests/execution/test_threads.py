@@ -30,7 +30,7 @@ def test_results_come_in_the_order_of_the_items_and_are_those_of_one_thread(two:
     here = InProcess()
     found = list(two.map(unit, two.share(common), items))
     expected = list(here.map(unit, here.share(common), items))
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # sums of several processors have another order
 
 
 def test_units_that_change_what_they_share_do_not_meet(two: Threads) -> None:

@@ -69,7 +69,6 @@ def test_what_is_given_is_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        ({}, "no --target: expected one of"),
         ({"target": "sm99"}, "unknown target 'sm99'"),
         ({"target": "cpu", "formats": "w9a9"}, "w9a9"),
         ({"target": ("sm120", "cpu"), "formats": "fp8,bf16"}, "target 'cpu' does not accelerate fp8, bf16"),
@@ -113,3 +112,27 @@ def test_who_computes() -> None:
         choose_executor(BuildConfig(device="cuda", ray="local"))
     with pytest.raises(UserError, match="--ray"):
         choose_executor(BuildConfig(ray="no address"))
+
+
+@pytest.mark.parametrize(("capability", "target"), [(89, "sm89"), (120, "sm120"), (None, "sm120")])
+def test_without_a_target_the_gpu_here_decides(
+    capability: int | None, target: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpu_here(monkeypatch, capability)
+    with caplog.at_level("INFO"):
+        assert resolve().targets == (target,)
+    assert f"no --target: the target is {target}" in caplog.text
+
+
+@pytest.mark.parametrize(("capability", "words"), [(75, "the GPU here is sm75"), (90, "--layout plugin")])
+def test_a_gpu_that_no_plan_is_for_is_named(capability: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_here(monkeypatch, capability)
+    with pytest.raises(UserError, match=words):
+        resolve()
+
+
+def gpu_here(monkeypatch: pytest.MonkeyPatch, capability: int | None) -> None:
+    """As PyTorch tells of a GPU, or of none."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: capability is not None)
+    if capability is not None:
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda: divmod(capability, 10))

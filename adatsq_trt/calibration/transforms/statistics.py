@@ -1,4 +1,4 @@
-"""What the transforms are made from: the layers that are given one tensor, and how large its channels become."""
+"""Statistics for making transforms: the layers that share one input tensor, and the magnitudes of its channels."""
 
 from __future__ import annotations
 

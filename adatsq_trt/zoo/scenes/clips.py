@@ -22,7 +22,7 @@ LONGEST_CLIP = 5  # words of "a red 3 moving left"
 
 @dataclass(frozen=True)
 class ClipPrompt:
-    """What a clip shall show, and nothing else shall be in it.
+    """Prompt for a clip: the digit that it shall show, and nothing else, and where it moves.
 
     Attributes:
         thing: the digit with its colour.

@@ -44,7 +44,7 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def read(self, images: Tensor) -> list[Scene]:
-        """What images [B, 16, 16, 3] in [0, 1] show."""
+        """Read the scenes that images [B, 16, 16, 3] in [0, 1] show."""
         digits, colours = (logits.argmax(1).reshape(-1, CELLS).tolist() for logits in self(cut_cells(images)))
         return [
             tuple(None if d == NOTHING else Thing(d, COLOURS[c]) for d, c in zip(*cells, strict=True))

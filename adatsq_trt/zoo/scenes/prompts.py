@@ -41,13 +41,13 @@ class Thing:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a picture shall show, and nothing else shall be in it.
+    """Prompt for a picture: the digits that it shall show, and nothing else.
 
     Attributes:
         thing: the digit, or the first of two.
         count: how many of it; 1 when there is another thing.
         other: the second digit.
-        relation: where the first lies, seen from the second; one of `RELATIONS`, or None when the prompt says "and".
+        relation: place of the first, seen from the second; one of `RELATIONS`, or None when the prompt says "and".
     """
 
     thing: Thing

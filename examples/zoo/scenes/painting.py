@@ -1,4 +1,4 @@
-"""What the models of scenes learn from: prompts, scenes and clips, painted with scikit-learn's digits."""
+"""Training data of the models of scenes: prompts, scenes and clips, painted with scikit-learn's digits."""
 
 from __future__ import annotations
 

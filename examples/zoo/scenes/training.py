@@ -1,4 +1,4 @@
-"""What trainings on scenes share: the data, the loop with its average of the weights, checkpoints, the saved model."""
+"""Common part of trainings on scenes: the data, the loop with its average of weights, checkpoints, the saved model."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def make_scenes(count: int, seed: int, encoder: TextEncoder) -> SceneSet:
 
 @dataclass(frozen=True)
 class NoisyBatch:
-    """What flow matching learns from.
+    """Batch that flow matching learns from.
 
     Attributes:
         latent: x[sigma] = (1 - sigma) x0 + sigma noise, float32 [B, *latent_shape].
@@ -75,7 +75,7 @@ class NoisyBatch:
 def noisy_batch(scenes: SceneSet, batch: int) -> NoisyBatch:
     """Draw scenes, noise and noise levels; these are logit-normal, as in Stable Diffusion 3.
 
-    What is drawn where is decided above sigma 0.8, so such levels are drawn more often than usual.
+    Places of things are decided above sigma 0.8, so such levels are drawn more often than usual.
     """
     device = scenes.latents.device
     pick = torch.randint(0, len(scenes.latents), (batch,), device=device)
@@ -186,14 +186,14 @@ def save_model(adapter: PromptedAdapter, folder: Path, steps: int, guidance: flo
 
 @dataclass(frozen=True)
 class Arguments:
-    """What a training is told.
+    """Command-line arguments of a training.
 
     Attributes:
         work: folder of the checkpoint.
         output: folder of the zoo.
         seed: of weights, batches and noise.
         iterations: in all, those before a checkpoint included.
-        device: where the model learns.
+        device: device that the model learns on.
     """
 
     work: Path
