@@ -119,7 +119,7 @@ def measure_layers(
     Args:
         path: of the bundle or its run directory.
         backend: what runs it; "auto" for the best.
-        rounds: calls of each layer and format that are timed; all take turns.
+        rounds: timed calls of each layer and format, which are interleaved.
         on_round: called after each round, warm-up included.
 
     Raises:

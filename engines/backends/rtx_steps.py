@@ -70,7 +70,7 @@ def plans_here(manifest: Manifest) -> tuple[PlanFile, ...]:
 
 @dataclass(frozen=True)
 class CompiledKernels:
-    """What TensorRT-RTX compiled just in time.
+    """Kernels that TensorRT-RTX compiled just in time.
 
     Attributes:
         seconds: time of making contexts and of first calls, nearly all of which is compiling.
@@ -137,7 +137,7 @@ class RtxSteps(PlanSteps):
 
     @property
     def kernels(self) -> CompiledKernels:
-        """What was compiled until now."""
+        """Kernels that were compiled until now."""
         return CompiledKernels(self._compile_seconds, self._known, self._cache_file)
 
     def _called(self, held: int | None, rows: int, size: tuple[int, ...] | None, seconds: float) -> None:
