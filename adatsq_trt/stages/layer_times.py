@@ -180,7 +180,7 @@ def _cases(files: BundleFiles, choice: BackendChoice, shape: LayerShape, folder:
 
 
 def _formats(files: BundleFiles, target: str, shape: LayerShape) -> list[Format]:
-    """What the target accelerates and the layer's width admits, in the bundle's 16-bit type."""
+    """Formats that the target accelerates and the layer's width admits, with the bundle's 16-bit type."""
     manifest = files.manifest
     whole = manifest.backend == TensorRTBackend.name or manifest.layout == PLUGIN_LAYOUT
     other = "fp16" if manifest.base_type == "bfloat16" else "bf16"
