@@ -38,7 +38,7 @@ def gemm_row(kernel: str, group: int) -> str:
 
 
 def layer_row(name: str) -> str:
-    """Name of a table's row for whole layers of a format, which were timed as plans."""
+    """Name in a table for whole layers of a format, which were timed as plans."""
     return f"layer {name}"
 
 

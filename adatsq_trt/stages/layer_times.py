@@ -119,7 +119,7 @@ def measure_layers(
     Args:
         path: of the bundle or its run directory.
         backend: what runs it; "auto" for the best.
-        rounds: calls of each layer and format that are timed, interleaved.
+        rounds: timed calls of each layer and format, which are interleaved.
         on_round: called after each round, warm-up included.
 
     Raises:
@@ -180,7 +180,7 @@ def _cases(files: BundleFiles, choice: BackendChoice, shape: LayerShape, folder:
 
 
 def _formats(files: BundleFiles, target: str, shape: LayerShape) -> list[Format]:
-    """Formats that the target accelerates and the layer's width admits, in the bundle's 16-bit type."""
+    """Formats that the target accelerates and the layer's width admits, with the bundle's 16-bit type."""
     manifest = files.manifest
     whole = manifest.backend == TensorRTBackend.name or manifest.layout == PLUGIN_LAYOUT
     other = "fp16" if manifest.base_type == "bfloat16" else "bf16"

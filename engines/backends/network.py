@@ -85,7 +85,7 @@ class NetworkCompiler(Compiler):
         return import_module(self.module)
 
     def _set_up_builder(self, builder: Any) -> None:
-        """Prepare the builder as the library asks before there is a network."""
+        """Prepare a builder before there is a network."""
 
     def _set_up_parser(self, parser: Any) -> None:
         """Prepare a parser before it reads a graph; nothing by default."""

@@ -30,7 +30,7 @@ from tests.doubles.processor_with_casts import CastingSteps
 from tests.doubles.tensorrt_on_onnxruntime import PLUGIN_LIBRARY, VERSION, CompilerDouble, Library, PlanBook
 from tests.engines.triton_server import test_loop_model as server_doubles
 from tests.engines.triton_server.test_python_backend import TritonModelException, arguments
-from tests.stages.tiny_run import tiny_context
+from tests.stages.tiny_run import given_policy, tiny_context
 
 LAYOUTS: tuple[Layout, ...] = ("embedded", "shared", "switch", "plugin")
 STEPS = 2
@@ -44,6 +44,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, book: PlanBook) -> dict[Layou
     plugins = folder / "libadatsq_plugins.so"
     plugins.write_bytes(PLUGIN_LIBRARY)
     noted: list[tuple[tuple[PlanFile, ...], BatchRange]] = []
+    policy = given_policy().model_dump_json()
 
     def build(folder: Path, index: Any, targets: Any, batch: BatchRange, *others: Any) -> tuple[PlanFile, ...]:
         on_plan, _compiler, layout, _jobs = others
@@ -57,7 +58,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, book: PlanBook) -> dict[Layou
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(bundle, "build_plans", build)
             patch.setattr(tensorrt.TensorRTBackend, "version", lambda _: VERSION)
-            with tiny_context(folder / "run", **CHOICE, layout=layout, **own) as context:
+            with tiny_context(folder / "run", **CHOICE, policy=policy, layout=layout, **own) as context:
                 built = run_stages(context, bundle.NAME).folder
         made[layout] = folder / layout
         shutil.copytree(built, made[layout] / "bundle")

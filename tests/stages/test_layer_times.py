@@ -20,7 +20,7 @@ from adatsq_trt.stages.graph import run_stages
 from tests.doubles.gpu import GPU
 from tests.doubles.tensorrt_on_onnxruntime import CompilerDouble, Library, PlanBook
 from tests.engines.conftest import make_bundle
-from tests.stages.tiny_run import tiny_context
+from tests.stages.tiny_run import given_policy, tiny_context
 
 CHOICE = {"targets": ("sm120",), "formats": ("fp8", "bf16"), "format_set": "fp8,bf16", "budget_bits": None}
 
@@ -82,7 +82,8 @@ def test_a_search_runs_on_what_the_benchmark_wrote(
     noted(CompilerDouble())
     monkeypatch.setattr(bundle, "build_plans", lambda folder, *others: ())
     file = tmp_path / "layers.json"
-    with tiny_context(tmp_path / "run", **CHOICE, reference="fp8") as context:
+    policy = given_policy().model_dump_json()
+    with tiny_context(tmp_path / "run", **CHOICE, policy=policy) as context:
         assert run_stages(context, bundle.NAME).done
         files = say_it_has_plans(BundleFiles.open(bundle.stage(context).folder))
         write_json_model(file, layer_times.measure_layers(files.folder, "rtx", 2))
