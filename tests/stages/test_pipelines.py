@@ -17,10 +17,10 @@ from tests.tiny_checkpoints import HEIGHT, WIDTH, make_wan_pipeline, make_z_imag
 EFFORT: dict[str, Any] = {"calibration_samples": 2, "selection_samples": 2, "held_out_samples": 2}
 SIZE: dict[str, Any] = {"height": HEIGHT, "width": WIDTH}
 FRAMES = 5
-WORDS = ("red", "three", "and", "green", "seven", "a")
-# Tokens of each caption.
+WORDS = ("red", "and", "seven", "a")
+# Tokens of each caption: its words, of one token each, a beginning and an end.
 LENGTHS = (5, 33, 70)
-CAPTIONS = tuple(" ".join(WORDS[(i * i + length) % 6] for i in range(length)) for length in LENGTHS)
+CAPTIONS = tuple(" ".join(WORDS[(i * i + length) % 4] for i in range(length - 2)) for length in LENGTHS)
 
 
 def quiet(pipe: DiffusionPipeline) -> DiffusionPipeline:
@@ -92,3 +92,25 @@ def test_a_negative_prompt_is_a_conditioning(z_image: tuple[DiffusionPipeline, B
     wanted = run(pipe, [CAPTIONS[1]], noise, negative_prompt=[CAPTIONS[0]], **options)
     assert distance(bundle.denoise(noise, conditioning, quantized=False), wanted) < 1e-4
     assert distance(bundle.denoise(noise, bundle.conditioning([1]), quantized=False), wanted) > 1e-2
+
+
+def test_guidance_that_is_normalized_and_cut_off_is_the_pipelines(
+    z_image: tuple[DiffusionPipeline, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which calls the transformer with one branch from there on; a loop of a bundle has neither."""
+    pipe, bundle = z_image
+    noise, options = bundle.noise([1]), {"num_inference_steps": 2, "guidance_scale": 5.0}
+    cut: dict[str, Any] = {**options, "cfg_normalization": 1.0, "cfg_truncation": 0.2}
+    wanted, plain = run(pipe, [CAPTIONS[2]], noise, **cut), run(pipe, [CAPTIONS[2]], noise, **options)
+    calls: list[int] = []
+    predict = bundle.predict
+
+    def in_full_precision(step: int, inputs: dict[str, torch.Tensor], size: object) -> object:
+        calls.append(len(inputs["hidden_states"]))
+        return predict(step, inputs, quantized=False)
+
+    monkeypatch.setattr(bundle, "predict", in_full_precision)
+    monkeypatch.setattr(pipe, "transformer", AdatsqTransformer.from_bundle(bundle, pipe.scheduler))
+    assert distance(run(pipe, [CAPTIONS[2]], noise, **cut), wanted) < 1e-4
+    assert calls == [2, 1]
+    assert distance(plain, wanted) > 1e-2
