@@ -12,11 +12,11 @@ import onnx
 import pytest
 from onnx import ModelProto, NodeProto, TensorProto
 from onnx.helper import make_node, make_tensor
-from tests.cli.one_block import FLUX, WAN, Z_IMAGE, build
 
 from adatsq_trt import zoo
 from adatsq_trt.engines.accuracy import CheckReport
 from adatsq_trt.engines.bundle import BundleFiles, write_manifest
+from tests.one_block import FLUX, WAN, Z_IMAGE, build
 
 MODEL = "one-block"
 LAYER = "transformer_blocks.0.ff.net.2"
