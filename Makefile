@@ -33,12 +33,14 @@ demo: $(INSTALLED)
 	$(BIN)/adatsq-trt check $(DEMO)
 	$(BIN)/adatsq-trt generate $(DEMO)
 
+# Each process begins with one half of the tests, so that what a module builds for its tests is built once.
+TWO_PROCESSES := -n 2 --dist worksteal
 test: $(DEVELOPED)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest $(TWO_PROCESSES)
 
 # `check` on every pipeline in every type for every kind of bundle, of which `make test` has a part; ten minutes.
 test-matrix: $(DEVELOPED)
-	$(BIN)/python -m pytest -n 2 -m 'matrix or not matrix' tests/cli/test_check_pipelines.py
+	$(BIN)/python -m pytest $(TWO_PROCESSES) -m 'matrix or not matrix' tests/cli/test_check_pipelines.py
 
 lint: $(DEVELOPED)
 	$(BIN)/ruff check .
@@ -93,6 +95,17 @@ bench-solver: $(INSTALLED)
 .PHONY: bench-search
 bench-search: $(INSTALLED)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m benchmarks.search.run
+
+# The loop beside tiny pipelines with their own and other schedulers; results.json and a table in the page on adapters.
+.PHONY: bench-pipelines
+bench-pipelines: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.pipelines.run --document docs/adapters.md
+
+# Weights once beside uniform and static policies of the same bytes, three searches on each of two models: results.json and
+# the table in docs/how-it-works.md. Half an hour of one core; what is measured stays in runs/bench-once.
+.PHONY: bench-once
+bench-once: $(INSTALLED)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m benchmarks.once.run --document docs/how-it-works.md
 
 # What budgets in bits, bytes and milliseconds choose; results.json and the table in the page about budgets.
 .PHONY: bench-budgets

@@ -94,9 +94,9 @@ class BuildConfig:
     )
     transform: Transform | None = _choice(
         None,
-        "What happens to weights and inputs before they are rounded; simulated only. smooth: SmoothQuant; hadamard: "
-        "QuaRot's rotation; balance: ViDiT-Q's scaling and rotation; low-rank: SVDQuant's smoothing and 16-bit branch; "
-        "hadamard-low-rank and balance-low-rank: two of these.",
+        "What happens to weights and inputs before they are rounded. smooth: SmoothQuant; hadamard: QuaRot's rotation, "
+        "in graphs of blocks of channels; balance: ViDiT-Q's scaling and rotation; low-rank: SVDQuant's smoothing and "
+        "16-bit branch; hadamard-low-rank and balance-low-rank: two of these.",
         POLICY,
         "nothing",
     )
@@ -153,7 +153,7 @@ class BuildConfig:
     gpu: str | None = _choice(
         None,
         "Card whose milliseconds are told and limited: a name, for a roofline of its published rates, or a file that "
-        "'adatsq-trt benchmark kernels' wrote there.",
+        "'adatsq-trt benchmark' wrote there.",
         POLICY,
         "a card of the target, as far as it has rates for all formats",
     )
@@ -175,8 +175,8 @@ class BuildConfig:
     layout: Layout | None = _choice(
         None,
         "embedded: a self-contained plan for each assignment; shared: plans without weights over one store; switch: "
-        "one plan in which assignments take turns; plugin: one graph of plugin nodes and the commands that compile it "
-        "with enterprise TensorRT.",
+        "one plan in which assignments take turns; plugin: one graph of plugin nodes, and its plan or the commands "
+        "that compile it with enterprise TensorRT.",
         shown=f"{DEFAULT_LAYOUT}; shared where formats share a weight",
     )
     batch: int | Sequence[int] = _choice(
@@ -206,6 +206,12 @@ class BuildConfig:
     )
     weight_streaming: bool = _choice(
         False, "Keep weights in the host's memory as far as the GPU's does not suffice.", ENTERPRISE
+    )
+    plugins: Path | None = _choice(
+        None,
+        "Library that 'build plugins' made: with --layout plugin and --backend tensorrt its plan is compiled too.",
+        ENTERPRISE,
+        "none",
     )
     steps: int | None = _choice(None, "Denoising steps.", POLICY, "the model's", least=1, most=_MOST_STEPS)
     guidance: float | None = _choice(
@@ -292,6 +298,9 @@ class BuildConfig:
         "Safetensors file with what calibration draws, encoded already (docs/how-to/encodings.md); not with --prompts.",
         CHECKPOINT,
         "none",
+    )
+    negative_prompt: str = _choice(
+        "", "What guidance leads away from, for all prompts.", CHECKPOINT, "the empty prompt", metavar="TEXT"
     )
     height: int | None = _choice(
         None, "Of the picture, in pixels.", CHECKPOINT, "the model's", least=1, most=MOST_PIXELS

@@ -12,7 +12,8 @@ class Costs(BaseModel):
     """Bytes and time of a policy.
 
     Attributes:
-        resident_bytes: of quantized weights, each distinct weight format of a layer once, scales included.
+        resident_bytes: of quantized weights, each distinct weight format of a layer once, scales included, and of what
+            a transform has beside them.
         activation_bits: mean over steps of bits per activation, dynamic scales included, weighted by
             multiply-accumulates; stands for milliseconds where nobody knows them.
         ms: milliseconds per sample; None where nobody knows them.
@@ -28,6 +29,28 @@ class Costs(BaseModel):
     def time(self) -> float:
         """Milliseconds, or what stands for them."""
         return self.activation_bits if self.ms is None else self.ms
+
+
+class TransformCosts(BaseModel):
+    """Share of a transform in the bytes and milliseconds of every policy of a run.
+
+    Attributes:
+        name: of the transform.
+        bytes: of branches, divisors and rotations, in 16 bits.
+        ms: per sample; None where nobody knows.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    bytes: int
+    ms: float | None = None
+
+    @property
+    def sentence(self) -> str:
+        """As it is told."""
+        ms = "" if self.ms is None else f" and {self.ms:.3g} ms per sample"
+        return f"transform {self.name}: {self.bytes / 1e6:.3g} MB{ms}, which are in every row"
 
 
 class Limits(BaseModel):

@@ -73,6 +73,8 @@ class GraphIndex(BaseModel):
         weights: the one external weight file, relative to the index.
         weight_bytes: its size.
         blocks: module paths of the transformer's blocks, in order: units that `check` cuts out.
+        branches: module path → rank of the 16-bit branch beside the layer, of layers that have one: its matrices are
+            the constants "<module path>.branch_down" [K, rank] and "<module path>.branch_up" [rank, N].
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -83,6 +85,7 @@ class GraphIndex(BaseModel):
     weights: str = WEIGHTS_NAME
     weight_bytes: int
     blocks: tuple[ModulePath, ...]
+    branches: dict[ModulePath, int] = {}
 
     def find(self, variant: str, assignment: int | None) -> GraphFile:
         """The graph of an assignment in a variant, or with None the one of all assignments.

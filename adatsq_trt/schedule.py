@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -10,18 +11,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from adatsq_trt.errors import UserError
-from adatsq_trt.solver import Denoising, Latent, Update, euler_updates, linear_updates
+from adatsq_trt.solver import Denoising, Latent, Solver, Update, euler_updates, linear_updates
 
 if TYPE_CHECKING:
-    from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+    from diffusers import SchedulerMixin
 
 TRAIN_TIMESTEPS = 1000
-EULER, UNIPC = "FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler"
+EULER, HEUN = "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"
+UNIPC, DPM = "UniPCMultistepScheduler", "DPMSolverMultistepScheduler"
+# That are followed.
+SCHEDULERS = (EULER, UNIPC, DPM, HEUN)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps of one denoising run.
+    """Steps of one denoising run: a step is a call of the model.
 
     Attributes:
         sigmas: noise level at the start of each step and, last, at the end of the loop: `steps + 1` numbers, 1 to 0.
@@ -45,12 +49,28 @@ class Schedule:
         """Number of denoising steps."""
         return len(self.timesteps)
 
-    def scheduler(self) -> FlowMatchEulerDiscreteScheduler | UniPCMultistepScheduler:
-        """A scheduler of diffusers with which a pipeline takes these very steps, by Euler's method."""
+    @property
+    def pipeline_steps(self) -> int:
+        """The pipeline's `num_inference_steps`: Heun's method has two calls of the model in each of them."""
+        calls = calls_per_step(self.scheduler_config.get("_class_name"))
+        return (self.steps + calls - 1) // calls
+
+    @property
+    def is_euler(self) -> bool:
+        """Whether all steps are Euler's."""
+        return tuple(self.updates) == euler_updates(self.sigmas)
+
+    @property
+    def solver(self) -> Solver:
+        """The arithmetic of the steps."""
+        return Solver(self.updates, self.sigmas)
+
+    def scheduler(self) -> SchedulerMixin:
+        """The scheduler of diffusers with which a pipeline takes these very steps."""
         import diffusers
 
-        kind = getattr(diffusers, UNIPC if self.scheduler_config.get("_class_name") == UNIPC else EULER)
-        return kind.from_config(self.scheduler_config)
+        name = self.scheduler_config.get("_class_name")
+        return getattr(diffusers, name if name in SCHEDULERS else EULER).from_config(self.scheduler_config)
 
     def model_time(self, step: int) -> float:
         """Return the time input of a trace module at `step`: timestep / 1000, in (0, 1]."""
@@ -58,7 +78,7 @@ class Schedule:
 
     def begin(self, noise: Latent) -> Denoising[Latent]:
         """A run of the loop from this noise, float32 [samples, ...]."""
-        return Denoising(self.updates, self.sigmas, noise)
+        return Denoising(self.solver, noise)
 
     def advance(self, latent: Latent, velocity: Latent, step: int) -> Latent:
         """One step on its own, of a scheduler whose steps need no earlier ones.
@@ -74,54 +94,64 @@ class Schedule:
         return self.updates[step](latent, velocity)
 
 
-def make_schedule(
-    scheduler: FlowMatchEulerDiscreteScheduler | UniPCMultistepScheduler, steps: int, image_tokens: int | None = None
-) -> Schedule:
-    """The sigmas and timesteps that diffusers' pipelines use with this scheduler.
+def calls_per_step(scheduler: object) -> int:
+    """Calls of the model in a step of a pipeline, but for the last, which has one; by the scheduler's class."""
+    return 2 if scheduler == HEUN else 1
 
-    Flux and Z-Image ask for the sigmas 1 to 1/steps, shifted as the scheduler says. Wan takes the scheduler's own
-    spacing; of UniPC, which combines the predictions of several steps, the loop takes the spacing alone.
+
+def make_schedule(scheduler: Any, steps: int, image_tokens: int | None = None) -> Schedule:
+    """The steps that diffusers' pipelines take with this scheduler.
+
+    Flux and Z-Image ask for the sigmas 1 to 1/steps, shifted as the scheduler says; Wan, and Flux where the scheduler
+    has sigmas of a flow, take the scheduler's own spacing.
 
     Args:
-        scheduler: with or without dynamic shifting, which needs the image tokens.
-        steps: number of denoising steps, at least 1.
+        scheduler: one of `SCHEDULERS`, with or without dynamic shifting, which needs the image tokens.
+        steps: calls of the model, at least 1; an odd number of them by Heun's method.
         image_tokens: length of the image sequence; dynamic shifting depends on it. None for the scheduler's spacing.
 
     Raises:
-        UserError: fewer than one step, more than the scheduler has, or dynamic shifting without image tokens.
+        UserError: fewer than one step, more than the scheduler has, an even number by Heun's method, or dynamic
+            shifting without image tokens.
         MismatchError: as `linear_updates`.
     """
     if steps < 1:
         raise UserError(f"steps: got {steps}, expected at least 1; pass --steps with a positive number")
+    name = type(scheduler).__name__
+    config = {"_class_name": name, **{k: v for k, v in scheduler.config.items() if _is_recorded(k, v)}}
     if image_tokens is not None:
-        sigmas = np.linspace(1.0, 1.0 / steps, steps).tolist()
-        scheduler.set_timesteps(sigmas=sigmas, mu=_shift(scheduler, image_tokens))
-    elif scheduler.config.use_dynamic_shifting:
+        _set_spaced(scheduler, steps, image_tokens)
+    elif config.get("use_dynamic_shifting"):
         raise UserError("the scheduler shifts dynamically, expected a fixed shift; set use_dynamic_shifting to false")
     else:
-        scheduler.set_timesteps(steps)
+        scheduler.set_timesteps(_pipeline_steps(name, steps))
     schedule = Schedule(
         sigmas=tuple(float(s) for s in scheduler.sigmas),
         timesteps=tuple(float(t) for t in scheduler.timesteps),
-        scheduler_config=_euler_config(scheduler, steps),
+        scheduler_config=config,
     )
     _require_falling(schedule)
-    if type(scheduler).__name__ == UNIPC:
-        return schedule
     return replace(schedule, updates=linear_updates(scheduler))
 
 
-def _euler_config(scheduler: FlowMatchEulerDiscreteScheduler | UniPCMultistepScheduler, steps: int) -> dict[str, Any]:
-    """The configuration of the scheduler with which a pipeline takes the same steps.
+def _is_recorded(option: str, value: object) -> bool:
+    """Whether an option is the scheduler's own; JSON has no infinity, which is a default where it occurs."""
+    return not option.startswith("_") and not (isinstance(value, float) and math.isinf(value))
 
-    UniPC of first order without its corrector is DDIM, which on a flow is Euler's method: with sigma s before and t
-    after the step and x0 = x - s v, t/s x + (1 - t/s) x0 = x + (t - s) v.
+
+def _pipeline_steps(scheduler: str, steps: int) -> int:
+    """Steps as the scheduler counts them.
+
+    Raises:
+        UserError: no number of them has so many calls of the model.
     """
-    name = type(scheduler).__name__
-    config = {"_class_name": name, **{k: v for k, v in scheduler.config.items() if not k.startswith("_")}}
-    # Of its two solver types, bh1 divides infinities in the step to sigma 0.
-    first_order = {"solver_order": 1, "solver_type": "bh2", "disable_corrector": list(range(steps))}
-    return config | first_order if name == UNIPC else config
+    calls = calls_per_step(scheduler)
+    if (steps + calls - 1) % calls:
+        raise UserError(
+            f"steps: got {steps}, expected an odd number: {scheduler} calls the model twice in each step but the last; "
+            f"pass --steps {steps + 1} for num_inference_steps={steps // 2 + 1} of the pipeline"
+        )
+    return (steps + calls - 1) // calls
 
 
 def _require_falling(schedule: Schedule) -> None:
@@ -130,8 +160,11 @@ def _require_falling(schedule: Schedule) -> None:
     Raises:
         UserError: names the first.
     """
+    calls = calls_per_step(schedule.scheduler_config["_class_name"])
     for step, (sigma, following) in enumerate(pairwise(schedule.sigmas)):
-        if not sigma > following:  # NaN falls nowhere
+        # Heun's method calls the model twice at a noise level, from the second on.
+        stays = calls == 2 and step % 2 == 1 and sigma == following
+        if not (stays or sigma > following):  # NaN falls nowhere
             raise UserError(
                 f"step {step} of {schedule.steps}: the scheduler's sigma is {sigma:g} and then {following:g}, expected "
                 "one that falls; pass fewer --steps, or save the pipeline with another scheduler"
@@ -143,13 +176,22 @@ def _require_falling(schedule: Schedule) -> None:
         )
 
 
-def _shift(scheduler: FlowMatchEulerDiscreteScheduler, image_tokens: int) -> float | None:
-    """Dynamic shift mu, linear in the sequence length between the scheduler's two anchors."""
-    config = scheduler.config
-    if not config.use_dynamic_shifting:
-        return None
-    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-    return float(config.base_shift + slope * (image_tokens - config.base_image_seq_len))
+def _set_spaced(scheduler: Any, steps: int, image_tokens: int) -> None:
+    """Set the steps of a pipeline that asks for sigmas of its own, but not of a scheduler with sigmas of a flow.
+
+    Dynamic shift mu is linear in the sequence length between the scheduler's two anchors, or the pipelines' own where
+    the scheduler has none.
+    """
+    option = scheduler.config.get
+    least, most = option("base_image_seq_len", 256), option("max_image_seq_len", 4096)
+    low, high = option("base_shift", 0.5), option("max_shift", 1.15)
+    spacing = (
+        {"num_inference_steps": steps}
+        if option("use_flow_sigmas")
+        else {"sigmas": np.linspace(1.0, 1.0 / steps, steps).tolist()}
+    )
+    mu = float(low + (high - low) / (most - least) * (image_tokens - least)) if option("use_dynamic_shifting") else None
+    scheduler.set_timesteps(**spacing, mu=mu)
 
 
 def initial_noise(seeds: Sequence[int], latent_shape: Sequence[int]) -> np.ndarray:

@@ -34,9 +34,10 @@ class PipelineSettings(BaseModel):
         height: in pixels; None until the pipeline's default is known.
         width: in pixels; None likewise.
         frames: of a video; None likewise, and for pictures.
-        guided: guidance takes a second branch, with the empty prompt.
+        guided: guidance takes a second branch.
         prompts: texts that calibration draws and that the bundle can be asked for.
         encodings: absolute path of the file that has them encoded already; None where the text encoders do it.
+        negative_prompt: of the second branch of guidance.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -50,6 +51,7 @@ class PipelineSettings(BaseModel):
     guided: bool = True
     prompts: tuple[str, ...]
     encodings: str | None = None
+    negative_prompt: str = ""
 
 
 class Settings(BaseModel):
@@ -68,6 +70,8 @@ class Settings(BaseModel):
         layout: how plans and weights are arranged.
         backend: compiler of the plans.
         hardware_compatibility, version_compatible, weight_streaming: of plans of enterprise TensorRT.
+        plugins: absolute path of the plugin's library, around which a plan of layout `plugin` is compiled; None for
+            no plan.
         batch: samples in a call that plans are tuned for, ascending; the last is the most that they accept.
         shapes: samples and size in pixels of each optimization profile, in place of `batch`, where there are several
             sizes; the model's own size first, then by number of samples.
@@ -121,6 +125,7 @@ class Settings(BaseModel):
     hardware_compatibility: Hardware = BuildConfig.hardware_compatibility
     version_compatible: bool = BuildConfig.version_compatible
     weight_streaming: bool = BuildConfig.weight_streaming
+    plugins: str | None = None
     batch: tuple[int, ...] = (32,)
     shapes: tuple[tuple[int, ...], ...] = ()
     steps: int

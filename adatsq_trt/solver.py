@@ -15,14 +15,14 @@ waits for a device, as diffusers' `step` does.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 
-from adatsq_trt.errors import MismatchError
+from adatsq_trt.errors import MismatchError, one_line
 
 # An array of NumPy, or a tensor of PyTorch on any device: what follows is the same for both.
 Latent = TypeVar("Latent", bound=Any)
@@ -84,34 +84,138 @@ def guide(prediction: Latent, samples: int, guidance: float) -> Latent:
     return guided
 
 
+@dataclass(frozen=True)
+class State(Generic[Latent]):
+    """Tensors that a loop carries from step to step; or, as an adjoint, the gradient of a loss for each of them.
+
+    Attributes:
+        latent: x[t], float32 [samples, ...].
+        clean: d[t-1], d[t-2], …, as many as a later step combines; none for Euler's method.
+    """
+
+    latent: Latent
+    clean: tuple[Latent, ...] = ()
+
+    def each(self, change: Callable[[Latent], Latent]) -> State[Latent]:
+        """The same change of the latent and of each clean one."""
+        return State(change(self.latent), tuple(map(change, self.clean)))
+
+    def __getitem__(self, index: Any) -> State[Latent]:
+        """The same part of each."""
+        return self.each(lambda value: cast(Latent, value[index]))
+
+    def named(self, name: str) -> dict[str, Latent]:
+        """The tensors of a file that holds it, which `from_named` takes back."""
+        return {name: self.latent, **{f"{name}.{back}": value for back, value in enumerate(self.clean, 1)}}
+
+    @staticmethod
+    def from_named(tensors: Mapping[str, Latent], name: str) -> State[Latent]:
+        """Read the tensors that `named` wrote."""
+        count = sum(key.startswith(f"{name}.") for key in tensors)
+        return State(tensors[name], tuple(tensors[f"{name}.{back}"] for back in range(1, count + 1)))
+
+    @staticmethod
+    def joined(states: Sequence[State[Latent]], join: Callable[[list[Latent]], Latent]) -> State[Latent]:
+        """One state of several that are at the same step.
+
+        Args:
+            states: at least one.
+            join: makes one tensor of several.
+        """
+        clean = zip(*(state.clean for state in states), strict=True)
+        return State(join([state.latent for state in states]), tuple(join(list(same)) for same in clean))
+
+
+@dataclass(frozen=True)
+class Solver:
+    """The steps of a loop.
+
+    Attributes:
+        updates: of every step.
+        sigmas: noise level of every step, at least.
+    """
+
+    updates: Sequence[Update]
+    sigmas: Sequence[float]
+
+    @property
+    def memory(self) -> int:
+        """Most clean latents of earlier steps that a step combines."""
+        return max((len(update.clean) for update in self.updates), default=0)
+
+    def own_part(self, latent: Latent, velocity: Latent, step: int) -> State[Latent]:
+        """This step's own part of the next state: the latent without earlier ones, and d[t] where it is carried.
+
+        Args:
+            latent: x[t], float32 [samples, ...].
+            velocity: v[t], after guidance.
+            step: t.
+        """
+        update = self.updates[step]
+        own = Update(update.latent, update.velocity)
+        return State(own(latent, velocity), self._carried(latent, velocity, step))
+
+    def following(self, state: State[Latent], velocity: Latent, step: int) -> State[Latent]:
+        """The state after a step.
+
+        Args:
+            state: before it.
+            velocity: the model's prediction there, after guidance.
+            step: its index.
+
+        Raises:
+            ValueError: the state has fewer clean latents than the step combines.
+        """
+        latent = self.updates[step](state.latent, velocity, state.clean)
+        carried = self._carried(state.latent, velocity, step)
+        return State(latent, (*carried, *state.clean)[: self.memory])
+
+    def _carried(self, latent: Latent, velocity: Latent, step: int) -> tuple[Latent, ...]:
+        """d[t], if a later step may combine it."""
+        return (latent - self.sigmas[step] * velocity,) if self.memory else ()
+
+    def adjoint_of_clean(self, adjoint: State[Latent], step: int) -> tuple[Latent, ...]:
+        """∂L/∂d[t-1], ∂L/∂d[t-2], …: the coefficients of `following`, transposed.
+
+        Args:
+            adjoint: ∂L/∂x[t+1] and ∂L/∂d[t], ∂L/∂d[t-1], …; without the latter after the last step of all.
+            step: t.
+        """
+        factors, later = self.updates[step].clean, adjoint.clean[1:]
+        gradients: list[Any] = []
+        for back in range(min(step, self.memory)):
+            own: Any = (factors[back] if back < len(factors) else 0.0) * adjoint.latent
+            gradients.append(own + later[back] if back < len(later) else own)
+        return tuple(gradients)
+
+
 class Denoising(Generic[Latent]):
     """A run of the loop, from noise to the last latent.
 
     Attributes:
-        latent: after the steps that are done, float32 [samples, ...].
+        state: after the steps that are done.
         step: the one that comes next.
     """
 
-    def __init__(self, updates: Sequence[Update], sigmas: Sequence[float], noise: Latent) -> None:
+    def __init__(self, solver: Solver, noise: Latent) -> None:
         """Begin before the first step; see `Schedule.begin`.
 
         Args:
-            updates: of every step.
-            sigmas: noise level of every step.
-            noise: the first latent.
+            solver: the steps.
+            noise: the first latent, float32 [samples, ...].
         """
-        self._updates, self._sigmas = updates, sigmas
-        self.latent, self.step = noise, 0
-        self._clean: tuple[Latent, ...] = ()
-        self._most = max((len(update.clean) for update in updates), default=0)
+        self._solver = solver
+        self.state, self.step = State(noise), 0
+
+    @property
+    def latent(self) -> Latent:
+        """After the steps that are done, float32 [samples, ...]."""
+        return self.state.latent
 
     def advance(self, velocity: Latent) -> None:
         """Take a step with the model's prediction, after guidance."""
-        following = self._updates[self.step](self.latent, velocity, self._clean)
-        if self._most:
-            clean = self.latent - self._sigmas[self.step] * velocity
-            self._clean = (clean, *self._clean[: self._most - 1])
-        self.latent, self.step = following, self.step + 1
+        self.state = self._solver.following(self.state, velocity, self.step)
+        self.step += 1
 
     def run(self, velocity: Callable[[Latent, int], Latent]) -> Iterator[Latent]:
         """Take all steps that are left.
@@ -122,7 +226,7 @@ class Denoising(Generic[Latent]):
         Yields:
             The latent after each step.
         """
-        while self.step < len(self._updates):
+        while self.step < len(self._solver.updates):
             self.advance(velocity(self.latent, self.step))
             yield self.latent
 
@@ -201,6 +305,9 @@ def _run(scheduler: Any, start: np.ndarray, velocities: np.ndarray) -> np.ndarra
 
     Returns:
         float64 [steps + 1, numbers].
+
+    Raises:
+        MismatchError: it fails; names the step.
     """
     import torch
 
@@ -210,7 +317,13 @@ def _run(scheduler: Any, start: np.ndarray, velocities: np.ndarray) -> np.ndarra
     # Some schedulers take images only.
     latents = [torch.from_numpy(start)[:, None, None, None]]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        for time, velocity in zip(own.timesteps, velocities, strict=True):
+        for step, (time, velocity) in enumerate(zip(own.timesteps, velocities, strict=True)):
             prediction = torch.from_numpy(velocity)[:, None, None, None]
-            latents.append(own.step(prediction, time, latents[-1], return_dict=False)[0])
+            try:
+                latents.append(own.step(prediction, time, latents[-1], return_dict=False)[0])
+            except (RuntimeError, ValueError, TypeError) as error:  # what is raised depends on the options
+                raise MismatchError(
+                    f"the scheduler {type(scheduler).__name__} is not followed: its step {step} fails "
+                    f"({one_line(error)}); save the pipeline with other options of it, or with another scheduler"
+                ) from error
     return np.stack([latent.flatten().double().numpy() for latent in latents])

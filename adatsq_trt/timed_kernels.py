@@ -37,6 +37,11 @@ def gemm_row(kernel: str, group: int) -> str:
     return f"{kernel} {group}" if group else kernel
 
 
+def layer_row(name: str) -> str:
+    """Name in a table for whole layers of a format, which were timed as plans."""
+    return f"layer {name}"
+
+
 @dataclass(frozen=True)
 class TimedKernels:
     """Kernels that run a linear layer in one format.

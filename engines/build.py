@@ -22,7 +22,7 @@ from adatsq_trt.engines.plan_weights import STORE_NAME, Weight, name_weights, pa
 from adatsq_trt.engines.processes import processes
 from adatsq_trt.errors import AdatsqError
 from adatsq_trt.files import read_json_model, sha256, write_bytes, write_json_model
-from adatsq_trt.formats import Target
+from adatsq_trt.formats import PLUGIN_LAYOUT, Target
 from adatsq_trt.graph_index import GraphFile, GraphIndex
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,8 @@ def build_plans(
             optimization profiles.
         on_plan: called with (plans done, plans in all).
         compiler: TensorRT-RTX unless another is given.
-        layout: "embedded", "shared" (with the store beside the plans) or "switch".
+        layout: "shared" writes the store beside the plans; "plugin" wants the profiles of `plugin_profiles` and a
+            compiler that knows the plugin.
         jobs: compilers at a time, each in a process of its own when there are several; none is started for plans that
             are there already.
 
@@ -91,10 +92,10 @@ def build_plans(
         OutputError: the folder cannot be written.
     """
     compiler = compiler or RtxBackend()
-    graphs = [g for g in index.graphs if g.variant == "target" and (g.assignment is None) == (layout == "switch")]
+    together = layout in ("switch", PLUGIN_LAYOUT)
+    graphs = [g for g in index.graphs if g.variant == "target" and (g.assignment is None) == together]
     work = [(target, graph) for target in targets if target.compute_capability is not None for graph in graphs]
-    packed = layout == "shared"
-    _remove_others(bundle_folder, [plan_path(target, graph.assignment, packed) for target, graph in work])
+    _remove_others(bundle_folder, [plan_path(target, graph.assignment, layout) for target, graph in work])
     if not work:
         return ()
     compiler.require()
@@ -164,7 +165,7 @@ class _Job:
     def plan(self, target: Target, graph: GraphFile) -> PlanFile:
         """Compile one graph unless its plan is there already."""
         packed = self._layout == "shared"
-        folder, name = self._folder, plan_path(target, graph.assignment, packed)
+        folder, name = self._folder, plan_path(target, graph.assignment, self._layout)
         key, record_path = self._key(target, graph), folder / PLAN_FOLDER / target.name / RECORD_NAME
         built = _read_record(record_path).plans.get(name)
         if built is None or not _is_built(folder / name, built, key):
@@ -197,7 +198,8 @@ class _Job:
     @contextmanager
     def _source(self, graph: GraphFile) -> Iterator[Path]:
         """The graph that is compiled."""
-        path = self._folder / GRAPH_FOLDER / graph.path
+        # Of a graph of plugin nodes the one without local functions: no parser can mistake these for the nodes.
+        path = self._folder / GRAPH_FOLDER / (graph.plain_path or graph.path)
         if self._layout != "shared":
             yield path
             return

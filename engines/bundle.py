@@ -20,7 +20,7 @@ from adatsq_trt.engines.manifest import ScheduleRecord as ScheduleRecord
 from adatsq_trt.engines.manifest import ShapeRecord as ShapeRecord
 from adatsq_trt.errors import DamagedFileError, MissingFileError, UserError
 from adatsq_trt.files import read_json_model, sha256, write_json_model
-from adatsq_trt.formats import Target
+from adatsq_trt.formats import PLUGIN_LAYOUT, Target
 from adatsq_trt.graph_index import INDEX_NAME, GraphFile, GraphIndex, TensorSignature
 from adatsq_trt.policy import Policy
 from adatsq_trt.schedule import Schedule
@@ -30,6 +30,7 @@ BUNDLE_NAME = "bundle"
 POLICY_NAME = "policy.json"
 GRAPH_FOLDER = "onnx"
 PLAN_FOLDER = "plans"
+PLUGIN_LIBRARY = f"{PLAN_FOLDER}/libadatsq_plugins.so"
 PACKED_SUFFIX = ".xz"
 SCALES_NAME = "activation_scales.safetensors"
 PROMPTS_NAME = "prompts.safetensors"
@@ -42,10 +43,10 @@ CONDITIONAL, UNCONDITIONAL = "conditional.", "unconditional."  # what the names 
 REBUILD = "run 'adatsq-trt build engine' again"
 
 
-def plan_path(target: Target, assignment: int | None, packed: bool = False) -> str:
+def plan_path(target: Target, assignment: int | None, layout: Layout) -> str:
     """Where a plan lies, relative to the bundle; None stands for the plan of all assignments."""
-    name = "switch" if assignment is None else f"assignment_{assignment:03d}"
-    return f"{PLAN_FOLDER}/{target.name}/{name}.plan{PACKED_SUFFIX if packed else ''}"
+    name = layout if assignment is None else f"assignment_{assignment:03d}"
+    return f"{PLAN_FOLDER}/{target.name}/{name}.plan{PACKED_SUFFIX if layout == 'shared' else ''}"
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
@@ -118,6 +119,14 @@ class BundleFiles:
                     f"'{self.folder / MANIFEST_NAME}': the schedule has {len(record.timesteps)} timesteps and "
                     f"{len(record.sigmas)} sigmas, the policy has {steps} steps; {REBUILD}"
                 )
+        for plan in self.manifest.plans if self.manifest.layout == PLUGIN_LAYOUT else ():
+            sizes = sum(len(shape.batches) for shape in self.manifest.shapes) or 1
+            got, expected = len(plan.profile_rows) or 1, sizes * len(self.policy.assignments)
+            if got != expected:
+                raise DamagedFileError(
+                    f"'{self.folder / MANIFEST_NAME}': '{plan.path}' has {got} optimization profiles, expected "
+                    f"{expected}, {sizes} for each assignment; {REBUILD}"
+                )
         for graph in self.index.graphs:
             strange = [f"a scale of layer '{layer}'" for layer in graph.scale_inputs if layer not in self.policy.layers]
             if graph.assignment not in (None, *range(len(self.policy.assignments))):
@@ -134,8 +143,7 @@ class BundleFiles:
         Raises:
             MismatchError: the bundle does not have that size.
         """
-        record = self.manifest.shape(size).schedule
-        return Schedule(record.sigmas, record.timesteps, dict(record.scheduler_config))
+        return self.manifest.shape(size).schedule.read()
 
     def graph(self, variant: str, assignment: int | None) -> GraphFile:
         """A graph's entry in the index.

@@ -152,14 +152,16 @@ def _draw(files: BundleFiles) -> dict[str, JsonValue]:
             latents = bundle.denoise(bundle.noise([1]), bundle.conditioning([0]))
             seconds.append(time.perf_counter() - began)
         runner = bundle.runner(quantized=True)
-        compiling = runner.compile_seconds if isinstance(runner, RtxSteps) else None
+        kernels = runner.kernels if isinstance(runner, RtxSteps) else None
         if not np.isfinite(latents).all():
             raise AdatsqError("the latents have NaN or infinity")
         return {
             "backend": bundle.choice.name,
             "first_seconds": seconds[0],
             "next_seconds": seconds[1],
-            "compile_seconds": compiling,
+            "compile_seconds": None if kernels is None else kernels.seconds,
+            "known_kernels": None if kernels is None else kernels.known,
+            "kernels": None if kernels is None else str(kernels.file),
         }
 
 

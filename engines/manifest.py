@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from math import prod
 from typing import Annotated, Literal
 
@@ -11,7 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, model
 
 from adatsq_trt.errors import MismatchError
 from adatsq_trt.fields import Count, Name
+from adatsq_trt.formats import PLUGIN_LAYOUT
 from adatsq_trt.image import ImageShape
+from adatsq_trt.schedule import Schedule
+from adatsq_trt.solver import Update
 from adatsq_trt.transformer_call import TransformerCall
 
 # Of one sample: a latent is allocated before any other part of the bundle confirms its shape.
@@ -41,7 +45,7 @@ class PlanFile(_Record):
         unpacked_bytes: size of the plan that the file holds compressed; None for a file that is the plan.
         max_rows: most rows (samples times guidance branches) that it accepts.
         profile_rows: most rows of each of its optimization profiles; empty stands for the one profile. They ascend,
-            or follow the manifest's `shapes` and of each its `batches`.
+            or follow the manifest's `shapes` and of each its `batches`; in layout `plugin` for each assignment anew.
     """
 
     target: Name
@@ -65,15 +69,56 @@ class PlanFile(_Record):
 
     def rows_at(self, of: range | None = None) -> int:
         """Most rows of a call, at the size that has these profiles."""
-        return self.max_rows if of is None else max(self.profile_rows[i] for i in of)
+        return self.max_rows if of is None else max((self.profile_rows or (self.max_rows,))[i] for i in of)
+
+
+class UpdateRecord(_Record):
+    """An `Update` as text: the coefficients of a step."""
+
+    latent: FiniteFloat
+    velocity: FiniteFloat
+    clean: tuple[FiniteFloat, ...] = ()
 
 
 class ScheduleRecord(_Record):
-    """A `Schedule` as text: sigmas (steps + 1), timesteps (steps) and the diffusers scheduler's configuration."""
+    """A `Schedule` as text.
+
+    Attributes:
+        sigmas: steps + 1.
+        timesteps: steps.
+        scheduler_config: of the diffusers scheduler, with its class.
+        updates: of every step; none for Euler's method.
+    """
 
     sigmas: tuple[FiniteFloat, ...]
     timesteps: tuple[FiniteFloat, ...]
     scheduler_config: dict[str, JsonValue]
+    updates: tuple[UpdateRecord, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ScheduleRecord:
+        if len(self.updates) not in (0, len(self.timesteps)):
+            raise ValueError(f"{len(self.updates)} updates, {len(self.timesteps)} timesteps")
+        for step, update in enumerate(self.updates):
+            if len(update.clean) > step:
+                raise ValueError(f"step {step} combines {len(update.clean)} predictions of earlier steps")
+        return self
+
+    @classmethod
+    def of(cls, schedule: Schedule) -> ScheduleRecord:
+        """The record of a schedule."""
+        updates = () if schedule.is_euler else tuple(UpdateRecord(**asdict(update)) for update in schedule.updates)
+        return cls(
+            sigmas=schedule.sigmas,
+            timesteps=schedule.timesteps,
+            scheduler_config=schedule.scheduler_config,
+            updates=updates,
+        )
+
+    def read(self) -> Schedule:
+        """Make the schedule that this records."""
+        updates = tuple(Update(own.latent, own.velocity, own.clean) for own in self.updates)
+        return Schedule(self.sigmas, self.timesteps, dict(self.scheduler_config), updates)
 
 
 class ImageSpec(_Record):
@@ -168,7 +213,7 @@ class Manifest(_Record):
         backend: compiler of the plans.
         layout: how plans and weights are arranged: "embedded" is a self-contained plan for each assignment, "shared"
             plans without weights over one store, "switch" one plan that switches assignments, "plugin" one graph
-            of plugin nodes and the commands that compile it.
+            of plugin nodes with the plan of it, or with the commands that compile it.
         targets: names of the targets that it was built for.
         base_type: 16-bit type of what is not quantized in the target graphs.
         formats: formats that the policy uses.
@@ -217,7 +262,9 @@ class Manifest(_Record):
                 raise ValueError("the first of 'shapes' differs from the bundle's own size")
             profiles = sum(len(shape.batches) for shape in self.shapes)
             for plan in self.plans:
-                if len(plan.profile_rows) != profiles:
+                # In layout `plugin` every assignment has all of them; how many there are, the policy says.
+                rows = len(plan.profile_rows) % profiles if self.layout == PLUGIN_LAYOUT else len(plan.profile_rows)
+                if not plan.profile_rows or rows not in (0, profiles):
                     raise ValueError(f"plan '{plan.path}' has {len(plan.profile_rows)} profiles, 'shapes' {profiles}")
         return self
 
@@ -249,10 +296,19 @@ class Manifest(_Record):
         size = (*([image.frames] if image.frames else []), *(side * n for n in image.shape.grid))
         return ShapeRecord(size=size, batches=(1,), latent_shape=self.latent_shape, image=image, schedule=self.schedule)
 
-    def profiles_of(self, shape: ShapeRecord) -> range | None:
-        """Indices of a size's optimization profiles in every plan; None in a bundle of one size."""
+    def profiles_of(self, shape: ShapeRecord, assignment: int = 0) -> range | None:
+        """Indices of a size's optimization profiles in every plan.
+
+        Args:
+            shape: one of the bundle's.
+            assignment: where profiles select it, as in layout `plugin`; of no account elsewhere.
+
+        Returns:
+            None where all profiles are for any call.
+        """
+        selects = self.layout == PLUGIN_LAYOUT
         if not self.shapes:
-            return None
+            return range(assignment, assignment + 1) if selects else None
         counts = [len(other.batches) for other in self.shapes]
-        first = sum(counts[: self.shapes.index(shape)])
+        first = sum(counts[: self.shapes.index(shape)]) + (assignment * sum(counts) if selects else 0)
         return range(first, first + len(shape.batches))

@@ -1,12 +1,13 @@
-"""Layout `plugin`: the command lines that compile its graph with enterprise TensorRT and the plugin library.
+"""Layout `plugin`: its optimization profiles, and the command lines that compile its graph where TensorRT is.
 
-Nothing here runs them: enterprise TensorRT is not among this package's dependencies, and its builder wants the GPU.
+Nothing here runs them: they are for machines with enterprise TensorRT and a GPU, but without this package.
 """
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from adatsq_trt.engines.backends.base import BatchRange
@@ -48,8 +49,8 @@ esac
 """
 
 
-def optimization_profiles(graph: GraphFile, assignments: int, batch: BatchRange) -> list[tuple[_Shapes, ...]]:
-    """Minimum, optimum and maximum shapes of the inputs, for each assignment: the k-th pins the selector to [1, k].
+def plugin_profiles(graph: GraphFile, assignments: int, batch: BatchRange) -> BatchRange:
+    """Optimization profiles for each assignment: those of the k-th pin the selector to [1, k].
 
     Args:
         graph: with plugin nodes.
@@ -58,12 +59,23 @@ def optimization_profiles(graph: GraphFile, assignments: int, batch: BatchRange)
     """
     assert graph.selector_input is not None
     selector = graph.selector_input.name
-    dynamic = [s for s in (*graph.inputs, *graph.position_inputs) if any(isinstance(size, str) for size in s.shape)]
+    return BatchRange.of_sizes(
+        [
+            replace(own, shapes=(*own.shapes, (selector, (1, extent))))
+            for extent in range(1, assignments + 1)
+            for own in batch.sizes or (batch.whole,)
+        ]
+    )
+
+
+def optimization_profiles(graph: GraphFile, assignments: int, batch: BatchRange) -> list[tuple[_Shapes, ...]]:
+    """Minimum, optimum and maximum shapes of the inputs in each of `plugin_profiles`, whose arguments these are."""
+    inputs = (*graph.inputs, *graph.position_inputs, *filter(None, [graph.selector_input]))
+    dynamic = [s for s in inputs if any(isinstance(size, str) for size in s.shape)]
     profiles = []
-    for extent in range(1, assignments + 1):
-        for own in batch.sizes or (batch.whole,):
-            shapes = {signature.name: own.inputs(signature.name, signature.shape) for signature in dynamic}
-            profiles.append(tuple({**{n: s[i] for n, s in shapes.items()}, selector: (1, extent)} for i in range(3)))
+    for own in plugin_profiles(graph, assignments, batch).profiles:
+        shapes = {signature.name: own.inputs(signature.name, signature.shape) for signature in dynamic}
+        profiles.append(tuple({name: kinds[i] for name, kinds in shapes.items()} for i in range(3)))
     return profiles
 
 

@@ -16,7 +16,8 @@ _TOLERANCE = 2 * 2.0**-8
 class StepClock:
     """Reads timesteps that are on the processor; of those on a device only the first of a generation.
 
-    From there the steps follow in order: a pipeline calls each branch of guidance once per step. Some tell the index
+    Some schedulers have several steps with one timestep, as Heun's method has; then too only the first is read. From
+    there the steps follow in order: a pipeline calls each branch of guidance once per step. Some tell the index
     when they announce a branch, and then none is read. What is passed is compared on the device, without waiting: after
     a timestep that is not the expected one all predictions are NaN, and the end of the generation says why.
     """
@@ -67,7 +68,9 @@ class StepClock:
             MismatchError: none of the schedule's steps; or as `finish`.
         """
         if time.device.type == "cpu":
-            return find_step(time.detach().float().numpy(), schedule)
+            if len(set(schedule.timesteps)) == schedule.steps:
+                return find_step(time.detach().float().numpy(), schedule)
+            self._require_branch(schedule)
         told, steps = self._told
         if told is not None and steps == schedule.steps:
             self._at, self._schedule = told, schedule
@@ -84,6 +87,14 @@ class StepClock:
         self._seen.add(self._branch)
         return self._at
 
+    def _require_branch(self, schedule: Schedule) -> None:
+        if self._branch is None:
+            raise MismatchError(
+                f"two of the bundle's {schedule.steps} steps have the same timestep, by which a pipeline tells its "
+                "step unless it announces branches of guidance; build a bundle with fewer --steps, or run this one "
+                "with Bundle.denoise"
+            )
+
     def _compare(self, time: Tensor, expected: float) -> None:
         strays = (time.detach().float() - expected).abs().amax() > _TOLERANCE * expected
         self._strayed = strays if self._strayed is None else self._strayed | strays
@@ -94,21 +105,16 @@ class StepClock:
 
 
 def find_step(time: np.ndarray, schedule: Schedule) -> int:
-    """The step that timesteps belong to.
+    """The step that timesteps belong to, the first of several.
 
     Args:
         time: float32 [rows], timestep / 1000.
         schedule: of the call's size.
 
     Raises:
-        MismatchError: they belong to none; or two steps have the same.
+        MismatchError: they belong to none.
     """
     times = np.asarray([schedule.model_time(step) for step in range(schedule.steps)])
-    if len(set(times)) < len(times):
-        raise MismatchError(
-            f"two of the bundle's {schedule.steps} steps have the same timestep, by which a pipeline tells its "
-            "step; build a bundle with fewer --steps, or run this one with Bundle.denoise"
-        )
     step = int(np.abs(times - time.flat[0]).argmin())
     if np.abs(time - times[step]).max() > _TOLERANCE * times[step]:
         raise MismatchError(
@@ -120,6 +126,6 @@ def find_step(time: np.ndarray, schedule: Schedule) -> int:
 
 def _ask(schedule: Schedule) -> str:
     return (
-        f"call the pipeline with num_inference_steps={schedule.steps}, the scheduler that the bundle was built with "
-        "and the image size that it was exported for"
+        f"call the pipeline with num_inference_steps={schedule.pipeline_steps}, the scheduler that the bundle was "
+        "built with and the image size that it was exported for"
     )

@@ -4,22 +4,21 @@
     pipe(prompt, num_inference_steps=20, …)
 
 The pipeline stays as it is: it keeps its scheduler, its guidance and its loop. How it calls its transformer is in the
-bundle's manifest (`adatsq_trt.transformer_call`), so this serves every architecture whose adapter says it. With UniPC,
-which Wan's pipelines come with, the pipeline combines the predictions of several steps; it draws what the bundle's own
-loop draws, which takes Euler's steps at the same sigmas, with
-
-    pipe.scheduler = pipe.transformer.scheduler
+bundle's manifest (`adatsq_trt.transformer_call`), so this serves every architecture whose adapter says it. It draws
+what the bundle's own loop draws with the scheduler that the bundle was built with. `from_bundle(..., scheduler=
+pipe.scheduler)` refuses another one, and `pipe.scheduler = pipe.transformer.scheduler` gives it the bundle's.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import SchedulerMixin, __version__
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from pydantic import JsonValue
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.weak import WeakIdKeyDictionary
 
-from adatsq_trt.engines.bundle import ShapeRecord
+from adatsq_trt.engines.bundle import Manifest, ShapeRecord
 from adatsq_trt.engines.runtime import TIME_INPUT, Bundle
 from adatsq_trt.engines.step_clock import StepClock
 from adatsq_trt.errors import MismatchError
@@ -58,13 +57,22 @@ class AdatsqTransformer(nn.Module):
         return self._config
 
     @classmethod
-    def from_bundle(cls, bundle: Bundle | Path | str) -> AdatsqTransformer:
+    def from_bundle(cls, bundle: Bundle | Path | str, scheduler: SchedulerMixin | None = None) -> AdatsqTransformer:
         """Wrap a bundle that is open, or open one, or the one of a run directory.
+
+        Args:
+            bundle: it, or where it is.
+            scheduler: the pipeline's, to be compared with the one that the bundle was built with; a pipeline whose
+                scheduler has the same timesteps and other steps is not noticed otherwise.
 
         Raises:
             UserError: as `Bundle.open`, or a bundle that does not say how a pipeline calls its transformer.
+            MismatchError: another scheduler, another value of one of its options, or of another diffusers.
         """
         bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        if scheduler is not None:
+            require_scheduler(bundle.manifest, scheduler)
+            _require_version(bundle.manifest)
         if bundle.manifest.call is None:
             raise MismatchError(
                 f"bundle '{bundle.files.folder}' holds a {bundle.manifest.architecture} and does not say how a "
@@ -90,7 +98,7 @@ class AdatsqTransformer(nn.Module):
         return self.bundle.device
 
     @property
-    def scheduler(self) -> FlowMatchEulerDiscreteScheduler | UniPCMultistepScheduler:
+    def scheduler(self) -> SchedulerMixin:
         """A scheduler with which the pipeline takes the steps of the bundle's own loop."""
         return self.bundle.schedule.scheduler()
 
@@ -231,6 +239,38 @@ class AdatsqTransformer(nn.Module):
     def _names(self) -> str:
         """Sizes of the bundle in pixels, for the end of a message; empty where it has only one."""
         return f": {', '.join(shape.name for shape in self.bundle.manifest.shapes)}" if self.bundle.sizes else ""
+
+
+def require_scheduler(manifest: Manifest, scheduler: SchedulerMixin) -> None:
+    """Refuse a scheduler that takes other steps than the bundle's loop.
+
+    Args:
+        manifest: of the bundle.
+        scheduler: of a pipeline.
+
+    Raises:
+        MismatchError: says what of it is another, and both values.
+    """
+    own = dict(manifest.schedule.scheduler_config)
+    name, got = own.pop("_class_name", None), type(scheduler).__name__
+    advice = "give the pipeline the bundle's, pipe.transformer.scheduler, or build the bundle with this one"
+    if got != name:
+        raise MismatchError(f"the pipeline's scheduler is a {got}, the bundle's a {name}; {advice}")
+    for option, value in own.items():
+        other = scheduler.config.get(option)
+        # In the manifest a tuple is a list.
+        if other != value and json.loads(json.dumps(other, default=str)) != value:
+            raise MismatchError(f"the pipeline's {name} has {option} = {other!r}, the bundle's {value!r}; {advice}")
+
+
+def _require_version(manifest: Manifest) -> None:
+    """Refuse another diffusers than the one that the bundle's steps are of."""
+    built = manifest.versions.get("diffusers", __version__)
+    if built != __version__:
+        raise MismatchError(
+            f"this is diffusers {__version__}, the bundle was built with {built}, whose schedulers may take other "
+            f"steps; install diffusers=={built}, or build the bundle again"
+        )
 
 
 def _says_nothing(value: Any, default: JsonValue) -> bool:

@@ -18,21 +18,23 @@ SIXTEEN_BIT = (DataType.BFLOAT16, DataType.FLOAT16)
 class Emitter:
     """Writes nodes beside an anchor; they carry the anchor's module path and names that begin with a prefix."""
 
-    def __init__(self, anchor: ir.Node, prefix: str, after: bool = False) -> None:
+    def __init__(self, anchor: ir.Node, prefix: str, after: bool = False, module: str | None = None) -> None:
         """Start writing.
 
         Args:
             anchor: the node beside which new nodes go.
             prefix: of the names of nodes, values and constants.
             after: write one node after the anchor instead of any number before it.
+            module: the module path that nodes carry; None for the anchor's.
         """
         assert isinstance(anchor.graph, ir.Graph)
         self._anchor, self._prefix, self._after = anchor, prefix, after
+        self._module = anchor.metadata_props.get(MODULE, "") if module is None else module
         self._graph = anchor.graph
 
     def renamed(self, prefix: str) -> Emitter:
         """The same place with another prefix."""
-        return Emitter(self._anchor, prefix, self._after)
+        return Emitter(self._anchor, prefix, self._after, self._module)
 
     def node(
         self,
@@ -48,7 +50,7 @@ class Emitter:
         outputs = [
             ir.val(f"{full}.out{i or ''}", type=ir.TensorType(dtype), shape=None) for i, dtype in enumerate(dtypes)
         ]
-        metadata = {MODULE: self._anchor.metadata_props.get(MODULE, "")}
+        metadata = {MODULE: self._module}
         new = ir.node(op_type, inputs, attributes, domain=domain, outputs=outputs, name=full, metadata_props=metadata)
         insert = self._graph.insert_after if self._after else self._graph.insert_before
         insert(self._anchor, new)

@@ -14,7 +14,7 @@ from adatsq_trt.packing import pack_nibbles
 from adatsq_trt.quantizers import QuantizedWeight
 
 _PLAIN = {Element.FP32: DataType.FLOAT, Element.BF16: DataType.BFLOAT16, Element.FP16: DataType.FLOAT16}
-_TORCH = {
+TORCH_TYPES = {
     DataType.FLOAT: torch.float32,
     DataType.BFLOAT16: torch.bfloat16,
     DataType.FLOAT16: torch.float16,
@@ -67,7 +67,7 @@ def encode_weight(weight: QuantizedWeight, fmt: Format, base: DataType, store: E
         block_scales = store.add(tensor_bytes(weight.scales), DataType.FLOAT8E4M3FN, tuple(weight.scales.shape))
         return EncodedWeight(codes, block_scales, float(weight.global_scale))
     scales = weight.scales[:, 0] if grid.granularity is Granularity.CHANNEL else weight.scales
-    return EncodedWeight(codes, store.add(tensor_bytes(scales.to(_TORCH[base])), base, tuple(scales.shape)))
+    return EncodedWeight(codes, store.add(tensor_bytes(scales.to(TORCH_TYPES[base])), base, tuple(scales.shape)))
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import onnx_ir as ir
@@ -16,7 +17,9 @@ from adatsq_trt.export.conditions import check_graph
 from adatsq_trt.export.constant_hashes import HashedConstants
 from adatsq_trt.export.emitter import BASE_TYPES, TRT_DOMAIN
 from adatsq_trt.export.encode import EncodedWeight, encode_weight
+from adatsq_trt.export.encode_transform import EncodedTransform, encode_transform
 from adatsq_trt.export.insert_qdq import SCALE_SUFFIX, InsertQdq
+from adatsq_trt.export.insert_transforms import InsertTransforms
 from adatsq_trt.export.lower_quantizers import LowerQuantizers
 from adatsq_trt.export.lower_types import LowerTypes
 from adatsq_trt.export.normalize_linears import NormalizeLinears
@@ -39,6 +42,7 @@ from adatsq_trt.graph_index import (
 )
 from adatsq_trt.policy import Policy
 from adatsq_trt.quantizers import QuantizedWeight
+from adatsq_trt.transforms import LayerTransform
 
 Variant = Literal["target", "cpu", "reference"]
 TARGET_FORMATS = frozenset().union(*(target.formats for target in TARGETS.values()))
@@ -59,6 +63,7 @@ def export_graphs(
     blocks: Sequence[str],
     variants: Sequence[str],
     on_graph: Callable[[int, int], None] | None = None,
+    transforms: Mapping[str, LayerTransform] = MappingProxyType({}),
 ) -> GraphIndex:
     """Write a policy's graphs, their weights and the index.
 
@@ -71,6 +76,7 @@ def export_graphs(
         blocks: module paths of the transformer's blocks, in order.
         variants: "target", "cpu" or both; the reference graph is always written.
         on_graph: told (graphs done, graphs in all) after each.
+        transforms: module path → what the layer's weights were made for.
 
     Raises:
         UnsupportedFormatError: variant "target" for a format that no TensorRT path holds.
@@ -84,14 +90,17 @@ def export_graphs(
         store = ExternalData(file, folder)
         move_initializers(template, store)
         encoded = _encode_weights(policy, weights, BASE_TYPES[base], store)
+        own = encode_transforms(transforms, BASE_TYPES[base], store)
     total = 1 + (len(policy.assignments) + 1) * len(variants)
     files, constants = [], HashedConstants(store.hashes)
-    for file_entry in _write_all(template, policy, encoded, folder, BASE_TYPES[base], variants, constants):
+    for file_entry in _write_all(template, policy, encoded, own, folder, BASE_TYPES[base], variants, constants):
         files.append(file_entry)
         if on_graph is not None:
             on_graph(len(files), total)
     size = (folder / WEIGHTS_NAME).stat().st_size
-    index = GraphIndex(base_type=base, graphs=tuple(files), weight_bytes=size, blocks=tuple(blocks))
+    index = GraphIndex(
+        base_type=base, graphs=tuple(files), weight_bytes=size, blocks=tuple(blocks), branches=ranks(transforms)
+    )
     write_json_model(folder / CONSTANTS_NAME, constants.record)
     write_json_model(folder / INDEX_NAME, index)
     return index
@@ -155,16 +164,33 @@ def _encode_weights(
     return encoded
 
 
+def encode_transforms(
+    transforms: Mapping[str, LayerTransform], base: DataType, store: ExternalData
+) -> dict[str, EncodedTransform]:
+    """Module path → a layer's transform, with its place in the store."""
+    return {layer: encode_transform(layer, transform, base, store) for layer, transform in transforms.items()}
+
+
+def ranks(transforms: Mapping[str, LayerTransform]) -> dict[str, int]:
+    """Module path → rank of the layer's branch, where there is one."""
+    return {layer: own.branch.rank for layer, own in transforms.items() if own.branch is not None}
+
+
 def _write_all(
     template: ir.Model,
     policy: Policy,
     encoded: Mapping[tuple[str, str], EncodedWeight],
+    transforms: Mapping[str, EncodedTransform],
     folder: Path,
     base: DataType,
     variants: Sequence[str],
     constants: HashedConstants,
 ) -> Iterator[GraphFile]:
-    models = [_quantized(template, policy, index, encoded, base) for index in range(len(policy.assignments))]
+    start = template
+    if transforms:
+        start = template.clone()
+        InsertTransforms(transforms)(start)
+    models = [_quantized(start, policy, index, encoded, base) for index in range(len(policy.assignments))]
     columns = zip(policy.layers, zip(*policy.assignments, strict=True), strict=True)
     everything = {layer: [format_named(name) for name in set(column)] for layer, column in columns}
     for variant in _in_order(variants):

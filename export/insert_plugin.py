@@ -10,7 +10,8 @@ Rules:
     4. The graph gets the int32 input "selector", [1, assignment]: its last extent k selects the k-th assignment.
     5. A layer with an fp8 assignment has the scalar input "<module path>.activation_scale", as in other layouts; the
        node reads it as a vector of one.
-    6. The node carries the names of the layer's distinct formats as metadata FORMAT.
+    6. A layer whose input is divided for every token's scale alone has the weight input "<module path>.smoothing".
+    7. The node carries the names of the layer's distinct formats as metadata FORMAT.
 """
 
 from __future__ import annotations
@@ -20,11 +21,10 @@ from collections.abc import Mapping, Sequence
 import onnx_ir as ir
 from onnx_ir import DataType
 
-from adatsq_trt.errors import AdatsqError
 from adatsq_trt.export.emitter import Emitter
 from adatsq_trt.export.insert_qdq import FORMAT, SCALE_SUFFIX
 from adatsq_trt.export.name_nodes import MODULE
-from adatsq_trt.export.normalize_linears import find_linears, weight_of
+from adatsq_trt.export.normalize_linears import find_linears, last_node, weight_of
 from adatsq_trt.export.plugin_function import PLUGIN_DOMAIN, PLUGIN_OP, PLUGIN_VERSION, NodeKind
 from adatsq_trt.export.weight_store import StoredTensor
 from adatsq_trt.formats import FORMATS
@@ -57,7 +57,7 @@ class InsertPlugin(ir.passes.InPlacePass):
         find_linears(model, list(self._profiles))
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Apply rules 1 to 6."""
+        """Apply rules 1 to 7."""
         selector = ir.val(SELECTOR_INPUT, dtype=DataType.INT32, shape=[1, ASSIGNMENT_AXIS])
         model.graph.inputs.append(selector)
         for layer, linear in find_linears(model, list(self._profiles)).items():
@@ -72,7 +72,7 @@ class InsertPlugin(ir.passes.InPlacePass):
 
     def _replace(self, layer: str, linear: ir.Node, selector: ir.Value) -> None:
         """Rules 1 to 3."""
-        x, last, old_weight = linear.inputs[0], _last_node(layer, linear), weight_of(linear)
+        x, last, old_weight = linear.inputs[0], last_node(layer, linear), weight_of(linear)
         graph = linear.graph
         assert x is not None and x.dtype is not None and isinstance(graph, ir.Graph)
         emit, named = Emitter(linear, f"{layer}/"), Emitter(linear, f"{layer}.")
@@ -117,15 +117,3 @@ class InsertPlugin(ir.passes.InPlacePass):
             name=f"{layer}/{PLUGIN_OP}",
             metadata_props=metadata,
         )
-
-
-def _last_node(layer: str, linear: ir.Node) -> ir.Node:
-    """The layer's Add, or its MatMul where there is no bias."""
-    for user, _ in linear.outputs[0].uses():
-        if user.op_type == "Add" and user.metadata_props.get(MODULE) == layer:
-            if any(
-                value is not linear.outputs[0] and (value is None or value.const_value is None) for value in user.inputs
-            ):
-                raise AdatsqError(f"layer '{layer}': its bias is not a constant of the traced graph")
-            return user
-    return linear

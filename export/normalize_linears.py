@@ -79,6 +79,22 @@ def weight_of(linear: ir.Node) -> ir.Value:
     return transpose.inputs[0]
 
 
+def last_node(layer: str, linear: ir.Node) -> ir.Node:
+    """The layer's Add, or its MatMul where there is no bias.
+
+    Raises:
+        AdatsqError: the bias is computed.
+    """
+    for user, _ in linear.outputs[0].uses():
+        if user.op_type == "Add" and user.metadata_props.get(MODULE) == layer:
+            if any(
+                value is not linear.outputs[0] and (value is None or value.const_value is None) for value in user.inputs
+            ):
+                raise AdatsqError(f"layer '{layer}': its bias is not a constant of the traced graph")
+            return user
+    return linear
+
+
 def _normalize(layer: str, node: ir.Node) -> None:
     x, weight = node.inputs[0], node.inputs[1]
     if x is None or weight is None or weight.const_value is None:

@@ -8,7 +8,8 @@ The body computes in float32 and gives y the type of x:
     1. The selector's last extent k names the k-th profile; one `If` after another finds its format.
     2. Planes: a byte holds the even input in its low nibble and the odd one in its high nibble, both signed.
     3. int8 weights are w8, or 16 * w4 + lo in a nested layer, times w8_scale; int4 weights times w4_scale by group.
-    4. int8 activations: step = max(amax / 127, 1e-12) of each token; round(x / step) * step.
+    4. int8 activations: x / smoothing, where there is one; step = max(amax / 127, 1e-12) of each token;
+       round(x / step) * step.
     5. e4m3: clip(x / x_fp8_scale, ±448) rounded to e4m3, times x_fp8_scale.
     6. 16-bit activations stay as they are; in a float32 graph they are rounded to the format's type first.
 """
@@ -157,6 +158,8 @@ def _activation(body: _Body, inputs: Mapping[str, ir.Value], name: str, in_float
         x = body("Cast", x, to=element_type(grid).value)
     x = body("Cast", x, to=FLOAT.value)
     if grid.granularity is Granularity.TOKEN:
+        if "smoothing" in inputs:
+            x = body("Div", x, inputs["smoothing"])
         largest = body("ReduceMax", body("Abs", x), body.integers(-1), keepdims=1)
         ratio = body("Div", largest, body.constant(grid.maximum, FLOAT))
         step = body("Max", ratio, body.constant(1e-12, FLOAT))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import onnx_ir as ir
 from onnx_ir.passes import common
@@ -17,20 +18,26 @@ from onnx_ir.passes import common
 from adatsq_trt.base_type import BaseName
 from adatsq_trt.errors import MismatchError
 from adatsq_trt.export.constant_hashes import HashedConstants
+from adatsq_trt.export.emitter import BASE_TYPES
 from adatsq_trt.export.encode import tensor_bytes
 from adatsq_trt.export.graphs import (
     LOWER_TO_CPU,
     REFERENCE_NAME,
     STANDARD_VERSIONS,
     clear_export,
+    encode_transforms,
     move_initializers,
+    ranks,
     write_graph,
 )
 from adatsq_trt.export.insert_plugin import InsertPlugin
+from adatsq_trt.export.insert_transforms import InsertTransforms
 from adatsq_trt.export.lower_types import LowerTypes
 from adatsq_trt.export.normalize_linears import NormalizeLinears
 from adatsq_trt.export.plugin_function import PLUGIN_OP, NodeKind, plugin_function
 from adatsq_trt.export.plugin_operands import (
+    Operand,
+    fused_smoothing,
     group_size,
     plugin_operands,
     require_plugin_formats,
@@ -43,6 +50,7 @@ from adatsq_trt.formats import FORMATS
 from adatsq_trt.graph_index import CONSTANTS_NAME, INDEX_NAME, WEIGHTS_NAME, GraphFile, GraphIndex
 from adatsq_trt.policy import Policy
 from adatsq_trt.quantizers import QuantizedWeight
+from adatsq_trt.transforms import LayerTransform
 
 GRAPHS = 4  # how often export_plugin_graphs reports
 _WIDEN = ir.passes.Sequential(RestoreAttentionScale(), LowerTypes(), common.RemoveUnusedNodesPass())
@@ -56,6 +64,7 @@ def export_plugin_graphs(
     base: BaseName,
     blocks: Sequence[str],
     on_graph: Callable[[], None] = lambda: None,
+    transforms: Mapping[str, LayerTransform] = MappingProxyType({}),
 ) -> GraphIndex:
     """Write a policy's plugin graph, its weights and the index.
 
@@ -69,6 +78,8 @@ def export_plugin_graphs(
         base: type of activations and of everything that is not quantized: bfloat16 or float16.
         blocks: module paths of the transformer's blocks, in order.
         on_graph: called GRAPHS times.
+        transforms: module path → what the layer's weights were made for. A node divides its input itself where its
+            kernels can (`fused_smoothing`).
 
     Raises:
         UnsupportedFormatError: a format or a layer's shape that the plugin has no kernel for.
@@ -85,13 +96,23 @@ def export_plugin_graphs(
         store = ExternalData(file, folder)
         move_initializers(template, store)
         groups = {layer: group_size(weights) for layer, weights in own.items()}
-        operands = {layer: _store(layer, own.pop(layer), store) for layer in profiles}
+        operands, before = {}, dict(transforms)
+        for layer, column in profiles.items():
+            operands[layer] = _store(plugin_operands(layer, own.pop(layer)), store)
+            smoothing = fused_smoothing(transforms[layer], column) if layer in transforms else None
+            if smoothing is not None:
+                operands[layer] = _store({"smoothing": smoothing}, store) | operands[layer]
+                del before[layer]
+        encoded = encode_transforms(before, BASE_TYPES[base], store)
     model = template.clone()
+    InsertTransforms(encoded)(model)
     InsertPlugin(profiles, operands, groups)(model)
     constants = HashedConstants(store.hashes)
     files = _write_all(template, model, profiles, folder, constants, on_graph)
     size = (folder / WEIGHTS_NAME).stat().st_size
-    index = GraphIndex(base_type=base, graphs=files, weight_bytes=size, blocks=tuple(blocks))
+    index = GraphIndex(
+        base_type=base, graphs=files, weight_bytes=size, blocks=tuple(blocks), branches=ranks(transforms)
+    )
     write_json_model(folder / CONSTANTS_NAME, constants.record)
     write_json_model(folder / INDEX_NAME, index)
     return index
@@ -110,10 +131,10 @@ def _weights_of(
     return {name: weights[name][layer] for name in dict.fromkeys(column)}
 
 
-def _store(layer: str, own: Mapping[str, QuantizedWeight], store: ExternalData) -> dict[str, StoredTensor]:
+def _store(operands: Mapping[str, Operand], store: ExternalData) -> dict[str, StoredTensor]:
     return {
         name: store.add(tensor_bytes(operand.content), operand.dtype, tuple(operand.content.shape))
-        for name, operand in plugin_operands(layer, own).items()
+        for name, operand in operands.items()
     }
 
 

@@ -13,9 +13,10 @@ from onnx_ir import DataType
 from torch import Tensor
 
 from adatsq_trt.errors import MismatchError, UnsupportedFormatError
-from adatsq_trt.formats import FORMATS, GROUP, PLUGIN_FORMATS, Grid, format_named
+from adatsq_trt.formats import FORMATS, GROUP, PLUGIN_FORMATS, Granularity, Grid, format_named
 from adatsq_trt.packing import join_planes, pack_nibbles, split_planes
 from adatsq_trt.quantizers import QuantizedWeight
+from adatsq_trt.transforms import LayerTransform
 
 ALIGNMENT = 16  # of N and K: rows of the kernels' operands are read in 16-byte pieces
 FOUR_BIT_GRID, EIGHT_BIT_GRID = FORMATS["w4a8"].weight, FORMATS["w8a8"].weight
@@ -103,6 +104,20 @@ def plugin_operands(layer: str, weights: Mapping[str, QuantizedWeight]) -> dict[
             plain = DataType.FLOAT16 if name == "fp16" else DataType.BFLOAT16
             operands["w16"] = Operand(weights[name].codes, plain)
     return operands
+
+
+def fused_smoothing(transform: LayerTransform, formats: Collection[str]) -> Operand | None:
+    """Divisors that a node applies while it quantizes each token; None where they are not the whole transform.
+
+    Args:
+        transform: of the layer.
+        formats: the layer's in all assignments: each has to quantize tokens, since other kernels read x as it is.
+    """
+    divisor, given = transform.input_map.divisor, transform.input_map
+    by_token = all(format_named(name).activation.granularity is Granularity.TOKEN for name in formats)
+    if divisor is None or given.signs is not None or transform.branch is not None or not by_token:
+        return None
+    return Operand(divisor, DataType.FLOAT)
 
 
 def _of_grid(layer: str, weights: Mapping[str, QuantizedWeight], grid: Grid) -> QuantizedWeight | None:

@@ -21,6 +21,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -46,6 +47,31 @@ def untrained_flux() -> "FluxAdapter":
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return make_adapter()
+
+
+@pytest.fixture(scope="session")
+def small_zoo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The zoo, with digits-flux cut down to one block of either kind: it takes a third of the time."""
+    from adatsq_trt.zoo import zoo_models
+    from tests.one_block import FLUX, write_model
+
+    folder = tmp_path_factory.mktemp("zoo")
+    for name, path in zoo_models().items():
+        if name != FLUX.model:
+            (folder / name).symlink_to(path)
+    write_model(folder / FLUX.model, FLUX)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small_zoo(small_zoo_folder: Path) -> Iterator[None]:
+    """Models are found there, and traced once."""
+    from tests.traces import trace_once
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("adatsq_trt.zoo.ZOO_FOLDER", small_zoo_folder)
+        patch.setattr("adatsq_trt.stages.export.trace", trace_once)
+        yield
 
 
 @contextmanager

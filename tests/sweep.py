@@ -7,17 +7,18 @@ from torch import Tensor
 
 from adatsq_trt.calibration.fisher import LayerGradients, backward_step
 from adatsq_trt.calibration.trajectory import Samples
+from adatsq_trt.solver import State
 
 
 @dataclass(frozen=True)
 class BackwardStep(LayerGradients):
-    """All layers at a step, with a_t, float32 [projections, samples, *latent_shape]."""
+    """All layers at a step, with the adjoint before it, of float32 [projections, samples, *latent_shape]."""
 
-    adjoint: Tensor
+    adjoint: State[Tensor]
 
 
 def backward_steps(
-    samples: Samples, latents: Tensor, adjoint: Tensor, last: int, by_block: bool = False
+    samples: Samples, latents: Tensor, adjoint: State[Tensor], last: int, by_block: bool = False
 ) -> Iterator[BackwardStep]:
     """From step `last` to the first."""
     for step in range(last, -1, -1):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from adatsq_trt.errors import MismatchError
-from adatsq_trt.solver import Denoising, Update, euler_updates, guide, linear_updates
+from adatsq_trt.solver import Denoising, Solver, Update, euler_updates, guide, linear_updates
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 EULER, HEUN = "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"
@@ -58,13 +58,13 @@ def test_loops_end_where_the_schedulers_do(case: str, steps: int) -> None:
     updates = linear_updates(scheduler)
     sigmas = scheduler.sigmas.tolist()
     ours = theirs = noise = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    loop = Denoising(updates, sigmas, noise)
+    loop = Denoising(Solver(updates, sigmas), noise)
     for step, (time, ours) in enumerate(zip(scheduler.timesteps, loop.run(velocity), strict=True)):
         theirs = scheduler.step(velocity(theirs, step), time, theirs, return_dict=False)[0]
         assert (ours - theirs).norm() < 2e-5 * theirs.norm()
     assert max(len(update.clean) for update in updates) <= most
     if most and name != HEUN and steps > 2:
-        *_, euler = Denoising(euler_updates(sigmas), sigmas, noise).run(velocity)
+        *_, euler = Denoising(Solver(euler_updates(sigmas), sigmas), noise).run(velocity)
         assert (euler - theirs).norm() > 1e-4 * theirs.norm(), "Euler's steps would have passed too"
 
 

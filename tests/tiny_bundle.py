@@ -14,18 +14,20 @@ from adatsq_trt.engines.bundle import (
     SCALES_NAME,
     BundleFiles,
     ImageSpec,
+    Layout,
     Manifest,
     ScheduleRecord,
     ShapeRecord,
     write_manifest,
 )
-from adatsq_trt.export import export_graphs, trace
+from adatsq_trt.export import export_graphs, export_plugin_graphs
 from adatsq_trt.files import write_tensors
 from adatsq_trt.formats import FORMATS
 from adatsq_trt.image import PixelScale
 from adatsq_trt.models.adapter import AnySize, Conditioning, ModelAdapter
 from adatsq_trt.policy import Policy
 from adatsq_trt.quantizers import quantize_nearest
+from tests.traces import trace_once
 
 STEPS, GUIDANCE = 4, 2.0
 
@@ -38,6 +40,8 @@ def write_bundle(
     any_size: AnySize | None = None,
     others: Sequence[ModelAdapter] = (),
     variants: Sequence[str] = ("cpu",),
+    steps: int = STEPS,
+    layout: Layout = "embedded",
 ) -> BundleFiles:
     """Three buckets over two assignments, with weights rounded to nearest.
 
@@ -49,23 +53,29 @@ def write_bundle(
         any_size: for a bundle of several sizes: what is traced.
         others: the model at the sizes beside its own.
         variants: of the graphs; plans are made of "target".
+        steps: of the loop.
+        layout: "plugin" for a graph of plugin nodes; the others have the same graphs.
     """
     layers = adapter.quantizable_layers()
     rows = [["fp8"] * len(layers), [("bf16", "fp8")[i % 2] for i in range(len(layers))]]
-    policy = Policy.from_steps("tiny", "0" * 64, list(layers), [rows[step in (1, 2)] for step in range(STEPS)])
+    policy = Policy.from_steps("tiny", "0" * 64, list(layers), [rows[step in (1, 2)] for step in range(steps)])
     weights = {
         name: {layer: quantize_nearest(module.weight.detach(), FORMATS[name]) for layer, module in layers.items()}
         for name in ("fp8", "bf16")
     }
     common = (inputs, "velocity", torch.bfloat16, adapter.float32_inputs)
     if any_size is None:
-        traced = trace(adapter.trace_module(), *common)
+        traced = trace_once(adapter.trace_module(), *common)
     else:
-        traced = trace(any_size.module, *common, any_size.positions, any_size.axes)
+        traced = trace_once(any_size.module, *common, any_size.positions, any_size.axes)
         write_positions(folder, (adapter, *others))
-    index = export_graphs(traced, policy, weights, folder / GRAPH_FOLDER, "bfloat16", adapter.blocks(), variants)
+    graphs, blocks = folder / GRAPH_FOLDER, adapter.blocks()
+    if layout == "plugin":
+        index = export_plugin_graphs(traced, policy, weights, graphs, "bfloat16", blocks)
+    else:
+        index = export_graphs(traced, policy, weights, graphs, "bfloat16", blocks, variants)
     policy.save(folder / POLICY_NAME)
-    write_tensors(folder / SCALES_NAME, {"fp8": torch.full((STEPS, len(layers)), 1 / 64)})
+    write_tensors(folder / SCALES_NAME, {"fp8": torch.full((steps, len(layers)), 1 / 64)})
     stored = {f"conditional.{name}": value for name, value in prompts.conditional.items()}
     stored |= {f"unconditional.{name}": value for name, value in (prompts.unconditional or {}).items()}
     write_tensors(folder / PROMPTS_NAME, stored)
@@ -73,10 +83,11 @@ def write_bundle(
         model="tiny",
         architecture=adapter.architecture,
         backend="onnxruntime",
+        layout=layout,
         targets=("sm120",),
         base_type=index.base_type,
         formats=("bf16", "fp8"),
-        schedule=_schedule(adapter),
+        schedule=_schedule(adapter, steps),
         guidance=GUIDANCE,
         latent_shape=adapter.latent_shape,
         image=ImageSpec(**vars(adapter.image)),
@@ -98,11 +109,8 @@ def write_positions(folder: Path, adapters: Sequence[ModelAdapter]) -> None:
     write_tensors(folder / POSITIONS_NAME, tensors)
 
 
-def _schedule(adapter: ModelAdapter) -> ScheduleRecord:
-    schedule = adapter.schedule(STEPS)
-    return ScheduleRecord(
-        sigmas=schedule.sigmas, timesteps=schedule.timesteps, scheduler_config=schedule.scheduler_config
-    )
+def _schedule(adapter: ModelAdapter, steps: int = STEPS) -> ScheduleRecord:
+    return ScheduleRecord.of(adapter.schedule(steps))
 
 
 def _shape(adapter: ModelAdapter) -> ShapeRecord:

@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL, FluxPipeline
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
-from adatsq_trt.engines.bundle import BundleFiles
+from adatsq_trt.engines.bundle import BundleFiles, Layout
 from adatsq_trt.models.adapter import Conditioning
 from adatsq_trt.models.flux import FluxAdapter, rotations
 from tests.tiny_bundle import write_bundle
@@ -21,17 +21,19 @@ def make_adapter() -> FluxAdapter:
     return make_tiny_flux(WIDTH, PATCHES, shift=3.0)
 
 
-def make_flux_bundle(folder: Path, variants: Sequence[str] = ("cpu",)) -> BundleFiles:
+def make_flux_bundle(folder: Path, variants: Sequence[str] = ("cpu",), layout: Layout = "embedded") -> BundleFiles:
     """For prompts of `TEXT_TOKENS` tokens, as the pipeline's text encoders make them."""
     adapter, rows = make_adapter(), 20
     adapter.trace_module().text_ids = torch.zeros(TEXT_TOKENS, 3)
     latents = torch.randn(rows, *adapter.latent_shape, generator=torch.Generator().manual_seed(0))
     inputs = {"hidden_states": latents, **_condition(rows, seed=0), "timestep": torch.full((rows,), 0.5)}
     stored = Conditioning(_condition(PROMPTS, seed=1), _condition(1, seed=2))
-    return write_bundle(folder, adapter, inputs, stored, variants=variants)
+    return write_bundle(folder, adapter, inputs, stored, variants=variants, layout=layout)
 
 
-def make_sized_bundle(folder: Path, *grids: tuple[int, int], variants: Sequence[str] = ("cpu",)) -> BundleFiles:
+def make_sized_bundle(
+    folder: Path, *grids: tuple[int, int], variants: Sequence[str] = ("cpu",), layout: Layout = "embedded"
+) -> BundleFiles:
     """The same for its own size and others, each given in rows and columns of tokens."""
     adapter, rows = make_adapter(), 20
     any_size = adapter.any_size()
@@ -40,7 +42,7 @@ def make_sized_bundle(folder: Path, *grids: tuple[int, int], variants: Sequence[
     inputs = {"hidden_states": latents, **_condition(rows, seed=0), "timestep": torch.full((rows,), 0.5)}
     stored = Conditioning(_condition(PROMPTS, seed=1), _condition(1, seed=2))
     others = [adapter.resized(adapter.image.resized(*grid)) for grid in grids]
-    return write_bundle(folder, adapter, inputs, stored, any_size, others, variants)
+    return write_bundle(folder, adapter, inputs, stored, any_size, others, variants, layout)
 
 
 def _condition(prompts: int, seed: int) -> dict[str, torch.Tensor]:

@@ -23,8 +23,8 @@ from adatsq_trt.calibration.units import Measured
 from adatsq_trt.execution.precision import exact
 from adatsq_trt.formats import Format, Grid
 from adatsq_trt.models.rounding import round_input
-from adatsq_trt.models.transforms import IDENTITY, LayerTransform
 from adatsq_trt.quantizers import static_activation_scale
+from adatsq_trt.transforms import IDENTITY, LayerTransform
 
 # Parts of the largest magnitude that are tried; exact in every 16-bit type.
 RATIOS = tuple(count / 16 for count in range(16, 5, -1))

@@ -32,7 +32,7 @@ def require_finite_trajectory(samples: Samples, latents: Tensor) -> None:
     modules = samples.adapter.transformer.named_modules()
     with watched((name, module) for name, module in modules if not list(module.children())) as found:
         latent = latents[step, sample : sample + 1].to(samples.adapter.device)
-        samples.part(slice(sample, sample + 1)).step(latent, step)
+        samples.part(slice(sample, sample + 1)).velocity(latent, step)
     layer = f"layer '{found[0]}' gives" if found else "the model's output has"
     prompt = samples.adapter.prompts[samples.prompts[sample]]
     raise UserError(

@@ -12,6 +12,11 @@ x_{t+1} = α_t x_t + β_t v(x_t, t) (`solver.Update`; Euler's method has α = 1 
 
     a_T = u,      a_t = α_t a_{t+1} + β_t (∂v/∂x_t)ᵀ a_{t+1}.
 
+A step that combines clean latents d_s = x_s - σ_s v_s of earlier steps, with γ_k d_{t-k}, hands them on to the next:
+the state is (x_t, d_{t-1}, …), and with its adjoint (a_t, b_{t,1}, …), b_{T,k} = 0,
+
+    a_t = α_t a_{t+1} + b_{t+1,1} + (∂v/∂x_t)ᵀ (β_t a_{t+1} - σ_t b_{t+1,1}),      b_{t,k} = γ_k a_{t+1} + b_{t+1,k+1}.
+
 The adjoints are kept: aᵀ δ predicts, to first order, what an error δ at step t does to the final picture.
 """
 
@@ -27,7 +32,7 @@ from adatsq_trt.calibration.trajectory import Samples
 from adatsq_trt.models.adapter import OUTSIDE
 from adatsq_trt.models.blocks import BlockCall, LeafGradients, cut_at_blocks
 from adatsq_trt.models.capture import Capture, captured
-from adatsq_trt.solver import guide
+from adatsq_trt.solver import State, guide
 
 # Numbers in the products of all rows of a batch with each other, such as are worth keeping at once.
 MOST_ROW_PRODUCTS = 1 << 24
@@ -58,57 +63,67 @@ def projections(samples: int, latent_shape: tuple[int, ...], count: int, seed: i
 
 
 def backward_step(
-    samples: Samples, latent: Tensor, adjoint: Tensor, step: int, visit: Visit, by_block: bool = False
-) -> Tensor:
+    samples: Samples, latent: Tensor, adjoint: State[Tensor], step: int, visit: Visit, by_block: bool = False
+) -> State[Tensor]:
     """One step of the adjoint recursion.
 
     Args:
         samples: the batch.
         latent: x_t of its full-precision trajectory, float32 [samples, *latent_shape].
-        adjoint: a_{t + 1}, float32 [projections, samples, *latent_shape]; u itself after the last step of all.
+        adjoint: of the state after the step, float32 [projections, samples, *latent_shape]; u itself after the last
+            step of all.
         step: t.
         visit: is shown every quantizable layer once: all together, or the layers of one block after the other.
         by_block: whether one block at a time is kept for its gradients; each is called twice for that. The numbers are
             the same.
 
     Returns:
-        a_t, float32 [projections, samples, *latent_shape].
+        That of the state before it, float32 [projections, samples, *latent_shape].
     """
     latent = latent.clone().requires_grad_(True)
     # Of a layer outside of the blocks gradients would be summed in another order.
     whole = not by_block or OUTSIDE in samples.adapter.layers_by_block()
     way = _at_once if whole else _through_blocks
     with torch.enable_grad():
-        return way(samples, latent, adjoint, step, visit)
+        own = way(samples, latent, adjoint, step, visit)
+    return State(own, samples.schedule.solver.adjoint_of_clean(adjoint, step))
 
 
-def _at_once(samples: Samples, latent: Tensor, adjoint: Tensor, step: int, visit: Visit) -> Tensor:
+def _at_once(samples: Samples, latent: Tensor, adjoint: State[Tensor], step: int, visit: Visit) -> Tensor:
+    count = len(adjoint.latent)
     with captured(samples.adapter.quantizable_layers()) as capture:
         inputs, following = _differentiable_step(samples, latent, step)
-        adjoints, gradients = [], _Rows(len(adjoint), len(latent))
-        for number, row in enumerate(adjoint):
-            final = number == len(adjoint) - 1  # frees the step's graph
-            loss = (following * row).sum()
-            adjoints.append(torch.autograd.grad(loss, [latent, *inputs], retain_graph=not final)[0])
+        adjoints, gradients = [], _Rows(count, len(latent))
+        for number in range(count):
+            final = number == count - 1  # frees the step's graph
+            values, rows = _pairs(following, adjoint, number)
+            adjoints.append(torch.autograd.grad(values, [latent, *inputs], rows, retain_graph=not final)[0])
             gradients.take(capture, number)
     visit(LayerGradients(step, _by_sample_all(capture.inputs, len(latent)), gradients.by_layer))
     return torch.stack(adjoints)
 
 
-def _through_blocks(samples: Samples, latent: Tensor, adjoint: Tensor, step: int, visit: Visit) -> Tensor:
+def _through_blocks(samples: Samples, latent: Tensor, adjoint: State[Tensor], step: int, visit: Visit) -> Tensor:
     """Between the blocks gradients go backwards as usual; a block is called again when its outputs have theirs."""
     layers, groups = samples.adapter.quantizable_layers(), samples.adapter.layers_by_block()
     with cut_at_blocks(samples.adapter) as calls:
         _, following = _differentiable_step(samples, latent, step)
-    leaves = LeafGradients([latent, *(x for call in calls for x in call.outputs)], len(adjoint))
-    for number, row in enumerate(adjoint):
-        leaves.send(number, [following], [row])
+    count = len(adjoint.latent)
+    leaves = LeafGradients([latent, *(x for call in calls for x in call.outputs)], count)
+    for number in range(count):
+        leaves.send(number, *_pairs(following, adjoint, number))
     while calls:
         call = calls.pop()
         own = {name: layers[name] for name in groups.get(call.block, ())}
         # Nothing refers to a block's gradients but its visit, which has them when the block's graph is gone.
         visit(LayerGradients(step, *_through_block(call, own, leaves, len(latent))))
-    return torch.stack([leaves.of(number, latent) for number in range(len(adjoint))])
+    return torch.stack([leaves.of(number, latent) for number in range(count)])
+
+
+def _pairs(following: State[Tensor], adjoint: State[Tensor], number: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors that a step makes and the loss depends on, and a projection's gradients with respect to them."""
+    gradients = [rows[number] for rows in (adjoint.latent, *adjoint.clean[:1])]
+    return [following.latent, *following.clean][: len(gradients)], gradients
 
 
 def _through_block(
@@ -147,13 +162,16 @@ class _Rows:
             self.by_layer[name][number] = gradient
 
 
-def _differentiable_step(samples: Samples, latent: Tensor, step: int) -> tuple[list[Tensor], Tensor]:
-    """The model's inputs and x_{t+1}; all inputs ask for gradients, so layers that never see the latent are reached."""
+def _differentiable_step(samples: Samples, latent: Tensor, step: int) -> tuple[list[Tensor], State[Tensor]]:
+    """The model's inputs, and x_{t+1} and d_t without what earlier steps give to them.
+
+    All inputs ask for gradients, so layers that never see the latent are reached.
+    """
     adapter, schedule, conditioning = samples.adapter, samples.schedule, samples.conditioning
     inputs = adapter.guided_inputs(latent, schedule.model_time(step), conditioning, samples.guidance)
     inputs = {name: value if value.requires_grad else value.detach().requires_grad_() for name, value in inputs.items()}
     velocity = guide(adapter.predict(inputs), len(latent), samples.guidance)
-    return list(inputs.values()), schedule.advance(latent, velocity, step)
+    return list(inputs.values()), schedule.solver.own_part(latent, velocity, step)
 
 
 def _by_sample_all(values: Mapping[str, Tensor], samples: int) -> dict[str, Tensor]:

@@ -97,7 +97,7 @@ def _step_inputs(batch: Samples, unit: tuple[Place, tuple[str, ...]]) -> dict[st
         found[name] = StepInputs(second_moment(inputs), inputs.abs().max(), tokens)
 
     with observed_inputs({name: linears[name] for name in layers}, observe):
-        batch.step(place.latent, place.step)
+        batch.velocity(place.latent, place.step)
     return found
 
 

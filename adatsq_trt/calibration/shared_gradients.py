@@ -34,6 +34,7 @@ from torch import Tensor
 from adatsq_trt.calibration.fisher import LayerGradients, backward_step
 from adatsq_trt.calibration.units import Measured, parts
 from adatsq_trt.execution import Executor, Shared
+from adatsq_trt.solver import State
 
 
 @dataclass
@@ -190,7 +191,7 @@ def sweep(common: Measured[bool], unit: GradientUnit, begin: int) -> dict[str, l
     Returns:
         Module path → what is kept of `unit.at_once` samples, or as many as are left.
     """
-    samples, adjoint = common.samples.part(unit.samples), unit.start
+    samples, adjoint = common.samples.part(unit.samples), State(unit.start)
     kept: dict[str, list[SampleGradients]] = {}
     visit = _keep(common.extra, unit, begin, kept)
     for step in reversed(range(samples.schedule.steps)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from adatsq_trt.models.adapter import Conditioning, ModelAdapter
 from adatsq_trt.schedule import Schedule, initial_noise
+from adatsq_trt.solver import State
 
 # Samples that are denoised at once when only the pictures are wanted.
 SAMPLES_PER_CALL = 64
@@ -48,10 +49,9 @@ class Samples:
         """First latents, float32 [samples, *latent_shape], on the processor."""
         return torch.from_numpy(initial_noise(self.seeds, self.adapter.latent_shape))
 
-    @torch.no_grad()
-    def step(self, latent: Tensor, step: int) -> Tensor:
-        """The latent after one denoising step with the model as it stands (full precision or fake-quantized)."""
-        return self.schedule.advance(latent, self.velocity(latent, step), step)
+    def step(self, state: State[Tensor], step: int) -> State[Tensor]:
+        """The state after one denoising step with the model as it stands (full precision or fake-quantized)."""
+        return self.schedule.solver.following(state, self.velocity(state.latent, step), step)
 
     @torch.no_grad()
     def velocity(self, latent: Tensor, step: int) -> Tensor:
@@ -101,6 +101,36 @@ def trajectory(
         if on_step is not None:
             on_step()
     return torch.stack(latents)
+
+
+def state_tensors(states: Sequence[State[Tensor]]) -> dict[str, Tensor]:
+    """The states of a trajectory as tensors, which `trajectory_states` takes back.
+
+    Args:
+        states: before the first step and after each.
+
+    Returns:
+        latents: float32 [steps + 1, samples, *latent_shape].
+        clean: float32 [steps, samples, *latent_shape], predicted at each step; absent for Euler's method.
+    """
+    tensors = {"latents": torch.stack([state.latent for state in states])}
+    if states[-1].clean:
+        tensors["clean"] = torch.stack([state.clean[0] for state in states[1:]])
+    return tensors
+
+
+def trajectory_states(tensors: Mapping[str, Tensor], memory: int) -> list[State[Tensor]]:
+    """The states of a trajectory.
+
+    Args:
+        tensors: as `state_tensors` makes them.
+        memory: clean latents that a state carries at most.
+    """
+
+    def clean(step: int) -> tuple[Tensor, ...]:
+        return tuple(tensors["clean"][step - back] for back in range(1, min(step, memory) + 1))
+
+    return [State(latent, clean(step)) for step, latent in enumerate(tensors["latents"])]
 
 
 def final_latents(samples: Samples, before_step: Callable[[int], None] | None = None) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from adatsq_trt.calibration.fisher import LayerGradients, backward_step, squared_weight_gradient
 from adatsq_trt.calibration.trajectory import Samples
 from adatsq_trt.execution import Executor, Shared
+from adatsq_trt.solver import State
 
 # Samples of a unit.
 SAMPLES_PER_BACKWARD = 16
@@ -30,11 +32,13 @@ class Place:
         step: index in the loop.
         samples: slice of the batch.
         latent: theirs, float32 [some samples, *latent_shape]; memory of its own, since all of a view's would be sent.
+        clean: what their state carries beside it, where the step is taken.
     """
 
     step: int
     samples: slice
     latent: Tensor
+    clean: tuple[Tensor, ...] = ()
 
 
 def parts(count: int) -> list[slice]:
@@ -42,8 +46,10 @@ def parts(count: int) -> list[slice]:
     return [slice(start, min(start + SAMPLES_PER_BACKWARD, count)) for start in range(0, count, SAMPLES_PER_BACKWARD)]
 
 
-def measured_trajectory(executor: Executor, batch: Shared[Samples], noise: Tensor, steps: int) -> Iterator[Tensor]:
-    """Latents of the batch after each step in full precision, float32 [samples, *latent_shape].
+def measured_trajectory(
+    executor: Executor, batch: Shared[Samples], noise: Tensor, steps: int
+) -> Iterator[State[Tensor]]:
+    """States of the batch after each step in full precision, of float32 [samples, *latent_shape].
 
     Args:
         executor: who computes.
@@ -51,15 +57,16 @@ def measured_trajectory(executor: Executor, batch: Shared[Samples], noise: Tenso
         noise: their first latents.
         steps: of the loop.
     """
-    latent = noise
+    state = State(noise)
     for step in range(steps):
-        places = [Place(step, part, latent[part].clone()) for part in parts(len(latent))]
-        latent = torch.cat(list(executor.map(_full_precision_step, batch, places)))
-        yield latent
+        own = [(part, state[part].each(torch.clone)) for part in parts(len(noise))]
+        places = [Place(step, part, before.latent, before.clean) for part, before in own]
+        state = State.joined(list(executor.map(_full_precision_step, batch, places)), torch.cat)
+        yield state
 
 
-def _full_precision_step(batch: Samples, place: Place) -> Tensor:
-    return batch.part(place.samples).step(place.latent, place.step)
+def _full_precision_step(batch: Samples, place: Place) -> State[Tensor]:
+    return batch.part(place.samples).step(State(place.latent, place.clean), place.step)
 
 
 # ------------------------------------------------------------------------------------------------- backwards
@@ -86,12 +93,12 @@ class Swept:
 
     Attributes:
         step: index in the loop.
-        adjoint: a_t of all samples, float32 [projections, samples, *latent_shape].
+        adjoint: of the state before the step, all samples, float32 [projections, samples, *latent_shape].
         measured: measurements of every layer, by part of the batch: [layers, ...].
     """
 
     step: int
-    adjoint: Tensor
+    adjoint: State[Tensor]
     measured: list[Tensor]
 
 
@@ -104,7 +111,7 @@ def backward_sweep(
     common: Shared[Measured[ExtraT]],
     measure: Measure[ExtraT],
     latents: Tensor,
-    adjoint: Tensor,
+    adjoint: State[Tensor],
     last: int,
 ) -> Iterator[Swept]:
     """The adjoint recursion from step `last` to the first, with a measurement at each.
@@ -114,20 +121,27 @@ def backward_sweep(
         common: of all units.
         measure: called, where the unit is computed, with inputs and gradients of some samples.
         latents: full-precision trajectory, float32 [steps + 1, samples, *latent_shape].
-        adjoint: a_{last + 1}, float32 [projections, samples, *latent_shape]; u itself after the last step of all.
+        adjoint: of the state after step `last`, float32 [projections, samples, *latent_shape]; u itself after the
+            last step of all.
         last: step to begin with.
     """
     for step in range(last, -1, -1):
         units = [
-            (measure, Place(step, part, latents[step, part].clone()), adjoint[:, part].clone())
+            (measure, Place(step, part, latents[step, part].clone()), _of_part(adjoint, part))
             for part in parts(latents.shape[1])
         ]
         results = list(executor.map(_measure_backwards, common, units))
-        adjoint = torch.cat([own for own, _ in results], dim=1)
+        adjoint = State.joined([own for own, _ in results], partial(torch.cat, dim=1))
         yield Swept(step, adjoint, [value for _, value in results])
 
 
-def _measure_backwards(common: Measured[ExtraT], unit: tuple[Measure[ExtraT], Place, Tensor]) -> tuple[Tensor, Tensor]:
+def _of_part(adjoint: State[Tensor], part: slice) -> State[Tensor]:
+    return adjoint[:, part].each(torch.clone)
+
+
+def _measure_backwards(
+    common: Measured[ExtraT], unit: tuple[Measure[ExtraT], Place, State[Tensor]]
+) -> tuple[State[Tensor], Tensor]:
     (measure, place, adjoint), found = unit, dict[str, Tensor]()
 
     def visit(layers: LayerGradients) -> None:

@@ -35,6 +35,7 @@ from adatsq_trt.image import PixelScale
 from adatsq_trt.models.family import AGAIN, Canvas, JsonObject
 from adatsq_trt.models.prompts import StoredPrompts
 from adatsq_trt.models.stored import count_weights, fill, large_linears, named_weights
+from adatsq_trt.schedule import calls_per_step
 from adatsq_trt.settings import PipelineSettings
 from adatsq_trt.zoo.loading import SCHEDULER_CONFIG, LoadedModel
 
@@ -85,7 +86,7 @@ class OpenedPipeline:
         if self.settings.encodings is not None:
             family = self.source.family
             return read_encodings(Path(self.settings.encodings), *family.widths(self._config), family.token_multiple)
-        return encode_prompts(self.source, self.settings.prompts, on_prompt)
+        return encode_prompts(self.source, self.settings.prompts, on_prompt, self.settings.negative_prompt)
 
     def load(self, encodings: Mapping[str, Tensor]) -> LoadedModel:
         """Check the transformer's weights and fuse the LoRA files.
@@ -156,6 +157,8 @@ class OpenedPipeline:
         prompts = StoredPrompts(settings.prompts, encodings["tokens"], encodings["pooled"])
         adapter = family.adapter(transformer, prompts, self._scheduler, image, not settings.guided)
         steps, guidance = family.defaults(self._config)
+        calls = calls_per_step(type(self._scheduler).__name__)
+        steps = calls * steps - (calls - 1)
         require_schedule(adapter, steps, source.folder / SCHEDULER_CONFIG)
         return LoadedModel(
             source.name, adapter, self.weights_sha256, self.model_sha256, steps, guidance, scale, source.folder / "vae"
@@ -230,6 +233,8 @@ class OpenedPipeline:
         lines = [f"{file.name} {verified_sha256(file)}" for file in files]
         lines += [self.weights_sha256, self.encoders_sha256, repr((settings.height, settings.width))]
         lines += [repr((settings.frames, settings.guided)), *settings.prompts]
+        if settings.negative_prompt:  # earlier runs have none
+            lines.append(f"negative {settings.negative_prompt}")
         return digest(lines)
 
     @cached_property
@@ -287,7 +292,13 @@ def open_source(
     places = {"path": _absolute(settings.path), "base": settings.base and _absolute(settings.base)}
     loras = tuple(f"{lora.file}:{lora.scale!r}" for lora in opened.loras)
     update = {**places, "loras": loras, **asdict(canvas)}
-    resolved = settings.model_copy(update={**update, "guided": settings.guided and source.family.guided})
+    guided = settings.guided and source.family.guided
+    if settings.negative_prompt and not guided:
+        raise UserError(
+            f"--negative-prompt '{settings.negative_prompt}': guidance takes no second branch here; leave it out, or "
+            "guide a model that is not distilled with another scale than 1"
+        )
+    resolved = settings.model_copy(update={**update, "guided": guided})
     return make(resolved, opened.loras)
 
 

@@ -71,16 +71,19 @@ def _lines(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(line.strip() for line in text.split("\n") if line.strip()))
 
 
-def encode_prompts(source: Source, prompts: tuple[str, ...], on_prompt: Callable[[], None]) -> dict[str, Tensor]:
+def encode_prompts(
+    source: Source, prompts: tuple[str, ...], on_prompt: Callable[[], None], negative: str = ""
+) -> dict[str, Tensor]:
     """Encode prompts with the pipeline's text encoders, which are gone from memory afterwards.
 
     Args:
         source: of the pipeline.
         prompts: texts; what is too long for an encoder is cut off, as the pipeline does.
         on_prompt: called after each.
+        negative: prompt of the second branch of guidance.
 
     Returns:
-        "tokens" [prompts + 1, tokens, width] and "pooled" [prompts + 1, width], the empty prompt last, in the type
+        "tokens" [prompts + 1, tokens, width] and "pooled" [prompts + 1, width], the negative prompt last, in the type
         that the encoders have on disk (bfloat16 for 16 bits). Short prompts are filled up with zeros.
 
     Raises:
@@ -89,14 +92,14 @@ def encode_prompts(source: Source, prompts: tuple[str, ...], on_prompt: Callable
         UserError: prompts that the encoders do not tell apart.
     """
     pipe = _load_encoders(source)
-    encodings = encode_with(pipe, source, prompts, on_prompt)
+    encodings = encode_with(pipe, source, prompts, on_prompt, negative)
     del pipe
     gc.collect()
     return encodings
 
 
 def encode_with(
-    pipe: Any, source: Source, prompts: tuple[str, ...], on_prompt: Callable[[], None]
+    pipe: Any, source: Source, prompts: tuple[str, ...], on_prompt: Callable[[], None], negative: str = ""
 ) -> dict[str, Tensor]:
     """As `encode_prompts`, with text encoders that are in memory.
 
@@ -105,6 +108,7 @@ def encode_with(
         source: of the pipeline.
         prompts: texts.
         on_prompt: called after each.
+        negative: prompt of the second branch of guidance.
 
     Raises:
         DamagedFileError: encodings that say nothing of the prompts.
@@ -112,13 +116,13 @@ def encode_with(
     """
     tokens, pooled = list[Tensor](), list[Tensor]()
     with torch.no_grad():
-        for prompt in (*prompts, ""):
+        for prompt in (*prompts, negative):
             encoded = source.family.encode(pipe, prompt)
             _require_numbers(source, prompt, encoded)
             tokens.append(encoded[0])
             pooled.append(encoded[1])
             on_prompt()
-    _require_distinct(source, (*prompts, ""), tokens, pooled)
+    _require_distinct(source, (*prompts, negative), tokens, pooled)
     length = max(map(len, tokens))
     length += -length % source.family.token_multiple
     filled = [functional.pad(rows, (0, 0, 0, length - len(rows))) for rows in tokens]
@@ -149,7 +153,7 @@ def _require_distinct(
 
     Args:
         source: of the pipeline.
-        prompts: the empty one last.
+        prompts: the negative one last.
         tokens: of each.
         pooled: of each.
 
@@ -157,11 +161,12 @@ def _require_distinct(
         DamagedFileError: an encoder gives the same for all prompts.
         UserError: two prompts with one encoding.
     """
+    last = f"'{prompts[-1]}'" if prompts[-1] else "the empty one"
     digests = [list(map(_digest, values)) for values in (tokens, pooled)]
     for part, values, own in zip(("tokens", "pooled projections"), (tokens, pooled), digests, strict=True):
         if len(set(own)) == 1 < len(set(prompts)) and values[0].numel():
             raise DamagedFileError(
-                f"'{source.folder}': the prompts, '{prompts[0]}' and the empty one among them, all have the same "
+                f"'{source.folder}': the prompts, '{prompts[0]}' and {last} among them, all have the same "
                 f"{part}; a text encoder is damaged; {AGAIN}"
             )
     first = dict[tuple[bytes, ...], str]()

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import inspect
-import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import JsonValue
+from pydantic import JsonValue, model_validator
 
 from adatsq_trt.errors import DamagedFileError, MismatchError, one_line
 from adatsq_trt.files import read_json_model
 from adatsq_trt.models.family import AGAIN, Family, JsonObject
-from adatsq_trt.schedule import EULER, TRAIN_TIMESTEPS, UNIPC
+from adatsq_trt.schedule import DPM, EULER, HEUN, SCHEDULERS, TRAIN_TIMESTEPS, UNIPC
 from adatsq_trt.zoo.loading import SCHEDULER_CONFIG
 
 if TYPE_CHECKING:
     from adatsq_trt.models.adapter import ModelAdapter
 
-log = logging.getLogger(__name__)
+_INFINITE = "lambda_min_clipped"
 _ADVICE = "correct it, or save or download the pipeline again"
-# Diffusers keeps the options of the class that a scheduler was converted from, where nothing reads them.
-_RELATIVES = (EULER, UNIPC, "DPMSolverMultistepScheduler", "FlowMatchHeunDiscreteScheduler")
 
 
 @dataclass(frozen=True)
@@ -31,8 +29,8 @@ class SchedulerOptions:
     """Options of a class of schedulers: followed, without effect, or followed at one value only.
 
     Attributes:
-        followed: decide sigmas and timesteps, which the scheduler itself makes.
-        idle: have no effect under the values that are required, or on Euler's step.
+        followed: decide sigmas, timesteps and steps, which are the scheduler's own.
+        idle: have no effect under the values that are required.
         required: option → its one value that is followed.
     """
 
@@ -40,6 +38,21 @@ class SchedulerOptions:
     idle: frozenset[str]
     required: Mapping[str, JsonValue] = field(default_factory=dict)
 
+
+# Of a variance-preserving diffusion, whose noise levels are not those of a flow.
+_BETAS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+_SPACING = ("timestep_spacing", "steps_offset")
+_OF_THRESHOLDING = ("dynamic_thresholding_ratio", "sample_max_value")
+_MULTISTEP = ("solver_order", "solver_type", "lower_order_final", "flow_shift", "use_dynamic_shifting")
+_OF_FLOWS: dict[str, JsonValue] = {
+    "num_train_timesteps": TRAIN_TIMESTEPS,
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "use_exponential_sigmas": False,  # of a variance-preserving diffusion
+    "use_beta_sigmas": False,  # likewise
+    "thresholding": False,  # steps that are not linear
+    "final_sigmas_type": "zero",
+}
 
 OPTIONS = {
     EULER: SchedulerOptions(
@@ -57,41 +70,54 @@ OPTIONS = {
             "stochastic_sampling": False,  # fresh noise in every step
         },
     ),
+    HEUN: SchedulerOptions(
+        followed=frozenset({"shift"}), idle=frozenset(), required={"num_train_timesteps": TRAIN_TIMESTEPS}
+    ),
     UNIPC: SchedulerOptions(
+        # Betas are of Karras' sigmas.
         followed=frozenset(
             {
-                *("flow_shift", "shift_terminal", "use_karras_sigmas", "sigma_min", "sigma_max"),
-                # Of Karras' sigmas.
-                *("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"),
+                *_MULTISTEP,
+                *_BETAS,
+                *("disable_corrector", "time_shift_type", "shift_terminal"),
+                *("use_karras_sigmas", "sigma_min", "sigma_max"),
             }
         ),
-        idle=frozenset(
-            {
-                # How UniPC combines the predictions of several steps, where Euler's method takes one.
-                *("solver_order", "solver_type", "lower_order_final", "disable_corrector"),
-                *("dynamic_thresholding_ratio", "sample_max_value"),  # of thresholding
-                "time_shift_type",  # of dynamic shifting
-                *("timestep_spacing", "steps_offset"),  # of sigmas that are no flow's
-            }
-        ),
+        idle=frozenset({*_OF_THRESHOLDING, *_SPACING}),
         required={
-            "num_train_timesteps": TRAIN_TIMESTEPS,
-            "prediction_type": "flow_prediction",
-            "use_flow_sigmas": True,
+            **_OF_FLOWS,
             "predict_x0": True,  # without it, diffusers' UniPC steps along no flow
-            "use_dynamic_shifting": False,  # Wan's pipeline does not say how far
-            "use_exponential_sigmas": False,  # of a variance-preserving diffusion, not of a flow
-            "use_beta_sigmas": False,  # likewise
-            "thresholding": False,
-            "final_sigmas_type": "zero",
             "solver_p": None,
+        },
+    ),
+    DPM: SchedulerOptions(
+        followed=frozenset(_MULTISTEP),
+        # Its step to sigma 0 is Euler's in any case.
+        idle=frozenset({*_BETAS, *_OF_THRESHOLDING, *_SPACING, _INFINITE, "time_shift_type", "euler_at_final"}),
+        required={
+            **_OF_FLOWS,
+            "algorithm_type": "dpmsolver++",  # others draw noise or do not reach sigma 0
+            "use_karras_sigmas": False,  # of a variance-preserving diffusion
+            "use_lu_lambdas": False,  # likewise
+            "variance_type": None,
         },
     ),
 }
 
 
+class SchedulerConfig(JsonObject):
+    """A scheduler's file, without the one option whose default JSON cannot say and diffusers writes nevertheless."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_infinity(cls, root: object) -> object:
+        if isinstance(root, dict) and root.get(_INFINITE) == -math.inf:
+            return {option: value for option, value in root.items() if option != _INFINITE}
+        return root
+
+
 def make_scheduler(family: Family, folder: Path) -> Any:
-    """The scheduler of a pipeline, whose sigmas the loop takes, with Euler's method.
+    """The scheduler of a pipeline.
 
     Args:
         family: of the pipeline.
@@ -105,7 +131,7 @@ def make_scheduler(family: Family, folder: Path) -> Any:
     import diffusers
 
     file = folder / SCHEDULER_CONFIG
-    config, allowed = read_json_model(file, JsonObject, AGAIN).root, family.schedulers
+    config, allowed = read_json_model(file, SchedulerConfig, AGAIN).root, family.schedulers
     name = config.get("_class_name")
     if name not in allowed:
         which = "that one" if len(allowed) == 1 else "one of these"
@@ -116,9 +142,7 @@ def make_scheduler(family: Family, folder: Path) -> Any:
         scheduler = getattr(diffusers, str(name)).from_config(dict(config))
     except Exception as error:  # what is raised depends on the option
         raise DamagedFileError(f"'{file}' does not describe a scheduler ({one_line(error)}); {_ADVICE}") from error
-    _require_options(file, scheduler, family.scheduler_options)
-    if name == UNIPC:
-        log.warning("'%s': denoising with Euler's method on the sigmas of UniPC", file)
+    _require_options(file, scheduler, family.scheduler_options.get(str(name), {}))
     return scheduler
 
 
@@ -148,9 +172,11 @@ def _require_options(file: Path, scheduler: Any, required: Mapping[str, JsonValu
     """
     name = type(scheduler).__name__
     options, expected = OPTIONS[name], {**_defaults(name), **OPTIONS[name].required, **required}
-    leftovers = {option for relative in _RELATIVES for option in _defaults(relative)}
+    # Diffusers keeps the options of the class that a scheduler was converted from, where nothing reads them.
+    leftovers = {option for relative in SCHEDULERS for option in _defaults(relative)}
+    free = (options.followed | options.idle) - required.keys()
     for option, value in scheduler.config.items():
-        if option.startswith("_") or option in options.followed | options.idle:
+        if option.startswith("_") or option in free:
             continue
         if option in expected and value != expected[option]:
             raise MismatchError(

@@ -83,6 +83,14 @@ def bundle(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="JSON file to write.", show_default="none")
     ] = None,
+    layer_times: Annotated[
+        Path | None,
+        typer.Option(
+            "--layer-times",
+            help="JSON file to write as well: times of whole layers as plans, for --gpu FILE of 'build engine'.",
+            show_default="none",
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Time a bundle's steps: by its policy, in each assignment, and in full precision.
@@ -95,6 +103,8 @@ def bundle(
     from adatsq_trt.engines.benchmark import WARM_UP_ROUNDS, benchmark_bundles
     from adatsq_trt.files import write_json_model
 
+    if layer_times is not None:
+        _write_layer_times(bundles, backend, rounds, layer_times)
     with progress("benchmark", WARM_UP_ROUNDS + rounds) as advance:
         result = benchmark_bundles(bundles, backend, samples, rounds, advance)
     if output is not None:
@@ -110,6 +120,20 @@ def bundle(
             f"{start.bundle}{kernels}: loads in {start.load_seconds:.1f} s, first picture {start.first_seconds:.2f} s, "
             f"then {start.next_seconds:.2f} s; {start.memory_bytes / 1e9:.2f} GB of the card in use"
         )
+
+
+def _write_layer_times(bundles: list[Path], backend: BackendName, rounds: int, output: Path) -> None:
+    """Of one bundle, since a search is of one model."""
+    from adatsq_trt.cli.progress import progress
+    from adatsq_trt.engines.benchmark import WARM_UP_ROUNDS
+    from adatsq_trt.errors import UserError
+    from adatsq_trt.files import write_json_model
+    from adatsq_trt.stages.layer_times import measure_layers
+
+    if len(bundles) > 1:
+        raise UserError(f"--layer-times: got {len(bundles)} bundles, expected one; measure them one by one")
+    with progress("layers", WARM_UP_ROUNDS + rounds) as advance:
+        write_json_model(output, measure_layers(bundles[0], backend, rounds, advance))
 
 
 def _timing_table(result: BundleTimings) -> Table:

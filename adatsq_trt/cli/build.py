@@ -120,8 +120,8 @@ def _print_policy(policy: Any, settings: Any, console: Any) -> None:
     policies = policy_figures(result, limit)
     console.print(policies_table(policies, result.ms_source))
     console.print(limits_text(result.limits, settings.reference, limit), highlight=False, soft_wrap=True)
-    found = replaced(result)
-    for remark in [*([] if found is None else [found.sentence]), *looser(policies)]:
+    parts = (part.sentence for part in (result.transform, replaced(result)) if part is not None)
+    for remark in [*parts, *looser(policies)]:
         console.print(remark, highlight=False, soft_wrap=True)
 
 
@@ -136,9 +136,25 @@ def _print_bundle(bundle: Any, console: Any) -> None:
     report = size_report(bundle.files)
     if report is not None:
         console.print(size_table(report))
-    if bundle.manifest.layout == PLUGIN_LAYOUT:
+    _compile_kernels(bundle.files, console)
+    if bundle.manifest.layout == PLUGIN_LAYOUT and not bundle.manifest.plans:
         commands = (bundle.path / COMMANDS_NAME).read_text(encoding="utf-8")
         console.print(commands, highlight=False, markup=False, soft_wrap=True)
+
+
+def _compile_kernels(files: Any, console: Any) -> None:
+    """Where the plans run here, what TensorRT-RTX compiles at their first use is compiled now."""
+    from adatsq_trt.engines.backends.rtx_steps import compile_kernels
+    from adatsq_trt.engines.backends.selection import choose
+    from adatsq_trt.errors import AdatsqError
+
+    if choose(files.manifest).name != "rtx":
+        return
+    try:
+        told = compile_kernels(files).sentence
+    except (AdatsqError, RuntimeError) as error:  # PyTorch's and CUDA's are RuntimeErrors
+        told = f"the plans do not run on this machine's GPU: {error}; 'adatsq-trt doctor --gpu --bundle' says more"
+    console.print(told, highlight=False, markup=False, soft_wrap=True)
 
 
 engine = _command("engine", "bundle", _ALL)

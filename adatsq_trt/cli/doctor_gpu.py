@@ -98,5 +98,6 @@ def _print(console: Console, report: GpuReport) -> None:
 def _line(trial: Trial) -> str:
     if trial.error is not None:
         return f"{trial.name}: FAILED after {trial.seconds:.1f} s\n{trial.error}"
-    told = (f"{name} {value:.3g}" for name, value in trial.result.items() if isinstance(value, int | float))
+    told = [f"{name} {value:.3g}" for name, value in trial.result.items() if isinstance(value, float)]
+    told += [f"{name} {value}" for name, value in trial.result.items() if isinstance(value, bool | int | str)]
     return f"{trial.name}: {trial.seconds:.1f} s; {', '.join(told)}"

@@ -3,64 +3,9 @@
 from __future__ import annotations
 
 import json as json_format
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated
 
 import typer
-
-
-@dataclass(frozen=True)
-class ModelRow:
-    """One model of the zoo.
-
-    Attributes:
-        name: as commands take it.
-        architecture: diffusers class of the transformer.
-        image_size: height and width in pixels.
-        frames: of a video; None for images.
-        weight_bytes: size of all its safetensors.
-        default_steps: denoising steps when none are asked for.
-        default_guidance: guidance scale when none is asked for.
-        folder: its folder, in diffusers' layout.
-    """
-
-    name: str
-    architecture: str
-    image_size: int
-    frames: int | None
-    weight_bytes: int
-    default_steps: int
-    default_guidance: float
-    folder: str
-
-
-def list_models() -> list[ModelRow]:
-    """All models of the zoo.
-
-    Raises:
-        DamagedFileError: a model's index is truncated or altered.
-    """
-    from adatsq_trt.zoo import zoo_models
-
-    return [_row(name, folder) for name, folder in zoo_models().items()]
-
-
-def _row(name: str, folder: Path) -> ModelRow:
-    from adatsq_trt.files import read_json_model
-    from adatsq_trt.zoo import ZooIndex
-
-    index = read_json_model(folder / "model_index.json", ZooIndex)
-    return ModelRow(
-        name=name,
-        architecture=index.transformer[1],
-        image_size=index.image_size,
-        frames=index.frames,
-        weight_bytes=sum(path.stat().st_size for path in folder.rglob("*.safetensors")),
-        default_steps=index.default_steps,
-        default_guidance=index.default_guidance,
-        folder=str(folder),
-    )
 
 
 def models(
@@ -70,9 +15,11 @@ def models(
     from rich.console import Console
     from rich.table import Table
 
+    from adatsq_trt.zoo import list_models
+
     rows = list_models()
     if json:
-        typer.echo(json_format.dumps([asdict(row) for row in rows], indent=2))
+        typer.echo(json_format.dumps([row.model_dump() for row in rows], indent=2))
         return
     table = Table("name", "architecture", "pixels", "weights", "steps", "guidance", box=None)
     for row in rows:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from adatsq_trt.errors import MismatchError
 from adatsq_trt.models.family import Family
 from adatsq_trt.models.flux import FluxFamily
 from adatsq_trt.models.wan import WanFamily
 from adatsq_trt.models.z_image import ZImageFamily
+from adatsq_trt.schedule import EULER
 
 _FAMILIES: list[Family] = [FluxFamily(), ZImageFamily(), WanFamily()]
 
@@ -18,12 +21,18 @@ def register_family(family: Family) -> None:
         family: its pipeline, and the adapter of its transformer.
 
     Raises:
-        MismatchError: not a family.
+        MismatchError: not a family, or one whose options of schedulers do not name the class.
     """
     if not isinstance(family, Family):
         raise MismatchError(
             f"got {family!r}, expected an object of a class that derives from Family; see docs/adapters.md"
         )
+    for scheduler, options in family.scheduler_options.items():
+        if not isinstance(options, Mapping):
+            raise MismatchError(
+                f"{type(family).__name__}.scheduler_options: got '{scheduler}' → {options!r}, expected a class of "
+                f"schedulers and its options, such as '{EULER}' → {{'use_dynamic_shifting': False}}"
+            )
     _FAMILIES[:] = [*(known for known in _FAMILIES if known.pipeline != family.pipeline), family]
 
 

@@ -72,7 +72,7 @@ class Family(ABC):
         packed: whether a latent is a row of tokens; else it has the VAE's own shape.
         guided: whether guidance takes a second branch, with the empty prompt.
         schedulers: classes that the pipeline's loop is known for.
-        scheduler_options: of the scheduler that the loop looks at itself → the value that is followed.
+        scheduler_options: class of schedulers → an option of it → the value without which the loop is another one.
         transformer_options: of the transformer's configuration → the value that is supported.
         pipeline_options: of the pipeline → the value that is supported.
         instead: advice where a pipeline is refused.
@@ -91,7 +91,7 @@ class Family(ABC):
     packed: bool = False
     guided: bool = True
     schedulers: tuple[str, ...] = (EULER,)
-    scheduler_options: ClassVar[Mapping[str, JsonValue]] = {}
+    scheduler_options: ClassVar[Mapping[str, Mapping[str, JsonValue]]] = {}
     transformer_options: ClassVar[Mapping[str, JsonValue]] = {}
     pipeline_options: ClassVar[Mapping[str, JsonValue]] = {}
     instead: str = "choose another checkpoint"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from adatsq_trt.models.adapter import AnySize, open_axes
 from adatsq_trt.models.family import Family
 from adatsq_trt.models.prompted import PromptedAdapter
-from adatsq_trt.schedule import Schedule, make_schedule
+from adatsq_trt.schedule import DPM, EULER, UNIPC, Schedule, make_schedule
 from adatsq_trt.transformer_call import TransformerCall, forward_arguments
 
 POSITIONS = "rotations"
@@ -189,8 +189,11 @@ class FluxFamily(Family):
     adapter, pipeline = FluxAdapter, "FluxPipeline"
     encoders = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     packed, guided = True, False
-    # A scheduler that was UniPC is asked for its own sigmas.
-    scheduler_options: ClassVar[Mapping[str, JsonValue]] = {"use_flow_sigmas": False}
+    schedulers = (EULER, UNIPC, DPM)
+    scheduler_options: ClassVar[Mapping[str, Mapping[str, JsonValue]]] = {
+        EULER: {"use_flow_sigmas": False},  # one that was UniPC is asked for its own sigmas
+        DPM: {"use_dynamic_shifting": True},  # the pipeline says how far, which it takes with this alone
+    }
     transformer_options: ClassVar[Mapping[str, JsonValue]] = {"patch_size": 1}
 
     def defaults(self, config: Mapping[str, JsonValue]) -> tuple[int, float]:

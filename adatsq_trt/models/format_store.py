@@ -16,8 +16,8 @@ from torch import Tensor
 from adatsq_trt.errors import DamagedFileError, MissingFileError
 from adatsq_trt.files import MappedTensors, read_tensors, write_tensors
 from adatsq_trt.formats import Format
-from adatsq_trt.models.transforms import IDENTITY, LayerTransform, load_transforms
 from adatsq_trt.quantizers import QuantizedWeight
+from adatsq_trt.transforms import IDENTITY, LayerTransform, load_transforms
 
 SCALES_NAME, TRANSFORMS_NAME = "activation_scales.safetensors", "transforms.safetensors"
 _PARTS = ("codes", "scales", "global_scale")

@@ -13,10 +13,15 @@ from adatsq_trt.formats import Element, Format, Granularity, Grid
 from adatsq_trt.quantizers import QuantizedWeight, dequantize_weight, fake_quantize_activation
 
 LOGGER = logging.getLogger(__name__)
+# Fewer numbers than this are rounded sooner than a kernel is compiled.
+_WORTH_A_KERNEL = 1 << 16
 
 
 def round_input(x: Tensor, grid: Grid, scale: Tensor | None = None) -> Tensor:
-    """`fake_quantize_activation`, on a GPU in one pass where every token has its own scale and all of it is kept.
+    """`fake_quantize_activation`, in one pass where there is a kernel for it: the same numbers.
+
+    On a GPU that is where every token has its own scale and all of it is kept, on a single processor for static scales
+    of 8- and 4-bit floating-point numbers; several processors divide PyTorch's operations among themselves.
 
     Args:
         x: a layer's input [..., K], float32 or bfloat16.
@@ -29,6 +34,10 @@ def round_input(x: Tensor, grid: Grid, scale: Tensor | None = None) -> Tensor:
 
         if x.shape[-1] <= WIDEST:
             return round_tokens(x, grid.maximum, computing_type(x.device))
+    if scale is not None and grid.element in (Element.E4M3, Element.E2M1) and _on_one_processor(x):
+        from adatsq_trt.models.cpu_kernels import round_rows
+
+        return round_rows(x, grid, scale)
     return fake_quantize_activation(x, grid, scale)
 
 
@@ -51,6 +60,11 @@ def computing_type(device: torch.device) -> torch.dtype:
 
 def _in_one_pass(tensor: Tensor) -> bool:
     return tensor.is_cuda and _kernels_run(tensor.device)
+
+
+def _on_one_processor(x: Tensor) -> bool:
+    plain = x.is_cpu and x.dtype is torch.float32 and x.is_contiguous() and not x.requires_grad
+    return plain and x.numel() >= _WORTH_A_KERNEL and torch.get_num_threads() == 1
 
 
 @cache

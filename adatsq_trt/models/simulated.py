@@ -19,7 +19,7 @@ from adatsq_trt.formats import Format, Grid, format_named
 from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.models.format_store import CandidateWeights
 from adatsq_trt.models.rounding import round_input, stored_weight
-from adatsq_trt.models.transforms import IDENTITY, InputMap, LayerTransform
+from adatsq_trt.transforms import IDENTITY, InputMap, LayerTransform
 
 
 class SharedRounding:

@@ -21,7 +21,7 @@ from adatsq_trt.models.adapter import AnySize, open_axes
 from adatsq_trt.models.family import AGAIN, Canvas, Family, JsonObject, VaeScale
 from adatsq_trt.models.prompted import PromptedAdapter
 from adatsq_trt.models.rotary import require_positions, rotate_pairs
-from adatsq_trt.schedule import EULER, TRAIN_TIMESTEPS, UNIPC, Schedule, make_schedule
+from adatsq_trt.schedule import DPM, SCHEDULERS, TRAIN_TIMESTEPS, UNIPC, Schedule, make_schedule
 from adatsq_trt.transformer_call import TIMESTEPS, TransformerCall, forward_arguments
 
 _FLAT = re.compile(r"lora_unet__?blocks_(\d+)_(self_attn|cross_attn|ffn)_(\w+)")
@@ -30,8 +30,7 @@ _FLAT = re.compile(r"lora_unet__?blocks_(\d+)_(self_attn|cross_attn|ffn)_(\w+)")
 class WanAdapter(PromptedAdapter):
     """A Wan with a closed set of prompts; latents are [channels, frames, rows, columns].
 
-    The steps are Euler's, at the sigmas that its scheduler, FlowMatchEulerDiscreteScheduler or UniPC, makes by itself
-    in a WanPipeline.
+    The steps are those that its scheduler takes by itself in a WanPipeline.
     """
 
     model_class = WanTransformer3DModel
@@ -193,7 +192,12 @@ class WanFamily(Family):
     adapter, pipeline = WanAdapter, "WanPipeline"
     canvas = Canvas(480, 832, 81)
     text_library = "ftfy"
-    schedulers = (EULER, UNIPC)
+    schedulers = SCHEDULERS
+    # The pipeline does not say how far sigmas are shifted.
+    scheduler_options: ClassVar[Mapping[str, Mapping[str, JsonValue]]] = {
+        UNIPC: {"use_dynamic_shifting": False},
+        DPM: {"use_dynamic_shifting": False},
+    }
     transformer_options: ClassVar[Mapping[str, JsonValue]] = {
         "image_dim": None,
         "added_kv_proj_dim": None,

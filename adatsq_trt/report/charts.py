@@ -55,8 +55,8 @@ def pareto(data: ReportData) -> Chart:
         "pareto",
         _pareto_title(data),
         "Every policy that was judged: searched ones (dots), uniform ones (diamonds), the chosen one (star). Those on "
-        "the line are beaten by no other on the screening samples. Latent MSE on the selection samples; finalists on "
-        f"all, the rest on the first of them.{outside}",
+        "the line are beaten by no other on the screening samples. Latent MSE on the selection samples; the shortlist "
+        f"on all, the rest on the first of them.{outside}",
         figure,
     )
 

@@ -195,6 +195,7 @@ def commands(data: ReportData) -> list[list[str]]:
         build += ["--backend", settings.backend, "--hardware-compatibility", settings.hardware_compatibility]
         build += ["--version-compatible"] if settings.version_compatible else []
         build += ["--weight-streaming"] if settings.weight_streaming else []
+        build += [] if settings.plugins is None else ["--plugins", settings.plugins]
     build += ["--simulate"] if settings.simulate else []
     build += ["--formats", settings.format_set]
     build += ["--transform", settings.transform] if settings.transform is not None else []

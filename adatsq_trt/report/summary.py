@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from adatsq_trt.base_type import BaseName
-from adatsq_trt.costs import Costs, Limits
+from adatsq_trt.costs import Costs, Limits, TransformCosts
 
 # Policies that keep so many bits of each weight are full precision.
 _SIXTEEN = 16
@@ -130,6 +130,7 @@ class Summary(BaseModel):
         max_assignments: most distinct assignments that were allowed; None for any number.
         policies: the chosen policy, and others that were measured on held-out samples.
         replaced: a simple policy that the search's own is no better than; None where there is none.
+        transform: what the run's transform has in all costs; None where there is none.
         ms: per sample; None where nobody knows.
         ms_source: source of the milliseconds: a roofline or measured times.
         buckets: runs of steps with one assignment.
@@ -149,7 +150,8 @@ class Summary(BaseModel):
         held_out_samples: how many pictures these errors are means over.
         held_out_seeds: first and last seed.
         denoiser_calls: of beam search and selection.
-        resident_weight_bytes: quantized weights, each distinct weight format of a layer once, scales included.
+        resident_weight_bytes: quantized weights, each distinct weight format of a layer once, scales included, without
+            what a transform has.
         engines: plans of the bundle on each target; graphs of the processor where there are none.
         onnx_bytes: of all graphs without the weight file.
         weight_bytes: of the weight file.
@@ -173,6 +175,7 @@ class Summary(BaseModel):
     max_assignments: int | None = None
     policies: Annotated[tuple[PolicyFigures, ...], Field(min_length=1)]
     replaced: Replaced | None = None
+    transform: TransformCosts | None = None
     ms: float | None = None
     ms_source: str | None = None
     buckets: int
@@ -226,5 +229,6 @@ def _bought(policy: PolicyFigures, chosen: PolicyFigures) -> str:
 
 
 def remarks(summary: Summary) -> list[str]:
-    """Why a simple policy was returned, and what looser budgets would have bought."""
-    return [*([] if summary.replaced is None else [summary.replaced.sentence]), *looser(summary.policies)]
+    """Costs of a transform, why a simple policy was returned, and what looser budgets would have bought."""
+    parts = [part.sentence for part in (summary.transform, summary.replaced) if part is not None]
+    return [*parts, *looser(summary.policies)]

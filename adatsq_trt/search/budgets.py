@@ -161,12 +161,14 @@ class CostModel:
         activation_bits: [formats, layers]: of one step; those of all steps and layers sum to a mean.
         ms: [formats, layers]: of one step; None where nobody knows.
         rest_ms: of everything that is not quantized, in all steps.
+        rest_bytes: of what a transform has in 16 bits, which counts as resident beside the weights.
     """
 
     storage: Storage
     activation_bits: Array
     ms: Array | None = None
     rest_ms: float = 0.0
+    rest_bytes: int = 0
 
     @classmethod
     def of(
@@ -176,19 +178,20 @@ class CostModel:
         steps: int,
         ms: Array | None = None,
         rest_ms: float = 0.0,
+        rest_bytes: int = 0,
     ) -> CostModel:
         """From shapes."""
         operations = np.array([s.in_features * s.out_features * s.tokens for s in shapes], dtype=np.float64)
         bits = np.array([[f.moved_activation_bits(s.in_features) for s in shapes] for f in formats])
         share = operations / (operations.sum() * steps)
-        return cls(Storage.of(formats, shapes, np.inf), bits * share, ms, rest_ms)
+        return cls(Storage.of(formats, shapes, np.inf), bits * share, ms, rest_ms, rest_bytes)
 
     def costs(self, rows: Sequence[Assignment]) -> Costs:
         """Of a whole policy."""
         array = np.array(rows, dtype=np.int64)
         layers = np.arange(array.shape[1])
         return Costs(
-            resident_bytes=round(self.storage.used(array)),
+            resident_bytes=round(self.storage.used(array)) + self.rest_bytes,
             activation_bits=float(self.activation_bits[array, layers].sum()),
             ms=None if self.ms is None else float(self.ms[array, layers].sum()) + self.rest_ms,
         )

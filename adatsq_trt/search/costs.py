@@ -18,12 +18,12 @@ from pydantic import BaseModel, Field, FiniteFloat, model_validator
 
 from adatsq_trt.errors import UnknownNameError, UnsupportedFormatError
 from adatsq_trt.files import parse_json_model, read_json_model
-from adatsq_trt.formats import Element, Format, format_named
+from adatsq_trt.formats import FORMATS, Element, Format, format_named
 from adatsq_trt.policy import LayerShape
 from adatsq_trt.search.candidates import Array
-from adatsq_trt.timed_kernels import TIMED_KERNELS, gemm_row
+from adatsq_trt.timed_kernels import TIMED_KERNELS, gemm_row, layer_row
 
-_ADVICE = "write it with 'adatsq-trt benchmark kernels'"
+_ADVICE = "write it with 'adatsq-trt benchmark bundle --layer-times' or 'adatsq-trt benchmark kernels'"
 _OUTPUT_BYTES = 2
 
 
@@ -92,7 +92,7 @@ class _Timing(BaseModel):
 
 
 class TimeTable(BaseModel):
-    """Times that `adatsq-trt benchmark kernels` measures and writes."""
+    """Times that `adatsq-trt benchmark kernels` measures, and of whole layers `benchmark bundle --layer-times`."""
 
     schema_version: Literal[1] = 1
     measured: Literal[True]
@@ -175,6 +175,18 @@ class TimeModel:
         """
         return 0.0 if self.card is None else operations / (self.card.tops[Element.BF16] * 1e9)
 
+    def product_ms(self, rows: int, width: int, outputs: int) -> float:
+        """Milliseconds of a product [rows, width] · [width, outputs] in 16 bits.
+
+        Raises:
+            UnsupportedFormatError: the table has no time for such products.
+        """
+        return self.layer_ms(format_named("bf16"), LayerShape("", width, outputs, rows))
+
+    def pointwise_ms(self, numbers: int) -> float:
+        """Milliseconds to read and write so many numbers of 16 bits: 0 where only layers were measured."""
+        return 0.0 if self.card is None else 2 * numbers / (self.card.memory_gbs * 1e6)
+
     def table_of(self, formats: Sequence[Format], shapes: Sequence[LayerShape]) -> Array:
         """`layer_ms` of all, float64 [formats, layers]."""
         return np.array([[self.layer_ms(fmt, shape) for shape in shapes] for fmt in formats])
@@ -220,10 +232,17 @@ def _rate(card: Card, fmt: Format) -> float:
 
 
 _Rows = tuple[list[_Timing], list[_Timing]]
+_TWINS = {"bf16": ("fp16",), "fp16": ("bf16",)}
 
 
 def _timed(table: TimeTable, fmt: Format) -> _Rows | None:
-    """A format's multiplications, and what quantizes its activations before (none where nothing does)."""
+    """A format's multiplications, and what quantizes its activations before (none where nothing does).
+
+    Whole layers, where the table has them, are both in one. The two types of 16 bits take the same time.
+    """
+    for name in (fmt.name, *_TWINS.get(fmt.name, ())):
+        if layers := table.rows(layer_row(name)):
+            return layers, []
     kernels = TIMED_KERNELS.get(fmt.name)
     if kernels is None:
         return None
@@ -235,7 +254,8 @@ def _timed(table: TimeTable, fmt: Format) -> _Rows | None:
 def _measured_rows(table: TimeTable, fmt: Format) -> _Rows:
     rows = _timed(table, fmt)
     if rows is None:
-        known = ", ".join(name for name in TIMED_KERNELS if _timed(table, format_named(name))) or "none"
+        names = dict.fromkeys([*TIMED_KERNELS, *FORMATS])
+        known = ", ".join(name for name in names if _timed(table, format_named(name))) or "none"
         raise UnsupportedFormatError(
             f"--gpu: the table measured on {table.card} has no time for format '{fmt.name}', its formats are "
             f"{known}; leave it out of --formats, or name a card with --gpu"

@@ -15,32 +15,40 @@ from adatsq_trt.search.budgets import Budgets
 from adatsq_trt.search.candidates import Assignment
 from adatsq_trt.search.plan import Plan
 from adatsq_trt.search.simulation import Simulation
+from adatsq_trt.solver import State
 
 
-def projected_error(state: Tensor, reference: Tensor, adjoint: Tensor) -> np.ndarray:
+def projected_error(state: State[Tensor], reference: State[Tensor], adjoint: State[Tensor]) -> np.ndarray:
     """Project an error at one step onto the final picture: aᵀ δ, scaled so that squares sum to a latent MSE.
 
     Args:
-        state: the path's latents, float32 [samples, *latent_shape].
-        reference: the full-precision latents at the same step.
-        adjoint: a at that step, float32 [projections, samples, *latent_shape].
+        state: the path's, of float32 [samples, *latent_shape].
+        reference: the full-precision one at the same step.
+        adjoint: at that step, of float32 [projections, samples, *latent_shape]; none for clean latents at the end.
 
     Returns:
         float64 [projections * samples], in the order of the contributions' rows.
     """
-    projected = (adjoint.double() * (state - reference).double()).flatten(2).sum(dim=2).flatten()
-    return (projected / math.sqrt(len(projected) * state[0].numel())).numpy()
+    carried = zip(adjoint.clean, state.clean, reference.clean, strict=False)
+    projected = sum(
+        (
+            (gradient.double() * (own - other).double()).flatten(2).sum(dim=2).flatten()
+            for gradient, own, other in carried
+        ),
+        start=(adjoint.latent.double() * (state.latent - reference.latent).double()).flatten(2).sum(dim=2).flatten(),
+    )
+    return (projected / math.sqrt(len(projected) * state.latent[0].numel())).numpy()
 
 
 @dataclass
 class DenoisingProblem:
-    """Beam search over a denoising loop; a state is the calibration batch's own latents.
+    """Beam search over a denoising loop; a state is the calibration batch's own.
 
     Attributes:
         samples: the calibration batch.
         simulation: of the fake-quantized model; assignments are indices into its formats, cheapest first.
-        reference: full-precision trajectory, float32 [steps + 1, samples, *latent_shape].
-        adjoints: float32 [steps + 1, projections, samples, *latent_shape].
+        reference: states of the full-precision trajectory, steps + 1.
+        adjoints: of these.
         plan: candidates and the estimate of the rest.
         budget: mean bits per (step, layer).
         calls: denoiser calls so far.
@@ -48,8 +56,8 @@ class DenoisingProblem:
 
     samples: Samples
     simulation: Simulation
-    reference: Tensor
-    adjoints: Tensor
+    reference: Sequence[State[Tensor]]
+    adjoints: Sequence[State[Tensor]]
     plan: Plan
     budget: float
     calls: int = field(default=0)
@@ -59,7 +67,7 @@ class DenoisingProblem:
         """Number of columns."""
         return self.samples.schedule.steps
 
-    def start(self) -> Tensor:
+    def start(self) -> State[Tensor]:
         """The first latents."""
         return self.reference[0]
 
@@ -76,19 +84,19 @@ class DenoisingProblem:
         """Sum over layers of nominal bits."""
         return sum(self.simulation.formats[i].bits for i in assignment)
 
-    def advance(self, step: int, moves: Sequence[tuple[Tensor, Assignment]]) -> Iterable[Tensor]:
+    def advance(self, step: int, moves: Sequence[tuple[State[Tensor], Assignment]]) -> Iterable[State[Tensor]]:
         """One denoising step from each of these states with these formats."""
         self.calls += len(moves)
         return self.simulation.advance(self.samples, step, moves)
 
-    def error(self, state: Tensor, step: int) -> float:
+    def error(self, state: State[Tensor], step: int) -> float:
         """Error of the final picture if the rest follows the plan; after the last step the error itself."""
         if step == self.steps:
-            return latent_mse(state, self.reference[step])
+            return latent_mse(state.latent, self.reference[step].latent)
         projected = projected_error(state, self.reference[step], self.adjoints[step])
         return self.plan.expected_error(projected, step)
 
-    def predicted_errors(self, state: Tensor, step: int, assignments: Sequence[Assignment]) -> list[float]:
+    def predicted_errors(self, state: State[Tensor], step: int, assignments: Sequence[Assignment]) -> list[float]:
         """As the plan expects it of the path so far and of each assignment's contributions."""
         projected = projected_error(state, self.reference[step], self.adjoints[step])
         return [self.plan.predicted_error(projected, step, assignment) for assignment in assignments]

@@ -49,6 +49,39 @@ def descent_pass(contributions, fixed, layers, order, together, by_layer, chosen
 
 
 @njit
+def descend_layer(products, fixed, by_layer, chosen, sweeps):
+    """The formats of one layer's items, where other layers do not matter; returns them.
+
+    Args:
+        products: float64 [items, formats, items, formats]: Σ_r c_r c'_r of two contributions.
+        fixed: float64 [items, formats]: as of `descent_pass`.
+        by_layer: share of the error of the items together.
+        chosen: int64 [items]; to begin with.
+        sweeps: most of them.
+    """
+    items, formats = fixed.shape
+    for _ in range(sweeps):
+        changed = False
+        for item in range(items):
+            best, least = 0, np.inf
+            for f in range(formats):
+                if fixed[item, f] == np.inf:
+                    continue
+                along = 0.0
+                for other in range(items):
+                    if other != item:
+                        along += products[item, f, other, chosen[other]]
+                cost = by_layer * (products[item, f, item, f] + 2 * along) + fixed[item, f]
+                if cost < least:
+                    best, least = f, cost
+            if best != chosen[item]:
+                chosen[item], changed = best, True
+        if not changed:
+            break
+    return chosen
+
+
+@njit
 def _error(others, own, squares):
     """The sum of (others + own)², in NumPy's order: its last digit decides between equals."""
     for r in range(len(own)):

@@ -13,12 +13,13 @@ where together + by_layer + alone = 1. The figures are in docs/decisions/0012.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from adatsq_trt.search.candidates import Array, spend_the_rest, steepest_multiplier
-from adatsq_trt.search.descent import descent_pass
+from adatsq_trt.search.descent import descend_layer, descent_pass
 
 SWEEPS = 6
 Selection = NDArray[np.int64]
@@ -72,6 +73,22 @@ class Knapsack:
         """[formats, items]: what is paid."""
         return self.bits[:, None] * self.weight if self.cost is None else self.cost
 
+    @cached_property
+    def order(self) -> NDArray[np.int64]:
+        """[items]: in which items are looked at."""
+        return np.random.default_rng(0).permutation(len(self.layers))
+
+    @cached_property
+    def products(self) -> list[tuple[NDArray[np.int64], Array]]:
+        """For each layer its items, in order, and Σ_r c_r c'_r of their contributions: [items, formats] squared."""
+        found = []
+        for layer in np.unique(self.layers):
+            own = self.order[self.layers[self.order] == layer]
+            rows = np.ascontiguousarray(self.contributions[:, own].swapaxes(0, 1))
+            flat = rows.reshape(-1, rows.shape[-1])
+            found.append((own, (flat @ flat.T).reshape(rows.shape[:2] * 2)))
+        return found
+
 
 def coordinate_descent(items: Knapsack, multiplier: float, shrinkage: Shrinkage) -> Selection:
     """Find formats that no single change improves (or the best after a few passes).
@@ -87,15 +104,18 @@ def coordinate_descent(items: Knapsack, multiplier: float, shrinkage: Shrinkage)
     contributions, places = items.contributions, np.arange(len(items.layers))
     paid = multiplier * items.costs
     chosen: Selection = np.argmin(items.errors + paid, axis=0)
+    fixed = np.ascontiguousarray((shrinkage.alone * items.errors + paid).T)
+    if shrinkage.together == 0:  # layers do not depend on each other, and products say all
+        for own, products in items.products:
+            chosen[own] = descend_layer(products, fixed[own], shrinkage.by_layer, chosen[own], SWEEPS)
+        return chosen
     total = contributions[chosen, places].sum(axis=0)
     layers = np.zeros((items.layers.max(initial=0) + 1, contributions.shape[2]))
     np.add.at(layers, items.layers, contributions[chosen, places])
-    fixed = shrinkage.alone * items.errors + paid
-    order = np.random.default_rng(0).permutation(places)
-    by_item, own_costs = np.ascontiguousarray(contributions.swapaxes(0, 1)), np.ascontiguousarray(fixed.T)
+    by_item = np.ascontiguousarray(contributions.swapaxes(0, 1))
     for _ in range(SWEEPS):
         if not descent_pass(
-            by_item, own_costs, items.layers, order, shrinkage.together, shrinkage.by_layer, chosen, total, layers
+            by_item, fixed, items.layers, items.order, shrinkage.together, shrinkage.by_layer, chosen, total, layers
         ):
             break
     return chosen

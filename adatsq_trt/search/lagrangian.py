@@ -313,13 +313,13 @@ def allocate_at_scale(
     items: Knapsack, constraints: Constraints, sets: StoredSets, shrinkage: Shrinkage
 ) -> tuple[Selection, float]:
     """`allocate_within`: the selection, and the factor of the multipliers that led to it."""
-    cost = _cost(constraints, sets)
+    priced = replace(items, cost=_cost(constraints, sets))
     if not sets.multipliers[:-1].any():
-        return coordinate_descent(replace(items, cost=cost), 1.0, shrinkage), 1.0
+        return coordinate_descent(priced, 1.0, shrinkage), 1.0
     low, high, best, scale = 1e-3, 1e3, sets.chosen, 1.0
     for _ in range(16):
         middle = float(np.sqrt(low * high))
-        trial = coordinate_descent(replace(items, cost=cost), middle, shrinkage)
+        trial = coordinate_descent(priced, middle, shrinkage)
         if constraints.holds(trial):
             best, scale, high = trial, middle, middle
         else:
@@ -341,9 +341,10 @@ def allocate_groups(items: Knapsack, budgets: Budgets, cost: Array, shrinkage: S
     """
     constraints = Constraints.grouped(budgets, items)
     prices = cost[:, items.layers] * items.weight
+    priced = replace(items, cost=prices)
 
     def trial(factor: float) -> Selection | None:
-        chosen = coordinate_descent(replace(items, cost=prices), factor, shrinkage)
+        chosen = coordinate_descent(priced, factor, shrinkage)
         return chosen if constraints.holds(chosen) else None
 
     low, high = 1e-3, 1e3

@@ -242,7 +242,12 @@ def merge(model: ErrorModel, rows: Rows, limit: int, known: dict[bytes, Labels |
 
 
 def merged_policies(
-    sensitivity: Sensitivity, bits: Array, allowance: Allowance, starts: Sequence[Rows], limit: int
+    sensitivity: Sensitivity,
+    bits: Array,
+    allowance: Allowance,
+    starts: Sequence[Rows],
+    limit: int,
+    shrinkages: Sequence[Shrinkage] = SHRINKAGES,
 ) -> list[Rows]:
     """Distinct policies with at most so many assignments: one of every start, the first's with each shrinkage.
 
@@ -252,8 +257,9 @@ def merged_policies(
         allowance: budgets of the policies.
         starts: policies without a limit, the plan first.
         limit: most distinct assignments.
+        shrinkages: the first is that of the starts.
     """
-    models = [ErrorModel.of(sensitivity, bits, allowance, shrinkage) for shrinkage in SHRINKAGES]
+    models = [ErrorModel.of(sensitivity, bits, allowance, shrinkage) for shrinkage in shrinkages]
     known: dict[bytes, dict[bytes, Labels | None]] = {}
 
     def merged(model: ErrorModel, rows: Rows) -> Rows | None:

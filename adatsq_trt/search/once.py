@@ -121,30 +121,35 @@ def _best_grids(items: Knapsack, constraints: Constraints, chosen: _Chosen, shri
     grids = grids_of(constraints, chosen.formats)
     multipliers = chosen.sets.multipliers * chosen.scale
     everything = np.ones_like(items.errors, dtype=bool)
-    price = np.where(constraints.among(everything), constraints.penalty(multipliers), np.inf)
-    bytes_price = constraints.bytes * multipliers[-1]
+    penalty = np.where(constraints.among(everything), constraints.penalty(multipliers), np.inf)
+    bytes_penalty = constraints.bytes * multipliers[-1]
     total = items.contributions[chosen.formats, np.arange(len(items.layers))].sum(axis=0)
     for group in range(constraints.bytes.shape[1]):
         own = np.flatnonzero(constraints.groups == group)
         now = items.contributions[chosen.formats[own], own].sum(axis=0)
         trials = [
-            _group_trial(items, price, own, np.flatnonzero(constraints.grids == grid), total - now, shrinkage)
+            _group_trial(items, penalty, own, np.flatnonzero(constraints.grids == grid), total - now, shrinkage)
             for grid in range(len(constraints.bytes))
         ]
-        costs = [cost + bytes_price[grid, group] for grid, (cost, _) in enumerate(trials)]
+        costs = [cost + bytes_penalty[grid, group] for grid, (cost, _) in enumerate(trials)]
         grids[group] = int(np.argmin(costs))
         total = total - now + trials[grids[group]][1]
     return grids
 
 
 def _group_trial(
-    items: Knapsack, price: Array, own: NDArray[np.int64], formats: NDArray[np.int64], rest: Array, shrinkage: Shrinkage
+    items: Knapsack,
+    penalty: Array,
+    own: NDArray[np.int64],
+    formats: NDArray[np.int64],
+    rest: Array,
+    shrinkage: Shrinkage,
 ) -> tuple[float, Array]:
     """Compute a group's cost with the best formats of one grid at its items, and its contributions [rows].
 
     Args:
         items: of all groups.
-        price: [formats, items].
+        penalty: [formats, items].
         own: the group's items.
         formats: of one grid.
         rest: [rows]: contributions of all other groups.
@@ -152,9 +157,9 @@ def _group_trial(
     """
     cell = np.ix_(formats, own)
     contributions = np.ascontiguousarray(items.contributions[cell].swapaxes(0, 1))
-    fixed = np.ascontiguousarray((shrinkage.alone * items.errors[cell] + price[cell]).T)
+    fixed = np.ascontiguousarray((shrinkage.alone * items.errors[cell] + penalty[cell]).T)
     places = np.arange(len(own))
-    chosen = np.argmin(items.errors[cell] + price[cell], axis=0)
+    chosen = np.argmin(items.errors[cell] + penalty[cell], axis=0)
     within = contributions[places, chosen].sum(axis=0)[None]
     total, layers = rest + within[0], np.zeros(len(own), dtype=np.int64)
     for _ in range(SWEEPS):

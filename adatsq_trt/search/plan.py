@@ -28,6 +28,12 @@ SHRINKAGES = (
     Shrinkage(together=0.1, by_layer=0.4),
     Shrinkage(together=0.5, by_layer=0.0),
 )
+# The same with weights once: what different layers do to the picture is luck there (decision 0052).
+ONCE_SHRINKAGES = (
+    Shrinkage(together=0.0, by_layer=0.6),
+    Shrinkage(together=0.0, by_layer=0.9),
+    Shrinkage(together=0.0, by_layer=0.3),
+)
 # Multipliers, relative to the plan's, at which the rest of a path is estimated.
 _CURVE = (0.125, 0.25, 0.5, 0.75, 1.5, 2.0, 4.0, 8.0)
 # Those whose whole policies are judged too, to show the Pareto front.
@@ -53,6 +59,7 @@ class Plan:
         tail_own_errors: [steps + 1]: their error by layers and alone, as far as each is trusted.
         tail_bits: [steps + 1, curve]: bits of steps t … at each of several multipliers, cheapest first.
         tail_errors: [steps + 1, curve]: predicted error of the plan's steps before t and that multiplier's from t.
+        shrinkage: that predictions are made with.
     """
 
     policies: tuple[Rows, ...]
@@ -65,6 +72,7 @@ class Plan:
     tail_own_errors: Array
     tail_bits: Array
     tail_errors: Array
+    shrinkage: Shrinkage
 
     def candidates(self, step: int, previous: Assignment | None) -> list[Assignment]:
         """Distinct assignments for one step: the previous one first, because it opens no new bucket."""
@@ -96,7 +104,7 @@ class Plan:
         """Final error by the weighted errors of a path so far, what is added to them, and the rest from `step` on."""
         together = np.square(measured + added + self.tail_contributions[step]).sum()
         apart = np.square(measured).sum() + own + self.tail_own_errors[step]
-        return float(SHRINKAGES[0].together * together + (1 - SHRINKAGES[0].together) * apart)
+        return float(self.shrinkage.together * together + (1 - self.shrinkage.together) * apart)
 
     def deviation_error(self, step: int, bits_left: float, own_bits: float) -> float:
         """Estimate what the rest adds or saves with other bits than the plan gives it; infinite when too few.
@@ -112,7 +120,13 @@ class Plan:
         return float(np.interp(bits_left, bits, errors) - np.interp(own_bits, bits, errors))
 
 
-def make_plan(sensitivity: Sensitivity, bits: Array, budget: float, candidates: int) -> Plan:
+def make_plan(
+    sensitivity: Sensitivity,
+    bits: Array,
+    budget: float,
+    candidates: int,
+    shrinkages: Sequence[Shrinkage] = SHRINKAGES,
+) -> Plan:
     """Allocate the budget over the trajectory, at its own multiplier and at others.
 
     Args:
@@ -120,17 +134,24 @@ def make_plan(sensitivity: Sensitivity, bits: Array, budget: float, candidates: 
         bits: [formats], ascending.
         budget: mean bits per (step, layer); at least the cheapest format's.
         candidates: distinct assignments per step, as far as there are so many.
+        shrinkages: the plan's own, and those of its hedges.
     """
     items, (steps, layers) = _items(sensitivity, bits), sensitivity.contributions.shape[1:3]
     total = budget * steps * layers
-    (own, multiplier), *others = (allocate_jointly(items, total, shrinkage) for shrinkage in SHRINKAGES)
+    (own, multiplier), *others = (allocate_jointly(items, total, shrinkage) for shrinkage in shrinkages)
     hedges = [*(choice for choice, _ in others), allocate(items.errors, bits, items.weight, total)]
     cost = np.repeat(bits[:, None], layers, axis=1)
-    return _complete(sensitivity, Allocation(items, multiplier, own, np.zeros_like(own)), hedges, cost, candidates)
+    allocation = Allocation(items, multiplier, own, np.zeros_like(own), shrinkages[0])
+    return _complete(sensitivity, allocation, hedges, cost, candidates)
 
 
 def make_constrained_plan(
-    sensitivity: Sensitivity, bits: Array, budgets: Budgets, candidates: int, known: Sequence[Rows] = ()
+    sensitivity: Sensitivity,
+    bits: Array,
+    budgets: Budgets,
+    candidates: int,
+    known: Sequence[Rows] = (),
+    shrinkages: Sequence[Shrinkage] = SHRINKAGES,
 ) -> tuple[Plan, Array, Array]:
     """Make a plan under any budgets, and with weights once where these ask for it.
 
@@ -140,6 +161,7 @@ def make_constrained_plan(
         budgets: to be kept by the plan and its hedges.
         candidates: distinct assignments per step, as far as there are so many.
         known: with weights once, policies whose weights are a start for the choice of them.
+        shrinkages: the plan's own, and those of its hedges.
 
     Returns:
         The plan, then the cost of each format for each layer at one step at the multipliers of the budgets: [formats,
@@ -159,12 +181,12 @@ def make_constrained_plan(
             return choose_weights(items, constraints, sets, shrinkage, starts)
         return allocate_within(items, constraints, sets, shrinkage)
 
-    (own, penalty), *others = (allocated(shrinkage) for shrinkage in SHRINKAGES)
+    (own, penalty), *others = (allocated(shrinkage) for shrinkage in shrinkages)
     cost = penalty.costs[:, :layers]
     # What a path goes on with when it can afford no candidate.
     floor = np.tile(np.argmin(cost, axis=0), budgets.steps)
     hedges = [*(choice for choice, _ in others), sets.chosen]
-    plan = _complete(sensitivity, Allocation(penalty, 1.0, own, floor), hedges, cost, candidates)
+    plan = _complete(sensitivity, Allocation(penalty, 1.0, own, floor, shrinkages[0]), hedges, cost, candidates)
     prices = constraints.penalty(sets.multipliers)[:, :layers]
     if budgets.allowed is not None:
         prices = np.where(budgets.allowed, prices, np.inf)
@@ -200,12 +222,14 @@ class Allocation:
         multiplier: at which they were allocated.
         own: the allocation.
         floor: the cheapest allocation.
+        shrinkage: that they were allocated with.
     """
 
     items: Knapsack
     multiplier: float
     own: Selection
     floor: Selection
+    shrinkage: Shrinkage
 
 
 def _complete(
@@ -220,10 +244,10 @@ def _complete(
         cost: [formats, layers]: of one step.
         candidates: distinct assignments per step.
     """
-    (steps, layers), own = sensitivity.contributions.shape[1:3], allocation.own
+    (steps, layers), own, shrinkage = sensitivity.contributions.shape[1:3], allocation.own, allocation.shrinkage
 
     def at(multiple: float) -> Selection:
-        return coordinate_descent(allocation.items, allocation.multiplier * multiple, SHRINKAGES[0])
+        return coordinate_descent(allocation.items, allocation.multiplier * multiple, shrinkage)
 
     curve = [*(at(multiple) for multiple in _CURVE), allocation.floor, own]
     policies = tuple(_rows(choice, steps) for choice in (own, *(curve[_CURVE.index(m)] for m in _FRONT)))
@@ -239,10 +263,11 @@ def _complete(
         tuple(_rows(choice, steps) for choice in hedges),
         sensitivity.row_weights().numpy(),
         contributions,
-        error_apart(contributions[..., None, :], errors),
+        error_apart(contributions[..., None, :], errors, shrinkage),
         tails.together[0],
-        error_apart(tails.by_layer[0], tails.alone[0]),
-        *_increasing(bits_left.T, tails.spliced_errors().T),
+        error_apart(tails.by_layer[0], tails.alone[0], shrinkage),
+        *_increasing(bits_left.T, tails.spliced_errors(shrinkage).T),
+        shrinkage,
     )
 
 
@@ -277,19 +302,18 @@ class _Tails:
         summed: Array = self.by_layer.sum(axis=2)
         return summed
 
-    def spliced_errors(self) -> Array:
+    def spliced_errors(self, shrinkage: Shrinkage) -> Array:
         """[policies - 1, steps + 1]: predicted error of the plan's steps before t and another's from t."""
         together = np.square(self.together[0, :1] - self.together[0] + self.together[1:]).sum(axis=-1)
         by_layer = self.by_layer[0, :1] - self.by_layer[0] + self.by_layer[1:]
-        apart = error_apart(by_layer, self.alone[0, 0] - self.alone[0] + self.alone[1:])
-        shrinkage = SHRINKAGES[0].together
-        spliced: Array = shrinkage * together + (1 - shrinkage) * apart
+        apart = error_apart(by_layer, self.alone[0, 0] - self.alone[0] + self.alone[1:], shrinkage)
+        spliced: Array = shrinkage.together * together + (1 - shrinkage.together) * apart
         return spliced
 
 
-def error_apart(by_layer: Array, alone: Array) -> Array:
-    """Combine accumulation within layers [..., layers, rows] and single errors [...] by `SHRINKAGES[0]`: [...]."""
-    layered = SHRINKAGES[0].layered
+def error_apart(by_layer: Array, alone: Array, shrinkage: Shrinkage) -> Array:
+    """Combine accumulation within layers [..., layers, rows] and single errors [...]: [...]."""
+    layered = shrinkage.layered
     error: Array = layered * np.square(by_layer).sum(axis=(-2, -1)) + (1 - layered) * alone
     return error
 

@@ -32,6 +32,7 @@ from adatsq_trt.search.denoising import DenoisingProblem, row_errors
 from adatsq_trt.search.plan import Rows
 from adatsq_trt.search.sensitivity import Candidates, Sensitivity, assemble, join_parts, measure_contributions
 from adatsq_trt.search.simulation import Simulation, require_finite
+from adatsq_trt.solver import State
 
 Progress = Callable[[], None]
 # Median samples that one sample counts for at most when policies are ranked.
@@ -48,7 +49,7 @@ def measure_sensitivity(
     on_step: Progress,
     executor: Executor,
     by_block: bool = False,
-) -> tuple[Sensitivity, Tensor]:
+) -> tuple[Sensitivity, list[State[Tensor]]]:
     """One backward sweep over the trajectory, a file per step.
 
     Args:
@@ -63,7 +64,8 @@ def measure_sensitivity(
         by_block: whether one block at a time is in memory for its gradients (`backward_step`).
 
     Returns:
-        The sensitivity and the adjoints, float32 [steps + 1, projections, samples, *latent_shape].
+        The sensitivity, and the adjoints of the states before the first step and after each, of float32 [projections,
+        samples, *latent_shape].
     """
     steps = samples.schedule.steps
     files = [folder / "sensitivity" / f"step_{t:03d}.safetensors" for t in range(steps)]
@@ -72,40 +74,40 @@ def measure_sensitivity(
         on_step()
     if missing:
         last = max(missing)
-        adjoint = start if last == steps - 1 else read_tensors(files[last + 1])["adjoint"]
+        adjoint = State(start) if last == steps - 1 else State.from_named(read_tensors(files[last + 1]), "adjoint")
         common = executor.share(Measured(samples, Candidates(tuple(formats), store), by_block))
         for swept in backward_sweep(executor, common, measure_contributions, latents, adjoint, last):
             contributions = join_parts(swept.measured, projections=len(start))
-            write_tensors(files[swept.step], {"contributions": contributions, "adjoint": swept.adjoint})
+            write_tensors(files[swept.step], {"contributions": contributions, **swept.adjoint.named("adjoint")})
             on_step()
     parts = [read_tensors(file) for file in files]
     steps_done = {t: part["contributions"] for t, part in enumerate(parts)}
     sensitivity = assemble(formats, steps_done, latents[0, 0].numel(), len(samples.seeds))
-    return sensitivity, torch.stack([*(part["adjoint"] for part in parts), start])
+    return sensitivity, [*(State.from_named(part, "adjoint") for part in parts), State(start)]
 
 
 def search_columns(
     problem: DenoisingProblem, pruning: Pruning, folder: Path, on_column: Progress
-) -> list[BeamPath[Tensor]]:
+) -> list[BeamPath[State[Tensor]]]:
     """The beam search, a file per column; counts the denoiser calls of earlier attempts too."""
     paths, calls = _last_column(folder / "columns", problem.steps)
     problem.calls = calls
     for _ in range(len(paths[0].assignments) if paths else 0):
         on_column()
 
-    def keep(step: int, survivors: Sequence[BeamPath[Tensor]]) -> None:
+    def keep(step: int, survivors: Sequence[BeamPath[State[Tensor]]]) -> None:
         _save_column(folder / "columns" / f"column_{step:03d}.safetensors", survivors, problem.calls)
         on_column()
 
     return beam_search(problem, pruning, paths, keep)
 
 
-def _save_column(file: Path, paths: Sequence[BeamPath[Tensor]], calls: int) -> None:
+def _save_column(file: Path, paths: Sequence[BeamPath[State[Tensor]]], calls: int) -> None:
     figures = [[path.bits, path.error, path.estimate] for path in paths]
     write_tensors(
         file,
         {
-            "latents": torch.stack([path.state for path in paths]),
+            **State.joined([path.state for path in paths], torch.stack).named("latents"),
             "assignments": torch.tensor([path.assignments for path in paths], dtype=torch.uint8),
             "figures": torch.tensor(figures, dtype=torch.float64),
             "calls": torch.tensor(calls),
@@ -113,7 +115,7 @@ def _save_column(file: Path, paths: Sequence[BeamPath[Tensor]], calls: int) -> N
     )
 
 
-def _last_column(folder: Path, steps: int) -> tuple[list[BeamPath[Tensor]], int]:
+def _last_column(folder: Path, steps: int) -> tuple[list[BeamPath[State[Tensor]]], int]:
     """The surviving paths of the last finished column and the calls so far; nothing when there is none."""
     # Up to the first gap: a damaged column has been removed, and what follows it is made again with it.
     finished = 0
@@ -122,9 +124,10 @@ def _last_column(folder: Path, steps: int) -> tuple[list[BeamPath[Tensor]], int]
     if not finished:
         return [], 0
     column = read_tensors(folder / f"column_{finished - 1:03d}.safetensors")
+    states = State.from_named(column, "latents")
     paths = [
-        BeamPath(state.clone(), tuple(tuple(row) for row in rows.tolist()), *figures.tolist())
-        for state, rows, figures in zip(column["latents"], column["assignments"], column["figures"], strict=True)
+        BeamPath(states[i].each(torch.clone), tuple(tuple(row) for row in rows.tolist()), *figures.tolist())
+        for i, (rows, figures) in enumerate(zip(column["assignments"], column["figures"], strict=True))
     ]
     return paths, int(column["calls"])
 

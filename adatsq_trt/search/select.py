@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -9,7 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from adatsq_trt.costs import Costs, Limits
+from adatsq_trt.costs import Costs, Limits, TransformCosts
 from adatsq_trt.formats import Format
 from adatsq_trt.intervals import LEAST, Floats, paired_difference, paired_ratio
 from adatsq_trt.search.budgets import CostModel
@@ -47,6 +48,7 @@ class Point(BaseModel):
         held_out_error: latent MSE on the held-out samples, for those policies whose figure is reported.
         held_out_standard_error: of that mean.
         held_out_ratio: that mean over the chosen policy's, with its paired interval; None without one.
+        held_out_samples: pairs that the ratio is from (`measure_held_out`); None where none is kept.
         on_front: whether no other point had fewer bits and a smaller error on the screening batch.
         buckets: runs of steps with one assignment.
         formats: step → layer → format name.
@@ -65,6 +67,7 @@ class Point(BaseModel):
     held_out_error: float | None = None
     held_out_standard_error: float | None = None
     held_out_ratio: tuple[float, float, float] | None = None
+    held_out_samples: int | None = None
     on_front: bool = False
     buckets: int
     formats: tuple[tuple[str, ...], ...]
@@ -106,6 +109,7 @@ class SearchResult(BaseModel):
         weights: number of quantized weights.
         limits: those that the chosen one had to keep.
         ms_source: source of the milliseconds; None where they are not known.
+        transform: bytes and milliseconds of the transform in all costs; None where there is none.
         chosen: index of the policy that is deployed.
         dominated: why it is not the search's own choice, or with free weights a warning; None where there is nothing to
             say.
@@ -123,6 +127,7 @@ class SearchResult(BaseModel):
     weights: int
     limits: Limits
     ms_source: str | None = None
+    transform: TransformCosts | None = None
     chosen: int
     dominated: Dominated | None = None
     layer_only: int | None
@@ -169,10 +174,9 @@ def judge(
 
 
 KINDS: tuple[Kind, ...] = ("given", "beam", "plan", "merged", "layer_only", "time_only", "uniform")
-# Kinds of search, and how many of each are rescored at least.
+# Kinds of search, and how many of each are rescored at most.
 _SEATS: tuple[tuple[tuple[Kind, ...], int], ...] = (
-    (("beam", "plan"), 4),
-    (("merged",), 4),
+    (("beam", "plan", "merged"), 4),
     (("layer_only",), 2),
     (("time_only",), 2),
 )
@@ -198,35 +202,46 @@ class Rules:
         return [[i for i in within if points[i].assignments <= self.limit], within]
 
 
-def shortlist(points: Sequence[Point], rules: Rules) -> list[int]:
-    """Choose the points to rescore: indices of the best few of each kind of search that keep the rules.
+def shortlist(points: Sequence[Point], rules: Rules, errors: Mapping[int, Floats]) -> list[int]:
+    """Choose the points to rescore: of each kind of search the best, and those that are not told from it.
 
-    A handful of samples that flip to another picture decide a mean over a small batch, so near ties on the screening
-    batch are settled on a larger one, with a cap on what one sample counts; the static rivals get the same. Where there
-    is a limit on assignments, those that keep it have seats of their own.
+    A handful of samples that flip to another picture decide a mean over a small batch, so what the screening batch does
+    not tell from the best of its kind is settled on a larger one, with a cap on what one sample counts; the static
+    rivals get the same. Where there is a limit on assignments, those that need not keep it are only told beside the
+    others, and have half the seats.
+
+    Args:
+        points: judged policies.
+        rules: what a policy must keep.
+        errors: capped errors on the screening batch of all that keep the budgets, float64 [samples].
     """
     chosen: list[int] = []
-    for among in rules.eligible(points):
+    for part, among in enumerate(rules.eligible(points), start=1):
         for kinds, count in _SEATS:
-            chosen += _ranked(points, [i for i in among if points[i].kind in kinds])[:count]
+            own = [i for i in among if points[i].kind in kinds]
+            chosen += contenders(points, own, errors, count // part) if own else []
     return list(dict.fromkeys(chosen))
 
 
 def look_again(
-    screened: Sequence[Point], rules: Rules, look: Callable[[Sequence[Point], Sequence[int]], list[Point]]
+    screened: Sequence[Point],
+    rules: Rules,
+    shortlisted: Sequence[int],
+    look: Callable[[Sequence[Point], Sequence[int]], list[Point]],
 ) -> tuple[list[Point], list[int]]:
     """Rescore the shortlist, then whoever may still beat the best of it.
 
     Args:
         screened: all points, with their errors on the screening batch.
         rules: conditions that a policy must keep.
+        shortlisted: indices of the first to be rescored.
         look: replaces the errors of the points with some indices by those on all samples.
 
     Returns:
         The points, and the indices of those that were rescored. No point that keeps the rules has a smaller error than
         the best of these.
     """
-    points, looked, more = list(screened), list[int](), shortlist(screened, rules)
+    points, looked, more = list(screened), list[int](), list(shortlisted)
     while more := more or rivals(screened, points, looked, rules):
         points = look(points, more)
         looked, more = [*looked, *more], []
@@ -304,13 +319,16 @@ def scores_of(
 _MOST_CONTENDERS = 4
 
 
-def contenders(points: Sequence[Point], among: Sequence[int], errors: Mapping[int, Floats]) -> list[int]:
+def contenders(
+    points: Sequence[Point], among: Sequence[int], errors: Mapping[int, Floats], most: int = _MOST_CONTENDERS
+) -> list[int]:
     """The best point, and those that the samples do not tell from it: their paired interval holds zero.
 
     Args:
         points: judged policies.
         among: indices of those that may be chosen, all seen on the same samples.
         errors: capped errors of each, float64 [samples].
+        most: of them.
     """
     ranked = _ranked(points, among)
     # The first of several points with one policy.
@@ -318,7 +336,7 @@ def contenders(points: Sequence[Point], among: Sequence[int], errors: Mapping[in
     distinct = [i for i in ranked if first[points[i].formats] == i]
     best = errors[distinct[0]]
     near = [i for i in distinct[1:] if paired_difference(errors[i], best).is_tie]
-    return [distinct[0], *near][:_MOST_CONTENDERS]
+    return [distinct[0], *near][:most]
 
 
 def _rows(point: Point, formats: Sequence[Format]) -> Rows:
@@ -361,35 +379,63 @@ def measure_held_out(
     points: Sequence[Point],
     wanted: Sequence[int],
     formats: Sequence[Format],
-    held_out: Scorer,
+    held_out: Sequence[Scorer],
     on_policy: Callable[[], None],
 ) -> list[Point]:
     """Add the held-out error to some points.
+
+    The chosen policy is measured on all samples. Another is on the first part, and on all where the paired interval of
+    the ratio of the two errors holds 1 there; otherwise its error is that ratio times the chosen one's error (a ratio
+    estimate, Cochran 1977, section 12.8): most of what differs between samples is common to both.
 
     Args:
         points: judged policies.
         wanted: indices of those to measure, the chosen one first.
         formats: candidates; the points name their formats.
-        held_out: scores samples that nothing was chosen on.
+        held_out: score samples that nothing was chosen on, in parts.
         on_policy: called after each.
     """
-    result, distinct = list(points), list(dict.fromkeys(wanted))
-    scores, chosen = held_out.scores([_rows(points[index], formats) for index in distinct]), None
-    for index, score in zip(distinct, scores, strict=True):
-        chosen = chosen or score
-        update = {
-            "held_out_error": score.error,
-            "held_out_standard_error": score.standard_error,
-            "held_out_ratio": _ratio(score, chosen),
-        }
-        result[index] = points[index].model_copy(update=update)
+    result, (first, *others) = list(points), list(dict.fromkeys(wanted))
+    (chosen,) = scores_of(points, [first], formats, held_out)
+    result[first] = _measured(points[first], chosen, chosen)
+    on_policy()
+    if not others:
+        return result
+    early = dict(zip(others, scores_of(points, others, formats, held_out[:1]), strict=True))
+    near = [i for i in others if len(held_out) > 1 and not _told_apart(early[i], chosen)]
+    whole = dict(zip(near, scores_of(points, near, formats, held_out), strict=True))
+    for index in others:
+        result[index] = _measured(points[index], whole.get(index, early[index]), chosen)
         on_policy()
     return result
 
 
-def _ratio(one: Score, other: Score) -> tuple[float, float, float] | None:
-    """None where samples are too few, or nothing errs."""
-    if len(one.errors) < LEAST or not other.error:
+def _told_apart(score: Score, chosen: Score) -> bool:
+    """Whether the samples of a score tell a policy from the chosen one."""
+    ratio = _ratio(score, chosen)
+    return ratio is not None and not ratio[1] <= 1 <= ratio[2]
+
+
+def _measured(point: Point, score: Score, chosen: Score) -> Point:
+    """A point with its held-out figures; the chosen policy may have been measured on more samples."""
+    samples, error, standard_error = len(score.errors), score.error, score.standard_error
+    if samples < len(chosen.errors):
+        ratio = score.error / float(chosen.errors[:samples].mean())
+        rest = Score(score.errors - ratio * chosen.errors[:samples])
+        error, standard_error = ratio * chosen.error, math.hypot(rest.standard_error, ratio * chosen.standard_error)
+    update = {
+        "held_out_error": error,
+        "held_out_standard_error": standard_error,
+        "held_out_ratio": _ratio(score, chosen),
+        "held_out_samples": samples,
+    }
+    return point.model_copy(update=update)
+
+
+def _ratio(one: Score, chosen: Score) -> tuple[float, float, float] | None:
+    """On the samples of the one; None where these are too few, or nothing errs."""
+    other = chosen.errors[: len(one.errors)]
+    if len(other) < LEAST or not other.mean():
         return None
-    interval = paired_ratio(one.errors, other.errors)
+    interval = paired_ratio(one.errors, other)
     return interval.value, interval.low, interval.high

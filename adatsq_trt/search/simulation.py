@@ -19,6 +19,7 @@ from adatsq_trt.formats import Format
 from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.schedule import Schedule
 from adatsq_trt.search.candidates import Assignment
+from adatsq_trt.solver import State
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,11 @@ class _Batch:
 
 @dataclass(frozen=True)
 class _Move:
-    """One step of a batch from each of several latents, float32 [latents, samples, *latent_shape]."""
+    """One step of a batch from each of several states, of float32 [states, samples, *latent_shape]."""
 
     batch: _Batch
     step: int
-    latents: Tensor
+    states: State[Tensor]
     assignment: Assignment
 
 
@@ -106,20 +107,24 @@ class Simulation:
         self._own = _Loop(model, self.formats, schedule, guidance)
         self._loop = self._executor.share(self._own)
 
-    def advance(self, samples: Samples, step: int, moves: Sequence[tuple[Tensor, Assignment]]) -> Iterator[Tensor]:
-        """Latents after one step, for each of several latents and assignments, in their order.
+    def advance(
+        self, samples: Samples, step: int, moves: Sequence[tuple[State[Tensor], Assignment]]
+    ) -> Iterator[State[Tensor]]:
+        """States after one step, for each of several states and assignments, in their order.
 
         Args:
             samples: the batch.
             step: index in the loop.
-            moves: latents before it, float32 [samples, *latent_shape], and format indices.
+            moves: states before it, of float32 [samples, *latent_shape], and format indices.
         """
         batch = _Batch(samples.prompts, samples.seeds)
         groups = list(self._groups([assignment for _, assignment in moves]))
-        units = [_Move(batch, step, torch.stack([moves[i][0] for i in g]), moves[g[0]][1]) for g in groups]
-        after = dict[int, Tensor]()
-        for group, latents in zip(groups, self._executor.map(_advance, self._loop, units), strict=True):
-            after |= dict(zip(group, latents.clone(), strict=True))
+        joined = [State.joined([moves[i][0] for i in group], torch.stack) for group in groups]
+        units = [_Move(batch, step, own, moves[group[0]][1]) for group, own in zip(groups, joined, strict=True)]
+        after = dict[int, State[Tensor]]()
+        for group, states in zip(groups, self._executor.map(_advance, self._loop, units), strict=True):
+            own = states.each(torch.clone)
+            after |= {i: own[place] for place, i in enumerate(group)}
         return iter([after[i] for i in range(len(moves))])
 
     def _groups(self, assignments: Sequence[Assignment]) -> Iterator[list[int]]:
@@ -209,11 +214,13 @@ def as_formats(layers: Sequence[str], assignment: Assignment, formats: Sequence[
     return {layer: formats[index] for layer, index in zip(layers, assignment, strict=True)}
 
 
-def _advance(loop: _Loop, move: _Move) -> Tensor:
+def _advance(loop: _Loop, move: _Move) -> State[Tensor]:
     loop.assign(move.assignment, move.step)
-    count, batch = len(move.latents), move.batch
-    samples = loop.samples(_Batch(batch.prompts * count, batch.seeds * count))
-    return samples.step(move.latents.flatten(0, 1), move.step).view_as(move.latents)
+    like, batch = move.states.latent, move.batch
+    samples = loop.samples(_Batch(batch.prompts * len(like), batch.seeds * len(like)))
+    return samples.step(move.states.each(lambda value: value.flatten(0, 1)), move.step).each(
+        lambda value: value.view_as(like)
+    )
 
 
 def _trajectory(loop: _Loop, whole: _Whole) -> Tensor:

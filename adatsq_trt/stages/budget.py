@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from adatsq_trt.costs import Limits
+from adatsq_trt.calibration.transforms.make import TRANSFORMS
+from adatsq_trt.costs import ROUNDING, Limits, TransformCosts
 from adatsq_trt.errors import BudgetError
 from adatsq_trt.files import read_tensors
 from adatsq_trt.formats import format_named
@@ -22,6 +23,7 @@ from adatsq_trt.search.static import uniform
 from adatsq_trt.settings import Settings
 from adatsq_trt.stages import calibrate
 from adatsq_trt.stages.context import Context, layer_shapes
+from adatsq_trt.stages.transform_costs import branch_bytes, transform_costs
 
 # Times a reference format's bytes and time that a policy may have where nobody said how much.
 ROOM = 1.1
@@ -39,6 +41,7 @@ class Account:
         limits: as they are told, of whole samples.
         weights: number of quantized weights.
         ms_source: source of the milliseconds; None where they are not known.
+        transform: bytes and milliseconds of the run's transform in all of them; None where it has none.
     """
 
     costs: CostModel
@@ -46,6 +49,7 @@ class Account:
     limits: Limits
     weights: int
     ms_source: str | None
+    transform: TransformCosts | None = None
 
 
 def penalty(settings: Settings) -> bool:
@@ -93,7 +97,9 @@ def account(context: Context) -> Account:
     if settings.times is not None:
         model = stored_time_model(settings.times)
         ms, rest_ms = model.table_of(formats, shapes), steps * _rest_ms(context, model, shapes)
-    costs = CostModel.of(formats, shapes, steps, ms, rest_ms)
+    added = transform_costs(context, shapes, model)
+    added_ms, added_bytes = (0.0, 0) if added is None else (added.ms or 0.0, added.bytes)
+    costs = CostModel.of(formats, shapes, steps, ms, rest_ms + added_ms, added_bytes)
     limits = _limits(context, costs)
     if model is not None and settings.budget_speedup is not None:
         own = steps * sum(model.layer_ms(SIXTEEN, shape) for shape in shapes) + rest_ms
@@ -102,7 +108,10 @@ def account(context: Context) -> Account:
         _require_ms(context, costs, limits.ms, model.source)
     weights = sum(shape.in_features * shape.out_features for shape in shapes)
     source = None if model is None else model.source
-    return Account(costs, _budgets(costs, limits, context), limits, weights, source)
+    budgets = _budgets(costs, limits, context)
+    if limits.bytes is not None:
+        _require_least(limits.bytes, budgets.cheapest("bytes") + added_bytes, shapes)
+    return Account(costs, budgets, limits, weights, source, added)
 
 
 def _limits(context: Context, costs: CostModel) -> Limits:
@@ -131,7 +140,8 @@ def _budgets(costs: CostModel, limits: Limits, context: Context) -> Budgets:
     if limits.ms is not None:
         assert costs.ms is not None, "a budget in milliseconds has a card"
         additive.append(Additive("ms", costs.ms, limits.ms - costs.rest_ms))
-    once, most = chooses_weights(context.settings), math.inf if limits.bytes is None else limits.bytes
+    most = math.inf if limits.bytes is None else limits.bytes - costs.rest_bytes
+    once = chooses_weights(context.settings)
     storage = replace(costs.storage, limit=most, once=once) if once or math.isfinite(most) else None
     return Budgets(steps, tuple(additive), storage, allowed_formats(context.settings, context.layers))
 
@@ -200,11 +210,16 @@ def require_bytes(settings: Settings, adapter: ModelAdapter) -> None:
     allowed = allowed_formats(settings, [shape.name for shape in shapes])
     storage = Storage.of(formats, shapes, settings.budget_bytes)
     least = Budgets(settings.steps, (), storage, allowed).cheapest("bytes")
-    if settings.budget_bytes < least:
-        whole = sixteen_bit_bytes(shapes)
+    if settings.transform is not None:
+        least += branch_bytes(TRANSFORMS[settings.transform], shapes)
+    _require_least(settings.budget_bytes, least, shapes)
+
+
+def _require_least(most: float, least: float, shapes: Sequence[LayerShape]) -> None:
+    if most < least * (1 - ROUNDING):
         raise BudgetError(
-            f"--budget-size {settings.budget_bytes:.0f}: the smallest weights of these formats have {least:.0f} bytes, "
-            f"{least / whole:.3g}x those in 16 bits; raise the budget or add a format"
+            f"--budget-size {most:.0f}: the smallest weights of these formats have {least:.0f} bytes, "
+            f"{least / sixteen_bit_bytes(shapes):.3g}x those in 16 bits; raise the budget or add a format"
         )
 
 

@@ -34,7 +34,7 @@ def budget_settings(
     if speed is not None and times is None:
         raise UserError(
             f"--budget-speed {config.budget_speed}: on which card? pass --gpu with one of {', '.join(CARDS)} (a "
-            "roofline of its published rates) or with a file that 'adatsq-trt benchmark kernels' wrote (measured)"
+            "roofline of its published rates) or with a file that 'adatsq-trt benchmark' wrote (measured)"
         )
     settings: dict[str, Any] = {"times": times, "max_assignments": _most_assignments(config, targets, layout)}
     if speed is not None:

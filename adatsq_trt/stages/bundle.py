@@ -16,6 +16,7 @@ from adatsq_trt.engines.backends.rtx import RtxBackend
 from adatsq_trt.engines.backends.tensorrt import TensorRTBackend, TensorRTOptions
 from adatsq_trt.engines.build import build_plans
 from adatsq_trt.engines.bundle import (
+    PLUGIN_LIBRARY,
     POLICY_NAME,
     VAE_FOLDER,
     ImageSpec,
@@ -24,8 +25,8 @@ from adatsq_trt.engines.bundle import (
     ShapeRecord,
     write_manifest,
 )
-from adatsq_trt.engines.manifest import Compatibility
-from adatsq_trt.engines.plugin_commands import write_commands
+from adatsq_trt.engines.manifest import Compatibility, ScheduleRecord
+from adatsq_trt.engines.plugin_commands import plugin_profiles, write_commands
 from adatsq_trt.errors import MissingFileError
 from adatsq_trt.files import atomic_path, read_json_model
 from adatsq_trt.formats import PLUGIN_LAYOUT
@@ -58,6 +59,8 @@ def stage(context: Context) -> Stage:
     if (call := context.adapter.pipeline_call()) is not None:
         inputs["call"] = call.model_dump(mode="json")
     files = [export.stage(context).folder, search.stage(context).folder / search.POLICY, *_vae_files(context)]
+    if context.settings.plugins is not None:
+        files.append(Path(context.settings.plugins))
     return context.run.stage(NAME, {**inputs, "versions": versions}, files)
 
 
@@ -112,10 +115,17 @@ def _plans(context: Context, folder: Path, index: GraphIndex) -> tuple[PlanFile,
     layout = context.settings.layout
     batch = _profiles(context, index.find("target", None))
     if layout == PLUGIN_LAYOUT:
-        assignments = len(Policy.load(folder / POLICY_NAME).assignments)
-        write_commands(folder, index.find("target", None), assignments, batch)
-        return ()
-    graphs = 1 if layout == "switch" else sum(g.variant == "target" and g.assignment is not None for g in index.graphs)
+        graph, assignments = index.find("target", None), len(Policy.load(folder / POLICY_NAME).assignments)
+        write_commands(folder, graph, assignments, batch)
+        if context.settings.plugins is None:
+            return ()
+        _copy(Path(context.settings.plugins), folder / PLUGIN_LIBRARY)
+        batch = plugin_profiles(graph, assignments, batch)
+    graphs = (
+        1
+        if layout in ("switch", PLUGIN_LAYOUT)
+        else sum(g.variant == "target" and g.assignment is not None for g in index.graphs)
+    )
     compiler = _compiler(context)
     # Kernels are measured on the one GPU, so only one compiler of enterprise TensorRT works at a time.
     alone = index.weight_bytes > _LARGE_BYTES or compiler.name == TensorRTBackend.name
@@ -146,7 +156,12 @@ def _compiler(context: Context) -> NetworkCompiler:
     if settings.backend == "rtx":
         return RtxBackend()
     return TensorRTBackend(
-        TensorRTOptions(_compatibility(settings), settings.weight_streaming, context.run.path / TIMING_CACHE)
+        TensorRTOptions(
+            _compatibility(settings),
+            settings.weight_streaming,
+            context.run.path / TIMING_CACHE,
+            None if settings.plugins is None else Path(settings.plugins),
+        )
     )
 
 
@@ -166,7 +181,7 @@ def _manifest(context: Context, index: GraphIndex, policy: Policy, plans: tuple[
         targets=context.settings.targets,
         base_type=index.base_type,
         formats=export.used_formats(policy),
-        schedule=export.schedule_record(context.schedule),
+        schedule=ScheduleRecord.of(context.schedule),
         guidance=context.settings.guidance,
         latent_shape=adapter.latent_shape,
         image=ImageSpec(**asdict(adapter.image)),
@@ -187,5 +202,5 @@ def _shape(context: Context, size: tuple[int, ...], adapter: ModelAdapter) -> Sh
         batches=tuple(samples for samples, *own in context.settings.shapes if tuple(own) == size),
         latent_shape=adapter.latent_shape,
         image=ImageSpec(**asdict(adapter.image)),
-        schedule=export.schedule_record(adapter.schedule(context.settings.steps)),
+        schedule=ScheduleRecord.of(adapter.schedule(context.settings.steps)),
     )

@@ -14,11 +14,12 @@ from torch import Tensor
 from adatsq_trt.calibration.finite import require_finite_trajectory
 from adatsq_trt.calibration.fisher import projections, proportional_weights, temporal_weights
 from adatsq_trt.calibration.hessian import LayerMoments, hessian_bytes, layer_moments
-from adatsq_trt.calibration.trajectory import Samples, latent_mse, trajectory
+from adatsq_trt.calibration.trajectory import Samples, latent_mse, state_tensors, trajectory
 from adatsq_trt.calibration.units import Measured, backward_sweep, measured_trajectory, squared_gradients
 from adatsq_trt.execution import Shared
 from adatsq_trt.execution.device import CPU
 from adatsq_trt.files import MappedTensors, read_tensors, write_tensors
+from adatsq_trt.solver import State
 from adatsq_trt.stages import embed, gradients
 from adatsq_trt.stages.context import Context
 from adatsq_trt.stages.run_directory import Stage
@@ -39,7 +40,10 @@ def stage(context: Context) -> Stage:
     newer = ("excluded",) if context.settings.excluded else ()
     if context.settings.hessian != "paper":
         newer = (*newer, "hessian")
-    return context.run.stage(NAME, {**context.inputs((*_SETTINGS, *newer)), "hessians": "by block"}, encodings)
+    inputs = {**context.inputs((*_SETTINGS, *newer)), "hessians": "by block"}
+    if not context.schedule.is_euler:
+        inputs["steps of"] = context.schedule.scheduler_config["_class_name"]
+    return context.run.stage(NAME, inputs, encodings)
 
 
 def run(context: Context) -> Stage:
@@ -63,13 +67,14 @@ def run(context: Context) -> Stage:
 def _trajectory(context: Context, this: Stage, batch: Shared[Samples], advance: Advance) -> Tensor:
     file = this.unit(TRAJECTORY)
     if not file.is_file():
-        latents = [context.calibration.noise()]
-        for latent in measured_trajectory(context.executor, batch, latents[0], context.settings.steps):
-            latents.append(latent)
+        noise = context.calibration.noise()
+        states = [State(noise)]
+        for state in measured_trajectory(context.executor, batch, noise, context.settings.steps):
+            states.append(state)
             advance()
-        whole = torch.stack(latents)
-        require_finite_trajectory(context.calibration, whole)
-        write_tensors(file, {"latents": whole})
+        whole = state_tensors(states)
+        require_finite_trajectory(context.calibration, whole["latents"])
+        write_tensors(file, whole)
     return read_tensors(file)["latents"]
 
 
@@ -81,11 +86,11 @@ def _fisher(context: Context, this: Stage, latents: Tensor, advance: Advance) ->
     if missing:
         last = max(missing)
         start = projections(len(samples.seeds), context.adapter.latent_shape, 1, context.settings.seed)
-        adjoint = start if last == steps - 1 else read_tensors(files[last + 1])["adjoint"]
+        adjoint = State(start) if last == steps - 1 else State.from_named(read_tensors(files[last + 1]), "adjoint")
         common = context.executor.share(Measured(samples, None, context.by_block(projections=1)))
         for step in backward_sweep(context.executor, common, squared_gradients, latents, adjoint, last):
             information = torch.cat(step.measured, dim=2).mean(dim=(1, 2))
-            write_tensors(files[step.step], {"information": information, "adjoint": step.adjoint})
+            write_tensors(files[step.step], {"information": information, **step.adjoint.named("adjoint")})
             advance()
     return torch.stack([read_tensors(file)["information"] for file in files])
 

@@ -19,10 +19,11 @@ from adatsq_trt.execution.device import CPU, to_device
 from adatsq_trt.files import read_tensors, write_tensors
 from adatsq_trt.formats import Grid
 from adatsq_trt.models.capture import captured
-from adatsq_trt.models.transforms import LayerTransform
+from adatsq_trt.solver import State
 from adatsq_trt.stages import calibrate
 from adatsq_trt.stages.context import Context
 from adatsq_trt.stages.run_directory import Stage
+from adatsq_trt.transforms import LayerTransform
 
 
 def searched(context: Context) -> bool:
@@ -69,7 +70,7 @@ def _ratios(
         latents = read_tensors(calibrate.stage(context).folder / calibrate.TRAJECTORY)["latents"]
         there, device = to_device(transforms, context.device), context.device
         for step, errors, adjoint in _sweep(context, files, latents, ClipSearch(grids, largest.to(device), there)):
-            write_tensors(files[step], {"errors": errors, "adjoint": adjoint})
+            write_tensors(files[step], {"errors": errors, **adjoint.named("adjoint")})
             advance()
         groups = _sharing(context, latents)
     errors = torch.stack([read_tensors(file)["errors"] for file in files])
@@ -78,14 +79,14 @@ def _ratios(
 
 def _sweep(
     context: Context, files: list[Path], latents: Tensor, search: ClipSearch
-) -> Iterator[tuple[int, Tensor, Tensor]]:
+) -> Iterator[tuple[int, Tensor, State[Tensor]]]:
     """Step, errors [layers, grids, ratios] and adjoint of the steps that are not on disk, from the last one back."""
     missing = [t for t, file in enumerate(files) if not file.is_file()]
     if not missing:
         return
     last, samples = max(missing), context.calibration
     start = projections(len(samples.seeds), context.adapter.latent_shape, PROJECTIONS, context.settings.seed)
-    adjoint = start if last == len(files) - 1 else read_tensors(files[last + 1])["adjoint"]
+    adjoint = State(start) if last == len(files) - 1 else State.from_named(read_tensors(files[last + 1]), "adjoint")
     common = context.executor.share(Measured(samples, search, context.by_block(PROJECTIONS)))
     for swept in backward_sweep(context.executor, common, clip_errors, latents, adjoint, last):
         yield swept.step, torch.stack(swept.measured).sum(dim=0), swept.adjoint
@@ -96,6 +97,6 @@ def _sharing(context: Context, latents: Tensor) -> list[list[int]]:
     """Indices of the layers that are given the same tensor."""
     sample = context.calibration.part(slice(0, 1))
     with captured(context.adapter.quantizable_layers()) as capture:
-        sample.step(latents[0, :1].to(context.device), 0)
+        sample.velocity(latents[0, :1].to(context.device), 0)
     place = {layer: index for index, layer in enumerate(context.layers)}
     return [[place[name] for name in names] for names in sharing_layers(context.layers, capture.inputs)]

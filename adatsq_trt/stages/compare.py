@@ -13,12 +13,12 @@ from adatsq_trt.errors import MissingFileError
 from adatsq_trt.files import read_tensors
 from adatsq_trt.formats import Element, Format, Granularity, Grid, format_named
 from adatsq_trt.models.format_store import SCALES_NAME, CandidateWeights
-from adatsq_trt.models.transforms import IDENTITY
 from adatsq_trt.policy import Policy
 from adatsq_trt.quantizers import QuantizedWeight, quantize_nearest
 from adatsq_trt.settings import SETTINGS_NAME
 from adatsq_trt.stages import calibrate, quantize, search
 from adatsq_trt.stages.context import Context
+from adatsq_trt.transforms import IDENTITY
 
 Solver = Callable[[str, Tensor, Format], QuantizedWeight]
 _WEIGHTED, _UNWEIGHTED = "GPTQ, Fisher-weighted Hessian", "GPTQ, unweighted Hessian"

@@ -154,7 +154,7 @@ class Context:
         """Additions and multiplications of matrix products and attention in one step of one sample."""
         one = self.calibration.part(slice(0, 1))
         with FlopCounterMode(display=False) as counter:
-            one.step(one.noise().to(self.adapter.device), 0)
+            one.velocity(one.noise().to(self.adapter.device), 0)
         return float(counter.get_total_flops())
 
     @property

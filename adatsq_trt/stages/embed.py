@@ -24,6 +24,8 @@ def stage(context: Context) -> Stage:
 
 def _stage(run: RunDirectory, pipeline: OpenedPipeline) -> Stage:
     inputs = {"encoders_sha256": pipeline.encoders_sha256, "prompts": list(pipeline.settings.prompts)}
+    if pipeline.settings.negative_prompt:  # earlier runs have none
+        inputs["negative_prompt"] = pipeline.settings.negative_prompt
     return run.stage(NAME, inputs)
 
 

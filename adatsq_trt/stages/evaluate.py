@@ -35,7 +35,6 @@ from adatsq_trt.evaluation.scores import psnr, psnr_of_mean, worst_psnr
 from adatsq_trt.files import read_json_model, read_tensors, write_json_model, write_tensors
 from adatsq_trt.formats import Format, resolve_formats
 from adatsq_trt.models.format_store import CandidateWeights
-from adatsq_trt.models.transforms import BRANCH_BITS, LayerTransform
 from adatsq_trt.policy import LayerShape, Policy, resident_weight_bytes
 from adatsq_trt.progress import Reporter
 from adatsq_trt.quantizers import quantize_nearest
@@ -46,6 +45,7 @@ from adatsq_trt.stages.budget import shapes_of
 from adatsq_trt.stages.context import Context, layer_shapes
 from adatsq_trt.stages.graph import run_stages
 from adatsq_trt.stages.run_directory import RunDirectory, Stage
+from adatsq_trt.transforms import BRANCH_BITS, LayerTransform
 from adatsq_trt.zoo.loading import LoadedModel, load_model
 
 log = logging.getLogger(__name__)
@@ -262,7 +262,7 @@ class Evaluation:
     def _peer(self, method: Method, peer: Peer, bits: str) -> Generated:
         """Another library's modules in a model of their own."""
         width, layers = require_bits(bits), self._model.adapter.quantizable_layers()
-        rank = max(rank_of(linear.weight) for linear in layers.values())
+        rank = max(rank_of(linear.in_features, linear.out_features) for linear in layers.values())
         other = load_model(self.effort.model).adapter
         with self._context("base", method, bits, f"w{width[0]}a{width[1]}") as context:
             own = context.calibration

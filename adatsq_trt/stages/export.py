@@ -24,7 +24,6 @@ from adatsq_trt.models.capture import captured_outputs
 from adatsq_trt.models.format_store import SCALES_NAME
 from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.policy import Policy
-from adatsq_trt.schedule import Schedule
 from adatsq_trt.stages import calibrate, quantize, refine, search
 from adatsq_trt.stages.context import Context
 from adatsq_trt.stages.meter import release_memory
@@ -100,17 +99,10 @@ def _exported(context: Context, policy: Policy, arrays: Mapping[str, Mapping[str
     return Exported(
         policy=policy,
         guidance=context.calibration.guidance,
-        schedule=schedule_record(context.schedule),
-        shapes={size_name(size): schedule_record(own.schedule(steps)) for size, own in context.sizes.items()},
+        schedule=ScheduleRecord.of(context.schedule),
+        shapes={size_name(size): ScheduleRecord.of(own.schedule(steps)) for size, own in context.sizes.items()},
         prompt_texts=context.adapter.prompts,
         arrays={file: {n: array_hash(t.numpy()) for n, t in tensors.items()} for file, tensors in arrays.items()},
-    )
-
-
-def schedule_record(schedule: Schedule) -> ScheduleRecord:
-    """A schedule as text."""
-    return ScheduleRecord(
-        sigmas=schedule.sigmas, timesteps=schedule.timesteps, scheduler_config=schedule.scheduler_config
     )
 
 
@@ -118,7 +110,7 @@ def _graphs(context: Context, policy: Policy, folder: Path) -> None:
     samples, base = context.calibration.part(slice(0, CHECK_SAMPLES)), context.settings.base_type
     time, guidance = context.schedule.model_time(0), samples.guidance
     inputs = context.adapter.guided_inputs(samples.noise(), time, samples.conditioning, guidance)
-    weights = refine.load(context).weights
+    store = refine.load(context)
     names, in_plugin = variants(context), context.settings.layout == PLUGIN_LAYOUT
     count = PLUGIN_GRAPHS if in_plugin else 1 + (len(policy.assignments) + 1) * len(names)
     with context.progress("export", 1 + count) as advance:
@@ -129,9 +121,19 @@ def _graphs(context: Context, policy: Policy, folder: Path) -> None:
         advance()
         blocks, graphs = adapter.blocks(), folder / GRAPHS
         if in_plugin:
-            export_plugin_graphs(traced, policy, weights, graphs, base, blocks, advance)
+            export_plugin_graphs(traced, policy, store.weights, graphs, base, blocks, advance, store.transforms)
         else:
-            export_graphs(traced, policy, weights, graphs, base, blocks, names, lambda _done, _all: advance())
+            export_graphs(
+                traced,
+                policy,
+                store.weights,
+                graphs,
+                base,
+                blocks,
+                names,
+                lambda _done, _all: advance(),
+                store.transforms,
+            )
 
 
 def _trace(adapter: ModelAdapter, inputs: Mapping[str, Tensor], base: BaseName, any_size: bool) -> ir.Model:

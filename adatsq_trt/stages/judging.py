@@ -14,7 +14,7 @@ from pathlib import Path
 
 from adatsq_trt.calibration.trajectory import Samples
 from adatsq_trt.errors import BudgetError
-from adatsq_trt.intervals import paired_ratio
+from adatsq_trt.intervals import Floats, paired_difference, paired_ratio
 from adatsq_trt.search.dominance import no_costlier, undominated
 from adatsq_trt.search.resume import Scorer
 from adatsq_trt.search.select import (
@@ -32,6 +32,7 @@ from adatsq_trt.search.select import (
     measure_held_out,
     rescore,
     scores_of,
+    shortlist,
 )
 from adatsq_trt.search.simulation import Simulation
 from adatsq_trt.stages.budget import Account
@@ -40,7 +41,9 @@ from adatsq_trt.stages.context import Context
 # Every proposal is judged on the first samples of the selection batch, the shortlist on all.
 SCREENING = 64
 # While the best policies are not told apart, so many batches of selection samples more are drawn.
-FURTHER = 3
+FURTHER = 1
+# Of the held-out samples, the part that all policies are measured on.
+_FIRST_PART = 4
 STATIC_KINDS: tuple[Kind, Kind] = ("layer_only", "time_only")
 _SIMPLE: tuple[Kind, ...] = ("uniform", *STATIC_KINDS)
 
@@ -73,7 +76,9 @@ class Judging:
         given = [i for i, point in enumerate(points) if point.kind == "given"]
         if given:
             return self._reported(self._look(points, given), given[0], None, given)
-        points, wanted = look_again(points, self._rules, self._look)
+        within = self._rules.eligible(points)[-1]
+        shortlisted = shortlist(points, self._rules, self._capped_errors(points, within, self._selection[:1]))
+        points, wanted = look_again(points, self._rules, shortlisted, self._look)
         unlimited = best_of(points, wanted, KINDS)
         among = [i for i in self._rules.eligible(points)[0] if i in wanted]
         if unlimited is None or not among:
@@ -122,16 +127,21 @@ class Judging:
 
     def _best(self, points: list[Point], among: Sequence[int]) -> tuple[list[Point], int]:
         """The point of least error, on further samples as long as it is not told from the next."""
-        scorers, formats = list(self._selection), self.context.formats
+        scorers = list(self._selection)
         for number in range(FURTHER + 1):
-            scores = scores_of(points, among, formats, scorers)
-            errors = {i: score.capped_errors for i, score in zip(among, scores, strict=True)}
-            among = contenders(points, among, errors)
+            among = contenders(points, among, self._capped_errors(points, among, scorers))
             if len(among) == 1 or number == FURTHER:
                 break
             scorers += self._scorers(self.context.further_selection(number))
             points = self._rescored(points, among, scorers)
         return points, among[0]
+
+    def _capped_errors(
+        self, points: Sequence[Point], wanted: Sequence[int], scorers: Sequence[Scorer]
+    ) -> dict[int, Floats]:
+        """Of some points on some batches, float64 [samples]."""
+        scores = scores_of(points, wanted, self.context.formats, scorers)
+        return {i: score.capped_errors for i, score in zip(wanted, scores, strict=True)}
 
     def _dominated(self, points: Sequence[Point], searched: int) -> Dominated | None:
         """A simple policy that is no worse than the chosen one in bytes, time and error, if there is one."""
@@ -140,10 +150,14 @@ class Judging:
         rivals = [i for i in eligible if points[i].formats != own.formats and no_costlier(points[i].costs, own.costs)]
         if not rivals:
             return None
-        wanted, scorers = [searched, *rivals], self._scorers(self.context.comparison)
-        self._count(points, wanted, scorers)
-        scores = scores_of(points, wanted, self.context.formats, scorers)
-        errors = {i: score.errors for i, score in zip(wanted, scores, strict=True)}
+        batch = self.context.comparison
+        scorers = self._scorers(batch.part(slice(0, SCREENING)), batch.part(slice(SCREENING, None)))
+        errors = self._compared(points, [searched, *rivals], scorers[:1])
+        rivals = [i for i in rivals if paired_difference(errors[i], errors[searched]).low <= 0]
+        if not rivals:
+            return None
+        wanted = [searched, *rivals]
+        errors = self._compared(points, wanted, scorers)
         winner = undominated(searched, rivals, {i: points[i].costs for i in wanted}, errors)
         if winner == searched:
             return None
@@ -157,6 +171,12 @@ class Judging:
             high=ratio.high if known else None,
             samples=len(errors[winner]),
         )
+
+    def _compared(self, points: Sequence[Point], wanted: Sequence[int], scorers: Sequence[Scorer]) -> dict[int, Floats]:
+        """Errors of some points on some batches, float64 [samples]."""
+        self._count(points, wanted, scorers)
+        scores = scores_of(points, wanted, self.context.formats, scorers)
+        return {i: score.errors for i, score in zip(wanted, scores, strict=True)}
 
     def _unlimited(self, points: Sequence[Point], chosen: int, wanted: Sequence[int]) -> int | None:
         """Find the choice without a limit on assignments: the same where the limit keeps nothing out."""
@@ -181,13 +201,15 @@ class Judging:
         told = list(dict.fromkeys([chosen, *(i for i in others if i is not None), *uniforms]))
         if settings.held_out_samples:
             with self.context.progress("search: held-out samples", len(told)) as advance:
-                (scorer,) = self._scorers(self.context.held_out)
-                points = measure_held_out(points, told, self.context.formats, scorer, advance)
+                batch, first = self.context.held_out, max(settings.held_out_samples // _FIRST_PART, SCREENING)
+                scorers = self._scorers(batch.part(slice(0, first)), batch.part(slice(first, None)))
+                points = measure_held_out(points, told, self.context.formats, scorers, advance)
         return SearchResult(
             points=tuple(points),
             weights=self.account.weights,
             limits=self.account.limits,
             ms_source=self.account.ms_source,
+            transform=self.account.transform,
             chosen=chosen,
             dominated=dominated,
             layer_only=static[0],

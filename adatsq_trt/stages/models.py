@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from adatsq_trt.zoo.loading import LoadedModel
 
 log = logging.getLogger(__name__)
-_OF_CHECKPOINTS = ("base", "lora", "prompts", "encodings", "height", "width", "frames")
+_OF_CHECKPOINTS = ("base", "lora", "prompts", "negative_prompt", "encodings", "height", "width", "frames")
 
 
 def require_model(model: object, config: BuildConfig) -> None:
@@ -107,6 +107,7 @@ def open_model(model: object, config: BuildConfig) -> OpenedModel:
             guided=config.guidance is None or config.guidance != 1.0,
             prompts=_drawn_prompts(config),
             encodings=None if config.encodings is None else str(Path(config.encodings).absolute()),
+            negative_prompt=config.negative_prompt,
         ),
         model if in_memory else None,
     )
@@ -204,8 +205,10 @@ def _prompts(config: BuildConfig) -> tuple[str, ...]:
     if config.encodings is not None:
         from adatsq_trt.checkpoints.encodings import encoded_prompts
 
-        if config.prompts is not None:
-            raise UserError("--encodings: they stand in the place of --prompts; leave one of them out")
+        for option in ("prompts", "negative_prompt"):
+            if getattr(config, option):
+                name = option_name(option)
+                raise UserError(f"--encodings: they stand in the place of {name}; leave one of them out")
         return encoded_prompts(Path(config.encodings))
     if config.prompts is None:
         return default_prompts()

@@ -17,6 +17,7 @@ from adatsq_trt.calibration.clips import clipped_grids
 from adatsq_trt.calibration.finite import require_finite_weight, require_range
 from adatsq_trt.calibration.gptq import factorize, gptq_factored
 from adatsq_trt.calibration.nested import NARROW, WIDE, NestedWeight, nest
+from adatsq_trt.calibration.transforms.graph_form import GraphForm, rotated_blocks
 from adatsq_trt.calibration.transforms.make import make_transforms
 from adatsq_trt.calibration.transforms.statistics import measure_groups
 from adatsq_trt.execution.device import CPU, to_device
@@ -31,11 +32,11 @@ from adatsq_trt.models.format_store import (
     save_weights,
     weights_name,
 )
-from adatsq_trt.models.transforms import IDENTITY, LayerTransform, load_transforms, save_transforms
 from adatsq_trt.quantizers import QuantizedWeight, quantize_nearest
 from adatsq_trt.stages import calibrate, clips
 from adatsq_trt.stages.context import Context
 from adatsq_trt.stages.run_directory import Stage
+from adatsq_trt.transforms import IDENTITY, LayerTransform, load_transforms, save_transforms
 
 NAME = "quantize"
 NESTED = "nested.safetensors"  # planes of the layers that keep one copy for two widths
@@ -49,6 +50,8 @@ def stage(context: Context) -> Stage:
     if context.settings.transform is not None:
         names, files = (*names, "transform"), [*files, folder / calibrate.TRAJECTORY]
     inputs = context.inputs(names)
+    if (form := graph_form(context)) is not None:
+        inputs["rotated_blocks"] = list(form.blocks)
     if clipped_grids(context.formats):
         inputs["clips"] = context.settings.clips
     if clips.searched(context) and folder / calibrate.TRAJECTORY not in files:
@@ -70,7 +73,7 @@ def run(context: Context) -> Stage:
             for block, layers in context.adapter.layers_by_block().items():
                 _quantize_block(context, this, block, layers, hessians, transforms, advance)
         if _nests(context) and not this.unit(NESTED).is_file():
-            write_tensors(this.unit(NESTED), _nest(context, this.folder, hessians))
+            write_tensors(this.unit(NESTED), _nest(context, this.folder, hessians, transforms))
         write_tensors(this.unit(SCALES_NAME), clips.activation_scales(context, this, transforms))
     return this
 
@@ -84,8 +87,16 @@ def _transforms(context: Context, this: Stage) -> dict[str, LayerTransform]:
         latents = read_tensors(calibrate.stage(context).folder / calibrate.TRAJECTORY)["latents"]
         with context.on_device():
             groups = measure_groups(context.calibration, latents.to(context.device))
-            save_transforms(file, to_device(make_transforms(context.settings.transform, groups), CPU))
+            made = make_transforms(context.settings.transform, groups, graph_form(context))
+            save_transforms(file, to_device(made, CPU))
     return load_transforms(file)
+
+
+def graph_form(context: Context) -> GraphForm | None:
+    """Form of transforms in graphs; None without a transform and in simulated runs, which have the published ones."""
+    if context.settings.transform is None or context.settings.simulate:
+        return None
+    return GraphForm(getattr(torch, context.settings.base_type), rotated_blocks(context.formats))
 
 
 def _quantize_block(
@@ -191,12 +202,17 @@ def _with_grid(context: Context, grid: Grid) -> list[str]:
     return [fmt.name for fmt in context.formats if fmt.weight == grid]
 
 
-def _nest(context: Context, folder: Path, hessians: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _nest(
+    context: Context, folder: Path, hessians: Mapping[str, Tensor], transforms: Mapping[str, LayerTransform]
+) -> dict[str, Tensor]:
     """Planes of the layers that lose little when they are nested: "<module path>.<attribute of NestedWeight>"."""
     names = [_with_grid(context, fmt.weight)[0] for fmt in (NARROW, WIDE)]
     narrow, wide = (BlockFiles(folder / name, context.layers) for name in names)
     linears, tensors = context.adapter.quantizable_layers(), dict[str, Tensor]()
-    problems = ((linear.weight.detach(), hessians[n], narrow[n], wide[n]) for n, linear in linears.items())
+    problems = (
+        (Problem(linear.weight.detach(), hessians[n], transforms.get(n, IDENTITY)), narrow[n], wide[n])
+        for n, linear in linears.items()
+    )
     with context.progress("quantize: nested layers", len(linears)) as advance:
         solved = context.executor.map(_nest_layer, context.executor.share(context.settings.damping), problems)
         for layer, planes in zip(linears, solved, strict=True):
@@ -206,10 +222,11 @@ def _nest(context: Context, folder: Path, hessians: Mapping[str, Tensor]) -> dic
     return tensors or {"none": torch.zeros(0)}  # safetensors needs a tensor
 
 
-def _nest_layer(
-    damping: float, problem: tuple[Tensor, Tensor, QuantizedWeight, QuantizedWeight]
-) -> NestedWeight | None:
-    return nest(*problem, damping)
+def _nest_layer(damping: float, given: tuple[Problem, QuantizedWeight, QuantizedWeight]) -> NestedWeight | None:
+    problem, narrow, wide = given
+    assert problem.hessian is not None, "planes are solved under the Hessian"
+    weight = problem.transform.rounded_weight(problem.weight)
+    return nest(weight, problem.transform.input_map.second_moment(problem.hessian), narrow, wide, damping)
 
 
 def load_layer_transforms(context: Context) -> dict[str, LayerTransform]:

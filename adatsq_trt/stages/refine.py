@@ -27,7 +27,6 @@ from adatsq_trt.execution.device import CPU, to_device
 from adatsq_trt.files import read_json_model, write_json_model
 from adatsq_trt.formats import Format, Grid, format_named
 from adatsq_trt.models.format_store import BlockFiles, CandidateWeights, save_weights, weights_name
-from adatsq_trt.models.transforms import LayerTransform
 from adatsq_trt.policy import Policy
 from adatsq_trt.quantizers import QuantizedWeight
 from adatsq_trt.search.denoising import row_errors
@@ -35,6 +34,7 @@ from adatsq_trt.search.resume import Score
 from adatsq_trt.stages import calibrate, quantize, search
 from adatsq_trt.stages.context import Context
 from adatsq_trt.stages.run_directory import Stage
+from adatsq_trt.transforms import LayerTransform
 
 NAME = "refine"
 RESULT = "result.json"

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adatsq_trt.base_type import require_one_type
+from adatsq_trt.calibration.transforms.graph_form import rotated_blocks
+from adatsq_trt.calibration.transforms.make import TRANSFORMS
 from adatsq_trt.config import DEFAULT_LAYOUT, BuildConfig, Layout, Weights
 from adatsq_trt.engines.backends.cuda_device import gpu_capability
-from adatsq_trt.errors import DependencyError, UserError
+from adatsq_trt.errors import DependencyError, UnsupportedFormatError, UserError
 from adatsq_trt.execution import Executor, InProcess
 from adatsq_trt.execution.cluster import connected, parse_address, require_cluster
 from adatsq_trt.execution.device import AUTO, CPU, OnDevice, parse_device
@@ -156,6 +158,7 @@ def _require_backend(config: BuildConfig, targets: Sequence[Target]) -> None:
         "--hardware-compatibility": config.hardware_compatibility != "none",
         "--version-compatible": config.version_compatible,
         "--weight-streaming": config.weight_streaming,
+        "--plugins": config.plugins is not None,
     }
     if config.backend != "tensorrt":
         given = [option for option, is_given in special.items() if is_given]
@@ -164,8 +167,9 @@ def _require_backend(config: BuildConfig, targets: Sequence[Target]) -> None:
                 f"{', '.join(given)}: only enterprise TensorRT has this; add --backend tensorrt or leave it out"
             )
         return
-    if config.layout == PLUGIN_LAYOUT or config.simulate:
+    if config.simulate:
         raise UserError("--backend tensorrt: this request compiles no plans; leave it out")
+    _require_plugins(config)
     from adatsq_trt.engines.backends.tensorrt import TensorRTBackend, TensorRTOptions
     from adatsq_trt.engines.manifest import Compatibility
 
@@ -177,21 +181,30 @@ def _require_backend(config: BuildConfig, targets: Sequence[Target]) -> None:
             backend.require_target(target)
 
 
+def _require_plugins(config: BuildConfig) -> None:
+    """Refuse a plan of plugin nodes without the library, and the library without such a plan."""
+    if config.layout != PLUGIN_LAYOUT and config.plugins is not None:
+        raise UserError("--plugins: only plans of --layout plugin need the library; leave it out")
+    if config.layout == PLUGIN_LAYOUT and (config.plugins is None or not config.plugins.is_file()):
+        got = "no --plugins" if config.plugins is None else f"no file '{config.plugins}'"
+        raise UserError(
+            f"--backend tensorrt with --layout plugin: got {got}, expected the libadatsq_plugins.so that 'adatsq-trt "
+            "build plugins' makes; or leave --backend out, and the bundle gets commands that compile its plan elsewhere"
+        )
+
+
 def _require_exportable(config: BuildConfig, last: str) -> None:
-    """No graph holds a transform yet, so nothing that was made with one may reach the export; nor shared planes."""
+    """Simulated transforms are not those of graphs, and shared planes are not solved again."""
     if config.refine and config.layout == PLUGIN_LAYOUT:
         raise UserError(
             "--refine: with --layout plugin widths of a layer may share planes, which are not solved again; choose "
             "another layout, or leave it out"
         )
-    if config.transform is None:
-        return
-    if not config.simulate:
-        raise UserError(f"--transform {config.transform}: exported graphs cannot hold it; pass --simulate to study it")
-    if last in ("export", "bundle"):
+    if config.transform is not None and config.simulate and last in ("export", "bundle"):
         raise UserError(
-            f"--transform {config.transform}: exported graphs cannot hold it; run 'adatsq-trt search' with "
-            "these options, which ends before the export"
+            f"--transform {config.transform}: with --simulate inputs are rotated as a whole and divided by any number, "
+            "which exported graphs do not hold; run 'adatsq-trt search' with these options, which ends before the "
+            "export, or leave out --simulate"
         )
 
 
@@ -232,7 +245,8 @@ def _resolve(
         | known
         | size_settings(config, shapes_of_one_row)
         | ({"batch": batch} if batch else {})
-        | {"shapes": shapes},
+        | {"shapes": shapes}
+        | ({} if config.plugins is None else {"plugins": str(config.plugins.absolute())}),
         excluded=excluded,
         formats_for=restrict_formats(model, config.restrictions, [fmt.name for fmt in formats]),
         model=model.name,
@@ -277,10 +291,28 @@ def _require_layers(
         set(FORMATS).intersection(*(target.accelerated(layout, config.backend) for target in built)),
         whole_groups=bool(built) and (layout == PLUGIN_LAYOUT or config.backend == "tensorrt"),
     )
+    if config.transform is not None and TRANSFORMS[config.transform].rotates and not config.simulate:
+        _require_blocks(config.transform, formats, layers)
     if layout == PLUGIN_LAYOUT:
         from adatsq_trt.export.plugin_operands import require_plugin_shapes
 
         require_plugin_shapes({name: (layer.out_features, layer.in_features) for name, layer in layers.items()})
+
+
+def _require_blocks(transform: str, formats: Sequence[Format], layers: Mapping[str, nn.Linear]) -> None:
+    """Refuse a rotation of layers that no block divides.
+
+    Raises:
+        UnsupportedFormatError: names the first of them.
+    """
+    *_, least = rotated_blocks(formats)
+    for name, layer in layers.items():
+        if layer.in_features % least:
+            raise UnsupportedFormatError(
+                f"--transform {transform}: layer '{name}': in_features {layer.in_features} is not a multiple of "
+                f"{least}, the smallest block that graphs rotate; choose a transform that does not rotate, or leave "
+                "the layer out with --exclude"
+            )
 
 
 def choose_executor(config: BuildConfig) -> AbstractContextManager[Executor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adatsq_trt.calibration.finite import require_finite_trajectory
 from adatsq_trt.calibration.fisher import projections
-from adatsq_trt.calibration.trajectory import SAMPLES_PER_CALL
+from adatsq_trt.calibration.trajectory import SAMPLES_PER_CALL, state_tensors, trajectory_states
 from adatsq_trt.calibration.units import measured_trajectory
 from adatsq_trt.errors import MismatchError, UserError
 from adatsq_trt.execution import Executor, InProcess
@@ -28,14 +28,16 @@ from adatsq_trt.models.stored import count_weights
 from adatsq_trt.policy import GIVEN_POLICY_ADVICE, Policy
 from adatsq_trt.search.beam import Pruning
 from adatsq_trt.search.denoising import ConstrainedProblem, DenoisingProblem, format_bits, row_errors
+from adatsq_trt.search.joint import Shrinkage
 from adatsq_trt.search.merge import Allowance, MeanBits, Several, merged_policies
-from adatsq_trt.search.plan import Plan, Rows, make_constrained_plan, make_plan
+from adatsq_trt.search.plan import ONCE_SHRINKAGES, SHRINKAGES, Plan, Rows, make_constrained_plan, make_plan
 from adatsq_trt.search.resume import measure_sensitivity, search_columns
 from adatsq_trt.search.select import Proposal, SearchResult
 from adatsq_trt.search.sensitivity import Sensitivity
 from adatsq_trt.search.simulation import Simulation
 from adatsq_trt.search.static import constrained_layer_only, constrained_time_only, layer_only, time_only, uniform
 from adatsq_trt.settings import Settings
+from adatsq_trt.solver import State
 from adatsq_trt.stages import budget, calibrate, quantize
 from adatsq_trt.stages.context import Context
 from adatsq_trt.stages.judging import Judging
@@ -150,14 +152,15 @@ def _search(context: Context, account: budget.Account, folder: Path) -> SearchRe
     """The steps of the search, each kept on disk as it goes."""
     store = quantize.load(context)
     with _executor(context) as executor:
-        latents = _reference(context, executor, folder)
+        reference = _reference(context, executor, folder)
         if context.settings.policy is not None:
             with _simulation(context, store, executor) as simulation:
                 return _judge(context, simulation, [_given_proposal(context), *_uniforms(context)], account, 0, folder)
-        sensitivity, adjoints = _sensitivity(context, store, latents, executor, folder)
+        sensitivity, adjoints = _sensitivity(context, store, reference["latents"], executor, folder)
         plan, make_problem, static, allowance = _plans(context, sensitivity, account)
         with _simulation(context, store, executor) as simulation:
-            problem = make_problem(context.calibration, simulation, latents, adjoints, plan)
+            states = trajectory_states(reference, context.schedule.solver.memory)
+            problem = make_problem(context.calibration, simulation, states, adjoints, plan)
             paths = _beam(context, problem, folder)
             starts = [*plan.policies, *plan.hedges, *paths, *(p.rows for p in static)]
             proposals = [
@@ -235,7 +238,7 @@ def _plans(
                 ", ".join(context.settings.formats),
             )
         by_layer = constrained_layer_only(sensitivity, bits, budgets)
-        plan, cost, prices = make_constrained_plan(sensitivity, bits, budgets, count, by_layer)
+        plan, cost, prices = make_constrained_plan(sensitivity, bits, budgets, count, by_layer, _shrinkages(context))
         by_step = constrained_time_only(sensitivity, bits, budgets)
         make_problem: Callable[..., DenoisingProblem] = partial(
             ConstrainedProblem, budget=math.inf, budgets=budgets, cost=cost
@@ -244,7 +247,7 @@ def _plans(
     else:
         mean = context.settings.budget_bits
         assert mean is not None
-        plan = make_plan(sensitivity, bits, mean, count)
+        plan = make_plan(sensitivity, bits, mean, count, _shrinkages(context))
         by_layer, by_step = layer_only(sensitivity, bits, mean), time_only(sensitivity, bits, mean)
         make_problem = partial(DenoisingProblem, budget=mean)
         allowance = MeanBits(bits, budgets.limits()["bits"])
@@ -252,18 +255,23 @@ def _plans(
     return plan, make_problem, static, allowance
 
 
-def _reference(context: Context, executor: Executor, folder: Path) -> Tensor:
-    """The trajectory of the calibration batch without fake quantization, float32 [steps + 1, samples, *latent_shape].
+def _shrinkages(context: Context) -> tuple[Shrinkage, ...]:
+    """How far covariances are believed."""
+    return ONCE_SHRINKAGES if context.settings.weights == "once" else SHRINKAGES
+
+
+def _reference(context: Context, executor: Executor, folder: Path) -> dict[str, Tensor]:
+    """The trajectory of the calibration batch without fake quantization, as `state_tensors`.
 
     In the precision of the search: what that changes of a picture is no error of a policy.
     """
     if not (file := _reference_file(context, folder)).is_file():
         noise = context.calibration.noise()
         after = measured_trajectory(executor, executor.share(context.calibration), noise, context.settings.steps)
-        latents = torch.stack([noise, *after])
-        require_finite_trajectory(context.calibration, latents)
-        write_tensors(file, {"latents": latents})
-    return read_tensors(file)["latents"]
+        whole = state_tensors([State(noise), *after])
+        require_finite_trajectory(context.calibration, whole["latents"])
+        write_tensors(file, whole)
+    return read_tensors(file)
 
 
 def _reference_file(context: Context, folder: Path) -> Path:
@@ -273,7 +281,7 @@ def _reference_file(context: Context, folder: Path) -> Path:
 
 def _sensitivity(
     context: Context, store: CandidateWeights, latents: Tensor, executor: Executor, folder: Path
-) -> tuple[Sensitivity, Tensor]:
+) -> tuple[Sensitivity, list[State[Tensor]]]:
     """Sensitivity and adjoints along the trajectory of the calibration batch."""
     settings = context.settings
     start = projections(len(latents[0]), context.adapter.latent_shape, settings.projections, settings.seed)
@@ -288,8 +296,10 @@ def _sensitivity(
 
 def _merged(context: Context, sensitivity: Sensitivity, allowance: Allowance, starts: Sequence[Rows]) -> list[Rows]:
     """Policies with few assignments, where they are asked for."""
-    limit = context.settings.max_assignments
-    return [] if limit is None else merged_policies(sensitivity, format_bits(context.formats), allowance, starts, limit)
+    limit, bits = context.settings.max_assignments, format_bits(context.formats)
+    if limit is None:
+        return []
+    return merged_policies(sensitivity, bits, allowance, starts, limit, _shrinkages(context))
 
 
 def _uniforms(context: Context) -> list[Proposal]:

@@ -72,6 +72,7 @@ def _summary(context: Context, policy: Policy) -> Summary:
         max_assignments=settings.max_assignments,
         policies=policies,
         replaced=replaced(result),
+        transform=result.transform,
         ms=chosen.costs.ms,
         ms_source=result.ms_source,
         buckets=len(policy.buckets),

@@ -8,6 +8,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from adatsq_trt.errors import UnknownNameError
+from adatsq_trt.files import read_json_model
 
 ZOO_FOLDER = Path(__file__).parent / "weights"
 
@@ -74,3 +75,50 @@ class TextEncoderConfig(BaseModel):
     words: tuple[str, ...]
     prompts: tuple[str, ...] = Field(min_length=1)
     text_tokens: int = Field(ge=1)
+
+
+class ModelRow(BaseModel):
+    """One model of the zoo.
+
+    Attributes:
+        name: as commands take it.
+        architecture: diffusers class of the transformer.
+        image_size: height and width in pixels.
+        frames: of a video; None for images.
+        weight_bytes: size of all its safetensors.
+        default_steps: denoising steps when none are asked for.
+        default_guidance: guidance scale when none is asked for.
+        folder: its folder, in diffusers' layout.
+    """
+
+    name: str
+    architecture: str
+    image_size: int
+    frames: int | None
+    weight_bytes: int
+    default_steps: int
+    default_guidance: float
+    folder: str
+
+
+def list_models() -> list[ModelRow]:
+    """All models of the zoo.
+
+    Raises:
+        DamagedFileError: a model's index is truncated or altered.
+    """
+    return [_row(name, folder) for name, folder in zoo_models().items()]
+
+
+def _row(name: str, folder: Path) -> ModelRow:
+    index = read_json_model(folder / "model_index.json", ZooIndex)
+    return ModelRow(
+        name=name,
+        architecture=index.transformer[1],
+        image_size=index.image_size,
+        frames=index.frames,
+        weight_bytes=sum(path.stat().st_size for path in folder.rglob("*.safetensors")),
+        default_steps=index.default_steps,
+        default_guidance=index.default_guidance,
+        folder=str(folder),
+    )

@@ -127,7 +127,6 @@ def make_bundle(name: str, folder: Path, cpu: bool = False) -> BundleFiles:
 
 
 def make_manifest(name: str, adapter: ModelAdapter, formats: tuple[str, ...], base: BaseName, target: str) -> Manifest:
-    schedule = adapter.schedule(STEPS)
     return Manifest(
         model=name,
         architecture=adapter.architecture,
@@ -135,9 +134,7 @@ def make_manifest(name: str, adapter: ModelAdapter, formats: tuple[str, ...], ba
         targets=(target,),
         base_type=base,
         formats=formats,
-        schedule=ScheduleRecord(
-            sigmas=schedule.sigmas, timesteps=schedule.timesteps, scheduler_config=schedule.scheduler_config
-        ),
+        schedule=ScheduleRecord.of(adapter.schedule(STEPS)),
         guidance=1.0,
         latent_shape=adapter.latent_shape,
         image=ImageSpec(**asdict(adapter.image)),

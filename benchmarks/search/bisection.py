@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from adatsq_trt.calibration.prompt_shares import Use, shared_prompts
 from adatsq_trt.files import read_json_model
 from adatsq_trt.search.bisection import bisected_policy
 from adatsq_trt.search.denoising import format_bits
@@ -55,8 +56,8 @@ def measure(context: Context, samples: int, folder: Path) -> list[tuple[str, flo
         found = policies(context, result)
         shape = settings.steps, len(context.layers)
         found["bisection"] = bisected_policy(error, bits, settings.budget_bits, *shape, runs=settings.steps)
-        prompts = context.held_out.prompts
-        fresh = Scorer(simulation, context.evaluation((prompts * samples)[:samples]), folder)
+        prompts = shared_prompts(len(context.adapter.prompts), Use.SCORING)
+        fresh = Scorer(simulation, context.evaluation([prompts[i % len(prompts)] for i in range(samples)]), folder)
         errors = fresh.scores(list(found.values()))
         calls = dict.fromkeys(found, result.denoiser_calls) | {"bisection": len(set(runs)) * settings.steps}
         return [

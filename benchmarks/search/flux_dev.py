@@ -49,6 +49,7 @@ from adatsq_trt.search.denoising import DenoisingProblem, format_bits
 from adatsq_trt.search.plan import make_plan
 from adatsq_trt.search.resume import measure_sensitivity, search_columns
 from adatsq_trt.search.simulation import Simulation
+from adatsq_trt.solver import State
 from adatsq_trt.stages.meter import machine_bytes, resident_bytes
 from benchmarks.document import replace_marked
 
@@ -187,7 +188,8 @@ def measure(device: torch.device, search: Search) -> Row:
     by_block = goes_by_block(adapter, schedule, device, search)
     noise = samples.noise()
     began = perf_counter()
-    latents = torch.stack([noise, *measured_trajectory(executor, executor.share(samples), noise, steps)])
+    states = [State(noise), *measured_trajectory(executor, executor.share(samples), noise, steps)]
+    latents = torch.stack([state.latent for state in states])
     drawn = perf_counter()
     start = projections(1, adapter.latent_shape, PROJECTIONS, 0)
     with tempfile.TemporaryDirectory() as folder:
@@ -200,7 +202,7 @@ def measure(device: torch.device, search: Search) -> Row:
         planned = perf_counter()
         with SimulatedModel(adapter, store, 0).installed() as model, progress("beam", steps) as advance:
             simulation = Simulation(model, FORMATS, schedule, GUIDANCE, executor, 1 if device.type == CPU else BEAM)
-            problem = DenoisingProblem(samples, simulation, latents, adjoints, plan, budget=BITS)
+            problem = DenoisingProblem(samples, simulation, states, adjoints, plan, budget=BITS)
             search_columns(problem, Pruning(BEAM, SLACK, search.expansions), Path(folder), advance)
         ended = perf_counter()
     return Row(

@@ -92,10 +92,10 @@ def seconds_per_call(context: Context, policy: Policy) -> float:
     with SimulatedModel(context.adapter, quantize.load(context)).installed() as model:
         model.assign(policy.formats_at(0), 0)
         latent = samples.noise()
-        samples.step(latent, 0)
+        samples.velocity(latent, 0)
         for _ in range(REPETITIONS):
             start = perf_counter()
-            samples.step(latent, 0)
+            samples.velocity(latent, 0)
             seconds.append(perf_counter() - start)
     return median(seconds)
 

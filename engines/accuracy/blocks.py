@@ -19,7 +19,7 @@ from polygraphy.comparator import Comparator
 from adatsq_trt.engines.accuracy.block_cut import Cut, GraphView, Piece, find_cut, find_pieces
 from adatsq_trt.engines.accuracy.comparison import Arrays, quiet_polygraphy, run_in_onnxruntime
 from adatsq_trt.engines.accuracy.reference_ops import ReferenceRunner
-from adatsq_trt.engines.accuracy.references import OUTPUT_SUFFIX
+from adatsq_trt.engines.accuracy.references import BRANCH_SUFFIX, OUTPUT_SUFFIX
 from adatsq_trt.engines.accuracy.rounded_layers import count_rounded_layers
 from adatsq_trt.engines.bundle import BundleFiles
 from adatsq_trt.errors import AdatsqError
@@ -82,11 +82,12 @@ class BlockPair:
 
     @cached_property
     def _cuts(self) -> dict[str, Cut]:
-        """Piece → its border, with the outputs of its layers among the outputs."""
+        """Piece → its border, with the outputs of its layers, and of their 16-bit branches, among the outputs."""
         target, cpu = self._graphs
         cuts = {}
         for name, piece in self._pieces.items():
-            layers = [f"{layer}{OUTPUT_SUFFIX}" for layer in self._layers(name)]
+            suffixes = (BRANCH_SUFFIX, OUTPUT_SUFFIX)
+            layers = [f"{layer}{suffix}" for layer in self._layers(name) for suffix in suffixes]
             inside = [value for value in layers if value in cpu.producers]
             border = find_cut(target, cpu, piece)
             cuts[name] = Cut(border.inputs, tuple(dict.fromkeys((*inside, *border.outputs))))

@@ -99,7 +99,7 @@ def _policy_difference(bundle: BundleFiles, exported: Exported) -> str | None:
 
 
 def _schedule_difference(got: ScheduleRecord, expected: ScheduleRecord) -> str | None:
-    for name in ("sigmas", "timesteps"):
+    for name in ("sigmas", "timesteps", "updates"):
         own, other = getattr(got, name), getattr(expected, name)
         if len(own) != len(other):
             return _differ(f"length of {name}", len(own), len(other))

@@ -11,8 +11,8 @@ from adatsq_trt.engines.exported import SCALES_PREFIX
 from adatsq_trt.errors import DamagedFileError
 from adatsq_trt.graph_index import GraphFile
 
-# What the exporter calls a layer's output after its module path.
-OUTPUT_SUFFIX = ".output"
+# What the exporter calls a layer's output after its module path, and what a 16-bit branch adds to it.
+OUTPUT_SUFFIX, BRANCH_SUFFIX = ".output", ".branch"
 
 
 @dataclass(frozen=True)

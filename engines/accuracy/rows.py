@@ -14,7 +14,7 @@ from adatsq_trt.engines.accuracy.blocks import REFERENCE_NAME, BlockPair
 from adatsq_trt.engines.accuracy.comparison import CPU_NAME, Arrays, SavedArrays, compare, run_in_onnxruntime
 from adatsq_trt.engines.accuracy.exact import check_exactly
 from adatsq_trt.engines.accuracy.loop import check_loop, plan_output_tolerance
-from adatsq_trt.engines.accuracy.references import OUTPUT_SUFFIX, Reference
+from adatsq_trt.engines.accuracy.references import BRANCH_SUFFIX, OUTPUT_SUFFIX, Reference
 from adatsq_trt.engines.accuracy.report import REPORT_NAME, CheckReport, CheckRow, Variant, write_report
 from adatsq_trt.engines.accuracy.separate_layers import chosen_outputs, given_inputs, write_separated
 from adatsq_trt.engines.accuracy.tolerances import (
@@ -425,7 +425,7 @@ class _Comparison:
         formats: Mapping[str, str] = dict(
             zip(self.bundle.policy.layers, self.bundle.policy.assignments[subject.assignment], strict=True)
         )
-        layer = output.removesuffix(OUTPUT_SUFFIX)
+        layer = output.removesuffix(OUTPUT_SUFFIX).removesuffix(BRANCH_SUFFIX)
         tolerance = self.tolerances[output]
         return CheckRow(
             bucket=subject.bucket,

@@ -116,6 +116,10 @@ class DeviceSteps(StepRunner):
         """Milliseconds of one call of the model on the device."""
         return self._gpu.timed(lambda: generation.predict(latents, step))
 
+    def timed_step(self, step: int, buffers: RowBuffers) -> float:
+        """Milliseconds of one step's graph or plan alone, with inputs that are there."""
+        return self._gpu.timed(lambda: self.enqueue(step, buffers))
+
     def used_bytes(self) -> int:
         """Memory of the device that is in use, by whatever process."""
         return self._gpu.used_bytes()

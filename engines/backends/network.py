@@ -37,6 +37,7 @@ class NetworkCompiler(Compiler):
         self.require_target(target)
         library, told = self.library, self.make_logger()
         builder = library.Builder(told)
+        self._set_up_builder(builder)
         network = builder.create_network(1 << int(library.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = library.OnnxParser(network, told)
         self._set_up_parser(parser)
@@ -82,6 +83,9 @@ class NetworkCompiler(Compiler):
     def library(self) -> Any:
         """Its module."""
         return import_module(self.module)
+
+    def _set_up_builder(self, builder: Any) -> None:
+        """Prepare a builder before there is a network."""
 
     def _set_up_parser(self, parser: Any) -> None:
         """Prepare a parser before it reads a graph; nothing by default."""

@@ -27,7 +27,10 @@ class Memory(Protocol):
 
 
 class PlanControls:
-    """Weights once per bundle, positions once per size, and the scales of all steps as one tensor."""
+    """Weights once per bundle, positions once per size, and the scales of all steps as one tensor.
+
+    In layout `plugin` the shape of an input selects the assignment, of which nobody reads the content.
+    """
 
     def __init__(self, files: BundleFiles, memory: Memory, context: EngineContext) -> None:
         """Bring weights and scales to the device.
@@ -45,6 +48,7 @@ class PlanControls:
         self._weights = load_store(files.file(f"{PLAN_FOLDER}/{STORE_NAME}"), memory) if shared else {}
         self._positions: dict[Size, dict[str, torch.Tensor]] = {}
         self._steps = _StepTable(files, memory)
+        self._selector = self._make_selector()
 
     def bind_weights(self, context: EngineContext) -> None:
         """Bind a context's weights, once and for all steps."""
@@ -58,6 +62,19 @@ class PlanControls:
             context.set_shape(name, tensor.shape)
             context.bind(name, tensor.data_ptr())
         self._steps.bind(context, step)
+        if self._selector is not None:
+            name, tensor = self._selector
+            context.set_shape(name, (1, self._files.policy.step_assignments[step] + 1))
+            context.bind(name, tensor.data_ptr())
+
+    def _make_selector(self) -> tuple[str, torch.Tensor] | None:
+        import torch
+
+        inputs = (graph.selector_input for graph in self._files.index.graphs)
+        signature = next(filter(None, inputs), None)
+        if signature is None:
+            return None
+        return signature.name, self._memory.empty((1, len(self._files.policy.assignments)), torch.int32).zero_()
 
     def _positions_of(self, context: EngineContext, step: int, size: Size) -> dict[str, torch.Tensor]:
         import torch
@@ -73,7 +90,7 @@ class PlanControls:
 
     def clear(self) -> None:
         """Give the memory back."""
-        self._weights, self._positions = {}, {}
+        self._weights, self._positions, self._selector = {}, {}, None
         self._steps.clear()
 
 

@@ -114,7 +114,7 @@ class PlanSteps(DeviceSteps):
         """Bind a step's tensors to its engine and enqueue it."""
         held, stream = self._held(step), self._gpu.stream
         files, size, context = self._files, buffers.size, self._contexts[held]
-        profiles = files.manifest.profiles_of(files.manifest.shape(size))
+        profiles = files.manifest.profiles_of(files.manifest.shape(size), files.policy.step_assignments[step])
         with self._lock:
             context.use_profile(self._plans[held].profile(buffers.count, profiles), stream)
             for name, tensor in buffers.rows.items():

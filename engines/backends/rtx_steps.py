@@ -6,10 +6,12 @@ import hashlib
 import logging
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from adatsq_trt.engines.backends.cuda_device import gpu_capability, gpu_name
+from adatsq_trt.engines.backends.device_steps import RowBuffers
 from adatsq_trt.engines.backends.plan_steps import PlanSteps
 from adatsq_trt.engines.backends.rtx import RtxBackend
 from adatsq_trt.engines.bundle import MANIFEST_NAME, BundleFiles, Manifest, PlanFile
@@ -31,8 +33,13 @@ def runnable_plans(manifest: Manifest, version: str, capability: int) -> tuple[P
         capability: the GPU's compute capability, such as 120.
 
     Raises:
-        MismatchError: there are none for this GPU, or another version of TensorRT-RTX compiled them.
+        MismatchError: there are none for this GPU, or another library or version of TensorRT-RTX compiled them.
     """
+    if manifest.plans and manifest.backend != RtxBackend.name:
+        raise MismatchError(
+            f"the bundle's plans are of {manifest.backend}, not of TensorRT-RTX; run it with backend "
+            f"'{manifest.backend}', or build it again with --backend rtx"
+        )
     target = next((name for name, target in TARGETS.items() if target.compute_capability == capability), None)
     plans = tuple(plan for plan in manifest.plans if plan.target == target)
     if not plans:
@@ -61,12 +68,32 @@ def plans_here(manifest: Manifest) -> tuple[PlanFile, ...]:
     return runnable_plans(manifest, backend.version(), gpu_capability())
 
 
-class RtxSteps(PlanSteps):
-    """Engines of TensorRT-RTX, which compiles kernels when a context first meets a shape.
+@dataclass(frozen=True)
+class CompiledKernels:
+    """Kernels that TensorRT-RTX compiled just in time.
 
     Attributes:
-        compile_seconds: time of making contexts and of first calls, nearly all of which is compiling.
+        seconds: time of making contexts and of first calls, nearly all of which is compiling.
+        known: whether kernels of an earlier run were there.
+        file: the cache that keeps them.
     """
+
+    seconds: float
+    known: bool
+    file: Path
+
+    @property
+    def sentence(self) -> str:
+        """For the console."""
+        known = "with" if self.known else "without"
+        return (
+            f"TensorRT-RTX took {self.seconds:.1f} s to start {known} kernels of an earlier run; they are kept in "
+            f"'{self.file}'"
+        )
+
+
+class RtxSteps(PlanSteps):
+    """Engines of TensorRT-RTX, which compiles kernels when a context first meets a shape."""
 
     def __init__(
         self, files: BundleFiles, plans: tuple[PlanFile, ...] | None = None, keep_kernels: bool = True
@@ -84,8 +111,8 @@ class RtxSteps(PlanSteps):
         self._cache: Any = None
         self._compiled: set[tuple[int | None, int, tuple[int, ...] | None]] = set()
         self._unsaved = False
-        self.compile_seconds = 0.0
-        self._keep_kernels = keep_kernels
+        self._compile_seconds = 0.0
+        self._keep_kernels, self._known = keep_kernels, False
         super().__init__(files, plans_here(files.manifest) if plans is None else plans, RtxBackend())
 
     def _make_context(self, engine: Any, captured: bool) -> Any:
@@ -94,8 +121,9 @@ class RtxSteps(PlanSteps):
         if self._cache is None:
             self._cache = config.create_runtime_cache()
             self._cache_file = cache_file(self._files, gpu_name())
-            known = self._keep_kernels and self._cache_file.is_file()
-            if known and not self._cache.deserialize(self._cache_file.read_bytes()):
+            self._known = self._keep_kernels and self._cache_file.is_file()
+            if self._known and not self._cache.deserialize(self._cache_file.read_bytes()):
+                self._known = False
                 log.warning("'%s' is of another version of TensorRT-RTX; compiling kernels anew", self._cache_file)
         if not config.set_runtime_cache(self._cache):
             log.warning("TensorRT-RTX takes no runtime cache; it compiles kernels at every start")
@@ -104,8 +132,13 @@ class RtxSteps(PlanSteps):
         config.cuda_graph_strategy = strategies.WHOLE_GRAPH_CAPTURE if captured else strategies.DISABLED
         began = time.perf_counter()
         context = engine.create_execution_context(config)
-        self.compile_seconds += time.perf_counter() - began
+        self._compile_seconds += time.perf_counter() - began
         return context
+
+    @property
+    def kernels(self) -> CompiledKernels:
+        """Kernels that were compiled until now."""
+        return CompiledKernels(self._compile_seconds, self._known, self._cache_file)
 
     def _called(self, held: int | None, rows: int, size: tuple[int, ...] | None, seconds: float) -> None:
         """Note that kernels were compiled."""
@@ -113,7 +146,7 @@ class RtxSteps(PlanSteps):
         if call not in self._compiled:
             self._compiled.add(call)
             self._unsaved = True
-            self.compile_seconds += seconds
+            self._compile_seconds += seconds
 
     def synchronize(self) -> None:
         """Wait for the device, and keep what it compiled: a process that is killed later need not compile again."""
@@ -129,17 +162,31 @@ class RtxSteps(PlanSteps):
         if not self._unsaved or not self._keep_kernels:
             return
         self._unsaved = False
-        known = "with" if self._cache_file.is_file() else "without"
-        log.info(
-            "TensorRT-RTX took %.1f s to start %s kernels of an earlier run; they are kept in '%s'",
-            self.compile_seconds,
-            known,
-            self._cache_file,
-        )
+        log.info("%s", self.kernels.sentence)
         try:
             write_bytes(self._cache_file, bytes(self._cache.serialize()))
         except OutputError as error:
             log.warning("%s; kernels will be compiled again the next time", error)
+
+
+def compile_kernels(files: BundleFiles) -> CompiledKernels:
+    """Call every plan of a bundle once, for one sample, so that its kernels are there when it is used.
+
+    Raises:
+        UserError: as `plans_here`; TensorRT-RTX refuses a plan.
+    """
+    steps = files.policy.step_assignments
+    with RtxSteps(files) as runner:
+        with runner.working():
+            buffers = RowBuffers(runner, 2 if files.two_branches else 1, _first_size(files))
+            for assignment in range(len(files.policy.assignments)):
+                runner.enqueue(steps.index(assignment), buffers)
+        runner.synchronize()
+        return runner.kernels
+
+
+def _first_size(files: BundleFiles) -> tuple[int, ...] | None:
+    return files.manifest.shapes[0].size if files.manifest.shapes else None
 
 
 class ComparisonSteps(RtxSteps):

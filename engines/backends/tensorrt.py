@@ -16,14 +16,15 @@ from typing import Any
 
 from adatsq_trt.engines.backends.network import NetworkCompiler
 from adatsq_trt.engines.manifest import Compatibility
-from adatsq_trt.errors import DependencyError, MismatchError, OutputError
-from adatsq_trt.files import write_bytes
+from adatsq_trt.errors import DependencyError, MismatchError, OutputError, UserError
+from adatsq_trt.files import sha256, write_bytes
 from adatsq_trt.formats import Target
 
 log = logging.getLogger(__name__)
 LIBRARY = "tensorrt"
 MINIMUM_VERSION = (10, 13)
 _AMPERE = 80
+_PLUGIN = ("AdatsqLinear", "1", "adatsq")  # type, version, namespace
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,13 @@ class TensorRTOptions:
         compatibility: other GPUs and versions that may run them.
         weight_streaming: leave weights in the host's memory as far as the GPU's does not suffice.
         timing_cache: folder that keeps measured kernels, one file for each target; None to measure anew.
+        plugins: library of the plugin, for graphs of its nodes.
     """
 
     compatibility: Compatibility = field(default_factory=Compatibility)
     weight_streaming: bool = False
     timing_cache: Path | None = None
+    plugins: Path | None = None
 
 
 class TensorRTBackend(NetworkCompiler):
@@ -53,7 +56,8 @@ class TensorRTBackend(NetworkCompiler):
     @property
     def settings(self) -> str:
         """The options; where the timing cache lies changes nothing."""
-        return f"{self.options.compatibility!r} weight_streaming={self.options.weight_streaming}"
+        own = f"{self.options.compatibility!r} weight_streaming={self.options.weight_streaming}"
+        return own if self.options.plugins is None else f"{own} plugins={sha256(self.options.plugins)}"
 
     def require(self) -> None:
         """Make sure that the library is there, new enough, and that there is a GPU.
@@ -88,6 +92,10 @@ class TensorRTBackend(NetworkCompiler):
                 f"--target {target.name}: TensorRT compiles for the GPU that it runs on, which is sm{here}; pass "
                 f"--target sm{here}, or --hardware-compatibility ampere_plus, or --backend rtx, or build on such a GPU"
             )
+
+    def _set_up_builder(self, builder: Any) -> None:
+        if self.options.plugins is not None:
+            load_plugins(builder.get_plugin_registry(), self.options.plugins)
 
     def _set_up_parser(self, parser: Any) -> None:
         # The vendor asks for it where plans are to run on other GPUs or versions.
@@ -138,6 +146,24 @@ class TensorRTBackend(NetworkCompiler):
     @staticmethod
     def _cache_file(target: Target, folder: Path) -> Path:
         return folder / f"{target.name}.bin"
+
+
+def load_plugins(registry: Any, library: Path) -> None:
+    """Make the plugin's nodes known to a builder or a runtime.
+
+    Args:
+        registry: of the builder or the runtime.
+        library: what 'adatsq-trt build plugins' made.
+
+    Raises:
+        UserError: TensorRT cannot load it.
+    """
+    # The library refuses, too, what the process has loaded for another runtime.
+    if registry.load_library(str(library)) is None and registry.get_creator(*_PLUGIN) is None:
+        raise UserError(
+            f"TensorRT cannot load the plugin library '{library}'; build it with the headers of the installed version, "
+            "as 'adatsq-trt build plugins --tensorrt-root FOLDER' does"
+        )
 
 
 def version_numbers(version: str) -> tuple[int, ...]:

@@ -6,10 +6,16 @@ from typing import Any
 
 from adatsq_trt.engines.backends.cuda_device import gpu_capability
 from adatsq_trt.engines.backends.plan_steps import PlanSteps
-from adatsq_trt.engines.backends.tensorrt import LIBRARY, TensorRTBackend, runs_capability, runs_version
-from adatsq_trt.engines.bundle import BundleFiles, Manifest, PlanFile
+from adatsq_trt.engines.backends.tensorrt import (
+    LIBRARY,
+    TensorRTBackend,
+    load_plugins,
+    runs_capability,
+    runs_version,
+)
+from adatsq_trt.engines.bundle import PLUGIN_LIBRARY, BundleFiles, Manifest, PlanFile
 from adatsq_trt.errors import MismatchError
-from adatsq_trt.formats import TARGETS
+from adatsq_trt.formats import PLUGIN_LAYOUT, TARGETS
 
 
 def runnable_plans(manifest: Manifest, version: str, capability: int) -> tuple[PlanFile, ...]:
@@ -76,6 +82,8 @@ class TensorRTSteps(PlanSteps):
     def _prepare_runtime(self, runtime: Any) -> None:
         # Plans for other versions bring the program that runs them; their hashes have been checked.
         runtime.engine_host_code_allowed = self._files.manifest.compatibility.versions
+        if self._files.manifest.layout == PLUGIN_LAYOUT:
+            load_plugins(runtime.get_plugin_registry(), self._files.file(PLUGIN_LIBRARY))
 
     def _make_context(self, engine: Any, captured: bool) -> Any:
         """With as many weights on the GPU as fit, if the plan allows it."""

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, RootModel
 from adatsq_trt.engines.bundle import BundleFiles
 from adatsq_trt.engines.runtime import Bundle, Conditioning
 from adatsq_trt.engines.vae import weights_variant
-from adatsq_trt.errors import DamagedFileError, MismatchError, MissingFileError
+from adatsq_trt.errors import DamagedFileError, MismatchError, MissingFileError, one_line
 from adatsq_trt.files import read_json_model, sha256, write_json_model
 
 PIPELINE_NAME, RECORD_NAME = "pipeline", "pipeline.json"
@@ -53,7 +53,7 @@ def require_pipeline(folder: Path, bundle: BundleFiles) -> None:
     Raises:
         MissingFileError: it is not complete, or has no weights in safetensors.
         DamagedFileError: one of its settings cannot be read.
-        MismatchError: it is of another class, or its widths are not the bundle's.
+        MismatchError: it is of another class, or its widths or its scheduler are not the bundle's.
     """
     got = _setting(folder / _INDEX_NAME, "_class_name")
     if got != _PIPELINE_CLASS or bundle.manifest.architecture != _ARCHITECTURE:
@@ -74,6 +74,24 @@ def require_pipeline(folder: Path, bundle: BundleFiles) -> None:
             raise MissingFileError(
                 f"'{folder / part}' has no weights in safetensors; save the pipeline again with diffusers"
             )
+    _require_scheduler(folder, bundle)
+
+
+def _require_scheduler(folder: Path, bundle: BundleFiles) -> None:
+    """Refuse a pipeline whose own loop would take other steps than the bundle's."""
+    import diffusers
+
+    from adatsq_trt.engines.transformer import require_scheduler
+
+    try:
+        config = diffusers.FlowMatchEulerDiscreteScheduler.load_config(folder / "scheduler", local_files_only=True)
+        scheduler = getattr(diffusers, str(config["_class_name"])).from_config(config)
+    except Exception as error:  # what diffusers raises depends on the file
+        raise DamagedFileError(f"'{folder / 'scheduler'}' does not load ({one_line(error)}); {_ADVICE}") from error
+    try:
+        require_scheduler(bundle.manifest, scheduler)
+    except MismatchError as error:
+        raise MismatchError(f"'{folder / 'scheduler'}': {error}") from error
 
 
 def copy_pipeline(source: Path, target: Path) -> str:

@@ -20,7 +20,7 @@ from adatsq_trt.errors import AdatsqError, UnknownNameError, UserError
 # Models are used with scales up to about 30.
 MAX_GUIDANCE = 100.0
 INPUTS = ("prompt", "seed", "guidance", "steps", "quantized", "progress", "preview")
-PARAMETERS = ("output", "text")
+PARAMETERS = ("output", "text", "negative")
 OutputName = Literal["png", "image", "latents"]
 
 
@@ -52,7 +52,7 @@ def read_request(
 
     Args:
         tensors: `seed` and `prompt`, int64 [samples], and any of the optional inputs, [1], that config.pbtxt lists.
-        parameters: JSON object that comes with the request: `output`, `text`, and the server's own entries.
+        parameters: JSON object that comes with the request: `output`, `text`, `negative`, and the server's own entries.
         bundle: the one that generates.
         max_samples: most samples of one request.
         pipeline: its encoders understand any `text`; without it, `text` is that of a prompt of the bundle.
@@ -84,6 +84,8 @@ def read_request(
     if preview and not progress:
         raise UserError("preview: there are messages to carry it with progress only; ask for progress too")
     conditioning = _conditioning(prompts, asked.get("text"), len(seeds), bundle, pipeline)
+    if "negative" in asked:
+        conditioning = _led_away(conditioning, asked["negative"], len(seeds), bundle, pipeline)
     return Request(
         Generation(
             bundle.schedule.begin(bundle.noise(seeds)),
@@ -134,6 +136,23 @@ def _conditioning(
         known = f", such as {', '.join(map(repr, near))}; ask for one of them or" if near else "; ask"
         raise UserError(f"text {cut(text)!r}: not one of the bundle's {len(texts)} texts{known} with {stored}")
     return bundle.conditioning([texts.index(text)] * samples)
+
+
+def _led_away(
+    conditioning: Conditioning, negative: object, samples: int, bundle: Bundle, pipeline: Pipeline | None
+) -> Conditioning:
+    """The same with another prompt than the bundle's in the second branch of guidance.
+
+    Raises:
+        UserError: there is no such branch, or the text is none that `text` might be.
+    """
+    if conditioning.unconditional is None:
+        raise UserError("negative: the bundle was built without a second branch of guidance; leave it out")
+    try:
+        other = _conditioning(None, negative, samples, bundle, pipeline)
+    except UserError as error:
+        raise UserError(f"negative: {error}") from error
+    return Conditioning(conditioning.conditional, other.conditional)
 
 
 def _outputs(bundle: Bundle, pipeline: Pipeline | None) -> tuple[OutputName, ...]:

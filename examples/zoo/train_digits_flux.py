@@ -67,16 +67,15 @@ def batches(latents: Tensor, labels: Tensor, iterations: int) -> Iterator[tuple[
         yield latents[pick], torch.randn(BATCH, *latents.shape[1:]), label, torch.sigmoid(torch.randn(BATCH))
 
 
-def train(adapter: FluxAdapter, iterations: int) -> None:
+def train(adapter: FluxAdapter, images: Tensor, labels: Tensor, iterations: int) -> None:
     """Flow matching: fit v(x[sigma]) to noise - x0, keep an exponential average of the weights."""
-    images, labels = digits()
-    latents, modules = pack(images[:TRAIN_IMAGES]), nn.ModuleList([adapter.transformer, adapter.encoder])
+    latents, modules = pack(images), nn.ModuleList([adapter.transformer, adapter.encoder])
     parameters = list(modules.parameters())
     average = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, weight_decay=WEIGHT_DECAY)
     modules.train()
     start = time.monotonic()
-    for i, (x0, noise, label, sigma) in enumerate(batches(latents, labels[:TRAIN_IMAGES], iterations)):
+    for i, (x0, noise, label, sigma) in enumerate(batches(latents, labels, iterations)):
         optimizer.param_groups[0]["lr"] = RATE * min(1, i / 100) * (1 - i / iterations)
         mix = sigma[:, None, None]
         tokens, pooled = adapter.encoder.encode([None if c == CLASSES else c for c in label.tolist()])
@@ -145,7 +144,8 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(arguments.seed)
     adapter, start = make_adapter(), time.monotonic()
-    train(adapter, arguments.iterations)
+    images, labels = digits()
+    train(adapter, images[:TRAIN_IMAGES], labels[:TRAIN_IMAGES], arguments.iterations)
     seconds = time.monotonic() - start
     quality = measure(adapter)
     save(adapter, arguments.output)

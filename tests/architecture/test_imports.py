@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import adatsq_trt
+
 ROOT = Path(__file__).parents[2]
 BESIDE = ("engines", "export", "plugins")  # folders that the installation maps into the package
 
@@ -34,7 +36,7 @@ DATA = {
     "timed_kernels",
     "transformer_call",
 }
-TENSORS = DATA | {"packing", "quantizers"}
+TENSORS = DATA | {"packing", "quantizers", "transforms"}
 MODELS = TENSORS | {"models", "zoo"}
 CALIBRATION = MODELS | {"calibration", "execution"}
 STAGES = CALIBRATION | {"checkpoints", "engines", "evaluation", "export", "report", "search", "stages"}
@@ -42,7 +44,7 @@ STAGES = CALIBRATION | {"checkpoints", "engines", "evaluation", "export", "repor
 # Area (module or subpackage of adatsq_trt) → areas that it may import.
 ALLOWED = {
     **dict.fromkeys(DATA, DATA),
-    **dict.fromkeys(("packing", "quantizers"), TENSORS),
+    **dict.fromkeys(("packing", "quantizers", "transforms"), TENSORS),
     **dict.fromkeys(("models", "zoo"), MODELS),
     "execution": {"", "errors", "execution"},
     "checkpoints": MODELS | {"checkpoints"},
@@ -57,6 +59,26 @@ ALLOWED = {
     "results": STAGES | {"results"},
     "api": STAGES | {"api", "results"},
     "cli": STAGES | {"api", "cli", "plugins"},
+}
+# Benchmarks call the tool as its users do. Those that measure a part of it, or read its records, may import that part.
+PUBLIC = TENSORS | {"api", "engines", "export", "plugins", "report", "results", "zoo"}
+INSIDE = {
+    "budgets": {"search", "stages"},  # every point of a finished search
+    "engines": {"models"},  # graphs of a model without a search
+    "hessian": {"calibration", "models", "stages"},
+    "nested": {"calibration", "models", "stages"},
+    "once": {
+        "calibration",
+        "models",
+        "search",
+        "stages",
+    },  # errors of single samples, for other prompts than a run keeps
+    "pipelines": {"calibration", "checkpoints", "search"},
+    "quality": {"evaluation", "search", "stages"},
+    "scaling": {"calibration", "execution", "search", "stages"},
+    "search": {"calibration", "execution", "models", "search", "stages"},
+    "size": {"models", "search", "stages"},
+    "solver": {"calibration"},
 }
 # What the package itself gives out is imported when it is first asked for, from these areas.
 LAZY = defaultdict[str, set[str]](set, {"": {"api", "models", "progress", "results"}})
@@ -207,6 +229,20 @@ def users_of_the_command_line(root: Path) -> list[str]:
     ]
 
 
+def benchmarks_that_reach_inside(root: Path) -> list[str]:
+    """Imports of benchmarks that are neither public nor of what they measure."""
+    modules = {name for name, _ in sources(root)}
+    files = sorted((root / "benchmarks").rglob("*.py"))
+    return [
+        f"{file.relative_to(root)}:{item.line} imports {item.target}"
+        for file in files
+        for item in _imports(file, modules)
+        if item.library == "adatsq_trt"
+        and item.target.removeprefix("adatsq_trt.") not in adatsq_trt.__all__
+        and area_of(item.target) not in PUBLIC | INSIDE.get(file.relative_to(root).parts[1], set())
+    ]
+
+
 def wrong_libraries(modules: dict[str, Module]) -> list[str]:
     """The method knows no ONNX and no TensorRT, and nobody knows pickle."""
     return [
@@ -250,6 +286,10 @@ def test_nobody_but_its_tests_imports_the_command_line() -> None:
     assert users_of_the_command_line(ROOT) == []
 
 
+def test_benchmarks_use_what_is_public_and_what_they_measure() -> None:
+    assert benchmarks_that_reach_inside(ROOT) == []
+
+
 def test_libraries() -> None:
     assert wrong_libraries(read_modules(ROOT)) == []
 
@@ -281,6 +321,7 @@ def bad_tree(tmp_path: Path) -> Path:
         "engines/build.py": "import onnx\nimport adatsq_trt.quantizers\nfrom adatsq_trt.export import qdq\n",
         "export/__init__.py": "from adatsq_trt.errors import UserError\n",
         "benchmarks/run.py": "from adatsq_trt import cli\n",
+        "benchmarks/solver/run.py": "from adatsq_trt import build\nfrom adatsq_trt.search import beam\n",
         "tests/cli/test_help.py": "from adatsq_trt import cli\n",
         "tests/test_run.py": "def f():\n    import adatsq_trt.cli.build\n",
         "export/qdq.py": "import onnx_ir\nfrom adatsq_trt.models.flux import FluxAdapter\n",
@@ -308,6 +349,13 @@ def test_users_of_the_command_line_are_found(bad_tree: Path) -> None:
         "adatsq_trt/search/beam.py:1 imports adatsq_trt.cli",
         "benchmarks/run.py:1 imports adatsq_trt.cli",
         "tests/test_run.py:2 imports adatsq_trt.cli.build",
+    ]
+
+
+def test_benchmarks_that_reach_inside_are_found(bad_tree: Path) -> None:
+    assert benchmarks_that_reach_inside(bad_tree) == [
+        "benchmarks/run.py:1 imports adatsq_trt.cli",
+        "benchmarks/solver/run.py:2 imports adatsq_trt.search.beam",
     ]
 
 

@@ -11,7 +11,7 @@ ELSEWHERE: Mapping[str, Mapping[str, str]] = {
     "parts of one operation, tested as it is called": {
         **{
             f"adatsq_trt/calibration/transforms/{name}.py": "tests/calibration/test_transforms.py"
-            for name in ("balance", "hadamard", "low_rank", "make", "smooth", "statistics")
+            for name in ("balance", "graph_form", "hadamard", "low_rank", "make", "smooth", "statistics")
         },
         "adatsq_trt/checkpoints/lora_file.py": "tests/checkpoints/test_lora.py",
         "adatsq_trt/checkpoints/lora_strength.py": "tests/checkpoints/test_lora.py",
@@ -21,11 +21,10 @@ ELSEWHERE: Mapping[str, Mapping[str, str]] = {
         "adatsq_trt/models/blocks.py": "tests/calibration/test_units.py",
         "adatsq_trt/models/rotary.py": "tests/models/test_z_image.py",
         "adatsq_trt/models/rounding.py": "tests/models/test_simulated.py",
-        "adatsq_trt/models/transforms.py": "tests/calibration/test_transforms.py",
+        "adatsq_trt/transforms.py": "tests/calibration/test_transforms.py",
         "adatsq_trt/report/charts.py": "tests/report/test_page.py",
         "adatsq_trt/report/maps.py": "tests/report/test_page.py",
         "adatsq_trt/report/theme.py": "tests/report/test_page.py",
-        "adatsq_trt/search/denoising.py": "tests/search/test_resume.py",
         "adatsq_trt/zoo/scenes/video_scores.py": "tests/zoo/scenes/test_clips.py",
         "engines/accuracy/blocks.py": "tests/engines/accuracy/test_block_cut.py",
         **{
@@ -48,6 +47,7 @@ ELSEWHERE: Mapping[str, Mapping[str, str]] = {
         "engines/triton_server/supervisor.py": "tests/serving/test_dead_models.py",
         "export/constant_hashes.py": "tests/engines/accuracy/test_exact.py",
         "export/emitter.py": "tests/export/test_insert_qdq.py",
+        **{f"export/{name}.py": "tests/export/test_insert_transforms.py" for name in ("encode_transform", "fold_rows")},
         **{
             f"export/{name}.py": "tests/export/test_plugin_graphs.py"
             for name in ("insert_plugin", "plugin_function", "plugin_operands")

@@ -14,6 +14,7 @@ from adatsq_trt.calibration.trajectory import Samples
 from adatsq_trt.calibration.units import Measured
 from adatsq_trt.formats import FORMATS, format_named, resolve_formats
 from adatsq_trt.quantizers import fake_quantize_activation, static_activation_scale
+from adatsq_trt.solver import State
 
 STEP = 1
 GRIDS = clipped_grids(resolve_formats("w4a4,w3a4,w4a3g16,w8a8s,w8a8,w4a8,nvfp4,fp8,int4wo"))
@@ -23,7 +24,7 @@ GRIDS = clipped_grids(resolve_formats("w4a4,w3a4,w4a3g16,w8a8s,w8a8,w4a8,nvfp4,f
 def seen(samples: Samples, latents: Tensor) -> Iterator[LayerGradients]:
     found: list[LayerGradients] = []
     adjoint = projections(len(samples.seeds), samples.adapter.latent_shape, 2, seed=0)
-    backward_step(samples, latents[STEP], adjoint, STEP, found.append)
+    backward_step(samples, latents[STEP], State(adjoint), STEP, found.append)
     return found[0]
 
 

@@ -2,9 +2,11 @@
 
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler, FlowMatchHeunDiscreteScheduler, UniPCMultistepScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
@@ -20,12 +22,22 @@ from adatsq_trt.calibration.fisher import (
 )
 from adatsq_trt.calibration.trajectory import Samples, trajectory
 from adatsq_trt.models.adapter import ModelAdapter
+from adatsq_trt.solver import State
 from tests.sweep import BackwardStep, backward_steps
 from tests.tiny_flux import make_tiny_flux
 from tests.tiny_wan import make_tiny_wan
 from tests.tiny_z_image import make_tiny_z_image
 
 COUNT = 2
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+# Calls of the model are four, five by Heun's method.
+MULTISTEP: dict[str, tuple[Any, int]] = {
+    "UniPC": (UniPCMultistepScheduler(**FLOW), 4),
+    "UniPC, order 3": (UniPCMultistepScheduler(**FLOW, solver_order=3), 4),
+    "DPM++": (DPMSolverMultistepScheduler(**FLOW), 4),
+    "DPM++, order 3": (DPMSolverMultistepScheduler(**FLOW, solver_order=3, lower_order_final=False), 4),
+    "Heun": (FlowMatchHeunDiscreteScheduler(shift=3.0), 5),
+}
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +47,31 @@ def start(samples: Samples) -> Tensor:
 
 @pytest.fixture(scope="module")
 def sweep(samples: Samples, latents: Tensor, start: Tensor) -> dict[int, BackwardStep]:
-    return {b.step: b for b in backward_steps(samples, latents, start, samples.schedule.steps - 1)}
+    return {b.step: b for b in backward_steps(samples, latents, State(start), samples.schedule.steps - 1)}
+
+
+def looking_back(name: str) -> Samples:
+    """Two samples of a Wan with a scheduler that combines predictions of several steps."""
+    adapter = make_tiny_wan()
+    adapter.transformer.requires_grad_(False)
+    adapter.scheduler, steps = MULTISTEP[name]
+    return Samples(adapter, adapter.schedule(steps), 2.0, prompts=(0, 2), seeds=(11, 5))
+
+
+def rest_of_the_loop(samples: Samples, state: State[Tensor], step: int) -> State[Tensor]:
+    """The state that one at a step leads to, with its graph."""
+    schedule = samples.schedule
+    for later in range(step, schedule.steps):
+        time = schedule.model_time(later)
+        velocity = samples.adapter.velocity(state.latent, time, samples.conditioning, samples.guidance)
+        state = schedule.solver.following(state, velocity, later)
+    return state
 
 
 def finish(samples: Samples, latent: Tensor, step: int) -> Tensor:
     """The picture that a latent at a step leads to."""
     for later in range(step, samples.schedule.steps):
-        latent = samples.step(latent, later)
+        latent = samples.step(State(latent), later).latent
     return latent
 
 
@@ -55,7 +85,7 @@ def test_the_adjoint_predicts_what_a_nudge_does_to_the_picture(
         samples, latents[step] - size * nudge, step
     )
     measured = (start * difference.double()).sum(dim=(2, 3)) / (2 * size)
-    predicted = (sweep[step].adjoint.double() * nudge).sum(dim=(2, 3))
+    predicted = (sweep[step].adjoint.latent.double() * nudge).sum(dim=(2, 3))
     torch.testing.assert_close(predicted, measured, rtol=2e-3, atol=2e-3)
     # The adjoint is not merely u: the model has a say.
     assert (predicted - (start.double() * nudge).sum(dim=(2, 3))).abs().max() > 0.1
@@ -63,7 +93,7 @@ def test_the_adjoint_predicts_what_a_nudge_does_to_the_picture(
 
 def test_the_sweep_goes_back_from_the_last_step(samples: Samples, sweep: dict[int, BackwardStep]) -> None:
     assert list(sweep) == [2, 1, 0]
-    assert sweep[0].adjoint.shape == (COUNT, 2, *samples.adapter.latent_shape)
+    assert sweep[0].adjoint.latent.shape == (COUNT, 2, *samples.adapter.latent_shape)
     rows = sweep[0].inputs["transformer_blocks.0.attn.to_q"]
     assert rows.shape == (2, 2 * 4, 32)  # both guidance branches of four tokens
     assert sweep[0].gradients["transformer_blocks.0.attn.to_q"].shape == (COUNT, 2, 2 * 4, 32)
@@ -75,7 +105,7 @@ def test_a_resumed_sweep_equals_an_undisturbed_one(
 ) -> None:
     for backward in backward_steps(samples, latents, sweep[2].adjoint, last=1):
         whole = sweep[backward.step]
-        assert torch.equal(backward.adjoint, whole.adjoint)
+        assert torch.equal(backward.adjoint.latent, whole.adjoint.latent)
         for layer in whole.gradients:
             assert torch.equal(backward.inputs[layer], whole.inputs[layer])
             assert torch.equal(backward.gradients[layer], whole.gradients[layer])
@@ -85,7 +115,7 @@ def test_a_resumed_sweep_equals_an_undisturbed_one(
 def test_squared_weight_gradients_are_those_of_autograd(
     samples: Samples, latents: Tensor, start: Tensor, sweep: dict[int, BackwardStep], step: int
 ) -> None:
-    adjoint = start if step == 2 else sweep[step + 1].adjoint
+    adjoint = start if step == 2 else sweep[step + 1].adjoint.latent
     layers = samples.adapter.quantizable_layers()
     weights = [layer.weight for layer in layers.values()]
     for sample in range(2):
@@ -111,15 +141,49 @@ def test_one_block_at_a_time_gives_the_same_numbers(make: Callable[[], ModelAdap
     adapter.transformer.requires_grad_(False)
     samples = Samples(adapter, adapter.schedule(2), 2.0, prompts=(0, 2), seeds=(11, 5))
     start = projections(2, adapter.latent_shape, COUNT, seed=0)
-    found = [list(backward_steps(samples, trajectory(samples), start, 1, by_block)) for by_block in (False, True)]
+    found = [
+        list(backward_steps(samples, trajectory(samples), State(start), 1, by_block)) for by_block in (False, True)
+    ]
     for whole, parts in zip(*found, strict=True):
-        assert torch.equal(whole.adjoint, parts.adjoint)
+        assert torch.equal(whole.adjoint.latent, parts.adjoint.latent)
         assert set(whole.inputs) == set(parts.inputs) == set(parts.gradients) == set(adapter.quantizable_layers())
         for layer in whole.inputs:
             assert torch.equal(whole.inputs[layer], parts.inputs[layer])
             assert torch.equal(whole.gradients[layer], parts.gradients[layer])
     for name in adapter.blocks():
         assert "forward" not in vars(adapter.transformer.get_submodule(name))
+
+
+@pytest.mark.parametrize("by_block", [False, True])
+@pytest.mark.parametrize("name", MULTISTEP)
+def test_adjoints_are_those_of_autograd_through_a_loop_that_looks_back(name: str, by_block: bool) -> None:
+    samples = looking_back(name)
+    latents, solver = trajectory(samples), samples.schedule.solver
+    (start,) = projections(2, samples.adapter.latent_shape, 1, seed=0)
+    assert solver.memory
+    last = samples.schedule.steps - 1
+    sweep = {own.step: own for own in backward_steps(samples, latents, State(start[None]), last, by_block)}
+    layer = samples.adapter.quantizable_layers()["blocks.0.attn1.to_q"]
+    state, wanted = State(latents[0]), torch.zeros_like(layer.weight)
+    for step in range(last + 1):
+        leaves = state.each(lambda value: value.detach().requires_grad_())
+        layer.weight.requires_grad_()
+        loss = (rest_of_the_loop(samples, leaves, step).latent * start).sum()
+        own = sweep[step]
+        found = [own.adjoint.latent[0], *(rows[0] for rows in own.adjoint.clean)]
+        *expected, weight = torch.autograd.grad(
+            loss, [leaves.latent, *leaves.clean, layer.weight], materialize_grads=True
+        )
+        assert len(found) == len(expected) == 1 + min(step, solver.memory)
+        for one, other in zip(found, expected, strict=True):
+            assert (one - other).norm() <= 1e-5 * max(other.norm(), 1e-3)
+        wanted = weight if step == 0 else wanted
+        layer.weight.requires_grad_(False)
+        with torch.no_grad():
+            state = samples.step(state, step)
+    name = "blocks.0.attn1.to_q"
+    summed = sum(own.gradients[name][0].flatten(0, 1).mT @ own.inputs[name].flatten(0, 1) for own in sweep.values())
+    assert (summed - wanted).norm() <= 1e-5 * wanted.norm()
 
 
 def test_one_block_at_a_time_is_kept() -> None:
@@ -140,7 +204,7 @@ def test_one_block_at_a_time_is_kept() -> None:
     for by_block in (False, True):
         alive.clear()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
-            backward_step(samples, samples.noise(), start, 0, shown.append, by_block)
+            backward_step(samples, samples.noise(), State(start), 0, shown.append, by_block)
         most.append(max(alive))
     assert len(shown) == 1 + len(adapter.blocks()) == 3
     assert most[1] < 0.7 * most[0]  # there are some operations before and after the blocks

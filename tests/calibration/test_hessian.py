@@ -29,7 +29,7 @@ def test_moments_are_sums_over_the_steps(samples: Samples, latents: Tensor) -> N
     inputs = []
     for step in range(steps):
         with captured(layers) as capture:
-            samples.step(latents[step], step)
+            samples.velocity(latents[step], step)
         inputs.append(dict(capture.inputs))
     for name in layers:
         moments = torch.stack([second_moment(given[name]) for given in inputs])

@@ -69,7 +69,7 @@ def test_sums_are_of_the_quantized_trajectory_by_format(samples: Samples) -> Non
         for step in range(STEPS):
             model.assign(rows[step], step)
             with captured({layer: adapter.transformer.get_submodule(layer) for layer in looked_at}) as capture:
-                samples.step(latents[step], step)
+                samples.velocity(latents[step], step)
             for layer in looked_at:
                 fmt, x = rows[step][layer], capture.inputs[layer]
                 ratio = torch.tensor(0.75) if fmt.scaled_activation else None

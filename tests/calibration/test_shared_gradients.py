@@ -16,6 +16,7 @@ from adatsq_trt.execution import Executor, InProcess
 from adatsq_trt.execution.device import OnDevice
 from adatsq_trt.execution.threads import threads
 from adatsq_trt.models.adapter import ModelAdapter
+from adatsq_trt.solver import State
 from tests.sweep import backward_steps
 from tests.tiny_flux import make_tiny_flux
 from tests.tiny_wan import make_tiny_wan
@@ -76,7 +77,7 @@ def test_the_gradients_are_those_of_the_loop_with_shared_weights(name: str) -> N
 def test_the_row_form_is_the_sum_over_rows_one_by_one() -> None:
     samples, latents, start = batch("flux")
     layer, expected = "transformer_blocks.0.attn.to_q", torch.zeros(())
-    for own in backward_steps(samples, latents, start, STEPS - 1):
+    for own in backward_steps(samples, latents, State(start), STEPS - 1):
         gradients, inputs = own.gradients[layer][:, 0], own.inputs[layer][0]
         for row in range(len(inputs)):
             alone = gradients[:, row, :, None] * inputs[row]  # the weight's gradient from this row

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adatsq_trt.calibration.trajectory import Samples
+from adatsq_trt.calibration.transforms.graph_form import GraphForm, rotated_blocks
 from adatsq_trt.calibration.transforms.low_rank import branch, rank_of
 from adatsq_trt.calibration.transforms.make import TRANSFORMS, make_transforms
 from adatsq_trt.calibration.transforms.smooth import smooth
@@ -22,8 +23,8 @@ from adatsq_trt.evaluation.peers import apply_peer
 from adatsq_trt.files import read_tensors, write_tensors
 from adatsq_trt.formats import FORMATS
 from adatsq_trt.models.simulated import SharedRounding, SimulatedLinear
-from adatsq_trt.models.transforms import hadamard, load_transforms, save_transforms
 from adatsq_trt.quantizers import fake_quantize_activation
+from adatsq_trt.transforms import hadamard, load_transforms, save_transforms
 
 STEPS, WIDTH = 3, 640
 LAYERS = ("block.q", "block.k")
@@ -38,11 +39,12 @@ def random_group(seed: int, width: int = WIDTH) -> LayerGroup:
     return LayerGroup(weights, largest)
 
 
+@pytest.mark.parametrize("form", [None, GraphForm(torch.bfloat16), GraphForm(torch.float16, (16,))])
 @pytest.mark.parametrize("name", TRANSFORMS)
 @given(seed=st.integers(0, 2**16), width=st.sampled_from([16, 64, 192, 640]))
-def test_in_full_precision_the_output_stays(name: str, seed: int, width: int) -> None:
+def test_in_full_precision_the_output_stays(name: str, form: GraphForm | None, seed: int, width: int) -> None:
     group = random_group(seed, width)
-    transforms = make_transforms(name, [group])
+    transforms = make_transforms(name, [group], form)
     inputs = torch.randn(5, width, generator=torch.Generator().manual_seed(seed)) * group.largest.amax(dim=0)
     for layer, weight in group.weights.items():
         transform = transforms[layer]
@@ -74,9 +76,10 @@ def test_a_layer_with_an_exact_format_gives_its_output(name: str) -> None:
     assert error() > 1e-2, "inputs are rounded"
 
 
+@pytest.mark.parametrize("form", [None, GraphForm(torch.bfloat16)])
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_the_second_moment_is_that_of_the_mapped_input(name: str) -> None:
-    input_map = TRANSFORMS[name].input_map(random_group(2))
+def test_the_second_moment_is_that_of_the_mapped_input(name: str, form: GraphForm | None) -> None:
+    input_map = TRANSFORMS[name].input_map(random_group(2), form)
     x = torch.randn(50, WIDTH, generator=torch.Generator().manual_seed(0)) * 7
     mapped = input_map.inputs(x)
     expected = mapped.mT @ mapped
@@ -88,6 +91,32 @@ def test_hadamard_matrices_are_orthogonal_and_flat(width: int) -> None:
     matrix = hadamard(width)
     assert torch.allclose(matrix @ matrix.mT, torch.eye(width), atol=1e-5)
     assert torch.allclose(matrix.abs(), torch.full_like(matrix, width**-0.5))
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_graphs_hold_every_number_of_a_transform(name: str, dtype: torch.dtype) -> None:
+    for transform in make_transforms(name, [random_group(5)], GraphForm(dtype)).values():
+        given, branch = transform.input_map, transform.branch
+        parts = [given.divisor, None if given.divisor is None else given.divisor.reciprocal(), given.rotation]
+        parts += [] if branch is None else [branch.down, branch.up]
+        for part in parts:
+            assert part is None or torch.equal(part, part.to(dtype).float())
+        if given.divisor is not None:
+            published = make_transforms(name, [random_group(5)])[LAYERS[0]].input_map.divisor
+            assert published is not None
+            ratio = given.divisor / published
+            near = published.log2().abs() < 8  # divisors go no further, so that float16 holds what they scale
+            assert float(ratio[near].log2().abs().max()) <= 0.5 + 1e-5
+
+
+@pytest.mark.parametrize(
+    ("formats", "blocks"), [(("fp8", "bf16"), (128, 64, 16)), (("nvfp4", "fp8"), (16,)), (("nvfp4a16",), (128, 64, 16))]
+)
+def test_a_rotation_stays_within_blocks_that_have_a_scale(formats: tuple[str, ...], blocks: tuple[int, ...]) -> None:
+    assert rotated_blocks(FORMATS[name] for name in formats) == blocks
+    form = GraphForm(torch.bfloat16, blocks)
+    assert [form.block_of(width) for width in (640, 192, 48)] == ([16] * 3 if blocks == (16,) else [128, 64, 16])
 
 
 @pytest.mark.parametrize("width", [3, 36, 100])
@@ -124,7 +153,7 @@ def test_the_branch_takes_the_largest_singular_values() -> None:
 
 @pytest.mark.parametrize(("shape", "rank"), [((3072, 3072), 32), ((128, 640), 2), ((96, 4096), 1), ((16, 16), 1)])
 def test_the_rank_is_that_share_of_the_width(shape: tuple[int, int], rank: int) -> None:
-    assert rank_of(torch.zeros(shape)) == rank
+    assert rank_of(*shape) == rank
 
 
 def test_layers_that_share_an_input_are_one_group(samples: Samples, latents: Tensor) -> None:

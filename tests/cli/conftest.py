@@ -1,4 +1,4 @@
-"""The command line as a user meets it, and one real run for all its tests."""
+"""The command line as a user meets it, and one real run for all its tests, of a model with one block of either kind."""
 
 import fcntl
 import shutil
@@ -11,9 +11,21 @@ from pathlib import Path
 
 import pytest
 
+from tests.doubles.gpu import book, device, library
 from tests.permissions import permissions_hold
 
+__all__ = ["book", "device", "library"]
+
 SCRIPT = Path(sys.executable).with_name("adatsq-trt")
+# The console script's function, for which models are in the folder that is the first argument.
+IN_ZOO = """
+import sys
+from pathlib import Path
+from adatsq_trt import zoo
+from adatsq_trt.cli import main
+zoo.ZOO_FOLDER = Path(sys.argv.pop(1))
+main()
+"""
 
 
 @dataclass(frozen=True)
@@ -64,18 +76,32 @@ class CommandLine:
     build = ("build", "engine", "digits-flux", "--target", "sm120", *small, *choice)
     script = SCRIPT
 
-    def __init__(self, capture: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch) -> None:
-        self._capture, self._patch = capture, patch
+    def __init__(self, capture: pytest.CaptureFixture[str]) -> None:
+        self._capture = capture
 
     def __call__(self, *arguments: str | Path) -> Ended:
+        self._capture.readouterr()
+        code = self.here(*arguments)
+        out, err = self._capture.readouterr()
+        return Ended(code, out, err)
+
+    @staticmethod
+    def here(*arguments: str | Path) -> int:
+        """Run a command in this process; its exit code."""
         from adatsq_trt.cli import main
 
-        self._patch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-        self._capture.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main()
-        out, err = self._capture.readouterr()
-        return Ended(int(end.value.code or 0), out, err)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+            with pytest.raises(SystemExit) as end:
+                main()
+        return int(end.value.code or 0)
+
+    @staticmethod
+    def alone(*arguments: str | Path) -> list[str]:
+        """What starts a command in a process of its own, with the models that this one has."""
+        from adatsq_trt import zoo
+
+        return [sys.executable, "-c", IN_ZOO, str(zoo.ZOO_FOLDER), *map(str, arguments)]
 
     @staticmethod
     def process(*arguments: str | Path) -> Ended:
@@ -92,9 +118,14 @@ class CommandLine:
 
 
 @pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> CommandLine:
+def cli(capsys: pytest.CaptureFixture[str]) -> CommandLine:
     """The command line."""
-    return CommandLine(capsys, monkeypatch)
+    return CommandLine(capsys)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_zoo(small_zoo: None) -> None:
+    """All that is said of digits-flux here holds for any model; a module with its own `small_zoo` has the real one."""
 
 
 @contextmanager
@@ -117,8 +148,8 @@ def read_only() -> Callable[[Path], AbstractContextManager[None]]:
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small run for sm120, built by the console script, once for all workers; for reading."""
+def built(small_zoo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small run for sm120, built once for all workers; for reading."""
     base = tmp_path_factory.getbasetemp()
     # With xdist every worker has a folder of its own in the session's.
     shared = base.parent if base.name.startswith("popen-") else base
@@ -126,8 +157,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (shared / "built.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not ready.exists():
-            ended = CommandLine.process(*CommandLine.build, "--output", run)
-            assert ended.code == 0, ended.err
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("adatsq_trt.zoo.ZOO_FOLDER", small_zoo_folder)
+                assert CommandLine.here(*CommandLine.build, "--output", run) == 0
             ready.touch()
     return run
 
@@ -143,6 +175,5 @@ def reported(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of that run with check, pictures and report; for reading."""
     run = Path(shutil.copytree(built, tmp_path_factory.mktemp("reported") / "demo"))
     for arguments in (("check", run), ("generate", run, "--samples", "10"), ("report", run)):
-        ended = CommandLine.process(*arguments)
-        assert ended.code == 0, ended.err
+        assert CommandLine.here(*arguments) == 0
     return run

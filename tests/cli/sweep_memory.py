@@ -1,4 +1,4 @@
-"""What is planned for a unit of the backward sweep by block, and the memory that it takes, both in bytes.
+"""What is planned for units of the backward sweep by block, and the memory that they take, both in bytes.
 
 A process of its own, whose record Linux keeps.
 """
@@ -23,6 +23,7 @@ from adatsq_trt.models.wan import WanAdapter
 from adatsq_trt.quantizers import quantize_nearest
 from adatsq_trt.search.sensitivity import Candidates, measure_contributions
 from adatsq_trt.settings import Settings
+from adatsq_trt.solver import State
 from adatsq_trt.stages.memory import gradient_bytes, sweep_bytes
 from adatsq_trt.stages.meter import release_memory, resident_bytes
 
@@ -30,7 +31,7 @@ FORMATS = resolve_formats("w4a4,w8a8")
 
 
 def make_adapter() -> WanAdapter:
-    """Three blocks and 2,048 tokens."""
+    """Three blocks and 1,152 tokens."""
     transformer = WanTransformer3DModel(
         num_attention_heads=4,
         attention_head_dim=64,
@@ -44,18 +45,23 @@ def make_adapter() -> WanAdapter:
     )
     transformer.requires_grad_(False)
     encoder = TextEncoder(("a",), ("a",), text_tokens=9, width=32)
-    video = ImageShape(64, channels=1, frames=2)
+    video = ImageShape(48, channels=1, frames=2)
     return WanAdapter(transformer, encoder, FlowMatchEulerDiscreteScheduler(), video, guidance_distilled=True)
 
 
+def forget_record() -> None:
+    """Linux begins a new record of the resident memory."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 def record_bytes() -> int:
-    """Largest resident memory since this program began; what `getrusage` says may be of the process that started it."""
+    """Largest resident memory of the record; what `getrusage` says may be of the process that started this one."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
-def main(kind: str, count: int) -> None:
-    """Measure one step."""
+def measure_sweep(kind: str, count: int) -> tuple[int, int]:
+    """One step with that many projections: what was planned, and what it took."""
     adapter = make_adapter()
     samples = Samples(adapter, adapter.schedule(1), 1.0, prompts=(0,), seeds=(0,))
     layers = adapter.quantizable_layers()
@@ -70,13 +76,14 @@ def main(kind: str, count: int) -> None:
         planned = sweep_bytes(settings, flow, shapes)[kind == "sensitivity"]
     weights = {f.name: {n: quantize_nearest(layer.weight, f) for n, layer in layers.items()} for f in FORMATS}
     latents, start = samples.noise()[None], projections(1, adapter.latent_shape, count, 0)
-    samples.step(latents[0], 0)  # what libraries keep from their first call on
+    samples.velocity(latents[0], 0)  # what libraries keep from their first call on
     workers = InProcess()
     if kind == "sensitivity":
         extra, measure = Candidates(FORMATS, CandidateWeights(weights, {})), measure_contributions
     else:
         extra, measure = None, squared_gradients
     release_memory()
+    forget_record()
     before = resident_bytes()
     if kind == "gradients":
         latents = torch.stack([latents[0], latents[0]])
@@ -84,11 +91,13 @@ def main(kind: str, count: int) -> None:
         list(gradient_sums(workers, common, latents, start, blocks[adapter.blocks()[1]], at_once=1))
     else:
         common = workers.share(Measured(samples, extra, by_block=True))
-        list(backward_sweep(workers, common, measure, latents, start, 0))
-    peak = record_bytes()
-    sys.stdout.write(f"{planned} {peak - before}\n")
+        list(backward_sweep(workers, common, measure, latents, State(start), 0))
+    return planned, record_bytes() - before
 
 
 if __name__ == "__main__":
     with torch.no_grad():
-        main(sys.argv[1], int(sys.argv[2]))
+        for word in sys.argv[1:]:
+            kind, _, count = word.partition(":")
+            planned, taken = measure_sweep(kind, int(count))
+            sys.stdout.write(f"{planned} {taken}\n")

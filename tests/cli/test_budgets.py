@@ -12,7 +12,7 @@ from adatsq_trt.search.costs import time_model
 from adatsq_trt.zoo.loading import load_model
 
 MEASURED = Path(__file__).parents[2] / "benchmarks" / "kernels" / "results.json"
-GPU, MS, BYTES, BITS = "rtx-5090", 0.0009, 300_000, 6.0
+GPU, MS, BYTES, BITS = "rtx-5090", 0.00034, 112_500, 6.0
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +49,9 @@ def layers_ms(policy: Policy, run: Path, shapes: dict[str, LayerShape]) -> float
 
 def test_each_budget_is_kept_and_the_policies_differ(search, tmp_path: Path, shapes: dict[str, LayerShape]) -> None:
     bits = search("--budget-bits", str(BITS))
-    by_bytes = search("--budget-size", "300kB")
+    by_bytes = search("--budget-size", "112.5kB")
     by_ms = search("--budget-speed", f"{MS}ms", "--gpu", GPU)
-    both = search("--budget-bits", str(BITS), "--budget-size", "300kB")
+    both = search("--budget-bits", str(BITS), "--budget-size", "112.5kB")
     assert bits.mean_bits <= BITS
     assert resident_weight_bytes(by_bytes, shapes) <= BYTES
     # Bytes alone: one weight of each layer, though it might have more.
@@ -127,9 +127,9 @@ def test_without_a_budget_a_policy_costs_little_more_than_the_targets_reference(
 
 
 BUDGETS = {
-    "bytes": (("--budget-size", "100kB"), "the smallest weights of these formats have 221184 bytes, 0.281x those"),
+    "bytes": (("--budget-size", "40kB"), "the smallest weights of these formats have 82944 bytes, 0.281x those"),
     "no size": (("--budget-size", "much"), "--budget-size 'much': expected a size such as 800000, 800kB, 12.5MB or"),
-    "small part": (("--budget-size", "0.2x"), "the smallest weights of these formats have 221184 bytes, 0.281x those"),
+    "small part": (("--budget-size", "0.2x"), "the smallest weights of these formats have 82944 bytes, 0.281x those"),
     "no part": (("--budget-size", "0x"), "--budget-size '0x': got 0, expected a finite number above 0"),
     "no unit": (("--budget-speed", "12"), "--budget-speed '12': expected a speed against 16 bits such as 1.8x, or"),
     "unknown card": (("--budget-speed", "1ms", "--gpu", "rtx-509"), "unknown card 'rtx-509'; did you mean 'rtx-5090'?"),

@@ -29,6 +29,11 @@ BUNDLES = {
 }
 
 
+@pytest.fixture(scope="module")
+def small_zoo() -> None:
+    """Models are whole here."""
+
+
 def write_policy(path: Path, name: str, formats: tuple[str, ...]) -> None:
     """Formats take turns by layer and step, so that each meets every kind of layer."""
     model = load_model(name)

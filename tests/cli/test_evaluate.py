@@ -80,13 +80,11 @@ def test_what_cannot_be_evaluated_is_refused(cli, tmp_path: Path, options: tuple
     assert not (tmp_path / "new").exists()
 
 
-def test_a_transform_is_for_simulated_runs(cli, tmp_path: Path) -> None:
+def test_a_transform_of_a_simulated_run_is_not_exported(cli, tmp_path: Path) -> None:
     run, sample = tmp_path / "run", ("--transform", "smooth", *cli.small, "-o", tmp_path / "run")
-    assert cli("search", "digits-flux", "--target", "sm120", *sample).refusal == (
-        "--transform smooth: exported graphs cannot hold it; pass --simulate to study it"
-    )
     assert cli("build", "engine", "digits-flux", "--simulate", *sample).refusal == (
-        "--transform smooth: exported graphs cannot hold it; run 'adatsq-trt search' with these options, which ends "
-        "before the export"
+        "--transform smooth: with --simulate inputs are rotated as a whole and divided by any number, which exported "
+        "graphs do not hold; run 'adatsq-trt search' with these options, which ends before the export, or leave out "
+        "--simulate"
     )
     assert not run.exists()

@@ -153,7 +153,7 @@ def test_a_clock_that_goes_backwards_changes_nothing(cli, copy: Path, monkeypatc
 
 
 def test_of_two_builds_at_once_one_is_refused(cli, tmp_path: Path) -> None:
-    command = [str(cli.script), "calibrate", *cli.build[2:], "--output", str(tmp_path / "run")]
+    command = cli.alone("calibrate", *cli.build[2:], "--output", tmp_path / "run")
     first, second = (
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
     )

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from adatsq_trt import zoo
+
 STAGES = ("calibrate", "quantize", "search", "export", "bundle")
 SEED = 20260
 
@@ -46,7 +48,7 @@ def random_moments(undisturbed: Path) -> list[Moment]:
     return moments
 
 
-def die_at(moment: Moment, arguments: tuple[str, ...], run: Path) -> None:
+def die_at(moment: Moment, arguments: tuple[str, ...], run: Path, models: Path) -> None:
     """The command as a process group that kills itself, compilers included, at a moment."""
     os.setsid()
     file, renamed = str(run / moment.file), False
@@ -61,6 +63,7 @@ def die_at(moment: Moment, arguments: tuple[str, ...], run: Path) -> None:
 
     from adatsq_trt.cli import main
 
+    zoo.ZOO_FOLDER = models
     sys.argv = ["adatsq-trt", *arguments, "--output", str(run)]
     sys.addaudithook(watch)
     main()
@@ -73,7 +76,7 @@ def test_a_build_killed_at_any_moment_ends_with_the_same_bytes(cli, built: Path,
     context = get_context("forkserver")
     context.set_forkserver_preload(["adatsq_trt.stages.bundle", "adatsq_trt.stages.summary"])
     for index in sorted(random.Random(SEED).sample(range(len(moments)), count)):
-        process = context.Process(target=die_at, args=(moments[index], cli.build, run))
+        process = context.Process(target=die_at, args=(moments[index], cli.build, run, zoo.ZOO_FOLDER))
         process.start()
         process.join()
         assert process.exitcode == -signal.SIGKILL, moments[index]

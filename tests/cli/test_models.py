@@ -6,8 +6,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from adatsq_trt.cli.models import list_models, models
+from adatsq_trt.cli.models import models
 from adatsq_trt.errors import DamagedFileError
+from adatsq_trt.zoo import list_models
 
 
 def test_digits_flux_ships_with_weights_of_at_most_two_megabytes() -> None:

@@ -52,13 +52,12 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.fixture(scope="session")
 def flux_run(flux: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built by the console script, with a LoRA."""
+    """Built with a LoRA."""
     from tests.cli.conftest import CommandLine
 
     folder = tmp_path_factory.mktemp("flux-run")
     lora = save_lora(folder / "style.safetensors")
-    ended = CommandLine.process(*flux.build("--lora", f"{lora}:0.5", "--output", folder / "run"))
-    assert ended.code == 0, ended.err
+    assert CommandLine.here(*flux.build("--lora", f"{lora}:0.5", "--output", folder / "run")) == 0
     return folder / "run"
 
 

@@ -1,13 +1,15 @@
 """Layout `plugin` from the command line: its bundle is built, checked, run and shown."""
 
 import json
-import subprocess
-import sys
+import math
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import onnx
 import pytest
 
+from adatsq_trt.calibration import nested
 from adatsq_trt.engines import accuracy
 from adatsq_trt.engines.bundle import BundleFiles
 from adatsq_trt.policy import Policy
@@ -15,15 +17,6 @@ from adatsq_trt.zoo.loading import load_model
 from tests.cli.conftest import CommandLine
 
 FORMATS = ("w4a8", "w8a8", "fp8", "bf16")  # each with a weight of its own
-
-# The console script, for which no layer loses too much when it is nested: otherwise none of this model would be.
-ALL_NESTED = """
-import math
-from adatsq_trt.calibration import nested
-nested.LIMIT = math.inf
-from adatsq_trt.cli import main
-main()
-"""
 
 
 @pytest.fixture(scope="module")
@@ -33,26 +26,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Formats are paired in all ways, so that some layers have both widths and others one of them.
     """
     folder = tmp_path_factory.mktemp("plugin")
-    model, path = load_model("digits-flux"), folder / "run"
-    layers = list(model.adapter.quantizable_layers())
-    rows = [[FORMATS[(i + step * (i // 4)) % 4] for i in range(len(layers))] for step in range(2)]
-    Policy.from_steps("digits-flux", model.weights_sha256, layers, rows).save(folder / "policy.json")
-    arguments = (
-        "build",
-        "engine",
-        "digits-flux",
-        "--layout",
-        "plugin",
-        "--formats",
-        ",".join(FORMATS),
-        *CommandLine.small,
-    )
-    command = [sys.executable, "-c", ALL_NESTED, *arguments, "--policy", folder / "policy.json", "--output", path]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-    for tool in ("polygraphy convert", "trtexec --onnx="):
-        assert tool in ended.stdout
-    assert "inputs of plugin nodes" in ended.stdout
+    path = folder / "run"
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as told:
+        # No layer loses too much when it is nested: otherwise none of this model would be.
+        patch.setattr(nested, "LIMIT", math.inf)
+        model = load_model("digits-flux")
+        layers = list(model.adapter.quantizable_layers())
+        rows = [[FORMATS[(i + step * (i // 4)) % 4] for i in range(len(layers))] for step in range(2)]
+        Policy.from_steps("digits-flux", model.weights_sha256, layers, rows).save(folder / "policy.json")
+        options = ("--layout", "plugin", "--formats", ",".join(FORMATS), "--policy", folder / "policy.json")
+        arguments = ("build", "engine", "digits-flux", *options, *CommandLine.small, "--output", path)
+        assert CommandLine.here(*arguments) == 0
+    for words in ("polygraphy convert", "trtexec --onnx=", "inputs of plugin nodes"):
+        assert words in told.getvalue()
     return path
 
 

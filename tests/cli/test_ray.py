@@ -50,9 +50,9 @@ def test_two_workers_write_the_same_files_even_if_one_is_killed(cli, tmp_path: P
     # A worker has as many threads as its driver, and sums depend on their number.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     here, there = tmp_path / "here", tmp_path / "there"
-    subprocess.run([cli.script, *RUN, *SAMPLES, "--output", here], env=environment, check=True, capture_output=True)
+    subprocess.run(cli.alone(*RUN, *SAMPLES, "--output", here), env=environment, check=True, capture_output=True)
     command = subprocess.Popen(
-        [cli.script, *RUN, *SAMPLES, "--output", there, "--ray", "local:2"],
+        cli.alone(*RUN, *SAMPLES, "--output", there, "--ray", "local:2"),
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -33,7 +33,7 @@ def test_report_writes_the_page_and_its_figures(cli, reported: Path) -> None:
 
 def test_the_search_keeps_what_the_report_shows(built: Path) -> None:
     errors = read_tensors(built / "search" / "sensitivity.safetensors")["errors"]
-    assert errors.shape == (3, 2, 44)
+    assert errors.shape == (3, 2, 17)
     assert (errors >= 0).all()
     assert errors[0].sum() > errors[2].sum()
     curves = read_tensors(built / "search" / "trajectory_errors.safetensors")
@@ -53,7 +53,7 @@ def test_runs_that_do_not_hold_together_are_refused(cli, copy: Path, tmp_path: P
     assert "is not a run directory" in cli("report", tmp_path).refusal
     assert "expected a name that ends in .html" in cli("report", copy, "--output", tmp_path / "page.pdf").refusal
     policy = json.loads((copy / "search" / "policy.json").read_text())
-    policy["assignments"] = [["fp8"] * 44, ["nvfp4"] * 44]
+    policy["assignments"] = [["fp8"] * 17, ["nvfp4"] * 17]
     policy["step_assignments"] = [0, 1]
     (copy / "search" / "policy.json").write_text(json.dumps(policy))
     assert "is not the policy of the search" in cli("report", copy).refusal
@@ -99,7 +99,7 @@ FRAME = """<!doctype html><meta charset="utf-8"><style>* {{ margin: 0 }} iframe 
 PROBE = """<script>onload = () => {
   const page = document.querySelector("iframe").contentDocument, root = page.documentElement;
   const image = page.querySelector("#policy image"), box = image.getBoundingClientRect();
-  const place = { clientX: box.left + box.width * 0.75, clientY: box.top + box.height / 88, bubbles: true };
+  const place = { clientX: box.left + box.width * 0.75, clientY: box.top + box.height / 34, bubbles: true };
   const before = [...page.querySelectorAll(".mark")].filter((mark) => !mark.hidden).length;
   image.dispatchEvent(new page.defaultView.PointerEvent("pointermove", place));
   const marks = [...page.querySelectorAll(".mark")].map((mark) => mark.style.cssText);

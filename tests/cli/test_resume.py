@@ -1,17 +1,18 @@
 """Interrupted runs go on where they stopped and end as if nothing had happened."""
 
 import signal
-import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from adatsq_trt import zoo
 from adatsq_trt.search import resume
 from adatsq_trt.stages.run_directory import RunDirectory
+from tests.cli.test_kill import Moment, die_at
 
 STEPS = 4
 
@@ -22,17 +23,13 @@ def search(cli) -> tuple[str, ...]:
     return ("search", "digits-flux", "--simulate", "--formats", "w4a4,w4a6", *cli.small, "--steps", str(STEPS))
 
 
-def kill(cli, arguments: tuple[str, ...], run: Path, column: int) -> None:
-    """Start the console script and kill it as soon as a column of the beam is on disk."""
-    file = run / "search" / "columns" / f"column_{column:03d}.safetensors"
-    process = subprocess.Popen(
-        [cli.script, *arguments, "--output", run], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while not file.is_file():
-        assert process.poll() is None
-        time.sleep(0.0005)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+def kill(arguments: tuple[str, ...], run: Path, column: int) -> None:
+    """Run the search in a process that kills itself as soon as a column of the beam is on disk."""
+    moment = Moment(f"search/columns/column_{column:03d}.safetensors", appeared=True)
+    process = get_context("forkserver").Process(target=die_at, args=(moment, arguments, run, zoo.ZOO_FOLDER))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 def columns(run: Path) -> dict[str, int]:
@@ -69,7 +66,7 @@ def test_interrupted_and_killed_search_ends_in_the_same_policy(cli, search: tupl
     first = columns(run)
     assert list(first) == ["column_000.safetensors"]
 
-    kill(cli, search, run, 1)
+    kill(search, run, 1)
     second = columns(run)
     assert 1 < len(second) < STEPS
     assert not (run / "search" / "policy.json").exists()

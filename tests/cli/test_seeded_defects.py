@@ -18,7 +18,7 @@ from adatsq_trt.engines.accuracy import CheckReport
 from adatsq_trt.engines.bundle import SCALES_NAME, BundleFiles, write_manifest
 from adatsq_trt.files import read_tensors, write_tensors
 from adatsq_trt.policy import Policy
-from tests.cli.one_block import FLUX, build
+from tests.one_block import FLUX, build
 
 MODEL = "one-block"
 DOUBLE, SINGLE = "transformer_blocks.0", "single_transformer_blocks.0"

@@ -1,12 +1,10 @@
 """The tutorial's own commands, run as they stand but for smaller settings."""
 
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,19 +22,10 @@ def python_blocks() -> list[str]:
     return re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
-def run(words: list[str], folder: Path) -> str:
-    # The scripts of this environment come first, as after activating it.
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    ended = subprocess.run(
-        words, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
-    )
-    assert ended.returncode == 0, f"{shlex.join(words)}\n{ended.stderr}"
-    return ended.stdout
-
-
-def test_the_tutorial_works(cli, built: Path, tmp_path: Path) -> None:
+def test_the_tutorial_works(cli, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The build finds the shared run's stages done, so it must ask for the same settings."""
     shutil.copytree(built, tmp_path / "runs" / "demo")
+    monkeypatch.chdir(tmp_path)
     commands = [command for command in shell_commands() if command not in SETUP]
     assert [shlex.split(command)[1] for command in commands] == [
         *("doctor", "models", "build", "inspect", "check", "generate", "report"),
@@ -44,11 +33,14 @@ def test_the_tutorial_works(cli, built: Path, tmp_path: Path) -> None:
     for command in commands:
         words = shlex.split(command)
         assert words[0] == "adatsq-trt"
-        run([*words, *(cli.small if words[1] == "build" else ())], tmp_path)
+        ended = cli(*words[1:], *(cli.small if words[1] == "build" else ()))
+        assert ended.code == 0, f"{command}\n{ended.err}"
     for name in ("summary.json", "check/check.json", "samples.png", "report.html"):
         assert (tmp_path / "runs" / "demo" / name).is_file(), name
     for block in python_blocks():
-        assert float(run([sys.executable, "-c", f"{block}\nprint(ratio)"], tmp_path)) > 0
+        names: dict[str, Any] = {}
+        exec(block, names)
+        assert names["ratio"] > 0
 
 
 @pytest.mark.parametrize("option", sorted(set(re.findall(r"`(--[a-z-]+)", PAGE.read_text(encoding="utf-8")))))

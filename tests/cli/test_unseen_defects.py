@@ -20,7 +20,7 @@ from adatsq_trt.engines.accuracy.block_cut import GraphView, find_cut, find_piec
 from adatsq_trt.engines.bundle import MANIFEST_NAME, SCALES_NAME, BundleFiles, Manifest, write_manifest
 from adatsq_trt.files import read_json_model, read_tensors, write_tensors
 from adatsq_trt.formats import FORMATS
-from tests.cli.one_block import FLUX, WAN, Z_IMAGE, build
+from tests.one_block import FLUX, WAN, Z_IMAGE, build
 
 SOURCES = {"flux": FLUX, "wan": WAN, "z-image": Z_IMAGE}
 # Constants outside of the blocks → the piece that they belong to.

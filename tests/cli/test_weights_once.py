@@ -19,8 +19,8 @@ from adatsq_trt.engines.bundle import BundleFiles, write_manifest
 from adatsq_trt.engines.plan_weights import STORE_NAME
 from adatsq_trt.engines.sizes import size_report
 from adatsq_trt.formats import FORMATS, TARGETS
-from tests.cli.one_block import FLUX, build
 from tests.cli.test_seeded_defects import change
+from tests.one_block import FLUX, build
 
 DOUBLE, SINGLE = "transformer_blocks.0", "single_transformer_blocks.0"
 # Target → formats with wide and with quantized activations, for most layers and for one of them.

@@ -24,9 +24,11 @@ import onnxruntime
 import tensorrt_rtx as real
 import torch
 
-from adatsq_trt.engines.backends.base import BatchRange, Profile
+from adatsq_trt.engines.backends.base import BatchRange, Compiler, Profile
 from adatsq_trt.engines.bundle import GRAPH_FOLDER, PLAN_FOLDER, BundleFiles, PlanFile
 from adatsq_trt.engines.plan_weights import STORE_NAME, name_weights, read_plan, without_weights
+from adatsq_trt.formats import Target
+from adatsq_trt.graph_index import SELECTOR_INPUT
 from tests.doubles.host_device import ALIGNMENT, STREAM, HostDevice
 
 _TYPES = {
@@ -36,6 +38,8 @@ _TYPES = {
     onnx.TensorProto.INT32: (real.int32, torch.int32),
 }
 _OPAQUE = {onnx.TensorProto.FLOAT8E4M3FN: real.fp8, onnx.TensorProto.INT8: real.int8, onnx.TensorProto.INT4: real.int4}
+PLUGIN, PLUGIN_LIBRARY = ("AdatsqLinear", "1", "adatsq"), b"a double of the plugin's library"
+VERSION = "10.13.2.6"  # of TensorRT, where the double stands for that
 MEMORY = 4096  # bytes of activations that every engine asks for
 
 
@@ -65,12 +69,14 @@ class Recipe:
         inputs: of the target graph.
         output: its name and port.
         profiles: optimization profiles.
+        plugins: it has layers of the plugin.
     """
 
     graph: Path
     inputs: dict[str, Port]
     output: tuple[str, Port]
     profiles: tuple[Profile, ...]
+    plugins: bool = False
 
 
 class PlanBook:
@@ -84,7 +90,7 @@ class PlanBook:
         folder, layout = bundle.folder / GRAPH_FOLDER, bundle.manifest.layout
         for plan in plans:
             target, cpu = (bundle.graph(variant, plan.assignment) for variant in ("target", "cpu"))
-            model = onnx.load(folder / target.path, load_external_data=False)
+            model = onnx.load(folder / (target.plain_path or target.path), load_external_data=False)
             weights: dict[str, tuple[str, int]] = {}
             if layout == "shared":
                 names = name_weights(folder / "switch.target.onnx")
@@ -94,7 +100,8 @@ class PlanBook:
             ports = {value.name: _port(value, weights) for value in model.graph.input}
             output = model.graph.output[0]
             digest = _digest(read_plan(bundle.folder, plan))
-            self._recipes[digest] = Recipe(folder / cpu.path, ports, (output.name, _port(output, {})), tuple(profiles))
+            own = (output.name, _port(output, {}))
+            self._recipes[digest] = Recipe(folder / cpu.path, ports, own, tuple(profiles), layout == "plugin")
 
     def enter_comparison(self, bundle: BundleFiles, plan: bytes, rows: int, kind: str) -> None:
         """Note that a plan computes the full-precision graph, with inputs and outputs of another type."""
@@ -110,6 +117,30 @@ class PlanBook:
     def find(self, plan: bytes) -> Recipe | None:
         """What a plan computes; None for bytes that are no plan of ours."""
         return self._recipes.get(_digest(plan))
+
+
+class CompilerDouble(Compiler):
+    """A double of a compiler: its plans say what they were made of, and nothing else.
+
+    It takes what no compiler here does, graphs of plugin nodes, and no time.
+    """
+
+    name, settings = "double", ""
+
+    def require(self) -> None:
+        pass
+
+    def version(self) -> str:
+        return VERSION
+
+    def build(self, onnx_path: Path, target: Target, batch: BatchRange) -> bytes:
+        model = onnx.load(onnx_path, load_external_data=False)
+        assert not model.functions, "a parser may take local functions for the plugin's nodes"
+        for value in model.graph.input:
+            shapes = [profile.inputs(value.name, _port(value, {}).shape) for profile in batch.profiles]
+            assert value.name != SELECTOR_INPUT or all(len(set(own)) == 1 for own in shapes), "assignments share one"
+        made_of = [target.name, _digest(model.SerializeToString(deterministic=True)), repr(batch)]
+        return f"a double's plan: {made_of}".encode()
 
 
 def _digest(content: bytes) -> str:
@@ -195,9 +226,15 @@ class Library:
     def __init__(self, book: PlanBook, device: HostDevice) -> None:
         self.book, self.device, self.log = book, device, Log()
         self.refuse: set[str] = set()  # names of methods that fail as the library does
+        self.loaded: str | None = None  # the plugin's library
+        self.streamable_bytes = 0  # of the weights of every engine
 
     def __getattr__(self, name: str) -> Any:
         return getattr(real, name)
+
+    @property
+    def __version__(self) -> str:
+        return str(real.__version__)
 
     def Runtime(self, logger: Any) -> "Runtime":  # noqa: N802 - as the library calls it
         if not isinstance(logger, real.ILogger):
@@ -209,11 +246,36 @@ class Runtime:
     def __init__(self, library: Library) -> None:
         self._library = library
         self.engine_host_code_allowed = False
+        self._registry = IPluginRegistry(library)
+
+    def get_plugin_registry(self) -> "IPluginRegistry":
+        return self._registry
 
     @checked("Runtime")
     def deserialize_cuda_engine(self, plan: Any) -> "ICudaEngine | None":
         recipe = self._library.book.find(bytes(plan))
-        return None if recipe is None else ICudaEngine(self._library, recipe)
+        if recipe is None or (recipe.plugins and self._registry.get_creator(*PLUGIN) is None):
+            return None
+        return ICudaEngine(self._library, recipe)
+
+
+class IPluginRegistry:
+    """Of a runtime; knows the plugin once any runtime of the process has loaded it."""
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+
+    @checked("IPluginRegistry")
+    def load_library(self, path: str) -> object:
+        """A handle; None where the file is not the plugin's, or its plugin is registered already."""
+        if self._library.loaded is not None or not Path(path).is_file() or Path(path).read_bytes() != PLUGIN_LIBRARY:
+            return None
+        self._library.loaded = path
+        return path
+
+    @checked("IPluginRegistry")
+    def get_creator(self, type: str, version: str, plugin_namespace: str = "") -> object:
+        return self._library.loaded if (type, version, plugin_namespace) == PLUGIN else None
 
 
 class RuntimeCache:
@@ -250,10 +312,10 @@ class IRuntimeConfig:
 
 
 class ICudaEngine:
-    streamable_weights_size = 0
-
     def __init__(self, library: Library, recipe: Recipe) -> None:
         self.library, self.recipe = library, recipe
+        self.streamable_weights_size = library.streamable_bytes
+        self.weight_streaming_budget_v2 = 0
         self._names = [*recipe.inputs, recipe.output[0]]
         self.contexts = 0
 
@@ -267,7 +329,14 @@ class ICudaEngine:
 
     @property
     def device_memory_size_v2(self) -> int:
-        return MEMORY
+        """Streamed weights go through memory of their own, which depends on the budget."""
+        if not self.streamable_weights_size:
+            return MEMORY
+        assert self.weight_streaming_budget_v2, "asked for memory before there is a budget for streamed weights"
+        return 2 * MEMORY
+
+    def get_weight_streaming_automatic_budget(self) -> int:
+        return self.streamable_weights_size // 2
 
     def port(self, name: str) -> Port:
         own, port = self.recipe.output
@@ -327,6 +396,8 @@ class IExecutionContext:
 
     @checked("IExecutionContext")
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        if "set_optimization_profile_async" in self.engine.library.refuse:
+            return False
         if not 0 <= index < self.engine.num_optimization_profiles:
             return False
         self.active_optimization_profile = index
@@ -335,6 +406,8 @@ class IExecutionContext:
 
     @checked("IExecutionContext")
     def set_input_shape(self, name: str, shape: Any) -> bool:
+        if "set_input_shape" in self.engine.library.refuse:
+            return False
         if name not in self.engine.recipe.inputs or self.active_optimization_profile < 0:
             return False
         declared, shape = self.engine.port(name).shape, tuple(shape)
@@ -351,6 +424,8 @@ class IExecutionContext:
 
     @checked("IExecutionContext")
     def set_tensor_address(self, name: str, address: int) -> bool:
+        if "set_tensor_address" in self.engine.library.refuse:
+            return False
         if name not in self.engine.recipe.inputs and name != self.engine.recipe.output[0]:
             return False
         self._addresses[name] = int(address)
@@ -370,10 +445,15 @@ class IExecutionContext:
 
     @property
     def _latent_shape(self) -> tuple[int, ...]:
-        """The output has the shape of the one input that agrees with it."""
+        """The output has the shape of the one input that agrees with it, or only the rows of all inputs."""
         declared = self.engine.recipe.output[1].shape
-        same = [name for name, port in self.engine.recipe.inputs.items() if port.shape == declared]
-        return self._shapes[same[0]]
+        for name, port in self.engine.recipe.inputs.items():
+            if port.shape == declared:
+                return self._shapes[name]
+        assert declared[0] == -1, "nothing tells the output's shape"
+        assert -1 not in declared[1:], "nothing tells the output's shape"
+        (rows,) = {shape[0] for n, shape in self._shapes.items() if self.engine.port(n).shape[0] == -1}
+        return rows, *declared[1:]
 
     @checked("IExecutionContext")
     def execute_async_v3(self, stream: int) -> bool:

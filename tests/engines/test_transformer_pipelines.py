@@ -2,18 +2,19 @@
 
 from dataclasses import dataclass, replace
 
+import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, UniPCMultistepScheduler
+from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch.nn import functional
 
-from adatsq_trt.engines.runtime import Conditioning
-from adatsq_trt.engines.step_clock import find_step
+from adatsq_trt.engines.runtime import Bundle, Conditioning
+from adatsq_trt.engines.step_clock import StepClock
 from adatsq_trt.engines.transformer import AdatsqTransformer
 from adatsq_trt.errors import MismatchError
-from tests.engines.bundled_pipelines import KINDS, LENGTH, TEXT, make_bundled
+from tests.engines.bundled_pipelines import KINDS, LENGTH, SCHEDULERS, TEXT, make_bundled
 from tests.tiny_bundle import STEPS
 from tests.tiny_checkpoints import HEIGHT, WIDTH, make_wan_pipeline
 
@@ -23,10 +24,12 @@ class Case:
     """A pipeline with a bundle in it.
 
     Attributes:
+        name: one of `KINDS`.
         pipe: the pipeline.
         request: arguments of its call beside the usual ones.
     """
 
+    name: str
     pipe: DiffusionPipeline
     request: dict[str, object]
 
@@ -43,7 +46,7 @@ class Case:
             "latents": torch.from_numpy(noise),
             "height": HEIGHT,
             "width": WIDTH,
-            "num_inference_steps": STEPS,
+            "num_inference_steps": self.pipe.transformer.bundle.schedule.pipeline_steps,
             "max_sequence_length": LENGTH,
             "output_type": "latent",
             "return_dict": False,
@@ -59,7 +62,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     pipe, files = make_bundled(request.param, tmp_path_factory.mktemp(request.param) / "bundle")
     pipe.transformer = AdatsqTransformer.from_bundle(files.folder)
     pipe.scheduler = pipe.transformer.scheduler
-    return Case(pipe, KINDS[request.param][-1])
+    return Case(request.param, pipe, KINDS[request.param][-1])
 
 
 def test_a_guided_pipeline_gives_what_the_bundles_own_loop_gives(case: Case) -> None:
@@ -70,7 +73,7 @@ def test_a_guided_pipeline_gives_what_the_bundles_own_loop_gives(case: Case) -> 
     assert np.std(wanted - noise) > 0.01
     # The pipelines combine the guidance branches in another order, and Wan's calls the transformer for each. UniPC
     # writes its step by x0; inputs that differ in their last bits may be rounded to neighbouring points of fp8.
-    limit = 1e-3 if isinstance(case.pipe.scheduler, UniPCMultistepScheduler) else 1e-4
+    limit = 1e-4 if case.name in ("z-image", "wan") else 1e-3
     assert np.linalg.norm(got - wanted) < limit * np.linalg.norm(wanted - noise)
     other = bundle.denoise(noise, Conditioning(case.condition(TEXT[::-1]), condition.unconditional))
     assert np.linalg.norm(other - wanted) > 1e-2 * np.linalg.norm(wanted - noise)
@@ -81,14 +84,14 @@ def test_formats_follow_the_timestep(case: Case, monkeypatch: pytest.MonkeyPatch
     predict = bundle.predict
     monkeypatch.setattr(bundle, "predict", lambda step, inputs, size: steps.append(step) or predict(step, inputs))
     case.run(bundle.noise([1, 2]))
-    assert sorted(set(steps)) == list(range(STEPS))
+    assert sorted(set(steps)) == list(range(bundle.policy.steps))
     assert steps == sorted(steps)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_inference_steps": STEPS + 1}, "call the pipeline with num_inference_steps=4"),
+        ({"num_inference_steps": STEPS + 1}, "call the pipeline with num_inference_steps="),
         ({"height": 2 * HEIGHT, "latents": None}, "call the pipeline with that size"),
     ],
 )
@@ -114,25 +117,60 @@ def test_another_scheduler_than_the_bundles_is_refused(case: Case) -> None:
         case.pipe.scheduler = bundled
 
 
-@pytest.mark.parametrize("case", ["wan-unipc"], indirect=True)
-def test_a_wan_may_keep_the_scheduler_that_it_comes_with(case: Case) -> None:
-    """Its sigmas are the bundle's; it combines the predictions of several steps, so the latents are near, not equal."""
+@pytest.mark.parametrize("case", ["wan-unipc", "wan-heun"], indirect=True)
+def test_a_pipeline_keeps_its_own_scheduler(case: Case) -> None:
+    """Which combines the predictions of several steps, as the bundle's loop does."""
     noise = case.pipe.transformer.bundle.noise([1, 2])
-    euler = case.run(noise)
-    bundled, case.pipe.scheduler = case.pipe.scheduler, make_wan_pipeline().scheduler
+    bundles = case.run(noise)
+    name, options = SCHEDULERS[case.name]
+    own = getattr(diffusers, name)(**options)
+    bundled, case.pipe.scheduler = case.pipe.scheduler, own
     try:
-        own = case.run(noise)
+        np.testing.assert_array_equal(case.run(noise), bundles)
+        assert AdatsqTransformer.from_bundle(case.pipe.transformer.bundle, scheduler=own).bundle is not None
     finally:
         case.pipe.scheduler = bundled
-    assert 1e-2 < np.linalg.norm(own - euler) / np.linalg.norm(euler - noise) < 0.3
 
 
 @pytest.mark.parametrize("case", ["wan-unipc"], indirect=True)
-def test_steps_that_have_the_same_timestep_cannot_be_told_apart(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", {}, "scheduler is a FlowMatchEulerDiscrete.* the bundle's a UniPC"),
+        ("UniPCMultistepScheduler", {"solver_order": 3}, "has solver_order = 3, the bundle's 2"),
+        ("UniPCMultistepScheduler", {"flow_shift": 5.0}, "has flow_shift = 5.0, the bundle's 3.0"),
+    ],
+)
+def test_a_scheduler_that_is_shown_and_is_another_is_refused_with_both_values(
+    case: Case, name: str, changes: dict[str, object], message: str
+) -> None:
+    own = SCHEDULERS["wan-unipc"][1] if name == "UniPCMultistepScheduler" else {}
+    with pytest.raises(MismatchError, match=message) as refused:
+        AdatsqTransformer.from_bundle(case.pipe.transformer.bundle, getattr(diffusers, name)(**{**own, **changes}))
+    assert refused.value.exit_code == 2
+
+
+@pytest.mark.parametrize("case", ["wan-unipc"], indirect=True)
+def test_a_scheduler_of_another_diffusers_is_refused_with_both_versions(case: Case) -> None:
+    files, scheduler = case.pipe.transformer.bundle.files, case.pipe.scheduler
+    older = files.manifest.model_copy(update={"versions": {"diffusers": "0.41.0"}})
+    bundle = Bundle(replace(files, manifest=older))
+    with pytest.raises(MismatchError, match=f"this is diffusers {diffusers.__version__}, .* built with 0.41.0"):
+        AdatsqTransformer.from_bundle(bundle, scheduler)
+    assert AdatsqTransformer.from_bundle(bundle).bundle is bundle
+
+
+@pytest.mark.parametrize("case", ["wan-unipc"], indirect=True)
+def test_steps_that_have_the_same_timestep_are_told_by_their_order(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """As Karras' sigmas, whose timesteps UniPC rounds to whole numbers, have for many steps."""
-    files = case.pipe.transformer.bundle.files
-    schedule = files.schedule()
+    schedule = case.pipe.transformer.bundle.schedule
     same = replace(schedule, timesteps=(schedule.timesteps[0],) * 2 + schedule.timesteps[2:])
-    monkeypatch.setattr(type(files), "schedule", lambda self, size=None: same)
+    clock, steps = StepClock(), []
+    times = [torch.full((2,), same.model_time(step)) for step in range(same.steps)]
     with pytest.raises(MismatchError, match="two of the bundle's 4 steps have the same timestep"):
-        find_step(np.asarray([0.9]), files.schedule())
+        clock.step(times[0], same)
+    for time in times:
+        for branch in ("cond", "uncond"):
+            clock.enter(branch)
+            steps.append(clock.step(time, same))
+    assert steps == [0, 0, 1, 1, 2, 2, 3, 3]

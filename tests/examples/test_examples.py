@@ -14,6 +14,8 @@ from adatsq_trt.models import families
 from examples import build_demo, new_architecture, own_policy, pipeline_in_memory, run_in_a_pipeline
 from tests.tiny_checkpoints import HEIGHT, WIDTH, make_flux_pipeline
 
+pytestmark = pytest.mark.usefixtures("small_zoo")
+
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 SMALL: dict[str, Any] = {
     **{"steps": 3, "beam": 2, "candidates": 2},

@@ -3,7 +3,6 @@
 A process of its own, since PyTorch counts devices once, before its first backward pass.
 """
 
-import sys
 from pathlib import Path
 
 import torch
@@ -67,8 +66,3 @@ def run(folder: Path, device: str, model: str, stage: str, formats: str, transfo
     memory = Memory() if place.type == CPU else Memory(0, backward_bytes=1)
     with RunDirectory.open(folder) as directory:
         run_stages(Context(directory, settings, declared(loaded, settings), memory, executor), stage)
-
-
-if __name__ == "__main__":
-    folder, *rest, transform = sys.argv[1:]
-    run(Path(folder), *rest, None if transform == "none" else transform)

@@ -1,8 +1,10 @@
 """`--device`: what is computed on a device that is not the processor is what the processor computes."""
 
-import subprocess
-import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,69 +13,69 @@ from torch import Tensor
 from adatsq_trt.errors import UserError
 from adatsq_trt.execution import Shared
 from adatsq_trt.execution.device import OnDevice, parse_device, raise_on_oom, to_device
+from adatsq_trt.models.adapter import ModelAdapter
+from tests.execution import pretend_run
 from tests.execution.alike import assert_alike
+from tests.execution.pretend_device import pretend_device
+from tests.tiny_wan import make_tiny_wan
 
-ROOT = Path(__file__).parents[2]
 
+def alone(function: Callable[..., None], *arguments: Any) -> None:
+    """Call a function in a process of its own, since PyTorch counts devices once; what it raises is raised here.
 
-def run(folder: Path, device: str, *arguments: str) -> None:
-    """A small run in a process of its own."""
-    command = [sys.executable, "-m", "tests.execution.pretend_run", folder, device, *arguments]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
+    The process comes from a server that has imported everything, and computed nothing.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload([pretend_run.__name__])
+    with ProcessPoolExecutor(1, context) as pool:
+        pool.submit(function, *arguments).result()
 
 
 @pytest.mark.parametrize(
     ("model", "stage", "formats", "transform"),
     [
-        ("wan", "search", "w8a8,bf16", "none"),
-        ("stored", "search", "w4a4,w8a8", "none"),
-        pytest.param("flux", "export", "w4a4,nvfp4", "none", marks=pytest.mark.slow),
+        ("wan", "search", "w8a8,bf16", None),
+        ("stored", "search", "w4a4,w8a8", None),
+        pytest.param("flux", "export", "w4a4,nvfp4", None, marks=pytest.mark.slow),
         pytest.param("wan", "search", "w4a4,w8a8", "balance", marks=pytest.mark.slow),
         pytest.param("z-image", "search", "w4a4,fp8", "hadamard-low-rank", marks=pytest.mark.slow),
     ],
 )
 def test_a_device_of_its_own_changes_no_result(
-    model: str, stage: str, formats: str, transform: str, tmp_path: Path
+    model: str, stage: str, formats: str, transform: str | None, tmp_path: Path
 ) -> None:
     here, there = tmp_path / "cpu", tmp_path / "pretend"
     for folder in (here, there):
-        run(folder, folder.name, model, stage, formats, transform)
+        alone(pretend_run.run, folder, folder.name, model, stage, formats, transform)
     assert_alike(here, there, precision=1e-5)
 
 
+def forget_a_tensor() -> None:
+    there, here = torch.ones(2).to(pretend_device()), torch.ones(2)
+    for operation in (lambda: there + here, lambda: torch.cat([there, here]), lambda: torch.stack([there[0], here[0]])):
+        with pytest.raises(RuntimeError, match="one device"):
+            operation()
+    assert (there + here[0]).tolist() == [2.0, 2.0]
+
+
 def test_a_forgotten_tensor_is_noticed() -> None:
-    code = """
-import torch
-from tests.execution.pretend_device import pretend_device
-there, here = torch.ones(2).to(pretend_device()), torch.ones(2)
-for operation in (lambda: there + here, lambda: torch.cat([there, here]), lambda: torch.stack([there[0], here[0]])):
-    try:
-        operation()
-    except RuntimeError as error:
-        assert "one device" in str(error)
-    else:
-        raise AssertionError("nothing noticed")
-assert (there + here[0]).tolist() == [2.0, 2.0]
-"""
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    alone(forget_a_tensor)
+
+
+def damaged_wan() -> ModelAdapter:
+    adapter = make_tiny_wan()
+    torch.nn.init.constant_(adapter.transformer.blocks[1].ffn.net[2].bias, float("nan"))
+    return adapter
+
+
+def run_damaged(folder: Path) -> None:
+    pretend_run.MODELS["wan"] = damaged_wan
+    pretend_run.run(folder, "pretend", "wan", "search", "w8a8,bf16", None)
 
 
 def test_a_damaged_model_is_named_on_a_device_too(tmp_path: Path) -> None:
-    code = f"""
-import pathlib, torch
-from tests.execution import pretend_run
-make = pretend_run.MODELS["wan"]
-def damaged():
-    adapter = make()
-    torch.nn.init.constant_(adapter.transformer.blocks[1].ffn.net[2].bias, float("nan"))
-    return adapter
-pretend_run.MODELS["wan"] = damaged
-pretend_run.run(pathlib.Path("{tmp_path / "run"}"), "pretend", "wan", "search", "w8a8,bf16", None)
-"""
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert ended.returncode == 1
-    assert "UserError: step 0: in full precision layer 'blocks.1.ffn.net.2' gives NaN" in ended.stderr
+    with pytest.raises(UserError, match=r"step 0: in full precision layer 'blocks\.1\.ffn\.net\.2' gives NaN"):
+        alone(run_damaged, tmp_path / "run")
 
 
 def test_what_is_shared_stays_shared_and_items_and_results_travel() -> None:

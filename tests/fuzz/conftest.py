@@ -33,6 +33,6 @@ def go_on(request: pytest.FixtureRequest) -> Callable[[Callable[[], None]], None
 
 
 @pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> CommandLine:
+def cli(capsys: pytest.CaptureFixture[str]) -> CommandLine:
     """The command line."""
-    return CommandLine(capsys, monkeypatch)
+    return CommandLine(capsys)

@@ -51,3 +51,13 @@ def test_a_family_takes_the_place_of_one_with_its_pipeline() -> None:
 def test_a_class_is_no_family() -> None:
     with pytest.raises(MismatchError, match="expected an object of a class that derives from Family"):
         families.register_family(FluxFamily)  # type: ignore[arg-type]
+
+
+def test_options_of_schedulers_are_those_of_a_class() -> None:
+    """Without it they would be those of no class, and be followed by nobody."""
+
+    class Flat(FluxFamily):
+        scheduler_options = {"use_dynamic_shifting": False}  # type: ignore[dict-item]  # noqa: RUF012
+
+    with pytest.raises(MismatchError, match=r"got 'use_dynamic_shifting' → False, expected a class of schedulers"):
+        families.register_family(Flat())

@@ -51,7 +51,7 @@ def store(samples: Samples, latents: Tensor) -> CandidateWeights:
     largest = []
     for step in range(STEPS):
         with captured(layers) as capture:
-            samples.step(latents[step], step)
+            samples.velocity(latents[step], step)
         largest.append(torch.stack([capture.inputs[name].abs().amax() for name in layers]))
     weights = {f.name: {n: quantize_nearest(m.weight, f) for n, m in layers.items()} for f in SET}
     scales = {f.name: static_activation_scale(torch.stack(largest), f.activation) for f in SET if f.static_activation}

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array, eye_array, kron
 
 from adatsq_trt.search.candidates import allocate, spend_the_rest, steepest_multiplier, tiers
 
@@ -94,3 +96,18 @@ def test_upgrades_go_by_error_saved_per_bit(budget: float) -> None:
     expected = {8.0: [0, 0], 9.0: [0, 1], 11.9: [1, 1]}[budget]
     assert spend_the_rest(errors, bits[:, None] * ones, budget, cheapest).tolist() == expected
     assert cheapest.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_an_exact_solver_finds_hardly_less(seed: int) -> None:
+    """HiGHS, on the size of the smallest model: 20 steps of 44 layers."""
+    generator, bits, items = np.random.default_rng(seed), np.array([4.0, 6.0, 8.0, 16.0]), 880
+    errors = np.exp(generator.normal(0, 1.5, items)) * 4.0 ** (4 - bits[:, None])
+    errors = errors * np.exp(generator.normal(0, 0.3, (4, items)))
+    weight = generator.choice([1.0, 2.0, 4.0], items)
+    budget = 6.5 * weight.sum()
+    one_each = LinearConstraint(kron(eye_array(items), np.ones((1, 4)), format="csr"), 1, 1)
+    within = LinearConstraint(csr_array((weight[:, None] * bits).reshape(1, -1)), -np.inf, budget)
+    exact = milp(errors.T.ravel(), constraints=[one_each, within], integrality=np.ones(4 * items), bounds=Bounds(0, 1))
+    found = error(errors, allocate(errors, bits, weight, budget))
+    assert exact.mip_dual_bound * (1 - 1e-9) <= found <= exact.fun * 1.001

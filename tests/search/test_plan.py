@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adatsq_trt.formats import FORMATS
-from adatsq_trt.search.plan import SHRINKAGES, Plan, make_plan
+from adatsq_trt.search.plan import ONCE_SHRINKAGES, SHRINKAGES, Plan, make_plan
 from adatsq_trt.search.sensitivity import Sensitivity
 
 SET = tuple(FORMATS[name] for name in ("w3a3", "w4a4", "w8a8"))
@@ -118,3 +118,21 @@ def test_more_bits_never_mean_more_error(plan: Plan, step: int, one: float, othe
 def test_spending_as_planned_changes_nothing(plan: Plan, step: int) -> None:
     own = row_bits(plan.policies[0], step)
     assert plan.deviation_error(step, own, own) == 0.0
+
+
+def mirrored(sensitivity: Sensitivity) -> Sensitivity:
+    """Every other layer errs in the opposite direction: what layers do together changes, and nothing else."""
+    signs = torch.tensor([1.0, -1.0]).repeat(LAYERS // 2)[:, None]
+    return Sensitivity(SET, sensitivity.contributions * signs)
+
+
+def test_with_weights_once_it_does_not_matter_what_layers_do_together() -> None:
+    changed = 0
+    for seed in range(4):
+        given = random_sensitivity(seed)
+        for shrinkages in (ONCE_SHRINKAGES, SHRINKAGES):
+            plans = [make_plan(s, BITS, BUDGET, 0, shrinkages) for s in (given, mirrored(given))]
+            same = plans[0].policies == plans[1].policies and plans[0].hedges == plans[1].hedges
+            assert same or shrinkages is SHRINKAGES
+            changed += not same
+    assert changed, "with free weights it does"

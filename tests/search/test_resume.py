@@ -20,6 +20,7 @@ from adatsq_trt.search.plan import make_plan
 from adatsq_trt.search.resume import Score, Scorer, measure_sensitivity, search_columns
 from adatsq_trt.search.sensitivity import Sensitivity
 from adatsq_trt.search.simulation import Simulation
+from adatsq_trt.solver import State
 
 SET = tuple(FORMATS[name] for name in ("w4a4", "fp8", "w8a8", "fp32"))
 BITS, BUDGET = format_bits(SET), 7.0
@@ -55,7 +56,7 @@ def simulation(samples: Samples, store: CandidateWeights) -> Iterator[Simulation
 @pytest.fixture(scope="module")
 def measured(
     samples: Samples, latents: Tensor, start: Tensor, store: CandidateWeights, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Sensitivity, Tensor]:
+) -> tuple[Sensitivity, list[State[Tensor]]]:
     return measure_sensitivity(
         samples, latents, start, SET, store, tmp_path_factory.mktemp("whole"), ignore, InProcess()
     )
@@ -63,10 +64,11 @@ def measured(
 
 @pytest.fixture
 def make_problem(
-    samples: Samples, latents: Tensor, simulation: Simulation, measured: tuple[Sensitivity, Tensor]
+    samples: Samples, latents: Tensor, simulation: Simulation, measured: tuple[Sensitivity, list[State[Tensor]]]
 ) -> Callable[[], DenoisingProblem]:
     plan = make_plan(measured[0], BITS, BUDGET, 3)
-    return lambda: DenoisingProblem(samples, simulation, latents, measured[1], plan, BUDGET)
+    states = [State(latent) for latent in latents]
+    return lambda: DenoisingProblem(samples, simulation, states, measured[1], plan, BUDGET)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -75,7 +77,7 @@ def test_sensitivity_goes_on_after_the_last_finished_step(
     latents: Tensor,
     start: Tensor,
     store: CandidateWeights,
-    measured: tuple[Sensitivity, Tensor],
+    measured: tuple[Sensitivity, list[State[Tensor]]],
     tmp_path: Path,
     count: int,
 ) -> None:
@@ -88,17 +90,17 @@ def test_sensitivity_goes_on_after_the_last_finished_step(
         samples, latents, start, SET, store, tmp_path, lambda: steps.append(None), InProcess()
     )
     assert torch.equal(resumed.contributions, measured[0].contributions)
-    assert torch.equal(adjoints, measured[1])
+    assert all(torch.equal(one.latent, other.latent) for one, other in zip(adjoints, measured[1], strict=True))
     assert len(steps) == 3  # progress counts what was there already
     assert all(file.stat().st_mtime_ns == time for file, time in written.items())
 
 
-def test_adjoints_end_with_the_projections(measured: tuple[Sensitivity, Tensor], start: Tensor) -> None:
-    assert torch.equal(measured[1][-1], start)
-    assert measured[1].shape == (4, *start.shape)
+def test_adjoints_end_with_the_projections(measured: tuple[Sensitivity, list[State[Tensor]]], start: Tensor) -> None:
+    assert torch.equal(measured[1][-1].latent, start)
+    assert [state.latent.shape for state in measured[1]] == [start.shape] * 4
 
 
-def figures(paths: list[BeamPath[Tensor]]) -> list[tuple[object, ...]]:
+def figures(paths: list[BeamPath[State[Tensor]]]) -> list[tuple[object, ...]]:
     return [(p.assignments, p.bits, p.error, p.estimate) for p in paths]
 
 
@@ -114,7 +116,7 @@ def test_the_beam_goes_on_after_the_last_finished_column(
     found = search_columns(resumed, pruning, tmp_path / "killed", lambda: columns.append(None))
     assert figures(found) == figures(expected)
     for one, other in zip(found, expected, strict=True):
-        assert torch.equal(one.state, other.state)
+        assert torch.equal(one.state.latent, other.state.latent)
     assert resumed.calls == whole.calls > interrupted.calls - 1
     assert len(columns) == 3
 
@@ -143,8 +145,8 @@ def test_a_path_on_the_reference_is_expected_to_err_as_the_plan(
     make_problem: Callable[[], DenoisingProblem], latents: Tensor
 ) -> None:
     problem = make_problem()
-    assert problem.error(latents[0], 0) == problem.plan.expected_error(torch.zeros(6).double().numpy(), 0)
-    assert problem.error(latents[3], 3) == 0.0
+    assert problem.error(State(latents[0]), 0) == problem.plan.expected_error(torch.zeros(6).double().numpy(), 0)
+    assert problem.error(State(latents[3]), 3) == 0.0
     assert problem.remaining_error(3, BUDGET * 3 * 17 + 1) == float("inf")
 
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from adatsq_trt.costs import Costs, Limits
 from adatsq_trt.files import read_json_model, write_json_model
 from adatsq_trt.formats import FORMATS
+from adatsq_trt.intervals import Floats
 from adatsq_trt.policy import LayerShape
 from adatsq_trt.search.budgets import CostModel
 from adatsq_trt.search.plan import Rows
@@ -132,25 +133,42 @@ def test_the_best_is_the_least_error_then_the_fewest_buckets() -> None:
     assert best_of(points, [0, 1, 2, 3], ("time_only",)) is None
 
 
+def near(points: Sequence[Point]) -> dict[int, Floats]:
+    """Errors that no samples tell apart, around those of the points."""
+    spread = np.linspace(-1000, 1000, 64)
+    return {i: point.rank_error + (spread if i % 2 else spread[::-1]) for i, point in enumerate(points)}
+
+
+def surely(points: Sequence[Point]) -> dict[int, Floats]:
+    """Errors that are the same for all samples."""
+    return {i: np.full(64, point.rank_error) for i, point in enumerate(points)}
+
+
+def numbered(kind: Kind, bits: float, error: float, number: int) -> Point:
+    return point(kind, bits, error, formats=((f"format {number}",),))
+
+
 def test_finalists_keep_the_budget_and_leave_room_for_the_rivals() -> None:
     points = [
-        *(point("beam", 4, 1.0 + i) for i in range(6)),
-        point("plan", 4.1, 0.1),
-        point("plan", 4.0, 0.5),
-        *(point("layer_only", 4, 10.0 + i) for i in range(3)),
-        point("time_only", 3.9, 20.0),
-        point("uniform", 4, 0.2),
+        *(numbered("beam", 4, 1.0 + i, i) for i in range(6)),
+        numbered("plan", 4.1, 0.1, 6),
+        numbered("plan", 4.0, 0.5, 7),
+        *(numbered("layer_only", 4, 10.0 + i, 8 + i) for i in range(3)),
+        numbered("time_only", 3.9, 20.0, 11),
+        numbered("uniform", 4, 0.2, 12),
     ]
-    found = shortlist(points, Rules(lambda point: point.mean_bits <= 4.0))
-    assert sorted(found) == [0, 1, 2, 7, 8, 9, 11]
+    rules = Rules(lambda point: point.mean_bits <= 4.0)
+    assert len(shortlist(points, rules, near(points))) == 4 + 2 + 1
+    assert set(shortlist(points, rules, near(points))) <= {0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11}
+    assert shortlist(points, rules, surely(points)) == [7, 8, 11], "the best of each kind, which the others cannot be"
 
 
 def test_policies_that_keep_a_limit_have_seats_of_their_own() -> None:
     many, few = (("w4a4",), ("w8a8",), ("w3a3",)), (("w4a4",),) * 3
-    points = [point("time_only", 4, 1.0 + i, formats=many) for i in range(3)]
+    points = [point("time_only", 4, 1.0 + i, formats=(*many, (f"format {i}",))) for i in range(3)]
     points += [point("time_only", 4, 10.0, formats=few), point("merged", 4, 11.0, formats=few)]
-    assert sorted(shortlist(points, Rules(everything, limit=2))) == [0, 1, 3, 4]
-    assert sorted(shortlist(points, Rules(everything))) == [0, 1, 4]
+    assert sorted(shortlist(points, Rules(everything, limit=2), surely(points))) == [0, 3, 4]
+    assert sorted(shortlist(points, Rules(everything), surely(points))) == [0, 4]
 
 
 ERROR = st.integers(1, 6).map(float)  # few values, so that there are ties
@@ -173,7 +191,8 @@ def test_no_judged_policy_that_keeps_the_rules_beats_the_one_that_is_returned(
         seen = {i: p.model_copy(update={"rank_error": judged[i][3], "finalist": True}) for i, p in enumerate(points)}
         return [seen[i] if i in wanted else p for i, p in enumerate(points)]
 
-    points, looked = look_again(screened, Rules(lambda p: p.mean_bits <= 4, limit), look)
+    rules = Rules(lambda p: p.mean_bits <= 4, limit)
+    points, looked = look_again(screened, rules, shortlist(screened, rules, surely(screened)), look)
     assert [i for i, p in enumerate(points) if p.finalist] == sorted(looked)
     for most in {limit, None}:
         keeps = [i for i, p in enumerate(points) if p.mean_bits <= 4 and (most is None or p.assignments <= most)]
@@ -201,11 +220,28 @@ def test_held_out_errors_are_measured_for_the_wanted_alone() -> None:
     by_name = {p.name: i for i, p in enumerate(points)}
     scorer = Table({LOW: 90.0, HIGH: 10.0}, 2)
     wanted = [by_name["w8a8"], by_name["w3a3"]]
-    result = measure_held_out(points, wanted, SET, cast(Scorer, scorer), ignore)
+    result = measure_held_out(points, wanted, SET, [cast(Scorer, scorer)], ignore)
     got = {p.name: p.held_out_error for p in result}
     assert got == {"w3a3": 90.0, "w4a4": None, "w8a8": 10.0}
     assert {p.name: p.held_out_standard_error for p in result} == {"w3a3": 45.0, "w4a4": None, "w8a8": 5.0}
     assert [p.selection_error for p in result] == [p.selection_error for p in points]
+
+
+def test_samples_that_tell_a_policy_from_the_chosen_one_suffice() -> None:
+    """The error of a policy that was measured on a part is the ratio there, times the error on all samples."""
+    points = judge([Proposal("uniform", rows) for rows in (LOW, MIDDLE, HIGH)], SET, COSTS, table(ERRORS), ignore)
+    by_name = {p.name: i for i, p in enumerate(points)}
+    first, rest = Table({HIGH: 10.0, LOW: 90.0, MIDDLE: 10.0}, 16), Table({HIGH: 30.0, MIDDLE: 30.0}, 48)
+    wanted = [by_name[name] for name in ("w8a8", "w3a3", "w4a4")]
+    result = measure_held_out(points, wanted, SET, [cast(Scorer, first), cast(Scorer, rest)], ignore)
+    far, tied, chosen = (result[by_name[name]] for name in ("w3a3", "w4a4", "w8a8"))
+    assert LOW not in rest.asked
+    assert (far.held_out_samples, tied.held_out_samples, chosen.held_out_samples) == (16, 64, 64)
+    assert chosen.held_out_error == pytest.approx((16 * 10 + 48 * 30) / 64)
+    assert far.held_out_ratio == pytest.approx((9.0, 9.0, 9.0))
+    assert far.held_out_error == pytest.approx(9 * chosen.held_out_error)
+    assert far.held_out_standard_error == pytest.approx(9 * chosen.held_out_standard_error)
+    assert tied.held_out_error == chosen.held_out_error
 
 
 def test_a_result_survives_the_disk(tmp_path: Path) -> None:

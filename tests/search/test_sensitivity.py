@@ -13,9 +13,10 @@ from adatsq_trt.calibration.transforms.statistics import measure_groups
 from adatsq_trt.formats import FORMATS, Format
 from adatsq_trt.models.format_store import CandidateWeights
 from adatsq_trt.models.simulated import SimulatedModel
-from adatsq_trt.models.transforms import IDENTITY
 from adatsq_trt.quantizers import QuantizedWeight
 from adatsq_trt.search.sensitivity import SMOOTHED_STEPS, Sensitivity, assemble, join_parts, layer_contributions
+from adatsq_trt.solver import State
+from adatsq_trt.transforms import IDENTITY
 from tests.sweep import BackwardStep, backward_steps
 
 SET = tuple(FORMATS[name] for name in ("w4a4", "fp8", "w8a8", "fp32"))
@@ -32,7 +33,7 @@ def all_contributions(
 
 @pytest.fixture(scope="module")
 def sensitivity(samples: Samples, latents: Tensor, start: Tensor, store: CandidateWeights) -> Sensitivity:
-    sweep = backward_steps(samples, latents, start, STEPS - 1)
+    sweep = backward_steps(samples, latents, State(start), STEPS - 1)
     parts = {b.step: all_contributions(b, samples, SET, store) for b in sweep}
     return assemble(SET, parts, latents[0, 0].numel(), 2)
 
@@ -68,7 +69,7 @@ def test_contributions_of_all_steps_and_layers_add_up_to_the_change_of_the_pictu
         weight = transforms.get(name, IDENTITY).rounded_weight(linear.weight)
         off[name] = QuantizedWeight(weight + 1e-3 * torch.randn(weight.shape, generator=generator))
     store = CandidateWeights({exact.name: off}, {}, transforms)
-    sweep = backward_steps(samples, latents, start, STEPS - 1)
+    sweep = backward_steps(samples, latents, State(start), STEPS - 1)
     parts = {b.step: all_contributions(b, samples, [exact], store) for b in sweep}
     sensitivity = assemble([exact], parts, latents[0, 0].numel(), 2)
     actual = actual_change(samples, latents, start, store, {})

@@ -16,6 +16,7 @@ from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.search import resume
 from adatsq_trt.search.resume import Scorer
 from adatsq_trt.search.simulation import Simulation
+from adatsq_trt.solver import State
 from tests.search.conftest import SET
 
 
@@ -37,14 +38,15 @@ def test_equal_assignments_share_a_call_and_results_keep_their_order(
 ) -> None:
     with SimulatedModel(samples.adapter, store).installed() as model:
         cheap, dear = ((index,) * len(model.layers) for index in (0, 2))
-        moves = [(latents[1] + 0.1 * i, (cheap, dear, cheap, cheap, dear)[i]) for i in range(5)]
+        moves = [(State(latents[1] + 0.1 * i), (cheap, dear, cheap, cheap, dear)[i]) for i in range(5)]
         executor = Counting()
         simulation = Simulation(model, SET, samples.schedule, samples.guidance, executor, together)
         found = list(simulation.advance(samples, 1, moves))
         alone = Simulation(model, SET, samples.schedule, samples.guidance)
         expected = [next(iter(alone.advance(samples, 1, [move]))) for move in moves]
     assert executor.units == units
-    torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=1e-4, atol=1e-5)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.latent, other.latent, rtol=1e-4, atol=1e-5)
 
 
 def test_a_policy_that_overflows_names_step_layer_and_format(

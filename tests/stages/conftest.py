@@ -9,7 +9,10 @@ from adatsq_trt.settings import SETTINGS_NAME
 from adatsq_trt.stages import bundle, summary
 from adatsq_trt.stages.context import Context
 from adatsq_trt.stages.graph import run_stages
+from tests.doubles.gpu import book, device, library
 from tests.stages.tiny_run import tiny_context
+
+__all__ = ["book", "device", "finished", "library"]
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import pytest
 from adatsq_trt import __version__
 from adatsq_trt.engines.backends.rtx import RtxBackend
 from adatsq_trt.engines.backends.tensorrt import TensorRTBackend
-from adatsq_trt.engines.bundle import BundleFiles
+from adatsq_trt.engines.bundle import BundleFiles, ScheduleRecord
 from adatsq_trt.errors import MissingFileError
 from adatsq_trt.files import read_json_model, sha256
 from adatsq_trt.graph_index import INDEX_NAME, GraphIndex
@@ -28,7 +28,7 @@ def test_the_manifest_says_what_was_built(finished: Context) -> None:
     assert manifest.latent_shape == adapter.latent_shape
     assert manifest.prompts == len(adapter.prompts)
     assert manifest.guidance == finished.settings.guidance
-    assert manifest.schedule == export.schedule_record(finished.schedule)
+    assert manifest.schedule == ScheduleRecord.of(finished.schedule)
     policy = Policy.load(search.stage(finished).folder / search.POLICY)
     assert files.policy == policy
     assert manifest.formats == export.used_formats(policy)

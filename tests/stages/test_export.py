@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from adatsq_trt.calibration.trajectory import trajectory
+from adatsq_trt.engines.bundle import ScheduleRecord
 from adatsq_trt.engines.exported import EXPORTED_NAME, Exported, array_hash
 from adatsq_trt.files import read_json_model, read_tensors
 from adatsq_trt.graph_index import INDEX_NAME, GraphIndex
@@ -71,7 +72,7 @@ def test_encodings_of_all_prompts_and_their_hashes_are_kept(finished: Context) -
         assert torch.equal(prompts[f"unconditional.{name}"], value[:1])
     record = read_json_model(folder / EXPORTED_NAME, Exported)
     assert record.guidance == finished.settings.guidance
-    assert record.schedule == export.schedule_record(finished.schedule)
+    assert record.schedule == ScheduleRecord.of(finished.schedule)
     assert record.arrays[export.PROMPTS] == {name: array_hash(value.numpy()) for name, value in prompts.items()}
 
 

@@ -8,10 +8,10 @@ import torch
 from adatsq_trt.calibration.gptq import gptq
 from adatsq_trt.files import read_tensors
 from adatsq_trt.formats import FORMATS
-from adatsq_trt.models.transforms import IDENTITY
 from adatsq_trt.quantizers import QuantizedWeight, quantize_nearest, static_activation_scale
 from adatsq_trt.stages import calibrate, quantize
 from adatsq_trt.stages.context import Context
+from adatsq_trt.transforms import IDENTITY
 from tests.stages.tiny_run import tiny_context
 
 

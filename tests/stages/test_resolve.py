@@ -78,10 +78,13 @@ def test_what_is_given_is_kept(tmp_path: Path) -> None:
         ({"simulate": True, "layout": "switch"}, "--simulate builds nothing that has a layout"),
         ({"target": "sm89", "weight_streaming": True}, "only enterprise TensorRT has this"),
         ({"simulate": True, "backend": "tensorrt"}, "this request compiles no plans"),
+        ({"layout": "plugin", "backend": "tensorrt"}, "got no --plugins, expected the libadatsq_plugins.so"),
+        ({"layout": "plugin", "backend": "tensorrt", "plugins": Path("none.so")}, "got no file 'none.so'"),
+        ({"target": "sm89", "backend": "tensorrt", "plugins": Path(__file__)}, "only plans of --layout plugin need"),
+        ({"layout": "plugin", "plugins": Path(__file__)}, "--plugins: only enterprise TensorRT has this"),
         ({"target": "cpu", "shapes": "1x8x8", "batch": 1}, "--shapes says how many samples"),
         ({"target": "cpu", "shapes": "8"}, "--shapes '8'"),
-        ({"target": "cpu", "transform": "smooth"}, "pass --simulate to study it"),
-        ({"simulate": True, "transform": "smooth"}, "which ends before the export"),
+        ({"simulate": True, "transform": "smooth"}, "which ends before the export, or leave out --simulate"),
         ({"target": "cpu", "memory_limit": "much"}, "much"),
         ({"target": "cpu", "budget_speed": "1ms"}, "--gpu"),
         ({"target": "cpu", "exclude": "nothing"}, "--exclude 'nothing'"),
@@ -92,8 +95,9 @@ def test_what_does_not_go_together_is_refused(choices: dict[str, object], messag
         resolve(**choices)
 
 
-def test_a_transform_is_searched_with() -> None:
+def test_a_transform_is_searched_with_and_built_with() -> None:
     assert resolve("search", simulate=True, transform="smooth").transform == "smooth"
+    assert resolve(target="cpu", transform="balance-low-rank").transform == "balance-low-rank"
 
 
 def test_a_policy_file_must_be_there(tmp_path: Path) -> None:

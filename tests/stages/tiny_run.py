@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from adatsq_trt.image import PixelScale
+from adatsq_trt.policy import Policy
 from adatsq_trt.settings import Settings
 from adatsq_trt.stages.context import Context, Memory
 from adatsq_trt.stages.models import declared
@@ -45,6 +46,13 @@ def make_settings(**changes: Any) -> Settings:
 def make_model(blocks: int = 1) -> LoadedModel:
     """As it is loaded, with the checkpoint's own numbers."""
     return LoadedModel("tiny", make_tiny_flux(32, 4, blocks=blocks), HASH, HASH, 2, 2.0, PixelScale(1))
+
+
+def given_policy() -> Policy:
+    """Two steps with an assignment each, of fp8 and bf16 in turns: in place of a search."""
+    layers = list(make_model().adapter.quantizable_layers())
+    rows = [[("fp8", "bf16")[(layer + step) % 2] for layer in range(len(layers))] for step in range(2)]
+    return Policy.from_steps("tiny", HASH, layers, rows)
 
 
 @contextmanager

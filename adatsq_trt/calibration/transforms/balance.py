@@ -7,13 +7,14 @@ the largest of all; what is left, which no fixed scale fits, is spread by a rota
 
 from __future__ import annotations
 
-from adatsq_trt.calibration.transforms.hadamard import random_signs
+from adatsq_trt.calibration.transforms.graph_form import GraphForm
+from adatsq_trt.calibration.transforms.hadamard import with_rotation
 from adatsq_trt.calibration.transforms.smooth import divisor
 from adatsq_trt.calibration.transforms.statistics import LayerGroup
-from adatsq_trt.models.transforms import InputMap
+from adatsq_trt.transforms import InputMap
 
 
-def balance(group: LayerGroup) -> InputMap:
+def balance(group: LayerGroup, form: GraphForm | None = None) -> InputMap:
     """Scales from the static part, then the rotation."""
-    signs = random_signs(group.width).to(group.largest.device)
-    return InputMap(divisor(group.largest.mean(dim=0), group.largest_weight), signs)
+    scale = divisor(group.largest.mean(dim=0), group.largest_weight)
+    return with_rotation(scale if form is None else form.rounded(scale), group, form)

@@ -9,24 +9,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adatsq_trt.models.transforms import Branch
+from adatsq_trt.transforms import Branch
 
 # The paper's rank 32 belongs to layers 3,072 wide: one rank for 96 channels of the narrower side, rounded up.
 CHANNELS_PER_RANK = 96
 
 
-def rank_of(weight: Tensor) -> int:
-    """The branch's rank for a weight [N, K]: the same share of it as 32 is of Flux's 3,072."""
-    return -(-min(weight.shape) // CHANNELS_PER_RANK)
+def rank_of(width: int, outputs: int) -> int:
+    """The branch's rank for a weight [outputs, width]: the same share of it as 32 is of Flux's 3,072."""
+    return -(-min(width, outputs) // CHANNELS_PER_RANK)
 
 
-def branch(weight: Tensor) -> Branch:
-    """The best approximation of a weight with its rank, in bfloat16 (Eckart and Young 1936).
+def branch(weight: Tensor, dtype: torch.dtype = torch.bfloat16) -> Branch:
+    """The best approximation of a weight with its rank, in 16 bits (Eckart and Young 1936).
 
     Args:
         weight: W̃, float32 [N, K].
+        dtype: of the factors; they are bfloat16's numbers too.
     """
     u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
-    rank = rank_of(weight)
+    outputs, width = weight.shape
+    rank = rank_of(width, outputs)
     root = s[:rank].sqrt()
-    return Branch((root[:, None] * vh[:rank]).bfloat16().float(), (u[:, :rank] * root).bfloat16().float())
+    down, up = (factor.bfloat16().to(dtype).float() for factor in (root[:, None] * vh[:rank], u[:, :rank] * root))
+    return Branch(down, up)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from adatsq_trt.calibration.transforms.graph_form import GraphForm
 from adatsq_trt.calibration.transforms.statistics import SMALLEST, LayerGroup
-from adatsq_trt.models.transforms import InputMap
+from adatsq_trt.transforms import InputMap
 
 STRENGTH = 0.5  # α of the paper
 
@@ -26,6 +27,7 @@ def divisor(largest_input: Tensor, largest_weight: Tensor, strength: float = STR
     return normalized
 
 
-def smooth(group: LayerGroup) -> InputMap:
+def smooth(group: LayerGroup, form: GraphForm | None = None) -> InputMap:
     """SmoothQuant's scales, from the largest input over all steps."""
-    return InputMap(divisor=divisor(group.largest.amax(dim=0), group.largest_weight))
+    scale = divisor(group.largest.amax(dim=0), group.largest_weight)
+    return InputMap(divisor=scale if form is None else form.rounded(scale))

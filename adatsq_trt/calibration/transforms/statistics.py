@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from adatsq_trt.calibration.trajectory import Samples
 from adatsq_trt.models.capture import captured
-from adatsq_trt.models.transforms import LayerTransform
+from adatsq_trt.transforms import LayerTransform
 
 # Keeps channels that are always zero finite.
 SMALLEST = 1e-5
@@ -67,7 +67,7 @@ def measure_groups(samples: Samples, latents: Tensor) -> list[LayerGroup]:
     members: dict[tuple[str, ...], list[Tensor]] = {}
     for step in range(samples.schedule.steps):
         with captured(linears) as capture:
-            samples.step(latents[step], step)
+            samples.velocity(latents[step], step)
         for names in sharing_layers(linears, capture.inputs):
             members.setdefault(names, []).append(capture.inputs[names[0]].flatten(0, -2).abs().amax(dim=0))
     return [
@@ -88,7 +88,7 @@ def largest_inputs(samples: Samples, latents: Tensor, transforms: Mapping[str, L
     linears, rows = samples.adapter.quantizable_layers(), []
     for step in range(samples.schedule.steps):
         with captured(linears) as capture:
-            samples.step(latents[step], step)
+            samples.velocity(latents[step], step)
         mapped = [transforms[name].input_map.inputs(capture.inputs[name]) for name in linears]
         rows.append(torch.stack([value.abs().max() for value in mapped]))
     return torch.stack(rows)

@@ -1,5 +1,6 @@
 """The check passes what is right and fails what is wrong: seeded defects, one at a time."""
 
+import contextlib
 import shlex
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from onnx import ModelProto, numpy_helper
 from polygraphy.comparator import AccuracyResults
 from polygraphy.json import load_json
+from polygraphy.tools import main
 from safetensors.numpy import save_file
 
 from adatsq_trt.engines.accuracy import REPORT_NAME, CheckReport, bisect, check, passed_before, work_units
@@ -338,17 +340,23 @@ def test_the_command_of_a_failed_row_fails_with_its_figures(own_bundle: BundleFi
 
 def test_the_command_of_the_loop_repeats_it(checked: tuple[CheckReport, Path]) -> None:
     report, folder = checked
-    code, figures = run_command(report.loop.command, folder)
+    program = Path(sys.executable).with_name("polygraphy")  # itself, once
+    code, figures = run_command(
+        report.loop.command, folder, lambda words: subprocess.run([program, *words], check=False).returncode
+    )
     assert code == 0
     assert [relative for _, relative in figures] == pytest.approx([row.error for row in report.loop.rows])
 
 
-def run_command(command: str, folder: Path) -> tuple[int, list[tuple[float | None, float]]]:
+def run_command(
+    command: str, folder: Path, polygraphy: Callable[[list[str]], int] = main
+) -> tuple[int, list[tuple[float | None, float]]]:
     """Exit code, and median and relative error of each output, as polygraphy wrote them down."""
     program, *words = shlex.split(command)
+    assert program == "polygraphy"
     words += ["--save-accuracy-results", "accuracy.json"]
-    path = Path(sys.executable).with_name(program)
-    ended = subprocess.run([path, *words], cwd=folder, capture_output=True, check=False)
+    with contextlib.chdir(folder):
+        code = polygraphy(words)
     results = AccuracyResults.load(str(folder / "accuracy.json"))
     outputs = [next(iter(result.values()))[0] for result in results]
     medians = {name: row.median_absdiff for name, row in outputs[0].items()} if len(outputs) == 2 else {}
@@ -356,6 +364,4 @@ def run_command(command: str, folder: Path) -> tuple[int, list[tuple[float | Non
     expected = load_json(str(folder / words[place]))[0][1][0]
     relatives = {name: 10 ** (-row.snr / 20) for name, row in outputs[-1].items()}
     sizes = {name: float(np.sqrt(np.mean(np.square(expected[name], dtype=np.float64)))) for name in relatives}
-    return ended.returncode, [
-        (medians[name] / sizes[name] if medians else None, relative) for name, relative in relatives.items()
-    ]
+    return code, [(medians[name] / sizes[name] if medians else None, relative) for name, relative in relatives.items()]

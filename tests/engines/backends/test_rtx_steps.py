@@ -8,8 +8,8 @@ import torch
 from onnx import TensorProto
 
 from adatsq_trt.engines.backends.plan_controls import load_store
-from adatsq_trt.engines.backends.rtx_steps import plans_here, runnable_plans
-from adatsq_trt.engines.bundle import BundleFiles, Manifest, PlanFile
+from adatsq_trt.engines.backends.rtx_steps import cache_file, plans_here, runnable_plans
+from adatsq_trt.engines.bundle import BundleFiles, Manifest, PlanFile, write_manifest
 from adatsq_trt.engines.plan_weights import Weight, write_store
 from adatsq_trt.engines.runtime import Bundle
 from adatsq_trt.errors import DamagedFileError, DependencyError, MismatchError, UserError
@@ -40,6 +40,12 @@ def test_the_gpus_own_plans(manifest: Manifest) -> None:
 def test_plans_for_something_else(manifest: Manifest, version: str, capability: int, message: str) -> None:
     with pytest.raises(MismatchError, match=message):
         runnable_plans(manifest, version, capability)
+
+
+def test_plans_of_another_library(manifest: Manifest) -> None:
+    """Such a bundle, too, names the version of TensorRT-RTX that was there when it was built."""
+    with pytest.raises(MismatchError, match="plans are of tensorrt, not of TensorRT-RTX; run it with backend 'tensorr"):
+        runnable_plans(manifest.model_copy(update={"backend": "tensorrt"}), "1.7.1", 120)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no GPU")
@@ -83,3 +89,21 @@ def test_a_store_that_is_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "store").write_bytes(content)
     with pytest.raises(DamagedFileError, match="not a complete safetensors"):
         load_store(tmp_path / "store", Host())
+
+
+def test_compiled_kernels_of_bundle_driver_and_card_have_a_place_of_their_own(
+    tiny_bundle: BundleFiles, own_bundle: BundleFiles, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cards = ("one card, driver 580.1", "one card, driver 580.2", "another card, driver 580.1")
+    files = {cache_file(own_bundle, card) for card in cards}
+    assert len(files) == 3
+    assert {file.parent for file in files} == {own_bundle.folder.parent / "runtime-cache"}
+    first, *_ = (cache_file(own_bundle, card).name for card in cards)
+    write_manifest(own_bundle.folder, own_bundle.manifest.model_copy(update={"model": "another"}))
+    assert cache_file(own_bundle, cards[0]).name != first
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert cache_file(tiny_bundle, cards[0]).parent == tmp_path / "cache" / "adatsq-trt" / "runtime-cache"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_file(tiny_bundle, cards[0]).parent == Path.home() / ".cache" / "adatsq-trt" / "runtime-cache"

@@ -17,12 +17,18 @@ import torch
 from onnx import TensorProto, helper
 
 from adatsq_trt.engines.backends.base import BatchRange
-from adatsq_trt.engines.backends.tensorrt import TensorRTBackend, TensorRTOptions, runs_capability, runs_version
+from adatsq_trt.engines.backends.tensorrt import (
+    TensorRTBackend,
+    TensorRTOptions,
+    load_plugins,
+    runs_capability,
+    runs_version,
+)
 from adatsq_trt.engines.backends.tensorrt_steps import plans_here, runnable_plans
 from adatsq_trt.engines.bundle import BundleFiles, Manifest, PlanFile
 from adatsq_trt.engines.manifest import Compatibility
 from adatsq_trt.engines.runtime import Bundle
-from adatsq_trt.errors import AdatsqError, DependencyError, MismatchError
+from adatsq_trt.errors import AdatsqError, DependencyError, MismatchError, UserError
 from adatsq_trt.formats import TARGETS
 
 BATCH = BatchRange(1, 4, 8)
@@ -157,8 +163,34 @@ def test_a_cache_that_cannot_be_kept_costs_only_time(
     assert "kernels will be measured again the next time" in caplog.text
 
 
-def test_options_that_change_plans_are_part_of_their_key() -> None:
+def test_a_plugin_library_that_does_not_load_is_refused_before_a_graph_is_read(
+    double: TensorRTDouble, graph: Path, tmp_path: Path
+) -> None:
+    """The registry is TensorRT-RTX's own."""
+    library = tmp_path / "libadatsq_plugins.so"
+    library.write_bytes(b"no library")
+    with pytest.raises(UserError, match=r"cannot load the plugin library '.*libadatsq_plugins\.so'; build it with"):
+        TensorRTBackend(TensorRTOptions(plugins=library)).build(graph, TARGETS["sm120"], BATCH)
+    assert not double.parsers
+
+
+def test_a_plugin_that_is_loaded_already_is_none_the_worse() -> None:
+    class Registry:
+        def load_library(self, path: str) -> None:
+            return None
+
+        def get_creator(self, name: str, version: str, namespace: str) -> object:
+            return (name, version, namespace)
+
+    load_plugins(Registry(), Path("libadatsq_plugins.so"))
+
+
+def test_options_that_change_plans_are_part_of_their_key(tmp_path: Path) -> None:
     options = TensorRTOptions()
+    libraries = [tmp_path / name for name in ("one.so", "other.so")]
+    for library in libraries:
+        library.write_bytes(library.name.encode())
+    assert len({TensorRTBackend(TensorRTOptions(plugins=library)).settings for library in libraries}) == 2
     compatible = replace(options, compatibility=Compatibility(versions=True))
     streamed, cached = replace(options, weight_streaming=True), replace(options, timing_cache=Path("cache"))
     settings = {TensorRTBackend(o).settings for o in (options, compatible, streamed, cached)}

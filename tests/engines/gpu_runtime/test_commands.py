@@ -84,7 +84,6 @@ def test_plans_that_were_not_run_are_checked_anew(
 def test_benchmark_has_16_bits_and_full_precision_beside_plans(
     planned: Callable[[Layout], Path], library: Library, compared: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adatsq_trt.engines.benchmark.gpu_name", lambda: "a double of a GPU")
     result = benchmark_bundles([planned("embedded")], "auto", 2, 3)
     names = ["policy", *(f"assignment {i}" for i in range(len(ASSIGNMENTS))), "full precision", "16 bits"]
     assert [timing.case for timing in result.timings] == names
@@ -166,7 +165,6 @@ def test_the_report_of_a_gpu_has_every_trial(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("adatsq_trt.engines.benchmark.gpu_name", lambda: "a double of a GPU")
     report = gpu_report.try_bundle(planned("embedded"), tmp_path)
     assert report.choice == "rtx"
     assert report.backends["rtx"] is None

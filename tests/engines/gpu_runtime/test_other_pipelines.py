@@ -13,11 +13,11 @@ from tests.doubles.host_device import HostDevice, OnDevice, Transfers
 from tests.doubles.tensorrt_on_onnxruntime import Library, PlanBook
 from tests.engines.bundled_pipelines import KINDS, LENGTH, make_bundled
 from tests.engines.gpu_runtime.conftest import add_plans
-from tests.tiny_bundle import GUIDANCE, STEPS
+from tests.tiny_bundle import GUIDANCE
 from tests.tiny_checkpoints import HEIGHT, WIDTH
 
 SEEDS, PROMPTS = [1, 2], [0, 1]
-CALLS = {"z-image": 1, "wan": 2, "wan-unipc": 2}
+CALLS = {"z-image": 1, "wan": 2, "wan-unipc": 2, "wan-heun": 2}
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -49,7 +49,7 @@ def test_nothing_is_read_back_between_steps(
             latents=torch.from_numpy(noise).to(device.device),
             height=HEIGHT,
             width=WIDTH,
-            num_inference_steps=STEPS,
+            num_inference_steps=bundle.schedule.pipeline_steps,
             max_sequence_length=LENGTH,
             output_type="latent",
             return_dict=False,
@@ -57,13 +57,14 @@ def test_nothing_is_read_back_between_steps(
             **KINDS[name][-1],
         )[0]
         read_at_the_end = transfers.to_host - crossed[-1][1]
-        assert len(library.log.runs) == CALLS[name] * STEPS
+        assert len(library.log.runs) == CALLS[name] * bundle.policy.steps
         wanted = bundle.denoise(noise, condition, guidance=GUIDANCE)
     got = latents.content.float().numpy()
     # The pipelines guide in the graph's 16 bits.
     assert np.linalg.norm(got - wanted) < 0.05 * np.linalg.norm(wanted - noise)
     to_device, to_host = (set(np.diff(way).tolist()) for way in zip(*crossed, strict=True))
-    # Wan's pipeline reads Euler's sigma of a step, and diffusers' UniPC makes its coefficients on the processor.
-    assert to_host == ({4} if name == "wan" else {0})
-    assert to_device == ({8} if name == "wan-unipc" else {0})
+    # Wan's pipeline reads a step's sigma, where it is on the device, Heun's method compares it with numbers too; and
+    # diffusers' UniPC makes its coefficients on the processor, more in the steps of second order.
+    assert to_host == {"wan": {4}, "wan-heun": {6}}.get(name, {0})
+    assert to_device == ({20, 24} if name == "wan-unipc" else {0})
     assert read_at_the_end == 1, "whether all timesteps were the bundle's"

@@ -1,5 +1,6 @@
 """The loop on the double of a GPU: the processor's numbers with the target's casts, and nothing crosses the border."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,16 +9,17 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 from adatsq_trt.engines.backends import device_steps, plan_controls
 from adatsq_trt.engines.backends.execution_context import EngineContext
-from adatsq_trt.engines.bundle import Layout
+from adatsq_trt.engines.bundle import POLICY_NAME, SCALES_NAME, BundleFiles, Layout, write_manifest
 from adatsq_trt.engines.runtime import Bundle, StepResult
 from adatsq_trt.errors import AdatsqError, DamagedFileError
 from tests.doubles.host_device import HostDevice, Transfers
 from tests.doubles.tensorrt_on_onnxruntime import Library
 from tests.engines.conftest import GUIDANCE, SIGMAS, STEP_ASSIGNMENTS, WIDTH
-from tests.engines.gpu_runtime.conftest import LAYOUTS
+from tests.engines.gpu_runtime.conftest import BATCH, LAYOUTS
 
 SEEDS, PROMPTS = [5, 6, 7], [0, 1, 2]
 
@@ -146,11 +148,73 @@ def test_compiled_kernels_are_kept_before_the_end(planned: Callable[[Layout], Pa
     assert library.log.cached[-1:] == kept
 
 
-@pytest.mark.parametrize("method", ["create_execution_context", "execute_async_v3"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "create_execution_context",
+        "execute_async_v3",
+        "set_input_shape",
+        "set_tensor_address",
+        "set_optimization_profile_async",
+    ],
+)
 def test_a_refusal_of_the_library_is_told(planned: Callable[[Layout], Path], library: Library, method: str) -> None:
     library.refuse.add(method)
     with Bundle.open(planned("embedded"), "rtx") as bundle, pytest.raises(AdatsqError, match=r"\.plan.*refuses to"):
-        bundle.denoise(bundle.noise([1]), bundle.conditioning([0]))
+        bundle.denoise(bundle.noise(SEEDS), bundle.conditioning(PROMPTS))
+
+
+def test_a_cache_that_is_not_taken_costs_only_time(
+    planned: Callable[[Layout], Path], library: Library, caplog: pytest.LogCaptureFixture
+) -> None:
+    library.refuse.add("set_runtime_cache")
+    with Bundle.open(planned("embedded"), "rtx") as bundle:
+        assert np.isfinite(bundle.denoise(bundle.noise([1]), bundle.conditioning([0]))).all()
+    assert "it compiles kernels at every start" in caplog.text
+
+
+def test_buffers_do_not_grow_with_every_number_of_rows(
+    planned: Callable[[Layout], Path], library: Library, device: HostDevice
+) -> None:
+    used = []
+    with Bundle.open(planned("shared"), "rtx") as bundle:
+        for samples in (4, 1, 2, 3, 4):
+            inputs = bundle.step_inputs(0, bundle.noise(range(samples)), bundle.conditioning([0] * samples), GUIDANCE)
+            bundle.predict(0, inputs)
+            used.append(device.used_bytes())
+    assert used[-1] == used[0] == max(used)
+
+
+def test_28_steps_wait_once_and_move_nothing(
+    planned: Callable[[Layout], Path], library: Library, device: HostDevice, tmp_path: Path
+) -> None:
+    folder = seven_times_as_long(planned("shared"), tmp_path / "bundle")
+    library.book.enter(BundleFiles.open(folder), BundleFiles.open(folder).manifest.plans, BATCH.profiles)
+    crossed: list[tuple[int, int]] = []
+    with Bundle.open(folder, "rtx") as bundle, Transfers() as transfers:
+        latents = there(device, bundle.noise(SEEDS))
+        bundle.denoise(
+            latents,
+            bundle.conditioning(PROMPTS),
+            callback=lambda _: crossed.append((transfers.to_device, transfers.to_host)),
+        )
+    assert len(crossed) == len(library.log.runs) == 28
+    assert len(set(crossed)) == 1
+    assert crossed[0][1] == 0
+    assert device.synchronizations == 1
+
+
+def seven_times_as_long(folder: Path, copy: Path) -> Path:
+    """The bundle with its steps' assignments and scales again and again."""
+    shutil.copytree(folder, copy)
+    files, sigmas = BundleFiles.open(copy), tuple(np.linspace(1, 0, 29).tolist())
+    files.policy.model_copy(update={"steps": 28, "step_assignments": 7 * files.policy.step_assignments}).save(
+        copy / POLICY_NAME
+    )
+    save_file({name: np.tile(t, (7, 1)) for name, t in load_file(copy / SCALES_NAME).items()}, copy / SCALES_NAME)
+    schedule = files.manifest.schedule.model_copy(update={"sigmas": sigmas, "timesteps": sigmas[:-1]})
+    write_manifest(copy, files.manifest.model_copy(update={"schedule": schedule}))
+    return copy
 
 
 def test_a_plan_that_does_not_load_is_told(

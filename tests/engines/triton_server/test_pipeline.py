@@ -38,6 +38,26 @@ def own(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "own"))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shift": 5.0}, "has shift = 5.0, the bundle's 3.0"),
+        ({"_class_name": "UniPCMultistepScheduler"}, "is a UniPCMultistepScheduler, the bundle's a FlowMatchEuler"),
+    ],
+)
+def test_a_pipeline_with_another_scheduler_is_refused_with_both_values(
+    bundle: Bundle, own: Path, changes: dict[str, object], message: str
+) -> None:
+    require_pipeline(own, bundle.files)
+    file = own / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(MismatchError, match=message):
+        require_pipeline(own, bundle.files)
+    file.write_text("{")
+    with pytest.raises(DamagedFileError, match="scheduler' does not load"):
+        require_pipeline(own, bundle.files)
+
+
 def test_pictures_are_those_of_the_pipeline(bundle: Bundle, saved: Path, tmp_path: Path) -> None:
     """In 32 bits between text encoders and VAE, as the bundle's loop; a pipeline in 16 bits rounds its latents."""
     pipeline, noise = Pipeline(tmp_path, copy_pipeline(saved, tmp_path), bundle), bundle.noise([1, 2])

@@ -41,6 +41,21 @@ def test_what_is_asked_for(bundle: Bundle) -> None:
     assert (request.generation.guidance, request.generation.quantized) == (1.5, False)
 
 
+def test_a_negative_prompt_takes_the_place_of_the_empty_one(bundle: Bundle) -> None:
+    texts = ("zero", "one", "two")
+    named = Bundle(replace(bundle.files, manifest=bundle.manifest.model_copy(update={"prompt_texts": texts})))
+    request = read_request(tensors(), '{"negative": "one"}', named, max_samples=2)
+    own, stored = request.generation.conditioning, bundle.conditioning([1, 1])
+    assert own.unconditional is not None
+    for name, value in stored.conditional.items():
+        np.testing.assert_array_equal(own.unconditional[name], value)
+    np.testing.assert_array_equal(own.conditional["pooled"], bundle.conditioning([0, 2]).conditional["pooled"])
+    with pytest.raises(UserError, match="negative: text 'ones': not one of the bundle's 3 texts, such as 'one'"):
+        read_request(tensors(), '{"negative": "ones"}', named, max_samples=2)
+    with pytest.raises(UserError, match="negative: text: got 3, expected words"):
+        read_request(tensors(), '{"negative": 3}', named, max_samples=2)
+
+
 BAD = {
     "unknown prompt": ({"prompt": [0, 3]}, "", "prompt 3: the bundle holds prompts 0 to 2"),
     "negative prompt": ({"prompt": [0, -1]}, "", "prompt -1"),

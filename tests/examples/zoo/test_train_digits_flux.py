@@ -63,7 +63,7 @@ def test_training_lowers_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
             return float((got - (noise - x0)).square().mean())
 
         before = loss()
-        train_digits_flux.train(adapter, 15)
+        train_digits_flux.train(adapter, images, labels, 15)
         assert loss() < 0.97 * before
 
 

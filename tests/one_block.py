@@ -55,6 +55,7 @@ def build(
     *,
     target: str = "sm120",
     layout: str | None = None,
+    transform: str | None = None,
     with_plans: bool = False,
 ) -> Path:
     """Make a run.
@@ -67,6 +68,7 @@ def build(
         rows: layers → their formats, for each step.
         target: target of the build.
         layout: of the bundle; None for the default.
+        transform: of its weights and inputs.
         with_plans: compile them; most checks run none.
 
     Returns:
@@ -88,6 +90,7 @@ def build(
             name,
             target=target,
             layout=layout,
+            transform=transform,
             output=base / "run",
             formats=formats,
             budget_bits=16,

@@ -1,0 +1,225 @@
+"""The loop in full precision against the pipelines themselves: tiny random ones, with their own and other schedulers.
+
+    make bench-pipelines
+
+For every case the folder of a pipeline is saved with its scheduler and opened as any checkpoint is. The pipeline and
+the loop start from the same noise and have the same weights, in float32 with guidance. Writes results.json beside this
+file and the table in docs/adapters.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from adatsq_trt.calibration.trajectory import Samples, trajectory
+from adatsq_trt.checkpoints.loading import open_pipeline, silence
+from adatsq_trt.checkpoints.prompts import encode_prompts
+from adatsq_trt.files import write_json_model
+from adatsq_trt.schedule import DPM, EULER, HEUN, UNIPC, calls_per_step
+from adatsq_trt.settings import PipelineSettings
+from adatsq_trt.solver import Denoising, Solver, euler_updates
+from benchmarks.document import replace_marked
+from tests.tiny_checkpoints import HEIGHT, WIDTH, make_flux_pipeline, make_wan_pipeline, make_z_image_pipeline
+
+RESULTS = Path(__file__).with_name("results.json")
+PROMPTS = ("a red", "three green and seven")
+FRAMES = 5
+LIMIT = 1e-4
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pipeline with a scheduler.
+
+    Attributes:
+        make: the pipeline, with the scheduler that it comes with.
+        steps: `num_inference_steps`.
+        scheduler: class of another scheduler; None for its own.
+        options: of that one.
+        guidance: as the package counts it.
+        pipeline_guidance: as the pipeline does.
+    """
+
+    make: Callable[[], DiffusionPipeline]
+    steps: int
+    scheduler: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    guidance: float = 4.0
+    pipeline_guidance: float = 4.0
+
+    @property
+    def is_video(self) -> bool:
+        """Whether frames are asked for."""
+        return self.make is make_wan_pipeline
+
+
+FLOW: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+SHIFTED = {**FLOW, "flow_shift": 3.0}
+Z_IMAGE: dict[str, Any] = {"guidance": 6.0, "pipeline_guidance": 5.0}
+CASES = {
+    "Flux, its own": Case(make_flux_pipeline, 8),
+    "Flux, Euler at shift 5": Case(make_flux_pipeline, 8, EULER, {"shift": 5.0}),
+    "Flux, UniPC": Case(make_flux_pipeline, 8, UNIPC, SHIFTED),
+    "Flux, UniPC with dynamic shift": Case(make_flux_pipeline, 8, UNIPC, {**FLOW, "use_dynamic_shifting": True}),
+    "Flux, DPM-Solver++ with dynamic shift": Case(
+        make_flux_pipeline, 8, DPM, {**FLOW, "use_dynamic_shifting": True, "time_shift_type": "exponential"}
+    ),
+    "Z-Image, its own": Case(make_z_image_pipeline, 8, **Z_IMAGE),
+    "Z-Image, Euler with dynamic shift": Case(
+        make_z_image_pipeline, 8, EULER, {"use_dynamic_shifting": True}, **Z_IMAGE
+    ),
+    "Wan, its own": Case(make_wan_pipeline, 8),
+    "Wan, its own, 25 steps": Case(make_wan_pipeline, 25),
+    "Wan, UniPC at shift 12, order 3": Case(
+        make_wan_pipeline, 8, UNIPC, {**FLOW, "flow_shift": 12.0, "solver_order": 3}
+    ),
+    "Wan, DPM-Solver++": Case(make_wan_pipeline, 8, DPM, SHIFTED),
+    "Wan, DPM-Solver++ of order 3": Case(make_wan_pipeline, 25, DPM, {**SHIFTED, "solver_order": 3}),
+    "Wan, Heun": Case(make_wan_pipeline, 8, HEUN, {"shift": 3.0}),
+    "Wan, Euler": Case(make_wan_pipeline, 8, EULER, {"shift": 3.0}),
+}
+
+
+class Row(BaseModel):
+    """A case.
+
+    Attributes:
+        case: its name.
+        pipeline: class.
+        scheduler: class.
+        steps: of the pipeline.
+        calls: of the model.
+        difference: of the loop's last latents from the pipeline's, relative to these.
+        of_euler: of Euler's latents at the same noise levels from the pipeline's, likewise.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    case: str
+    pipeline: str
+    scheduler: str
+    steps: int
+    calls: int
+    difference: float
+    of_euler: float
+
+
+class Results(BaseModel):
+    """All cases.
+
+    Attributes:
+        diffusers: version.
+        rows: a case each.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    diffusers: str
+    rows: tuple[Row, ...]
+
+
+def measure(name: str) -> Row:
+    """Run a case: the pipeline, the loop, and Euler's method at the same noise levels."""
+    case = CASES[name]
+    with tempfile.TemporaryDirectory() as folder:
+        pipe = case.make()
+        if case.scheduler is not None:
+            pipe.scheduler = getattr(diffusers, case.scheduler)(**case.options)
+        pipe.save_pretrained(folder)
+        samples = _samples(case, Path(folder), type(pipe.scheduler).__name__)
+    wanted = _pipelines_latents(case, pipe, samples)
+    schedule = samples.schedule
+    euler = Denoising(Solver(euler_updates(schedule.sigmas), schedule.sigmas), samples.noise())
+    *_, of_euler = euler.run(samples.velocity)
+    return Row(
+        case=name,
+        pipeline=type(pipe).__name__,
+        scheduler=type(pipe.scheduler).__name__,
+        steps=case.steps,
+        calls=schedule.steps,
+        difference=_distance(trajectory(samples)[-1], wanted),
+        of_euler=_distance(of_euler, wanted),
+    )
+
+
+def _samples(case: Case, folder: Path, scheduler: str) -> Samples:
+    """Two samples of the saved pipeline, as a run would calibrate on them."""
+    settings = PipelineSettings(
+        path=str(folder), height=HEIGHT, width=WIDTH, frames=FRAMES if case.is_video else None, prompts=PROMPTS
+    )
+    opened = open_pipeline(settings)
+    adapter = opened.load(encode_prompts(opened.source, PROMPTS, lambda: None)).adapter
+    calls = calls_per_step(scheduler)
+    schedule = adapter.schedule(calls * case.steps - (calls - 1))
+    return Samples(adapter, schedule, case.guidance, prompts=(1, 0), seeds=(4, 5))
+
+
+def _pipelines_latents(case: Case, pipe: DiffusionPipeline, samples: Samples) -> Tensor:
+    """Latents that the pipeline itself ends with."""
+    pipe.set_progress_bar_config(disable=True)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()
+    latents: Tensor = pipe(
+        [PROMPTS[index] for index in samples.prompts],
+        height=HEIGHT,
+        width=WIDTH,
+        num_inference_steps=case.steps,
+        guidance_scale=case.pipeline_guidance,
+        latents=samples.noise(),
+        output_type="latent",
+        return_dict=False,
+        **({"num_frames": FRAMES} if case.is_video else {}),
+    )[0]
+    return latents
+
+
+def _distance(ours: Tensor, wanted: Tensor) -> float:
+    return float((ours.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def table(rows: tuple[Row, ...]) -> str:
+    """Markdown."""
+    lines = [
+        "| pipeline, scheduler | class of the scheduler | steps | calls of the model | difference | of Euler's steps |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        figures = f"{row.steps} | {row.calls} | {row.difference:.1e} | {row.of_euler:.1e}"
+        lines.append(f"| {row.case} | {row.scheduler} | {figures} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Run all cases; the exit code is 1 when one is off by more than the limit."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--document", type=Path, help="Markdown with the markers bench-pipelines")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    silence()
+    rows = tuple(measure(name) for name in CASES)
+    write_json_model(RESULTS, Results(diffusers=diffusers.__version__, rows=rows))
+    text = table(rows)
+    sys.stdout.write(f"{text}\n")
+    if arguments.document is not None:
+        replace_marked(arguments.document, "bench-pipelines", text)
+    return int(any(row.difference > LIMIT for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

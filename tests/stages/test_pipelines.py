@@ -1,0 +1,116 @@
+"""Bundles of pipelines as they come, from the pipeline in memory to a loop that ends in its latents."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+import adatsq_trt
+from adatsq_trt.engines.runtime import Bundle, Conditioning
+from adatsq_trt.engines.transformer import AdatsqTransformer
+from adatsq_trt.schedule import UNIPC
+from tests.tiny_checkpoints import HEIGHT, WIDTH, make_wan_pipeline, make_z_image_pipeline
+
+EFFORT: dict[str, Any] = {"calibration_samples": 2, "selection_samples": 2, "held_out_samples": 2}
+SIZE: dict[str, Any] = {"height": HEIGHT, "width": WIDTH}
+FRAMES = 5
+WORDS = ("red", "and", "seven", "a")
+# Tokens of each caption: its words, of one token each, a beginning and an end.
+LENGTHS = (5, 33, 70)
+CAPTIONS = tuple(" ".join(WORDS[(i * i + length) % 4] for i in range(length - 2)) for length in LENGTHS)
+
+
+def quiet(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """Without progress bars and dropout."""
+    pipe.set_progress_bar_config(disable=True)
+    pipe.text_encoder.eval()
+    pipe.transformer.eval()
+    return pipe
+
+
+def distance(ours: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.linalg.norm(ours - wanted) / np.linalg.norm(wanted))
+
+
+def run(pipe: DiffusionPipeline, prompt: list[str], noise: np.ndarray, **options: Any) -> np.ndarray:
+    """The latents that a pipeline ends with."""
+    latents = torch.from_numpy(noise)
+    result = pipe(prompt, latents=latents, output_type="latent", return_dict=False, **SIZE, **options)[0]
+    return np.asarray(result.numpy())
+
+
+def test_a_wan_keeps_unipc_from_search_to_bundle(tmp_path: Path) -> None:
+    """With a beam, whose paths carry what the scheduler combines."""
+    pipe, prompts = quiet(make_wan_pipeline()), ("a red", "three green and seven")
+    options = {"target": "cpu", "steps": 4, "guidance": 4.0, "frames": FRAMES, "beam": 2, "candidates": 2}
+    with adatsq_trt.build(pipe, output=tmp_path / "run", prompts=prompts, **options, **SIZE, **EFFORT) as bundle:
+        schedule = bundle.schedule
+        assert schedule.scheduler_config["_class_name"] == UNIPC
+        assert schedule.solver.memory == 2
+        noise, conditioning = bundle.noise([4, 5]), bundle.conditioning([1, 0])
+        request = {"num_frames": FRAMES, "num_inference_steps": 4, "guidance_scale": 4.0}
+        wanted = run(pipe, [prompts[1], prompts[0]], noise, **request)
+        assert distance(bundle.denoise(noise, conditioning, quantized=False), wanted) < 1e-4
+        quantized = bundle.denoise(noise, conditioning)
+        assert 1e-5 < distance(quantized, wanted) < 1e-2
+        pipe.transformer = AdatsqTransformer.from_bundle(bundle, pipe.scheduler)
+        assert distance(run(pipe, [prompts[1], prompts[0]], noise, **request), quantized) < 1e-4
+
+
+@pytest.fixture(scope="module")
+def z_image(tmp_path_factory: pytest.TempPathFactory) -> tuple[DiffusionPipeline, Bundle]:
+    pipe, folder = quiet(make_z_image_pipeline()), tmp_path_factory.mktemp("captions") / "run"
+    # A bundle holds as many prompts as its largest batch of samples draws.
+    options = {"target": "cpu", "steps": 2, "guidance": 6.0, "prompts": CAPTIONS, **SIZE, **EFFORT}
+    return pipe, adatsq_trt.build(pipe, output=folder, **{**options, "calibration_samples": len(CAPTIONS)})
+
+
+def test_captions_of_every_length_in_one_bundle_are_the_pipelines(z_image: tuple[DiffusionPipeline, Bundle]) -> None:
+    """Each alone in the pipeline; in the bundle all are tensors of one length, and so is the empty prompt."""
+    pipe, bundle = z_image
+    noise, conditioning = bundle.noise([1, 2, 3]), bundle.conditioning([0, 1, 2])
+    tokens = (np.abs(conditioning.conditional["encoder_hidden_states"]).max(axis=-1) > 0).sum(axis=-1)
+    assert tuple(tokens) == LENGTHS
+    together = bundle.denoise(noise, conditioning, quantized=False)
+    for index, caption in enumerate(CAPTIONS):
+        own = noise[index : index + 1]
+        wanted = run(pipe, [caption], own, num_inference_steps=2, guidance_scale=5.0)
+        assert distance(together[index : index + 1], wanted) < 1e-4
+        alone = bundle.denoise(own, bundle.conditioning([index]), quantized=False)
+        assert distance(alone, wanted) < 1e-4
+
+
+def test_a_negative_prompt_is_a_conditioning(z_image: tuple[DiffusionPipeline, Bundle]) -> None:
+    """Any stored prompt takes the place of the empty one."""
+    pipe, bundle = z_image
+    noise = bundle.noise([1])
+    conditioning = Conditioning(bundle.conditioning([1]).conditional, bundle.conditioning([0]).conditional)
+    options = {"num_inference_steps": 2, "guidance_scale": 5.0}
+    wanted = run(pipe, [CAPTIONS[1]], noise, negative_prompt=[CAPTIONS[0]], **options)
+    assert distance(bundle.denoise(noise, conditioning, quantized=False), wanted) < 1e-4
+    assert distance(bundle.denoise(noise, bundle.conditioning([1]), quantized=False), wanted) > 1e-2
+
+
+def test_guidance_that_is_normalized_and_cut_off_is_the_pipelines(
+    z_image: tuple[DiffusionPipeline, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which calls the transformer with one branch from there on; a loop of a bundle has neither."""
+    pipe, bundle = z_image
+    noise, options = bundle.noise([1]), {"num_inference_steps": 2, "guidance_scale": 5.0}
+    cut: dict[str, Any] = {**options, "cfg_normalization": 1.0, "cfg_truncation": 0.2}
+    wanted, plain = run(pipe, [CAPTIONS[2]], noise, **cut), run(pipe, [CAPTIONS[2]], noise, **options)
+    calls: list[int] = []
+    predict = bundle.predict
+
+    def in_full_precision(step: int, inputs: dict[str, torch.Tensor], size: object) -> object:
+        calls.append(len(inputs["hidden_states"]))
+        return predict(step, inputs, quantized=False)
+
+    monkeypatch.setattr(bundle, "predict", in_full_precision)
+    monkeypatch.setattr(pipe, "transformer", AdatsqTransformer.from_bundle(bundle, pipe.scheduler))
+    assert distance(run(pipe, [CAPTIONS[2]], noise, **cut), wanted) < 1e-4
+    assert calls == [2, 1]
+    assert distance(plain, wanted) > 1e-2
