@@ -42,7 +42,7 @@ def make_sized_bundle(
     inputs = {"hidden_states": latents, **_condition(rows, seed=0), "timestep": torch.full((rows,), 0.5)}
     stored = Conditioning(_condition(PROMPTS, seed=1), _condition(1, seed=2))
     others = [adapter.resized(adapter.image.resized(*grid)) for grid in grids]
-    return write_bundle(folder, adapter, inputs, stored, any_size, others, variants, layout)
+    return write_bundle(folder, adapter, inputs, stored, any_size, others, variants, layout=layout)
 
 
 def _condition(prompts: int, seed: int) -> dict[str, torch.Tensor]:

@@ -93,7 +93,8 @@ def summary_table(summary: Summary) -> Table:
     budget = limits_text(summary.limits, summary.reference, summary.max_assignments)
     table.caption = (
         f"{table.caption}\n{budget}\n{summary.buckets} buckets, {summary.assignments} distinct assignments; errors on "
-        f"{summary.held_out_samples} held-out samples; {summary.denoiser_calls} denoiser calls; {summary.engines} "
+        f"{summary.held_out_samples} held-out samples, beyond a budget on as many as tell a policy from the chosen "
+        f"one; {summary.denoiser_calls} denoiser calls; {summary.engines} "
         f"engines or graphs, {summary.engine_bytes / 1e6:.1f} MB of plans"
     )
     for remark in remarks(summary):

@@ -232,4 +232,5 @@ def _checkpoint_options(pipeline: PipelineSettings) -> list[str]:
     options = [*said, "--height", str(pipeline.height), "--width", str(pipeline.width)]
     options += ["--frames", str(pipeline.frames)] if pipeline.frames is not None else []
     options += ["--base", pipeline.base] if pipeline.base is not None else []
+    options += ["--negative-prompt", pipeline.negative_prompt] if pipeline.negative_prompt else []
     return [*options, *(word for lora in pipeline.loras for word in ("--lora", lora))]

@@ -380,19 +380,22 @@ def measure_held_out(
     wanted: Sequence[int],
     formats: Sequence[Format],
     held_out: Sequence[Scorer],
+    within: Callable[[Point], bool],
     on_policy: Callable[[], None],
 ) -> list[Point]:
     """Add the held-out error to some points.
 
-    The chosen policy is measured on all samples. Another is on the first part, and on all where the paired interval of
-    the ratio of the two errors holds 1 there; otherwise its error is that ratio times the chosen one's error (a ratio
-    estimate, Cochran 1977, section 12.8): most of what differs between samples is common to both.
+    The chosen policy and those that keep the budgets are measured on all samples. One beyond them is on the first part,
+    and on all where the paired interval of the ratio of the two errors holds 1 there; otherwise its error is that ratio
+    times the chosen one's error (a ratio estimate, Cochran 1977, section 12.8): most of what differs between samples is
+    common to both.
 
     Args:
         points: judged policies.
         wanted: indices of those to measure, the chosen one first.
         formats: candidates; the points name their formats.
         held_out: score samples that nothing was chosen on, in parts.
+        within: whether a policy keeps the budgets.
         on_policy: called after each.
     """
     result, (first, *others) = list(points), list(dict.fromkeys(wanted))
@@ -402,7 +405,8 @@ def measure_held_out(
     if not others:
         return result
     early = dict(zip(others, scores_of(points, others, formats, held_out[:1]), strict=True))
-    near = [i for i in others if len(held_out) > 1 and not _told_apart(early[i], chosen)]
+    more = held_out[1:]
+    near = [i for i in others if more and (within(points[i]) or not _told_apart(early[i], chosen))]
     whole = dict(zip(near, scores_of(points, near, formats, held_out), strict=True))
     for index in others:
         result[index] = _measured(points[index], whole.get(index, early[index]), chosen)

@@ -203,7 +203,8 @@ class Judging:
             with self.context.progress("search: held-out samples", len(told)) as advance:
                 batch, first = self.context.held_out, max(settings.held_out_samples // _FIRST_PART, SCREENING)
                 scorers = self._scorers(batch.part(slice(0, first)), batch.part(slice(first, None)))
-                points = measure_held_out(points, told, self.context.formats, scorers, advance)
+                within, formats = self._rules.within_budget, self.context.formats
+                points = measure_held_out(points, told, formats, scorers, within, advance)
         return SearchResult(
             points=tuple(points),
             weights=self.account.weights,

@@ -41,15 +41,3 @@ def test_the_tutorial_works(cli, built: Path, tmp_path: Path, monkeypatch: pytes
         names: dict[str, Any] = {}
         exec(block, names)
         assert names["ratio"] > 0
-
-
-@pytest.mark.parametrize("option", sorted(set(re.findall(r"`(--[a-z-]+)", PAGE.read_text(encoding="utf-8")))))
-def test_options_that_the_tutorial_names_exist(option: str) -> None:
-    from typer.main import get_command
-
-    from adatsq_trt.cli import app
-
-    build = get_command(app).commands["build"].commands["engine"]
-    others = [get_command(app).commands[name] for name in ("check", "report")]
-    known = {name for command in (build, *others) for parameter in command.params for name in parameter.opts}
-    assert option in known

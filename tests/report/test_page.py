@@ -163,12 +163,20 @@ def test_bucket_rows_follow_the_steps(data: ReportData) -> None:
 def test_the_build_command_says_everything_that_it_can(data: ReportData) -> None:
     """An option that it leaves out would fall back to a default that the run may not have had."""
     checkpoint = PipelineSettings(
-        path="/models/mine", base="/models/base", loras=("/a:0.5",), height=64, width=32, frames=5, prompts=("a",)
+        path="/models/mine",
+        base="/models/base",
+        loras=("/a:0.5",),
+        height=64,
+        width=32,
+        frames=5,
+        prompts=("a",),
+        negative_prompt="blurry",
     )
     plans = {"backend": "tensorrt", "hardware_compatibility": "ampere_plus", "batch": (1, 8)}
     plans |= {
         "version_compatible": True,
         "weight_streaming": True,
+        "plugins": "/libraries/adatsq.so",
         "max_assignments": 4,
         "transform": "smooth",
         "clips": "none",

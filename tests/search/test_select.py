@@ -220,7 +220,7 @@ def test_held_out_errors_are_measured_for_the_wanted_alone() -> None:
     by_name = {p.name: i for i, p in enumerate(points)}
     scorer = Table({LOW: 90.0, HIGH: 10.0}, 2)
     wanted = [by_name["w8a8"], by_name["w3a3"]]
-    result = measure_held_out(points, wanted, SET, [cast(Scorer, scorer)], ignore)
+    result = measure_held_out(points, wanted, SET, [cast(Scorer, scorer)], beyond, ignore)
     got = {p.name: p.held_out_error for p in result}
     assert got == {"w3a3": 90.0, "w4a4": None, "w8a8": 10.0}
     assert {p.name: p.held_out_standard_error for p in result} == {"w3a3": 45.0, "w4a4": None, "w8a8": 5.0}
@@ -233,7 +233,7 @@ def test_samples_that_tell_a_policy_from_the_chosen_one_suffice() -> None:
     by_name = {p.name: i for i, p in enumerate(points)}
     first, rest = Table({HIGH: 10.0, LOW: 90.0, MIDDLE: 10.0}, 16), Table({HIGH: 30.0, MIDDLE: 30.0}, 48)
     wanted = [by_name[name] for name in ("w8a8", "w3a3", "w4a4")]
-    result = measure_held_out(points, wanted, SET, [cast(Scorer, first), cast(Scorer, rest)], ignore)
+    result = measure_held_out(points, wanted, SET, [cast(Scorer, first), cast(Scorer, rest)], beyond, ignore)
     far, tied, chosen = (result[by_name[name]] for name in ("w3a3", "w4a4", "w8a8"))
     assert LOW not in rest.asked
     assert (far.held_out_samples, tied.held_out_samples, chosen.held_out_samples) == (16, 64, 64)
@@ -242,6 +242,18 @@ def test_samples_that_tell_a_policy_from_the_chosen_one_suffice() -> None:
     assert far.held_out_error == pytest.approx(9 * chosen.held_out_error)
     assert far.held_out_standard_error == pytest.approx(9 * chosen.held_out_standard_error)
     assert tied.held_out_error == chosen.held_out_error
+
+
+def test_a_policy_within_the_budgets_is_measured_on_all_samples() -> None:
+    points = judge([Proposal("uniform", rows) for rows in (LOW, HIGH)], SET, COSTS, table(ERRORS), ignore)
+    batches = [cast(Scorer, Table({HIGH: 10.0, LOW: 90.0}, 16)), cast(Scorer, Table({HIGH: 30.0, LOW: 90.0}, 48))]
+    wanted = sorted(range(2), key=lambda i: points[i].name, reverse=True)
+    _, low = (measure_held_out(points, wanted, SET, batches, lambda _: True, ignore)[i] for i in wanted)
+    assert (low.name, low.held_out_samples, low.held_out_error) == ("w3a3", 64, 90.0)
+
+
+def beyond(_point: Point) -> bool:
+    return False
 
 
 def test_a_result_survives_the_disk(tmp_path: Path) -> None:
