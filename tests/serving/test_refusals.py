@@ -40,7 +40,11 @@ def ask(server: Server, body: dict[str, object]) -> dict[str, Any]:
 
 BAD: dict[str, tuple[dict[str, object], str]] = {
     "field": ({"guidence": 9.0}, "unknown request field 'guidence'; did you mean 'guidance'? choose one of: "),
-    "field of another kind": ({"negative": "a dog"}, "unknown request field 'negative'; choose one of: output, text"),
+    "field of another kind": ({"strength": 0.5}, "unknown request field 'strength'; choose one of: "),
+    "negative of a bundle without texts": (
+        {"negative": "a dog"},
+        "negative: text 'a dog': not one of the bundle's 0 texts",
+    ),
     "parameter": ({"parameters": {"ouput": "latents"}}, "unknown request field 'ouput'; did you mean 'output'?"),
     "twice": ({"output": "png"}, "parameter 'output' is given twice; give it once"),
     "guidance": ({"guidance": 1e30}, "guidance: got 1e+30, expected 0 to 100; leave it out for the bundle's own, 2"),
