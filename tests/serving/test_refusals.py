@@ -41,7 +41,7 @@ def ask(server: Server, body: dict[str, object]) -> dict[str, Any]:
 BAD: dict[str, tuple[dict[str, object], str]] = {
     "field": ({"guidence": 9.0}, "unknown request field 'guidence'; did you mean 'guidance'? choose one of: "),
     "field of another kind": ({"strength": 0.5}, "unknown request field 'strength'; choose one of: "),
-    "negative of a bundle without texts": (
+    "negative without texts": (
         {"negative": "a dog"},
         "negative: text 'a dog': not one of the bundle's 0 texts",
     ),
