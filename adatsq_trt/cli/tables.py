@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from adatsq_trt.costs import Limits
     from adatsq_trt.engines.sizes import SizeReport
     from adatsq_trt.report.summary import PolicyFigures, Summary
+    from adatsq_trt.stages.context import Memory
 
 _NOT_SHOWN = {"schema_version", "weights_sha256", "model_sha256", "policy", "pipeline", "times"}
 
@@ -109,6 +110,31 @@ def _rounding(base_type: str | None, error: float) -> str:
     if error == 0:
         return f"{base_type} holds the checkpoint's weights exactly"
     return f"rounding the checkpoint's weights to {base_type} costs a latent MSE of {error:.3e}, which is in no row"
+
+
+def memory_text(memory: Memory) -> str:
+    """The memory that the run may take, estimated from shapes."""
+    stage = max(memory.needs, key=lambda name: memory.needs[name])
+    return (
+        f"memory: {memory.needs[stage] / 1e9:.1f} GB at least, in stage '{stage}' (estimated from the model's shapes); "
+        f"up to {memory.limit_bytes / 1e9:.1f} GB are used where that saves time (--memory-limit)"
+    )
+
+
+def beside_uniform(summary: Summary) -> str:
+    """The chosen policy's bytes, time and error in those of the format that its budgets come from, or the cheapest."""
+    chosen, *others = summary.policies
+    names = [f"uniform {name}" for name in (summary.reference, *summary.formats) if name is not None]
+    uniform = next((policy for name in names for policy in others if policy.name == name), None)
+    if uniform is None or not uniform.error:
+        return f"error: {chosen.error:.2e} on {summary.held_out_samples} held-out samples"
+    interval = ""
+    if uniform.ratio is not None and uniform.ratio[1] > 0:
+        interval = f" ({1 / uniform.ratio[2]:.2f} to {1 / uniform.ratio[1]:.2f})"
+    parts = [f"{chosen.costs.resident_bytes / uniform.costs.resident_bytes:.2f} times the bytes"]
+    unit = "activation bits" if chosen.costs.ms is None else "time"
+    parts.append(f"{chosen.costs.time / uniform.costs.time:.2f} times the {unit}")
+    return f"beside {uniform.name}: {', '.join(parts)}, {chosen.error / uniform.error:.2f}{interval} times the error"
 
 
 def size_table(report: SizeReport) -> Table:
