@@ -107,14 +107,14 @@ def _run(last: str, model: str, output: Path | None, options: dict[str, Any]) ->
 
     from adatsq_trt import api
     from adatsq_trt.cli.progress import bars
-    from adatsq_trt.cli.tables import beside_uniform, memory_text, settings_table
+    from adatsq_trt.cli.tables import beside_uniform, needs_text, settings_table
 
     job = api.prepare(model, last, **{name: value for name, value in options.items() if value is not None})
     folder, console = output or _default_folder(job), Console()
 
     def begin(settings: Settings) -> None:
         console.print(settings_table(settings))
-        console.print(memory_text(job.prepared.memory), highlight=False, soft_wrap=True)
+        console.print(needs_text(job.prepared.memory, job.prepared.disk), highlight=False, soft_wrap=True)
 
     with bars() as progress:
         result = job.run(folder, progress, on_settings=begin)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -112,12 +112,15 @@ def _rounding(base_type: str | None, error: float) -> str:
     return f"rounding the checkpoint's weights to {base_type} costs a latent MSE of {error:.3e}, which is in no row"
 
 
-def memory_text(memory: Memory) -> str:
-    """The memory that the run may take, estimated from shapes."""
-    stage = max(memory.needs, key=lambda name: memory.needs[name])
+def needs_text(memory: Memory, disk: Mapping[str, int]) -> str:
+    """The memory and the disk that the run takes, estimated from shapes."""
+    from adatsq_trt.report.numbers import size
+
+    largest, written = (max(needs, key=lambda name: needs[name]) for needs in (memory.needs, disk))
     return (
-        f"memory: {memory.needs[stage] / 1e9:.1f} GB at least, in stage '{stage}' (estimated from the model's shapes); "
-        f"up to {memory.limit_bytes / 1e9:.1f} GB are used where that saves time (--memory-limit)"
+        f"memory: {size(memory.needs[largest])} at least, in stage '{largest}'; up to {size(memory.limit_bytes)} are "
+        f"used where that saves time (--memory-limit)\ndisk: about {size(sum(disk.values()))}, of which '{written}' "
+        f"writes {size(disk[written])}; both are estimates from the model's shapes"
     )
 
 

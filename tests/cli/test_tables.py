@@ -1,6 +1,6 @@
 """Lines that a build prints before it begins and after it has ended."""
 
-from adatsq_trt.cli.tables import beside_uniform, memory_text
+from adatsq_trt.cli.tables import beside_uniform, needs_text
 from adatsq_trt.report.data import ReportData
 from adatsq_trt.stages.context import Memory
 from tests.report.conftest import data as data
@@ -25,7 +25,8 @@ def test_without_a_uniform_policy_the_error_alone_is_told(data: ReportData) -> N
     assert beside_uniform(alone) == "error: 1.00e-03 on 128 held-out samples"
 
 
-def test_the_memory_that_is_told_is_that_of_the_largest_stage() -> None:
-    told = memory_text(Memory(limit_bytes=16 * 10**9, needs={"calibrate": 2 * 10**9, "search": 3 * 10**9}))
-    assert told.startswith("memory: 3.0 GB at least, in stage 'search'")
-    assert "up to 16.0 GB" in told
+def test_memory_and_disk_are_told_with_the_stage_that_needs_most() -> None:
+    memory = Memory(limit_bytes=16 * 10**9, needs={"calibrate": 2 * 10**9, "search": 3 * 10**9})
+    told = needs_text(memory, {"calibrate": 5 * 10**9, "quantize": 10**9}).splitlines()
+    assert told[0].startswith("memory: 3.0 GB at least, in stage 'search'; up to 16.0 GB")
+    assert told[1].startswith("disk: about 6.0 GB, of which 'calibrate' writes 5.0 GB")
