@@ -34,8 +34,8 @@ _INTERRUPTED = 130
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 build_app = typer.Typer(no_args_is_help=True)
 app.add_typer(build_app, name="build", help="Build what runs on the target: engines and their plugins.")
-for _build_command in (engine, plugins):
-    build_app.command(no_args_is_help=True)(expanding_homes(_build_command))
+build_app.command()(expanding_homes(engine))
+build_app.command(no_args_is_help=True)(expanding_homes(plugins))
 benchmark_app = typer.Typer(no_args_is_help=True)
 app.add_typer(benchmark_app, name="benchmark", help="Measure on this machine: bundles, and the kernels of the plugin.")
 for _benchmark_command in (bundle, kernels):
@@ -47,11 +47,9 @@ policy_app = typer.Typer(no_args_is_help=True)
 app.add_typer(policy_app, name="policy", help="Policies in the words of other programs.")
 policy_app.command("export", no_args_is_help=True)(expanding_homes(export_policy))
 policy_app.command("import", no_args_is_help=True)(expanding_homes(import_policy))
-_WITH_ARGUMENTS: tuple[Callable[..., None], ...] = (
-    *(calibrate, quantize, search, export),
-    *(check, generate, inspect, compare, evaluate, report, serve),
-)
-_COMMANDS: tuple[Callable[..., None], ...] = (*_WITH_ARGUMENTS, models, doctor)
+_WITH_ARGUMENTS: tuple[Callable[..., None], ...] = (check, generate, inspect, compare, evaluate, report, serve)
+# Those that build say how to begin where no model is named.
+_COMMANDS: tuple[Callable[..., None], ...] = (calibrate, quantize, search, export, *_WITH_ARGUMENTS, models, doctor)
 for _command in _COMMANDS:
     app.command(no_args_is_help=_command in _WITH_ARGUMENTS)(expanding_homes(_command))
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 from collections.abc import Callable
 from dataclasses import Field
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Union, get_args, get_origin
 
 import typer
 
@@ -15,15 +16,15 @@ from adatsq_trt.config import RENAMED, choice_of, choices, option_name
 
 if TYPE_CHECKING:
     from adatsq_trt.api import Job
+    from adatsq_trt.settings import Settings
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        help="Name of a model (see 'adatsq-trt models'), folder of a diffusers pipeline or transformer, .safetensors "
-        "file of a transformer, or hub id of a pipeline.",
-        show_default=False,
-    ),
-]
+_MODEL = typer.Argument(
+    metavar="MODEL",
+    help="Name of a model (see 'adatsq-trt models'), folder of a diffusers pipeline or transformer, .safetensors file "
+    "of a transformer, or hub id of a pipeline.",
+    show_default=False,
+)
+Model = Annotated[str, _MODEL]
 Output = Annotated[
     Path | None,
     typer.Option(
@@ -38,6 +39,14 @@ _ALL = """Run all stages: from a model to TensorRT engines in a bundle.
 Stages whose inputs have not changed are reused; an interrupted run goes on where it stopped.
 
 Example: adatsq-trt build engine digits-flux --target sm120 -o runs/demo"""
+_WHICH_MODEL = """Which model? For example:
+
+  adatsq-trt {command} digits-flux                        one that ships with the package
+  adatsq-trt {command} ./my-flux --prompts prompts.txt    a folder that diffusers saved
+  adatsq-trt {command} black-forest-labs/FLUX.1-dev       a pipeline of the hub
+
+Without --target it is for the GPU of this machine, or for sm120 where there is none. 'adatsq-trt models' lists the
+models that ship, 'adatsq-trt {command} --help' all options."""
 _UP_TO = """{about}
 
 Runs the stages up to '{name}' with the options of 'build engine', which reuses them.
@@ -48,10 +57,12 @@ Example: adatsq-trt {name} digits-flux --target sm120 -o runs/demo"""
 def _command(name: str, last: str, help: str) -> Callable[..., None]:
     """The command that runs the stages up to one."""
 
-    def run(model: str, output: Path | None, **options: Any) -> None:
+    def run(model: str | None, output: Path | None, **options: Any) -> None:
+        if model is None:
+            _ask_for_a_model("build engine" if name == "engine" else name)
         _run(last, model, output, options)
 
-    parameters = [_parameter("model", Model, inspect.Parameter.empty)]
+    parameters = [_parameter("model", Annotated[str | None, _MODEL], None)]
     for one, kind in choices():
         if not choice_of(one).in_python_only:
             parameters.append(_option(one, kind))
@@ -84,23 +95,37 @@ def _option(one: Field[Any], kind: Any) -> inspect.Parameter:
     return _parameter(one.name, Annotated[word if default is not None else word | NoneType, option], default)
 
 
+def _ask_for_a_model(command: str) -> NoReturn:
+    """Say how to go on, and end as a mistake."""
+    typer.echo(_WHICH_MODEL.format(command=command), err=True)
+    raise typer.Exit(2)
+
+
 def _run(last: str, model: str, output: Path | None, options: dict[str, Any]) -> None:
     """Print the settings, run the stages, and print the figures at the end."""
     from rich.console import Console
 
     from adatsq_trt import api
     from adatsq_trt.cli.progress import bars
-    from adatsq_trt.cli.tables import settings_table
+    from adatsq_trt.cli.tables import beside_uniform, needs_text, settings_table
 
     job = api.prepare(model, last, **{name: value for name, value in options.items() if value is not None})
     folder, console = output or _default_folder(job), Console()
+
+    def begin(settings: Settings) -> None:
+        console.print(settings_table(settings))
+        console.print(needs_text(job.prepared.memory, job.prepared.disk), highlight=False, soft_wrap=True)
+
     with bars() as progress:
-        result = job.run(folder, progress, on_settings=lambda settings: console.print(settings_table(settings)))
+        result = job.run(folder, progress, on_settings=begin)
     if last == "search":
         _print_policy(result, job.settings, console)
     if last == "bundle":
         _print_bundle(result, console)
     console.print(f"{last}: {folder / last}", highlight=False, soft_wrap=True)
+    if last == "bundle":
+        for line in (beside_uniform(result.summary), f"next: adatsq-trt check {shlex.quote(str(folder))}"):
+            console.print(line, highlight=False, soft_wrap=True)
 
 
 def _default_folder(job: Job) -> Path:

@@ -37,21 +37,25 @@ def generate(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="PNG file.", show_default="samples.png beside the bundle")
     ] = None,
+    show: Annotated[bool, typer.Option("--open", help="Show the file with this machine's viewer.")] = False,
 ) -> None:
     """Generate pictures with the best backend that this machine has for a bundle, beside full precision.
+
+    Writes a contact sheet, and both halves of it as WebP files, which 'report' shows; videos move there.
 
     Example: adatsq-trt generate runs/demo --samples 10 --prompt 3 --prompt 7
     """
     from adatsq_trt.cli.progress import progress
     from adatsq_trt.engines.bundle import prompt_number
     from adatsq_trt.engines.runtime import Bundle
-    from adatsq_trt.report.contact_sheet import write_contact_sheet
+    from adatsq_trt.report.contact_sheet import write_contact_sheet, write_panel
+    from adatsq_trt.stages.report import SAMPLES_NAME, panel_files
     from adatsq_trt.stages.shapes import parse_size
 
     asked = None if size is None else parse_size(size, "--size")
     opened = Bundle.open(bundle, backend)
     typer.echo(opened.choice.sentence, err=True)
-    file = output or opened.files.folder.parent / "samples.png"
+    file = output or opened.files.folder.parent / SAMPLES_NAME
     if file.suffix != ".png":
         raise UserError(f"--output '{file}': got '{file.suffix}', expected a name that ends in .png")
     choices = [prompt_number(opened.files, text) for text in prompt or ()] or range(opened.manifest.prompts)
@@ -63,5 +67,9 @@ def generate(
         sheets[name] = opened.decode(latents, asked)
     notes = [f"{len(opened.policy.buckets)} buckets, {opened.policy.mean_bits:.2f} mean bits", ""]
     write_contact_sheet(file, sheets, notes)
+    for panel, images in zip(panel_files(file), sheets.values(), strict=True):
+        write_panel(panel, images)
     error = float(((sheets["quantized"] - sheets["full precision"]) ** 2).mean())
     typer.echo(f"{file}: {samples} samples; mean squared pixel difference from full precision {error:.2e}")
+    if show:
+        typer.launch(str(file))

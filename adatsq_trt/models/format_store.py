@@ -1,6 +1,7 @@
 """The weights of every format and the activation scales or clipping ratios of every step, in memory and on disk.
 
-FOLDER/<format>/<block>.safetensors   <module path>.codes, .scales, .global_scale of the layers of a block
+FOLDER/<format>/<block>.safetensors   <module path>.codes, .scales, .global_scale of the layers of a block; formats that
+                                      differ in activations only have those of the first of them
 FOLDER/activation_scales.safetensors  <format>: float32 [steps, layers]
 FOLDER/transforms.safetensors         where weights and inputs are transformed before they are rounded
 """
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from adatsq_trt.errors import DamagedFileError, MissingFileError
 from adatsq_trt.files import MappedTensors, read_tensors, write_tensors
-from adatsq_trt.formats import Format
+from adatsq_trt.formats import Format, Grid, format_named
 from adatsq_trt.quantizers import QuantizedWeight
 from adatsq_trt.transforms import IDENTITY, LayerTransform, load_transforms
 
@@ -46,6 +47,12 @@ class CandidateWeights:
     def transform(self, layer: str) -> LayerTransform:
         """The layer's transform, or one that changes nothing."""
         return self.transforms.get(layer, IDENTITY)
+
+
+def weight_owners(formats: Iterable[Format]) -> dict[str, str]:
+    """Format name → name of the first one with the same weight grid, under which the weights of both are stored."""
+    first: dict[Grid, str] = {}
+    return {fmt.name: first.setdefault(fmt.weight, fmt.name) for fmt in formats}
 
 
 def weights_name(format_name: str, block: str) -> str:
@@ -108,9 +115,10 @@ def load_store(folder: Path, formats: Iterable[str], layers: Iterable[str]) -> C
         MissingFileError: a file is not there.
         DamagedFileError: a file is not complete.
     """
-    names = list(layers)
+    names, owners = list(layers), weight_owners(map(format_named, formats))
+    files = {owner: BlockFiles(folder / owner, names) for owner in dict.fromkeys(owners.values())}
     return CandidateWeights(
-        {name: BlockFiles(folder / name, names) for name in formats},
+        {name: files[owner] for name, owner in owners.items()},
         read_tensors(folder / SCALES_NAME),
         load_transforms(folder / TRANSFORMS_NAME) if (folder / TRANSFORMS_NAME).is_file() else {},
     )

@@ -1,23 +1,115 @@
-"""The figures that are no maps: bits against error, error along the steps, the check, and what each stage cost."""
+"""The figures that are no maps: what policies cost beside their error, error along the steps, the check, the stages."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from adatsq_trt.costs import Costs
 from adatsq_trt.formats import format_named
 from adatsq_trt.report.data import Array, Check, JudgedPolicy, ReportData
 from adatsq_trt.report.numbers import duration, power_of_ten, ratio, scientific, share, size
+from adatsq_trt.report.summary import SIXTEEN_BITS, PolicyFigures
 from adatsq_trt.report.theme import ACCENT, CONTRAST, INK, LINE, MUTED, WIDTH_INCHES, Chart
 
 _PROPORTION = 0.78
 # What a comparison without a figure is drawn at: beyond every limit.
 _NOT_COMPARABLE = 10.0
 _SMALLEST = 1e-30
+
+
+def error_by_memory(data: ReportData) -> Chart:
+    """Resident bytes against the error of every policy that was measured on held-out samples."""
+    name = "resident weights"
+    figure, axes = _measured_policies(data, data.summary.limits.bytes, name, lambda costs: costs.resident_bytes)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size(round(value))))
+    return Chart(
+        "memory",
+        _beside_uniform(data, "bytes", lambda costs: costs.resident_bytes),
+        "Further to the lower left is better. Diamonds are uniform formats; those of 16 bits are not shown. Latent MSE "
+        f"on {data.summary.held_out_samples:,} held-out samples, with its standard error.",
+        figure,
+    )
+
+
+def error_by_time(data: ReportData) -> Chart:
+    """Milliseconds, or activation bits where nobody knows them, against the error of the same policies."""
+    summary = data.summary
+    timed = summary.ms is not None
+    limit = summary.limits.ms if timed else summary.limits.activation_bits
+    name = "ms per sample" if timed else "activation bits"
+    figure, _ = _measured_policies(data, limit, name, lambda costs: costs.time)
+    source = f"Milliseconds: {summary.ms_source}." if timed else "Nobody knows the milliseconds of these formats."
+    return Chart("time", _beside_uniform(data, "time" if timed else name, lambda costs: costs.time), source, figure)
+
+
+def _measured_policies(
+    data: ReportData, limit: float | None, name: str, cost: Callable[[Costs], float]
+) -> tuple[Figure, Axes]:
+    figure, axes = _figure()
+    policies = data.summary.policies
+    shown = [p for p in policies if p.error > 0 and (p is policies[0] or p.resident_bits < SIXTEEN_BITS)]
+    labels = []
+    for policy in shown:
+        place, color = cost(policy.costs), _color(policy)
+        marker, area = ("*", 11) if policy is policies[0] else ("D" if policy.kind == "uniform" else "s", 4.5)
+        spread = min(policy.standard_error, 0.9 * policy.error)  # a logarithmic axis has no zero
+        axes.errorbar(place, policy.error, yerr=spread, color=color, marker=marker, markersize=area, zorder=3)
+        labels.append((policy.error, place, policy.name, color))
+    _limit(axes, limit)
+    axes.margins(x=0.3, y=0.15)  # names stand beside the marks
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.set(xlabel=name, ylabel="latent MSE")
+    if shown:
+        _log_axis(axes)
+        _names(axes, labels)
+    return figure, axes
+
+
+def _color(policy: PolicyFigures) -> str:
+    if policy.name == "chosen":
+        return ACCENT
+    return CONTRAST if policy.kind == "uniform" else MUTED
+
+
+def _names(axes: Axes, labels: Sequence[tuple[float, float, str, str]]) -> None:
+    """Names beside their marks, far enough apart to be read; to the left of what is cheaper than the chosen policy."""
+    low, high = axes.get_ylim()
+    chosen = labels[0][1]
+    apart, lowest = np.log10(high / low) / 17, dict[int, float]()
+    for error, place, name, color in sorted(labels):
+        side = round(float(np.clip(20 * (place / chosen - 1), -1, 1)))
+        lowest[side] = max(np.log10(error), lowest.get(side, -np.inf) + apart)
+        axes.annotate(
+            name.removeprefix("uniform ").removeprefix("best "),
+            (place, 10 ** lowest[side]),
+            xytext=(-7 if side < 0 else 7, 0),
+            textcoords="offset points",
+            color=color,
+            ha="right" if side < 0 else "left",
+            va="center",
+            fontweight=_weight(name),
+        )
+
+
+def _beside_uniform(data: ReportData, name: str, cost: Callable[[Costs], float]) -> str:
+    """The chosen policy's cost and error in those of the cheapest format everywhere."""
+    chosen, *others = data.summary.policies
+    uniform = next((p for p in others if p.name == f"uniform {data.cheapest}"), None)
+    if uniform is None or not uniform.error:
+        return f"{name.capitalize()} and error of {len(data.summary.policies)} policies"
+    costs, error = cost(chosen.costs) / cost(uniform.costs), chosen.error / uniform.error
+    return f"{ratio(costs)} the {name} of uniform {data.cheapest}, {ratio(error)} its error"
+
+
+def _limit(axes: Axes, limit: float | None) -> None:
+    if limit is not None:
+        axes.axvline(limit, color=LINE, linewidth=1.2, zorder=0)
+        axes.text(limit, 0.02, " budget", color=MUTED, transform=axes.get_xaxis_transform())
 
 
 def pareto(data: ReportData) -> Chart:
@@ -33,9 +125,7 @@ def pareto(data: ReportData) -> Chart:
     axes.scatter(*_places([policy for policy in searched if not policy.chosen]), s=9, color=MUTED, linewidth=0)
     front = sorted(_coordinates([policy for policy in shown if policy.on_front]))
     axes.plot(*np.array(front).reshape(-1, 2).T, color=MUTED, linewidth=0.8, drawstyle="steps-post", zorder=1)
-    if budget is not None:
-        axes.axvline(budget, color=LINE, linewidth=1.2, zorder=0)
-        axes.text(budget, 0.02, " budget", color=MUTED, transform=axes.get_xaxis_transform())
+    _limit(axes, budget)
     for policies, color, marker, area in (
         ([policy for policy in shown if policy.kind == "uniform"], CONTRAST, "D", 30),
         ([policy for policy in shown if policy.chosen], ACCENT, "*", 110),

@@ -1,4 +1,4 @@
-"""Contact sheets: samples in a grid, one panel per model."""
+"""Samples in a grid: contact sheets with one panel per model, and single panels that a page can lay over each other."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from pathlib import Path
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from adatsq_trt.files import write_bytes
 
 COLUMNS = 10
+# Longest side of a panel, and how long it shows each frame of videos.
+_PANEL_PIXELS, _FRAME_MILLISECONDS = 2048, 125
 
 
 def grid(images: np.ndarray, columns: int = COLUMNS) -> np.ndarray:
@@ -67,3 +70,29 @@ def write_contact_sheet(file: Path, panels: Mapping[str, np.ndarray], notes: Seq
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     write_bytes(file, buffer.getvalue())
+
+
+def write_panel(file: Path, images: np.ndarray) -> None:
+    """Write the first samples, as many as a panel has room for, as lossless WebP: of videos an animated one.
+
+    Args:
+        file: path of the picture.
+        images: float32 [B, H, W, C] in [0, 1], or videos [B, F, H, W, C].
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    clips = images[:, None] if images.ndim == 4 else images
+    rows, columns = (max(1, _PANEL_PIXELS // (side + 1)) for side in clips.shape[2:4])
+    columns = min(columns, COLUMNS)
+    shown = clips[: rows * columns]
+    frames = [_picture(grid(shown[:, frame], columns)) for frame in range(shown.shape[1])]
+    buffer = io.BytesIO()
+    frames[0].save(
+        buffer, "webp", lossless=True, save_all=True, append_images=frames[1:], duration=_FRAME_MILLISECONDS, loop=0
+    )
+    write_bytes(file, buffer.getvalue())
+
+
+def _picture(sheet: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.rint(sheet.clip(0, 1) * 255).astype(np.uint8))

@@ -93,6 +93,19 @@ class EngineFile:
 
 
 @dataclass(frozen=True)
+class Pictures:
+    """The same samples twice, as WebP of one size.
+
+    Attributes:
+        quantized: drawn by the bundle.
+        full_precision: drawn by the same model without quantization.
+    """
+
+    quantized: bytes = field(repr=False)
+    full_precision: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
 class ReportData:
     """A run as its report shows it.
 
@@ -111,7 +124,7 @@ class ReportData:
         layout: how plans and weights are arranged in the bundle.
         engines: compiled plans.
         check: None when the bundle was not checked.
-        samples_png: pictures beside full precision; None when none were generated.
+        pictures: None when none were generated.
     """
 
     run_name: str
@@ -127,7 +140,7 @@ class ReportData:
     layout: str
     engines: tuple[EngineFile, ...]
     check: Check | None = None
-    samples_png: bytes | None = field(default=None, repr=False)
+    pictures: Pictures | None = None
 
     @property
     def cheapest(self) -> str:

@@ -1,5 +1,5 @@
-// The maps of formats and of sensitivity show the same places: pointing at one marks it in both and says what it is.
 "use strict";
+// The maps of formats and of sensitivity show the same places: pointing at one marks it in both and says what it is.
 {
   const data = JSON.parse(document.getElementById("map-data").textContent);
   const place = document.getElementById("place");
@@ -70,4 +70,9 @@
     });
   }
   addEventListener("resize", () => { if (!maps[0].mark.hidden) show(...current); });
+}
+// Left of the slider the quantized pictures, right of it those in full precision.
+for (const input of document.querySelectorAll(".slide input")) {
+  const slider = document.getElementById("slider");
+  input.addEventListener("input", () => slider.style.setProperty("--at", `${input.value}%`));
 }

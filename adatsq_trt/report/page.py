@@ -18,8 +18,8 @@ from markupsafe import Markup
 from adatsq_trt.config import BuildConfig
 from adatsq_trt.errors import UserError
 from adatsq_trt.files import write_bytes
-from adatsq_trt.report.charts import along_steps, check_chart, pareto, stages_chart
-from adatsq_trt.report.data import Check, Comparison, EngineFile, ReportData
+from adatsq_trt.report.charts import along_steps, check_chart, error_by_memory, error_by_time, pareto, stages_chart
+from adatsq_trt.report.data import Check, Comparison, EngineFile, Pictures, ReportData
 from adatsq_trt.report.maps import policy_map, sensitivity_map
 from adatsq_trt.report.numbers import ratio, scientific, size
 from adatsq_trt.report.summary import remarks
@@ -50,6 +50,23 @@ class BucketRow:
     assignment: int
     shares: tuple[tuple[str, int], ...]
     engine_bytes: int
+
+
+@dataclass(frozen=True)
+class EngineRow:
+    """A plan as its row in the page.
+
+    Attributes:
+        target: GPU that it was compiled for.
+        assignment: the one that it holds; None for all.
+        steps: that it runs: "0-3, 7".
+        bytes: of the file.
+    """
+
+    target: str
+    assignment: int | None
+    steps: str
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -87,7 +104,13 @@ def write_report(data: ReportData, file: Path, figures_folder: Path) -> Written:
 def draw(data: ReportData) -> dict[str, RenderedChart]:
     """All figures that the run has the data for, by name."""
     with matplotlib.rc_context(STYLE):
-        charts: list[Chart] = [policy_map(data), sensitivity_map(data), pareto(data)]
+        charts: list[Chart] = [
+            policy_map(data),
+            sensitivity_map(data),
+            error_by_memory(data),
+            error_by_time(data),
+            pareto(data),
+        ]
         if data.trajectory_errors:
             charts.append(along_steps(data))
         if data.check is not None and data.check.comparisons:
@@ -118,10 +141,19 @@ def page(data: ReportData, charts: dict[str, RenderedChart]) -> str:
         colors=format_colors(data.settings.formats),
         buckets=bucket_rows(data),
         engine_sizes=_by_target(data.engines),
+        engines=engine_rows(data),
         closest=_closest(data.check),
         commands=commands(data),
-        samples=None if data.samples_png is None else base64.b64encode(data.samples_png).decode(),
+        pictures=_webp(data.pictures),
     )
+
+
+def _webp(pictures: Pictures | None) -> dict[str, str] | None:
+    """Sources of the two pictures."""
+    if pictures is None:
+        return None
+    sides = {"quantized": pictures.quantized, "full": pictures.full_precision}
+    return {name: f"data:image/webp;base64,{base64.b64encode(content).decode()}" for name, content in sides.items()}
 
 
 def _resource(environment: jinja2.Environment, name: str) -> str:
@@ -156,9 +188,24 @@ def bucket_rows(data: ReportData) -> list[BucketRow]:
     for bucket in data.policy.buckets:
         counts = Counter(data.policy.assignments[bucket.assignment])
         shares = tuple((name, counts[name]) for name in data.settings.formats if counts[name])
-        steps = str(bucket.first) if bucket.first == bucket.last else f"{bucket.first}-{bucket.last}"
-        rows.append(BucketRow(steps, bucket.assignment, shares, plans[bucket.assignment]))
+        rows.append(BucketRow(_span(bucket.first, bucket.last), bucket.assignment, shares, plans[bucket.assignment]))
     return rows
+
+
+def engine_rows(data: ReportData) -> list[EngineRow]:
+    """The compiled plans, by target."""
+    rows = []
+    for engine in sorted(data.engines, key=lambda engine: engine.target):
+        served = [bucket for bucket in data.policy.buckets if engine.assignment in (None, bucket.assignment)]
+        steps = ", ".join(_span(bucket.first, bucket.last) for bucket in served)
+        if engine.assignment is None:
+            steps = _span(0, data.policy.steps - 1)
+        rows.append(EngineRow(engine.target, engine.assignment, steps, engine.bytes))
+    return rows
+
+
+def _span(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"
 
 
 def _closest(check: Check | None) -> list[Comparison]:

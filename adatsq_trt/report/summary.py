@@ -11,7 +11,7 @@ from adatsq_trt.base_type import BaseName
 from adatsq_trt.costs import Costs, Limits, TransformCosts
 
 # Policies that keep so many bits of each weight are full precision.
-_SIXTEEN = 16
+SIXTEEN_BITS = 16
 
 
 class StageFigures(BaseModel):
@@ -212,7 +212,7 @@ def looser(policies: Sequence[PolicyFigures]) -> list[str]:
     chosen, told = policies[0], list[PolicyFigures]()
     beyond = [p for p in policies[1:] if not p.within_limits and p.ratio is not None and p.ratio[2] < 1]
     for policy in sorted(beyond, key=lambda p: (p.costs.resident_bytes, p.costs.time)):
-        if policy.resident_bits < _SIXTEEN and all(policy.error < other.error for other in told):
+        if policy.resident_bits < SIXTEEN_BITS and all(policy.error < other.error for other in told):
             told.append(policy)
     return [_bought(policy, chosen) for policy in told]
 

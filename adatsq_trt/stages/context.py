@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -46,6 +46,7 @@ class Memory:
         backward_bytes: activations that a backward pass through the whole model at once keeps.
         projection_bytes: kept by it for each projection beside that.
         block_bytes: kept by one that goes block by block, with one projection.
+        needs: stage → the least that it can have resident, of the stages that are to run.
     """
 
     limit_bytes: int = field(default_factory=machine_bytes)
@@ -53,6 +54,7 @@ class Memory:
     backward_bytes: int = 0
     projection_bytes: int = 0
     block_bytes: int = 0
+    needs: Mapping[str, int] = field(default_factory=dict)
 
     def backward_bytes_of(self, projections: int) -> int:
         """Estimate the bytes that a backward pass through the whole model at once keeps with some projections."""

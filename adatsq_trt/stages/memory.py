@@ -89,7 +89,8 @@ def plan_memory(
     model = _model(settings, outline, pipeline)
     least = needed_bytes(settings, model, resident_bytes())
     names = list(least)
-    stage = max(names[: names.index(until) + 1], key=lambda name: least[name])
+    needs = {name: least[name] for name in names[: names.index(until) + 1]}
+    stage = max(needs, key=lambda name: needs[name])
     if limit is not None and limit < least[stage]:
         smallest = -(-least[stage] // _STEP) * _STEP / 1e9
         raise UserError(
@@ -104,6 +105,7 @@ def plan_memory(
         samples * flow.backward_bytes(0),
         samples * flow.layers_bytes,
         samples * flow.block_backward_bytes(1),
+        needs,
     )
 
 

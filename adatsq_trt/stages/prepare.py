@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from adatsq_trt.progress import Reporter
 from adatsq_trt.settings import SETTINGS_NAME, Settings
 from adatsq_trt.stages import search
 from adatsq_trt.stages.context import Context, Memory
+from adatsq_trt.stages.disk import disk_bytes, warn_when_full
 from adatsq_trt.stages.graph import Build
 from adatsq_trt.stages.memory import plan_memory
 from adatsq_trt.stages.models import OpenedModel
@@ -29,12 +30,14 @@ class Prepared:
         settings: all of them, defaults filled in.
         opened: the model.
         memory: limit and needs.
+        disk: stage → bytes of its large files, of the stages that are to run.
         executor: who is going to compute.
     """
 
     settings: Settings
     opened: OpenedModel
     memory: Memory
+    disk: Mapping[str, int]
     executor: AbstractContextManager[Executor]
 
     @contextmanager
@@ -49,6 +52,7 @@ class Prepared:
             OutputError: the folder cannot be written, is in use, or holds something else.
         """
         with self.executor as executor, RunDirectory.open(folder) as run:
+            warn_when_full(sum(self.disk.values()), run.path)
             write_json_model(run.path / SETTINGS_NAME, self.settings)
             context = Context(
                 run,
@@ -77,4 +81,6 @@ def prepare(model: object, config: BuildConfig, last: str) -> Prepared:
     opened, settings = open_and_resolve(model, config, last)
     search.require_possible(settings, opened.outline)
     memory = plan_memory(config.limit_bytes, settings, opened.outline, opened.pipeline, last)
-    return Prepared(settings, opened, memory, executor)
+    disk = disk_bytes(settings, opened.outline.adapter)
+    wanted = list(disk)[: list(disk).index(last) + 1]
+    return Prepared(settings, opened, memory, {name: disk[name] for name in wanted}, executor)

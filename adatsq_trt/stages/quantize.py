@@ -30,6 +30,7 @@ from adatsq_trt.models.format_store import (
     CandidateWeights,
     load_store,
     save_weights,
+    weight_owners,
     weights_name,
 )
 from adatsq_trt.quantizers import QuantizedWeight, quantize_nearest
@@ -108,9 +109,10 @@ def _quantize_block(
     transforms: Mapping[str, LayerTransform],
     advance: Callable[[], None],
 ) -> None:
-    """A file for every format; one Hessian at a time is in memory, and the block's codes."""
-    files = {fmt.name: this.unit(weights_name(fmt.name, block)) for fmt in context.formats}
-    missing = [fmt for fmt in context.formats if not files[fmt.name].is_file()]
+    """A file for every weight grid; one Hessian at a time is in memory, and the block's codes."""
+    owners = set(weight_owners(context.formats).values())
+    files = {name: this.unit(weights_name(name, block)) for name in owners}
+    missing = [fmt for fmt in context.formats if fmt.name in owners and not files[fmt.name].is_file()]
     solved: dict[str, dict[str, QuantizedWeight]] = {fmt.name: {} for fmt in missing}
     for layer, weights in zip(layers, solve_layers(context, layers, missing, hessians, transforms), strict=True):
         for fmt, weight in weights.items():
@@ -198,7 +200,7 @@ def _nests(context: Context) -> bool:
 
 
 def _with_grid(context: Context, grid: Grid) -> list[str]:
-    """Names of the candidates that have a weight grid."""
+    """Names of the candidates that have a weight grid; weights are stored under the first one's."""
     return [fmt.name for fmt in context.formats if fmt.weight == grid]
 
 

@@ -11,7 +11,16 @@ from adatsq_trt.engines.bundle import MANIFEST_NAME, Manifest
 from adatsq_trt.errors import DamagedFileError, MismatchError
 from adatsq_trt.files import read_json_model, read_tensors, sha256
 from adatsq_trt.policy import Policy
-from adatsq_trt.report.data import STATIC_LABELS, Array, Check, Comparison, EngineFile, JudgedPolicy, ReportData
+from adatsq_trt.report.data import (
+    STATIC_LABELS,
+    Array,
+    Check,
+    Comparison,
+    EngineFile,
+    JudgedPolicy,
+    Pictures,
+    ReportData,
+)
 from adatsq_trt.search.select import SearchResult
 from adatsq_trt.settings import SETTINGS_NAME, Settings
 from adatsq_trt.stages import bundle, calibrate, search
@@ -39,7 +48,7 @@ def gather(run: RunDirectory) -> ReportData:
             "run 'adatsq-trt build engine' with the options of that search to its end"
         )
     manifest = read_json_model(folder / bundle.NAME / MANIFEST_NAME, Manifest)
-    samples, shape = folder / SAMPLES_NAME, (policy.steps, len(policy.layers))
+    shape = policy.steps, len(policy.layers)
     sensitivity = folder / search.NAME / search.SENSITIVITY
     return ReportData(
         run_name=folder.name,
@@ -59,8 +68,18 @@ def gather(run: RunDirectory) -> ReportData:
         layout=manifest.layout,
         engines=tuple(EngineFile(plan.target, plan.assignment, plan.bytes) for plan in manifest.plans),
         check=_check(folder),
-        samples_png=samples.read_bytes() if samples.is_file() else None,
+        pictures=_pictures(folder / SAMPLES_NAME),
     )
+
+
+def panel_files(sheet: Path) -> tuple[Path, Path]:
+    """Files beside a contact sheet with its samples, quantized and in full precision."""
+    return sheet.with_name(f"{sheet.stem}-quantized.webp"), sheet.with_name(f"{sheet.stem}-full-precision.webp")
+
+
+def _pictures(sheet: Path) -> Pictures | None:
+    files = panel_files(sheet)
+    return Pictures(*(file.read_bytes() for file in files)) if all(file.is_file() for file in files) else None
 
 
 def _table(file: Path, name: str, shape: tuple[int, ...]) -> Array:

@@ -17,6 +17,8 @@ COMMANDS = (
     *(("deploy", "triton"), ("serve",)),
 )
 
+BUILDING = (("build", "engine"), ("calibrate",), ("quantize",), ("search",), ("export",))
+
 
 def test_importing_the_command_line_loads_nothing_heavy() -> None:
     code = f"import sys, adatsq_trt.cli; print([name for name in {HEAVY} if name in sys.modules])"
@@ -31,7 +33,21 @@ def test_every_command_explains_itself(cli, command: tuple[str, ...]) -> None:
     assert f"Usage: adatsq-trt {' '.join(command)}" in ended.out
     if command not in (("models",), ("doctor",)):
         assert f"Example: adatsq-trt {' '.join(command)} " in ended.out
+    if command not in (("models",), ("doctor",), *BUILDING):
         assert cli(*command).out.strip() == ended.out.strip()  # without arguments
+
+
+@pytest.mark.parametrize("command", BUILDING, ids=" ".join)
+def test_a_build_of_nothing_says_how_to_begin(cli, command: tuple[str, ...]) -> None:
+    for options in ((), ("--target", "sm89")):
+        ended = cli(*command, *options)
+        assert ended.code == 2
+        lines = ended.err.splitlines()
+        assert lines[0] == "Which model? For example:"
+        examples = [line for line in lines if line.startswith("  ")]
+        assert len(examples) == 3
+        assert all(line.startswith(f"  adatsq-trt {' '.join(command)} ") for line in examples)
+        assert len(lines) < 12  # it fits on a terminal
 
 
 def test_every_command_is_in_the_list_above() -> None:

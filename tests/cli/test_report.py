@@ -23,12 +23,13 @@ def test_report_writes_the_page_and_its_figures(cli, reported: Path) -> None:
     assert ended.warnings == []
     paths = json.loads(ended.out)
     assert paths["page"] == str(reported / "report.html")
-    names = ("policy", "sensitivity", "pareto", "steps", "check", "stages")
+    names = ("policy", "sensitivity", "memory", "time", "pareto", "steps", "check", "stages")
     assert paths["figures"] == [str(reported / "report" / f"{n}.{kind}") for n in names for kind in ("svg", "png")]
     page = (reported / "report.html").read_text()
     assert "check</dt>" in page
     assert "passed" in page
-    assert page.count("data:image/png;base64,") == 4  # two maps, a colour bar, the pictures
+    assert page.count("data:image/png;base64,") == 3  # two maps, a colour bar
+    assert page.count("data:image/webp;base64,") == 2  # the pictures, quantized and in full precision
 
 
 def test_the_search_keeps_what_the_report_shows(built: Path) -> None:
@@ -105,8 +106,14 @@ PROBE = """<script>onload = () => {
   const marks = [...page.querySelectorAll(".mark")].map((mark) => mark.style.cssText);
   const shown = [...page.querySelectorAll(".mark")].filter((mark) => !mark.hidden).length;
   const text = page.getElementById("place").textContent;
+  const input = page.querySelector(".slide input"), slider = page.getElementById("slider");
+  input.value = 25;
+  input.dispatchEvent(new page.defaultView.Event("input"));
+  const clip = page.defaultView.getComputedStyle(slider.children[1]).clipPath;
+  const sizes = [...slider.querySelectorAll("img")].map((one) => [one.clientWidth, one.clientHeight]);
   const overflow = root.scrollWidth - root.clientWidth;
-  document.body.textContent = "PROBED" + JSON.stringify({ before, shown, marks, text, overflow }) + "PROBED";
+  const found = { before, shown, marks, text, overflow, clip, sizes };
+  document.body.textContent = "PROBED" + JSON.stringify(found) + "PROBED";
 }</script>"""
 
 
@@ -153,4 +160,6 @@ def test_pointing_at_a_map_marks_the_place_in_both(reported: Path, tmp_path: Pat
     chosen = policy["assignments"][policy["step_assignments"][1]][0]
     assert found["text"].startswith(f"{policy['layers'][0]} at step 1 (σ = ")
     assert f"computes in {chosen}latent MSE alone: nvfp4 " in found["text"]
+    assert found["clip"] == "inset(0px 75% 0px 0px)"  # a quarter of the pictures is quantized
+    assert found["sizes"][0] == found["sizes"][1]
     assert found["overflow"] <= 0  # the page does not scroll sideways

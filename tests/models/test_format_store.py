@@ -45,6 +45,16 @@ def test_a_store_is_the_wanted_formats_and_all_scales(tmp_path: Path) -> None:
     assert torch.equal(store.scales["fp8"], scales)
 
 
+def test_formats_of_one_weight_grid_share_what_is_stored(tmp_path: Path) -> None:
+    save_weights(tmp_path / weights_name("w4a3", "blocks"), random_weights(FORMATS["w4a3"]))
+    save_weights(tmp_path / weights_name("fp8", "blocks"), random_weights(FORMATS["fp8"]))
+    write_tensors(tmp_path / SCALES_NAME, {"fp8": torch.rand(3, 2)})
+    store = load_store(tmp_path, ["w4a3", "fp8", "w4a4", "w4a6"], LAYERS)
+    assert list(store.weights) == ["w4a3", "fp8", "w4a4", "w4a6"]
+    assert store.weights["w4a3"] is store.weights["w4a4"] is store.weights["w4a6"]
+    assert store.weights["w4a3"] is not store.weights["fp8"]
+
+
 @pytest.mark.parametrize("kept", [0, 7, 100, -1])
 def test_a_truncated_file_is_named(tmp_path: Path, kept: int) -> None:
     file = tmp_path / weights_name("w4a4", "blocks")

@@ -8,7 +8,7 @@ from PIL import Image
 
 from adatsq_trt.costs import Costs, Limits
 from adatsq_trt.policy import Policy
-from adatsq_trt.report.data import Check, Comparison, EngineFile, JudgedPolicy, ReportData
+from adatsq_trt.report.data import Check, Comparison, EngineFile, JudgedPolicy, Pictures, ReportData
 from adatsq_trt.report.summary import PolicyFigures, StageFigures, StaticErrors, Summary
 from adatsq_trt.settings import Settings
 
@@ -95,7 +95,7 @@ def data() -> ReportData:
     )
     rng = np.random.default_rng(0)
     picture = io.BytesIO()
-    Image.new("L", (8, 8)).save(picture, "png")
+    Image.new("RGB", (8, 8)).save(picture, "webp", lossless=True)
     return ReportData(
         run_name="demo",
         summary=summary,
@@ -112,5 +112,5 @@ def data() -> ReportData:
         check=Check(
             True, True, tuple(Comparison(step, "cpu", "PyTorch", 0.2, True, "polygraphy run") for step in (0, 1))
         ),
-        samples_png=picture.getvalue(),
+        pictures=Pictures(picture.getvalue(), picture.getvalue()),
     )

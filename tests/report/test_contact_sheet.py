@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from adatsq_trt.errors import OutputError
-from adatsq_trt.report.contact_sheet import grid, write_contact_sheet
+from adatsq_trt.report.contact_sheet import grid, write_contact_sheet, write_panel
 
 
 @given(st.integers(1, 25), st.integers(1, 5), st.integers(1, 5), st.sampled_from([1, 3]), st.integers(1, 12))
@@ -59,6 +59,26 @@ def test_as_many_samples_as_generate_draws(tmp_path: Path) -> None:
 def test_each_panel_has_a_note(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="zip"):
         write_contact_sheet(tmp_path / "s.png", {"a": np.zeros((1, 2, 2, 1), np.float32)}, [])
+
+
+@pytest.mark.parametrize("frames", [None, 3])
+def test_a_panel_is_what_was_drawn_and_videos_move(tmp_path: Path, frames: int | None) -> None:
+    shape = (3, 8, 6, 3) if frames is None else (3, frames, 8, 6, 3)
+    images = (np.random.default_rng(0).integers(0, 256, shape) / 255).astype(np.float32)
+    write_panel(tmp_path / "panel.webp", images)
+    with Image.open(tmp_path / "panel.webp") as panel:
+        assert getattr(panel, "n_frames", 1) == (frames or 1)
+        for frame in range(frames or 1):
+            panel.seek(frame)
+            drawn = np.asarray(panel.convert("RGB"), np.float32) / 255
+            expected = grid(images if frames is None else images[:, frame])
+            assert np.abs(drawn - expected).max() < 1e-6
+
+
+def test_a_panel_shows_as_many_samples_as_it_has_room_for(tmp_path: Path) -> None:
+    write_panel(tmp_path / "large.webp", np.zeros((5, 900, 1200, 1), np.float32))
+    with Image.open(tmp_path / "large.webp") as panel:
+        assert panel.size == (1202, 1803)  # one beside, two below each other
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, full_disk: Callable[[], AbstractContextManager[None]]) -> None:

@@ -69,6 +69,19 @@ def test_a_transform_is_applied_before_and_kept(tmp_path: Path) -> None:
         assert_equal(quantize.load(context).weights["w4a4"][name], own)
 
 
+def test_a_weight_is_written_once_for_all_activation_formats(tmp_path: Path) -> None:
+    names = ("w4a4", "w8a8", "w4a6", "w4a3")
+    changes = {"simulate": True, "targets": (), "formats": names, "format_set": ",".join(names), "clips": "none"}
+    with tiny_context(tmp_path / "run", **changes) as context:
+        calibrate.run(context)
+        folder = quantize.run(context).folder
+        assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["w4a4", "w8a8"]
+        store = quantize.load(context)
+        for layer in context.layers:
+            for name in ("w4a6", "w4a3"):
+                assert_equal(store.weights[name][layer], store.weights["w4a4"][layer])
+
+
 @pytest.mark.parametrize(("changes", "done"), [({"beam": 9}, True), ({"damping": 0.1}, False)])
 def test_the_damping_counts_and_the_search_does_not(finished: Context, changes: dict[str, float], done: bool) -> None:
     settings = finished.settings.model_copy(update=changes)

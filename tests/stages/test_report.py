@@ -31,7 +31,7 @@ def test_tables_and_policies_are_those_of_the_run(finished: Context) -> None:
     result = read_json_model(search.stage(finished).folder / search.RESULT, SearchResult)
     assert [judged.chosen for judged in data.judged] == [i == result.chosen for i in range(len(result.points))]
     assert all(errors.shape == (steps + 1,) for errors in data.trajectory_errors.values())
-    assert (data.engines, data.check, data.samples_png) == ((), None, None)
+    assert (data.engines, data.check, data.pictures) == ((), None, None)
     assert data.layout == "embedded"
 
 

@@ -1,0 +1,47 @@
+"""The estimate of a run's disk, beside what a run wrote."""
+
+import logging
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from adatsq_trt.formats import format_named
+from adatsq_trt.stages import disk
+from adatsq_trt.stages.context import Context
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def written(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+
+
+def test_the_estimate_holds_what_a_run_wrote(finished: Context) -> None:
+    needed = disk.disk_bytes(finished.settings, finished.adapter)
+    assert list(needed) == ["calibrate", "quantize", "search", "export", "bundle"]
+    folders = [finished.run.path / "quantize" / name for name in finished.settings.formats]
+    grids = {format_named(name).weight for name in finished.settings.formats}
+    assert sum(folder.is_dir() for folder in folders) == len(grids)
+    assert needed["quantize"] == pytest.approx(sum(map(written, folders)), rel=0.05)  # files have headers
+    # Sums of gradients are gone at the end; without them the two sets of Hessians are left.
+    calibrate = finished.run.path / "calibrate"
+    hessians = written(calibrate / "hessians") + written(calibrate / "unweighted_hessians")
+    assert 0.95 * hessians < needed["calibrate"] < 3 * hessians
+    given = finished.settings.model_copy(update={"policy": "{}"})
+    assert disk.disk_bytes(given, finished.adapter)["search"] == 0 < needed["search"]
+
+
+def test_a_disk_with_too_little_room_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "there").write_bytes(bytes(1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**10, 10**10, 4_000))
+    with caplog.at_level(logging.WARNING):
+        disk.warn_when_full(5_000, tmp_path / "run")  # what is there counts
+        disk.warn_when_full(4_000, tmp_path / "not" / "made" / "yet")
+        assert not caplog.messages
+        disk.warn_when_full(5_001, tmp_path / "run")
+    assert "pass --output on a larger one" in caplog.text
