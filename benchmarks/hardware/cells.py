@@ -199,7 +199,7 @@ class Cells:
             yield context
 
     def _searched(self, base: Context, method: Method) -> tuple[Made, Context]:
-        """What a search finds within a peer's costs, and its run."""
+        """The policy that a search finds within a peer's costs, and its run."""
         assert method.budget_of is not None
         assert method.most_assignments is not None
         peer = read_json_model(self._file(method.budget_of), Row)

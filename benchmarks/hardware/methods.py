@@ -93,7 +93,7 @@ def methods(target: str) -> list[Method]:
 
 
 def searched(peer: str) -> list[Method]:
-    """What a search finds within a peer's costs: with the default's number of engines, and the best with one."""
+    """Searches within a peer's costs: with the default's number of engines, and the best with one."""
     return [
         Method(f"ours, {ASSIGNMENTS} engines, as {peer}", "ours", None, peer, ASSIGNMENTS),
         Method(f"ours, layer-only, as {peer}", "ours", None, peer, 1),

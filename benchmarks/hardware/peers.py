@@ -141,7 +141,7 @@ def _scales(largest: Tensor, fmt: Format) -> Sequence[Tensor | None]:
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """What AutoQuantize decides from.
+    """Scores and sizes that AutoQuantize decides from.
 
     Attributes:
         scores: float64 [formats, layers].
@@ -197,6 +197,7 @@ def layer_choice(context: Context, store: CandidateWeights, formats: Sequence[Fo
     return LayerChoice(total.double().mT.numpy(), bits, weights)
 
 
+@torch.no_grad()
 def squared_changes(common: Measured[Candidates], layers: LayerGradients) -> dict[str, Tensor]:
     """Σ (∂L/∂Y ΔY)² of some layers at a step, float32 [formats]."""
     adapter, store, result = common.samples.adapter, common.extra.store, {}

@@ -89,7 +89,7 @@ def write(results: Results, errors: Mapping[str, Floats], folder: Path) -> None:
 
 
 def read(folder: Path) -> tuple[Results, dict[str, Floats]]:
-    """What `write` wrote."""
+    """Both files that `write` wrote."""
     tensors = read_tensors(folder / ERRORS)
     return read_json_model(folder / RESULTS, Results), {key: t.double().numpy() for key, t in tensors.items()}
 
