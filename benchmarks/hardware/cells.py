@@ -2,12 +2,15 @@
 
 FOLDER/MODEL/full.safetensors                 latents in full precision, of the model as all targets declare it
 FOLDER/MODEL/TARGET/run                       run directory that everything is calibrated and quantized in
-FOLDER/MODEL/TARGET/searches/BUDGET-N         run directory of a search
-FOLDER/MODEL/TARGET/METHOD.{json,safetensors} a row, and what the judge and PSNR say of its samples
+FOLDER/MODEL/TARGET/searches/BYTES-MS-N       run directory of a search with at most N assignments
+FOLDER/MODEL/TARGET/policies/HASH.safetensors squared errors and the judge's values of a policy's samples
+FOLDER/MODEL/TARGET/METHOD.{json,safetensors} a row, and those of its samples
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import re
 import shutil
@@ -115,23 +118,33 @@ class Cells:
         return make_batch(self._model.adapter, self.effort.samples)
 
     def _measured(self, context: Context, method: Method, made: Made, start: float) -> Row:
+        # A policy of the run's weights may be that of another row.
+        text = json.dumps([made.rows, "run" if made.store is None else method.name])
+        known = self._folder / "policies" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
+        if not known.is_file():
+            write_tensors(known, self._outcomes_of(context, made))
+        outcomes = read_tensors(known)
+        row = self._row(context, method, made, outcomes, start)
+        write_tensors(self._file(method.name).with_suffix(".safetensors"), outcomes)
+        write_json_model(self._file(method.name), row)
+        return row
+
+    def _outcomes_of(self, context: Context, made: Made) -> dict[str, Tensor]:
+        """Squared errors of a method's pictures, and what the judge says of them: float32 [samples] each."""
         formats = [
             {layer: format_named(name) for layer, name in zip(context.layers, row, strict=True)} for row in made.rows
         ]
         asked = context.evaluation(self.batch.prompts)
         full = self._full_precision(asked)
-        with context.simulated(made.store).installed() as model:
+        store = quantize.load(context) if made.store is None else made.store
+        with context.simulated(store).installed() as model:
             latents = final_latents(asked, lambda step: model.assign(formats[step], step))
         images, exact = (context.adapter.decode(value) for value in (latents, full))
         errors = 10 ** (-psnr(images.numpy(), exact.numpy()) / 10)
-        # As they are kept, so that figures can be computed again from the file.
         outcomes = {"errors": torch.from_numpy(errors).float()}
         if self.batch.judge is not None:
             outcomes["values"] = torch.from_numpy(self.batch.judge(images).values).float()
-        row = self._row(context, method, made, outcomes, start)
-        write_tensors(self._file(method.name).with_suffix(".safetensors"), outcomes)
-        write_json_model(self._file(method.name), row)
-        return row
+        return outcomes
 
     def _full_precision(self, asked: Samples) -> Tensor:
         file = self._model_folder / FULL
@@ -208,7 +221,7 @@ class Cells:
         settings = self._settings(
             budget_size=float(peer.resident_bytes), budget_speed=f"{SLACK * peer.ms!r}ms", max_assignments=most
         )
-        name = f"{re.sub('[^a-z0-9]+', '-', method.budget_of)}-{most}"
+        name = f"{peer.resident_bytes}B-{peer.ms:.9g}ms-{most}"  # peers may cost the same
         with self._run(self._folder / "searches" / name, settings) as context:
             calibrate.stage(context).adopt(base.run)
             quantize.stage(context).adopt(base.run)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -32,6 +32,7 @@ FORMATS = {
 }
 LOW_HIGH = {"sm120": ("nvfp4", "fp8"), "sm89": ("fp8", "bf16")}
 SVDQUANT = {"sm120": "nvfp4", "sm89": "w4a4g64"}
+FEW = 2  # engines of the rows that come last
 # Of AutoQuantize and TMPDiff: bits per weight, and mean nominal bits.
 EFFECTIVE_BITS = 6.0
 # Samples that TMPDiff's intervals are measured on.
@@ -43,15 +44,15 @@ class Made:
     """A method, ready to draw pictures.
 
     Attributes:
-        store: quantized weights and scales.
         rows: format of each step and layer.
         costs: bytes and milliseconds.
+        store: its weights and scales; None for those of the run.
         origin: what is to be known of it.
     """
 
-    store: CandidateWeights
     rows: Sequence[Sequence[str]]
     costs: Costs
+    store: CandidateWeights | None = None
     origin: str | None = None
 
 
@@ -88,8 +89,8 @@ def methods(target: str) -> list[Method]:
         made += searched(f"uniform {high}")
     made += [Method("uniform int4wo", "peer", uniform("int4wo")), *searched("uniform int4wo")]
     made += [Method("tmpdiff", "peer", tmpdiff), *searched("tmpdiff")]
-    few = [Method(f"ours, 2 engines, as {m.budget_of}", "ours", None, m.budget_of, 2) for m in made if m.budget_of]
-    return made + [m for i, m in enumerate(few) if m not in few[:i]]
+    peers_met = dict.fromkeys(method.budget_of for method in made if method.budget_of is not None)
+    return made + [Method(f"ours, {FEW} engines, as {peer}", "ours", None, peer, FEW) for peer in peers_met]
 
 
 def searched(peer: str) -> list[Method]:
@@ -109,11 +110,11 @@ def uniform(name: str) -> Callable[[Context], Made]:
     return make
 
 
-def policy_of(context: Context, rows: Sequence[Sequence[str]], store: CandidateWeights | None = None) -> Made:
-    """A policy of the run's formats, by default with its weights."""
+def policy_of(context: Context, rows: Sequence[Sequence[str]]) -> Made:
+    """A policy of the run's formats, with its weights."""
     index = {fmt.name: i for i, fmt in enumerate(context.formats)}
     costs = budget.account(context).costs.costs([tuple(index[name] for name in row) for row in rows])
-    return Made(quantize.load(context) if store is None else store, rows, costs)
+    return Made(rows, costs)
 
 
 def _everywhere(context: Context, name: str) -> list[list[str]]:
@@ -123,7 +124,7 @@ def _everywhere(context: Context, name: str) -> list[list[str]]:
 def modelopt_max(context: Context) -> Made:
     """NVFP4 with max calibration, as modelopt ships it."""
     store = peers.max_calibrated(context, format_named("nvfp4"))
-    return policy_of(context, _everywhere(context, "nvfp4"), store)
+    return replace(policy_of(context, _everywhere(context, "nvfp4")), store=store)
 
 
 def protected(context: Context) -> Made:
@@ -132,8 +133,7 @@ def protected(context: Context) -> Made:
     low, high = LOW_HIGH[target]
     steps = peers.protected_steps(context.settings.steps)
     rows = [[high if t in steps else low] * len(context.layers) for t in range(context.settings.steps)]
-    made = policy_of(context, rows)
-    return Made(made.store, rows, made.costs, f"{high} at steps {', '.join(map(str, steps))}")
+    return replace(policy_of(context, rows), origin=f"{high} at steps {', '.join(map(str, steps))}")
 
 
 def svdquant(context: Context) -> Made:
@@ -148,7 +148,7 @@ def svdquant(context: Context) -> Made:
         one.velocity(one.noise(), 0)
     inputs = [by_name[names[0]] for names in sharing_layers(linears, capture.inputs)]
     costs = svdquant_costs(fmt, shapes, inputs, times.card, context.settings.steps, own.rest_ms)
-    return Made(peers.svdquant(context, fmt), _everywhere(context, fmt.name), costs, fmt.name)
+    return Made(_everywhere(context, fmt.name), costs, peers.svdquant(context, fmt), fmt.name)
 
 
 def autoquantize(context: Context) -> Made:
@@ -157,8 +157,7 @@ def autoquantize(context: Context) -> Made:
     choice = peers.layer_choice(context, quantize.load(context), formats)
     row = [formats[i].name for i in choice.allocate(EFFECTIVE_BITS)]
     rows = [row] * context.settings.steps
-    made = policy_of(context, rows)
-    return Made(made.store, rows, made.costs, f"{EFFECTIVE_BITS:g} bits per weight")
+    return replace(policy_of(context, rows), origin=f"{EFFECTIVE_BITS:g} bits per weight")
 
 
 def tmpdiff(context: Context) -> Made:
@@ -178,8 +177,7 @@ def tmpdiff(context: Context) -> Made:
         shape = settings.steps, len(context.layers)
         found = bisected_policy(error, bits, float(bits.mean()), *shape, runs=min(settings.steps, 8))
     rows = [[names[i] for i in row] for row in found]
-    made = policy_of(context, rows)
-    return Made(made.store, rows, made.costs, f"a mean of {bits.mean():g} bits")
+    return replace(policy_of(context, rows), origin=f"a mean of {bits.mean():g} bits")
 
 
 def named(target: str) -> Mapping[str, Method]:
@@ -188,7 +186,8 @@ def named(target: str) -> Mapping[str, Method]:
 
 
 def wanted(models: Sequence[str], targets: Sequence[str]) -> Iterator[tuple[str, str, Method]]:
-    """All rows, model by model: what each target's peers are measured with comes first."""
+    """All rows, model by model; those with few engines after the others of all targets."""
     for model in models:
-        for target in targets:
-            yield from ((model, target, method) for method in methods(target))
+        for few in (False, True):
+            for target in targets:
+                yield from ((model, target, m) for m in methods(target) if (m.most_assignments == FEW) == few)
