@@ -24,12 +24,14 @@ from adatsq_trt.search.costs import TARGET_CARDS, time_model
 from adatsq_trt.zoo.loading import load_model
 from benchmarks.document import replace_marked
 from benchmarks.hardware.cells import Cells
+from benchmarks.hardware.figures import draw
 from benchmarks.hardware.methods import FORMATS, methods, wanted
 from benchmarks.hardware.rows import Effort, Results, compare, dominated
 from benchmarks.hardware.tables import tables
 
 ROOT = Path(__file__).parents[2]
 RUNS, FOLDER = ROOT / "runs" / "bench-hardware", Path(__file__).parent
+FIGURES = ROOT / "docs" / "figures"
 RESULTS, ERRORS = "results.json", "errors.safetensors"
 MODELS = ("scenes-flux-schnell", "scenes-flux-dev", "scenes-z-image", "scenes-wan")
 # Model → pictures of a row, trajectories for calibration and for choosing, projections: less where a step is dear.
@@ -125,6 +127,7 @@ def main() -> None:
     sys.stdout.write(tables(results))
     if options.document is not None:
         replace_marked(options.document, "hardware", tables(results))
+        draw(results, FIGURES)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,10 @@ def tables(results: Results) -> str:
         rows = [row for row in results.rows if (row.model, row.target) == (model, target)]
         found = [c for c in results.comparisons if (c.model, c.target) == (model, target)]
         parts += [f"### {model}, {target}\n", _rows(rows), _comparisons(rows, found)]
+    parts += [
+        f"![{target}: error against time and bytes](figures/hardware-{target}.svg)\n"
+        for target in dict.fromkeys(row.target for row in results.rows)
+    ]
     parts.append(_ends(results))
     return "\n".join(part for part in parts if part)
 
