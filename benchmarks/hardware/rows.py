@@ -141,7 +141,7 @@ class Results(_Record):
     Attributes:
         schema_version: of this file.
         efforts: of the models.
-        ms_sources: target → source of the milliseconds.
+        cards: target → card of whose published rates the milliseconds are a roofline.
         rows: that were measured.
         comparisons: of every peer that has one.
         dominated: searched policies that were beaten.
@@ -151,7 +151,7 @@ class Results(_Record):
 
     schema_version: Literal[1] = 1
     efforts: tuple[Effort, ...]
-    ms_sources: dict[str, str]
+    cards: dict[str, str]
     rows: tuple[Row, ...]
     comparisons: tuple[Comparison, ...]
     dominated: tuple[Dominated, ...]

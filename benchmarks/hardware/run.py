@@ -20,7 +20,7 @@ import torch
 from adatsq_trt.errors import BudgetError
 from adatsq_trt.files import read_json_model, read_tensors, write_json_model, write_tensors
 from adatsq_trt.intervals import Floats
-from adatsq_trt.search.costs import TARGET_CARDS, time_model
+from adatsq_trt.search.costs import CARDS, TARGET_CARDS
 from adatsq_trt.zoo.loading import load_model
 from benchmarks.document import replace_marked
 from benchmarks.hardware.cells import Cells
@@ -73,7 +73,7 @@ def collect(cells: Mapping[tuple[str, str], Cells], impossible: Mapping[str, str
     efforts = dict.fromkeys(own.effort for own in cells.values())
     results = Results(
         efforts=tuple(effort for effort in efforts if any(row.model == effort.model for row in rows)),
-        ms_sources={target: time_model(TARGET_CARDS[target])[0].source for target in FORMATS},
+        cards={target: CARDS[TARGET_CARDS[target]].title for target in FORMATS},
         rows=tuple(rows),
         comparisons=compare(rows, errors),
         dominated=dominated(rows, errors),

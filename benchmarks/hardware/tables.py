@@ -33,7 +33,7 @@ def _efforts(results: Results) -> str:
         f"trajectories with {e.projections} projections each, policies chosen on {e.selection_samples}."
         for e in results.efforts
     ]
-    lines += [f"- Milliseconds of {target}: {source}." for target, source in results.ms_sources.items()]
+    lines += [f"- {target}: roofline of the published rates of {card}." for target, card in results.cards.items()]
     return "\n".join(lines) + "\n"
 
 
