@@ -128,6 +128,12 @@ bench-quality: $(INSTALLED)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m benchmarks.quality.run \
 	  $(if $(filter quick,$(BENCH)),--quick,--document docs/quality.md)
 
+# Methods in the formats of sm120 and sm89 beside resident bytes and roofline milliseconds, and ours at each peer's costs:
+# results.json, errors.safetensors and the tables in docs/quality.md. Hours; rows that are there are reused.
+.PHONY: bench-hardware
+bench-hardware: $(INSTALLED)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m benchmarks.hardware.run --document docs/quality.md
+
 # Units of work in this process and with one and two Ray workers: results.json and the tables in docs/scaling.md.
 .PHONY: bench-scaling
 bench-scaling: $(DEVELOPED)

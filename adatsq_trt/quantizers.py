@@ -16,6 +16,9 @@ from adatsq_trt.formats import Element, Format, Granularity, Grid
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 E2M1_MAX = 6.0
+# Largest block scale of an e2m1 weight whose scales are searched: half as much again is a number of e4m3 too, so that
+# every block may have 4 as its largest point (Cook et al. 2025, "Four Over Six", arXiv 2512.02010).
+SEARCHED_SCALE_MAX = 256.0
 # Smallest scale: normal in float16, so that every 16-bit graph holds it exactly.
 MIN_SCALE = 2.0**-14
 # Smallest step of integers with dynamic scales.
@@ -116,11 +119,17 @@ def group_width(grid: Grid, in_features: int) -> int:
     return group
 
 
-def weight_global_scale(weight: Tensor, grid: Grid) -> Tensor | None:
-    """E2M1's second-level scale amax / (6 * 448), float32 []; None for other grids."""
+def weight_global_scale(weight: Tensor, grid: Grid, largest: float = E4M3_MAX) -> Tensor | None:
+    """E2M1's second-level scale amax / (6 * largest), float32 []; None for other grids.
+
+    Args:
+        weight: [N, K] float32.
+        grid: of its format.
+        largest: block scale of the block that has the largest magnitude, if 6 is its largest point.
+    """
     if grid.element is not Element.E2M1:
         return None
-    return (weight.abs().amax() / (E2M1_MAX * E4M3_MAX)).clamp(min=2.0**-126)
+    return (weight.abs().amax() / (E2M1_MAX * largest)).clamp(min=2.0**-126)
 
 
 def finish_scale(scale: Tensor, grid: Grid, global_scale: Tensor | None) -> Tensor:
@@ -135,7 +144,10 @@ def finish_scale(scale: Tensor, grid: Grid, global_scale: Tensor | None) -> Tens
 
 @torch.no_grad()
 def search_scale(values: Tensor, grid: Grid, global_scale: Tensor | None, importance: Tensor | None = None) -> Tensor:
-    """Scale of each row that minimizes sum(importance * (x - Q(x))²) over clipping ratios 1.0, 0.95 … 0.5.
+    """Scale of each row that minimizes sum(importance * (x - Q(x))²), among parts of that of the largest magnitude.
+
+    Ratios are 1.0, 0.95 … 0.5, which clip, and for e2m1 from 1.5 on, where the largest magnitude lies at 4, below the
+    gap between 4 and 6.
 
     Args:
         values: [N, G] float32: the weights that share a scale, one group per row.
@@ -150,9 +162,7 @@ def search_scale(values: Tensor, grid: Grid, global_scale: Tensor | None, import
     scaled, largest = torch.empty_like(values), values.abs().amax(dim=1, keepdim=True)
     best_scale = finish_scale(largest / grid.maximum, grid, global_scale)
     best_error = torch.full_like(largest, torch.inf)
-    # e4m3 is a floating grid: clipping buys no resolution there.
-    ratios = [1.0] if grid.element is Element.E4M3 else [1 - 0.05 * i for i in range(11)]
-    for ratio in ratios:
+    for ratio in _ratios(grid):
         scale = finish_scale(largest * ratio / grid.maximum, grid, global_scale)
         torch.div(values, scale, out=scaled)  # in place: fresh memory takes longer than the arithmetic
         squares = round_to_grid(scaled, grid, in_place=True).mul_(scale).sub_(values).square_()
@@ -160,6 +170,14 @@ def search_scale(values: Tensor, grid: Grid, global_scale: Tensor | None, import
         better = error < best_error
         best_scale, best_error = torch.where(better, scale, best_scale), torch.where(better, error, best_error)
     return best_scale
+
+
+def _ratios(grid: Grid) -> list[float]:
+    """Candidate scales of a group, as parts of that which puts the largest magnitude on the largest point."""
+    if grid.element is Element.E4M3:
+        return [1.0]  # a floating grid: clipping buys no resolution there
+    largest = 30 if grid.element is Element.E2M1 else 20
+    return [i / 20 for i in range(largest, 9, -1)]
 
 
 @torch.no_grad()

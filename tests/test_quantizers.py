@@ -11,6 +11,7 @@ from hypothesis.extra import numpy as npst
 from adatsq_trt.formats import FORMATS, Element, Format, Granularity, Grid
 from adatsq_trt.quantizers import (
     MIN_SCALE,
+    SEARCHED_SCALE_MAX,
     QuantizedWeight,
     decode_e2m1,
     dequantize_weight,
@@ -23,6 +24,7 @@ from adatsq_trt.quantizers import (
     round_e2m1,
     round_e4m3,
     round_scale,
+    round_to_grid,
     search_scale,
     static_activation_scale,
     weight_global_scale,
@@ -182,6 +184,55 @@ def test_searched_scales_are_never_worse_than_the_largest_magnitude(name: str, w
     assert (searched <= error(plain) + 1e-9).all()
     if grid.bits <= 4:
         assert searched.sum() < 0.95 * error(plain).sum()
+
+
+def e2m1_blocks(blocks: np.ndarray, ratio: float, second: np.float32) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Codes, block scales and numbers of blocks [blocks, 16] with the largest magnitude at 6 / ratio, by ml_dtypes."""
+    largest = np.abs(blocks).max(axis=1, keepdims=True)
+    stored = np.clip(largest * np.float32(ratio) / np.float32(6) / second, 2.0**-9, 448)
+    scales = stored.astype(ml_dtypes.float8_e4m3fn)
+    effective = scales.astype(np.float32) * second
+    points = np.clip(blocks / effective, -6, 6).astype(ml_dtypes.float4_e2m1fn)
+    return points.view(np.uint8), scales, points.astype(np.float32) * effective
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_block_has_4_or_6_as_its_largest_point_whichever_errs_less_as_ml_dtypes_rounds(weighted: bool) -> None:
+    grid, generator = FORMATS["nvfp4"].weight, torch.Generator().manual_seed(1)
+    values = torch.randn(400, 16, generator=generator)
+    importance = torch.rand(16, generator=generator) + 0.1 if weighted else torch.ones(16)
+    second = weight_global_scale(values, grid, SEARCHED_SCALE_MAX)
+    assert second is not None
+    scales = search_scale(values, grid, second, importance)
+    found = encode_weight(round_to_grid(values / scales, grid) * scales, scales, grid, second)
+
+    # 3 / 2 of the scale has 4 as the largest point, parts of it below 1 clip.
+    ratios = [i / 20 for i in range(30, 9, -1)]
+    tried = [e2m1_blocks(values.numpy(), ratio, second.numpy()) for ratio in ratios]
+    errors = np.stack([((value - values.numpy()) ** 2 * importance.numpy()).sum(axis=1) for *_, value in tried])
+    best, rows = errors.argmin(axis=0), np.arange(len(values))
+    stored = np.stack([scale.view(np.uint8)[:, 0] for _, scale, _ in tried])
+    # Of scales that err alike to float32's rounding either may be chosen.
+    told_apart = ((errors > errors.min(axis=0) * (1 + 1e-5)) | (stored == stored[best, rows])).all(axis=0)
+    codes = np.stack([codes for codes, *_ in tried])[best, rows]
+    assert found.scales is not None
+    np.testing.assert_array_equal(found.codes.numpy()[told_apart], codes[told_apart])
+    own = found.scales.view(torch.uint8).numpy()[:, 0]
+    np.testing.assert_array_equal(own[told_apart], stored[best, rows][told_apart])
+    assert 0.1 < (np.array(ratios)[best] > 1.25).mean() < 0.9, "some blocks gain by it, and some do not"
+    assert told_apart.mean() > 0.9
+
+
+def test_the_block_with_the_largest_magnitude_may_have_4_as_its_largest_point() -> None:
+    """5 / 6 of it would be rounded by a sixth with 6 as the largest point."""
+    grid, values = FORMATS["nvfp4"].weight, torch.tensor([[4.0, 3.0, 2.0, 1.5, 1.0, 0.5, *[0.0] * 10]])
+    second = weight_global_scale(values, grid, SEARCHED_SCALE_MAX)
+    scales = search_scale(values, grid, second)
+    found = encode_weight(round_to_grid(values / scales, grid) * scales, scales, grid, second)
+    assert found.codes.bitwise_and(7).max() == 6, "the code of 4"
+    torch.testing.assert_close(dequantize_weight(found, FORMATS["nvfp4"]), values, rtol=2**-20, atol=0)
+    largest_is_6 = dequantize_weight(quantize_nearest(values, FORMATS["nvfp4"]), FORMATS["nvfp4"])
+    assert (largest_is_6 - values).abs().max() > 0.3
 
 
 # ------------------------------------------------------------------------------------------------ activations

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from adatsq_trt.formats import Format, Grid
 from adatsq_trt.quantizers import (
+    SEARCHED_SCALE_MAX,
     QuantizedWeight,
     encode_weight,
     group_width,
@@ -87,7 +88,7 @@ def gptq_factored(weight: Tensor, hessian: FactoredHessian, fmt: Format, block: 
         block: columns whose updates to the rest are applied together.
     """
     grid = fmt.weight
-    global_scale = weight_global_scale(weight, grid)
+    global_scale = weight_global_scale(weight, grid, SEARCHED_SCALE_MAX)
     scales = _group_scales(weight, hessian.importance, grid, global_scale)
     values = gptq_columns(weight, hessian.feedback, hessian.order, scales, grid, block)
     return encode_weight(values, scales, grid, global_scale)

@@ -65,6 +65,7 @@ PUBLIC = TENSORS | {"api", "engines", "export", "plugins", "report", "results", 
 INSIDE = {
     "budgets": {"search", "stages"},  # every point of a finished search
     "engines": {"models"},  # graphs of a model without a search
+    "hardware": {"calibration", "evaluation", "models", "search", "stages"},
     "hessian": {"calibration", "models", "stages"},
     "nested": {"calibration", "models", "stages"},
     "once": {

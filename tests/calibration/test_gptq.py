@@ -10,6 +10,7 @@ from adatsq_trt.calibration.gptq import gptq
 from adatsq_trt.calibration.hessian import second_moment
 from adatsq_trt.formats import FORMATS, Element, Format
 from adatsq_trt.quantizers import (
+    SEARCHED_SCALE_MAX,
     QuantizedWeight,
     dequantize_weight,
     encode_weight,
@@ -53,7 +54,7 @@ def effective_scales(quantized: QuantizedWeight) -> Tensor:
 def quantize_clipped(weight: Tensor, fmt: Format) -> QuantizedWeight:
     """Round to nearest with the scales that have the least squared error."""
     grid = fmt.weight
-    width, global_scale = group_width(grid, weight.shape[1]), weight_global_scale(weight, grid)
+    width, global_scale = group_width(grid, weight.shape[1]), weight_global_scale(weight, grid, SEARCHED_SCALE_MAX)
     groups = weight.reshape(-1, width)
     scales = search_scale(groups, grid, global_scale)
     values = (round_to_grid(groups / scales, grid) * scales).reshape(weight.shape)
@@ -142,9 +143,8 @@ def test_the_solver_is_optimal_brain_quantization(fmt: Format) -> None:
 def test_scales_are_chosen_by_the_hessians_diagonal(fmt: Format) -> None:
     weight, hessian = random_weight(8, 128, 4), correlated_hessian(128, 4)
     width, importance = group_width(fmt.weight, 128), hessian.diagonal() + 0.01 * hessian.diagonal().mean()
-    expected = search_scale(
-        weight[:, -width:], fmt.weight, weight_global_scale(weight, fmt.weight), importance[-width:]
-    )
+    second = weight_global_scale(weight, fmt.weight, SEARCHED_SCALE_MAX)
+    expected = search_scale(weight[:, -width:], fmt.weight, second, importance[-width:])
     assert torch.equal(effective_scales(gptq(weight, hessian, fmt))[:, -1:], expected)
 
 
