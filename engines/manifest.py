@@ -16,6 +16,7 @@ from adatsq_trt.formats import PLUGIN_LAYOUT
 from adatsq_trt.image import ImageShape
 from adatsq_trt.schedule import Schedule
 from adatsq_trt.solver import Update
+from adatsq_trt.text_call import TextCall
 from adatsq_trt.transformer_call import TransformerCall
 
 # Of one sample: a latent is allocated before any other part of the bundle confirms its shape.
@@ -226,6 +227,7 @@ class Manifest(_Record):
         prompt_texts: their texts.
         call: how a pipeline calls the transformer that the bundle stands in for; None in bundles that run by themselves
             only, and in earlier ones.
+        text: how the pipeline's text encoders make the model's condition; None where no files of them are known.
         compatibility: of the plans.
         plans: compiled engines; none when the policy is only simulated.
         versions: library → version.
@@ -248,6 +250,7 @@ class Manifest(_Record):
     prompts: Count
     prompt_texts: tuple[str, ...] = ()
     call: TransformerCall | None = None
+    text: TextCall | None = None
     compatibility: Compatibility = Compatibility()
     plans: tuple[PlanFile, ...]
     versions: dict[Name, Name]

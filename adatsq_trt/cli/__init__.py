@@ -47,11 +47,11 @@ policy_app = typer.Typer(no_args_is_help=True)
 app.add_typer(policy_app, name="policy", help="Policies in the words of other programs.")
 policy_app.command("export", no_args_is_help=True)(expanding_homes(export_policy))
 policy_app.command("import", no_args_is_help=True)(expanding_homes(import_policy))
-_WITH_ARGUMENTS: tuple[Callable[..., None], ...] = (
+_WITH_ARGUMENTS: tuple[Callable[..., object], ...] = (
     *(calibrate, quantize, search, export),
     *(check, generate, inspect, compare, evaluate, report, serve),
 )
-_COMMANDS: tuple[Callable[..., None], ...] = (*_WITH_ARGUMENTS, models, doctor)
+_COMMANDS: tuple[Callable[..., object], ...] = (*_WITH_ARGUMENTS, models, doctor)
 for _command in _COMMANDS:
     app.command(no_args_is_help=_command in _WITH_ARGUMENTS)(expanding_homes(_command))
 

@@ -45,11 +45,11 @@ Runs the stages up to '{name}' with the options of 'build engine', which reuses 
 Example: adatsq-trt {name} digits-flux --target sm120 -o runs/demo"""
 
 
-def _command(name: str, last: str, help: str) -> Callable[..., None]:
-    """The command that runs the stages up to one."""
+def _command(name: str, last: str, help: str) -> Callable[..., Path]:
+    """The command that runs the stages up to one; it returns the run directory, for commands that call it."""
 
-    def run(model: str, output: Path | None, **options: Any) -> None:
-        _run(last, model, output, options)
+    def run(model: str, output: Path | None, **options: Any) -> Path:
+        return _run(last, model, output, options)
 
     parameters = [_parameter("model", Model, inspect.Parameter.empty)]
     for one, kind in choices():
@@ -84,8 +84,8 @@ def _option(one: Field[Any], kind: Any) -> inspect.Parameter:
     return _parameter(one.name, Annotated[word if default is not None else word | NoneType, option], default)
 
 
-def _run(last: str, model: str, output: Path | None, options: dict[str, Any]) -> None:
-    """Print the settings, run the stages, and print the figures at the end."""
+def _run(last: str, model: str, output: Path | None, options: dict[str, Any]) -> Path:
+    """Print the settings, run the stages, and print the figures at the end; returns the run directory."""
     from rich.console import Console
 
     from adatsq_trt import api
@@ -101,6 +101,7 @@ def _run(last: str, model: str, output: Path | None, options: dict[str, Any]) ->
     if last == "bundle":
         _print_bundle(result, console)
     console.print(f"{last}: {folder / last}", highlight=False, soft_wrap=True)
+    return folder
 
 
 def _default_folder(job: Job) -> Path:
