@@ -222,6 +222,7 @@ class Manifest(_Record):
         guidance: scale of guidance: weight of the branch with the prompt, or an input of models trained with it.
         latent_shape: shape of one sample's latent.
         image: how a latent becomes an image.
+        pixels: height and width, or frames, height and width, of what is drawn; None in earlier bundles.
         shapes: of a bundle of several sizes: each of them, its own first; empty for a bundle of one size.
         prompts: how many prompts are stored.
         prompt_texts: their texts.
@@ -246,6 +247,7 @@ class Manifest(_Record):
     guidance: FiniteFloat
     latent_shape: LatentShape
     image: ImageSpec
+    pixels: Annotated[tuple[Count, ...], Field(min_length=2, max_length=3)] | None = None
     shapes: tuple[ShapeRecord, ...] = ()
     prompts: Count
     prompt_texts: tuple[str, ...] = ()

@@ -46,5 +46,6 @@ def save_and_build(name: str, folder: Path) -> SavedPipeline:
         Conditioning(stored.conditional, second),
         text=opened.text_call,
         vae=model.vae,
+        pixels=model.scale.size(adapter.image),
     )
     return SavedPipeline(saved, made)

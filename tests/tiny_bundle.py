@@ -47,6 +47,7 @@ def write_bundle(
     layout: Layout = "embedded",
     text: TextCall | None = None,
     vae: Path | None = None,
+    pixels: tuple[int, ...] | None = None,
 ) -> BundleFiles:
     """Three buckets over two assignments, with weights rounded to nearest.
 
@@ -62,6 +63,7 @@ def write_bundle(
         layout: "plugin" for a graph of plugin nodes; the others have the same graphs.
         text: how the pipeline encodes a text.
         vae: folder of the VAE, for latents that one decodes.
+        pixels: size of what is drawn.
     """
     layers = adapter.quantizable_layers()
     rows = [["fp8"] * len(layers), [("bf16", "fp8")[i % 2] for i in range(len(layers))]]
@@ -100,6 +102,7 @@ def write_bundle(
         guidance=GUIDANCE,
         latent_shape=adapter.latent_shape,
         image=ImageSpec(**vars(adapter.image)),
+        pixels=pixels,
         shapes=tuple(_shape(own) for own in (adapter, *others)) if any_size is not None else (),
         prompts=len(next(iter(prompts.conditional.values()))),
         prompt_texts=adapter.prompts if text is not None else (),

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from adatsq_trt.cli.backends import BackendName
-from adatsq_trt.errors import UserError
+from adatsq_trt.errors import DependencyError, UserError
 
 if TYPE_CHECKING:
     from adatsq_trt.engines.bundle import BundleFiles
+    from adatsq_trt.engines.triton_server.image_api import ImageApi
     from adatsq_trt.engines.triton_server.repository import Deployment
     from adatsq_trt.engines.triton_server.server import Installation, Ports
 
@@ -51,6 +52,12 @@ def serve(
     metrics_port: Annotated[int, typer.Option("--metrics-port", min=1, max=65535)] = 8002,
     ui: Annotated[bool, typer.Option("--ui", help="Also serve a web page.")] = False,
     ui_port: Annotated[int, typer.Option("--ui-port", min=1, max=65535)] = 8080,
+    image_api: Annotated[
+        int | None,
+        typer.Option(
+            "--image-api", min=1, max=65535, metavar="PORT", help="Also serve /v1/images/generations at this port."
+        ),
+    ] = None,
     server: Annotated[
         Path | None,
         typer.Option(
@@ -79,10 +86,12 @@ def serve(
     served = Deployment(
         name or files.manifest.model, files, backend=backend, pipeline=pipeline or _pipeline_of(run, files)
     )
-    _serve(served, installation, Ports(http_port, grpc_port, metrics_port), ui_port if ui else None)
+    _serve(served, installation, Ports(http_port, grpc_port, metrics_port), ui_port if ui else None, image_api)
 
 
-def _serve(served: Deployment, installation: Installation, ports: Ports, ui_port: int | None) -> None:
+def _serve(
+    served: Deployment, installation: Installation, ports: Ports, ui_port: int | None, api_port: int | None
+) -> None:
     """Start the server, say how to ask it, and keep it running."""
     # Ended by another process as by Ctrl-C: the server must not stay behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -99,14 +108,26 @@ def _serve(served: Deployment, installation: Installation, ports: Ports, ui_port
         supervisor = stack.enter_context(Supervisor(repository, [name], ports, installation, folder / "server.log"))
         if ui_port is not None:
             stack.enter_context(Page(ui_port, ports.http, served.files, name))
+        if api_port is not None:
+            stack.enter_context(_image_api(api_port, ports, served))
         supervisor.start()
         typer.echo(f"serving {name}; the server's log is {supervisor.log_file}; try:\n")
         typer.echo(f"  {curl_line(name, f'{HOST}:{ports.http}', text=served.pipeline is not None)}\n")
         if ui_port is not None:
             typer.echo(f"or open http://{HOST}:{ui_port}\n")
+        if api_port is not None:
+            typer.echo(f"image API: http://{HOST}:{api_port}/v1, for POST to /v1/images/generations\n")
         typer.echo("Ctrl-C ends it")
         with suppress(KeyboardInterrupt):
             supervisor.keep_running()
+
+
+def _image_api(port: int, ports: Ports, served: Deployment) -> ImageApi:
+    try:
+        from adatsq_trt.engines.triton_server.image_api import ImageApi
+    except ModuleNotFoundError as error:
+        raise DependencyError("--image-api needs aiohttp; run: pip install 'adatsq-trt[image-api]'") from error
+    return ImageApi(port, ports.http, served.files, served.name)
 
 
 def _built(place: Path, options: Sequence[str]) -> Path:

@@ -188,6 +188,7 @@ def _manifest(context: Context, index: GraphIndex, policy: Policy, plans: tuple[
         guidance=context.settings.guidance,
         latent_shape=adapter.latent_shape,
         image=ImageSpec(**asdict(adapter.image)),
+        pixels=context.model.scale.size(adapter.image),
         shapes=tuple(_shape(context, size, adapter) for size, adapter in context.sizes.items()),
         prompts=len(adapter.prompts),
         prompt_texts=adapter.prompts,

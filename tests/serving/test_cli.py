@@ -1,14 +1,17 @@
 """`adatsq-trt serve` as a user meets it."""
 
+import base64
 import re
 import signal
 import subprocess
 import time
 import urllib.request
+from io import BytesIO
 from pathlib import Path
 
 import psutil
 import pytest
+from openai import OpenAI
 from PIL import Image
 
 from adatsq_trt.engines.bundle import BundleFiles
@@ -33,7 +36,8 @@ def _listen_to_interrupts() -> None:
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
 def test_the_printed_curl_line_makes_a_picture(digits: BundleFiles, tmp_path: Path, end: signal.Signals) -> None:
     ports, page = free_ports(), str(free_ports().http)
-    named = ("--name", "small", "--ui", "--ui-port", page)
+    api = free_ports().http
+    named = ("--name", "small", "--ui", "--ui-port", page, "--image-api", str(api))
     arguments = ["serve", str(digits.folder), *named, *options(ports.http, ports.grpc, ports.metrics)]
     said = tmp_path / "said"
     with said.open("w") as output:
@@ -53,6 +57,8 @@ def test_the_printed_curl_line_makes_a_picture(digits: BundleFiles, tmp_path: Pa
     with urllib.request.urlopen(f"http://{HOST}:{page}", timeout=60) as answer:
         assert b"<title>small" in answer.read()
     assert Image.open(tmp_path / "picture.png").size == (8, 8)
+    drawn = OpenAI(base_url=f"http://{HOST}:{api}/v1", api_key="none").images.generate(prompt="3", size="8x8")
+    assert Image.open(BytesIO(base64.b64decode(drawn.data[0].b64_json))).size == (8, 8)
     below = psutil.Process(process.pid).children(recursive=True)
     assert any(one.name() == "tritonserver" for one in below)
     process.send_signal(end)
