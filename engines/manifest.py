@@ -16,6 +16,7 @@ from adatsq_trt.formats import PLUGIN_LAYOUT
 from adatsq_trt.image import ImageShape
 from adatsq_trt.schedule import Schedule
 from adatsq_trt.solver import Update
+from adatsq_trt.text_call import TextCall
 from adatsq_trt.transformer_call import TransformerCall
 
 # Of one sample: a latent is allocated before any other part of the bundle confirms its shape.
@@ -221,11 +222,13 @@ class Manifest(_Record):
         guidance: scale of guidance: weight of the branch with the prompt, or an input of models trained with it.
         latent_shape: shape of one sample's latent.
         image: how a latent becomes an image.
+        pixels: height and width, or frames, height and width, of what is drawn; None in earlier bundles.
         shapes: of a bundle of several sizes: each of them, its own first; empty for a bundle of one size.
         prompts: how many prompts are stored.
         prompt_texts: their texts.
         call: how a pipeline calls the transformer that the bundle stands in for; None in bundles that run by themselves
             only, and in earlier ones.
+        text: how the pipeline's text encoders make the model's condition; None where no files of them are known.
         compatibility: of the plans.
         plans: compiled engines; none when the policy is only simulated.
         versions: library → version.
@@ -244,10 +247,12 @@ class Manifest(_Record):
     guidance: FiniteFloat
     latent_shape: LatentShape
     image: ImageSpec
+    pixels: Annotated[tuple[Count, ...], Field(min_length=2, max_length=3)] | None = None
     shapes: tuple[ShapeRecord, ...] = ()
     prompts: Count
     prompt_texts: tuple[str, ...] = ()
     call: TransformerCall | None = None
+    text: TextCall | None = None
     compatibility: Compatibility = Compatibility()
     plans: tuple[PlanFile, ...]
     versions: dict[Name, Name]

@@ -14,6 +14,7 @@ from adatsq_trt.files import read_json_model
 from adatsq_trt.loading import PLAIN_LOADING, one_loader
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 _CLASSES = ("AutoencoderKL", "AutoencoderKLWan")
@@ -25,10 +26,15 @@ class _Config(RootModel[dict[str, JsonValue]]):
 
 
 class Vae:
-    """Decodes one sample at a time, in float32: a VAE's activations are many times as large as its pictures."""
+    """Decodes one sample at a time: a VAE's activations are many times as large as its pictures."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype | None = None, device: str = "cpu") -> None:
         """Load the VAE of a bundle whose files were verified.
+
+        Args:
+            folder: of the VAE.
+            dtype: of its weights and activations; float32 unless given.
+            device: that it is on.
 
         Raises:
             DamagedFileError: it is of another class, or diffusers cannot load it.
@@ -46,13 +52,17 @@ class Vae:
             raise DamagedFileError(f"'{folder}' is a {name}, expected one of {', '.join(_CLASSES)}; {_AGAIN}")
         try:
             with one_loader():
-                self._vae: Any = getattr(diffusers, str(name)).from_pretrained(
-                    folder,
-                    torch_dtype=torch.float32,
-                    use_safetensors=True,
-                    local_files_only=True,
-                    variant=weights_variant(folder),
-                    **PLAIN_LOADING,
+                self._vae: Any = (
+                    getattr(diffusers, str(name))
+                    .from_pretrained(
+                        folder,
+                        torch_dtype=dtype or torch.float32,
+                        use_safetensors=True,
+                        local_files_only=True,
+                        variant=weights_variant(folder),
+                        **PLAIN_LOADING,
+                    )
+                    .to(device)
                 )
         except Exception as error:  # what diffusers raises depends on the file
             raise DamagedFileError(f"'{folder}' does not load ({error}); {_AGAIN}") from error
@@ -64,8 +74,9 @@ class Vae:
         images = []
         with torch.inference_mode():
             for latent in torch.from_numpy(np.ascontiguousarray(latents)):
-                scaled = self._unscaled(latent).movedim(-1, 0)[None]
-                images.append(self._vae.decode(scaled, return_dict=False)[0][0].movedim(0, -1))
+                scaled = self._unscaled(latent).movedim(-1, 0)[None].to(self._vae.device, self._vae.dtype)
+                decoded = self._vae.decode(scaled, return_dict=False)[0][0]
+                images.append(decoded.movedim(0, -1).float().cpu())
         return np.asarray((torch.stack(images) / 2 + 0.5).clamp(0, 1))
 
     def _unscaled(self, latent: Tensor) -> Tensor:

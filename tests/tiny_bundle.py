@@ -1,5 +1,6 @@
 """A bundle of a tiny model, without a search: for what runs bundles."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from adatsq_trt.engines.bundle import (
     POSITIONS_NAME,
     PROMPTS_NAME,
     SCALES_NAME,
+    VAE_FOLDER,
     BundleFiles,
     ImageSpec,
     Layout,
@@ -27,6 +29,7 @@ from adatsq_trt.image import PixelScale
 from adatsq_trt.models.adapter import AnySize, Conditioning, ModelAdapter
 from adatsq_trt.policy import Policy
 from adatsq_trt.quantizers import quantize_nearest
+from adatsq_trt.text_call import TextCall
 from tests.traces import trace_once
 
 STEPS, GUIDANCE = 4, 2.0
@@ -42,6 +45,9 @@ def write_bundle(
     variants: Sequence[str] = ("cpu",),
     steps: int = STEPS,
     layout: Layout = "embedded",
+    text: TextCall | None = None,
+    vae: Path | None = None,
+    pixels: tuple[int, ...] | None = None,
 ) -> BundleFiles:
     """Three buckets over two assignments, with weights rounded to nearest.
 
@@ -55,6 +61,9 @@ def write_bundle(
         variants: of the graphs; plans are made of "target".
         steps: of the loop.
         layout: "plugin" for a graph of plugin nodes; the others have the same graphs.
+        text: how the pipeline encodes a text.
+        vae: folder of the VAE, for latents that one decodes.
+        pixels: size of what is drawn.
     """
     layers = adapter.quantizable_layers()
     rows = [["fp8"] * len(layers), [("bf16", "fp8")[i % 2] for i in range(len(layers))]]
@@ -79,6 +88,8 @@ def write_bundle(
     stored = {f"conditional.{name}": value for name, value in prompts.conditional.items()}
     stored |= {f"unconditional.{name}": value for name, value in (prompts.unconditional or {}).items()}
     write_tensors(folder / PROMPTS_NAME, stored)
+    if vae is not None:
+        shutil.copytree(vae, folder / VAE_FOLDER)
     manifest = Manifest(
         model="tiny",
         architecture=adapter.architecture,
@@ -91,9 +102,12 @@ def write_bundle(
         guidance=GUIDANCE,
         latent_shape=adapter.latent_shape,
         image=ImageSpec(**vars(adapter.image)),
+        pixels=pixels,
         shapes=tuple(_shape(own) for own in (adapter, *others)) if any_size is not None else (),
         prompts=len(next(iter(prompts.conditional.values()))),
+        prompt_texts=adapter.prompts if text is not None else (),
         call=adapter.pipeline_call(),
+        text=text,
         plans=(),
         versions={},
     )

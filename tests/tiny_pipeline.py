@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FluxPipeline
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import CLIPTokenizer, T5TokenizerFast
 
 from adatsq_trt.engines.bundle import BundleFiles, Layout
 from adatsq_trt.models.adapter import Conditioning
@@ -51,44 +50,6 @@ def _condition(prompts: int, seed: int) -> dict[str, torch.Tensor]:
         "encoder_hidden_states": torch.randn(prompts, TEXT_TOKENS, WIDTH, generator=generator),
         "pooled_projections": torch.randn(prompts, WIDTH, generator=generator),
     }
-
-
-def save_pipeline(folder: Path) -> Path:
-    """The folder of a FluxPipeline that the bundle's transformer comes from."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        adapter = make_adapter()
-        clip_tokenizer, t5_tokenizer = tokenizers()
-        common = {"vocab_size": len(t5_tokenizer), "num_heads": 2, "num_layers": 1}
-        clip = CLIPTextConfig(
-            vocab_size=len(clip_tokenizer),
-            hidden_size=WIDTH,
-            intermediate_size=WIDTH,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            bos_token_id=clip_tokenizer.bos_token_id,
-            eos_token_id=clip_tokenizer.eos_token_id,
-        )
-        vae = AutoencoderKL(
-            latent_channels=1,
-            block_out_channels=(4, 4),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            norm_num_groups=2,
-            scaling_factor=0.5,
-            shift_factor=0.1,
-        )
-        pipe = FluxPipeline(
-            adapter.scheduler,
-            vae,
-            CLIPTextModel(clip),
-            clip_tokenizer,
-            T5EncoderModel(T5Config(d_model=WIDTH, d_kv=16, d_ff=WIDTH, **common)),
-            t5_tokenizer,
-            adapter.transformer,
-        )
-    pipe.save_pretrained(folder)
-    return folder
 
 
 def tokenizers() -> tuple[CLIPTokenizer, T5TokenizerFast]:

@@ -19,7 +19,7 @@ from adatsq_trt.checkpoints.lora import Lora, fuse, parse_lora
 from adatsq_trt.checkpoints.prompts import encode_prompts
 from adatsq_trt.checkpoints.schedulers import make_scheduler, require_schedule
 from adatsq_trt.checkpoints.single_file import convert, require_layout, transformer_weights
-from adatsq_trt.checkpoints.source import Source, find_source
+from adatsq_trt.checkpoints.source import INDEX, Source, find_source
 from adatsq_trt.checkpoints.weights import (
     WeightFiles,
     find_weights,
@@ -37,6 +37,7 @@ from adatsq_trt.models.prompts import StoredPrompts
 from adatsq_trt.models.stored import count_weights, fill, large_linears, named_weights
 from adatsq_trt.schedule import calls_per_step
 from adatsq_trt.settings import PipelineSettings
+from adatsq_trt.text_call import TextCall
 from adatsq_trt.zoo.loading import SCHEDULER_CONFIG, LoadedModel
 
 OpenedT = TypeVar("OpenedT", bound="OpenedPipeline")
@@ -181,8 +182,23 @@ class OpenedPipeline:
         """Hash of text encoders and tokenizers, or of the file of encodings."""
         if self.settings.encodings is not None:
             return verified_sha256(Path(self.settings.encodings))
-        folders = [self.source.folder / name for name in self.source.family.encoders]
-        return digest(f"{f.parent.name}/{f.name} {verified_sha256(f)}" for folder in folders for f in files_of(folder))
+        return digest(f"{name} {sha256}" for name, sha256 in self._encoder_files.items())
+
+    @cached_property
+    def _encoder_files(self) -> dict[str, str]:
+        """Of text encoders and tokenizers: path in the pipeline's folder → sha256."""
+        parts = self.source.family.encoders
+        files = {f"{part}/{file.name}": file for part in parts for file in files_of(self.source.folder / part)}
+        return {name: verified_sha256(file) for name, file in files.items()}
+
+    @property
+    def text_call(self) -> TextCall | None:
+        """How a text becomes what the transformer is given, with the files that do it; None where they do not."""
+        call = self.source.family.text_call
+        if call is None or self.settings.encodings is not None:
+            return None
+        files = {INDEX: verified_sha256(self.source.folder / INDEX), **self._encoder_files}
+        return call.model_copy(update={"files": files})
 
     @property
     def encoder_bytes(self) -> int:

@@ -27,6 +27,7 @@ from adatsq_trt.errors import MismatchError, UserError
 from adatsq_trt.models.families import family_of_pipeline, family_of_transformer, known_families
 from adatsq_trt.models.family import Family
 from adatsq_trt.settings import IN_MEMORY, PipelineSettings
+from adatsq_trt.text_call import TextCall
 
 _ENCODING = Lock()  # tokenizers serve one thread at a time, and two builds may have one pipeline
 # As safetensors calls them.
@@ -86,6 +87,11 @@ class OpenedObject(OpenedPipeline):
                 folder = Path(self.sketch.name, name)
                 lines += [f"{name}/{file.name} {_sha256(file)}" for file in files_of(folder)]
         return digest(lines)
+
+    @property
+    def text_call(self) -> TextCall | None:
+        """None where text encoders are in memory: no file is known to hold them."""
+        return super().text_call if self.pipe is None else None
 
     @property
     def encoder_bytes(self) -> int:

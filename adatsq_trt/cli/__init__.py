@@ -47,9 +47,9 @@ policy_app = typer.Typer(no_args_is_help=True)
 app.add_typer(policy_app, name="policy", help="Policies in the words of other programs.")
 policy_app.command("export", no_args_is_help=True)(expanding_homes(export_policy))
 policy_app.command("import", no_args_is_help=True)(expanding_homes(import_policy))
-_WITH_ARGUMENTS: tuple[Callable[..., None], ...] = (check, generate, inspect, compare, evaluate, report, serve)
+_WITH_ARGUMENTS: tuple[Callable[..., object], ...] = (check, generate, inspect, compare, evaluate, report, serve)
 # Those that build say how to begin where no model is named.
-_COMMANDS: tuple[Callable[..., None], ...] = (calibrate, quantize, search, export, *_WITH_ARGUMENTS, models, doctor)
+_COMMANDS: tuple[Callable[..., object], ...] = (calibrate, quantize, search, export, *_WITH_ARGUMENTS, models, doctor)
 for _command in _COMMANDS:
     app.command(no_args_is_help=_command in _WITH_ARGUMENTS)(expanding_homes(_command))
 

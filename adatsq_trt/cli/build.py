@@ -54,13 +54,13 @@ Runs the stages up to '{name}' with the options of 'build engine', which reuses 
 Example: adatsq-trt {name} digits-flux --target sm120 -o runs/demo"""
 
 
-def _command(name: str, last: str, help: str) -> Callable[..., None]:
-    """The command that runs the stages up to one."""
+def _command(name: str, last: str, help: str) -> Callable[..., Path]:
+    """The command that runs the stages up to one; it returns the run directory, for commands that call it."""
 
-    def run(model: str | None, output: Path | None, **options: Any) -> None:
+    def run(model: str | None, output: Path | None, **options: Any) -> Path:
         if model is None:
             _ask_for_a_model("build engine" if name == "engine" else name)
-        _run(last, model, output, options)
+        return _run(last, model, output, options)
 
     parameters = [_parameter("model", Annotated[str | None, _MODEL], None)]
     for one, kind in choices():
@@ -101,8 +101,8 @@ def _ask_for_a_model(command: str) -> NoReturn:
     raise typer.Exit(2)
 
 
-def _run(last: str, model: str, output: Path | None, options: dict[str, Any]) -> None:
-    """Print the settings, run the stages, and print the figures at the end."""
+def _run(last: str, model: str, output: Path | None, options: dict[str, Any]) -> Path:
+    """Print the settings, run the stages, and print the figures at the end; returns the run directory."""
     from rich.console import Console
 
     from adatsq_trt import api
@@ -126,6 +126,7 @@ def _run(last: str, model: str, output: Path | None, options: dict[str, Any]) ->
     if last == "bundle":
         for line in (beside_uniform(result.summary), f"next: adatsq-trt check {shlex.quote(str(folder))}"):
             console.print(line, highlight=False, soft_wrap=True)
+    return folder
 
 
 def _default_folder(job: Job) -> Path:

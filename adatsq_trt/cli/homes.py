@@ -14,7 +14,7 @@ from adatsq_trt.errors import MissingFileError
 PLACES = frozenset({"model", "base", "lora", "gpu"})
 
 
-def expanding_homes(command: Callable[..., None]) -> Callable[..., None]:
+def expanding_homes(command: Callable[..., object]) -> Callable[..., None]:
     """The same command with `~` and `~user` expanded in each of its paths."""
 
     @functools.wraps(command)

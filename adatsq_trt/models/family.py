@@ -22,6 +22,7 @@ from adatsq_trt.image import ImageShape
 from adatsq_trt.models.prompted import PromptedAdapter
 from adatsq_trt.models.stored import EmptyOnMeta
 from adatsq_trt.schedule import EULER
+from adatsq_trt.text_call import TextCall
 
 AGAIN = "save the pipeline again with diffusers' save_pretrained, or download it again"
 
@@ -67,6 +68,9 @@ class Family(ABC):
         encoders: folders of its text encoders and tokenizers.
         text_tokens: most tokens of a prompt.
         text_library: library that the pipeline cleans prompts with where it is installed.
+        text_outputs: graph input → index into what the pipeline's `encode_prompt` returns; tokens first, then a pooled
+            projection.
+        text_options: arguments of `encode_prompt` beside the prompt, the device and `max_sequence_length`.
         token_multiple: prompts are filled up with zeros to a multiple of so many tokens.
         patch: cells of the VAE's latent along one side of a token.
         packed: whether a latent is a row of tokens; else it has the VAE's own shape.
@@ -86,6 +90,8 @@ class Family(ABC):
     encoders: tuple[str, ...] = ("text_encoder", "tokenizer")
     text_tokens: int = 512
     text_library: str | None = None
+    text_outputs: ClassVar[Mapping[str, int]] = {"encoder_hidden_states": 0}
+    text_options: ClassVar[Mapping[str, JsonValue]] = {}
     token_multiple: int = 1
     patch: int = 2
     packed: bool = False
@@ -103,9 +109,27 @@ class Family(ABC):
     def defaults(self, config: Mapping[str, JsonValue]) -> tuple[int, float]:
         """Denoising steps and guidance scale of the pipeline, from its transformer's configuration."""
 
-    @abstractmethod
     def encode(self, pipe: Any, prompt: str) -> tuple[Tensor, Tensor]:
-        """Encode one prompt with a pipeline without transformer: tokens [tokens, width], pooled [width] or [0]."""
+        """Encode one prompt with a pipeline without transformer: tokens [tokens, width], pooled [width] or [0].
+
+        A family whose pipeline is asked otherwise than by `text_options` and `text_outputs` writes its own; its bundles
+        are not served with text.
+        """
+        tokens, *pooled = self._encoding_call().encode(pipe, prompt).values()
+        return tokens, pooled[0] if pooled else tokens.new_empty(0)
+
+    @property
+    def text_call(self) -> TextCall | None:
+        """The same as data, for a bundle's manifest; None for a family with code of its own."""
+        return self._encoding_call() if type(self).encode is Family.encode else None
+
+    def _encoding_call(self) -> TextCall:
+        return TextCall(
+            pipeline=self.pipeline,
+            arguments={"max_sequence_length": self.text_tokens, **self.text_options},
+            outputs=dict(self.text_outputs),
+            library=self.text_library,
+        )
 
     def lora_key(self, layer: str, part: str) -> str:
         """A matrix of a LoRA in the authors' names, as diffusers' converter for this architecture reads it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -189,6 +189,7 @@ class FluxFamily(Family):
     adapter, pipeline = FluxAdapter, "FluxPipeline"
     encoders = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     packed, guided = True, False
+    text_outputs: ClassVar[Mapping[str, int]] = {"encoder_hidden_states": 0, "pooled_projections": 1}  # of T5, of CLIP
     schedulers = (EULER, UNIPC, DPM)
     scheduler_options: ClassVar[Mapping[str, Mapping[str, JsonValue]]] = {
         EULER: {"use_flow_sigmas": False},  # one that was UniPC is asked for its own sigmas
@@ -199,11 +200,6 @@ class FluxFamily(Family):
     def defaults(self, config: Mapping[str, JsonValue]) -> tuple[int, float]:
         """Of Flux dev and of Flux schnell."""
         return (28, 3.5) if config.get("guidance_embeds") else (4, 0.0)
-
-    def encode(self, pipe: Any, prompt: str) -> tuple[Tensor, Tensor]:
-        """T5's tokens and CLIP's pooled projection."""
-        tokens, pooled, _ = pipe.encode_prompt(prompt, None, device="cpu", max_sequence_length=self.text_tokens)
-        return tokens[0], pooled[0]
 
 
 def pack(images: Tensor, patch_size: int = 2) -> Tensor:

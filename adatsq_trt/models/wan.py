@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -192,6 +192,7 @@ class WanFamily(Family):
     adapter, pipeline = WanAdapter, "WanPipeline"
     canvas = Canvas(480, 832, 81)
     text_library = "ftfy"
+    text_options: ClassVar[Mapping[str, JsonValue]] = {"do_classifier_free_guidance": False}
     schedulers = SCHEDULERS
     # The pipeline does not say how far sigmas are shifted.
     scheduler_options: ClassVar[Mapping[str, Mapping[str, JsonValue]]] = {
@@ -211,13 +212,6 @@ class WanFamily(Family):
     def defaults(self, config: Mapping[str, JsonValue]) -> tuple[int, float]:
         """Of Wan 2.1."""
         return 50, 5.0
-
-    def encode(self, pipe: Any, prompt: str) -> tuple[Tensor, Tensor]:
-        """UMT5's tokens, filled up with zeros."""
-        tokens, _ = pipe.encode_prompt(
-            prompt, do_classifier_free_guidance=False, max_sequence_length=self.text_tokens, device="cpu"
-        )
-        return tokens[0], tokens.new_empty(0)
 
     def vae_scale(self, folder: Path) -> VaeScale:
         """Of Wan's video VAE."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from diffusers import ZImageTransformer2DModel
@@ -296,6 +296,7 @@ class ZImageFamily(Family):
     """ZImagePipeline. Its own scale of guidance is one less than ours: it adds s (v - v0) to v."""
 
     adapter, pipeline = ZImageAdapter, "ZImagePipeline"
+    text_options: ClassVar[Mapping[str, JsonValue]] = {"do_classifier_free_guidance": False}
     token_multiple = SEQ_MULTI_OF
     unused_weights = ("norm_final.weight",)  # its authors' code has it and does not call it
     transformer_options: ClassVar[Mapping[str, JsonValue]] = {
@@ -307,13 +308,6 @@ class ZImageFamily(Family):
     def defaults(self, config: Mapping[str, JsonValue]) -> tuple[int, float]:
         """Of Z-Image; Z-Image-Turbo, which has the same configuration, wants 9 steps and a scale of 1."""
         return 50, 6.0
-
-    def encode(self, pipe: Any, prompt: str) -> tuple[Tensor, Tensor]:
-        """As many tokens of the language model as the prompt has."""
-        embeddings, _ = pipe.encode_prompt(
-            prompt, device="cpu", do_classifier_free_guidance=False, max_sequence_length=self.text_tokens
-        )
-        return embeddings[0], embeddings[0].new_empty(0)
 
     def lora_key(self, layer: str, part: str) -> str:
         """The one spelling of which the converter splits attention.qkv."""

@@ -37,6 +37,7 @@ from adatsq_trt.settings import Settings
 from adatsq_trt.stages import export, search
 from adatsq_trt.stages.context import Context
 from adatsq_trt.stages.run_directory import Stage
+from adatsq_trt.text_call import TextCall
 
 NAME = "bundle"
 # Models with more weights are compiled one graph at a time: a compiler holds several times their size.
@@ -58,6 +59,8 @@ def stage(context: Context) -> Stage:
     versions = dict(library_versions())
     if (call := context.adapter.pipeline_call()) is not None:
         inputs["call"] = call.model_dump(mode="json")
+    if (text := _text_call(context)) is not None:
+        inputs["text"] = text.model_dump(mode="json")
     files = [export.stage(context).folder, search.stage(context).folder / search.POLICY, *_vae_files(context)]
     if context.settings.plugins is not None:
         files.append(Path(context.settings.plugins))
@@ -185,14 +188,20 @@ def _manifest(context: Context, index: GraphIndex, policy: Policy, plans: tuple[
         guidance=context.settings.guidance,
         latent_shape=adapter.latent_shape,
         image=ImageSpec(**asdict(adapter.image)),
+        pixels=context.model.scale.size(adapter.image),
         shapes=tuple(_shape(context, size, adapter) for size, adapter in context.sizes.items()),
         prompts=len(adapter.prompts),
         prompt_texts=adapter.prompts,
         call=adapter.pipeline_call(),
+        text=_text_call(context),
         compatibility=_compatibility(context.settings),
         plans=plans,
         versions=versions,
     )
+
+
+def _text_call(context: Context) -> TextCall | None:
+    return None if context.pipeline is None else context.pipeline.text_call
 
 
 def _shape(context: Context, size: tuple[int, ...], adapter: ModelAdapter) -> ShapeRecord:

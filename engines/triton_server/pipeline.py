@@ -1,46 +1,31 @@
-"""Parts of a diffusers pipeline beside its transformer: text encoders and a VAE, in 16 bits; so far FluxPipeline's.
+"""Text encoders of a diffusers pipeline beside a bundle of its transformer, in 16 bits, with the bundle's VAE.
 
-A model repository carries their files and a record of the files' hashes. Nothing is loaded before these are compared.
+How a prompt becomes the transformer's condition is in the bundle's manifest (`adatsq_trt.text_call`), with the hashes
+of the files that do it. A model repository carries these files; none is loaded before it was compared.
 """
 
 from __future__ import annotations
 
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, JsonValue, RootModel
+from pydantic import JsonValue, RootModel
 
-from adatsq_trt.engines.bundle import BundleFiles
+from adatsq_trt.engines.bundle import VAE_FOLDER, BundleFiles
 from adatsq_trt.engines.runtime import Bundle, Conditioning
-from adatsq_trt.engines.vae import weights_variant
-from adatsq_trt.errors import DamagedFileError, MismatchError, MissingFileError, one_line
-from adatsq_trt.files import read_json_model, sha256, write_json_model
+from adatsq_trt.engines.vae import Vae, weights_variant
+from adatsq_trt.errors import DamagedFileError, DependencyError, MismatchError, UserError, one_line
+from adatsq_trt.files import read_json_model, sha256
+from adatsq_trt.loading import one_loader
+from adatsq_trt.text_call import TextCall
 
-PIPELINE_NAME, RECORD_NAME = "pipeline", "pipeline.json"
-_PIPELINE_CLASS, _ARCHITECTURE = "FluxPipeline", "FluxTransformer2DModel"
+PIPELINE_NAME = "pipeline"
 _INDEX_NAME = "model_index.json"
-_WITH_WEIGHTS = ("text_encoder", "text_encoder_2", "vae")
-_PARTS = (*_WITH_WEIGHTS, "scheduler", "tokenizer", "tokenizer_2")
-_SUFFIXES = (".json", ".model", ".safetensors", ".txt")  # neither pickles nor code
-_TEXT, _POOLED = "encoder_hidden_states", "pooled_projections"
-_PIXELS_PER_PATCH = 2  # along one side, in the VAE's latents
 _ADVICE = "name the folder of a pipeline that diffusers has saved"
 _AGAIN = "run 'adatsq-trt deploy triton' again"
-
-
-class PipelineRecord(BaseModel):
-    """The files of a deployed pipeline.
-
-    Attributes:
-        files: path relative to the pipeline's folder → sha256.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    schema_version: Literal[1] = 1
-    files: dict[str, str]
 
 
 class _Settings(RootModel[dict[str, JsonValue]]):
@@ -48,33 +33,38 @@ class _Settings(RootModel[dict[str, JsonValue]]):
 
 
 def require_pipeline(folder: Path, bundle: BundleFiles) -> None:
-    """Refuse a pipeline that a bundle is not the transformer of.
+    """Refuse a pipeline that a bundle was not built from.
 
     Raises:
-        MissingFileError: it is not complete, or has no weights in safetensors.
+        MissingFileError: it is not complete.
         DamagedFileError: one of its settings cannot be read.
-        MismatchError: it is of another class, or its widths or its scheduler are not the bundle's.
+        MismatchError: it is of another class, its text encoders or its scheduler are others than the bundle's, or the
+            bundle does not know its text encoders.
     """
-    got = _setting(folder / _INDEX_NAME, "_class_name")
-    if got != _PIPELINE_CLASS or bundle.manifest.architecture != _ARCHITECTURE:
+    got, call = _read(folder / _INDEX_NAME, _ADVICE).get("_class_name"), _text_call(bundle)
+    if got != call.pipeline:
         raise MismatchError(
-            f"'{folder}' is a {got} and the bundle's model a {bundle.manifest.architecture}; served with text are "
-            f"{_PIPELINE_CLASS} and {_ARCHITECTURE}; leave --pipeline out"
+            f"'{folder}' is a {got}, the bundle was built from a {call.pipeline}; name the pipeline that it was built "
+            "from, or leave --pipeline out"
         )
-    widths = {signature.name: signature.shape[-1] for signature in bundle.row_inputs()}
-    channels = bundle.manifest.latent_shape[-1] // _PIXELS_PER_PATCH**2
-    expected = {"text_encoder": ("hidden_size", widths.get(_POOLED)), "text_encoder_2": ("d_model", widths.get(_TEXT))}
-    for part, (name, width) in {**expected, "vae": ("latent_channels", channels)}.items():
-        if (value := _setting(folder / part / "config.json", name)) != width:
+    for name, expected in call.files.items():
+        if sha256(folder / name) != expected:
             raise MismatchError(
-                f"'{folder / part}' has {name} {value}, the bundle's transformer needs {width}; name the pipeline that "
-                "the bundle was built from"
-            )
-        if not any((folder / part).glob("*.safetensors")):
-            raise MissingFileError(
-                f"'{folder / part}' has no weights in safetensors; save the pipeline again with diffusers"
+                f"'{folder / name}' is not the file that the bundle's prompts were encoded with; name the pipeline "
+                "that the bundle was built from"
             )
     _require_scheduler(folder, bundle)
+
+
+def _text_call(bundle: BundleFiles) -> TextCall:
+    call = bundle.manifest.text
+    if call is None:
+        raise MismatchError(
+            f"bundle '{bundle.folder}' holds a {bundle.manifest.architecture} and does not say how its text encoders "
+            "work: it was built from encodings or from an object in memory, by an earlier version, or for a family "
+            "that encodes by code of its own; build it again from the pipeline's folder, or leave --pipeline out"
+        )
+    return call
 
 
 def _require_scheduler(folder: Path, bundle: BundleFiles) -> None:
@@ -94,109 +84,118 @@ def _require_scheduler(folder: Path, bundle: BundleFiles) -> None:
         raise MismatchError(f"'{folder / 'scheduler'}': {error}") from error
 
 
-def copy_pipeline(source: Path, target: Path) -> str:
-    """Copy what serving needs of a pipeline, and record it.
+def place_pipeline(source: Path, bundle: BundleFiles, target: Path, link: bool = False) -> None:
+    """Copy the text encoders and tokenizers of a pipeline to `target`/pipeline.
 
     Args:
-        source: a pipeline that diffusers has saved.
-        target: folder that gets `pipeline/` and `pipeline.json`.
-
-    Returns:
-        The sha256 of the record.
+        source: a pipeline that `require_pipeline` has accepted.
+        bundle: says which files.
+        target: folder of a model's version.
+        link: link to the files instead of copying them.
     """
-    found = [source / _INDEX_NAME, *(path for part in _PARTS for path in sorted((source / part).rglob("*")))]
-    names = [path.relative_to(source) for path in found if path.is_file() and path.suffix in _SUFFIXES]
-    for name in names:
-        copy = target / PIPELINE_NAME / name
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, copy)
-    hashes = {name.as_posix(): sha256(target / PIPELINE_NAME / name) for name in names}
-    write_json_model(target / RECORD_NAME, PipelineRecord(files=hashes))
-    return sha256(target / RECORD_NAME)
+    for name in _text_call(bundle).files:
+        placed = target / PIPELINE_NAME / name
+        placed.parent.mkdir(parents=True, exist_ok=True)
+        if link:
+            placed.symlink_to((source / name).absolute())
+        else:
+            shutil.copyfile(source / name, placed)
 
 
 class Pipeline:
     """Words to conditioning, and latents to pictures."""
 
-    def __init__(self, folder: Path, record_sha256: str, bundle: Bundle, device: str = "cpu") -> None:
-        """Load what `copy_pipeline` has written.
+    def __init__(self, folder: Path, bundle: Bundle, device: str = "cpu") -> None:
+        """Load what `place_pipeline` has written, and the bundle's VAE.
 
         Args:
-            folder: its target.
-            record_sha256: hash that it returned.
+            folder: the pipeline's.
             bundle: the transformer.
             device: device of the text encoders and the VAE.
 
         Raises:
             DamagedFileError: a file is not the one that was recorded, or diffusers cannot load it.
             MissingFileError: a file is gone.
+            DependencyError: a library is not installed.
         """
-        _require_hashes(folder, record_sha256)  # before the imports, which take longer than a refusal should
+        self._bundle, self._call = bundle, _text_call(bundle.files)
+        _require_files(folder, self._call)  # before the imports, which take longer than a refusal should
+        if self._call.library is not None and find_spec(self._call.library) is None:
+            raise DependencyError(
+                f"{self._call.pipeline} cleans its prompts with the library {self._call.library}, without which they "
+                f"are encoded differently; install it with: pip install {self._call.library}"
+            )
         import torch
-        from diffusers import FluxPipeline
 
-        try:
-            self._pipe = FluxPipeline.from_pretrained(
-                folder / PIPELINE_NAME,
-                transformer=None,
-                torch_dtype=torch.bfloat16,
-                variant=next(
-                    filter(None, (weights_variant(folder / PIPELINE_NAME / part) for part in _WITH_WEIGHTS)), None
-                ),
-                use_safetensors=True,
-                local_files_only=True,
-            ).to(device)
-        except Exception as error:  # what diffusers raises depends on the file
-            raise DamagedFileError(f"'{folder / PIPELINE_NAME}' does not load ({error}); {_AGAIN}") from error
-        self._grid = bundle.manifest.image.shape.grid
-        self._text_tokens = next(int(s.shape[1]) for s in bundle.inputs if s.name == _TEXT)
-        self._empty = self._encode("") if bundle.conditioning([0]).unconditional else None
+        self._pipe = _load(folder, self._call).to(device)
+        folder = bundle.files.folder / VAE_FOLDER
+        self._vae = Vae(folder, torch.bfloat16, device) if bundle.manifest.image.vae else None
+        self._shapes = {signature.name: signature.shape[1:] for signature in bundle.inputs}
 
     def conditioning(self, text: str, samples: int) -> Conditioning:
-        """The conditioning of samples of one prompt.
+        """Make the conditioning of samples of one prompt; the second branch of guidance has the bundle's own.
 
         Args:
-            text: the prompt; what is too long for the encoders is cut off.
+            text: the prompt.
             samples: how many.
+
+        Raises:
+            UserError: it has more tokens than the bundle's graphs take.
         """
-        encoded = self._encode(text)
-        return Conditioning(_repeat(encoded, samples), self._empty and _repeat(self._empty, samples))
+        import torch
+
+        with torch.inference_mode():
+            encoded = self._call.encode(self._pipe, text)
+        rows = {name: self._filled(name, value.float().cpu().numpy()) for name, value in encoded.items()}
+        conditional = {name: np.repeat(row[None], samples, axis=0) for name, row in rows.items()}
+        return Conditioning(conditional, self._bundle.conditioning([0] * samples).unconditional)
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Latents, float32 [samples, *latent_shape] → images, float32 [samples, height, width, 3] in [0, 1]."""
-        import torch
+        """Latents → images, float32, as `Bundle.decode`, with a VAE in 16 bits."""
+        if self._vae is None:
+            return self._bundle.decode(latents)
+        return self._vae.decode(self._bundle.manifest.image.decode(latents))
 
-        pipe, vae = self._pipe, self._pipe.vae
-        height, width = (patches * _PIXELS_PER_PATCH * pipe.vae_scale_factor for patches in self._grid)
-        with torch.inference_mode():
-            unpacked = pipe._unpack_latents(torch.from_numpy(latents), height, width, pipe.vae_scale_factor)
-            scaled = unpacked / vae.config.scaling_factor + vae.config.shift_factor
-            images = vae.decode(scaled.to(vae.device, vae.dtype), return_dict=False)[0]
-            return np.asarray(pipe.image_processor.postprocess(images, output_type="np"))
-
-    def _encode(self, text: str) -> dict[str, np.ndarray]:
-        """The transformer's inputs for a text, float32 [1, ...]."""
-        import torch
-
-        with torch.inference_mode():
-            hidden, pooled, _ = self._pipe.encode_prompt(text, None, max_sequence_length=self._text_tokens)
-        return {name: value.float().cpu().numpy() for name, value in ((_TEXT, hidden), (_POOLED, pooled))}
+    def _filled(self, name: str, row: np.ndarray) -> np.ndarray:
+        """An encoding as the graph takes it: zeros follow the tokens of a short prompt."""
+        shape = tuple(map(int, self._shapes[name]))
+        if row.ndim > 1 and len(row) > shape[0]:
+            raise UserError(
+                f"text: got {len(row)} tokens, the bundle takes {shape[0]}; shorten it, or build the bundle with a "
+                "prompt as long among its --prompts"
+            )
+        filled = np.zeros(shape, np.float32)
+        filled[tuple(map(slice, row.shape))] = row
+        return filled
 
 
-def _repeat(rows: dict[str, np.ndarray], samples: int) -> dict[str, np.ndarray]:
-    return {name: np.repeat(row, samples, axis=0) for name, row in rows.items()}
+def _load(folder: Path, call: TextCall) -> Any:
+    """The pipeline with nothing but its text encoders and tokenizers."""
+    import diffusers
+    import torch
+
+    given = {Path(name).parent.name for name in call.files}
+    index = _read(folder / _INDEX_NAME, _AGAIN)
+    weights = [folder / part for part in sorted(given) if any((folder / part).glob("*.safetensors"))]
+    try:
+        with one_loader():
+            return getattr(diffusers, call.pipeline).from_pretrained(
+                folder,
+                torch_dtype=torch.bfloat16,
+                variant=next(filter(None, map(weights_variant, weights)), None),
+                use_safetensors=True,
+                local_files_only=True,
+                **{name: None for name, place in index.items() if isinstance(place, list) and name not in given},
+            )
+    except Exception as error:  # what diffusers raises depends on the file
+        raise DamagedFileError(f"'{folder}' does not load ({one_line(error)}); {_AGAIN}") from error
 
 
-def _setting(path: Path, name: str) -> JsonValue:
-    return read_json_model(path, _Settings, _ADVICE).root.get(name)
+def _read(path: Path, advice: str) -> dict[str, JsonValue]:
+    return read_json_model(path, _Settings, advice).root
 
 
-def _require_hashes(folder: Path, record_sha256: str) -> None:
-    record = folder / RECORD_NAME
-    expected = {record: record_sha256}
-    if sha256(record) == record_sha256:
-        files = read_json_model(record, PipelineRecord, _AGAIN).files
-        expected = {folder / PIPELINE_NAME / name: digest for name, digest in files.items()}
-    for path, digest in expected.items():
-        if (got := sha256(path)) != digest:
-            raise DamagedFileError(f"'{path}' was altered: got sha256 {got}, expected {digest}; {_AGAIN}")
+def _require_files(folder: Path, call: TextCall) -> None:
+    for name, expected in call.files.items():
+        if (got := sha256(folder / name)) != expected:
+            raise DamagedFileError(f"'{folder / name}' was altered: got sha256 {got}, expected {expected}; {_AGAIN}")

@@ -62,10 +62,12 @@ def open_pipeline(args: dict[str, str], parameters: Mapping[str, str], bundle: B
     Raises:
         TritonModelException: they are not those that were deployed, or cannot be loaded.
     """
-    if not parameters["pipeline_sha256"]:
-        return None
     try:
-        return Pipeline(Path(args["model_repository"], "1"), parameters["pipeline_sha256"], bundle, bundle.device.type)
+        if "pipeline" not in parameters:
+            raise _incomplete(args, "no parameter 'pipeline'")
+        if not parameters["pipeline"]:
+            return None
+        return Pipeline(Path(args["model_repository"], parameters["pipeline"]), bundle, bundle.device.type)
     except AdatsqError as error:
         raise server.TritonModelException(str(error)) from error
 
@@ -121,7 +123,9 @@ def _parameters(args: dict[str, str]) -> dict[str, str]:
     missing = sorted({"bundle", "backend", "manifest_sha256"} - set(parameters))
     if missing or parameters["backend"] not in get_args(BackendName):
         what = f"no parameter '{missing[0]}'" if missing else f"backend '{parameters['backend']}', which there is not"
-        raise DamagedFileError(
-            f"config.pbtxt of model '{args['model_name']}' has {what}; run 'adatsq-trt deploy triton'"
-        )
+        raise _incomplete(args, what)
     return parameters
+
+
+def _incomplete(args: dict[str, str], what: str) -> DamagedFileError:
+    return DamagedFileError(f"config.pbtxt of model '{args['model_name']}' has {what}; run 'adatsq-trt deploy triton'")

@@ -11,7 +11,7 @@ from adatsq_trt import __version__
 from adatsq_trt.engines.backends.selection import BackendName
 from adatsq_trt.engines.bundle import MANIFEST_NAME, BundleFiles
 from adatsq_trt.engines.runtime import TIME_INPUT
-from adatsq_trt.engines.triton_server.pipeline import copy_pipeline, require_pipeline
+from adatsq_trt.engines.triton_server.pipeline import PIPELINE_NAME, place_pipeline, require_pipeline
 from adatsq_trt.engines.triton_server.requests import MAX_GUIDANCE
 from adatsq_trt.engines.triton_server.writing import dims, fill, require_names, whole_folder
 from adatsq_trt.errors import UserError
@@ -49,8 +49,7 @@ class Deployment:
         step_model: also write a model for single steps, `name` + "_step"; it holds the weights once more.
         max_samples: most samples of one call of the denoiser.
         backend: the one that runs it, as for `Bundle.open`; "auto" is decided on the machine that serves.
-        pipeline: folder of the diffusers pipeline that the model is the transformer of; its text encoders and VAE are
-            served with it.
+        pipeline: folder of the diffusers pipeline that the bundle was built from; its text encoders are served with it.
     """
 
     name: str
@@ -109,7 +108,7 @@ def write_repository(deployments: Sequence[Deployment], output: Path, link: bool
     Args:
         deployments: at least one.
         output: a folder that does not exist.
-        link: link to the bundles instead of copying them.
+        link: link to the bundles and pipelines instead of copying them.
 
     Raises:
         UserError: names that the server does not take, or that are given twice; a backend or a pipeline that a bundle
@@ -145,8 +144,9 @@ def _write_models(deployment: Deployment, repository: Path, link: bool) -> None:
         for name in (MANIFEST_NAME, *deployment.files.manifest.files):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, target / name)
-    pipeline_sha256 = copy_pipeline(deployment.pipeline, target.parent) if deployment.pipeline is not None else ""
-    common = {**_values(deployment), "pipeline_sha256": pipeline_sha256}
+    if deployment.pipeline is not None:
+        place_pipeline(deployment.pipeline, deployment.files, target.parent, link)
+    common = _values(deployment)
     _write_model(repository / deployment.name, "loop", common)
     if deployment.step_model:
         rows = 2 * deployment.max_samples
@@ -183,6 +183,7 @@ def _values(deployment: Deployment) -> dict[str, object]:
         "backend": deployment.backend,
         "instances": _INSTANCES[deployment.backend],
         "text": _TEXT if deployment.pipeline is not None else _STORED,
+        "pipeline": f"1/{PIPELINE_NAME}" if deployment.pipeline is not None else "",
     }
 
 
@@ -228,7 +229,9 @@ def _requirements(deployments: Sequence[Deployment]) -> str:
     needed = [_REQUIREMENTS, *(f"{_RTX_LIBRARY}=={version}" for version in versions)]
     diffusers = ""
     if any(deployment.pipeline is not None for deployment in deployments):
-        diffusers = _PIPELINE_REQUIREMENTS
+        calls = [deployment.files.manifest.text for deployment in deployments if deployment.pipeline is not None]
+        libraries = {call.library for call in calls if call is not None and call.library is not None}
+        diffusers = " ".join([_PIPELINE_REQUIREMENTS, *sorted(libraries)])
     elif any(deployment.files.manifest.image.vae for deployment in deployments):
         diffusers = _VAE_REQUIREMENTS
     torch = "torch" if diffusers or any(deployment.on_gpu for deployment in deployments) else ""

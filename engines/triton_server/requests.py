@@ -126,15 +126,31 @@ def _conditioning(
     stored = f"'prompt', 0 to {bundle.manifest.prompts - 1}"
     if text is None or prompts is not None:
         raise UserError(f"got {'both' if text is not None else 'neither'}, expected the parameter 'text' or {stored}")
+    return _encode("text", text, samples, bundle, pipeline, f"ask with {stored}")
+
+
+def _encode(
+    name: str, text: object, samples: int, bundle: Bundle, pipeline: Pipeline | None, instead: str
+) -> Conditioning:
+    """Encode a text for the denoiser, or look it up among the bundle's prompts.
+
+    Args:
+        name: of the parameter.
+        text: its value.
+        samples: how many.
+        bundle: the one that generates.
+        pipeline: its text encoders, if they are there.
+        instead: advice where they are not, and no prompt of the bundle has this text.
+    """
     if not isinstance(text, str) or not text.strip():
-        raise UserError(f"text: got {cut(repr(text))}, expected words")
+        raise UserError(f"{name}: got {cut(repr(text))}, expected words")
     if pipeline is not None:
         return pipeline.conditioning(text, samples)
     texts = bundle.manifest.prompt_texts
     if text not in texts:
         near = get_close_matches(text, texts) or texts[:3]
-        known = f", such as {', '.join(map(repr, near))}; ask for one of them or" if near else "; ask"
-        raise UserError(f"text {cut(text)!r}: not one of the bundle's {len(texts)} texts{known} with {stored}")
+        known = f", such as {', '.join(map(repr, near))}; give one of them, or" if near else ";"
+        raise UserError(f"{name} {cut(text)!r}: not one of the bundle's {len(texts)} texts{known} {instead}")
     return bundle.conditioning([texts.index(text)] * samples)
 
 
@@ -148,10 +164,8 @@ def _led_away(
     """
     if conditioning.unconditional is None:
         raise UserError("negative: the bundle was built without a second branch of guidance; leave it out")
-    try:
-        other = _conditioning(None, negative, samples, bundle, pipeline)
-    except UserError as error:
-        raise UserError(f"negative: {error}") from error
+    instead = "leave it out, or serve the bundle with --pipeline"
+    other = _encode("negative", negative, samples, bundle, pipeline, instead)
     return Conditioning(conditioning.conditional, other.conditional)
 
 

@@ -33,6 +33,7 @@ DATA = {
     "progress",
     "schedule",
     "step_policy",
+    "text_call",
     "timed_kernels",
     "transformer_call",
 }

@@ -34,10 +34,15 @@ def pipe(flux_bundle: Path) -> FluxPipeline:
 
 
 def run(
-    pipe: FluxPipeline, latents: np.ndarray, condition: Conditioning, guided: bool, **changes: object
+    pipe: FluxPipeline,
+    latents: np.ndarray,
+    condition: Conditioning,
+    guided: bool,
+    dtype: torch.dtype = torch.float32,
+    **changes: object,
 ) -> np.ndarray:
     def embeds(half: dict[str, np.ndarray]) -> list[torch.Tensor]:
-        return [torch.from_numpy(half[name]) for name in ("encoder_hidden_states", "pooled_projections")]
+        return [torch.from_numpy(half[name]).to(dtype) for name in ("encoder_hidden_states", "pooled_projections")]
 
     prompt, pooled = embeds(condition.conditional)
     negative = dict(
@@ -46,7 +51,7 @@ def run(
     request = {
         "prompt_embeds": prompt,
         "pooled_prompt_embeds": pooled,
-        "latents": torch.from_numpy(latents),
+        "latents": torch.from_numpy(latents).to(dtype),
         "height": PIXELS,
         "width": PIXELS,
         "num_inference_steps": STEPS,
@@ -54,7 +59,7 @@ def run(
         **(negative | {"true_cfg_scale": GUIDANCE} if guided else {}),
         **changes,
     }
-    return pipe(**request).images.numpy()
+    return pipe(**request).images.float().numpy()
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -66,6 +71,15 @@ def test_the_pipeline_gives_what_the_bundles_own_loop_gives(pipe: FluxPipeline, 
     assert np.std(wanted - noise) > 0.01
     # Guided, the pipeline calls the transformer for each half of the batch, which may sum in another order.
     assert np.linalg.norm(got - wanted) < 1e-4 * np.linalg.norm(wanted - noise)
+
+
+def test_the_pipeline_runs_in_16_bits_throughout(pipe: FluxPipeline) -> None:
+    """Its timesteps are rounded twice."""
+    bundle = pipe.transformer.bundle
+    noise, condition = bundle.noise([1, 2]), bundle.conditioning([4, 5])
+    wanted = bundle.denoise(noise, Conditioning(condition.conditional))
+    got = run(pipe, noise, condition, False, dtype=torch.bfloat16)
+    assert np.linalg.norm(got - wanted) < 0.05 * np.linalg.norm(wanted - noise)
 
 
 def test_formats_follow_the_timestep(pipe: FluxPipeline, monkeypatch: pytest.MonkeyPatch) -> None:

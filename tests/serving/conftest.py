@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tritonclient.http import InferenceServerClient, InferInput
 
 # The clients come with `make test-serving`.
-collect_ignore_glob = [] if find_spec("tritonclient") and find_spec("aiohttp") else ["test_*.py"]
+collect_ignore_glob = [] if all(map(find_spec, ("tritonclient", "aiohttp", "openai"))) else ["test_*.py"]
 TINY, DIGITS = "tiny", "digits-flux"
 # One bucket with scales at every step, and one without, in which requests meet at any step.
 DIGITS_POLICY = ("fp8", "fp8", "int4wo", "int4wo", "int4wo", "int4wo")

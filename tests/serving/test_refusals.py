@@ -43,7 +43,7 @@ BAD: dict[str, tuple[dict[str, object], str]] = {
     "field of another kind": ({"strength": 0.5}, "unknown request field 'strength'; choose one of: "),
     "negative without texts": (
         {"negative": "a dog"},
-        "negative: text 'a dog': not one of the bundle's 0 texts",
+        "negative 'a dog': not one of the bundle's 0 texts; leave it out, or serve the bundle with --pipeline",
     ),
     "parameter": ({"parameters": {"ouput": "latents"}}, "unknown request field 'ouput'; did you mean 'output'?"),
     "twice": ({"output": "png"}, "parameter 'output' is given twice; give it once"),

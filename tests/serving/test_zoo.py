@@ -50,6 +50,6 @@ def test_prompts_by_their_texts(served: Server, zoo: dict[str, BundleFiles], nam
     np.testing.assert_array_equal(
         got["latents"], client.generate(name, "latents", prompt=[1, 1], seed=SEEDS)["latents"]
     )
-    refusal = f"text 'an owl': not one of the bundle's {len(texts)} texts, such as '.*; ask for one of them or with"
+    refusal = f"text 'an owl': not one of the bundle's {len(texts)} texts, such as '.*; give one of them, or ask with"
     with pytest.raises(RefusedError, match=refusal):
         client.generate(name, "latents", {"text": "an owl"}, seed=SEEDS)

@@ -26,6 +26,7 @@ def test_the_manifest_says_what_was_built(finished: Context) -> None:
     assert (manifest.model, manifest.backend, manifest.plans) == ("tiny", "onnxruntime", ())
     assert (manifest.targets, manifest.base_type) == (("cpu",), "float32")
     assert manifest.latent_shape == adapter.latent_shape
+    assert manifest.pixels == finished.model.scale.size(adapter.image)
     assert manifest.prompts == len(adapter.prompts)
     assert manifest.guidance == finished.settings.guidance
     assert manifest.schedule == ScheduleRecord.of(finished.schedule)

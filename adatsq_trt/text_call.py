@@ -1,0 +1,52 @@
+"""How a pipeline's text encoders make the condition of a transformer from a prompt, as data.
+
+The family of a pipeline says it, a bundle's manifest carries it, and a server that is given text does what it says: so
+it needs no code for each family.
+"""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, JsonValue, NonNegativeInt
+
+
+def _inside(path: str) -> str:
+    parts = PurePosixPath(path).parts
+    if not parts or parts[0] == "/" or ".." in parts:
+        raise ValueError(f"'{path}' lies outside the pipeline's folder")
+    return path
+
+
+class TextCall(BaseModel):
+    """A call of a pipeline's `encode_prompt` with one prompt.
+
+    Attributes:
+        pipeline: diffusers' class of the pipeline.
+        arguments: of `encode_prompt`, beside the prompt and the device.
+        outputs: graph input → index into what `encode_prompt` returns; tokens first, then a pooled projection.
+        library: that the pipeline cleans prompts with; without it they would be encoded differently.
+        files: of the text encoders and tokenizers, and the pipeline's index: path in its folder → sha256.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    pipeline: str
+    arguments: dict[str, JsonValue]
+    outputs: dict[str, NonNegativeInt]
+    library: str | None = None
+    files: dict[Annotated[str, AfterValidator(_inside)], str] = {}
+
+    def encode(self, pipe: Any, prompt: str) -> dict[str, Any]:
+        """Encode a prompt where the text encoders are.
+
+        Args:
+            pipe: the pipeline; only its text encoders and tokenizers are used.
+            prompt: what is too long for an encoder is cut off, as the pipeline does.
+
+        Returns:
+            A tensor for each of `outputs`, in the encoders' type: tokens [tokens, width], pooled [width].
+        """
+        returned = pipe.encode_prompt(prompt=prompt, device=pipe.device, **self.arguments)
+        return {name: returned[index][0] for name, index in self.outputs.items()}
