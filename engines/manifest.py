@@ -219,6 +219,7 @@ class Manifest(_Record):
         formats: formats that the policy uses.
         schedule: sigmas and timesteps of the denoising loop.
         guidance: scale of guidance: weight of the branch with the prompt, or an input of models trained with it.
+        rescaled_guidance: guidance keeps the norm of every token's conditional prediction (`solver.guide`).
         latent_shape: shape of one sample's latent.
         image: how a latent becomes an image.
         shapes: of a bundle of several sizes: each of them, its own first; empty for a bundle of one size.
@@ -242,6 +243,7 @@ class Manifest(_Record):
     formats: tuple[Name, ...]
     schedule: ScheduleRecord
     guidance: FiniteFloat
+    rescaled_guidance: bool = False
     latent_shape: LatentShape
     image: ImageSpec
     shapes: tuple[ShapeRecord, ...] = ()
