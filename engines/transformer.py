@@ -225,14 +225,14 @@ class AdatsqTransformer(nn.Module):
         )
 
     def _shape_of_grids(self, rows: Sequence[Any]) -> ShapeRecord:
-        """The size of images that are lists of grids of tokens (frames, rows, columns): of one each, and all the same."""
+        """The size of rows that list grids of tokens (frames, rows, columns): one each, and all of the same."""
         given = [[tuple(map(int, grid)) for grid in ([row] if isinstance(row, tuple) else row)] for row in rows]
         for shape in self._shapes:
             if given and all(row == [(1, *shape.image.shape.grid)] for row in given):
                 return shape
         raise MismatchError(
-            f"{self.call.grids}: got {given}, the bundle was exported for one image of {self._grids} tokens in each row; "
-            f"call the pipeline with that height and width{self._names}"
+            f"{self.call.grids}: got {given}, the bundle was exported for one image of {self._grids} tokens in each "
+            f"row; call the pipeline with that height and width{self._names}"
         )
 
     @property
