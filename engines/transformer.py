@@ -197,10 +197,11 @@ class AdatsqTransformer(nn.Module):
         ends, counts = (torch.where(where, places, 0).amax(1) for where in (there, seen))
         for row, (end, count, tokens_seen) in enumerate(zip(ends, counts, seen.sum(1), strict=True)):
             if not end == count == tokens_seen:
+                mask_argument, argument = self.call.masks[name], self.call.inputs[name]
                 raise MismatchError(
-                    f"{self.call.masks[name]}: row {row} has {int(tokens_seen)} tokens, the last in place {int(count)}, "
-                    f"and {self.call.inputs[name]} has zeros from place {int(end) + 1} on; expected a mask that leaves "
-                    "out nothing but zeros after a text's own tokens"
+                    f"{mask_argument}: row {row} has {int(tokens_seen)} tokens, the last in place {int(count)}, and "
+                    f"{argument} has zeros from place {int(end) + 1} on; expected a mask that leaves out nothing but "
+                    "zeros after a text's own tokens"
                 )
 
     def _shape_at(self, given: Mapping[str, Any]) -> ShapeRecord | None:

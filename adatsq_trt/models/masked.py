@@ -1,4 +1,4 @@
-"""Conditions of several lengths in one batch: zeros follow a prompt's own tokens, and attention looks at none of them."""
+"""Conditions of several lengths in one batch: zeros follow a prompt's own tokens, and attention does not see them."""
 
 from __future__ import annotations
 
