@@ -82,7 +82,9 @@ def guide(prediction: Latent, samples: int, guidance: float, rescaled: bool = Fa
         return prediction
     conditional, unconditional = prediction[:samples], prediction[samples:]
     guided: Latent = unconditional + guidance * (conditional - unconditional)
-    return guided * (_token_norms(conditional) / _token_norms(guided)) if rescaled else guided
+    if not rescaled:
+        return guided
+    return cast(Latent, guided * (_token_norms(conditional) / _token_norms(guided)))
 
 
 def _token_norms(tokens: Latent) -> Latent:

@@ -16,8 +16,8 @@ from adatsq_trt.models.qwen_image import QwenImageAdapter
 from tests.tiny_pipeline import WORDS
 
 # Tokens of the prompts, and of the empty one.
-LENGTHS = (9, 33, 5)
-PROMPTS = ("a red three", "seven", "a three and a green seven")[: len(LENGTHS) - 1]
+LENGTHS = (9, 33, 12, 5)
+PROMPTS = ("a red three", "seven", "a three and a green seven")
 
 
 def make_transformer(layers: int = 2, channels: int = 4, width: int = 32) -> QwenImageTransformer2DModel:

@@ -40,9 +40,9 @@ def latents(adapter: QwenImageAdapter, batch: int) -> Tensor:
 
 
 def texts(adapter: QwenImageAdapter) -> tuple[Tensor, list[Tensor]]:
-    """Of all prompts, the empty one last: as the graph takes them, and as they are."""
+    """Of two prompts and the empty one: as the graph takes them, and as they are."""
     tokens = adapter._encode([0, 1, None])["encoder_hidden_states"]
-    return tokens, [row[:length] for row, length in zip(tokens, LENGTHS, strict=True)]
+    return tokens, [row[:length] for row, length in zip(tokens, (*LENGTHS[:2], LENGTHS[-1]), strict=True)]
 
 
 @torch.no_grad()
