@@ -56,7 +56,7 @@ def _row(family: Family, rows: list[Row]) -> str:
         f"`{family.transformer}`",
         ", ".join(_checked(family)) or "not tested",
         "several" if adapter.any_size is not ModelAdapter.any_size else "one",
-        ", ".join(dialect for dialect, (kind, _) in READ.items() if kind is family) or "not tested",
+        "; ".join(dialect for dialect, (kind, _) in READ.items() if kind is family) or "not tested",
         _said(adapter.pipeline_call is not ModelAdapter.pipeline_call),
         _said(family.pipeline == served._PIPELINE_CLASS),
         _schedulers(family, rows),
