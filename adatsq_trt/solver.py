@@ -69,19 +69,27 @@ class Update:
         return cast(Latent, following)
 
 
-def guide(prediction: Latent, samples: int, guidance: float) -> Latent:
-    """Classifier-free guidance, v0 + guidance (v - v0) (Ho and Salimans 2022, eq. 6).
+def guide(prediction: Latent, samples: int, guidance: float, rescaled: bool = False) -> Latent:
+    """Classifier-free guidance, w = v0 + guidance (v - v0) (Ho and Salimans 2022, eq. 6).
 
     Args:
         prediction: [2 samples, ...], conditional rows first; or [samples, ...], which is the velocity itself.
         samples: how many there are.
         guidance: its scale.
+        rescaled: every token of w gets the Euclidean norm of v's, w |v| / |w|, as Qwen-Image's pipelines do.
     """
     if len(prediction) == samples:
         return prediction
     conditional, unconditional = prediction[:samples], prediction[samples:]
     guided: Latent = unconditional + guidance * (conditional - unconditional)
-    return guided
+    if not rescaled:
+        return guided
+    return cast(Latent, guided * (_token_norms(conditional) / _token_norms(guided)))
+
+
+def _token_norms(tokens: Latent) -> Latent:
+    """Euclidean norms over the last axis, which stays with one element."""
+    return cast(Latent, (tokens * tokens).sum(axis=-1, keepdims=True) ** 0.5)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,9 @@ class TransformerCall(BaseModel):
         time: the argument that says the time, [rows].
         time_range: its values for noise and for a finished sample: (1, 0), or (1000, 0) for the scheduler's timesteps.
         positions: the argument that says where a token of the latents lies, [tokens, 3]: zero, row and column.
+        grids: the argument that lists, for each row, the frames, rows and columns of its latents' tokens.
+        masks: graph input → the argument that says which of its tokens there are, [rows, tokens]; None for all. These
+            inputs may be shorter than the graph's, where they end in zeros.
         zeros: arguments that are zero throughout, such as the positions of a text.
         listed: rows come and go in lists. Rows of a condition that are shorter than the graph's end in zeros there.
         unit_axis: an axis of a row of the latents that always has one element and that the graph does not have.
@@ -41,6 +44,8 @@ class TransformerCall(BaseModel):
     time: str
     time_range: tuple[FiniteFloat, FiniteFloat] = (1.0, 0.0)
     positions: str | None = None
+    grids: str | None = None
+    masks: dict[str, str] = {}
     zeros: tuple[str, ...] = ()
     listed: bool = False
     unit_axis: NonNegativeInt | None = None
@@ -50,18 +55,21 @@ class TransformerCall(BaseModel):
     @property
     def required(self) -> tuple[str, ...]:
         """Arguments that every call has."""
-        return (*self.inputs.values(), self.time, *(() if self.positions is None else (self.positions,)))
+        places = (name for name in (self.positions, self.grids) if name is not None)
+        return (*self.inputs.values(), self.time, *places)
 
     @property
     def followed(self) -> set[str]:
         """Arguments that have a part in this."""
-        return {*self.required, *self.zeros, RETURN_DICT}
+        return {*self.required, *self.masks.values(), *self.zeros, RETURN_DICT}
 
     @model_validator(mode="after")
     def _consistent(self) -> TransformerCall:
         unknown = self.followed - {*self.arguments, RETURN_DICT}
         if unknown:
             raise ValueError(f"'{min(unknown)}' is none of the arguments {', '.join(self.arguments)}")
+        if self.masks.keys() - self.inputs.keys():
+            raise ValueError(f"masks of {', '.join(self.masks)}, expected of graph inputs: {', '.join(self.inputs)}")
         if self.time_range[0] == self.time_range[1]:
             raise ValueError(f"time_range {self.time_range} has one value for noise and for a finished sample")
         return self

@@ -21,6 +21,7 @@ class Exported(BaseModel):
     Attributes:
         policy: formats of each step.
         guidance: scale of guidance.
+        rescaled_guidance: as the manifest has it.
         schedule: sigmas and timesteps.
         shapes: of a bundle of several sizes: size → its schedule.
         prompt_texts: of the stored prompts.
@@ -32,6 +33,7 @@ class Exported(BaseModel):
     schema_version: Literal[1] = 1
     policy: Policy
     guidance: FiniteFloat
+    rescaled_guidance: bool = False
     schedule: ScheduleRecord
     shapes: dict[str, ScheduleRecord] = {}
     prompt_texts: tuple[str, ...]

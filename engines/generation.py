@@ -50,6 +50,7 @@ class DenoisingRequest:
         latent_input: name of the input that takes the latents.
         inputs: names of all inputs with rows.
         size: in pixels, one of the bundle's; None for its own.
+        rescaled_guidance: as of the bundle's manifest.
     """
 
     latents: Array
@@ -59,6 +60,7 @@ class DenoisingRequest:
     latent_input: str
     inputs: tuple[str, ...]
     size: tuple[int, ...] | None
+    rescaled_guidance: bool = False
 
     @property
     def rows(self) -> int:
@@ -91,7 +93,8 @@ class Generation(ABC):
         yield from self.request.schedule.begin(self.first_latents()).run(self._velocity)
 
     def _velocity(self, latents: Array, step: int) -> Array:
-        return guide(self.predict(latents, step), len(latents), self.request.guidance)
+        request = self.request
+        return guide(self.predict(latents, step), len(latents), request.guidance, request.rescaled_guidance)
 
     @abstractmethod
     def first_latents(self) -> Array:

@@ -220,6 +220,7 @@ class Manifest(_Record):
         formats: formats that the policy uses.
         schedule: sigmas and timesteps of the denoising loop.
         guidance: scale of guidance: weight of the branch with the prompt, or an input of models trained with it.
+        rescaled_guidance: guidance keeps the norm of every token's conditional prediction (`solver.guide`).
         latent_shape: shape of one sample's latent.
         image: how a latent becomes an image.
         pixels: height and width, or frames, height and width, of what is drawn; None in earlier bundles.
@@ -245,6 +246,7 @@ class Manifest(_Record):
     formats: tuple[Name, ...]
     schedule: ScheduleRecord
     guidance: FiniteFloat
+    rescaled_guidance: bool = False
     latent_shape: LatentShape
     image: ImageSpec
     pixels: Annotated[tuple[Count, ...], Field(min_length=2, max_length=3)] | None = None

@@ -300,6 +300,7 @@ class Bundle:
             latent_input=self.latent_input,
             inputs=tuple(signature.name for signature in self.inputs),
             size=self.manifest.shape(size).size if self.sizes else None,
+            rescaled_guidance=self.manifest.rescaled_guidance,
         )
 
     def most_rows(self, size: Size | None = None) -> int | None:

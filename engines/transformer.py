@@ -47,8 +47,8 @@ class AdatsqTransformer(nn.Module):
         self.bundle, self.call = bundle, call
         self._clock = StepClock()
         self._config = FrozenDict(call.settings)
-        # A generation passes the same positions at every step: they are read once.
-        self._positions = WeakIdKeyDictionary()
+        # A generation passes the same positions and texts at every step: they are read once.
+        self._positions, self._masks = WeakIdKeyDictionary(), WeakIdKeyDictionary()
 
     @property
     def config(self) -> FrozenDict:
@@ -128,10 +128,7 @@ class AdatsqTransformer(nn.Module):
             UserError: a time that is none of the bundle's steps; other arguments, positions, names or shapes.
         """
         given, call = self._bind(positional, named), self.call
-        inputs = {
-            name: self._rows(name, given[argument]) if call.listed else given[argument]
-            for name, argument in call.inputs.items()
-        }
+        inputs = {name: self._input(name, given) for name in call.inputs}
         noise, end = call.time_range
         time = (given[call.time].detach().float() - end) / (noise - end)
         velocity = self._velocity(inputs, time, self._shape_at(given))
@@ -157,19 +154,55 @@ class AdatsqTransformer(nn.Module):
             )
         return given
 
+    def _input(self, name: str, given: Mapping[str, Any]) -> Tensor:
+        """An input of the graph, made of the arguments."""
+        call = self.call
+        value = given[call.inputs[name]]
+        if call.listed:
+            return self._rows(name, value)
+        return self._masked(name, value, given.get(call.masks[name])) if name in call.masks else value
+
     def _rows(self, name: str, rows: Sequence[Tensor]) -> Tensor:
         """A batch of what comes row by row, [rows, ...]; short conditions end in zeros."""
         if name == self.bundle.latent_input:
             latents, axis = torch.stack(list(rows)), self.call.unit_axis
             return latents if axis is None else latents.squeeze(1 + axis)
+        length = self._length(name, max(map(len, rows)))
+        return torch.stack([functional.pad(row, (0, 0, 0, length - len(row))) for row in rows])
+
+    def _masked(self, name: str, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """A batch of texts [rows, T, width] at the graph's length: zeros where a mask [rows, T] has none."""
+        length = self._length(name, tokens.shape[1])
+        own = tokens if mask is None else tokens.masked_fill(~mask.bool()[..., None], 0)
+        if tokens not in self._masks or self._masks[tokens] is not mask:
+            self._require_ends(name, own, mask)
+            self._masks[tokens] = mask
+        return functional.pad(own, (0, 0, 0, length - tokens.shape[1]))
+
+    def _length(self, name: str, longest: int) -> int:
+        """Tokens of an input of the graph, which are enough."""
         length = next(int(signature.shape[1]) for signature in self.bundle.inputs if signature.name == name)
-        longest = max(map(len, rows))
         if longest > length:
             raise MismatchError(
                 f"{self.call.inputs[name]}: got {longest} tokens, the bundle was exported for {length}; call the "
                 f"pipeline with max_sequence_length={length} or a shorter prompt"
             )
-        return torch.stack([functional.pad(row, (0, 0, 0, length - len(row))) for row in rows])
+        return length
+
+    def _require_ends(self, name: str, tokens: Tensor, mask: Tensor | None) -> None:
+        """Refuse texts whose end the graph would see elsewhere than their mask does: for it, zeros follow a text."""
+        there = (tokens.abs().amax(-1) > 0).cpu()
+        seen = torch.ones_like(there) if mask is None else mask.bool().cpu()
+        places = torch.arange(1, there.shape[1] + 1)
+        ends, counts = (torch.where(where, places, 0).amax(1) for where in (there, seen))
+        for row, (end, count, tokens_seen) in enumerate(zip(ends, counts, seen.sum(1), strict=True)):
+            if not end == count == tokens_seen:
+                mask_argument, argument = self.call.masks[name], self.call.inputs[name]
+                raise MismatchError(
+                    f"{mask_argument}: row {row} has {int(tokens_seen)} tokens, the last in place {int(count)}, and "
+                    f"{argument} has zeros from place {int(end) + 1} on; expected a mask that leaves out nothing but "
+                    "zeros after a text's own tokens"
+                )
 
     def _shape_at(self, given: Mapping[str, Any]) -> ShapeRecord | None:
         """The size that positions belong to, where there are any: several may have the same number of tokens."""
@@ -177,6 +210,8 @@ class AdatsqTransformer(nn.Module):
         for name in call.zeros:
             if given.get(name) is not None and self._read(given[name]).any():
                 raise MismatchError(f"{name}: got other positions than zero; the bundle was exported for zeros")
+        if call.grids is not None:
+            return self._shape_of_grids(given[call.grids])
         if call.positions is None:
             return None
         positions = self._read(given[call.positions])
@@ -185,11 +220,26 @@ class AdatsqTransformer(nn.Module):
             wanted = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
             if torch.equal(positions, wanted):
                 return shape
-        grids = " and ".join("{} x {}".format(*shape.image.shape.grid) for shape in self._shapes)
         raise MismatchError(
-            f"{call.positions}: got {len(positions)} image tokens, the bundle was exported for {grids}; call the "
+            f"{call.positions}: got {len(positions)} image tokens, the bundle was exported for {self._grids}; call the "
             f"pipeline with that height and width{self._names}"
         )
+
+    def _shape_of_grids(self, rows: Sequence[Any]) -> ShapeRecord:
+        """The size of rows that list grids of tokens (frames, rows, columns): one each, and all of the same."""
+        given = [[tuple(map(int, grid)) for grid in ([row] if isinstance(row, tuple) else row)] for row in rows]
+        for shape in self._shapes:
+            if given and all(row == [(1, *shape.image.shape.grid)] for row in given):
+                return shape
+        raise MismatchError(
+            f"{self.call.grids}: got {given}, the bundle was exported for one image of {self._grids} tokens in each "
+            f"row; call the pipeline with that height and width{self._names}"
+        )
+
+    @property
+    def _grids(self) -> str:
+        """Rows and columns of tokens of each size, as messages name them."""
+        return " and ".join("{} x {}".format(*shape.image.shape.grid) for shape in self._shapes)
 
     def _read(self, positions: Tensor) -> Tensor:
         """The same on the processor, int64."""

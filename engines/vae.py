@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_CLASSES = ("AutoencoderKL", "AutoencoderKLWan")
+_OF_VIDEOS = ("AutoencoderKLWan", "AutoencoderKLQwenImage")
+_CLASSES = ("AutoencoderKL", *_OF_VIDEOS)
 _AGAIN = "run 'adatsq-trt build engine' again"
 
 
@@ -74,10 +75,15 @@ class Vae:
         images = []
         with torch.inference_mode():
             for latent in torch.from_numpy(np.ascontiguousarray(latents)):
-                scaled = self._unscaled(latent).movedim(-1, 0)[None].to(self._vae.device, self._vae.dtype)
-                decoded = self._vae.decode(scaled, return_dict=False)[0][0]
-                images.append(decoded.movedim(0, -1).float().cpu())
+                scaled = self._unscaled(latent).movedim(-1, 0).to(self._vae.device, self._vae.dtype)
+                images.append(self._decoded(scaled).movedim(0, -1).float().cpu())
         return np.asarray((torch.stack(images) / 2 + 0.5).clamp(0, 1))
+
+    def _decoded(self, latent: Tensor) -> Tensor:
+        """One sample, channels first; a picture is one frame for a VAE of videos."""
+        is_frame = latent.ndim == 3 and type(self._vae).__name__ in _OF_VIDEOS
+        decoded: Tensor = self._vae.decode(latent[None, :, None] if is_frame else latent[None], return_dict=False)[0][0]
+        return decoded[:, 0] if is_frame else decoded
 
     def _unscaled(self, latent: Tensor) -> Tensor:
         """From what the transformer sees, about unit variance, to the VAE's own numbers; channels last."""

@@ -13,6 +13,7 @@ from adatsq_trt.models.family import Family
 
 _BY_NAME = {kind.pipeline: kind for kind in families()}
 FLUX, Z_IMAGE, WAN = (_BY_NAME[name] for name in ("FluxPipeline", "ZImagePipeline", "WanPipeline"))
+QWEN_IMAGE = _BY_NAME["QwenImagePipeline"]
 RANK, WIDTH = 4, 64
 Tensors = dict[str, Tensor]
 
@@ -163,6 +164,31 @@ def lightx2v_wan() -> tuple[Tensors, Tensors]:
     return tensors, deltas
 
 
+QWEN_Q, QWEN_ADDED = "transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.add_k_proj"
+
+
+def musubi_qwen_image() -> tuple[Tensors, Tensors]:
+    """In one word each, also what lies outside of the blocks."""
+    return merge(
+        named("lora_unet_transformer_blocks_0_attn_to_q", QWEN_Q, 2.0),
+        named("lora_unet_transformer_blocks_0_attn_add_k_proj", QWEN_ADDED, 1.0),
+        named("lora_unet_img_in", "img_in", 1.0),
+    )
+
+
+def ai_toolkit_qwen_image() -> tuple[Tensors, Tensors]:
+    return merge(*(named(f"diffusion_model.{path}", path, 1.0, **AB) for path in (QWEN_Q, QWEN_ADDED)))
+
+
+def lightning_qwen_image() -> tuple[Tensors, Tensors]:
+    """Without a prefix, with alpha."""
+    return named(QWEN_Q, QWEN_Q, 2.0)
+
+
+def diff_synth_qwen_image() -> tuple[Tensors, Tensors]:
+    return named(QWEN_Q, QWEN_Q, down="lora_A.default.weight", up="lora_B.default.weight")
+
+
 READ: dict[str, tuple[Family, Callable[[], tuple[Tensors, Tensors]]]] = {
     "diffusers' names with alpha": (FLUX, diffusers_with_alpha),
     "kohya sd-scripts, Flux": (FLUX, kohya_flux),
@@ -178,4 +204,8 @@ READ: dict[str, tuple[Family, Callable[[], tuple[Tensors, Tensors]]]] = {
     "musubi-tuner, Wan": (WAN, musubi_wan),
     "DiffSynth-Studio, Wan": (WAN, diff_synth_wan),
     "lightx2v, Wan": (WAN, lightx2v_wan),
+    "musubi-tuner, Qwen-Image": (QWEN_IMAGE, musubi_qwen_image),
+    "ai-toolkit, Qwen-Image": (QWEN_IMAGE, ai_toolkit_qwen_image),
+    "Qwen-Image-Lightning": (QWEN_IMAGE, lightning_qwen_image),
+    "DiffSynth-Studio, Qwen-Image": (QWEN_IMAGE, diff_synth_qwen_image),
 }

@@ -122,4 +122,9 @@ def test_guidance() -> None:
     prediction = np.array([[1.0], [3.0], [0.5], [1.0]], np.float32)
     np.testing.assert_array_equal(guide(prediction, 2, 2.0), np.array([[1.5], [5.0]], np.float32))
     assert guide(prediction, 4, 2.0) is prediction
+    for kind in (np.asarray, torch.from_numpy):
+        rows = kind(np.array([[[3.0, 4.0]], [[0.0, 1.0]]], np.float32))
+        wanted = np.array([[[6.0, 7.0]]]) * 5 / 85**0.5  # as long as the conditional one
+        np.testing.assert_allclose(guide(rows, 1, 2.0, rescaled=True), wanted, rtol=1e-6)
+        assert guide(rows, 2, 2.0, rescaled=True) is rows
     assert torch.equal(guide(torch.from_numpy(prediction), 2, 0.0), torch.tensor([[0.5], [1.0]]))

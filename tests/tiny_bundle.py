@@ -100,6 +100,7 @@ def write_bundle(
         formats=("bf16", "fp8"),
         schedule=_schedule(adapter, steps),
         guidance=GUIDANCE,
+        rescaled_guidance=adapter.rescaled_guidance,
         latent_shape=adapter.latent_shape,
         image=ImageSpec(**vars(adapter.image)),
         pixels=pixels,

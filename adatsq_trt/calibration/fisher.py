@@ -32,7 +32,7 @@ from adatsq_trt.calibration.trajectory import Samples
 from adatsq_trt.models.adapter import OUTSIDE
 from adatsq_trt.models.blocks import BlockCall, LeafGradients, cut_at_blocks
 from adatsq_trt.models.capture import Capture, captured
-from adatsq_trt.solver import State, guide
+from adatsq_trt.solver import State
 
 # Numbers in the products of all rows of a batch with each other, such as are worth keeping at once.
 MOST_ROW_PRODUCTS = 1 << 24
@@ -170,7 +170,7 @@ def _differentiable_step(samples: Samples, latent: Tensor, step: int) -> tuple[l
     adapter, schedule, conditioning = samples.adapter, samples.schedule, samples.conditioning
     inputs = adapter.guided_inputs(latent, schedule.model_time(step), conditioning, samples.guidance)
     inputs = {name: value if value.requires_grad else value.detach().requires_grad_() for name, value in inputs.items()}
-    velocity = guide(adapter.predict(inputs), len(latent), samples.guidance)
+    velocity = adapter.guide(adapter.predict(inputs), len(latent), samples.guidance)
     return list(inputs.values()), schedule.solver.own_part(latent, velocity, step)
 
 

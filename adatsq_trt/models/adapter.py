@@ -89,6 +89,7 @@ class ModelAdapter(ABC):
         image: shape of the image or video that it decodes to.
         excluded: module paths that are not quantizable although they might be.
         float32_inputs: inputs of the trace module that stay float32 in target graphs, because 16 bits are too few.
+        rescaled_guidance: guidance keeps the norm of every token's conditional prediction (`solver.guide`).
     """
 
     architecture: str
@@ -96,6 +97,7 @@ class ModelAdapter(ABC):
     latent_shape: tuple[int, ...]
     image: ImageShape
     float32_inputs: tuple[str, ...] = ()
+    rescaled_guidance: bool = False
     excluded: frozenset[str] = frozenset()
 
     @property
@@ -239,9 +241,13 @@ class ModelAdapter(ABC):
         return self.trace_module()(*inputs.values())  # type: ignore[no-any-return]
 
     def velocity(self, latent: Tensor, model_time: float, conditioning: Conditioning, guidance: float) -> Tensor:
-        """Guided prediction v0 + guidance (v - v0), shape of the latent (Ho and Salimans 2022, eq. 6)."""
+        """Guided prediction, shape of the latent (`solver.guide`)."""
         inputs = self.guided_inputs(latent, model_time, conditioning, guidance)
-        return guide(self.predict(inputs), len(latent), guidance)
+        return self.guide(self.predict(inputs), len(latent), guidance)
+
+    def guide(self, prediction: Tensor, samples: int, guidance: float) -> Tensor:
+        """Combine the branches of guidance as this model's pipeline does; arguments as of `solver.guide`."""
+        return guide(prediction, samples, guidance, self.rescaled_guidance)
 
 
 def _tensors(root: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from adatsq_trt.errors import MismatchError
 from adatsq_trt.models.family import Family
 from adatsq_trt.models.flux import FluxFamily
+from adatsq_trt.models.qwen_image import QwenImageFamily
 from adatsq_trt.models.wan import WanFamily
 from adatsq_trt.models.z_image import ZImageFamily
 from adatsq_trt.schedule import EULER
 
-_FAMILIES: list[Family] = [FluxFamily(), ZImageFamily(), WanFamily()]
+_FAMILIES: list[Family] = [FluxFamily(), ZImageFamily(), WanFamily(), QwenImageFamily()]
 
 
 def register_family(family: Family) -> None:

@@ -199,7 +199,7 @@ class Family(ABC):
         Raises:
             MismatchError: names the setting.
         """
-        given, returned = config.get("in_channels"), config.get("out_channels")
+        given, returned = config.get("in_channels"), self.returned_channels(config)
         if returned not in (None, given):
             raise MismatchError(
                 f"'{file}': in_channels {given} and out_channels {returned}: it takes a picture or a mask beside the "
@@ -219,6 +219,10 @@ class Family(ABC):
                 f"'{file}': in_channels {given}, the VAE '{vae}' has {self.vae_channels} {channels}, which makes "
                 f"{channels * cells}; choose a transformer and a pipeline that go together"
             )
+
+    def returned_channels(self, config: Mapping[str, JsonValue]) -> JsonValue:
+        """Channels of the transformer's output, counted as `in_channels`; None for as many."""
+        return config.get("out_channels")
 
     def vae_scale(self, folder: Path) -> VaeScale:
         """Compute the pixels that a cell of the latent stands for, from the VAE's configuration.

@@ -17,13 +17,11 @@ from torch.nn import functional
 from adatsq_trt.errors import MismatchError
 from adatsq_trt.models.adapter import AnySize, open_axes
 from adatsq_trt.models.family import Family
+from adatsq_trt.models.masked import attention_mask, count_tokens
 from adatsq_trt.models.prompted import PromptedAdapter
 from adatsq_trt.models.rotary import require_positions, rotate_pairs
 from adatsq_trt.schedule import Schedule, make_schedule
 from adatsq_trt.transformer_call import TransformerCall, forward_arguments
-
-# Added to a product of a query and a key; its exponential is 0 in every type, and in fp16 it is a number.
-_UNSEEN = -3e4
 
 
 class ZImageAdapter(PromptedAdapter):
@@ -217,7 +215,7 @@ class ZImageTrace(nn.Module):
         if self.padding:
             padding = model.x_pad_token.expand(image.shape[0], self.padding, -1)
             image = torch.cat([image, padding], dim=1)
-        tokens = self._count_tokens(condition)
+        tokens = count_tokens(condition, self.places)
         own = self._image_rotations(rotations.flatten(1, 2), tokens)
         for block in model.noise_refiner:
             image = block(image, None, own, modulation)
@@ -233,11 +231,6 @@ class ZImageTrace(nn.Module):
             unified = block(unified, mask, both, modulation)
         latent_tokens = unified[:, : rows * columns]
         return -self._unpatchify(model.all_final_layer[key](latent_tokens, c=modulation), rows, columns)
-
-    def _count_tokens(self, condition: Tensor) -> Tensor:
-        """Tokens of each caption [B, T, D], but for the zeros that follow them: float32 [B]."""
-        there = condition.abs().amax(-1) > 0
-        return torch.where(there, self.places, torch.zeros_like(self.places)).amax(1)
 
     def _image_rotations(self, rotations: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the image's and its pad tokens, [S, 1, D / 2], or [B, S, 1, D / 2] for several lengths.
@@ -259,9 +252,8 @@ class ZImageTrace(nn.Module):
         return whole[:, 0], whole[:, 1]
 
     def _mask(self, tokens: Tensor) -> Tensor:
-        """Make the mask that is added to the products with the caption's keys: [B, T], `_UNSEEN` beyond its padding."""
-        length = torch.ceil(tokens / SEQ_MULTI_OF) * SEQ_MULTI_OF
-        return torch.where(self.places <= length[:, None], 0.0, _UNSEEN)
+        """The mask of a caption's keys, [B, T]; its padding is seen."""
+        return attention_mask(torch.ceil(tokens / SEQ_MULTI_OF) * SEQ_MULTI_OF, self.places)
 
     @staticmethod
     def _followed_by_caption(image: Tensor, caption: Tensor) -> Tensor:

@@ -99,6 +99,7 @@ def _exported(context: Context, policy: Policy, arrays: Mapping[str, Mapping[str
     return Exported(
         policy=policy,
         guidance=context.calibration.guidance,
+        rescaled_guidance=context.adapter.rescaled_guidance,
         schedule=ScheduleRecord.of(context.schedule),
         shapes={size_name(size): ScheduleRecord.of(own.schedule(steps)) for size, own in context.sizes.items()},
         prompt_texts=context.adapter.prompts,

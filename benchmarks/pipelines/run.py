@@ -33,6 +33,7 @@ from adatsq_trt.settings import PipelineSettings
 from adatsq_trt.solver import Denoising, Solver, euler_updates
 from benchmarks.document import replace_marked
 from tests.tiny_checkpoints import HEIGHT, WIDTH, make_flux_pipeline, make_wan_pipeline, make_z_image_pipeline
+from tests.tiny_qwen_image import make_qwen_image_pipeline
 
 RESULTS = Path(__file__).with_name("results.json")
 PROMPTS = ("a red", "three green and seven")
@@ -67,6 +68,13 @@ class Case:
         """Whether frames are asked for."""
         return self.make is make_wan_pipeline
 
+    @property
+    def request(self) -> dict[str, Any]:
+        """Arguments of the pipeline's call that other pipelines do not take."""
+        if self.make is make_qwen_image_pipeline:
+            return {"true_cfg_scale": self.pipeline_guidance, "negative_prompt": [""] * len(PROMPTS)}
+        return {"guidance_scale": self.pipeline_guidance, **({"num_frames": FRAMES} if self.is_video else {})}
+
 
 FLOW: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 SHIFTED = {**FLOW, "flow_shift": 3.0}
@@ -92,6 +100,8 @@ CASES = {
     "Wan, DPM-Solver++ of order 3": Case(make_wan_pipeline, 25, DPM, {**SHIFTED, "solver_order": 3}),
     "Wan, Heun": Case(make_wan_pipeline, 8, HEUN, {"shift": 3.0}),
     "Wan, Euler": Case(make_wan_pipeline, 8, EULER, {"shift": 3.0}),
+    "Qwen-Image, its own": Case(make_qwen_image_pipeline, 8),
+    "Qwen-Image, Euler without dynamic shift": Case(make_qwen_image_pipeline, 8, EULER, {"shift": 3.0}),
 }
 
 
@@ -180,11 +190,10 @@ def _pipelines_latents(case: Case, pipe: DiffusionPipeline, samples: Samples) ->
         height=HEIGHT,
         width=WIDTH,
         num_inference_steps=case.steps,
-        guidance_scale=case.pipeline_guidance,
         latents=samples.noise(),
         output_type="latent",
         return_dict=False,
-        **({"num_frames": FRAMES} if case.is_video else {}),
+        **case.request,
     )[0]
     return latents
 

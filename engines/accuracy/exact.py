@@ -21,6 +21,7 @@ from adatsq_trt.engines.bundle import (
     REBUILD,
     SCALES_NAME,
     BundleFiles,
+    Manifest,
     ScheduleRecord,
     read_arrays,
 )
@@ -61,7 +62,7 @@ def _comparisons(bundle: BundleFiles) -> Iterator[tuple[str, _Comparison]]:
     manifest, reference = bundle.manifest, Reference(bundle)
     exported = read_json_model(bundle.file(EXPORTED_NAME), Exported, REBUILD)
     yield "policy", lambda: _policy_difference(bundle, exported)
-    yield "guidance", lambda: _differ("guidance", manifest.guidance, exported.guidance)
+    yield "guidance", lambda: _guidance_difference(manifest, exported)
     yield "schedule", lambda: _schedule_difference(manifest.schedule, exported.schedule)
     yield "sizes", lambda: _sizes_difference(bundle, exported)
     yield "prompts' texts", lambda: _differ("prompts", manifest.prompt_texts, exported.prompt_texts)
@@ -83,6 +84,11 @@ def _comparisons(bundle: BundleFiles) -> Iterator[tuple[str, _Comparison]]:
 
 def _differ(what: str, got: object, expected: object) -> str | None:
     return None if got == expected else f"{what}: got {got!r:.80}, the exporter had {expected!r:.80}"
+
+
+def _guidance_difference(manifest: Manifest, exported: Exported) -> str | None:
+    rescaled = _differ("rescaled_guidance", manifest.rescaled_guidance, exported.rescaled_guidance)
+    return _differ("guidance", manifest.guidance, exported.guidance) or rescaled
 
 
 def _policy_difference(bundle: BundleFiles, exported: Exported) -> str | None:

@@ -74,7 +74,8 @@ def _tolerances(reference: Reference, of_plans: bool) -> list[Tolerance]:
     sizes = [float(np.linalg.norm(latent)) for latent in latents[1:]]
     moves = [float(np.linalg.norm(move)) for move in np.diff(latents, axis=0)]
     guidance = bundle.manifest.guidance if bundle.two_branches else 1.0
-    return plan_loop_tolerances(outputs, moves, sizes, guidance, cpu)
+    rescaled = bundle.two_branches and bundle.manifest.rescaled_guidance
+    return plan_loop_tolerances(outputs, moves, sizes, guidance, cpu, rescaled)
 
 
 def plan_output_tolerance(bundle: BundleFiles, step: int) -> Tolerance:

@@ -49,10 +49,10 @@ is 2^3 u + 2 sqrt(4 R u s). R is read from the graph (`rounded_layers`):
 Plans on a GPU against the `cpu` graph. A plan is the target graph as a whole: what one block may add, B blocks add
 independently, so the limit of its output is sqrt(B) times a block's. Its loop is compared with the loop of the
 fake-quantized PyTorch model: a step moves the latent by |x[t+1] - x[t]|, of which at most the output's limit is wrong,
-times sqrt(g^2 + (g - 1)^2) where guidance of scale g combines two rows; independent steps add in squares, twice that is
-allowed for what an error does to later steps, and flips spread as in the loop of the `cpu` graphs. These limits grow
-with depth: they find a plan that computes something else, not a layer that is a few percent off, which the rows of the
-`target` graph find.
+times sqrt(g^2 + (g - 1)^2) where guidance of scale g combines two rows, with 1 more below the root where it also takes
+the norm of one of them; independent steps add in squares, twice that is allowed for what an error does to later steps,
+and flips spread as in the loop of the `cpu` graphs. These limits grow with depth: they find a plan that computes
+something else, not a layer that is a few percent off, which the rows of the `target` graph find.
 
 An output sums many inputs that flipped, so its error is about normal, and the median of a normal error is 0.67 times
 its root mean square: so is the limit of the median. `make demo` (nvfp4 in bfloat16, R = 4) showed up to 0.138, limit
@@ -174,7 +174,12 @@ def plan_tolerance(formats: Sequence[str], base_type: str, blocks: int) -> Toler
 
 
 def plan_loop_tolerances(
-    outputs: Sequence[float], moves: Sequence[float], sizes: Sequence[float], guidance: float, cpu: Sequence[Tolerance]
+    outputs: Sequence[float],
+    moves: Sequence[float],
+    sizes: Sequence[float],
+    guidance: float,
+    cpu: Sequence[Tolerance],
+    rescaled: bool = False,
 ) -> list[Tolerance]:
     """Limits for the latent after every step of the plans' loop; see the head of this file.
 
@@ -184,8 +189,9 @@ def plan_loop_tolerances(
         sizes: of the latent after it.
         guidance: its scale; 1 where rows are not combined.
         cpu: limits of the `cpu` graphs' loop.
+        rescaled: guidance also takes the norm of the conditional row.
     """
-    combined = (guidance**2 + (guidance - 1) ** 2) ** 0.5
+    combined = (guidance**2 + (guidance - 1) ** 2 + rescaled) ** 0.5
     limits, squares = [], 0.0
     for output, move, size, own in zip(outputs, moves, sizes, cpu, strict=True):
         squares += (combined * output * move) ** 2

@@ -96,7 +96,8 @@ class StepBatcher:
         prediction = bundle.predict(chosen[0].step, inputs, chosen[0].quantized)
         ends = np.cumsum([len(part[bundle.latent_input]) for part in parts])
         for generation, rows in zip(chosen, np.split(prediction, ends[:-1]), strict=True):
-            generation.loop.advance(guide(rows, len(generation.latents), generation.guidance))
+            rescaled = bundle.manifest.rescaled_guidance
+            generation.loop.advance(guide(rows, len(generation.latents), generation.guidance, rescaled))
 
     def _group(self, generation: Generation) -> int:
         return self._groups[generation.step] if generation.quantized else _REFERENCE

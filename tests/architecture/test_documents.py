@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from scripts import docs_decisions, docs_rooms
+from scripts import docs_decisions, docs_models, docs_rooms
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,3 +27,7 @@ def test_every_record_is_in_the_list_of_decisions() -> None:
     assert [line[: len(start)] for line, start in zip(listed, wanted, strict=True)] == wanted, (
         "run: python -m scripts.docs_decisions"
     )
+
+
+def test_the_page_of_models_is_that_of_the_registry_and_the_tests() -> None:
+    assert docs_models.DOCUMENT.read_text(encoding="utf-8") == docs_models.page(), "run: python -m scripts.docs_models"

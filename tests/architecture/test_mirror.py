@@ -19,6 +19,7 @@ ELSEWHERE: Mapping[str, Mapping[str, str]] = {
         "adatsq_trt/checkpoints/weights.py": "tests/checkpoints/test_loading.py",
         "adatsq_trt/execution/precision.py": "tests/stages/test_search_options.py",
         "adatsq_trt/models/blocks.py": "tests/calibration/test_units.py",
+        "adatsq_trt/models/masked.py": "tests/models/test_qwen_image.py",
         "adatsq_trt/models/rotary.py": "tests/models/test_z_image.py",
         "adatsq_trt/models/rounding.py": "tests/models/test_simulated.py",
         "adatsq_trt/transforms.py": "tests/calibration/test_transforms.py",

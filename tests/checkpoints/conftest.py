@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.tiny_checkpoints import make_flux_pipeline, make_wan_pipeline, make_z_image_pipeline
+from tests.tiny_qwen_image import make_qwen_image_pipeline
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +30,14 @@ def saved_wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For reading."""
     folder = tmp_path_factory.mktemp("checkpoints") / "tiny-wan"
     make_wan_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def saved_qwen_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For reading."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny-qwen-image"
+    make_qwen_image_pipeline().save_pretrained(folder)
     return folder
 
 

@@ -29,6 +29,13 @@ TRANSFORMER, INDEX, VAE = "transformer/config.json", "model_index.json", "vae/co
         ("flux", TRANSFORMER, {"patch_size": 2}, "patch_size is 2, expected 1"),
         ("flux", VAE, {"latent_channels": 4}, "in_channels 64, the VAE .* has latent_channels 4, which makes 16"),
         ("z_image", TRANSFORMER, {"siglip_feat_dim": 1152}, "siglip_feat_dim is 1152, expected None"),
+        ("qwen_image", TRANSFORMER, {"zero_cond_t": True}, "zero_cond_t is True, expected False"),  # Edit 2511
+        ("qwen_image", TRANSFORMER, {"use_layer3d_rope": True}, "use_layer3d_rope is True, expected False"),  # Layered
+        ("qwen_image", TRANSFORMER, {"use_additional_t_cond": True}, "use_additional_t_cond is True, expected False"),
+        ("qwen_image", TRANSFORMER, {"guidance_embeds": True}, "guidance_embeds is True, expected False"),
+        ("qwen_image", TRANSFORMER, {"patch_size": 1}, "in_channels 64 and out_channels 16: it takes a picture"),
+        ("qwen_image", TRANSFORMER, {"out_channels": None}, "in_channels 64 and out_channels 256"),
+        ("qwen_image", VAE, {"z_dim": 4}, "in_channels 64, the VAE .* has z_dim 4, which makes 16"),
         ("z_image", TRANSFORMER, {"all_patch_size": [2, 4]}, r"all_patch_size is \[2, 4\], expected \[2\]"),
     ],
 )

@@ -6,9 +6,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from diffusers import FluxPipeline, WanPipeline, ZImagePipeline
+from diffusers import FluxPipeline, QwenImagePipeline, WanPipeline, ZImagePipeline
 
 from adatsq_trt.calibration.trajectory import Samples, trajectory
 from adatsq_trt.checkpoints.loading import OpenedPipeline, open_pipeline
@@ -225,6 +226,27 @@ def test_variants_of_weights_are_the_same_model(
     assert torch.equal(found["tokens"], expected["tokens"])
     latent = torch.zeros(1, 4, 3, LATENT_CHANNELS).numpy()
     assert Vae(own_flux / "vae").decode(latent).shape == (1, 32, 24, 3)
+
+
+def test_a_vae_of_videos_decodes_a_picture_as_its_pipeline_does(saved_qwen_image: Path) -> None:
+    pipe = QwenImagePipeline.from_pretrained(saved_qwen_image, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    model = load(open_pipeline(settings(saved_qwen_image)))
+    noise = torch.randn(1, *model.adapter.latent_shape, generator=torch.Generator().manual_seed(0))
+    latents, images = (
+        pipe(
+            list(PROMPTS[:1]),
+            height=HEIGHT,
+            width=WIDTH,
+            num_inference_steps=1,
+            latents=noise,
+            true_cfg_scale=1.0,
+            output_type=kind,
+        ).images
+        for kind in ("latent", "np")
+    )
+    got = Vae(saved_qwen_image / "vae").decode(model.adapter.image.decode(latents.numpy()))
+    np.testing.assert_allclose(got, images, atol=1e-5)
 
 
 def test_two_variants_of_weights_are_refused(own_flux: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tiny pipelines of Z-Image and Wan with bundles of their transformers."""
+"""Tiny pipelines of Z-Image, Wan and Qwen-Image with bundles of their transformers."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +11,13 @@ from diffusers import DiffusionPipeline
 from adatsq_trt.engines.bundle import BundleFiles, Layout
 from adatsq_trt.image import ImageShape
 from adatsq_trt.models.prompts import TextEncoder
+from adatsq_trt.models.qwen_image import QwenImageAdapter
 from adatsq_trt.models.wan import WanAdapter
 from adatsq_trt.models.z_image import ZImageAdapter
 from adatsq_trt.schedule import EULER, HEUN, UNIPC
 from tests.tiny_bundle import GUIDANCE, STEPS, write_bundle
 from tests.tiny_checkpoints import HEIGHT, LATENT_CHANNELS, T5_WIDTH, WIDTH, make_wan_pipeline, make_z_image_pipeline
+from tests.tiny_qwen_image import make_qwen_image_pipeline, make_scheduler
 from tests.tiny_z_image import PROMPTS, WORDS
 
 TEXT, LENGTH = ["a red three", "seven and a green three and a red seven"], 32
@@ -26,12 +28,14 @@ KINDS = {
     # With the scheduler that Wan's pipelines come with.
     "wan-unipc": (make_wan_pipeline, WanAdapter, 3, {"guidance_scale": GUIDANCE, "num_frames": FRAMES}),
     "wan-heun": (make_wan_pipeline, WanAdapter, 3, {"guidance_scale": GUIDANCE, "num_frames": FRAMES}),
+    "qwen-image": (make_qwen_image_pipeline, QwenImageAdapter, None, {"true_cfg_scale": GUIDANCE}),
 }
 _FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 # Class and options; Euler's for the others.
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "wan-unipc": (UNIPC, _FLOW),
     "wan-heun": (HEUN, {"shift": 3.0}),
+    "qwen-image": (EULER, {k: v for k, v in make_scheduler().config.items() if not k.startswith("_")}),
 }
 
 
@@ -53,7 +57,9 @@ def make_bundled(
     encoder = TextEncoder(WORDS, PROMPTS, LENGTH, T5_WIDTH)
     kind_of, options = SCHEDULERS.get(name, (EULER, {"shift": 3.0}))
     scheduler = getattr(diffusers, kind_of)(**options)
-    image = ImageShape(HEIGHT // 8, LATENT_CHANNELS, patch_size=1, columns=WIDTH // 8, frames=frames)
+    side = 2 if kind is QwenImageAdapter else 1  # cells of a latent's patch
+    rows, columns = HEIGHT // (8 * side), WIDTH // (8 * side)
+    image = ImageShape(rows, LATENT_CHANNELS, patch_size=side, columns=columns, frames=frames)
     adapter = kind(pipe.transformer, encoder, scheduler, image)
     steps = STEPS + 1 if kind_of == HEUN else STEPS  # an odd number of calls
     latents = torch.randn(7, *adapter.latent_shape, generator=torch.Generator().manual_seed(0))

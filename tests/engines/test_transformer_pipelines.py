@@ -1,4 +1,4 @@
-"""Unmodified pipelines of Z-Image and Wan, with their own text encoders and a bundle in the transformer's place."""
+"""Unmodified pipelines of Z-Image, Wan and Qwen-Image, with their own text encoders and a bundle in them."""
 
 from dataclasses import dataclass, replace
 
@@ -36,7 +36,8 @@ class Case:
     @torch.no_grad()
     def condition(self, prompts: list[str]) -> dict[str, np.ndarray]:
         """What the pipeline's text encoder makes of prompts, filled up with zeros to the bundle's length."""
-        encoded, _ = self.pipe.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=LENGTH)
+        options = {} if self.name == "qwen-image" else {"do_classifier_free_guidance": False}
+        encoded, _ = self.pipe.encode_prompt(prompts, max_sequence_length=LENGTH, **options)
         rows = [functional.pad(tokens, (0, 0, 0, LENGTH - len(tokens))) for tokens in encoded]
         return {"encoder_hidden_states": torch.stack(rows).numpy()}
 
@@ -53,6 +54,8 @@ class Case:
             **self.request,
             **changes,
         }
+        if self.name == "qwen-image":  # which guides only then
+            request.setdefault("negative_prompt", ["" for _ in request.get("prompt") or TEXT])
         output: Tensor = self.pipe(**request)[0]
         return output.numpy()
 
@@ -73,7 +76,7 @@ def test_a_guided_pipeline_gives_what_the_bundles_own_loop_gives(case: Case) -> 
     assert np.std(wanted - noise) > 0.01
     # The pipelines combine the guidance branches in another order, and Wan's calls the transformer for each. UniPC
     # writes its step by x0; inputs that differ in their last bits may be rounded to neighbouring points of fp8.
-    limit = 1e-4 if case.name in ("z-image", "wan") else 1e-3
+    limit = 1e-4 if case.name in ("z-image", "wan", "qwen-image") else 1e-3
     assert np.linalg.norm(got - wanted) < limit * np.linalg.norm(wanted - noise)
     other = bundle.denoise(noise, Conditioning(case.condition(TEXT[::-1]), condition.unconditional))
     assert np.linalg.norm(other - wanted) > 1e-2 * np.linalg.norm(wanted - noise)
@@ -92,7 +95,7 @@ def test_formats_follow_the_timestep(case: Case, monkeypatch: pytest.MonkeyPatch
     ("changes", "message"),
     [
         ({"num_inference_steps": STEPS + 1}, "call the pipeline with num_inference_steps="),
-        ({"height": 2 * HEIGHT, "latents": None}, "call the pipeline with that size"),
+        ({"height": 2 * HEIGHT, "latents": None}, "call the pipeline with that (size|height and width)"),
     ],
 )
 def test_requests_that_the_bundle_was_not_made_for(case: Case, changes: dict[str, object], message: str) -> None:
@@ -100,10 +103,48 @@ def test_requests_that_the_bundle_was_not_made_for(case: Case, changes: dict[str
         case.run(case.pipe.transformer.bundle.noise([1, 2]), **changes)
 
 
-@pytest.mark.parametrize("case", ["z-image"], indirect=True)
+@pytest.mark.parametrize("case", ["z-image", "qwen-image"], indirect=True)
 def test_a_caption_that_is_too_long(case: Case) -> None:
     with pytest.raises(MismatchError, match=r"got 40 tokens.*max_sequence_length=32"):
         case.run(case.pipe.transformer.bundle.noise([1]), prompt=["red " * 40], max_sequence_length=40)
+
+
+@pytest.mark.parametrize("case", ["qwen-image"], indirect=True)
+def test_texts_behind_a_mask(case: Case) -> None:
+    """Texts of the user's own: what the mask leaves out may be anything, and must be behind the text."""
+    noise, (first, second) = case.pipe.transformer.bundle.noise([1, 2]), (torch.from_numpy(x) for x in _texts(case))
+    given = {"prompt": None, "negative_prompt": None, "negative_prompt_embeds": second}
+    mask = (first.abs().amax(-1) > 0).long()
+    wanted = case.run(noise, prompt_embeds=first, prompt_embeds_mask=mask, **given)
+    np.testing.assert_array_equal(wanted, case.run(noise))
+    other = torch.where(mask[..., None] > 0, first, torch.ones(()))
+    np.testing.assert_array_equal(case.run(noise, prompt_embeds=other, prompt_embeds_mask=mask, **given), wanted)
+    holes = mask.clone()
+    holes[1, 1] = 0
+    for tokens, seen, message in (
+        (first, None, r"encoder_hidden_states_mask: row 0 has 18 tokens, .* zeros from place 9 on"),
+        (first, holes, "encoder_hidden_states_mask: row 1 has 17 tokens, the last in place 18"),
+    ):
+        with pytest.raises(MismatchError, match=message):
+            case.run(noise, prompt_embeds=tokens, prompt_embeds_mask=seen, **given)
+
+
+def _texts(case: Case) -> list[np.ndarray]:
+    """Conditional and unconditional, as long as the longest text."""
+    texts = [case.condition(prompts)["encoder_hidden_states"] for prompts in (list(TEXT), ["", ""])]
+    return [rows[:, : (np.abs(rows).max(axis=(0, 2)) > 0).sum()] for rows in texts]
+
+
+@pytest.mark.parametrize("case", ["qwen-image"], indirect=True)
+def test_rows_of_several_images_are_refused(case: Case) -> None:
+    transformer, (text, _) = case.pipe.transformer, _texts(case)
+    grid = (1, HEIGHT // 16, WIDTH // 16)
+    latents = torch.from_numpy(transformer.bundle.noise([1]))
+    for grids in ([[grid, grid]], [[(1, *grid[:0:-1])]], []):
+        with pytest.raises(
+            MismatchError, match=r"img_shapes: got .* exported for one image of 4 x 3 tokens in each row"
+        ):
+            transformer(latents, torch.from_numpy(text[1:]), timestep=torch.ones(1), img_shapes=grids)
 
 
 @pytest.mark.parametrize("case", ["wan"], indirect=True)

@@ -24,6 +24,7 @@ from adatsq_trt.policy import Policy
 from adatsq_trt.quantizers import quantize_nearest, static_activation_scale
 from tests.export.separated import require_equal_layers
 from tests.tiny_flux import make_tiny_flux
+from tests.tiny_qwen_image import make_tiny_qwen_image
 from tests.tiny_wan import make_tiny_wan
 from tests.tiny_z_image import make_tiny_z_image, make_z_image_of_several_lengths
 
@@ -33,12 +34,14 @@ SIZES = {
     "z-image": [(8, 16), (16, 16)],
     "z-image-captions": [(8, 16), (16, 16)],
     "wan": [(4, 4, 3), (6, 8, 2)],
+    "qwen-image": [(3, 4), (5, 2)],
 }
 MAKERS = {
     "flux": lambda: make_tiny_flux(32, 4),
     "z-image": make_tiny_z_image,
     "z-image-captions": make_z_image_of_several_lengths,
     "wan": make_tiny_wan,
+    "qwen-image": lambda: make_tiny_qwen_image(layers=1),
 }
 NAMES = ("nvfp4", "fp8", "bf16", "int4wo")
 
@@ -124,7 +127,8 @@ def test_the_reference_is_the_model_at_every_size(exported: Exported, run_cpu) -
 
 def test_positions_are_apart_from_rows_and_nothing_is_double(exported: Exported) -> None:
     for graph in exported.index.graphs:
-        assert [signature.name for signature in graph.position_inputs] == ["rotations"]
+        names = [signature.name for signature in graph.position_inputs]
+        assert names == list(exported.adapters[0].any_size().positions)
         assert {signature.shape[0] for signature in graph.inputs} == {"batch"}
         proto = onnx.load(exported.folder / "onnx" / graph.path, load_external_data=False)
         types = {value.type.tensor_type.elem_type for value in (*proto.graph.value_info, *proto.graph.input)}

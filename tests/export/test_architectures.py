@@ -1,4 +1,4 @@
-"""Z-Image and Wan through trace, Q/DQ, ONNX Runtime and TensorRT-RTX, as Flux in the other tests."""
+"""Z-Image, Wan and Qwen-Image through trace, Q/DQ, ONNX Runtime and TensorRT-RTX, as Flux in the other tests."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -23,14 +23,22 @@ from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.models.capture import captured
 from adatsq_trt.models.format_store import CandidateWeights
 from adatsq_trt.models.simulated import SimulatedModel
-from adatsq_trt.models.wan import WanAdapter
 from adatsq_trt.policy import Policy
 from adatsq_trt.quantizers import quantize_nearest
 from tests.export.separated import require_equal_layers
+from tests.tiny_qwen_image import make_tiny_qwen_image
 from tests.tiny_wan import make_tiny_wan
 from tests.tiny_z_image import make_tiny_z_image, make_z_image_of_several_lengths
 
-MAKERS = {"z-image": make_tiny_z_image, "z-image-captions": make_z_image_of_several_lengths, "wan": make_tiny_wan}
+MAKERS = {
+    "z-image": make_tiny_z_image,
+    "z-image-captions": make_z_image_of_several_lengths,
+    "wan": make_tiny_wan,
+    "qwen-image": make_tiny_qwen_image,
+}
+# Last layer of a block's main stream → layers in a row behind it that round.
+ROUNDED = {"ZImageTransformer2DModel": ("feed_forward.w2", 7), "WanTransformer3DModel": ("ffn.net.2", 6)}
+ROUNDED["QwenImageTransformer2DModel"] = ("img_mlp.net.2", 4)
 BLACKWELL = ("nvfp4", "fp8", "bf16", "int4wo")
 ROWS = {"target": [("fp8",), BLACKWELL], "cpu": [tuple(FORMATS)]}  # formats of an assignment, in turn over the layers
 Inputs = dict[str, torch.Tensor]
@@ -160,10 +168,13 @@ def test_blocks_have_the_same_border_in_both_variants(exported, adapter) -> None
 
 @pytest.mark.parametrize("exported", ["target"], indirect=True)
 def test_rounded_layers_in_a_block(exported, adapter) -> None:
-    """Z-Image's gate has three layers before either factor; Wan's two attentions and network are six in a row."""
+    """Z-Image's gate has three layers before either factor; Wan's two attentions and network are six in a row.
+
+    Qwen-Image's attention and network are four, as Flux's.
+    """
     folder, index, policy = exported
     target = GraphView(folder / "onnx" / index.find("target", 1).path)
-    last, expected = ("ffn.net.2", 6) if isinstance(adapter, WanAdapter) else ("feed_forward.w2", 7)
+    last, expected = ROUNDED[adapter.architecture]
     for block in adapter.blocks():
         counts = count_rounded_layers(target, [layer for layer in policy.layers if layer.startswith(f"{block}.")])
         assert counts[f"{block}.{last}.output"] == max(counts.values()) == expected

@@ -13,6 +13,7 @@ from adatsq_trt.engines.runtime import Bundle, Conditioning
 from adatsq_trt.engines.transformer import AdatsqTransformer
 from adatsq_trt.schedule import UNIPC
 from tests.tiny_checkpoints import HEIGHT, WIDTH, make_wan_pipeline, make_z_image_pipeline
+from tests.tiny_qwen_image import make_qwen_image_pipeline
 
 EFFORT: dict[str, Any] = {"calibration_samples": 2, "selection_samples": 2, "held_out_samples": 2}
 SIZE: dict[str, Any] = {"height": HEIGHT, "width": WIDTH}
@@ -114,3 +115,26 @@ def test_guidance_that_is_normalized_and_cut_off_is_the_pipelines(
     assert distance(run(pipe, [CAPTIONS[2]], noise, **cut), wanted) < 1e-4
     assert calls == [2, 1]
     assert distance(plain, wanted) > 1e-2
+
+
+def test_a_qwen_image_from_pipeline_to_bundle_and_back(tmp_path: Path) -> None:
+    """Prompts of several lengths in one bundle, each alone in the pipeline; guided away from a prompt, at the norm."""
+    pipe, folder = quiet(make_qwen_image_pipeline()), tmp_path / "run"
+    options = {"target": "cpu", "steps": 2, "guidance": 6.0, "prompts": CAPTIONS, "negative_prompt": "a green", **SIZE}
+    with adatsq_trt.build(pipe, output=folder, **{**options, **EFFORT, "calibration_samples": len(CAPTIONS)}) as bundle:
+        assert bundle.manifest.rescaled_guidance
+        noise, conditioning = bundle.noise([1, 2, 3]), bundle.conditioning([0, 1, 2])
+        tokens = (np.abs(conditioning.conditional["encoder_hidden_states"]).max(axis=-1) > 0).sum(axis=-1)
+        assert len(set(tokens)) == len(CAPTIONS)
+        together = bundle.denoise(noise, conditioning, quantized=False)
+        request = {"num_inference_steps": 2, "true_cfg_scale": 6.0}
+        for index, caption in enumerate(CAPTIONS):
+            own = noise[index : index + 1]
+            wanted = run(pipe, [caption], own, negative_prompt=["a green"], **request)
+            assert distance(together[index : index + 1], wanted) < 1e-4
+            for other in ({"negative_prompt": ["seven"]}, {}):  # another prompt, and no guidance
+                assert distance(together[index : index + 1], run(pipe, [caption], own, **request, **other)) > 1e-3
+        quantized = bundle.denoise(noise, conditioning)
+        pipe.transformer = AdatsqTransformer.from_bundle(bundle, pipe.scheduler)
+        in_pipeline = run(pipe, list(CAPTIONS), noise, negative_prompt=["a green"] * 3, **request)
+        assert distance(in_pipeline, quantized) < 1e-4

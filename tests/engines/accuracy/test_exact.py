@@ -72,6 +72,8 @@ def test_a_sound_bundle(tiny_bundle: BundleFiles) -> None:
 
 def test_guidance(own_bundle: BundleFiles) -> None:
     assert differences(own_bundle, guidance=2.1) == {"guidance": "guidance: got 2.1, the exporter had 2.0"}
+    said = "rescaled_guidance: got True, the exporter had False"
+    assert differences(own_bundle, guidance=2.0, rescaled_guidance=True) == {"guidance": said}
 
 
 def test_the_last_bit_of_a_sigma(own_bundle: BundleFiles) -> None:

@@ -1,5 +1,6 @@
 """Who runs together, and that nobody can tell from the result."""
 
+from dataclasses import replace
 from itertools import count
 
 import numpy as np
@@ -51,7 +52,11 @@ def test_requests_that_arrive_late_catch_up_and_join(bundle: Bundle, monkeypatch
     assert calls == [(0, 2), (0, 4), (1, 6), (2, 6), (3, 6)]
 
 
-def test_results_are_those_of_a_loop_alone(bundle: Bundle) -> None:
+@pytest.mark.parametrize("rescaled", [False, True])
+def test_results_are_those_of_a_loop_alone(bundle: Bundle, rescaled: bool) -> None:
+    """In both ways to combine the branches of guidance."""
+    manifest = bundle.files.manifest.model_copy(update={"rescaled_guidance": rescaled})
+    plain, bundle = bundle, Bundle(replace(bundle.files, manifest=manifest))
     batcher = StepBatcher(bundle, max_samples=6)
     requests = [([1], True, 2.0), ([2, 3], True, 0.5), ([4], False, 2.0), ([5, 6, 7], True, 2.0), ([8], False, 3.0)]
     waiting = [start(bundle, *request) for request in requests]
@@ -68,6 +73,8 @@ def test_results_are_those_of_a_loop_alone(bundle: Bundle) -> None:
         alone = start(bundle, seeds)
         expected = bundle.denoise(alone.latents, alone.conditioning, guidance=guidance, quantized=quantized)
         np.testing.assert_array_equal(got.latents, expected)
+        same = plain.denoise(alone.latents, alone.conditioning, guidance=guidance, quantized=quantized)
+        assert np.array_equal(same, expected) != rescaled
 
 
 def test_full_precision_joins_at_any_step(bundle: Bundle) -> None:
