@@ -29,7 +29,7 @@ from adatsq_trt.engines.backends.selection import BackendName
 from adatsq_trt.engines.backends.tensorrt import TensorRTBackend
 from adatsq_trt.engines.backends.tensorrt_steps import TensorRTSteps
 from adatsq_trt.engines.comparison_plans import FULL_PRECISION, SIXTEEN_BITS, build_comparison_plans
-from adatsq_trt.engines.generation import Generation
+from adatsq_trt.engines.generation import DenoisingLoop
 from adatsq_trt.engines.processor import INTEGER_INSTRUCTIONS, processor
 from adatsq_trt.engines.runtime import Bundle
 
@@ -150,7 +150,7 @@ class _Case:
     quantized: bool
     times_ms: list[float] = field(default_factory=list)
     turn: int = 0
-    generation: Generation | None = None
+    loop: DenoisingLoop | None = None
 
     def call(self, samples: int) -> float:
         """One step, in milliseconds; the next of the case's steps each time."""
@@ -169,10 +169,10 @@ class _Case:
 
     def _on_device(self, runner: DeviceSteps, step: int, samples: int) -> float:
         """By the device's events: conditioning and latents lie there already, as in the loop."""
-        if self.generation is None:
+        if self.loop is None:
             request = self.bundle.request(self.bundle.noise(range(samples)), self.bundle.conditioning([0] * samples))
-            self.generation = runner.generation(request)
-        return runner.timed(self.generation, self.generation.request.latents, step)
+            self.loop = runner.loop(request)
+        return runner.timed(self.loop, self.loop.request.latents, step)
 
 
 def benchmark_bundles(
@@ -259,7 +259,7 @@ def _start(path: Path, bundle: Bundle, kernels: bool | None, make: Callable[[], 
             began = time.perf_counter()
             with runner.working():
                 request = bundle.request(bundle.noise([0]), bundle.conditioning([0]))
-                *_, _last = runner.generation(request).run()
+                *_, _last = runner.loop(request).run()
                 runner.synchronize()
             seconds.append(time.perf_counter() - began)
         memory = runner.used_bytes()
