@@ -227,8 +227,18 @@ def cache_file(files: BundleFiles, gpu: str) -> Path:
         gpu: its name and its driver's version.
     """
     digest = hashlib.sha256(f"{sha256(files.folder / MANIFEST_NAME)} {gpu}".encode()).hexdigest()[:16]
+    return cache_folder(files, CACHE_FOLDER) / f"{digest}.bin"
+
+
+def cache_folder(files: BundleFiles, name: str) -> Path:
+    """A folder beside a bundle, or in the user's cache folder where that is read-only.
+
+    Args:
+        files: the bundle.
+        name: of the folder.
+    """
     beside = files.folder.parent
-    folder = beside / CACHE_FOLDER
+    folder = beside / name
     if not os.access(folder if folder.exists() else beside, os.W_OK):
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "adatsq-trt", CACHE_FOLDER)
-    return folder / f"{digest}.bin"
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "adatsq-trt", name)
+    return folder
