@@ -1,5 +1,7 @@
 """Times of a bundle's steps on this machine: as the policy has them, in each assignment, and in full precision.
 
+Beside plans also those of plans in 16 bits and in one format everywhere, which are compiled for the comparison.
+
 Calls of all cases are interleaved, so that whatever else the machine does falls on all of them alike.
 """
 
@@ -15,7 +17,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict
 
@@ -25,17 +27,19 @@ from adatsq_trt.engines.backends.device_steps import DeviceSteps
 from adatsq_trt.engines.backends.onnxruntime import OnnxRuntimeBackend
 from adatsq_trt.engines.backends.rtx import RtxBackend
 from adatsq_trt.engines.backends.rtx_steps import ComparisonSteps, RtxSteps
-from adatsq_trt.engines.backends.selection import BackendName
+from adatsq_trt.engines.backends.selection import BackendChoice, BackendName
 from adatsq_trt.engines.backends.tensorrt import TensorRTBackend
 from adatsq_trt.engines.backends.tensorrt_steps import TensorRTSteps
+from adatsq_trt.engines.bundle import BundleFiles
 from adatsq_trt.engines.comparison_plans import FULL_PRECISION, SIXTEEN_BITS, build_comparison_plans
-from adatsq_trt.engines.generation import Generation
+from adatsq_trt.engines.generation import DenoisingLoop
 from adatsq_trt.engines.processor import INTEGER_INSTRUCTIONS, processor
 from adatsq_trt.engines.runtime import Bundle
 
 log = logging.getLogger(__name__)
 WARM_UP_ROUNDS = 2
-
+# (bundle, what runs it, rows of a call) → a bundle whose steps have one format each; None where there is none.
+MakeUniform: TypeAlias = Callable[[BundleFiles, BackendChoice, int], BundleFiles | None]
 
 _LIBRARIES = {
     "rtx": RtxBackend,
@@ -74,14 +78,14 @@ class Timing(_Record):
         bundle: path as it was given.
         layout: of the bundle.
         backend: name of the backend that ran it.
-        case: "policy" (all steps in order), "assignment 3", "16 bits" or "full precision"; the last two of plans that
-            were compiled for the comparison.
+        case: "policy" (all steps in order), "assignment 3", "uniform fp8", "16 bits" or "full precision".
         formats: format → (step, layer) pairs or layers that have it; empty in full precision.
         samples: in one call.
         rows: of one call: samples times guidance branches.
         calls: calls that were timed, after the warm-up.
         steps_per_second: of the median.
         median_ms, least_ms, p10_ms, p90_ms: of one step.
+        picture_seconds: of as many steps as the policy has.
         speed_up: time in full precision / this time, medians; None where full precision did not run.
         speed_up_16: the same of 16 bits.
     """
@@ -99,6 +103,7 @@ class Timing(_Record):
     least_ms: float
     p10_ms: float
     p90_ms: float
+    picture_seconds: float
     speed_up: float | None
     speed_up_16: float | None = None
 
@@ -148,9 +153,10 @@ class _Case:
     steps: tuple[int, ...]
     runner: Callable[[], StepRunner]
     quantized: bool
+    loop_steps: int
     times_ms: list[float] = field(default_factory=list)
     turn: int = 0
-    generation: Generation | None = None
+    loop: DenoisingLoop | None = None
 
     def call(self, samples: int) -> float:
         """One step, in milliseconds; the next of the case's steps each time."""
@@ -169,10 +175,10 @@ class _Case:
 
     def _on_device(self, runner: DeviceSteps, step: int, samples: int) -> float:
         """By the device's events: conditioning and latents lie there already, as in the loop."""
-        if self.generation is None:
+        if self.loop is None:
             request = self.bundle.request(self.bundle.noise(range(samples)), self.bundle.conditioning([0] * samples))
-            self.generation = runner.generation(request)
-        return runner.timed(self.generation, self.generation.request.latents, step)
+            self.loop = runner.loop(request)
+        return runner.timed(self.loop, self.loop.request.latents, step)
 
 
 def benchmark_bundles(
@@ -181,6 +187,7 @@ def benchmark_bundles(
     samples: int,
     rounds: int,
     on_round: Callable[[], None] | None = None,
+    uniform: MakeUniform | None = None,
 ) -> BundleTimings:
     """Time the steps of bundles on this machine.
 
@@ -191,13 +198,14 @@ def benchmark_bundles(
         samples: in one call.
         rounds: calls of each case that are timed.
         on_round: called after each round, warm-up included.
+        uniform: makes plans in one format everywhere, to be timed beside a bundle's own.
 
     Raises:
         UserError: as `Bundle.open`; more samples than an optimization profile admits.
     """
     with ExitStack() as stack:
         bundles = [(path, stack.enter_context(Bundle.open(path, backend))) for path in paths]
-        cases = [case for path, bundle in bundles for case in _cases(bundle, path, samples, stack)]
+        cases = [case for path, bundle in bundles for case in _cases(bundle, path, samples, stack, uniform)]
         for turn in range(WARM_UP_ROUNDS + rounds):
             for case in cases:
                 elapsed_ms = case.call(samples)
@@ -212,16 +220,23 @@ def benchmark_bundles(
     return BundleTimings(machine=machine(*ran), timings=timings, starts=starts)
 
 
-def _cases(bundle: Bundle, path: Path, samples: int, stack: ExitStack) -> list[_Case]:
-    policy, own = bundle.policy, partial(bundle.runner, True)
+def _cases(bundle: Bundle, path: Path, samples: int, stack: ExitStack, uniform: MakeUniform | None) -> list[_Case]:
+    policy, own, steps = bundle.policy, partial(bundle.runner, True), bundle.policy.steps
     firsts = [policy.step_assignments.index(i) for i in range(len(policy.assignments))]
-    cases = [_Case(bundle, path, "policy", tuple(range(policy.steps)), own, True)]
-    cases += [_Case(bundle, path, f"assignment {i}", (step,), own, True) for i, step in enumerate(firsts)]
+    cases = [_Case(bundle, path, "policy", tuple(range(steps)), own, True, steps)]
+    cases += [_Case(bundle, path, f"assignment {i}", (step,), own, True, steps) for i, step in enumerate(firsts)]
     if not bundle.choice.plans:
-        return [*cases, _Case(bundle, path, FULL_PRECISION, (0,), partial(bundle.runner, False), False)]
-    for name, runner in _comparisons(bundle, samples).items():
+        return [*cases, _Case(bundle, path, FULL_PRECISION, (0,), partial(bundle.runner, False), False, steps)]
+    rows = samples * (2 if bundle.files.two_branches else 1)
+    files = None if uniform is None else uniform(bundle.files, bundle.choice, rows)
+    if files is not None:
+        other = stack.enter_context(Bundle(files, bundle.choice.name))
+        for step in range(other.policy.steps):
+            name = f"uniform {next(iter(other.formats(step).values())).name}"
+            cases.append(_Case(other, path, name, (step,), partial(other.runner, True), True, steps))
+    for name, runner in _comparisons(bundle, rows).items():
         stack.enter_context(runner)
-        cases.append(_Case(bundle, path, name, (0,), partial(_same, runner), False))
+        cases.append(_Case(bundle, path, name, (0,), partial(_same, runner), False, steps))
     return cases
 
 
@@ -229,12 +244,11 @@ def _same(runner: StepRunner) -> StepRunner:
     return runner
 
 
-def _comparisons(bundle: Bundle, samples: int) -> dict[str, StepRunner]:
+def _comparisons(bundle: Bundle, rows: int) -> dict[str, StepRunner]:
     """Plans of the same model without formats, compiled for this."""
     if bundle.choice.name != "rtx" or bundle.sizes:
         log.info("'%s': there is nothing to compare with: plans of TensorRT-RTX of one size only", bundle.files.folder)
         return {}
-    rows = samples * (2 if bundle.files.two_branches else 1)
     plans = build_comparison_plans(bundle.files, bundle.choice.plans[0].target, rows)
     return {name: ComparisonSteps(bundle.files, plan, name, rows) for name, plan in plans.items()}
 
@@ -259,7 +273,7 @@ def _start(path: Path, bundle: Bundle, kernels: bool | None, make: Callable[[], 
             began = time.perf_counter()
             with runner.working():
                 request = bundle.request(bundle.noise([0]), bundle.conditioning([0]))
-                *_, _last = runner.generation(request).run()
+                *_, _last = runner.loop(request).run()
                 runner.synchronize()
             seconds.append(time.perf_counter() - began)
         memory = runner.used_bytes()
@@ -291,6 +305,7 @@ def _timing(case: _Case, samples: int, medians: Mapping[tuple[Path, str], float]
         least_ms=times[0],
         p10_ms=times[len(times) // 10],
         p90_ms=times[min(9 * len(times) // 10, len(times) - 1)],
+        picture_seconds=case.loop_steps * median / 1e3,
         speed_up=_ratio(medians.get((case.path, FULL_PRECISION)), median),
         speed_up_16=_ratio(medians.get((case.path, SIXTEEN_BITS)), median),
     )

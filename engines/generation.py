@@ -73,7 +73,7 @@ class DenoisingRequest:
         return {name: value for name, value in values.items() if name in self.inputs}
 
 
-class Generation(ABC):
+class DenoisingLoop(ABC):
     """A run of the loop on a backend, which binds once what stays the same over the steps.
 
     Attributes:
@@ -90,15 +90,29 @@ class Generation(ABC):
         Yields:
             The latents after each step, float32 [samples, *latent_shape], where the backend computes.
         """
-        yield from self.request.schedule.begin(self.first_latents()).run(self._velocity)
+        start = self.request.schedule.begin(self.first_latents())
+        yield from start.run(lambda latents, step: self.guided(self.predict(latents, step)))
 
-    def _velocity(self, latents: Array, step: int) -> Array:
+    def guided(self, prediction: Array) -> Array:
+        """The velocity that the scheduler takes a step with, [samples, ...], of both branches' predictions."""
         request = self.request
-        return guide(self.predict(latents, step), len(latents), request.guidance, request.rescaled_guidance)
+        return guide(prediction, len(request.latents), request.guidance, request.rescaled_guidance)
 
     @abstractmethod
     def first_latents(self) -> Array:
         """The request's, as float32, where the backend computes."""
+
+    @abstractmethod
+    def inputs(self, latents: Array, step: int) -> Arrays:
+        """The model's inputs at a step, where the backend computes; those of several runs may share a call.
+
+        Args:
+            latents: float32 [samples, *latent_shape].
+            step: index in the loop.
+
+        Returns:
+            Name → [rows, ...]; valid until they are asked for again.
+        """
 
     @abstractmethod
     def predict(self, latents: Array, step: int) -> Array:
@@ -113,7 +127,7 @@ class Generation(ABC):
         """
 
 
-class ArrayGeneration(Generation):
+class ArrayLoop(DenoisingLoop):
     """A run of the loop on the processor, in NumPy."""
 
     def __init__(self, run: Callable[[int, Arrays, tuple[int, ...] | None], Array], request: DenoisingRequest) -> None:
@@ -130,10 +144,13 @@ class ArrayGeneration(Generation):
         """As an array."""
         return as_array(self.request.latents)
 
+    def inputs(self, latents: Array, step: int) -> dict[str, np.ndarray]:
+        """As arrays."""
+        return array_inputs(replace(self.request, latents=latents), step)
+
     def predict(self, latents: Array, step: int) -> Array:
         """As an array."""
-        request = replace(self.request, latents=latents)
-        return self._run(step, array_inputs(request, step), request.size)
+        return self._run(step, self.inputs(latents, step), self.request.size)
 
 
 def array_inputs(request: DenoisingRequest, step: int) -> dict[str, np.ndarray]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from adatsq_trt.engines.backends.base import StepRunner
+from adatsq_trt.engines.backends.base import StepRunner, closed_error
 from adatsq_trt.engines.backends.selection import BackendName, choose, make_runner
 from adatsq_trt.engines.bundle import CONDITIONAL, UNCONDITIONAL, VAE_FOLDER, BundleFiles, Manifest, require_prompts
 from adatsq_trt.engines.generation import TIME_INPUT as TIME_INPUT
@@ -79,6 +79,7 @@ class Bundle:
         self._resources = ExitStack()
         self._runners: dict[bool, StepRunner] = {}
         self._vae: Vae | None = None
+        self._closed = False
 
     @classmethod
     def open(cls, path: Path | str, backend: BackendName = "auto") -> Self:
@@ -100,6 +101,7 @@ class Bundle:
 
     def __enter__(self) -> Self:
         """Take the bundle."""
+        self._require_open()
         return self
 
     def __exit__(
@@ -109,10 +111,15 @@ class Bundle:
         self.close()
 
     def close(self) -> None:
-        """Give the memory back; sessions are made anew when they are needed again."""
-        self._resources.close()
+        """Give the memory back; what the files say can still be asked, but nothing runs any more."""
+        self._closed = True
         self._runners.clear()
         self._vae = None
+        self._resources.close()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise closed_error(self.files)
 
     # ------------------------------------------------------------------------------------------- what it holds
 
@@ -184,7 +191,9 @@ class Bundle:
             MismatchError: a size that the bundle does not have.
             DamagedFileError: the bundle's VAE cannot be loaded.
             DependencyError: it needs diffusers, which is not installed.
+            UserError: the bundle is closed.
         """
+        self._require_open()
         images = self.manifest.shape(size).image.decode(latents)
         if not self.manifest.image.vae:
             return images
@@ -221,8 +230,8 @@ class Bundle:
             The predicted velocity, float32 [rows, *latent_shape]: of the latents' kind, as `denoise` gives it.
 
         Raises:
-            UserError: a step or size that the bundle does not have; inputs of other names or shapes. Nothing is loaded
-                then.
+            UserError: a step or size that the bundle does not have; inputs of other names or shapes; the bundle is
+                closed. Nothing is loaded then.
         """
         if not 0 <= step < self.policy.steps:
             raise UserError(f"step {step}: the bundle's policy has steps 0 to {self.policy.steps - 1}")
@@ -256,15 +265,16 @@ class Bundle:
             float32 [samples, *latent_shape]: an array for an array, a tensor on the latents' device for a tensor.
 
         Raises:
-            UserError: another number of steps or size; latents or conditioning of other names or shapes.
+            UserError: another number of steps or size; latents or conditioning of other names or shapes; the bundle is
+                closed, before or in the middle of the loop.
         """
         self.require_steps(steps)
         request = self.request(latents, conditioning, guidance, size)
         runner = self.runner(quantized)
-        generation = runner.generation(request)
+        loop = runner.loop(request)
         with runner.working():
             reached: Array = latents
-            for step, reached in enumerate(generation.run()):
+            for step, reached in enumerate(loop.run()):
                 if callback is not None:
                     told = partial(like, latents, reached)
                     callback(StepResult(step, request.schedule.steps, self.bucket(step), told))
@@ -362,8 +372,9 @@ class Bundle:
             quantized: follow the policy; otherwise full precision.
 
         Raises:
-            UserError: a library refuses a plan or a graph.
+            UserError: a library refuses a plan or a graph; the bundle is closed.
         """
+        self._require_open()
         if quantized not in self._runners:
             runner = make_runner(self.files, self.choice, quantized)
             self._runners[quantized] = self._resources.enter_context(runner)

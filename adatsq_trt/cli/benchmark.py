@@ -13,7 +13,9 @@ from adatsq_trt.cli.backends import BackendName
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from adatsq_trt.engines.backends.selection import BackendChoice
     from adatsq_trt.engines.benchmark import BundleTimings
+    from adatsq_trt.engines.bundle import BundleFiles
 
 
 def kernels(
@@ -91,9 +93,18 @@ def bundle(
             show_default="none",
         ),
     ] = None,
+    uniform: Annotated[
+        bool,
+        typer.Option(
+            "--uniform/--no-uniform",
+            help="Beside plans, build and time plans that have one of the policy's formats everywhere.",
+        ),
+    ] = True,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Time a bundle's steps: by its policy, in each assignment, and in full precision.
+
+    Beside plans on a GPU also in each of the policy's formats alone, and in 16 bits.
 
     Example: adatsq-trt benchmark bundle runs/demo
     """
@@ -106,7 +117,7 @@ def bundle(
     if layer_times is not None:
         _write_layer_times(bundles, backend, rounds, layer_times)
     with progress("benchmark", WARM_UP_ROUNDS + rounds) as advance:
-        result = benchmark_bundles(bundles, backend, samples, rounds, advance)
+        result = benchmark_bundles(bundles, backend, samples, rounds, advance, _uniform if uniform else None)
     if output is not None:
         write_json_model(output, result)
     if json:
@@ -120,6 +131,13 @@ def bundle(
             f"{start.bundle}{kernels}: loads in {start.load_seconds:.1f} s, first picture {start.first_seconds:.2f} s, "
             f"then {start.next_seconds:.2f} s; {start.memory_bytes / 1e9:.2f} GB of the card in use"
         )
+
+
+def _uniform(files: BundleFiles, choice: BackendChoice, rows: int) -> BundleFiles | None:
+    """Made beside plans only, and the exporter takes seconds to import."""
+    from adatsq_trt.stages.uniform_plans import uniform_bundle
+
+    return uniform_bundle(files, choice, rows)
 
 
 def _write_layer_times(bundles: list[Path], backend: BackendName, rounds: int, output: Path) -> None:
@@ -141,14 +159,15 @@ def _timing_table(result: BundleTimings) -> Table:
 
     several = len({timing.bundle for timing in result.timings}) > 1
     of_16 = any(timing.speed_up_16 is not None for timing in result.timings)
-    columns = ("case", "formats", "steps/s", "median ms", "10 % to 90 %", "of full precision")
+    columns = ("case", "formats", "steps/s", "median ms", "10 % to 90 %", "s/picture", "of full precision")
     table = Table(*columns, *(["of 16 bits"] if of_16 else []), box=None)
     for row in result.timings:
         name = f"{row.bundle}: {row.case}" if several else row.case
         formats = ", ".join(f"{count} {fmt}" for fmt, count in row.formats.items())
         spread = f"{row.p10_ms:.1f} to {row.p90_ms:.1f}"
         faster = [_times(row.speed_up), *([_times(row.speed_up_16)] if of_16 else [])]
-        table.add_row(name, formats, f"{row.steps_per_second:.2f}", f"{row.median_ms:.1f}", spread, *faster)
+        times = (f"{row.steps_per_second:.2f}", f"{row.median_ms:.1f}", spread, f"{row.picture_seconds:.2f}")
+        table.add_row(name, formats, *times, *faster)
     machine, first = result.machine, result.timings[0]
     where = machine.gpu or f"{machine.processor} ({', '.join(machine.instructions)}), {machine.cores} cores"
     versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())

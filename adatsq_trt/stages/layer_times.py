@@ -182,16 +182,16 @@ def _cases(files: BundleFiles, choice: BackendChoice, shape: LayerShape, folder:
 def _formats(files: BundleFiles, target: str, shape: LayerShape) -> list[Format]:
     """Formats that the target accelerates and the layer's width admits, with the bundle's 16-bit type."""
     manifest = files.manifest
-    whole = manifest.backend == TensorRTBackend.name or manifest.layout == PLUGIN_LAYOUT
     other = "fp16" if manifest.base_type == "bfloat16" else "bf16"
     names = TARGETS[target].accelerated(manifest.layout, manifest.backend) - {other}
-    formats = [FORMATS[name] for name in sorted(names)]
+    return [FORMATS[name] for name in sorted(names) if suits(manifest, FORMATS[name], shape.in_features)]
 
-    def suits(fmt: Format) -> bool:
-        grids = [grid for grid in (fmt.weight, fmt.activation) if grid.group_size]
-        return all(grid.group_of(shape.in_features, whole=whole) is not None for grid in grids)
 
-    return [fmt for fmt in formats if suits(fmt)]
+def suits(manifest: Manifest, fmt: Format, in_features: int) -> bool:
+    """Whether a bundle's plans can have a format in a layer with so many inputs."""
+    whole = manifest.backend == TensorRTBackend.name or manifest.layout == PLUGIN_LAYOUT
+    grids = [grid for grid in (fmt.weight, fmt.activation) if grid.group_size]
+    return all(grid.group_of(in_features, whole=whole) is not None for grid in grids)
 
 
 class _OneLayer(nn.Module):
@@ -224,11 +224,10 @@ def _write_bundle(
     _export(manifest, shape, policy, folder)
     scales = {fmt.name: torch.full((steps, 1), 1 / 64) for fmt in formats if fmt.scaled_activation}
     write_tensors(folder / SCALES_NAME, scales)
-    sigmas = tuple(1 - step / steps for step in range(steps + 1))
     own = manifest.model_copy(
         update={
             "model": _LAYER,
-            "schedule": ScheduleRecord(sigmas=sigmas, timesteps=sigmas[:-1], scheduler_config={}),
+            "schedule": linear_schedule(steps),
             "latent_shape": (1,),  # nobody decodes what a layer puts out
             "image": ImageSpec(patches=1, channels=1, patch_size=1),
             "shapes": (),
@@ -240,7 +239,7 @@ def _write_bundle(
     )
     write_manifest(folder, own)
     opened = BundleFiles.open(folder)
-    batch, compiler = BatchRange(1, 1, 1), _compiler(files)
+    batch, compiler = BatchRange(1, 1, 1), compiler_of(files)
     if manifest.layout == PLUGIN_LAYOUT:
         batch = plugin_profiles(opened.graph("target", None), steps, batch)
         (folder / PLUGIN_LIBRARY).parent.mkdir(parents=True)
@@ -264,7 +263,14 @@ def _export(manifest: Manifest, shape: LayerShape, policy: Policy, folder: Path)
         export_graphs(traced, policy, weights, folder / GRAPH_FOLDER, manifest.base_type, (), ("target", "cpu"))
 
 
-def _compiler(files: BundleFiles) -> NetworkCompiler:
+def linear_schedule(steps: int) -> ScheduleRecord:
+    """A schedule for a bundle whose steps are there to be timed one by one."""
+    sigmas = tuple(1 - step / steps for step in range(steps + 1))
+    return ScheduleRecord(sigmas=sigmas, timesteps=sigmas[:-1], scheduler_config={})
+
+
+def compiler_of(files: BundleFiles) -> NetworkCompiler:
+    """Make the compiler of a bundle's plans."""
     manifest = files.manifest
     if manifest.backend != TensorRTBackend.name:
         return RtxBackend()

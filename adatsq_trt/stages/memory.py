@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
@@ -55,6 +56,8 @@ class Model:
         resident_bytes: of the transformer, with what a call makes of a stored weight.
         file_bytes: of the largest weight file, where it is mapped as a whole while it is read.
         copied: whether the export makes a copy of the weights.
+        latent_bytes: of one sample in float32.
+        carried: clean latents of earlier steps that a state of the loop has beside its latent; none by Euler's method.
     """
 
     weights: int
@@ -65,6 +68,8 @@ class Model:
     resident_bytes: int
     file_bytes: int
     copied: bool
+    latent_bytes: int
+    carried: int
 
 
 def plan_memory(
@@ -124,22 +129,22 @@ def needed_bytes(settings: Settings, model: Model, before: int) -> dict[str, int
     sums = max(sum(hessian_bytes(width for width, _ in block)) for block in model.shapes)
     sums += max(sum(4 * width**2 for width, _ in block) for block in model.shapes)
     shared = gradient_bytes(settings, flow, model.shapes)
-    call = _call_bytes(settings, flow)
+    call, (loop, adjoints, paths) = _call_bytes(settings, flow), state_bytes(settings, model)
     rounded = max(_ROUNDED * 4 * width * rows for width, rows in pairs)
     solver = max(_SOLVER * width**2 for width, _ in pairs)
     block_codes = max(sum(4 * width * rows for width, rows in block) for block in model.shapes)
-    search = call + rounded
+    search = loop + call + rounded
     if settings.policy is None:
-        search = max(search, sensitivity)
+        search = loop + adjoints + max(sensitivity, paths + call + rounded)
     copy = _EXPORT if model.copied else 0
     return {
         "embed": before + model.encoder_bytes,
         "loading": held + model.file_bytes,
-        "calibrate": held + max(fisher, call + sums, shared),
-        "quantize": held + max(solver + rounded + block_codes, _clip_bytes(settings, flow, pairs)),
+        "calibrate": held + loop + max(fisher, call + sums, shared),
+        "quantize": held + max(solver + rounded + block_codes, loop + _clip_bytes(settings, flow, pairs)),
         "search": held + search,
         # Of a block the sums of two second moments in each format, and those of one part of the batch.
-        "refine": held + max(call + rounded + 2 * sums, solver + rounded) if settings.refine else 0,
+        "refine": held + loop + max(call + rounded + 2 * sums, solver + rounded) if settings.refine else 0,
         "export": held + max(copy * 2 * model.weights, call + rounded, 8 * model.encodings),
         BUNDLE: before + int(_compiled(settings) * 2 * model.weights),
     }
@@ -168,6 +173,22 @@ def sweep_bytes(settings: Settings, flow: Flow, shapes: Sequence[tuple[int, int]
     # Outputs of a layer in all formats, twice, the exact one and the rounded input.
     measured = samples * (2 * len(settings.formats) + 2) * flow.largest_bytes + _ROUNDED * largest
     return fisher, samples * flow.block_backward_bytes(settings.projections) + measured
+
+
+def state_bytes(settings: Settings, model: Model) -> tuple[int, int, int]:
+    """Estimate the bytes of the states of loops: latents, and the clean ones that multistep schedulers carry.
+
+    Args:
+        settings: of the run.
+        model: its model.
+
+    Returns:
+        A batch's loop, as it is made and as one tensor; the gradients of its states; the states of a beam's paths.
+    """
+    state, calibrated = (1 + model.carried) * model.latent_bytes, settings.calibration_samples
+    loop = (settings.steps + 1) * state
+    paths = settings.beam * (settings.candidates + 1) * calibrated * state
+    return 2 * _most_samples(settings) * loop, settings.projections * calibrated * loop, paths
 
 
 def _clip_bytes(settings: Settings, flow: Flow, shapes: Sequence[tuple[int, int]]) -> int:
@@ -207,7 +228,8 @@ def _model(settings: Settings, outline: LoadedModel, pipeline: OpenedPipeline | 
         tuple((linears[name].in_features, linears[name].out_features) for name in names)
         for names in adapter.layers_by_block().values()
     )
-    flow = measure_flow(adapter, adapter.schedule(settings.steps), settings.guidance)
+    schedule = adapter.schedule(settings.steps)
+    flow = measure_flow(adapter, schedule, settings.guidance)
     tensors, prompts = adapter.encode([0]).conditional.values(), len(adapter.prompts) + 1
     encodings = prompts * sum(tensor.numel() for tensor in tensors)
     weights = count_weights(adapter.transformer)
@@ -215,10 +237,16 @@ def _model(settings: Settings, outline: LoadedModel, pipeline: OpenedPipeline | 
     if pipeline is not None:
         copied = pipeline.mapped_types != {getattr(torch, settings.base_type)}
         loading = (pipeline.encoder_bytes, pipeline.resident_bytes, pipeline.file_bytes, copied)
-    return Model(weights, shapes, flow, encodings, *loading)
+    latent_bytes = torch.float32.itemsize * prod(adapter.latent_shape)
+    return Model(weights, shapes, flow, encodings, *loading, latent_bytes, schedule.solver.memory)
 
 
 def _call_bytes(settings: Settings, flow: Flow) -> int:
     """Estimate the bytes that a call of the model in full precision needs for the largest batch."""
+    return _most_samples(settings) * _ALIVE * flow.largest_bytes
+
+
+def _most_samples(settings: Settings) -> int:
+    """Samples of the largest batch that is denoised at once."""
     judged = min(SAMPLES_PER_CALL, max(settings.selection_samples, settings.held_out_samples))
-    return max(settings.calibration_samples, judged) * _ALIVE * flow.largest_bytes
+    return max(settings.calibration_samples, judged)

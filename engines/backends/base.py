@@ -8,12 +8,16 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
 
-from adatsq_trt.engines.generation import Array, ArrayGeneration, Arrays, DenoisingRequest, Generation
+from adatsq_trt.engines.generation import Array, ArrayLoop, Arrays, DenoisingLoop, DenoisingRequest
+from adatsq_trt.errors import UserError
 from adatsq_trt.formats import Target
+
+if TYPE_CHECKING:
+    from adatsq_trt.engines.bundle import BundleFiles
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,10 @@ class StepRunner(ABC):
     It holds every weight once, however many assignments use it.
     """
 
+    def __init__(self, files: BundleFiles) -> None:
+        """Take a bundle's files."""
+        self._files, self._closed = files, False
+
     def __enter__(self) -> Self:
         """Take the runner."""
         return self
@@ -126,11 +134,19 @@ class StepRunner(ABC):
             step: index in the loop.
             inputs: name → [rows, ...], float32 arrays or tensors.
             size: in pixels, one of the bundle's; None for its own.
+
+        Raises:
+            UserError: as `require_open`.
         """
 
-    def generation(self, request: DenoisingRequest) -> Generation:
-        """Begin a run of the denoising loop."""
-        return ArrayGeneration(self.run, request)
+    def loop(self, request: DenoisingRequest) -> DenoisingLoop:
+        """Begin a run of the denoising loop.
+
+        Raises:
+            UserError: as `require_open`.
+        """
+        self.require_open()
+        return ArrayLoop(self.run, request)
 
     def working(self) -> AbstractContextManager[None]:
         """Return the context manager that the loop runs in."""
@@ -139,9 +155,29 @@ class StepRunner(ABC):
     def synchronize(self) -> None:  # noqa: B027 - most have nothing to wait for
         """Wait until all that was begun is done."""
 
-    @abstractmethod
+    def require_open(self) -> None:
+        """Refuse a call after `close`.
+
+        Raises:
+            UserError: names the bundle.
+        """
+        if self._closed:
+            raise closed_error(self._files)
+
     def close(self) -> None:
-        """Give the memory back; the runner is of no use afterwards."""
+        """Give the memory back; every later call is refused, also by loops that had begun."""
+        if not self._closed:
+            self._closed = True
+            self._free()
+
+    @abstractmethod
+    def _free(self) -> None:
+        """Give the memory back."""
+
+
+def closed_error(files: BundleFiles) -> UserError:
+    """Say that a bundle was closed before it was called."""
+    return UserError(f"bundle '{files.folder}' is closed and its memory given back; open it again with Bundle.open")
 
 
 class Backend(ABC):

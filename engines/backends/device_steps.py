@@ -13,7 +13,7 @@ import numpy as np
 from adatsq_trt.engines.backends.base import StepRunner
 from adatsq_trt.engines.backends.cuda_device import CudaDevice
 from adatsq_trt.engines.bundle import BundleFiles
-from adatsq_trt.engines.generation import Array, Arrays, DenoisingRequest, Generation
+from adatsq_trt.engines.generation import Array, Arrays, DenoisingLoop, DenoisingRequest
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +58,8 @@ class DeviceSteps(StepRunner):
             files: the bundle.
             device: the GPU unless given.
         """
-        self._files, self._gpu = files, device or CudaDevice()
+        super().__init__(files)
+        self._gpu = device or CudaDevice()
         self._lock = RLock()
         self._call: RowBuffers | None = None
 
@@ -81,6 +82,9 @@ class DeviceSteps(StepRunner):
 
         Returns:
             The output buffer, [rows, *latent_shape] in the graph's type, which the next step overwrites.
+
+        Raises:
+            UserError: as `require_open`.
         """
 
     def run(self, step: int, inputs: Arrays, size: Size = None) -> Array:
@@ -89,6 +93,7 @@ class DeviceSteps(StepRunner):
 
         given = next(iter(inputs.values()))
         with self._lock, self._gpu.work():
+            self.require_open()
             if self._call is None or not self._call.fits(len(given), size):
                 self._call = RowBuffers(self, len(given), size)
             for name, value in inputs.items():
@@ -99,10 +104,11 @@ class DeviceSteps(StepRunner):
                 return np.asarray(velocity.cpu().numpy())
             return velocity
 
-    def generation(self, request: DenoisingRequest) -> DeviceGeneration:
+    def loop(self, request: DenoisingRequest) -> DeviceLoop:
         """Begin a run of the loop with buffers of its own."""
         with self._lock, self._gpu.work():
-            return DeviceGeneration(self, request)
+            self.require_open()
+            return DeviceLoop(self, request)
 
     def working(self) -> AbstractContextManager[None]:
         """Keep what PyTorch does meanwhile in order with the steps."""
@@ -112,9 +118,9 @@ class DeviceSteps(StepRunner):
         """Wait for the device; raises what went wrong there."""
         self._gpu.synchronize()
 
-    def timed(self, generation: Generation, latents: Array, step: int) -> float:
+    def timed(self, loop: DenoisingLoop, latents: Array, step: int) -> float:
         """Milliseconds of one call of the model on the device."""
-        return self._gpu.timed(lambda: generation.predict(latents, step))
+        return self._gpu.timed(lambda: loop.predict(latents, step))
 
     def timed_step(self, step: int, buffers: RowBuffers) -> float:
         """Milliseconds of one step's graph or plan alone, with inputs that are there."""
@@ -132,9 +138,13 @@ class DeviceSteps(StepRunner):
         """Shapes of the inputs with rows."""
         return {s.name: (rows, *map(int, s.shape[1:])) for s in self._files.row_inputs(size)}
 
-    def close(self) -> None:
-        """Free the buffers."""
-        self._call = None
+    def _free(self) -> None:
+        """Wait for what was enqueued, as by a loop that was left in the middle: it uses this memory."""
+        with self._lock:
+            try:
+                self._gpu.synchronize()
+            finally:
+                self._call = None
 
 
 class RowBuffers:
@@ -163,7 +173,7 @@ class RowBuffers:
         return self._output
 
 
-class DeviceGeneration(Generation):
+class DeviceLoop(DenoisingLoop):
     """A run of the loop on the device: between two steps nothing leaves it, and nothing waits for it."""
 
     def __init__(self, runner: DeviceSteps, request: DenoisingRequest) -> None:
@@ -184,14 +194,19 @@ class DeviceGeneration(Generation):
         given = self.request.latents
         return self._runner.empty(tuple(given.shape), torch.float32).copy_(_tensor(given))
 
-    def predict(self, latents: Array, step: int) -> torch.Tensor:
-        """Enqueue the model."""
+    def inputs(self, latents: Array, step: int) -> dict[str, torch.Tensor]:
+        """On the device, in the graphs' types: the buffers of this run."""
         request, rows = self.request, self._buffers.rows
         samples = len(latents)
         for branch in range(request.conditioning.branches):
             rows[request.latent_input][branch * samples : (branch + 1) * samples].copy_(_tensor(latents))
         for name, value in request.row_values(step).items():
             rows[name].fill_(value)
+        return rows
+
+    def predict(self, latents: Array, step: int) -> torch.Tensor:
+        """Enqueue the model."""
+        self.inputs(latents, step)
         return self._runner.enqueue(step, self._buffers).float()
 
 

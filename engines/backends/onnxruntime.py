@@ -129,20 +129,21 @@ class OnnxRuntimeSteps(StepRunner):
             files: the bundle.
             graph: the one of all assignments, or the reference.
         """
-        self._files, self._graph = files, graph
+        super().__init__(files)
+        self._graph = graph
         self._runner = OnnxRuntimeBackend().load(files.graph_path(graph))
         self._controls: dict[tuple[int, tuple[int, ...] | None], dict[str, np.ndarray]] = {}
 
     def run(self, step: int, inputs: Arrays, size: tuple[int, ...] | None = None) -> np.ndarray:
         """Run the session, with its branches and scales set for a step; they are the same for all calls of a step."""
+        self.require_open()
         key = (step, size)
         if key not in self._controls:
             self._controls[key] = self._files.controls(self._graph, step, size)
         arrays = {name: as_array(value) for name, value in inputs.items()}
         return self._runner.run({**arrays, **self._controls[key]})[self._graph.outputs[0].name]
 
-    def close(self) -> None:
-        """Free the session."""
+    def _free(self) -> None:
         self._runner.close()
 
 

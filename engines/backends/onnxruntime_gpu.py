@@ -64,6 +64,7 @@ class OnnxRuntimeGpuSteps(DeviceSteps):
     def enqueue(self, step: int, buffers: RowBuffers) -> torch.Tensor:
         """Bind a step's tensors to the session and run it."""
         with self._lock:
+            self.require_open()
             binding = self._session.io_binding()
             for name, value in {**buffers.rows, **self._controls_of(step, buffers.size)}.items():
                 if isinstance(value, np.ndarray):
@@ -98,8 +99,10 @@ class OnnxRuntimeGpuSteps(DeviceSteps):
 
         return self.empty(value.shape, torch.float32).copy_(torch.from_numpy(value))
 
-    def close(self) -> None:
+    def _free(self) -> None:
         """Free the session."""
-        super().close()
-        self._controls.clear()
-        del self._session
+        try:
+            super()._free()
+        finally:
+            self._controls.clear()
+            del self._session

@@ -112,10 +112,12 @@ class PlanSteps(DeviceSteps):
 
     def enqueue(self, step: int, buffers: RowBuffers) -> torch.Tensor:
         """Bind a step's tensors to its engine and enqueue it."""
-        held, stream = self._held(step), self._gpu.stream
-        files, size, context = self._files, buffers.size, self._contexts[held]
+        files, size, stream = self._files, buffers.size, self._gpu.stream
         profiles = files.manifest.profiles_of(files.manifest.shape(size), files.policy.step_assignments[step])
         with self._lock:
+            self.require_open()
+            held = self._held(step)
+            context = self._contexts[held]
             context.use_profile(self._plans[held].profile(buffers.count, profiles), stream)
             for name, tensor in buffers.rows.items():
                 context.set_shape(name, tensor.shape)
@@ -128,8 +130,11 @@ class PlanSteps(DeviceSteps):
             self._called(held, buffers.count, size, time.perf_counter() - began)
         return output
 
-    def close(self) -> None:
+    def _free(self) -> None:
         """Free the engines."""
-        super().close()
-        self._contexts.clear()
-        self._controls.clear()
+        try:
+            super()._free()
+        finally:
+            self._contexts.clear()
+            self._controls.clear()
+            del self._activations

@@ -141,22 +141,23 @@ class RtxSteps(PlanSteps):
         return CompiledKernels(self._compile_seconds, self._known, self._cache_file)
 
     def _called(self, held: int | None, rows: int, size: tuple[int, ...] | None, seconds: float) -> None:
-        """Note that kernels were compiled."""
+        """Note that kernels were compiled, and keep them once the first calls of all engines are done."""
         call = (held, rows, size)
         if call not in self._compiled:
             self._compiled.add(call)
             self._unsaved = True
             self._compile_seconds += seconds
+        elif self._unsaved and self._compiled.issuperset((other, rows, size) for other in self._contexts):
+            self._save_cache()  # a server or a pipeline may never wait, or be killed
 
     def synchronize(self) -> None:
         """Wait for the device, and keep what it compiled: a process that is killed later need not compile again."""
         super().synchronize()
         self._save_cache()
 
-    def close(self) -> None:
-        """Free the engines."""
+    def _free(self) -> None:
         self._save_cache()
-        super().close()
+        super()._free()
 
     def _save_cache(self) -> None:
         if not self._unsaved or not self._keep_kernels:
@@ -226,8 +227,18 @@ def cache_file(files: BundleFiles, gpu: str) -> Path:
         gpu: its name and its driver's version.
     """
     digest = hashlib.sha256(f"{sha256(files.folder / MANIFEST_NAME)} {gpu}".encode()).hexdigest()[:16]
+    return cache_folder(files, CACHE_FOLDER) / f"{digest}.bin"
+
+
+def cache_folder(files: BundleFiles, name: str) -> Path:
+    """A folder beside a bundle, or in the user's cache folder where that is read-only.
+
+    Args:
+        files: the bundle.
+        name: of the folder.
+    """
     beside = files.folder.parent
-    folder = beside / CACHE_FOLDER
+    folder = beside / name
     if not os.access(folder if folder.exists() else beside, os.W_OK):
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "adatsq-trt", CACHE_FOLDER)
-    return folder / f"{digest}.bin"
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "adatsq-trt", name)
+    return folder

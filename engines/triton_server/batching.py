@@ -8,12 +8,14 @@ run at a time, that wait is bounded.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
+from adatsq_trt.engines.generation import Array, DenoisingLoop, as_array
 from adatsq_trt.engines.runtime import Bundle, Conditioning
-from adatsq_trt.solver import Denoising, guide
+from adatsq_trt.solver import Denoising, State
 
 _REFERENCE = -1  # group of all steps in full precision, which have no scales
 
@@ -27,17 +29,24 @@ class Generation:
         conditioning: of every sample.
         guidance: scale of guidance.
         quantized: follow the policy; otherwise full precision.
+        placed: the run where the bundle computes, from the first step on.
     """
 
-    loop: Denoising[np.ndarray]
+    loop: Denoising[Array]
     conditioning: Conditioning
     guidance: float
     quantized: bool = True
+    placed: DenoisingLoop | None = field(default=None, init=False)
+
+    @property
+    def samples(self) -> int:
+        """How many there are."""
+        return len(self.loop.latent)
 
     @property
     def latents(self) -> np.ndarray:
-        """After the steps that are done."""
-        return self.loop.latent
+        """After the steps that are done; asking for them on a GPU waits until they are."""
+        return as_array(self.loop.latent)
 
     @property
     def step(self) -> int:
@@ -83,21 +92,43 @@ class StepBatcher:
         group = self._group(waiting[0])
         chosen, samples = [], 0
         for generation in waiting:
-            if self._group(generation) == group and samples + len(generation.latents) <= self._max_samples:
+            if self._group(generation) == group and samples + generation.samples <= self._max_samples:
                 chosen.append(generation)
-                samples += len(generation.latents)
+                samples += generation.samples
         return chosen
 
     def advance(self, chosen: Sequence[Generation]) -> None:
-        """Advance generations that `choose` gave by a step each, with one call of the denoiser."""
-        bundle = self._bundle
-        parts = [bundle.step_inputs(g.step, g.latents, g.conditioning, g.guidance) for g in chosen]
-        inputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        prediction = bundle.predict(chosen[0].step, inputs, chosen[0].quantized)
-        ends = np.cumsum([len(part[bundle.latent_input]) for part in parts])
-        for generation, rows in zip(chosen, np.split(prediction, ends[:-1]), strict=True):
-            rescaled = bundle.manifest.rescaled_guidance
-            generation.loop.advance(guide(rows, len(generation.latents), generation.guidance, rescaled))
+        """Advance generations that `choose` gave by a step each, with one call of the denoiser.
+
+        On a GPU nothing is read back, and nothing is brought there but by a generation's first step.
+        """
+        first, start = chosen[0], 0
+        with self._bundle.runner(first.quantized).working():
+            placed = [self._place(generation) for generation in chosen]
+            parts = [own.inputs(g.loop.latent, g.step) for own, g in zip(placed, chosen, strict=True)]
+            inputs = {name: _joined([part[name] for part in parts]) for name in parts[0]}
+            prediction = self._bundle.predict(first.step, inputs, first.quantized)
+            for own, generation in zip(placed, chosen, strict=True):
+                generation.loop.advance(own.guided(prediction[start : start + own.request.rows]))
+                start += own.request.rows
+
+    def _place(self, generation: Generation) -> DenoisingLoop:
+        """Bring latents and conditioning to where the bundle computes, once."""
+        if generation.placed is None:
+            loop = generation.loop
+            request = self._bundle.request(loop.latent, generation.conditioning, generation.guidance)
+            generation.placed = self._bundle.runner(generation.quantized).loop(request)
+            loop.state = State(generation.placed.first_latents())
+        return generation.placed
 
     def _group(self, generation: Generation) -> int:
         return self._groups[generation.step] if generation.quantized else _REFERENCE
+
+
+def _joined(rows: list[Any]) -> Array:
+    """Rows of several generations one behind the other, where they are."""
+    if isinstance(rows[0], np.ndarray):
+        return np.concatenate(rows)
+    import torch
+
+    return torch.cat(rows)

@@ -128,8 +128,8 @@ class TritonPythonModel:
 
     def _admit(self) -> None:
         """First come, first served, while all samples that run fit into one call."""
-        room = self._max_samples - sum(len(generation.latents) for generation in self._running)
-        while self._waiting and (room := room - len(self._waiting[0].generation.latents)) >= 0:
+        room = self._max_samples - sum(generation.samples for generation in self._running)
+        while self._waiting and (room := room - self._waiting[0].generation.samples) >= 0:
             job = self._waiting.popleft()
             self._running[job.generation] = job
 
@@ -160,20 +160,21 @@ class TritonPythonModel:
         return str(self._bundle.policy.step_assignments[step]) if generation.quantized else "full precision"
 
     def _report(self, generation: Generation) -> None:
-        """The last message, or one of progress where it was asked for.
+        """The last message, or one of progress where it was asked for; latents are looked at where a message has them.
 
         Raises:
             AdatsqError: latents or images have NaN or infinity.
         """
-        if not np.isfinite(generation.latents).all():
-            raise AdatsqError("the latents have NaN or infinity; ask for less guidance, or for another prompt")
         request, finished = self._running[generation].request, generation.step == self._steps
         if not (finished or request.progress):
             return
         done = generation.step - 1
         tensors = {"step": np.array([done], np.int32), "bucket": np.array([self._bundle.bucket(done)], np.int32)}
         if finished or request.preview:
-            tensors[request.output] = render(self._decode, generation.latents, request.output)
+            latents = generation.latents
+            if not np.isfinite(latents).all():
+                raise AdatsqError("the latents have NaN or infinity; ask for less guidance, or for another prompt")
+            tensors[request.output] = render(self._decode, latents, request.output)
         if finished:
             self._end(generation, make_response(tensors))
         else:

@@ -16,7 +16,7 @@ class CastingSteps(StepRunner):
     """Rows, positions, scales and velocities are rounded to the type that the plans have them in."""
 
     def __init__(self, files: BundleFiles) -> None:
-        self._files = files
+        super().__init__(files)
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
         together = files.manifest.layout in ("switch", "plugin")
         self._targets = [
@@ -51,7 +51,7 @@ class CastingSteps(StepRunner):
             self._sessions[graph.path] = onnxruntime.InferenceSession(self._files.graph_path(graph), options)
         return self._sessions[graph.path]
 
-    def close(self) -> None:
+    def _free(self) -> None:
         self._sessions.clear()
 
 

@@ -1,11 +1,19 @@
 """What every stage keeps resident, told beforehand."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
+from adatsq_trt.calibration.fisher import backward_step, projections
+from adatsq_trt.calibration.trajectory import Samples, seeded_samples, state_tensors
+from adatsq_trt.calibration.units import measured_trajectory
 from adatsq_trt.config import BuildConfig
 from adatsq_trt.errors import UserError
+from adatsq_trt.execution import InProcess
+from adatsq_trt.solver import State
 from adatsq_trt.stages import memory
 from adatsq_trt.stages.graph import STAGES
 from tests.stages.tiny_run import make_model, make_settings
@@ -32,6 +40,8 @@ def test_every_stage_has_a_figure_in_its_order() -> None:
         ({"file_bytes": 1 << 40}, {"loading"}),
         ({"resident_bytes": 1 << 40}, {"loading", "calibrate", "quantize", "search", "export"}),
         ({"encodings": 1 << 38}, {"loading", "calibrate", "quantize", "search", "export"}),
+        ({"latent_bytes": 1 << 38}, {"calibrate", "quantize", "search"}),
+        ({"carried": 1 << 38}, {"calibrate", "quantize", "search"}),
     ],
 )
 def test_what_grows_with_the_model(change: dict[str, int], stages: set[str]) -> None:
@@ -65,3 +75,46 @@ def test_a_limit_that_is_too_small_names_the_stage_and_one_that_does() -> None:
     assert plan.limit_bytes == float(smallest.removesuffix("GB")) * 1e9
     assert min(plan.call_bytes, plan.backward_bytes, plan.projection_bytes) > 0
     assert memory.plan_memory(None, settings, outline).limit_bytes > 1 << 30
+
+
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+SCHEDULERS = {
+    "Euler": (FlowMatchEulerDiscreteScheduler(), 0),
+    "UniPC": (UniPCMultistepScheduler(**FLOW), 2),
+    "UniPC, order 3": (UniPCMultistepScheduler(**FLOW, solver_order=3), 3),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_states_take_no_more_than_planned(name: str) -> None:
+    """Every tensor that a loop and its gradients keep, of four samples."""
+    scheduler, carried = SCHEDULERS[name]
+    settings, outline = make_settings(steps=5, calibration_samples=4, projections=3), make_model()
+    outline.adapter.scheduler = scheduler
+    model = memory._model(settings, outline, None)
+    assert model.carried == carried
+    loop, adjoints, _ = memory.state_bytes(settings, model)
+
+    adapter = outline.adapter
+    samples, workers = seeded_samples(adapter, adapter.schedule(5), 2.0, 4, 0, [0]), InProcess()
+    states = [State(samples.noise())]
+    states += measured_trajectory(workers, workers.share(samples), states[0].latent, 5)
+    kept = sum(map(bytes_of, states)) + sum(tensor.nbytes for tensor in state_tensors(states).values())
+    assert loop / 2 < kept <= loop
+    assert bytes_of(states[-1]) == 4 * (1 + carried) * model.latent_bytes
+
+    gradient = State(projections(4, adapter.latent_shape, 3, seed=0))
+    gradients = [gradient, *backwards(samples, states, gradient)]
+    assert adjoints / 2 < sum(map(bytes_of, gradients)) <= adjoints
+
+
+def backwards(
+    samples: Samples, states: list[State[torch.Tensor]], gradient: State[torch.Tensor]
+) -> Iterator[State[torch.Tensor]]:
+    for step in range(4, -1, -1):
+        gradient = backward_step(samples, states[step].latent, gradient, step, lambda layers: None)
+        yield gradient
+
+
+def bytes_of(state: State[torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in (state.latent, *state.clean))

@@ -43,8 +43,8 @@ def test_the_processors_loop_bit_for_bit(tiny_bundle: BundleFiles, device: HostD
     with Bundle.open(tiny_bundle.folder, "cuda") as bundle, Bundle.open(tiny_bundle.folder, "onnxruntime") as other:
         noise, condition = bundle.noise(SEEDS), bundle.conditioning(PROMPTS)
         got = bundle.denoise(noise, condition, quantized=quantized)
+        assert device.synchronizations == 1
         np.testing.assert_array_equal(got, other.denoise(noise, condition, quantized=quantized))
-    assert device.synchronizations == 1
 
 
 def test_nothing_crosses_the_border_between_steps(tiny_bundle: BundleFiles, device: HostDevice) -> None:

@@ -198,10 +198,10 @@ def test_28_steps_wait_once_and_move_nothing(
             bundle.conditioning(PROMPTS),
             callback=lambda _: crossed.append((transfers.to_device, transfers.to_host)),
         )
+        assert device.synchronizations == 1
     assert len(crossed) == len(library.log.runs) == 28
     assert len(set(crossed)) == 1
     assert crossed[0][1] == 0
-    assert device.synchronizations == 1
 
 
 def seven_times_as_long(folder: Path, copy: Path) -> Path:
@@ -262,9 +262,9 @@ def weights_of_another(patch: pytest.MonkeyPatch) -> None:
 
 
 def stale_latents(patch: pytest.MonkeyPatch) -> None:
-    predict = device_steps.DeviceGeneration.predict
+    predict = device_steps.DeviceLoop.predict
     patch.setattr(
-        device_steps.DeviceGeneration,
+        device_steps.DeviceLoop,
         "predict",
         lambda self, latents, step: predict(self, self.request.latents, step),
     )
