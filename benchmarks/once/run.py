@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict
 import adatsq_trt
 from adatsq_trt import zoo
 from adatsq_trt.calibration.prompt_shares import Use, shared_prompts
-from adatsq_trt.files import read_json_model, write_json_model
+from adatsq_trt.files import read_json_model, write_json_model, write_tensors
 from adatsq_trt.intervals import Floats, Interval, limits, paired_ratio
 from adatsq_trt.search.plan import Rows
 from adatsq_trt.search.resume import Score, Scorer
@@ -43,6 +43,7 @@ RUNS, RESULTS = Path("runs/bench-once"), Path(__file__).with_name("results.json"
 MODELS = ("digits-flux", shapes.NAME)
 FORMATS, BUDGET, UNIFORM = ("w4a3", "w4a4", "w4a5", "w4a6"), 4.0, "w4a4"
 PART = 256  # samples that are kept on disk together
+FRESH, ERRORS = "fresh", "errors.safetensors"  # in the folder of a search: its scores, and those of single pictures
 
 
 class _Record(BaseModel):
@@ -125,7 +126,10 @@ def measure(model: str, seed: int, samples: int) -> Row:
     chosen, static = result.points[result.chosen], _static(result)
     own = next(point for point in result.points if point.name == UNIFORM)
     context = open_run(folder)
-    errors = _errors(context, [chosen, static, own], samples, folder / "fresh")
+    policies = {"searched": chosen, "static": static, UNIFORM: own}
+    errors = fresh_errors(context, policies, samples, folder / FRESH)
+    write_tensors(folder / ERRORS, {name: torch.from_numpy(values) for name, values in errors.items()})
+    searched, other, uniform = errors.values()
     return Row(
         model=model,
         seed=seed,
@@ -134,12 +138,12 @@ def measure(model: str, seed: int, samples: int) -> Row:
         assignments=chosen.assignments,
         activation_bits=2 * chosen.mean_bits - context.formats[0].weight_bits,
         resident=chosen.costs.resident_bytes / own.costs.resident_bytes,
-        error=float(errors[0].mean()),
-        uniform_error=float(errors[2].mean()),
+        error=float(searched.mean()),
+        uniform_error=float(uniform.mean()),
         static_kind=static.kind,
-        static_error=float(errors[1].mean()),
-        to_uniform=Ratio.of(errors[0], errors[2]),
-        to_static=Ratio.of(errors[0], errors[1]),
+        static_error=float(other.mean()),
+        to_uniform=Ratio.of(searched, uniform),
+        to_static=Ratio.of(searched, other),
     )
 
 
@@ -149,17 +153,18 @@ def _static(result: SearchResult) -> Point:
     return min(points, key=lambda point: point.rank_error)
 
 
-def _errors(context: Context, points: list[Point], samples: int, folder: Path) -> list[Floats]:
-    """Latent MSE of each policy on fresh pictures, float64 [samples] each."""
+def fresh_errors(context: Context, points: Mapping[str, Point], samples: int, folder: Path) -> dict[str, Floats]:
+    """Latent MSE of each policy on fresh pictures, float64 [samples] each; what is measured stays in the folder."""
     index = {fmt.name: i for i, fmt in enumerate(context.formats)}
     prompts = shared_prompts(len(context.adapter.prompts), Use.SCORING)
-    policies: list[Rows] = [tuple(tuple(index[name] for name in row) for row in point.formats) for point in points]
+    policies: list[Rows] = [tuple(tuple(index[name] for name in row) for row in point.formats) for point in points.values()]
     fresh = context.evaluation([prompts[i % len(prompts)] for i in range(samples)])
     with context.simulated(quantize.load(context)).installed() as model:
         simulation = Simulation(model, context.formats, context.schedule, context.settings.guidance, context.executor)
         parts = [fresh.part(slice(start, start + PART)) for start in range(0, samples, PART)]
         scores = [list(Scorer(simulation, part, folder).scores(policies)) for part in parts]
-    return [Score.joined(own).errors for own in zip(*scores, strict=True)]
+    joined = [Score.joined(own).errors for own in zip(*scores, strict=True)]
+    return dict(zip(points, joined, strict=True))
 
 
 def _geometric(one: Floats, other: Floats) -> Interval:
