@@ -1,4 +1,4 @@
-"""What uniform formats err at the cost of a policy: policies of unequal cost are not compared without it."""
+"""Error of uniform formats at the cost of a policy: policies of unequal cost are not compared without it."""
 
 from __future__ import annotations
 

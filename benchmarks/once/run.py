@@ -161,7 +161,7 @@ def measure(model: str, seed: int, samples: int) -> Row:
 
 
 def worst_share(errors: Floats) -> float:
-    """What the largest twentieth of errors [samples] has of their sum."""
+    """Share of a sum of errors [samples] that its largest twentieth has."""
     return float(np.sort(errors)[-_worst_count(len(errors)) :].sum() / errors.sum())
 
 
@@ -254,7 +254,7 @@ def table(results: Results) -> str:
 
 
 def _tails(results: Results) -> Iterator[str]:
-    """What the means hang on."""
+    """The second table: shares and ratios that say where the means come from."""
     yield (
         "What the means hang on: the share of a mean that its worst twentieth of the pictures has; the searched "
         f"policy's error in uniform {UNIFORM}'s without the twentieth that either errs most on; uniform {WIDEST}'s "
