@@ -27,6 +27,7 @@ from adatsq_trt.search.select import SearchResult
 from adatsq_trt.stages import search
 from adatsq_trt.stages.models import open_run
 from benchmarks.document import replace_marked
+from benchmarks.equal_cost import uniform_error
 
 RUN, RESULTS = Path("runs/bench-budgets"), Path(__file__).with_name("results.json")
 SCRIPT = Path(sys.executable).with_name("adatsq-trt")
@@ -57,6 +58,8 @@ class Chosen(BaseModel):
         shares: format → share of all (step, layer).
         error: latent MSE on held-out samples.
         standard_error: of that mean.
+        of_uniform_bytes: that error in what uniform formats have at equal resident bytes (`benchmarks.equal_cost`).
+        of_uniform_ms: the same at equal milliseconds.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -70,6 +73,8 @@ class Chosen(BaseModel):
     shares: dict[str, float]
     error: float
     standard_error: float
+    of_uniform_bytes: float
+    of_uniform_ms: float
 
 
 class Results(BaseModel):
@@ -81,7 +86,7 @@ class Results(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     command: str
     gpu: str
     chosen: tuple[Chosen, ...]
@@ -111,6 +116,8 @@ def choose(options: tuple[str, ...]) -> tuple[Chosen, Policy]:
         raise MismatchError(
             f"{' '.join(options)}: got {point.costs} in {point.assignments} assignments; a budget broke"
         )
+    by_bytes, by_ms = _uniforms(result)
+    assert point.costs.ms is not None
     chosen = Chosen(
         budget=" ".join(options),
         kind=point.kind,
@@ -121,14 +128,25 @@ def choose(options: tuple[str, ...]) -> tuple[Chosen, Policy]:
         shares={name: count / len(cells) for name, count in sorted(Counter(cells).items())},
         error=point.held_out_error,
         standard_error=point.held_out_standard_error,
+        of_uniform_bytes=point.held_out_error / uniform_error(point.costs.resident_bytes, by_bytes),
+        of_uniform_ms=point.held_out_error / uniform_error(point.costs.ms, by_ms),
     )
     return chosen, policy
 
 
+def _uniforms(result: SearchResult) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    """Resident bytes and error of every uniform format, then milliseconds and error."""
+    points = [point for point in result.points if point.kind == "uniform" and point.held_out_error is not None]
+    by_bytes = [(float(p.costs.resident_bytes), float(p.held_out_error or 0)) for p in points]
+    by_ms = [(float(p.costs.ms or 0), float(p.held_out_error or 0)) for p in points]
+    return by_bytes, by_ms
+
+
 def table(results: Results) -> str:
     """The results in Markdown."""
-    heads = ("budget", "resident bytes", "bits per weight", "activation bits", "ms", "mean bits", "assignments", "kind")
-    lines = [f"| {' | '.join((*heads, 'formats used', 'latent MSE'))} |", f"|---|{'---:|' * 6}---|---|---:|"]
+    heads = ("budget", "resident bytes", "bits per weight", "activation bits", "ms", "mean bits", "engines", "kind")
+    heads = (*heads, "formats used", "latent MSE", "of uniform at equal bytes", "at equal ms")
+    lines = [f"| {' | '.join(heads)} |", f"|---|{'---:|' * 6}---|---|{'---:|' * 3}"]
     for row in results.chosen:
         bits = f"{row.mean_bits:.3f}"
         size, ms = f"{row.costs.resident_bytes:,}", f"{row.costs.ms:.5f}"
@@ -137,7 +155,9 @@ def table(results: Results) -> str:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in row.shares.items())
         figures = (size, f"{row.resident_bits:.2f}", f"{row.costs.activation_bits:.2f}", ms, bits)
         figures = (*figures, str(row.assignments), row.kind, shares)
-        lines.append(f"| `{row.budget}` | {' | '.join(figures)} | {row.error:.1e} ± {row.standard_error:.1e} |")
+        error = f"{row.error:.1e} ± {row.standard_error:.1e}"
+        figures = (*figures, error, f"{row.of_uniform_bytes:.2f} ×", f"{row.of_uniform_ms:.2f} ×")
+        lines.append(f"| `{row.budget}` | {' | '.join(figures)} |")
     alike = "; ".join(f"{pair}: {share:.0%}" for pair, share in results.alike.items())
     return "\n".join(lines) + f"\n\nSteps and layers with the same format under two single budgets: {alike}.\n"
 

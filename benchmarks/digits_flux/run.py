@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from adatsq_trt.files import read_json_model, write_json_model
 from adatsq_trt.report.summary import StaticErrors, Summary
 from benchmarks.document import replace_marked
+from benchmarks.equal_cost import uniform_error
 
 SCRIPT = Path(sys.executable).with_name("adatsq-trt")
 RESULTS = Path(__file__).with_name("results.json")
@@ -65,7 +66,13 @@ class Result(BaseModel):
         final_standard_error: of that mean.
         solver_errors: "policy" (the chosen one) or "uniform FORMAT" → solver of the weights → error; empty where
             solvers were not compared.
-        ratio_to_uniform: final error / that of `uniform`.
+        resident_bits: resident bytes of quantized weights, as bits per weight.
+        activation_bits: with dynamic scales, weighted by multiply-accumulates.
+        engines: plans, or graphs of the processor.
+        ms: per sample, by a roofline; None where nobody knows.
+        ratio_to_uniform: final error / that of `uniform`, whose bytes and time are others.
+        ratio_at_equal_bytes: final error / what uniform formats have at equal resident bytes (`benchmarks.equal_cost`).
+        ratio_at_equal_activations: the same at equal activation bits.
         ratio_to_static: final error / that of the better static policy.
         ratio_to_unweighted: Fisher-weighted / unweighted Hessians, with the same policy; None likewise.
         search_seconds: wall-clock seconds of the search stage; depends on the machine.
@@ -82,7 +89,13 @@ class Result(BaseModel):
     uniform_errors: dict[str, float]
     static_errors: StaticErrors
     solver_errors: dict[str, dict[str, float]]
+    resident_bits: float
+    activation_bits: float
+    engines: int
+    ms: float | None
     ratio_to_uniform: float
+    ratio_at_equal_bytes: float
+    ratio_at_equal_activations: float
     ratio_to_static: float
     ratio_to_unweighted: float | None
     held_out_samples: int
@@ -95,7 +108,7 @@ class Results(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     results: tuple[Result, ...]
 
 
@@ -108,18 +121,28 @@ def measure(case: Case, runs: Path) -> Result:
     summary = read_json_model(run / "summary.json", Summary)
     solvers = _solver_errors(run) if case.solvers else {}
     static = [e for e in (summary.static_errors.layer_only, summary.static_errors.time_only) if e is not None]
+    chosen, error = summary.policies[0], summary.final_error
+    uniform = [policy for policy in summary.policies if policy.kind == "uniform"]
+    by_bytes = uniform_error(chosen.resident_bits, [(p.resident_bits, p.error) for p in uniform])
+    by_activations = uniform_error(chosen.costs.activation_bits, [(p.costs.activation_bits, p.error) for p in uniform])
     return Result(
         name=case.name,
         command=" ".join(["adatsq-trt", *arguments]),
         mean_bits=summary.mean_bits,
-        final_error=summary.final_error,
+        final_error=error,
         final_standard_error=summary.final_standard_error,
         uniform=case.uniform,
         uniform_errors=summary.uniform_errors,
         static_errors=summary.static_errors,
         solver_errors=solvers,
-        ratio_to_uniform=summary.final_error / summary.uniform_errors[case.uniform],
-        ratio_to_static=summary.final_error / min(static),
+        resident_bits=chosen.resident_bits,
+        activation_bits=chosen.costs.activation_bits,
+        engines=summary.engines,
+        ms=summary.ms,
+        ratio_to_uniform=error / summary.uniform_errors[case.uniform],
+        ratio_at_equal_bytes=error / by_bytes,
+        ratio_at_equal_activations=error / by_activations,
+        ratio_to_static=error / min(static),
         ratio_to_unweighted=solvers["policy"][WEIGHTED] / solvers["policy"][UNWEIGHTED] if solvers else None,
         held_out_samples=summary.held_out_samples,
         denoiser_calls=summary.denoiser_calls,
@@ -135,12 +158,18 @@ def _solver_errors(run: Path) -> dict[str, dict[str, float]]:
 
 def table(results: Results) -> str:
     """The results in Markdown."""
-    heads = ("build", "mean bits", "latent MSE", "of uniform", "of the better static", "calls")
+    heads = ("build", "mean bits", "resident bits per weight", "activation bits", "engines", "ms", "latent MSE")
+    heads = (*heads, "of uniform at equal bytes", "at equal activation bits", "of one uniform", "of the better static")
     lines = [f"| {' | '.join(heads)} |", f"|---{'|---:' * (len(heads) - 1)}|"]
     for r in results.results:
-        uniform = f"{r.ratio_to_uniform:.2f} × {r.uniform}"
-        error = f"{r.final_error:.2e} ± {r.final_standard_error:.0e}"
-        figures = (f"{r.mean_bits:.3f}", error, uniform, f"{r.ratio_to_static:.2f} ×", str(r.denoiser_calls))
+        figures = (f"{r.mean_bits:.3f}", f"{r.resident_bits:.2f}", f"{r.activation_bits:.2f}", str(r.engines))
+        figures = (
+            *figures,
+            "" if r.ms is None else f"{r.ms:.4g}",
+            f"{r.final_error:.2e} ± {r.final_standard_error:.0e}",
+        )
+        figures = (*figures, f"{r.ratio_at_equal_bytes:.2f} ×", f"{r.ratio_at_equal_activations:.2f} ×")
+        figures = (*figures, f"{r.ratio_to_uniform:.2f} × {r.uniform}", f"{r.ratio_to_static:.2f} ×")
         lines.append(f"| {r.name} | {' | '.join(figures)} |")
     return "\n".join(lines) + "\n"
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict
 import adatsq_trt
 from adatsq_trt import zoo
 from adatsq_trt.calibration.prompt_shares import Use, shared_prompts
-from adatsq_trt.files import read_json_model, write_json_model
+from adatsq_trt.files import read_json_model, write_json_model, write_tensors
 from adatsq_trt.intervals import Floats, Interval, limits, paired_ratio
 from adatsq_trt.search.plan import Rows
 from adatsq_trt.search.resume import Score, Scorer
@@ -41,8 +41,11 @@ from benchmarks.once import shapes
 
 RUNS, RESULTS = Path("runs/bench-once"), Path(__file__).with_name("results.json")
 MODELS = ("digits-flux", shapes.NAME)
-FORMATS, BUDGET, UNIFORM = ("w4a3", "w4a4", "w4a5", "w4a6"), 4.0, "w4a4"
+FORMATS, BUDGET, UNIFORM, WIDEST = ("w4a3", "w4a4", "w4a5", "w4a6"), 4.0, "w4a4", "w4a6"
 PART = 256  # samples that are kept on disk together
+WIDEST_SAMPLES = 512  # of the widest format, which shows what the weights' own error leaves
+WORST = 0.05  # of the pictures
+FRESH, ERRORS = "fresh", "errors.safetensors"  # in the folder of a search: its scores, and those of single pictures
 
 
 class _Record(BaseModel):
@@ -89,6 +92,9 @@ class Row(_Record):
         static_kind: where the static policy comes from.
         static_error: its own.
         to_uniform, to_static: ratios of the error.
+        worst: policy → share of its mean that the twentieth of the pictures with its largest errors has.
+        calm: ratio to the uniform policy without the twentieth of the pictures that either errs most on.
+        widest: ratio of the uniform policy with the widest activations to the uniform one.
     """
 
     model: str
@@ -104,12 +110,15 @@ class Row(_Record):
     static_error: float
     to_uniform: Ratio
     to_static: Ratio
+    worst: dict[str, float]
+    calm: Ratio
+    widest: Ratio
 
 
 class Results(_Record):
     """The content of results.json."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     samples: int
     torch: str
     rows: tuple[Row, ...]
@@ -123,9 +132,14 @@ def measure(model: str, seed: int, samples: int) -> Row:
     )
     result = found.result
     chosen, static = result.points[result.chosen], _static(result)
-    own = next(point for point in result.points if point.name == UNIFORM)
+    own, widest = (next(point for point in result.points if point.name == name) for name in (UNIFORM, WIDEST))
     context = open_run(folder)
-    errors = _errors(context, [chosen, static, own], samples, folder / "fresh")
+    policies = {"searched": chosen, "static": static, UNIFORM: own}
+    errors = fresh_errors(context, policies, samples, folder / FRESH)
+    errors |= fresh_errors(context, {WIDEST: widest}, min(samples, WIDEST_SAMPLES), folder / FRESH)
+    write_tensors(folder / ERRORS, {name: torch.from_numpy(values) for name, values in errors.items()})
+    searched, other, uniform, weights = errors.values()
+    calm = np.argsort(np.maximum(searched, uniform))[: len(searched) - _worst_count(len(searched))]
     return Row(
         model=model,
         seed=seed,
@@ -134,13 +148,25 @@ def measure(model: str, seed: int, samples: int) -> Row:
         assignments=chosen.assignments,
         activation_bits=2 * chosen.mean_bits - context.formats[0].weight_bits,
         resident=chosen.costs.resident_bytes / own.costs.resident_bytes,
-        error=float(errors[0].mean()),
-        uniform_error=float(errors[2].mean()),
+        error=float(searched.mean()),
+        uniform_error=float(uniform.mean()),
         static_kind=static.kind,
-        static_error=float(errors[1].mean()),
-        to_uniform=Ratio.of(errors[0], errors[2]),
-        to_static=Ratio.of(errors[0], errors[1]),
+        static_error=float(other.mean()),
+        to_uniform=Ratio.of(searched, uniform),
+        to_static=Ratio.of(searched, other),
+        worst={name: worst_share(values) for name, values in errors.items()},
+        calm=Ratio.of(searched[calm], uniform[calm]),
+        widest=Ratio.of(weights, uniform[: len(weights)]),
     )
+
+
+def worst_share(errors: Floats) -> float:
+    """Share of a sum of errors [samples] that its largest twentieth has."""
+    return float(np.sort(errors)[-_worst_count(len(errors)) :].sum() / errors.sum())
+
+
+def _worst_count(samples: int) -> int:
+    return max(1, round(WORST * samples))
 
 
 def _static(result: SearchResult) -> Point:
@@ -149,17 +175,20 @@ def _static(result: SearchResult) -> Point:
     return min(points, key=lambda point: point.rank_error)
 
 
-def _errors(context: Context, points: list[Point], samples: int, folder: Path) -> list[Floats]:
-    """Latent MSE of each policy on fresh pictures, float64 [samples] each."""
+def fresh_errors(context: Context, points: Mapping[str, Point], samples: int, folder: Path) -> dict[str, Floats]:
+    """Latent MSE of each policy on fresh pictures, float64 [samples] each; what is measured stays in the folder."""
     index = {fmt.name: i for i, fmt in enumerate(context.formats)}
     prompts = shared_prompts(len(context.adapter.prompts), Use.SCORING)
-    policies: list[Rows] = [tuple(tuple(index[name] for name in row) for row in point.formats) for point in points]
+    policies: list[Rows] = [
+        tuple(tuple(index[name] for name in row) for row in point.formats) for point in points.values()
+    ]
     fresh = context.evaluation([prompts[i % len(prompts)] for i in range(samples)])
     with context.simulated(quantize.load(context)).installed() as model:
         simulation = Simulation(model, context.formats, context.schedule, context.settings.guidance, context.executor)
         parts = [fresh.part(slice(start, start + PART)) for start in range(0, samples, PART)]
         scores = [list(Scorer(simulation, part, folder).scores(policies)) for part in parts]
-    return [Score.joined(own).errors for own in zip(*scores, strict=True)]
+    joined = [Score.joined(own).errors for own in zip(*scores, strict=True)]
+    return dict(zip(points, joined, strict=True))
 
 
 def _geometric(one: Floats, other: Floats) -> Interval:
@@ -221,7 +250,24 @@ def table(results: Results) -> str:
             _cell(other.geometric, other.geometric_low, other.geometric_high),
         )
         lines += [f"| {' | '.join(cells)} |" for cells in (figures, geometric)]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *_tails(results)]) + "\n"
+
+
+def _tails(results: Results) -> Iterator[str]:
+    """The second table: shares and ratios that say where the means come from."""
+    yield (
+        "What the means hang on: the share of a mean that its worst twentieth of the pictures has; the searched "
+        f"policy's error in uniform {UNIFORM}'s without the twentieth that either errs most on; uniform {WIDEST}'s "
+        f"error in {UNIFORM}'s (the first {WIDEST_SAMPLES} pictures), which is about what 4-bit weights leave."
+    )
+    yield ""
+    heads = ("model", "search seed", f"worst 5 % of {UNIFORM}", "of the searched", "of the static", "without", WIDEST)
+    yield f"| {' | '.join(heads)} |"
+    yield "|---|---:|---:|---:|---:|---:|---:|"
+    for row in results.rows:
+        shares = (f"{row.worst[name]:.0%}" for name in (UNIFORM, "searched", "static"))
+        ratios = (_cell(r.mean, r.mean_low, r.mean_high) for r in (row.calm, row.widest))
+        yield f"| {row.model} | {row.seed} | {' | '.join((*shares, *ratios))} |"
 
 
 def _cell(value: float, low: float, high: float) -> str:
