@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from adatsq_trt.engines.triton_server import pipeline as served
 from adatsq_trt.files import read_json_model, write_bytes
 from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.models.families import families
@@ -29,7 +28,7 @@ families and from the tables of the tests; [adapters](adapters.md) says how to b
 - *sizes*: whether one bundle may have several (`--shapes`).
 - *LoRA*: dialects of files that a test reads.
 - *in the pipeline*: whether a bundle takes the transformer's place in the unmodified pipeline.
-- *text served*: whether `deploy triton --pipeline` serves prompts.
+- *text served*: whether `serve` and `deploy triton --pipeline` take prompts.
 - *schedulers*: classes that are followed. *own* is the one that the pipeline comes with.
 - *difference*: the largest of the loop's last latents from those of diffusers' own pipeline, relative to these, over
   the rows of `make bench-pipelines`.
@@ -58,7 +57,7 @@ def _row(family: Family, rows: list[Row]) -> str:
         "several" if adapter.any_size is not ModelAdapter.any_size else "one",
         "; ".join(dialect for dialect, (kind, _) in READ.items() if kind is family) or "not tested",
         _said(adapter.pipeline_call is not ModelAdapter.pipeline_call),
-        _said(family.pipeline == served._PIPELINE_CLASS),
+        _said(family.text_call is not None),
         _schedulers(family, rows),
         f"{max(row.difference for row in rows):.1e}" if rows else "not measured",
     )

@@ -107,14 +107,14 @@ def _run(last: str, model: str, output: Path | None, options: dict[str, Any]) ->
 
     from adatsq_trt import api
     from adatsq_trt.cli.progress import bars
-    from adatsq_trt.cli.tables import beside_uniform, needs_text, settings_table
+    from adatsq_trt.cli.tables import settings_table
 
     job = api.prepare(model, last, **{name: value for name, value in options.items() if value is not None})
     folder, console = output or _default_folder(job), Console()
 
     def begin(settings: Settings) -> None:
         console.print(settings_table(settings))
-        console.print(needs_text(job.prepared.memory, job.prepared.disk), highlight=False, soft_wrap=True)
+        console.print(job.prepared.needs, highlight=False, soft_wrap=True)
 
     with bars() as progress:
         result = job.run(folder, progress, on_settings=begin)
@@ -124,7 +124,7 @@ def _run(last: str, model: str, output: Path | None, options: dict[str, Any]) ->
         _print_bundle(result, console)
     console.print(f"{last}: {folder / last}", highlight=False, soft_wrap=True)
     if last == "bundle":
-        for line in (beside_uniform(result.summary), f"next: adatsq-trt check {shlex.quote(str(folder))}"):
+        for line in (result.summary.beside_uniform, f"next: adatsq-trt check {shlex.quote(str(folder))}"):
             console.print(line, highlight=False, soft_wrap=True)
     return folder
 
@@ -154,6 +154,7 @@ def _print_policy(policy: Any, settings: Any, console: Any) -> None:
 def _print_bundle(bundle: Any, console: Any) -> None:
     """The figures of the build, the sizes of layouts, and what is left to do."""
     from adatsq_trt.cli.tables import size_table, summary_table
+    from adatsq_trt.engines.backends.selection import compile_where_plans_run
     from adatsq_trt.engines.plugin_commands import COMMANDS_NAME
     from adatsq_trt.engines.sizes import size_report
     from adatsq_trt.formats import PLUGIN_LAYOUT
@@ -162,25 +163,11 @@ def _print_bundle(bundle: Any, console: Any) -> None:
     report = size_report(bundle.files)
     if report is not None:
         console.print(size_table(report))
-    _compile_kernels(bundle.files, console)
+    if (compiled := compile_where_plans_run(bundle.files)) is not None:
+        console.print(compiled, highlight=False, markup=False, soft_wrap=True)
     if bundle.manifest.layout == PLUGIN_LAYOUT and not bundle.manifest.plans:
         commands = (bundle.path / COMMANDS_NAME).read_text(encoding="utf-8")
         console.print(commands, highlight=False, markup=False, soft_wrap=True)
-
-
-def _compile_kernels(files: Any, console: Any) -> None:
-    """Where the plans run here, what TensorRT-RTX compiles at their first use is compiled now."""
-    from adatsq_trt.engines.backends.rtx_steps import compile_kernels
-    from adatsq_trt.engines.backends.selection import choose
-    from adatsq_trt.errors import AdatsqError
-
-    if choose(files.manifest).name != "rtx":
-        return
-    try:
-        told = compile_kernels(files).sentence
-    except (AdatsqError, RuntimeError) as error:  # PyTorch's and CUDA's are RuntimeErrors
-        told = f"the plans do not run on this machine's GPU: {error}; 'adatsq-trt doctor --gpu --bundle' says more"
-    console.print(told, highlight=False, markup=False, soft_wrap=True)
 
 
 engine = _command("engine", "bundle", _ALL)

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from adatsq_trt.cli.backends import BackendName
-from adatsq_trt.errors import DependencyError, UserError
-
-if TYPE_CHECKING:
-    from adatsq_trt.engines.bundle import BundleFiles
-    from adatsq_trt.engines.triton_server.image_api import ImageApi
-    from adatsq_trt.engines.triton_server.repository import Deployment
-    from adatsq_trt.engines.triton_server.server import Installation, Ports
-
-log = logging.getLogger(__name__)
+from adatsq_trt.errors import UserError
 
 
 def serve(
@@ -78,56 +68,23 @@ def serve(
     from adatsq_trt.engines.bundle import BundleFiles
     from adatsq_trt.engines.triton_server.repository import Deployment
     from adatsq_trt.engines.triton_server.server import Installation, Ports
+    from adatsq_trt.engines.triton_server.serving import Serving
+    from adatsq_trt.stages.models import pipeline_of
 
     installation = Installation.find(server)
     run = _built(bundle, build or [])
     files = BundleFiles.open(run)
     typer.echo(choose(files.manifest, backend).sentence, err=True)
-    served = Deployment(
-        name or files.manifest.model, files, backend=backend, pipeline=pipeline or _pipeline_of(run, files)
-    )
-    _serve(served, installation, Ports(http_port, grpc_port, metrics_port), ui_port if ui else None, image_api)
-
-
-def _serve(
-    served: Deployment, installation: Installation, ports: Ports, ui_port: int | None, api_port: int | None
-) -> None:
-    """Start the server, say how to ask it, and keep it running."""
+    encoders = pipeline or (None if files.manifest.text is None else pipeline_of(run))
+    served = Deployment(name or files.manifest.model, files, backend=backend, pipeline=encoders)
     # Ended by another process as by Ctrl-C: the server must not stay behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    from adatsq_trt.engines.triton_server.page import Page
-    from adatsq_trt.engines.triton_server.repository import curl_line, write_repository
-    from adatsq_trt.engines.triton_server.server import HOST
-    from adatsq_trt.engines.triton_server.supervisor import Supervisor
-
-    name = served.name
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(TemporaryDirectory(prefix="adatsq-serve-")))
-        repository = folder / "models"
-        write_repository([served], repository, link=True)
-        supervisor = stack.enter_context(Supervisor(repository, [name], ports, installation, folder / "server.log"))
-        if ui_port is not None:
-            stack.enter_context(Page(ui_port, ports.http, served.files, name))
-        if api_port is not None:
-            stack.enter_context(_image_api(api_port, ports, served))
-        supervisor.start()
-        typer.echo(f"serving {name}; the server's log is {supervisor.log_file}; try:\n")
-        typer.echo(f"  {curl_line(name, f'{HOST}:{ports.http}', text=served.pipeline is not None)}\n")
-        if ui_port is not None:
-            typer.echo(f"or open http://{HOST}:{ui_port}\n")
-        if api_port is not None:
-            typer.echo(f"image API: http://{HOST}:{api_port}/v1, for POST to /v1/images/generations\n")
+    ports = Ports(http_port, grpc_port, metrics_port)
+    with Serving(served, installation, ports, ui_port if ui else None, image_api) as serving:
+        typer.echo(serving.sentences)
         typer.echo("Ctrl-C ends it")
         with suppress(KeyboardInterrupt):
-            supervisor.keep_running()
-
-
-def _image_api(port: int, ports: Ports, served: Deployment) -> ImageApi:
-    try:
-        from adatsq_trt.engines.triton_server.image_api import ImageApi
-    except ModuleNotFoundError as error:
-        raise DependencyError("--image-api needs aiohttp; run: pip install 'adatsq-trt[image-api]'") from error
-    return ImageApi(port, ports.http, served.files, served.name)
+            serving.keep_running()
 
 
 def _built(place: Path, options: Sequence[str]) -> Path:
@@ -149,21 +106,3 @@ def _built(place: Path, options: Sequence[str]) -> Path:
             "it out"
         )
     return place
-
-
-def _pipeline_of(run: Path, files: BundleFiles) -> Path | None:
-    """The pipeline that a run directory was built from, for its text encoders; None where there are none."""
-    from adatsq_trt.checkpoints.source import find_source
-    from adatsq_trt.files import read_json_model
-    from adatsq_trt.settings import SETTINGS_NAME, Settings
-
-    settings = run / SETTINGS_NAME
-    if files.manifest.text is None or not settings.is_file():
-        return None
-    came_from = read_json_model(settings, Settings).pipeline
-    assert came_from is not None, "a bundle that knows text encoders is of a pipeline"
-    try:
-        return find_source(came_from.path, came_from.base).folder
-    except UserError as error:
-        log.warning("requests cannot be text: %s", error)
-        return None

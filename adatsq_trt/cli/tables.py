@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from adatsq_trt.costs import Limits
     from adatsq_trt.engines.sizes import SizeReport
     from adatsq_trt.report.summary import PolicyFigures, Summary
-    from adatsq_trt.stages.context import Memory
 
 _NOT_SHOWN = {"schema_version", "weights_sha256", "model_sha256", "policy", "pipeline", "times"}
 
@@ -110,34 +109,6 @@ def _rounding(base_type: str | None, error: float) -> str:
     if error == 0:
         return f"{base_type} holds the checkpoint's weights exactly"
     return f"rounding the checkpoint's weights to {base_type} costs a latent MSE of {error:.3e}, which is in no row"
-
-
-def needs_text(memory: Memory, disk: Mapping[str, int]) -> str:
-    """The memory and the disk that the run takes, estimated from shapes."""
-    from adatsq_trt.report.numbers import size
-
-    largest, written = (max(needs, key=lambda name: needs[name]) for needs in (memory.needs, disk))
-    return (
-        f"memory: {size(memory.needs[largest])} at least, in stage '{largest}'; up to {size(memory.limit_bytes)} are "
-        f"used where that saves time (--memory-limit)\ndisk: about {size(sum(disk.values()))}, of which '{written}' "
-        f"writes {size(disk[written])}; both are estimates from the model's shapes"
-    )
-
-
-def beside_uniform(summary: Summary) -> str:
-    """The chosen policy's bytes, time and error in those of the format that its budgets come from, or the cheapest."""
-    chosen, *others = summary.policies
-    names = [f"uniform {name}" for name in (summary.reference, *summary.formats) if name is not None]
-    uniform = next((policy for name in names for policy in others if policy.name == name), None)
-    if uniform is None or not uniform.error:
-        return f"error: {chosen.error:.2e} on {summary.held_out_samples} held-out samples"
-    interval = ""
-    if uniform.ratio is not None and uniform.ratio[1] > 0:
-        interval = f" ({1 / uniform.ratio[2]:.2f} to {1 / uniform.ratio[1]:.2f})"
-    parts = [f"{chosen.costs.resident_bytes / uniform.costs.resident_bytes:.2f} times the bytes"]
-    unit = "activation bits" if chosen.costs.ms is None else "time"
-    parts.append(f"{chosen.costs.time / uniform.costs.time:.2f} times the {unit}")
-    return f"beside {uniform.name}: {', '.join(parts)}, {chosen.error / uniform.error:.2f}{interval} times the error"
 
 
 def size_table(report: SizeReport) -> Table:

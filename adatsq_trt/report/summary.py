@@ -202,6 +202,24 @@ class Summary(BaseModel):
     stages: Annotated[dict[str, StageFigures], Field(min_length=1)]
     versions: dict[str, str]
 
+    @property
+    def beside_uniform(self) -> str:
+        """The chosen policy's bytes, time and error in those of the format of its budgets, or of the cheapest."""
+        chosen, *others = self.policies
+        names = [f"uniform {name}" for name in (self.reference, *self.formats) if name is not None]
+        uniform = next((policy for name in names for policy in others if policy.name == name), None)
+        if uniform is None or not uniform.error:
+            return f"error: {chosen.error:.2e} on {self.held_out_samples} held-out samples"
+        interval = ""
+        if uniform.ratio is not None and uniform.ratio[1] > 0:
+            interval = f" ({1 / uniform.ratio[2]:.2f} to {1 / uniform.ratio[1]:.2f})"
+        parts = [f"{chosen.costs.resident_bytes / uniform.costs.resident_bytes:.2f} times the bytes"]
+        unit = "activation bits" if chosen.costs.ms is None else "time"
+        parts.append(f"{chosen.costs.time / uniform.costs.time:.2f} times the {unit}")
+        return (
+            f"beside {uniform.name}: {', '.join(parts)}, {chosen.error / uniform.error:.2f}{interval} times the error"
+        )
+
 
 def looser(policies: Sequence[PolicyFigures]) -> list[str]:
     """Describe what looser budgets would have bought: policies beyond them that err less, by a paired interval.

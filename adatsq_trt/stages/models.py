@@ -280,3 +280,19 @@ def declared(model: LoadedModel, settings: Settings) -> LoadedModel:
 
     rounding = declare_type(model.adapter.trace_module(), getattr(torch, settings.base_type))
     return replace(model, rounding=rounding)
+
+
+def pipeline_of(run: Path) -> Path | None:
+    """Find the pipeline that a run directory was built from; None where it was built from none, or it is gone."""
+    if not (run / SETTINGS_NAME).is_file():
+        return None
+    came_from = read_json_model(run / SETTINGS_NAME, Settings).pipeline
+    if came_from is None:
+        return None
+    from adatsq_trt.checkpoints.source import find_source
+
+    try:
+        return find_source(came_from.path, came_from.base).folder
+    except UserError as error:
+        log.warning("requests cannot be text: %s", error)
+        return None

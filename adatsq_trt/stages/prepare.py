@@ -11,6 +11,7 @@ from adatsq_trt.config import BuildConfig
 from adatsq_trt.execution import Executor
 from adatsq_trt.files import write_json_model
 from adatsq_trt.progress import Reporter
+from adatsq_trt.report.numbers import size
 from adatsq_trt.settings import SETTINGS_NAME, Settings
 from adatsq_trt.stages import search
 from adatsq_trt.stages.context import Context, Memory
@@ -39,6 +40,17 @@ class Prepared:
     memory: Memory
     disk: Mapping[str, int]
     executor: AbstractContextManager[Executor]
+
+    @property
+    def needs(self) -> str:
+        """Memory and disk that the run takes, estimated from shapes."""
+        largest, written = (max(needs, key=lambda name: needs[name]) for needs in (self.memory.needs, self.disk))
+        return (
+            f"memory: {size(self.memory.needs[largest])} at least, in stage '{largest}'; up to "
+            f"{size(self.memory.limit_bytes)} are used where that saves time (--memory-limit)\n"
+            f"disk: about {size(sum(self.disk.values()))}, of which '{written}' writes {size(self.disk[written])}; "
+            "both are estimates from the model's shapes"
+        )
 
     @contextmanager
     def run(self, folder: Path, progress: Reporter) -> Iterator[Build]:

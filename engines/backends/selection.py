@@ -13,7 +13,7 @@ from adatsq_trt.engines.backends.cuda_device import gpu_is_here
 from adatsq_trt.engines.backends.onnxruntime import OnnxRuntimeSteps, require_cuda
 from adatsq_trt.engines.backends.onnxruntime_gpu import OnnxRuntimeGpuSteps
 from adatsq_trt.engines.bundle import BundleFiles, Manifest, PlanFile
-from adatsq_trt.errors import UserError
+from adatsq_trt.errors import AdatsqError, UserError
 
 log = logging.getLogger(__name__)
 BackendName: TypeAlias = Literal["auto", "rtx", "tensorrt", "cuda", "onnxruntime"]
@@ -132,3 +132,17 @@ def _onnxruntime_has_cuda() -> bool:
         log.info("full precision runs on the processor: %s", error)
         return False
     return True
+
+
+def compile_where_plans_run(files: BundleFiles) -> str | None:
+    """Compile now, where a bundle's plans run here, what TensorRT-RTX would compile at their first use.
+
+    Returns:
+        How long it took, or why the plans do not run on the GPU that is here; None where others run the bundle.
+    """
+    if choose(files.manifest).name != "rtx":
+        return None
+    try:
+        return rtx_steps.compile_kernels(files).sentence
+    except (AdatsqError, RuntimeError) as error:  # PyTorch's and CUDA's are RuntimeErrors
+        return f"the plans do not run on this machine's GPU: {error}; 'adatsq-trt doctor --gpu --bundle' says more"

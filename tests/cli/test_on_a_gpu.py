@@ -5,20 +5,17 @@ import shutil
 import sys
 from collections.abc import Callable
 from importlib import import_module
-from io import StringIO
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
-from rich.console import Console
 
-from adatsq_trt.cli.build import _compile_kernels
 from adatsq_trt.engines import benchmark, runtime
 from adatsq_trt.engines.backends import tensorrt
 from adatsq_trt.engines.backends.base import BatchRange
-from adatsq_trt.engines.backends.selection import BackendChoice
+from adatsq_trt.engines.backends.selection import BackendChoice, compile_where_plans_run
 from adatsq_trt.engines.build import build_plans
 from adatsq_trt.engines.bundle import BundleFiles, Layout, PlanFile
 from adatsq_trt.formats import FORMATS
@@ -175,14 +172,12 @@ def test_doctor_and_build_tell_what_was_compiled(
     assert "compile_seconds" in ended.out
     assert str(kept) in ended.out
 
-    files, console, calls = BundleFiles.open(runs["embedded"]), StringIO(), len(library.log.runs)
-    _compile_kernels(files, Console(file=console, width=500))
-    assert "to start without kernels of an earlier run; they are kept in" in console.getvalue()
+    files, calls = BundleFiles.open(runs["embedded"]), len(library.log.runs)
+    assert "to start without kernels of an earlier run; they are kept in" in str(compile_where_plans_run(files))
     assert len(library.log.runs) == calls + len(files.policy.assignments)
     assert len(list((runs["embedded"] / "runtime-cache").iterdir())) == 1
     library.refuse.add("execute_async_v3")
-    _compile_kernels(files, Console(file=console, width=500))
-    assert "the plans do not run on this machine's GPU: TensorRT-RTX" in console.getvalue()
+    assert "the plans do not run on this machine's GPU: TensorRT-RTX" in str(compile_where_plans_run(files))
 
 
 class TensorDouble:

@@ -8,6 +8,7 @@ import pytest
 from adatsq_trt.costs import Costs, Limits
 from adatsq_trt.errors import DamagedFileError
 from adatsq_trt.files import read_json_model, write_json_model
+from adatsq_trt.report.data import ReportData
 from adatsq_trt.report.summary import PolicyFigures, StageFigures, StaticErrors, Summary
 
 
@@ -80,3 +81,22 @@ def test_a_wrong_field_is_named(tmp_path: Path, field: str, value: object, compl
     (tmp_path / "summary.json").write_text(json.dumps({**content, field: value}))
     with pytest.raises(DamagedFileError, match=complaint):
         read_json_model(tmp_path / "summary.json", Summary)
+
+
+def test_the_chosen_policy_is_told_beside_the_reference_format(data: ReportData) -> None:
+    told = data.summary.beside_uniform
+    assert told == "beside uniform nvfp4: 1.62 times the bytes, 1.62 times the time, 0.25 times the error"
+    # A paired ratio is the uniform policy's error in the chosen one's, so the ends change places.
+    policies = [
+        policy.model_copy(update={"ratio": (4.0, 2.0, 5.0)}) if policy.name == "uniform nvfp4" else policy
+        for policy in data.summary.policies
+    ]
+    paired = data.summary.model_copy(update={"policies": tuple(policies)})
+    assert paired.beside_uniform.endswith("0.25 (0.20 to 0.50) times the error")
+    of_fp8 = data.summary.model_copy(update={"reference": "fp8"}).beside_uniform
+    assert of_fp8 == "beside uniform fp8: 0.81 times the bytes, 0.81 times the time, 2.00 times the error"
+
+
+def test_without_a_uniform_policy_the_error_alone_is_told(data: ReportData) -> None:
+    alone = data.summary.model_copy(update={"policies": data.summary.policies[:1]})
+    assert alone.beside_uniform == "error: 1.00e-03 on 128 held-out samples"

@@ -1,5 +1,6 @@
 """A request that was checked: nothing is written before it runs."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ from adatsq_trt.config import BuildConfig
 from adatsq_trt.errors import BudgetError, OutputError, UserError
 from adatsq_trt.files import read_json_model
 from adatsq_trt.progress import Reporter
+from adatsq_trt.report.numbers import size
 from adatsq_trt.settings import SETTINGS_NAME, Settings
+from adatsq_trt.stages.context import Memory
 from adatsq_trt.stages.prepare import prepare
 
 
@@ -21,6 +24,7 @@ def test_the_run_directory_is_held_with_the_settings_in_it(tmp_path: Path, monke
     with prepared.run(folder, Reporter()) as build:
         assert read_json_model(folder / SETTINGS_NAME, Settings) == prepared.settings == build.outline.settings
         assert build.outline.memory is prepared.memory
+        assert f"up to {size(8_000_000_000)} are used" in prepared.needs
         with (
             pytest.raises(OutputError, match="is in use"),
             prepare("digits-flux", BuildConfig(target="cpu"), "calibrate").run(folder, Reporter()),
@@ -40,3 +44,15 @@ def test_the_run_directory_is_held_with_the_settings_in_it(tmp_path: Path, monke
 def test_what_cannot_be_is_refused(choices: dict[str, object], error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         prepare("digits-flux", BuildConfig(target="cpu", **choices), "bundle")
+
+
+def test_memory_and_disk_are_told_with_the_stage_that_needs_most() -> None:
+    memory = Memory(limit_bytes=16 * 10**9, needs={"calibrate": 2 * 10**9, "search": 3 * 10**9})
+    prepared = replace(
+        prepare("digits-flux", BuildConfig(target="cpu", steps=2), "quantize"),
+        memory=memory,
+        disk={"calibrate": 5 * 10**9, "quantize": 10**9},
+    )
+    told = prepared.needs.splitlines()
+    assert told[0].startswith("memory: 3.0 GB at least, in stage 'search'; up to 16.0 GB")
+    assert told[1].startswith("disk: about 6.0 GB, of which 'calibrate' writes 5.0 GB")
