@@ -22,6 +22,14 @@ if TYPE_CHECKING:
     from adatsq_trt.engines.triton_server.server import Installation, Ports
 
 log = logging.getLogger(__name__)
+_ServerFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--server",
+        help="Folder into which nvidia-pytriton was installed with pip's --target.",
+        show_default="this environment, where make test-serving puts it, or /opt/tritonserver",
+    ),
+]
 
 
 def serve(
@@ -58,14 +66,7 @@ def serve(
             "--image-api", min=1, max=65535, metavar="PORT", help="Also serve /v1/images/generations at this port."
         ),
     ] = None,
-    server: Annotated[
-        Path | None,
-        typer.Option(
-            "--server",
-            help="Folder into which nvidia-pytriton was installed with pip's --target.",
-            show_default="this environment, where make test-serving puts it, or /opt/tritonserver",
-        ),
-    ] = None,
+    server: _ServerFolder = None,
 ) -> None:
     """Serve a bundle with Triton server on the loopback address until Ctrl-C.
 
