@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, JsonValue, NonNegativeInt
 
+from adatsq_trt.fields import Name
+
 
 def _inside(path: str) -> str:
     parts = PurePosixPath(path).parts
@@ -32,10 +34,10 @@ class TextCall(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    pipeline: str
+    pipeline: Name
     arguments: dict[str, JsonValue]
     outputs: dict[str, NonNegativeInt]
-    library: str | None = None
+    library: Name | None = None
     files: dict[Annotated[str, AfterValidator(_inside)], str] = {}
 
     def encode(self, pipe: Any, prompt: str) -> dict[str, Any]:

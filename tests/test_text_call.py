@@ -31,6 +31,13 @@ def test_a_family_that_encodes_by_code_of_its_own_is_not_served_with_text() -> N
     assert Coded().text_call is None
 
 
+def test_names_that_are_none_are_refused() -> None:
+    """The library goes into a Dockerfile."""
+    for changes in ({"library": "ftfy\nRUN true"}, {"pipeline": "WanPipeline; true"}):
+        with pytest.raises(ValidationError, match="expected up to 100 letters"):
+            TextCall.model_validate({"pipeline": "WanPipeline", "arguments": {}, "outputs": {}, **changes})
+
+
 @pytest.mark.parametrize("path", ["../weights.safetensors", "/etc/passwd", "a/../../b", ""])
 def test_files_outside_of_the_pipelines_folder_are_refused(path: str) -> None:
     with pytest.raises(ValidationError, match="outside"):

@@ -48,8 +48,7 @@ def generate(
     from adatsq_trt.cli.progress import progress
     from adatsq_trt.engines.bundle import prompt_number
     from adatsq_trt.engines.runtime import Bundle
-    from adatsq_trt.report.contact_sheet import write_contact_sheet, write_panel
-    from adatsq_trt.stages.report import SAMPLES_NAME, panel_files
+    from adatsq_trt.stages.report import SAMPLES_NAME, write_samples
     from adatsq_trt.stages.shapes import parse_size
 
     asked = None if size is None else parse_size(size, "--size")
@@ -66,9 +65,7 @@ def generate(
             latents = opened.denoise(noise, conditioning, callback=lambda _: advance(), quantized=quantized, size=asked)
         sheets[name] = opened.decode(latents, asked)
     notes = [f"{len(opened.policy.buckets)} buckets, {opened.policy.mean_bits:.2f} mean bits", ""]
-    write_contact_sheet(file, sheets, notes)
-    for panel, images in zip(panel_files(file), sheets.values(), strict=True):
-        write_panel(panel, images)
+    write_samples(file, sheets, notes)
     error = float(((sheets["quantized"] - sheets["full precision"]) ** 2).mean())
     typer.echo(f"{file}: {samples} samples; mean squared pixel difference from full precision {error:.2e}")
     if show:

@@ -13,6 +13,15 @@ import typer
 from adatsq_trt.cli.backends import BackendName
 from adatsq_trt.errors import UserError
 
+_ServerFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--server",
+        help="Folder into which nvidia-pytriton was installed with pip's --target.",
+        show_default="this environment, where make test-serving puts it, or /opt/tritonserver",
+    ),
+]
+
 
 def serve(
     bundle: Annotated[
@@ -48,14 +57,7 @@ def serve(
             "--image-api", min=1, max=65535, metavar="PORT", help="Also serve /v1/images/generations at this port."
         ),
     ] = None,
-    server: Annotated[
-        Path | None,
-        typer.Option(
-            "--server",
-            help="Folder into which nvidia-pytriton was installed with pip's --target.",
-            show_default="this environment, where make test-serving puts it, or /opt/tritonserver",
-        ),
-    ] = None,
+    server: _ServerFolder = None,
 ) -> None:
     """Serve a bundle with Triton server on the loopback address until Ctrl-C.
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
+
+import numpy as np
 
 from adatsq_trt.engines.accuracy.report import REPORT_NAME, CheckReport, CheckRow, LoopReport
 from adatsq_trt.engines.bundle import MANIFEST_NAME, Manifest
 from adatsq_trt.errors import DamagedFileError, MismatchError
 from adatsq_trt.files import read_json_model, read_tensors, sha256
 from adatsq_trt.policy import Policy
+from adatsq_trt.report.contact_sheet import write_contact_sheet, write_panel
 from adatsq_trt.report.data import (
     STATIC_LABELS,
     Array,
@@ -70,6 +73,22 @@ def gather(run: RunDirectory) -> ReportData:
         check=_check(folder),
         pictures=_pictures(folder / SAMPLES_NAME),
     )
+
+
+def write_samples(sheet: Path, panels: Mapping[str, np.ndarray], notes: Sequence[str]) -> None:
+    """Write a contact sheet, and both of its panels beside it, which a report shows.
+
+    Args:
+        sheet: path of the sheet.
+        panels: title → images, quantized ones and those in full precision, as of `write_contact_sheet`.
+        notes: one per panel, likewise.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    write_contact_sheet(sheet, panels, notes)
+    for file, images in zip(panel_files(sheet), panels.values(), strict=True):
+        write_panel(file, images)
 
 
 def panel_files(sheet: Path) -> tuple[Path, Path]:

@@ -45,6 +45,7 @@ ELSEWHERE: Mapping[str, Mapping[str, str]] = {
             for name in ("parameters", "writing")
         },
         "engines/triton_server/image_api.py": "tests/serving/test_image_api.py",
+        "engines/triton_server/serving.py": "tests/serving/test_cli.py",
         "engines/triton_server/step_model.py": "tests/engines/triton_server/test_python_backend.py",
         "engines/triton_server/supervisor.py": "tests/serving/test_dead_models.py",
         "export/constant_hashes.py": "tests/engines/accuracy/test_exact.py",
