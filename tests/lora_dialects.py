@@ -13,7 +13,7 @@ from adatsq_trt.models.family import Family
 
 _BY_NAME = {kind.pipeline: kind for kind in families()}
 FLUX, Z_IMAGE, WAN = (_BY_NAME[name] for name in ("FluxPipeline", "ZImagePipeline", "WanPipeline"))
-QWEN_IMAGE = _BY_NAME["QwenImagePipeline"]
+QWEN_IMAGE, STABLE_DIFFUSION_3 = (_BY_NAME[name] for name in ("QwenImagePipeline", "StableDiffusion3Pipeline"))
 RANK, WIDTH = 4, 64
 Tensors = dict[str, Tensor]
 
@@ -189,6 +189,19 @@ def diff_synth_qwen_image() -> tuple[Tensors, Tensors]:
     return named(QWEN_Q, QWEN_Q, down="lora_A.default.weight", up="lora_B.default.weight")
 
 
+SD3_Q = "transformer_blocks.0.attn.to_q"
+
+
+def peft_stable_diffusion_3() -> tuple[Tensors, Tensors]:
+    """As diffusers' own training script saves it, with both attentions of a block."""
+    second = "transformer_blocks.0.attn2.to_v"
+    return merge(named(f"transformer.{SD3_Q}", SD3_Q, **AB), named(f"transformer.{second}", second, **AB))
+
+
+def one_trainer_stable_diffusion_3() -> tuple[Tensors, Tensors]:
+    return named("lora_transformer_transformer_blocks_0_attn_to_q", SD3_Q, 2.0)
+
+
 READ: dict[str, tuple[Family, Callable[[], tuple[Tensors, Tensors]]]] = {
     "diffusers' names with alpha": (FLUX, diffusers_with_alpha),
     "kohya sd-scripts, Flux": (FLUX, kohya_flux),
@@ -208,4 +221,6 @@ READ: dict[str, tuple[Family, Callable[[], tuple[Tensors, Tensors]]]] = {
     "ai-toolkit, Qwen-Image": (QWEN_IMAGE, ai_toolkit_qwen_image),
     "Qwen-Image-Lightning": (QWEN_IMAGE, lightning_qwen_image),
     "DiffSynth-Studio, Qwen-Image": (QWEN_IMAGE, diff_synth_qwen_image),
+    "diffusers' names, Stable Diffusion 3.5": (STABLE_DIFFUSION_3, peft_stable_diffusion_3),
+    "OneTrainer, Stable Diffusion 3.5": (STABLE_DIFFUSION_3, one_trainer_stable_diffusion_3),
 }

@@ -34,6 +34,7 @@ from adatsq_trt.solver import Denoising, Solver, euler_updates
 from benchmarks.document import replace_marked
 from tests.tiny_checkpoints import HEIGHT, WIDTH, make_flux_pipeline, make_wan_pipeline, make_z_image_pipeline
 from tests.tiny_qwen_image import make_qwen_image_pipeline
+from tests.tiny_stable_diffusion_3 import make_stable_diffusion_3_pipeline
 
 RESULTS = Path(__file__).with_name("results.json")
 PROMPTS = ("a red", "three green and seven")
@@ -102,6 +103,9 @@ CASES = {
     "Wan, Euler": Case(make_wan_pipeline, 8, EULER, {"shift": 3.0}),
     "Qwen-Image, its own": Case(make_qwen_image_pipeline, 8),
     "Qwen-Image, Euler without dynamic shift": Case(make_qwen_image_pipeline, 8, EULER, {"shift": 3.0}),
+    "Stable Diffusion 3.5, its own": Case(make_stable_diffusion_3_pipeline, 8),
+    "Stable Diffusion 3.5, UniPC": Case(make_stable_diffusion_3_pipeline, 8, UNIPC, SHIFTED),
+    "Stable Diffusion 3.5, DPM-Solver++": Case(make_stable_diffusion_3_pipeline, 8, DPM, SHIFTED),
 }
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from tests.tiny_checkpoints import make_flux_pipeline, make_wan_pipeline, make_z_image_pipeline
 from tests.tiny_qwen_image import make_qwen_image_pipeline
+from tests.tiny_stable_diffusion_3 import make_stable_diffusion_3_pipeline
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +39,14 @@ def saved_qwen_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For reading."""
     folder = tmp_path_factory.mktemp("checkpoints") / "tiny-qwen-image"
     make_qwen_image_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def saved_stable_diffusion_3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For reading."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny-stable-diffusion-3"
+    make_stable_diffusion_3_pipeline().save_pretrained(folder)
     return folder
 
 

@@ -36,6 +36,13 @@ TRANSFORMER, INDEX, VAE = "transformer/config.json", "model_index.json", "vae/co
         ("qwen_image", TRANSFORMER, {"patch_size": 1}, "in_channels 64 and out_channels 16: it takes a picture"),
         ("qwen_image", TRANSFORMER, {"out_channels": None}, "in_channels 64 and out_channels 256"),
         ("qwen_image", VAE, {"z_dim": 4}, "in_channels 64, the VAE .* has z_dim 4, which makes 16"),
+        ("stable_diffusion_3", TRANSFORMER, {"patch_size": 1}, "patch_size is 1, expected 2"),
+        (
+            "stable_diffusion_3",
+            TRANSFORMER,
+            {"in_channels": 33},
+            "in_channels 33 and out_channels 16: it takes a picture",
+        ),
         ("z_image", TRANSFORMER, {"all_patch_size": [2, 4]}, r"all_patch_size is \[2, 4\], expected \[2\]"),
     ],
 )

@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel, QwenImagePipeline, WanPipeline, ZImagePipeline
+from diffusers import (
+    FluxPipeline,
+    FluxTransformer2DModel,
+    QwenImagePipeline,
+    StableDiffusion3Pipeline,
+    WanPipeline,
+    ZImagePipeline,
+)
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -28,6 +35,8 @@ from tests.lora_dialects import (
     QWEN_Q,
     RANK,
     READ,
+    SD3_Q,
+    STABLE_DIFFUSION_3,
     WAN,
     WAN_Q,
     Z_IMAGE,
@@ -43,14 +52,26 @@ from tests.lora_dialects import (
     named,
 )
 
-PIPELINES = {FLUX: FluxPipeline, Z_IMAGE: ZImagePipeline, WAN: WanPipeline, QWEN_IMAGE: QwenImagePipeline}
+PIPELINES = {
+    FLUX: FluxPipeline,
+    Z_IMAGE: ZImagePipeline,
+    WAN: WanPipeline,
+    QWEN_IMAGE: QwenImagePipeline,
+    STABLE_DIFFUSION_3: StableDiffusion3Pipeline,
+}
 SCALE = 0.7
 
 
 @pytest.fixture
 def saved(request: pytest.FixtureRequest) -> Callable[[Family], Path]:
     """The folder of a tiny pipeline."""
-    names = {FLUX: "saved_flux", Z_IMAGE: "saved_z_image", WAN: "saved_wan", QWEN_IMAGE: "saved_qwen_image"}
+    names = {
+        FLUX: "saved_flux",
+        Z_IMAGE: "saved_z_image",
+        WAN: "saved_wan",
+        QWEN_IMAGE: "saved_qwen_image",
+        STABLE_DIFFUSION_3: "saved_stable_diffusion_3",
+    }
     return lambda kind: request.getfixturevalue(names[kind])
 
 
@@ -103,7 +124,7 @@ def test_dialects_that_are_read(
 )
 @pytest.mark.parametrize("kind", families(), ids=lambda kind: kind.transformer)
 def test_alpha_of_any_type(saved: Callable[[Family], Path], tmp_path: Path, kind: Family, alpha: Tensor) -> None:
-    path = {FLUX: FLUX_QKV[0], Z_IMAGE: Z_QKV[0], WAN: WAN_Q, QWEN_IMAGE: QWEN_Q}[kind]
+    path = {FLUX: FLUX_QKV[0], Z_IMAGE: Z_QKV[0], WAN: WAN_Q, QWEN_IMAGE: QWEN_Q, STABLE_DIFFUSION_3: SD3_Q}[kind]
     for spelling in (AB, {}):
         tensors, deltas = named(f"transformer.{path}", path, 2.0, **spelling)
         save_file(tensors | {f"transformer.{path}.alpha": alpha}, tmp_path / "lora.safetensors")

@@ -2,7 +2,7 @@
 
 Random weights in float32 are not exact in any 16-bit type, as those of the zoo are in bfloat16. Of the first three
 pipelines the default run has nine of 36 cells, in which each pipeline meets each type and no two cells of a row or
-column have the same bundle; of later ones it has two. `make test-matrix` has all.
+column have the same bundle; of later ones it has one or two. `make test-matrix` has all.
 """
 
 from functools import partial
@@ -22,6 +22,7 @@ from adatsq_trt.settings import PipelineSettings
 from adatsq_trt.stages import bundle as bundle_stage
 from tests.tiny_checkpoints import HEIGHT, WIDTH, make_flux_pipeline, make_wan_pipeline, make_z_image_pipeline
 from tests.tiny_qwen_image import make_qwen_image_pipeline
+from tests.tiny_stable_diffusion_3 import make_stable_diffusion_3_pipeline
 
 STEPS = 2
 PROMPTS = ("a red and green", "three")
@@ -30,6 +31,7 @@ PIPELINES = {
     "z-image": partial(make_z_image_pipeline, heads=6),
     "wan": make_wan_pipeline,
     "qwen-image": make_qwen_image_pipeline,
+    "stable-diffusion-3": make_stable_diffusion_3_pipeline,
 }
 TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # What is built → its options and the formats that take turns in the policy.
@@ -52,6 +54,7 @@ SQUARE = {
     ("wan", "bfloat16", "sm89"),
     ("qwen-image", "float32", "cpu"),
     ("qwen-image", "bfloat16", "sm120"),
+    ("stable-diffusion-3", "bfloat16", "sm120"),
 }
 CELLS = [
     pytest.param(*cell, id="-".join(cell), marks=() if cell in SQUARE else pytest.mark.matrix)

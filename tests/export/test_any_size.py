@@ -25,6 +25,7 @@ from adatsq_trt.quantizers import quantize_nearest, static_activation_scale
 from tests.export.separated import require_equal_layers
 from tests.tiny_flux import make_tiny_flux
 from tests.tiny_qwen_image import make_tiny_qwen_image
+from tests.tiny_stable_diffusion_3 import make_tiny_stable_diffusion_3
 from tests.tiny_wan import make_tiny_wan
 from tests.tiny_z_image import make_tiny_z_image, make_z_image_of_several_lengths
 
@@ -35,6 +36,7 @@ SIZES = {
     "z-image-captions": [(8, 16), (16, 16)],
     "wan": [(4, 4, 3), (6, 8, 2)],
     "qwen-image": [(3, 4), (5, 2)],
+    "stable-diffusion-3": [(6, 8), (10, 4)],
 }
 MAKERS = {
     "flux": lambda: make_tiny_flux(32, 4),
@@ -42,6 +44,7 @@ MAKERS = {
     "z-image-captions": make_z_image_of_several_lengths,
     "wan": make_tiny_wan,
     "qwen-image": lambda: make_tiny_qwen_image(layers=1),
+    "stable-diffusion-3": make_tiny_stable_diffusion_3,
 }
 NAMES = ("nvfp4", "fp8", "bf16", "int4wo")
 

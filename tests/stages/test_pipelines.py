@@ -11,9 +11,11 @@ from diffusers import DiffusionPipeline
 import adatsq_trt
 from adatsq_trt.engines.runtime import Bundle, Conditioning
 from adatsq_trt.engines.transformer import AdatsqTransformer
+from adatsq_trt.errors import MismatchError
 from adatsq_trt.schedule import UNIPC
 from tests.tiny_checkpoints import HEIGHT, WIDTH, make_wan_pipeline, make_z_image_pipeline
 from tests.tiny_qwen_image import make_qwen_image_pipeline
+from tests.tiny_stable_diffusion_3 import make_stable_diffusion_3_pipeline
 
 EFFORT: dict[str, Any] = {"calibration_samples": 2, "selection_samples": 2, "held_out_samples": 2}
 SIZE: dict[str, Any] = {"height": HEIGHT, "width": WIDTH}
@@ -138,3 +140,22 @@ def test_a_qwen_image_from_pipeline_to_bundle_and_back(tmp_path: Path) -> None:
         pipe.transformer = AdatsqTransformer.from_bundle(bundle, pipe.scheduler)
         in_pipeline = run(pipe, list(CAPTIONS), noise, negative_prompt=["a green"] * 3, **request)
         assert distance(in_pipeline, quantized) < 1e-4
+
+
+def test_a_stable_diffusion_3_from_pipeline_to_bundle_and_back(tmp_path: Path) -> None:
+    """With all three text encoders; what a bundle does not follow is refused in the pipeline."""
+    pipe, prompts = quiet(make_stable_diffusion_3_pipeline()), ("a red", "three green and seven")
+    for encoder in (pipe.text_encoder_2, pipe.text_encoder_3):
+        encoder.eval()
+    options = {"target": "cpu", "steps": 2, "guidance": 4.0, "prompts": prompts, **SIZE, **EFFORT}
+    with adatsq_trt.build(pipe, output=tmp_path / "run", **options) as bundle:
+        noise, request = bundle.noise([4, 5]), {"num_inference_steps": 2, "guidance_scale": 4.0}
+        wanted = run(pipe, [prompts[1], prompts[0]], noise, **request)
+        conditioning = bundle.conditioning([1, 0])
+        assert distance(bundle.denoise(noise, conditioning, quantized=False), wanted) < 1e-4
+        quantized = bundle.denoise(noise, conditioning)
+        pipe.transformer = AdatsqTransformer.from_bundle(bundle, pipe.scheduler)
+        assert distance(run(pipe, [prompts[1], prompts[0]], noise, **request), quantized) < 1e-4
+        layers = {"skip_guidance_layers": [0], "skip_layer_guidance_start": -1.0}
+        with pytest.raises(MismatchError, match="argument 'skip_layers' of the transformer: a bundle takes none"):
+            run(pipe, [prompts[0]], noise[:1], **request, **layers)
