@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from adatsq_trt.intervals import Floats, paired_ratio
+from adatsq_trt.intervals import Floats, Interval, paired_difference, paired_ratio
 
 # A peer's milliseconds that ours may take: no policy meets another's to the last digit.
 SLACK = 1.02
@@ -115,6 +116,8 @@ class Comparison(_Record):
         peer: a method.
         ours: the searched policy's.
         ratio: of mean squared errors, ours in the peer's.
+        psnr_difference_db: of the mean PSNR, ours less the peer's: of most samples, where the mean error is of the few
+            that become another picture.
         verdict: where the interval of the ratio lies beside 1.
     """
 
@@ -123,6 +126,7 @@ class Comparison(_Record):
     peer: str
     ours: str
     ratio: Figure
+    psnr_difference_db: Figure
     verdict: Verdict
 
 
@@ -185,19 +189,24 @@ def compare(rows: Sequence[Row], errors: Mapping[str, Floats]) -> tuple[Comparis
         ]
         for own in ours[:1]:
             ratio = paired_ratio(errors[own.key], errors[peer.key])
+            difference = paired_difference(*(-10 * np.log10(errors[row.key]) for row in (own, peer)))
             verdict: Verdict = "below" if ratio.high < 1 else "above" if ratio.low > 1 else "tie"
-            figure = Figure(value=ratio.value, low=ratio.low, high=ratio.high)
             found.append(
                 Comparison(
                     model=peer.model,
                     target=peer.target,
                     peer=peer.method,
                     ours=own.method,
-                    ratio=figure,
+                    ratio=_figure(ratio),
+                    psnr_difference_db=_figure(difference),
                     verdict=verdict,
                 )
             )
     return tuple(found)
+
+
+def _figure(interval: Interval) -> Figure:
+    return Figure(value=interval.value, low=interval.low, high=interval.high)
 
 
 def _same_costs(one: Row, other: Row) -> bool:

@@ -68,14 +68,15 @@ def _comparisons(rows: Sequence[Row], found: Sequence[Comparison]) -> str:
         return ""
     named = {row.method: row for row in rows}
     lines = [
-        "| peer | ours, bytes | ours, ms | ours, MSE in the peer's | |",
-        "|---|---:|---:|---:|---|",
+        "| peer | ours, bytes | ours, ms | mean MSE, ours in the peer's | | mean PSNR, ours less the peer's, dB |",
+        "|---|---:|---:|---:|---|---:|",
     ]
     for comparison in found:
         peer, ours = named[comparison.peer], named[comparison.ours]
         size, ms = ours.resident_bytes / peer.resident_bytes, ours.ms / peer.ms
         lines.append(
-            f"| {peer.method} | {size:.3f} × | {ms:.3f} × | {_cell(comparison.ratio, 2)} | {comparison.verdict} |"
+            f"| {peer.method} | {size:.3f} × | {ms:.3f} × | {_cell(comparison.ratio, 2)} | {comparison.verdict} | "
+            f"{_cell(comparison.psnr_difference_db, 2)} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -62,6 +62,8 @@ def test_comparisons_are_those_of_the_rows(measured: tuple[Results, dict[str, np
     for told, own in zip(results.comparisons, again, strict=True):
         assert (told.model, told.target, told.peer, told.ours) == (own.model, own.target, own.peer, own.ours)
         assert told.ratio.model_dump() == pytest.approx(own.ratio.model_dump(), rel=1e-6)
+        difference = own.psnr_difference_db.model_dump()
+        assert told.psnr_difference_db.model_dump() == pytest.approx(difference, abs=1e-5)
         ratio = told.ratio
         assert told.verdict == ("below" if ratio.high < 1 else "above" if ratio.low > 1 else "tie")
     assert results.dominated == dominated(results.rows, errors)
