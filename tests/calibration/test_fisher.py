@@ -25,6 +25,7 @@ from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.solver import State
 from tests.sweep import BackwardStep, backward_steps
 from tests.tiny_flux import make_tiny_flux
+from tests.tiny_qwen_image import make_tiny_qwen_image
 from tests.tiny_wan import make_tiny_wan
 from tests.tiny_z_image import make_tiny_z_image
 
@@ -135,7 +136,9 @@ def test_squared_weight_gradients_are_those_of_autograd(
             torch.testing.assert_close(got, gradient.square().sum(), rtol=1e-3, atol=1e-9, msg=layer)
 
 
-@pytest.mark.parametrize("make", [lambda: make_tiny_flux(32, 4, blocks=3), make_tiny_wan, make_tiny_z_image])
+@pytest.mark.parametrize(
+    "make", [lambda: make_tiny_flux(32, 4, blocks=3), make_tiny_wan, make_tiny_z_image, make_tiny_qwen_image]
+)
 def test_one_block_at_a_time_gives_the_same_numbers(make: Callable[[], ModelAdapter]) -> None:
     adapter = make()
     adapter.transformer.requires_grad_(False)

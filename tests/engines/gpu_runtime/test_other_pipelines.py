@@ -1,4 +1,4 @@
-"""Unmodified pipelines of Z-Image and Wan on the double of a GPU, guided: one call per step, and two."""
+"""Unmodified pipelines of Z-Image, Wan and Qwen-Image on the double of a GPU, guided: one call per step, and two."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from tests.tiny_bundle import GUIDANCE
 from tests.tiny_checkpoints import HEIGHT, WIDTH
 
 SEEDS, PROMPTS = [1, 2], [0, 1]
-CALLS = {"z-image": 1, "wan": 2, "wan-unipc": 2, "wan-heun": 2}
+CALLS = {"z-image": 1, "wan": 2, "wan-unipc": 2, "wan-heun": 2, "qwen-image": 2}
 
 
 @pytest.mark.parametrize("name", CALLS)
