@@ -240,7 +240,7 @@ class _Begun(Exception):  # noqa: N818  (no error)
 
 def _share_units(stage: Stage, searches: Path) -> None:
     """Give a search the units of an earlier one, of the same weights, that do not depend on budgets."""
-    if stage.done or stage.directory._last_record(stage.name) is not None:
+    if stage.folder.exists():  # begun or done
         return
     done = [file.parent for file in sorted(searches.glob(f"*/{search.NAME}/{search.RESULT}"))]
     if not done:

@@ -46,6 +46,7 @@ def fronts(target: str, rows: Sequence[Row]) -> Chart:
 
 
 def _panel(axes: Axes, rows: Sequence[Row], costs: Sequence[float]) -> None:
+    axes.locator_params(axis="x", nbins=4)
     peers = [row.method for row in rows if row.kind == "peer"]
     for row, cost in zip(rows, costs, strict=True):
         figure = row.psnr_of_mean_db

@@ -5,7 +5,7 @@ modelopt's NVFP4 wants CUDA, so what it does is done here by its published rules
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -213,8 +213,3 @@ def squared_changes(common: Measured[Candidates], layers: LayerGradients) -> dic
             scores.append((gradients * change).square().sum())
         result[layer] = torch.stack(scores)
     return result
-
-
-def in_columns(formats: Mapping[str, Sequence[str]], layers: Sequence[str], steps: int) -> list[list[str]]:
-    """Policy rows [steps][layers] of formats that are the same at all steps, or given for each."""
-    return [[formats[layer][step % len(formats[layer])] for layer in layers] for step in range(steps)]

@@ -118,6 +118,7 @@ class Comparison(_Record):
         ratio: of mean squared errors, ours in the peer's.
         psnr_difference_db: of the mean PSNR, ours less the peer's: of most samples, where the mean error is of the few
             that become another picture.
+        closer: share of the samples in which ours errs less.
         verdict: where the interval of the ratio lies beside 1.
     """
 
@@ -127,6 +128,7 @@ class Comparison(_Record):
     ours: str
     ratio: Figure
     psnr_difference_db: Figure
+    closer: float
     verdict: Verdict
 
 
@@ -199,6 +201,7 @@ def compare(rows: Sequence[Row], errors: Mapping[str, Floats]) -> tuple[Comparis
                     ours=own.method,
                     ratio=_figure(ratio),
                     psnr_difference_db=_figure(difference),
+                    closer=float((errors[own.key] < errors[peer.key]).mean()),
                     verdict=verdict,
                 )
             )

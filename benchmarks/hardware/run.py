@@ -38,7 +38,7 @@ MODELS = ("scenes-flux-schnell", "scenes-flux-dev", "scenes-z-image", "scenes-wa
 SIZES = {
     "scenes-flux-schnell": (600, 32, 64, 4),
     "scenes-flux-dev": (120, 16, 16, 2),
-    "scenes-z-image": (240, 16, 32, 4),
+    "scenes-z-image": (120, 16, 16, 2),
     "scenes-wan": (60, 16, 16, 2),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from benchmarks.hardware.rows import SLACK, Comparison, Figure, Results, Row
@@ -67,16 +68,15 @@ def _comparisons(rows: Sequence[Row], found: Sequence[Comparison]) -> str:
     if not found:
         return ""
     named = {row.method: row for row in rows}
-    lines = [
-        "| peer | ours, bytes | ours, ms | mean MSE, ours in the peer's | | mean PSNR, ours less the peer's, dB |",
-        "|---|---:|---:|---:|---|---:|",
-    ]
+    heads = ("peer", "ours, bytes", "ours, ms", "mean MSE, ours in the peer's", "")
+    heads = (*heads, "mean PSNR, ours less the peer's, dB", "ours closer in")
+    lines = [f"| {' | '.join(heads)} |", "|---|---:|---:|---:|---|---:|---:|"]
     for comparison in found:
         peer, ours = named[comparison.peer], named[comparison.ours]
         size, ms = ours.resident_bytes / peer.resident_bytes, ours.ms / peer.ms
         lines.append(
             f"| {peer.method} | {size:.3f} × | {ms:.3f} × | {_cell(comparison.ratio, 2)} | {comparison.verdict} | "
-            f"{_cell(comparison.psnr_difference_db, 2)} |"
+            f"{_cell(comparison.psnr_difference_db, 2)} | {comparison.closer:.0%} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -85,7 +85,10 @@ def _ends(results: Results) -> str:
     lines = [f"- Beaten: {d.ours} ({d.model}, {d.target}) by {d.by}." for d in results.dominated]
     if results.comparisons and not results.dominated:
         lines.append(f"- None of ours is beaten in bytes, ms and error together; ours may take {SLACK} of a peer's ms.")
-    lines += [f"- No policy there: {name}. {reason}" for name, reason in results.impossible.items()]
+    for reason in dict.fromkeys(results.impossible.values()):
+        names = [name for name, own in results.impossible.items() if own == reason]
+        told = re.sub(r" \(roofline [^)]*\)", "", reason)  # which is said above
+        lines.append(f"- No policy keeps these budgets: {'; '.join(names)}. `{told}`")
     if results.missing:
         models = dict.fromkeys(name.split()[0] for name in results.missing)
         count = {model: sum(name.split()[0] == model for name in results.missing) for model in models}

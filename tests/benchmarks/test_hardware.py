@@ -64,6 +64,7 @@ def test_comparisons_are_those_of_the_rows(measured: tuple[Results, dict[str, np
         assert told.ratio.model_dump() == pytest.approx(own.ratio.model_dump(), rel=1e-6)
         difference = own.psnr_difference_db.model_dump()
         assert told.psnr_difference_db.model_dump() == pytest.approx(difference, abs=1e-5)
+        assert told.closer == own.closer
         ratio = told.ratio
         assert told.verdict == ("below" if ratio.high < 1 else "above" if ratio.low > 1 else "tie")
     assert results.dominated == dominated(results.rows, errors)
