@@ -11,8 +11,16 @@ from adatsq_trt.models.adapter import Conditioning
 from adatsq_trt.settings import PipelineSettings
 from tests.tiny_bundle import write_bundle
 from tests.tiny_checkpoints import HEIGHT, WIDTH, make_flux_pipeline, make_wan_pipeline, make_z_image_pipeline
+from tests.tiny_qwen_image import make_qwen_image_pipeline
+from tests.tiny_stable_diffusion_3 import make_stable_diffusion_3_pipeline
 
-MAKERS = {"flux": make_flux_pipeline, "z_image": make_z_image_pipeline, "wan": make_wan_pipeline}
+MAKERS = {
+    "flux": make_flux_pipeline,
+    "z_image": make_z_image_pipeline,
+    "wan": make_wan_pipeline,
+    "qwen_image": make_qwen_image_pipeline,
+    "stable_diffusion_3": make_stable_diffusion_3_pipeline,
+}
 PROMPTS, NEGATIVE = ("a red three", "a green seven"), "three"
 _ROWS = 20  # of an example; no other dimension has this size
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -166,7 +166,14 @@ class StableDiffusion3Family(Family):
 
     adapter, pipeline = StableDiffusion3Adapter, "StableDiffusion3Pipeline"
     encoders = tuple(f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3"))
-    text_tokens = _CLIP_TOKENS + _T5_TOKENS
+    text_tokens = _CLIP_TOKENS + _T5_TOKENS  # both CLIPs side by side, then T5's
+    text_outputs: ClassVar[Mapping[str, int]] = {"encoder_hidden_states": 0, "pooled_projections": 2}
+    text_options: ClassVar[Mapping[str, JsonValue]] = {
+        "prompt_2": None,
+        "prompt_3": None,
+        "do_classifier_free_guidance": False,
+        "max_sequence_length": _T5_TOKENS,
+    }
     schedulers = (EULER, UNIPC, DPM)
     scheduler_options: ClassVar[Mapping[str, Mapping[str, JsonValue]]] = {
         name: {"use_dynamic_shifting": False} for name in (EULER, UNIPC, DPM)
@@ -176,10 +183,3 @@ class StableDiffusion3Family(Family):
     def defaults(self, config: Mapping[str, JsonValue]) -> tuple[int, float]:
         """Of the pipeline."""
         return 28, 7.0
-
-    def encode(self, pipe: Any, prompt: str) -> tuple[Tensor, Tensor]:
-        """Tokens of both CLIPs side by side, then T5's; and the pooled projections of both CLIPs."""
-        tokens, _, pooled, _ = pipe.encode_prompt(
-            prompt, None, None, "cpu", do_classifier_free_guidance=False, max_sequence_length=_T5_TOKENS
-        )
-        return tokens[0], pooled[0]
