@@ -166,11 +166,11 @@ class StableDiffusion3Family(Family):
 
     adapter, pipeline = StableDiffusion3Adapter, "StableDiffusion3Pipeline"
     encoders = tuple(f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3"))
-    text_tokens = _CLIP_TOKENS + _T5_TOKENS  # both CLIPs side by side, then T5's
+    text_tokens = _CLIP_TOKENS + _T5_TOKENS
+    # Tokens of both CLIPs side by side, then T5's; and the pooled projections of both CLIPs.
     text_outputs: ClassVar[Mapping[str, int]] = {"encoder_hidden_states": 0, "pooled_projections": 2}
     text_options: ClassVar[Mapping[str, JsonValue]] = {
-        "prompt_2": None,
-        "prompt_3": None,
+        **{"prompt_2": None, "prompt_3": None},
         "do_classifier_free_guidance": False,
         "max_sequence_length": _T5_TOKENS,
     }

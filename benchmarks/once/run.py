@@ -6,7 +6,8 @@ Candidates are w4a3 to w4a6, which share one weight, so all policies hold the sa
 clips. For each model and search seed the policy is searched in runs/bench-once; then it, uniform w4a4 and the static
 policy that the search prefers draw the same fresh pictures, on which nothing was chosen. `shapes-flux` is a model that
 was kept apart: `benchmarks.once.shapes` trains it there, in minutes. What is measured stays in that folder, so a killed
-run goes on. Writes results.json beside this file and prints a Markdown table.
+run goes on. Writes results.json beside this file, where searches of other models and seeds stay, and prints Markdown
+tables.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -83,6 +84,7 @@ class Row(_Record):
         model: its name.
         seed: of the search.
         steps: denoising steps.
+        samples: fresh pictures.
         kind: where the policy comes from.
         assignments: distinct ones.
         activation_bits: nominal, a mean over steps and layers.
@@ -100,6 +102,7 @@ class Row(_Record):
     model: str
     seed: int
     steps: int
+    samples: int
     kind: str
     assignments: int
     activation_bits: float
@@ -119,7 +122,6 @@ class Results(_Record):
     """The content of results.json."""
 
     schema_version: Literal[2] = 2
-    samples: int
     torch: str
     rows: tuple[Row, ...]
 
@@ -144,6 +146,7 @@ def measure(model: str, seed: int, samples: int) -> Row:
         model=model,
         seed=seed,
         steps=context.settings.steps,
+        samples=samples,
         kind=chosen.kind,
         assignments=chosen.assignments,
         activation_bits=2 * chosen.mean_bits - context.formats[0].weight_bits,
@@ -220,21 +223,30 @@ def _known(model: str) -> Iterator[None]:
         yield
 
 
+def merged(found: Iterable[Row]) -> Results:
+    """These in the place of what results.json has of the same searches."""
+    before = read_json_model(RESULTS, Results).rows if RESULTS.is_file() else ()
+    every = {(row.model, row.seed): row for row in (*before, *found)}
+    ordered = sorted(every.values(), key=lambda row: (MODELS.index(row.model), row.seed))
+    return Results(torch=torch.__version__, rows=tuple(ordered))
+
+
 def table(results: Results) -> str:
     """The results in Markdown."""
     lines = [
-        f"Means over {results.samples:,} fresh pictures; ratios with 95 % intervals over pairs; the second row of each "
-        "search has geometric means of single pictures' ratios.",
+        "Means over fresh pictures; ratios with 95 % intervals over pairs; the second row of each search has geometric "
+        "means of single pictures' ratios.",
         "",
-        "| model, steps | search seed | won | assignments | activation bits | bytes | latent MSE | of uniform w4a4 | "
-        "of the best static |",
-        "|---|---:|---|---:|---:|---:|---:|---:|---:|",
+        "| model, steps | search seed | pictures | won | assignments | activation bits | bytes | latent MSE | "
+        "of uniform w4a4 | of the best static |",
+        "|---|---:|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in results.rows:
         static = row.static_kind.replace("_", "-")
         figures = (
             f"{row.model}, {row.steps}",
             str(row.seed),
+            f"{row.samples:,}",
             row.kind,
             str(row.assignments),
             f"{row.activation_bits:.2f}",
@@ -245,7 +257,7 @@ def table(results: Results) -> str:
         )
         own, other = row.to_uniform, row.to_static
         geometric = (
-            *(["", "", "geometric mean", "", "", "", ""]),
+            *(["", "", "", "geometric mean", "", "", "", ""]),
             _cell(own.geometric, own.geometric_low, own.geometric_high),
             _cell(other.geometric, other.geometric_low, other.geometric_high),
         )
@@ -284,8 +296,7 @@ def main() -> None:
     parser.add_argument("--from-results", action="store_true", help="print results.json, measure nothing")
     options = parser.parse_args()
     if not options.from_results:
-        found = tuple(rows(options.models, options.seeds, options.samples))
-        write_json_model(RESULTS, Results(samples=options.samples, torch=torch.__version__, rows=found))
+        write_json_model(RESULTS, merged(rows(options.models, options.seeds, options.samples)))
     text = table(read_json_model(RESULTS, Results))
     sys.stdout.write(text)
     if options.document is not None:
