@@ -69,19 +69,21 @@ def encode_z_image(pipe: Any) -> dict[str, Tensor]:
     return {"encoder_hidden_states": captions[0][None]}
 
 
-def encode_wan(pipe: Any) -> dict[str, Tensor]:
-    tokens, _ = pipe.encode_prompt(TEXT, do_classifier_free_guidance=False, max_sequence_length=512)
-    return {"encoder_hidden_states": tokens}
-
-
 def encode_qwen_image(pipe: Any) -> dict[str, Tensor]:
-    tokens, _ = pipe.encode_prompt(TEXT)
+    tokens, _ = pipe.encode_prompt(TEXT, max_sequence_length=512)
     return {"encoder_hidden_states": tokens}
 
 
 def encode_stable_diffusion_3(pipe: Any) -> dict[str, Tensor]:
-    tokens, _, pooled, _ = pipe.encode_prompt(TEXT, None, None, do_classifier_free_guidance=False)
+    tokens, _, pooled, _ = pipe.encode_prompt(
+        TEXT, None, None, do_classifier_free_guidance=False, max_sequence_length=256
+    )
     return {"encoder_hidden_states": tokens, "pooled_projections": pooled}
+
+
+def encode_wan(pipe: Any) -> dict[str, Tensor]:
+    tokens, _ = pipe.encode_prompt(TEXT, do_classifier_free_guidance=False, max_sequence_length=512)
+    return {"encoder_hidden_states": tokens}
 
 
 def decode_flux(pipe: Any, latents: Tensor) -> Tensor:
@@ -93,14 +95,15 @@ def decode_z_image(pipe: Any, latents: Tensor) -> Tensor:
     return pipe.vae.decode(scaled.bfloat16(), return_dict=False)[0].permute(0, 2, 3, 1)
 
 
+def decode_qwen_image(pipe: Any, latents: Tensor) -> Tensor:
+    unpacked = pipe._unpack_latents(latents, HEIGHT, WIDTH, pipe.vae_scale_factor)
+    return decode_wan(pipe, unpacked)[:, 0]  # a video of one frame
+
+
 def decode_wan(pipe: Any, latents: Tensor) -> Tensor:
     config = pipe.vae.config
     mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
     return pipe.vae.decode((latents * std + mean).bfloat16(), return_dict=False)[0].permute(0, 2, 3, 4, 1)
-
-
-def decode_qwen_image(pipe: Any, latents: Tensor) -> Tensor:
-    return decode_wan(pipe, pipe._unpack_latents(latents, HEIGHT, WIDTH, pipe.vae_scale_factor))[:, 0]
 
 
 ENCODE = {
