@@ -109,7 +109,7 @@ class BlockPair:
         return {**self.feed, **inside}
 
     def border(self, piece: str) -> Cut:
-        """What enters and leaves a piece.
+        """Find what enters and leaves a piece.
 
         Raises:
             AdatsqError: the variants do not share its border.

@@ -112,6 +112,8 @@ def test_a_wrong_scale_names_its_block(
     report = accuracy.check(BundleFiles.open(planned("embedded")), tmp_path, backend="rtx")
     assert failed_blocks(report) == {layer.rpartition(".")[0]}
     assert not report.passed
+    searched = accuracy.bisect(BundleFiles.open(planned("embedded")), report, tmp_path)
+    assert searched.first_layers == (), "of a plan no layer is known"
 
 
 def test_a_wrong_weight_names_its_block(
