@@ -172,7 +172,7 @@ def _check(files: BundleFiles, folder: Path) -> dict[str, JsonValue]:
         loops = [loop for loop in (report.loop, report.plan_loop) if loop is not None and not loop.passed]
         failed += [loop.failure or "a denoising loop leaves its tolerance" for loop in loops]
         raise AdatsqError("; ".join(failed) or "something is not as it was exported")
-    rows = [row for row in report.rows if row.variant == "plan"]
+    rows = [row for row in report.rows if row.variant == "plan" and row.block is None]
     worst = max((row.relative_error or 0.0 for row in rows), default=0.0)
     return {"comparisons": len(report.rows), "plans": len(rows), "worst_plan_error": worst}
 

@@ -62,9 +62,13 @@ def uniform_bundle(files: BundleFiles, choice: BackendChoice, rows: int) -> Bund
         OutputError: there is no room for the files.
     """
     manifest = files.manifest
-    if manifest.shapes or manifest.layout == PLUGIN_LAYOUT:
-        what = "several sizes" if manifest.shapes else f"layout {PLUGIN_LAYOUT}"
-        LOGGER.info("'%s': no plans in one format beside those of a bundle of %s", files.folder, what)
+    reasons = {
+        "of several sizes": bool(manifest.shapes),
+        f"of layout {PLUGIN_LAYOUT}": manifest.layout == PLUGIN_LAYOUT,
+        "with 16-bit branches": bool(files.index.branches),
+    }
+    if found := [reason for reason, holds in reasons.items() if holds]:
+        LOGGER.info("'%s': no plans in one format beside those of a bundle %s", files.folder, found[0])
         return None
     weights = read_weights(files.graph_path(files.graph("reference", None)), files.policy.layers)
     formats = _formats(files, choice.plans[0].target, weights)

@@ -1,9 +1,10 @@
 """Cost of serving and gain of batching, measured on the real Triton server with one bundle.
 
     python -m benchmarks.serving.run BUNDLE [--server FOLDER] [--requests 2000] [--rounds 30] [--work FOLDER]
+        [--output FILE]
 
 The model of middle size is the Flux of 161 M parameters of benchmarks/engines, made in --work or reused there. Writes
-results.json beside this file and prints it. Times want an idle machine; the results say how busy it was.
+results.json beside this file, or --output, and prints it. Times want an idle machine; the results say how busy it was.
 """
 
 from __future__ import annotations
@@ -251,10 +252,11 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=2000, help="of the load run")
     parser.add_argument("--rounds", type=int, default=30, help="repetitions of every timing")
     parser.add_argument("--work", type=Path, default=Path("runs/bench-serving"), help="for the model of middle size")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="JSON file to write")
     arguments = parser.parse_args()
     installation = Installation.find(arguments.server)
     results = measure(arguments.bundle, installation, arguments.requests, arguments.rounds, arguments.work)
-    write_json_model(RESULTS, results)
+    write_json_model(arguments.output, results)
     print(results.model_dump_json(indent=2))
     print(results.load.table())
 

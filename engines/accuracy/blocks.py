@@ -108,6 +108,43 @@ class BlockPair:
         inside = run_in_onnxruntime(cpu.path, [self.feed], entering)[0] if entering else {}
         return {**self.feed, **inside}
 
+    def border(self, piece: str) -> Cut:
+        """Find what enters and leaves a piece.
+
+        Raises:
+            AdatsqError: the variants do not share its border.
+        """
+        return find_cut(*self._graphs, self._pieces[piece])
+
+    def declared(self, names: Iterable[str]) -> list[ValueInfoProto]:
+        """Values of the target graph with the types that they have there."""
+        target, _ = self._graphs
+        kinds = {name: _kind(target, name, np.dtype(np.float32), self.bundle.index.base_type) for name in names}
+        return [make_tensor_value_info(name, kind, None) for name, kind in kinds.items()]
+
+    def continue_from(self, piece: str, graph: Path, values: Arrays) -> BlockRun:
+        """Run the cpu piece on what another computation of the target graph has at its border.
+
+        Args:
+            piece: its name.
+            graph: path of the ONNX file that the cpu piece is written to.
+            values: of the whole border, float32.
+
+        Returns:
+            `expected` are the cpu piece's outputs, and `got` those of the other computation.
+
+        Raises:
+            AdatsqError: the variants do not share the piece's border, or the piece cannot be run.
+        """
+        (target, cpu), cut, known = self._graphs, self.border(piece), {**self.feed, **values}
+        _require(known, (*cut.inputs, *cut.outputs), target.path)
+        inputs = _write_cpu_block(cpu, cut, known, graph)
+        expected = run_in_onnxruntime(graph, [inputs])[0]
+        counts = count_rounded_layers(target, self._layers(piece))
+        layers = {name: counts.get(name, 0) for name in cut.outputs}
+        got = {name: np.asarray(known[name]) for name in cut.outputs}
+        return BlockRun(inputs, {n: v.astype(np.float32) for n, v in expected.items()}, got, graph, layers)
+
     def run(self, piece: str, graph: Path) -> BlockRun:
         """Cut a piece out of both variants and run each.
 
@@ -122,10 +159,7 @@ class BlockPair:
         _require(values, cut.inputs, target.path)
         inputs = [_input(target, name, values[name], self.bundle.index.base_type) for name in cut.inputs]
         rounded = {**values, **{value.name: _rounded(values[value.name], value) for value in inputs}}
-        cpu_block = _cpu_block(cpu, cut, rounded)
-        _require(values, [value.name for value in cpu_block.graph.input], cpu.path)
-        write_bytes(graph, cpu_block.SerializeToString())
-        cpu_inputs = {value.name: rounded[value.name] for value in cpu_block.graph.input}
+        cpu_inputs = _write_cpu_block(cpu, cut, rounded, graph)
         expected = _evaluate(target.extract(inputs, cut.outputs), {v.name: rounded[v.name] for v in inputs})
         got = run_in_onnxruntime(graph, [cpu_inputs])[0]
         counts = count_rounded_layers(target, self._layers(piece))
@@ -157,12 +191,17 @@ def _evaluate(block: ModelProto, feed: Arrays) -> dict[str, np.ndarray]:
 
 def _input(target: GraphView, name: str, value: np.ndarray, base_type: str) -> ValueInfoProto:
     """The declaration of a value that enters the target piece, in the type that it has there."""
+    return make_tensor_value_info(name, _kind(target, name, value.dtype, base_type), [None] * value.ndim)
+
+
+def _kind(target: GraphView, name: str, dtype: np.dtype, base_type: str) -> int:
+    """ONNX type of a value of the target graph, which is of this type in the cpu graph."""
     known = target.types.get(name)
     kind = known.type.tensor_type.elem_type if known is not None else TensorProto.UNDEFINED
-    if kind == TensorProto.UNDEFINED:
-        floating = np.issubdtype(value.dtype, np.floating)
-        kind = TensorProto.DataType.Value(_ONNX_NAMES[base_type]) if floating else np_dtype_to_tensor_dtype(value.dtype)
-    return make_tensor_value_info(name, kind, [None] * value.ndim)
+    if kind != TensorProto.UNDEFINED:
+        return int(kind)
+    floating = np.issubdtype(dtype, np.floating)
+    return int(TensorProto.DataType.Value(_ONNX_NAMES[base_type]) if floating else np_dtype_to_tensor_dtype(dtype))
 
 
 _ONNX_NAMES = {"bfloat16": "BFLOAT16", "float16": "FLOAT16", "float32": "FLOAT"}
@@ -172,6 +211,14 @@ def _rounded(value: np.ndarray, declared: ValueInfoProto) -> np.ndarray:
     """A value as the target graph's type holds it, in the type that the cpu graph has."""
     kind = declared.type.tensor_type.elem_type
     return value.astype(tensor_dtype_to_np_dtype(kind)).astype(value.dtype) if kind in _FLOATS else value
+
+
+def _write_cpu_block(cpu: GraphView, cut: Cut, values: Arrays, graph: Path) -> dict[str, np.ndarray]:
+    """Write a piece of the cpu graph; its inputs."""
+    block = _cpu_block(cpu, cut, values)
+    _require(values, [value.name for value in block.graph.input], cpu.path)
+    write_bytes(graph, block.SerializeToString())
+    return {value.name: values[value.name] for value in block.graph.input}
 
 
 def _cpu_block(cpu: GraphView, cut: Cut, values: Arrays) -> ModelProto:

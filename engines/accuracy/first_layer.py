@@ -54,7 +54,8 @@ def _first_wrong_steps(rows: Iterable[CheckRow]) -> list[tuple[int, CheckRow]]:
     """The first failed step of each bucket and variant, with one of its rows."""
     first: dict[tuple[int, str], CheckRow] = {}
     for row in rows:
-        if not row.passed and row.variant != "reference":  # no layer of the full-precision model is stored
+        # No layer of the full-precision model is stored, and of a plan no layer is known.
+        if not row.passed and row.variant in ("cpu", "target"):
             key = (row.bucket, row.variant)
             first[key] = min(first.get(key, row), row, key=lambda r: r.step)
     return [(row.step, row) for row in first.values()]

@@ -14,6 +14,7 @@ from adatsq_trt.engines.accuracy.blocks import REFERENCE_NAME, BlockPair
 from adatsq_trt.engines.accuracy.comparison import CPU_NAME, Arrays, SavedArrays, compare, run_in_onnxruntime
 from adatsq_trt.engines.accuracy.exact import check_exactly
 from adatsq_trt.engines.accuracy.loop import check_loop, plan_output_tolerance
+from adatsq_trt.engines.accuracy.marked_plans import MarkedRun, run_marked
 from adatsq_trt.engines.accuracy.references import BRANCH_SUFFIX, OUTPUT_SUFFIX, Reference
 from adatsq_trt.engines.accuracy.report import REPORT_NAME, CheckReport, CheckRow, Variant, write_report
 from adatsq_trt.engines.accuracy.separate_layers import chosen_outputs, given_inputs, write_separated
@@ -152,7 +153,7 @@ def _units(bundle: BundleFiles, folder: Path, plans: Bundle | None) -> Iterator[
         yield from _check_steps(bundle, reference, assignment, folder, plans)
     yield from _run_outputs(bundle, "reference", range(bundle.policy.steps), folder)
     for assignment in _targets(bundle):
-        yield from _check_target(bundle, reference, assignment, folder)
+        yield from _check_target(bundle, reference, assignment, folder, plans)
 
 
 def _check_steps(
@@ -295,8 +296,13 @@ def _in_order(graph: Path, names: Mapping[str, str]) -> dict[str, str]:
     return {value: names[value] for value in sorted(names, key=place.__getitem__)}
 
 
-def _check_target(bundle: BundleFiles, reference: Reference, assignment: int, folder: Path) -> Iterator[list[CheckRow]]:
-    """All pieces of a target graph, at the assignment's first step, for one row of each guidance branch."""
+def _check_target(
+    bundle: BundleFiles, reference: Reference, assignment: int, folder: Path, plans: Bundle | None
+) -> Iterator[list[CheckRow]]:
+    """All pieces of a target graph, at the assignment's first step, for one row of each guidance branch.
+
+    The blocks of a plan of that graph follow on those of the graph, where such plans run here.
+    """
     step = bundle.policy.step_assignments.index(assignment)
     pair = BlockPair(bundle, assignment, reference.feed(step, rows=2))
     try:
@@ -306,14 +312,35 @@ def _check_target(bundle: BundleFiles, reference: Reference, assignment: int, fo
     except AdatsqError:  # the blocks' rows say why
         outside = []
     yield [row for name in outside for row in _check_piece(pair, step, name, folder)]
+    marked = None if plans is None else run_marked(pair, step, plans.choice)
     for block in bundle.index.blocks:
-        yield _check_piece(pair, step, block, folder)
+        rows = _check_piece(pair, step, block, folder)
+        yield rows if marked is None else [*rows, *_check_plan_block(pair, step, block, folder, marked)]
+
+
+def _check_plan_block(pair: BlockPair, step: int, block: str, folder: Path, marked: MarkedRun) -> list[CheckRow]:
+    """Compare what a plan makes of a block's inputs with what the cpu block makes of the same."""
+    bundle, assignment = pair.bundle, pair.assignment
+    subject = Subject(_bucket(bundle, step), step, assignment, "plan", block)
+    name = f"assignment_{assignment:03d}.plan.{_file_name(block)}"
+    path = folder / f"{name}.onnx"
+    comparison = _Comparison(bundle, subject, folder, name, path, {_NO_OUTPUT: FLOAT32}, marked.backend)
+    if marked.failure is not None:
+        return [comparison.failed({}, {}, marked.failure)]
+    try:
+        run = pair.continue_from(block, path, marked.values)
+    except AdatsqError as error:
+        return [comparison.failed({}, {}, str(error))]
+    limits = {name: _target_tolerance(bundle, assignment, block, layers) for name, layers in run.layers.items()}
+    rows = replace(comparison, tolerances=limits).rows(run.inputs, run.got, run.expected, marked=True)
+    command = SavedArrays(folder, name).compare_command(run.expected, limits)
+    return [row.model_copy(update={"command": command}) for row in rows]
 
 
 def _check_piece(pair: BlockPair, step: int, piece: str, folder: Path) -> list[CheckRow]:
     bundle, assignment = pair.bundle, pair.assignment
     subject = Subject(_bucket(bundle, step), step, assignment, "target", piece)
-    name = f"assignment_{assignment:03d}.{re.sub(r'[^A-Za-z0-9._-]', '_', piece)[:_LONGEST_NAME]}"
+    name = f"assignment_{assignment:03d}.{_file_name(piece)}"
     path = folder / f"{name}.onnx"
     comparison = _Comparison(bundle, subject, folder, name, path, {_NO_OUTPUT: FLOAT32})
     try:
@@ -326,6 +353,10 @@ def _check_piece(pair: BlockPair, step: int, piece: str, folder: Path) -> list[C
     rows = replace(comparison, tolerances=limits).rows(run.inputs, run.got, run.expected, marked=True)
     written = written_formats(bundle, "target", step)
     return [_with_written_format(row, written) for row in rows]
+
+
+def _file_name(module: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]", "_", module)[:_LONGEST_NAME]
 
 
 def _target_tolerance(bundle: BundleFiles, assignment: int, piece: str, layers: int) -> Tolerance:

@@ -52,7 +52,8 @@ fake-quantized PyTorch model: a step moves the latent by |x[t+1] - x[t]|, of whi
 times sqrt(g^2 + (g - 1)^2) where guidance of scale g combines two rows, with 1 more below the root where it also takes
 the norm of one of them; independent steps add in squares, twice that is allowed for what an error does to later steps,
 and flips spread as in the loop of the `cpu` graphs. These limits grow with depth: they find a plan that computes
-something else, not a layer that is a few percent off, which the rows of the `target` graph find.
+something else, not a layer that is a few percent off, which the rows of the `target` graph find. Blocks of plans have a
+block's limits: each is compared with the `cpu` block on the plan's own inputs.
 
 An output sums many inputs that flipped, so its error is about normal, and the median of a normal error is 0.67 times
 its root mean square: so is the limit of the median. `make demo` (nvfp4 in bfloat16, R = 4) showed up to 0.138, limit

@@ -5,7 +5,7 @@ The library's calls say by their results what went wrong. All of them are checke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from adatsq_trt.errors import AdatsqError
@@ -23,9 +23,10 @@ class EngineContext:
         engine: the library's.
         inputs: names of the inputs.
         output: name of the one output.
+        marked: names of values inside that the engine gives too.
     """
 
-    def __init__(self, library: Any, engine: Any, context: Any, title: str) -> None:
+    def __init__(self, library: Any, engine: Any, context: Any, title: str, marked: Collection[str] = ()) -> None:
         """Wrap a context.
 
         Args:
@@ -33,16 +34,18 @@ class EngineContext:
             engine: deserialized.
             context: of the engine; None where the library refused to make one.
             title: of the engine, in messages.
+            marked: values that were made outputs of the engine.
 
         Raises:
-            AdatsqError: there is no context, or the engine has not exactly one output.
+            AdatsqError: there is no context, or the engine has not exactly one output beside those.
         """
         self._library, self._context, self._title, self.engine = library, context, title, engine
         self._require(context is not None, "make an execution context")
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         mode = library.TensorIOMode.INPUT
         self.inputs = tuple(name for name in names if engine.get_tensor_mode(name) == mode)
-        outputs = [name for name in names if name not in self.inputs]
+        self.marked = tuple(name for name in names if name in marked)
+        outputs = [name for name in names if name not in (*self.inputs, *self.marked)]
         self._require(len(outputs) == 1, f"be used: it has {len(outputs)} outputs, expected one")
         self.output = outputs[0]
         self._profile: int | None = None
@@ -99,15 +102,18 @@ class EngineContext:
             self._require(self._context.set_tensor_address(name, address), f"bind '{name}'")
             self._addresses[name] = address
 
-    def output_shape(self) -> tuple[int, ...]:
+    def output_shape(self, name: str | None = None) -> tuple[int, ...]:
         """Of the next call, once all shapes are set.
+
+        Args:
+            name: of a marked value; None for the output.
 
         Raises:
             AdatsqError: the shapes of the inputs do not decide it.
         """
         missing = self._context.infer_shapes()
         self._require(not missing, f"tell its output's shape: {', '.join(missing)} have none")
-        shape = tuple(self._context.get_tensor_shape(self.output))
+        shape = tuple(self._context.get_tensor_shape(name or self.output))
         self._require(all(size >= 0 for size in shape), f"tell its output's shape, got {list(shape)}")
         return shape
 

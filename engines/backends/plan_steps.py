@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 class PlanSteps(DeviceSteps):
     """A bundle's engines, of which each step runs one."""
 
+    _marked: tuple[str, ...] = ()
+
     def __init__(
         self, files: BundleFiles, plans: tuple[PlanFile, ...], backend: NetworkCompiler, device: Device | None = None
     ) -> None:
@@ -77,6 +79,9 @@ class PlanSteps(DeviceSteps):
         # The branch that a plan of all assignments takes is decided on the device, which no captured graph can.
         return held is not None
 
+    def _bind_marked(self, context: EngineContext) -> None:
+        """Bind values inside of an engine that are outputs too; there are none by default."""
+
     def _called(self, held: int | None, rows: int, size: Size, seconds: float) -> None:
         """An engine has been called for so many rows of a size, which took so long to enqueue."""
 
@@ -93,7 +98,7 @@ class PlanSteps(DeviceSteps):
     def _context(self, engine: Any, held: int | None) -> EngineContext:
         context = self._make_context(engine, self._captured(held))
         title = f"{self._title} ('{self._plans[held].path}')"
-        return EngineContext(self._library, engine, context, title)
+        return EngineContext(self._library, engine, context, title, self._marked)
 
     def _shared_activations(self) -> torch.Tensor:
         """Only now do the engines know how much they need: budgets for streamed weights are set with the contexts."""
@@ -125,6 +130,7 @@ class PlanSteps(DeviceSteps):
             self._controls.bind_step(context, step, size)
             output = buffers.output(context.output_shape(), context.dtype(context.output))
             context.bind(context.output, output.data_ptr())
+            self._bind_marked(context)
             began = time.perf_counter()
             context.enqueue(stream)
             self._called(held, buffers.count, size, time.perf_counter() - began)

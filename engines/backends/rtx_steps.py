@@ -8,16 +8,23 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from adatsq_trt.engines.backends.cuda_device import gpu_capability, gpu_name
 from adatsq_trt.engines.backends.device_steps import RowBuffers
+from adatsq_trt.engines.backends.execution_context import EngineContext
 from adatsq_trt.engines.backends.plan_steps import PlanSteps
 from adatsq_trt.engines.backends.rtx import RtxBackend
 from adatsq_trt.engines.bundle import MANIFEST_NAME, BundleFiles, Manifest, PlanFile
+from adatsq_trt.engines.generation import Arrays, as_array
 from adatsq_trt.errors import MismatchError, OutputError
 from adatsq_trt.files import sha256, write_bytes
 from adatsq_trt.formats import TARGETS
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 CACHE_FOLDER = "runtime-cache"
@@ -217,6 +224,47 @@ class ComparisonSteps(RtxSteps):
 
     def _captured(self, held: int | None) -> bool:
         return True
+
+
+class MarkedSteps(ComparisonSteps):
+    """An engine of an assignment that gives values inside of it too."""
+
+    def __init__(self, files: BundleFiles, plan: bytes, name: str, rows: int, marked: tuple[str, ...]) -> None:
+        """Deserialize a plan.
+
+        Args:
+            files: the bundle.
+            plan: for this machine's GPU.
+            name: of the plan, in messages.
+            rows: most that it takes.
+            marked: names of the values.
+
+        Raises:
+            UserError: TensorRT-RTX refuses it.
+        """
+        self._marked = marked
+        self._values: dict[str, torch.Tensor] = {}
+        super().__init__(files, plan, name, rows)
+
+    def _bind_marked(self, context: EngineContext) -> None:
+        for name in context.marked:
+            self._values[name] = self._gpu.empty(context.output_shape(name), context.dtype(name))
+            context.bind(name, self._values[name].data_ptr())
+
+    def values(self, step: int, inputs: Arrays) -> dict[str, np.ndarray]:
+        """Run a step of the engine's assignment; waits for the device.
+
+        Args:
+            step: index in the loop.
+            inputs: as of `run`.
+
+        Returns:
+            Marked value, or the output → array, float32 [rows, ...].
+        """
+        with self._lock:
+            output = as_array(self.run(step, inputs))
+            names = {context.output: output for context in self._contexts.values()}
+            return {**{name: as_array(value) for name, value in self._values.items()}, **names}
 
 
 def cache_file(files: BundleFiles, gpu: str) -> Path:

@@ -1,9 +1,13 @@
 """A machine with a GPU of sm120, as far as anyone asks: doubles of its memory and of the libraries that run plans."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from adatsq_trt.engines import benchmark
+from adatsq_trt.engines.accuracy import marked_plans
+from adatsq_trt.engines.accuracy.blocks import BlockPair
 from adatsq_trt.engines.backends import cuda_device, device_steps, network, rtx_steps, selection, tensorrt_steps
 from adatsq_trt.engines.backends.tensorrt import TensorRTBackend
 from adatsq_trt.engines.runtime import Bundle
@@ -36,7 +40,15 @@ def library(book: PlanBook, device: HostDevice, monkeypatch: pytest.MonkeyPatch)
     for module in (rtx_steps, benchmark):
         monkeypatch.setattr(module, "gpu_name", lambda: GPU)
     monkeypatch.setattr(selection, "gpu_is_here", lambda: True)
+    monkeypatch.setattr(marked_plans, "build_marked_plan", partial(make_marked_plan, book))
     monkeypatch.setattr(
         Bundle, "device", property(lambda self: CPU if self.choice.name == "onnxruntime" else device.device)
     )
     return double
+
+
+def make_marked_plan(book: PlanBook, pair: BlockPair, names: tuple[str, ...], target: str, rows: int) -> bytes:
+    """A plan that the double knows, without the time that the compiler takes for one."""
+    plan = f"a double's plan: {pair.bundle.folder}, {pair.assignment}, {names}, {target}, {rows}".encode()
+    book.enter_marked(pair.bundle, plan, pair.assignment, pair.declared(names), rows)
+    return plan

@@ -12,7 +12,7 @@ argument types are those of the installed bindings, read from their docstrings.
 import ctypes
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -70,6 +70,7 @@ class Recipe:
         output: its name and port.
         profiles: optimization profiles.
         plugins: it has layers of the plugin.
+        marked: values inside that are outputs too.
     """
 
     graph: Path
@@ -77,6 +78,12 @@ class Recipe:
     output: tuple[str, Port]
     profiles: tuple[Profile, ...]
     plugins: bool = False
+    marked: dict[str, Port] = field(default_factory=dict)
+
+    @property
+    def outputs(self) -> dict[str, Port]:
+        """All of them, the output first."""
+        return {self.output[0]: self.output[1], **self.marked}
 
 
 class PlanBook:
@@ -113,6 +120,23 @@ class PlanBook:
         profiles = BatchRange(1, rows, rows).profiles
         own = (output.name, replace(_port(output, {}), element=element))
         self._recipes[_digest(plan)] = Recipe(path, ports, own, profiles)
+
+    def enter_marked(self, bundle: BundleFiles, plan: bytes, assignment: int, values: Sequence[Any], rows: int) -> None:
+        """Note that a plan computes an assignment's graph and gives values inside of it too.
+
+        Args:
+            bundle: of the graph.
+            plan: its bytes.
+            assignment: index into the policy's assignments.
+            values: as the target graph declares them.
+            rows: of a call.
+        """
+        target, cpu = (bundle.graph_path(bundle.graph(variant, assignment)) for variant in ("target", "cpu"))
+        model = onnx.load(target, load_external_data=False)
+        ports, output = {value.name: _port(value, {}) for value in model.graph.input}, model.graph.output[0]
+        marked = {value.name: Port(value.type.tensor_type.elem_type, ()) for value in values}
+        own, profiles = (output.name, _port(output, {})), BatchRange(1, rows, rows).profiles
+        self._recipes[_digest(plan)] = Recipe(cpu, ports, own, profiles, marked=marked)
 
     def find(self, plan: bytes) -> Recipe | None:
         """What a plan computes; None for bytes that are no plan of ours."""
@@ -316,7 +340,7 @@ class ICudaEngine:
         self.library, self.recipe = library, recipe
         self.streamable_weights_size = library.streamable_bytes
         self.weight_streaming_budget_v2 = 0
-        self._names = [*recipe.inputs, recipe.output[0]]
+        self._names = [*recipe.inputs, *recipe.outputs]
         self.contexts = 0
 
     @property
@@ -339,8 +363,7 @@ class ICudaEngine:
         return self.streamable_weights_size // 2
 
     def port(self, name: str) -> Port:
-        own, port = self.recipe.output
-        return port if name == own else self.recipe.inputs[name]
+        return {**self.recipe.inputs, **self.recipe.outputs}[name]
 
     @checked("ICudaEngine")
     def get_tensor_name(self, index: int) -> str:
@@ -426,7 +449,7 @@ class IExecutionContext:
     def set_tensor_address(self, name: str, address: int) -> bool:
         if "set_tensor_address" in self.engine.library.refuse:
             return False
-        if name not in self.engine.recipe.inputs and name != self.engine.recipe.output[0]:
+        if name not in self.engine.recipe.inputs and name not in self.engine.recipe.outputs:
             return False
         self._addresses[name] = int(address)
         return True
@@ -437,11 +460,20 @@ class IExecutionContext:
 
     @checked("IExecutionContext")
     def get_tensor_shape(self, name: str) -> Any:
+        if name in self.engine.recipe.marked:
+            return real.Dims([-1] if self.infer_shapes() else list(self._marked_shapes[name]))
         if name != self.engine.recipe.output[0]:
             return real.Dims(list(self._shapes.get(name, self.engine.port(name).shape)))
         declared = self.engine.recipe.output[1].shape
         rows = -1 if self.infer_shapes() else self._latent_shape
         return real.Dims(list(declared if rows == -1 else rows))
+
+    @property
+    def _marked_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the next call, told by computing one of zeros."""
+        shapes = {name: self._shapes.get(name, port.shape) for name, port in self.engine.recipe.inputs.items()}
+        results = self._compute({name: torch.ones(shape) for name, shape in shapes.items()})
+        return {name: tuple(result.shape) for name, result in results.items()}
 
     @property
     def _latent_shape(self) -> tuple[int, ...]:
@@ -468,7 +500,8 @@ class IExecutionContext:
             self._device.require(*self._memory, name="activations")
         assert not self.infer_shapes(), f"no shape: {self.infer_shapes()}"
         values = {name: self._read(name, port) for name, port in self.engine.recipe.inputs.items()}
-        self._write(self._compute(values))
+        for name, result in self._compute(values).items():
+            self._write(name, result)
         library.log.runs.append(self.engine.recipe.graph.name)
         return True
 
@@ -488,23 +521,30 @@ class IExecutionContext:
         self._device.require(address, size, name)
         return address
 
-    def _compute(self, values: dict[str, torch.Tensor | None]) -> np.ndarray:
+    def _compute(self, values: Mapping[str, torch.Tensor | None]) -> dict[str, np.ndarray]:
         session = self._session
         feed = {}
         for port in session.get_inputs():
             value = values[port.name]
             assert value is not None
             feed[port.name] = (value if port.type == "tensor(int32)" else value.float()).numpy()
-        return np.asarray(session.run(None, feed)[0])
+        names = [session.get_outputs()[0].name, *self.engine.recipe.marked]
+        outputs = zip((self.engine.recipe.output[0], *self.engine.recipe.marked), session.run(names, feed), strict=True)
+        return {name: np.asarray(value) for name, value in outputs}
 
     @cached_property
     def _session(self) -> onnxruntime.InferenceSession:
         options = onnxruntime.SessionOptions()
         options.add_session_config_entry("session.x64quantprecision", "1")
-        return onnxruntime.InferenceSession(self.engine.recipe.graph, options, providers=["CPUExecutionProvider"])
+        graph: Path | bytes = self.engine.recipe.graph
+        if self.engine.recipe.marked:
+            model = onnx.load(graph)
+            model.graph.output.extend(map(onnx.helper.make_empty_tensor_value_info, self.engine.recipe.marked))
+            graph = model.SerializeToString()
+        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
-    def _write(self, result: np.ndarray) -> None:
-        name, port = self.engine.recipe.output
+    def _write(self, name: str, result: np.ndarray) -> None:
+        port = self.engine.port(name)
         shape = tuple(result.shape)
         _at(self._address(name, _bytes(port, shape)), port, shape).copy_(torch.from_numpy(result))
 
