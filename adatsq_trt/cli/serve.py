@@ -6,12 +6,15 @@ import signal
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from adatsq_trt.cli.backends import BackendName
 from adatsq_trt.errors import UserError
+
+if TYPE_CHECKING:
+    from adatsq_trt.engines.triton_server.serving import Serving
 
 _ServerFolder = Annotated[
     Path | None,
@@ -79,10 +82,15 @@ def serve(
     typer.echo(choose(files.manifest, backend).sentence, err=True)
     encoders = pipeline or (None if files.manifest.text is None else pipeline_of(run))
     served = Deployment(name or files.manifest.model, files, backend=backend, pipeline=encoders)
+    ports = Ports(http_port, grpc_port, metrics_port)
+    _run(Serving(served, installation, ports, ui_port if ui else None, image_api))
+
+
+def _run(prepared: Serving) -> None:
+    """Start, say how to ask, and go on until Ctrl-C."""
     # Ended by another process as by Ctrl-C: the server must not stay behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    ports = Ports(http_port, grpc_port, metrics_port)
-    with Serving(served, installation, ports, ui_port if ui else None, image_api) as serving:
+    with prepared as serving:
         typer.echo(serving.sentences)
         typer.echo("Ctrl-C ends it")
         with suppress(KeyboardInterrupt):
