@@ -23,6 +23,7 @@ from adatsq_trt.search.costs import time_model
 from adatsq_trt.stages import bundle, layer_times
 from adatsq_trt.stages.graph import run_stages
 from tests.cli.conftest import CommandLine
+from tests.doubles.gpu import know_uniform_plans
 from tests.doubles.processor_with_casts import CastingSteps
 from tests.doubles.tensorrt_on_onnxruntime import PLUGIN_LIBRARY, VERSION, CompilerDouble, Library, PlanBook
 from tests.engines.triton_server import test_loop_model as server_doubles
@@ -113,7 +114,10 @@ def test_check_compares_every_plan(
     ended = cli("check", runs[layout], "--json", "--output", tmp_path / "check")
     assert ended.code == 0, ended.err
     report, backend = json.loads(ended.out), "tensorrt" if layout == "plugin" else "rtx"
-    rows = [row for row in report["rows"] if row["variant"] == "plan"]
+    of_plans = [row for row in report["rows"] if row["variant"] == "plan"]
+    blocks = {row["block"] for row in of_plans if row["block"] is not None}
+    assert blocks == (set(BundleFiles.open(runs[layout]).index.blocks) if layout in ("embedded", "shared") else set())
+    rows = [row for row in of_plans if row["block"] is None]
     assert ([row["step"] for row in rows], {row["computed_by"] for row in rows}) == (list(range(STEPS)), {backend})
     assert report["passed"]
     assert report["plan_loop"]["passed"]
@@ -122,14 +126,24 @@ def test_check_compares_every_plan(
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_benchmark_times_every_plan(
-    layout: Layout, runs: dict[Layout, Path], cli: CommandLine, library: Library, monkeypatch: pytest.MonkeyPatch
+    layout: Layout,
+    runs: dict[Layout, Path],
+    cli: CommandLine,
+    library: Library,
+    book: PlanBook,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(benchmark, "build_comparison_plans", lambda *_: {})
+    know_uniform_plans(book, monkeypatch)
     ended = cli("benchmark", "bundle", runs[layout], "--rounds", "1", "--json")
     assert ended.code == 0, ended.err
     policy = BundleFiles.open(runs[layout]).policy
     timings = json.loads(ended.out)["timings"]
-    assert [t["case"] for t in timings] == ["policy", *(f"assignment {i}" for i in range(len(policy.assignments)))]
+    own = ["policy", *(f"assignment {i}" for i in range(len(policy.assignments)))]
+    uniform = [] if layout == "plugin" else ["uniform bf16", "uniform fp8"]
+    assert [t["case"] for t in timings] == [*own, *uniform]
+    alone = json.loads(cli("benchmark", "bundle", runs[layout], "--rounds", "1", "--json", "--no-uniform").out)
+    assert [t["case"] for t in alone["timings"]] == own
     assert {t["backend"] for t in timings} == {"tensorrt" if layout == "plugin" else "rtx"}
 
 

@@ -11,11 +11,11 @@ import pytest
 
 from adatsq_trt.engines.backends.selection import BackendChoice
 from adatsq_trt.engines.benchmark import benchmark_bundles
-from adatsq_trt.engines.build import build_plans
-from adatsq_trt.engines.bundle import BundleFiles, Layout, PlanFile, write_manifest
+from adatsq_trt.engines.bundle import BundleFiles, Layout, write_manifest
 from adatsq_trt.formats import FORMATS
 from adatsq_trt.stages import uniform_plans
 from adatsq_trt.stages.uniform_plans import uniform_bundle
+from tests.doubles.gpu import know_uniform_plans
 from tests.doubles.tensorrt_on_onnxruntime import CompilerDouble, Library, PlanBook
 from tests.engines.gpu_runtime.conftest import add_plans
 from tests.tiny_pipeline import make_flux_bundle
@@ -44,22 +44,7 @@ def with_plans(exported: BundleFiles, book: PlanBook, tmp_path: Path) -> Callabl
 @pytest.fixture
 def built(book: PlanBook, monkeypatch: pytest.MonkeyPatch) -> Built:
     """Plans of one format are a double's, which knows what they compute; the folders that were built, in order."""
-    folders: Built = []
-
-    def build(folder: Path, index, targets, batch, **options) -> tuple[PlanFile, ...]:
-        plans = build_plans(folder, index, targets, batch, **{**options, "compiler": CompilerDouble()})
-        folders.append(folder)
-        return plans
-
-    write = uniform_plans.write_manifest
-
-    def enter(folder: Path, manifest) -> None:
-        write(folder, manifest)
-        book.enter(BundleFiles.open(folder), manifest.plans, uniform_plans.BatchRange(1, 4, 4).profiles)
-
-    monkeypatch.setattr(uniform_plans, "build_plans", build)
-    monkeypatch.setattr(uniform_plans, "write_manifest", enter)
-    return folders
+    return know_uniform_plans(book, monkeypatch)
 
 
 def chosen(files: BundleFiles) -> BackendChoice:
