@@ -6,16 +6,21 @@ import signal
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from adatsq_trt.cli.backends import BackendName
 from adatsq_trt.errors import UserError
 
-if TYPE_CHECKING:
-    from adatsq_trt.engines.triton_server.serving import Serving
-
+_PipelineFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--pipeline",
+        help="Saved diffusers pipeline that the bundle was built from; requests can be text then.",
+        show_default="the one that the run says, where it is still there",
+    ),
+]
 _ServerFolder = Annotated[
     Path | None,
     typer.Option(
@@ -41,14 +46,7 @@ def serve(
         BackendName,
         typer.Option("--backend", help="Plans (rtx, tensorrt), cpu graphs on a GPU (cuda) or on the processor."),
     ] = "auto",
-    pipeline: Annotated[
-        Path | None,
-        typer.Option(
-            "--pipeline",
-            help="Saved diffusers pipeline that the bundle was built from; requests can be text then.",
-            show_default="the one that the run says, where it is still there",
-        ),
-    ] = None,
+    pipeline: _PipelineFolder = None,
     http_port: Annotated[int, typer.Option("--http-port", min=1, max=65535)] = 8000,
     grpc_port: Annotated[int, typer.Option("--grpc-port", min=1, max=65535)] = 8001,
     metrics_port: Annotated[int, typer.Option("--metrics-port", min=1, max=65535)] = 8002,
@@ -83,18 +81,14 @@ def serve(
     encoders = pipeline or (None if files.manifest.text is None else pipeline_of(run))
     served = Deployment(name or files.manifest.model, files, backend=backend, pipeline=encoders)
     ports = Ports(http_port, grpc_port, metrics_port)
-    _run(Serving(served, installation, ports, ui_port if ui else None, image_api))
-
-
-def _run(prepared: Serving) -> None:
-    """Start, say how to ask, and go on until Ctrl-C."""
     # Ended by another process as by Ctrl-C: the server must not stay behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with prepared as serving:
-        typer.echo(serving.sentences)
-        typer.echo("Ctrl-C ends it")
-        with suppress(KeyboardInterrupt):
-            serving.keep_running()
+    with (
+        Serving(served, installation, ports, ui_port if ui else None, image_api) as serving,
+        suppress(KeyboardInterrupt),
+    ):
+        typer.echo(f"{serving.sentences}\nCtrl-C ends it")
+        serving.keep_running()
 
 
 def _built(place: Path, options: Sequence[str]) -> Path:
