@@ -160,8 +160,7 @@ def _print_bundle(bundle: Any, console: Any) -> None:
     from adatsq_trt.formats import PLUGIN_LAYOUT
 
     console.print(summary_table(bundle.summary))
-    report = size_report(bundle.files)
-    if report is not None:
+    if (report := size_report(bundle.files)) is not None:
         console.print(size_table(report))
     if (compiled := compile_where_plans_run(bundle.files)) is not None:
         console.print(compiled, highlight=False, markup=False, soft_wrap=True)
