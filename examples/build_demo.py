@@ -23,8 +23,7 @@ def main(output: Path = Path("runs/example"), **options: Any) -> np.ndarray:
     assert bundle.summary is not None
     print(f"{bundle.summary.mean_bits:.2f} mean bits, latent MSE {bundle.summary.final_error:.1e}")
     with bundle:
-        latents = bundle.denoise(bundle.noise([1, 2]), bundle.conditioning([3, 7]))
-    return bundle.decode(latents)
+        return bundle.decode(bundle.denoise(bundle.noise([1, 2]), bundle.conditioning([3, 7])))
 
 
 if __name__ == "__main__":

@@ -35,13 +35,17 @@ def generate(
         typer.Option("--backend", help="Plans (rtx, tensorrt), cpu graphs on a GPU (cuda) or on the processor."),
     ] = "auto",
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="PNG file.", show_default="samples.png beside the bundle")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="PNG file; its halves lie beside it as WebP.",
+            show_default="samples.png beside the bundle",
+        ),
     ] = None,
     show: Annotated[bool, typer.Option("--open", help="Show the file with this machine's viewer.")] = False,
 ) -> None:
     """Generate pictures with the best backend that this machine has for a bundle, beside full precision.
-
-    Writes a contact sheet, and both halves of it as WebP files, which 'report' shows; videos move there.
 
     Example: adatsq-trt generate runs/demo --samples 10 --prompt 3 --prompt 7
     """
@@ -60,12 +64,13 @@ def generate(
     choices = [prompt_number(opened.files, text) for text in prompt or ()] or range(opened.manifest.prompts)
     conditioning = opened.conditioning([choices[i % len(choices)] for i in range(samples)])
     noise, sheets = opened.noise(range(seed, seed + samples), asked), {}
-    for name, quantized in (("quantized", True), ("full precision", False)):
-        with opened, progress(f"generate: {name}", opened.policy.steps) as advance:
-            latents = opened.denoise(noise, conditioning, callback=lambda _: advance(), quantized=quantized, size=asked)
-        sheets[name] = opened.decode(latents, asked)
-    notes = [f"{len(opened.policy.buckets)} buckets, {opened.policy.mean_bits:.2f} mean bits", ""]
-    write_samples(file, sheets, notes)
+    with opened:
+        for name in ("quantized", "full precision"):
+            with progress(f"generate: {name}", opened.policy.steps) as advance:
+                told, own = (lambda _: advance()), name == "quantized"
+                latents = opened.denoise(noise, conditioning, callback=told, quantized=own, size=asked)
+            sheets[name] = opened.decode(latents, asked)
+    write_samples(file, sheets, [f"{len(opened.policy.buckets)} buckets, {opened.policy.mean_bits:.2f} mean bits", ""])
     error = float(((sheets["quantized"] - sheets["full precision"]) ** 2).mean())
     typer.echo(f"{file}: {samples} samples; mean squared pixel difference from full precision {error:.2e}")
     if show:
