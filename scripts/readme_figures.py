@@ -76,8 +76,14 @@ def _draw_policy(figure: SubFigure, policy: adatsq_trt.Policy, formats: tuple[st
     figure.legend(handles=keys, loc="outside upper center", ncols=len(used), frameon=False, fontsize=8)
 
 
-def is_shown(policy: PolicyFigures) -> bool:
-    """Whether a policy has a row: those within the budgets, and the native formats of 4 and 8 bits beyond them."""
+def is_shown(policy: PolicyFigures, summary: Summary) -> bool:
+    """Whether a policy has a row: those within the budgets, and the native formats of 4 and 8 bits beyond them.
+
+    Of the kind of a returned simple policy there is no other row.
+    """
+    returned = summary.policies[0]
+    if summary.replaced is not None and policy is not returned and policy.kind == returned.kind:
+        return False
     return policy.within_limits or policy.name in {f"uniform {name}" for name in BEYOND}
 
 
@@ -87,8 +93,8 @@ def results_table(summary: Summary) -> str:
         "| policy | bits per weight | activation bits | ms | engines | latent MSE |",
         "|---|---:|---:|---:|---:|---:|",
     ]
-    for policy in filter(is_shown, summary.policies):
-        costs, name = policy.costs, "**searched**" if policy is summary.policies[0] else policy.name
+    for policy in (own for own in summary.policies if is_shown(own, summary)):
+        costs, name = policy.costs, _name(policy, summary)
         cells = (
             name if policy.within_limits else f"{name}\\*",
             f"{policy.resident_bits:.2f}",
@@ -99,6 +105,14 @@ def results_table(summary: Summary) -> str:
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _name(policy: PolicyFigures, summary: Summary) -> str:
+    """A row's name; what was returned in the place of the search's own policy is called what it is."""
+    replaced = summary.replaced
+    if policy is summary.policies[0]:
+        return "**searched**" if replaced is None else f"**returned: {policy.kind.replace('_', '-')}**"
+    return "search's own" if replaced is not None and policy.name == replaced.searched else policy.name
 
 
 def main() -> None:

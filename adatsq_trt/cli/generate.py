@@ -36,12 +36,7 @@ def generate(
     ] = "auto",
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            help="PNG file; its halves lie beside it as WebP.",
-            show_default="samples.png beside the bundle",
-        ),
+        typer.Option("--output", "-o", help="PNG file.", show_default="samples.png beside the bundle"),
     ] = None,
     show: Annotated[bool, typer.Option("--open", help="Show the file with this machine's viewer.")] = False,
 ) -> None:
