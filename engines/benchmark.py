@@ -35,6 +35,7 @@ from adatsq_trt.engines.comparison_plans import FULL_PRECISION, SIXTEEN_BITS, bu
 from adatsq_trt.engines.generation import DenoisingLoop
 from adatsq_trt.engines.processor import INTEGER_INSTRUCTIONS, processor
 from adatsq_trt.engines.runtime import Bundle
+from adatsq_trt.errors import AdatsqError
 
 log = logging.getLogger(__name__)
 WARM_UP_ROUNDS = 2
@@ -228,7 +229,7 @@ def _cases(bundle: Bundle, path: Path, samples: int, stack: ExitStack, uniform: 
     if not bundle.choice.plans:
         return [*cases, _Case(bundle, path, FULL_PRECISION, (0,), partial(bundle.runner, False), False, steps)]
     rows = samples * (2 if bundle.files.two_branches else 1)
-    files = None if uniform is None else uniform(bundle.files, bundle.choice, rows)
+    files = None if uniform is None else _made(uniform, bundle, rows)
     if files is not None:
         other = stack.enter_context(Bundle(files, bundle.choice.name))
         for step in range(other.policy.steps):
@@ -238,6 +239,15 @@ def _cases(bundle: Bundle, path: Path, samples: int, stack: ExitStack, uniform: 
         stack.enter_context(runner)
         cases.append(_Case(bundle, path, name, (0,), partial(_same, runner), False, steps))
     return cases
+
+
+def _made(uniform: MakeUniform, bundle: Bundle, rows: int) -> BundleFiles | None:
+    """Plans in one format each; what is timed beside them does not depend on them."""
+    try:
+        return uniform(bundle.files, bundle.choice, rows)
+    except AdatsqError as error:
+        log.warning("no plans in one format: %s; --no-uniform does not try", error)
+        return None
 
 
 def _same(runner: StepRunner) -> StepRunner:

@@ -59,12 +59,11 @@ def generate(
     choices = [prompt_number(opened.files, text) for text in prompt or ()] or range(opened.manifest.prompts)
     conditioning = opened.conditioning([choices[i % len(choices)] for i in range(samples)])
     noise, sheets = opened.noise(range(seed, seed + samples), asked), {}
-    with opened:
-        for name in ("quantized", "full precision"):
-            with progress(f"generate: {name}", opened.policy.steps) as advance:
-                told, own = (lambda _: advance()), name == "quantized"
-                latents = opened.denoise(noise, conditioning, callback=told, quantized=own, size=asked)
-            sheets[name] = opened.decode(latents, asked)
+    for name, own in (("quantized", True), ("full precision", False)):
+        # One after the other: what draws the first gives its memory back.
+        with Bundle(opened.files, backend) as panel, progress(f"generate: {name}", panel.policy.steps) as advance:
+            latents = panel.denoise(noise, conditioning, callback=lambda _: advance(), quantized=own, size=asked)
+            sheets[name] = panel.decode(latents, asked)
     write_samples(file, sheets, [f"{len(opened.policy.buckets)} buckets, {opened.policy.mean_bits:.2f} mean bits", ""])
     error = float(((sheets["quantized"] - sheets["full precision"]) ** 2).mean())
     typer.echo(f"{file}: {samples} samples; mean squared pixel difference from full precision {error:.2e}")

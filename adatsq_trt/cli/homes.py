@@ -14,12 +14,12 @@ from adatsq_trt.errors import MissingFileError
 PLACES = frozenset({"model", "base", "lora", "gpu"})
 
 
-def expanding_homes(command: Callable[..., object]) -> Callable[..., None]:
+def expanding_homes(command: Callable[..., object]) -> Callable[..., object]:
     """The same command with `~` and `~user` expanded in each of its paths."""
 
     @functools.wraps(command)
-    def expanding(*args: Any, **given: Any) -> None:
-        command(*args, **{name: _expanded(value, name in PLACES) for name, value in given.items()})
+    def expanding(*args: Any, **given: Any) -> object:
+        return command(*args, **{name: _expanded(value, name in PLACES) for name, value in given.items()})
 
     return expanding
 

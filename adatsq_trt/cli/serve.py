@@ -71,22 +71,20 @@ def serve(
     from adatsq_trt.engines.bundle import BundleFiles
     from adatsq_trt.engines.triton_server.repository import Deployment
     from adatsq_trt.engines.triton_server.server import Installation, Ports
-    from adatsq_trt.engines.triton_server.serving import Serving
+    from adatsq_trt.engines.triton_server.serving import Serving, known_pipeline, require_pages
     from adatsq_trt.stages.models import pipeline_of
 
-    installation = Installation.find(server)
+    installation, pages = Installation.find(server), (ui_port if ui else None, image_api)
+    require_pages(*pages)  # before a build, which may take hours
     run = _built(bundle, build or [])
     files = BundleFiles.open(run)
     typer.echo(choose(files.manifest, backend).sentence, err=True)
-    encoders = pipeline or (None if files.manifest.text is None else pipeline_of(run))
+    encoders = pipeline or known_pipeline(pipeline_of(run), files)
     served = Deployment(name or files.manifest.model, files, backend=backend, pipeline=encoders)
     ports = Ports(http_port, grpc_port, metrics_port)
     # Ended by another process as by Ctrl-C: the server must not stay behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with (
-        Serving(served, installation, ports, ui_port if ui else None, image_api) as serving,
-        suppress(KeyboardInterrupt),
-    ):
+    with Serving(served, installation, ports, *pages) as serving, suppress(KeyboardInterrupt):
         typer.echo(f"{serving.sentences}\nCtrl-C ends it")
         serving.keep_running()
 
@@ -98,12 +96,13 @@ def _built(place: Path, options: Sequence[str]) -> Path:
         UserError: options of the build for what is built already.
     """
     from adatsq_trt.checkpoints.source import INDEX
-    from adatsq_trt.cli.build import engine
+    from adatsq_trt.cli import build_app
 
     if (place / INDEX).is_file():
-        app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        app.command()(engine)
-        return Path(app([str(place), *options], prog_name="adatsq-trt build engine", standalone_mode=False))
+        built = build_app(["engine", str(place), *options], prog_name="adatsq-trt build", standalone_mode=False)
+        if not isinstance(built, Path):  # the exit code of --help and of Ctrl-C
+            raise typer.Exit(built)
+        return built
     if options:
         raise UserError(
             f"got '{options[0]}' after '--', an option of 'build engine', and '{place}' is no pipeline to build; leave "

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
-from adatsq_trt.formats import Format, Granularity, Grid, format_named
+from adatsq_trt.formats import Granularity, Grid, format_named
 from adatsq_trt.models.adapter import ModelAdapter
+from adatsq_trt.models.format_store import weight_owners
 from adatsq_trt.models.stored import count_weights
 from adatsq_trt.settings import Settings
 from adatsq_trt.stages import gradients
@@ -33,14 +34,20 @@ def disk_bytes(settings: Settings, adapter: ModelAdapter) -> dict[str, int]:
     places = settings.calibration_samples * settings.projections * settings.steps * len(shapes)
     # With and without weights by steps or gradients; while gradients are summed, the sums of two parts beside them.
     hessians = 2 if settings.hessian not in gradients.FORMS else 4
-    graphs = _packed(settings, shapes) + 2 * _rest(adapter, shapes)
+    rest, packed = 2 * _rest(adapter, shapes), _packed(settings, shapes)
+    # The full-precision graph has all weights, those of a 16-bit candidate.
+    plain = 0 if any(grid.is_float for grid in grids) else sum(2 * k * n for k, n in shapes)
+    graphs = sum(packed) + plain + rest
+    # A whole plan for each assignment and target; those of other layouts share weights, which are in the graphs.
+    whole = settings.layout == "embedded" and not settings.simulate
+    plans = len(settings.targets) * (settings.max_assignments or settings.steps) if whole else 0
     return {
         "calibrate": hessians * squares + 2 * latents,
         "quantize": sum(_stored(grid, shapes) for grid in grids),
         "search": 0 if settings.policy is not None else _FLOAT * places * len(settings.formats),
-        # Every weight grid at most, and the rest of the model in 16 bits; the bundle is a copy.
+        # Every weight grid at most, and the rest of the model in 16 bits; the bundle is a copy, with the plans.
         "export": graphs,
-        "bundle": graphs,
+        "bundle": graphs + plans * (max(packed) + rest),
     }
 
 
@@ -68,12 +75,10 @@ def _scales(grid: Grid, width: int) -> int:
     return int(grid.granularity is Granularity.CHANNEL)
 
 
-def _packed(settings: Settings, shapes: Sequence[tuple[int, int]]) -> int:
-    """One weight of each grid, as graphs hold them."""
-    first: dict[Grid, Format] = {}
-    for name in settings.formats:
-        first.setdefault(format_named(name).weight, format_named(name))
-    return sum(round(k * n * fmt.stored_weight_bits(k) / 8) for fmt in first.values() for k, n in shapes)
+def _packed(settings: Settings, shapes: Sequence[tuple[int, int]]) -> list[int]:
+    """Bytes of all weights in each grid, as graphs hold them."""
+    owners = dict.fromkeys(weight_owners(map(format_named, settings.formats)).values())
+    return [sum(round(k * n * fmt.stored_weight_bits(k) / 8) for k, n in shapes) for fmt in map(format_named, owners)]
 
 
 def _rest(adapter: ModelAdapter, shapes: Sequence[tuple[int, int]]) -> int:

@@ -283,16 +283,11 @@ def declared(model: LoadedModel, settings: Settings) -> LoadedModel:
 
 
 def pipeline_of(run: Path) -> Path | None:
-    """Find the pipeline that a run directory was built from; None where it was built from none, or it is gone."""
+    """Find the folder of the pipeline that a run directory was built from; None where there is none on this machine."""
     if not (run / SETTINGS_NAME).is_file():
         return None
     came_from = read_json_model(run / SETTINGS_NAME, Settings).pipeline
     if came_from is None:
         return None
-    from adatsq_trt.checkpoints.source import find_source
-
-    try:
-        return find_source(came_from.path, came_from.base).folder
-    except UserError as error:
-        log.warning("requests cannot be text: %s", error)
-        return None
+    places = [Path(place) for place in (came_from.base, came_from.path) if place is not None]
+    return next((place for place in places if place.is_dir()), None)  # a hub id is no reason for a download

@@ -69,6 +69,9 @@ def run_marked(pair: BlockPair, step: int, choice: BackendChoice) -> MarkedRun |
             return MarkedRun(choice.name, runner.values(step, inputs))
     except AdatsqError as error:
         return MarkedRun(choice.name, failure=str(error))
+    except RuntimeError as error:  # PyTorch's and CUDA's: a second copy of the weights has to fit beside the first
+        log.warning("assignment %d: its plan is compared as a whole only: %s", pair.assignment, error)
+        return None
 
 
 def border_names(pair: BlockPair) -> tuple[str, ...]:

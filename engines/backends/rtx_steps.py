@@ -163,8 +163,10 @@ class RtxSteps(PlanSteps):
         self._save_cache()
 
     def _free(self) -> None:
-        self._save_cache()
-        super()._free()
+        try:
+            self._save_cache()
+        finally:
+            super()._free()
 
     def _save_cache(self) -> None:
         if not self._unsaved or not self._keep_kernels:

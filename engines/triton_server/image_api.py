@@ -167,8 +167,10 @@ class ImageApi:
         except (ClientError, json.JSONDecodeError) as error:
             raise _RefusedError(503, f"Triton server does not answer: {error}; try again") from error
         if status != 200:
-            message = str(said.get("error", said)).replace("text", "prompt", 1)
-            raise _RefusedError(400 if status < 500 else 500, message, "prompt" if status < 500 else None)
+            message, field = str(said.get("error", said)), None
+            if message.startswith("text"):  # the parameter that the prompt is sent in
+                message, field = f"prompt{message.removeprefix('text').partition(' ask with ')[0]}", "prompt"
+            raise _RefusedError(400 if status < 500 else 500, message.removesuffix(", or").removesuffix(";"), field)
         return bytes(said["png"])
 
 

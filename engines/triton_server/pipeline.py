@@ -132,12 +132,13 @@ class Pipeline:
         self._vae = Vae(folder, torch.bfloat16, device) if bundle.manifest.image.vae else None
         self._shapes = {signature.name: signature.shape[1:] for signature in bundle.inputs}
 
-    def conditioning(self, text: str, samples: int) -> Conditioning:
+    def conditioning(self, text: str, samples: int, name: str = "text") -> Conditioning:
         """Make the conditioning of samples of one prompt; the second branch of guidance has the bundle's own.
 
         Args:
             text: the prompt.
             samples: how many.
+            name: of the parameter that it came in.
 
         Raises:
             UserError: it has more tokens than the bundle's graphs take.
@@ -146,8 +147,8 @@ class Pipeline:
 
         with torch.inference_mode():
             encoded = self._call.encode(self._pipe, text)
-        rows = {name: self._filled(name, value.float().cpu().numpy()) for name, value in encoded.items()}
-        conditional = {name: np.repeat(row[None], samples, axis=0) for name, row in rows.items()}
+        rows = {key: self._filled(key, value.float().cpu().numpy(), name) for key, value in encoded.items()}
+        conditional = {key: np.repeat(row[None], samples, axis=0) for key, row in rows.items()}
         return Conditioning(conditional, self._bundle.conditioning([0] * samples).unconditional)
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
@@ -156,13 +157,13 @@ class Pipeline:
             return self._bundle.decode(latents)
         return self._vae.decode(self._bundle.manifest.image.decode(latents))
 
-    def _filled(self, name: str, row: np.ndarray) -> np.ndarray:
+    def _filled(self, name: str, row: np.ndarray, parameter: str) -> np.ndarray:
         """An encoding as the graph takes it: zeros follow the tokens of a short prompt."""
         shape = tuple(map(int, self._shapes[name]))
         if row.ndim > 1 and len(row) > shape[0]:
             raise UserError(
-                f"text: got {len(row)} tokens, the bundle takes {shape[0]}; shorten it, or build the bundle with a "
-                "prompt as long among its --prompts"
+                f"{parameter}: got {len(row)} tokens, the bundle takes {shape[0]}; shorten it, or build the bundle "
+                "with a prompt as long among its --prompts"
             )
         filled = np.zeros(shape, np.float32)
         filled[tuple(map(slice, row.shape))] = row

@@ -145,7 +145,7 @@ def _encode(
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"{name}: got {cut(repr(text))}, expected words")
     if pipeline is not None:
-        return pipeline.conditioning(text, samples)
+        return pipeline.conditioning(text, samples, name)
     texts = bundle.manifest.prompt_texts
     if text not in texts:
         near = get_close_matches(text, texts) or texts[:3]

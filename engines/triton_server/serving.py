@@ -2,20 +2,62 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from adatsq_trt.engines.bundle import BundleFiles
 from adatsq_trt.engines.triton_server.page import Page
+from adatsq_trt.engines.triton_server.pipeline import require_pipeline
 from adatsq_trt.engines.triton_server.repository import Deployment, curl_line, write_repository
-from adatsq_trt.engines.triton_server.server import HOST, Installation, Ports
+from adatsq_trt.engines.triton_server.server import HOST, Installation, Ports, require_free
 from adatsq_trt.engines.triton_server.supervisor import Supervisor
-from adatsq_trt.errors import DependencyError
+from adatsq_trt.errors import DependencyError, UserError
 
 if TYPE_CHECKING:
     from adatsq_trt.engines.triton_server.image_api import ImageApi
+
+
+log = logging.getLogger(__name__)
+
+
+def require_pages(ui_port: int | None, api_port: int | None) -> None:
+    """Refuse pages that could not be served.
+
+    Args:
+        ui_port: of the web page; None for none.
+        api_port: of the image API; None for none.
+
+    Raises:
+        UserError: a port is in use.
+        DependencyError: a library is not installed.
+    """
+    for port in (ui_port, api_port):
+        if port is not None:
+            require_free(port)
+    if api_port is not None and find_spec("aiohttp") is None:
+        raise DependencyError("--image-api needs aiohttp; run: pip install 'adatsq-trt[image-api]'")
+
+
+def known_pipeline(folder: Path | None, files: BundleFiles) -> Path | None:
+    """The pipeline's folder if its text encoders are those that the bundle's prompts were encoded with.
+
+    Args:
+        folder: that the bundle is said to be built from; None for none.
+        files: the bundle.
+    """
+    if folder is None or files.manifest.text is None:
+        return None
+    try:
+        require_pipeline(folder, files)
+    except UserError as error:
+        log.warning("requests cannot be text: %s", error)
+        return None
+    return folder
 
 
 class Serving:
@@ -88,8 +130,6 @@ class Serving:
         return said
 
     def _image_api(self, port: int) -> ImageApi:
-        try:
-            from adatsq_trt.engines.triton_server.image_api import ImageApi
-        except ModuleNotFoundError as error:
-            raise DependencyError("--image-api needs aiohttp; run: pip install 'adatsq-trt[image-api]'") from error
+        from adatsq_trt.engines.triton_server.image_api import ImageApi
+
         return ImageApi(port, self._ports.http, self._served.files, self._served.name)

@@ -45,7 +45,6 @@ ELSEWHERE: Mapping[str, Mapping[str, str]] = {
             for name in ("parameters", "writing")
         },
         "engines/triton_server/image_api.py": "tests/serving/test_image_api.py",
-        "engines/triton_server/serving.py": "tests/serving/test_cli.py",
         "engines/triton_server/step_model.py": "tests/engines/triton_server/test_python_backend.py",
         "engines/triton_server/supervisor.py": "tests/serving/test_dead_models.py",
         "export/constant_hashes.py": "tests/engines/accuracy/test_exact.py",
@@ -70,7 +69,6 @@ ELSEWHERE: Mapping[str, Mapping[str, str]] = {
         "adatsq_trt/cli/generate.py": "tests/cli/test_build.py",
         "adatsq_trt/cli/inspect.py": "tests/cli/test_build.py",
         "adatsq_trt/cli/progress.py": "tests/test_progress.py",
-        "adatsq_trt/cli/serve.py": "tests/serving/test_cli.py",
         "adatsq_trt/cli/tables.py": "tests/cli/test_build.py",
     },
     "data, interfaces and tables of names, tested by those who hold them": {

@@ -33,6 +33,24 @@ def test_the_estimate_holds_what_a_run_wrote(finished: Context) -> None:
     assert disk.disk_bytes(given, finished.adapter)["search"] == 0 < needed["search"]
 
 
+def test_graphs_hold_full_precision_beside_candidates_and_plans_of_embedded_bundles(finished: Context) -> None:
+    settings, adapter = finished.settings, finished.adapter
+    linears = adapter.quantizable_layers().values()
+    weights = sum(linear.weight.numel() for linear in linears)
+
+    def exported(**changes: object) -> dict[str, int]:
+        return disk.disk_bytes(
+            settings.model_copy(update={"simulate": False, "targets": ("sm120",), **changes}), adapter
+        )
+
+    narrow = exported(formats=("w4a8", "w8a8"), layout="shared", max_assignments=None)
+    wide = exported(formats=("w4a8", "w8a8", "bf16"), layout="shared", max_assignments=None)
+    assert narrow["export"] == wide["export"] > 2 * weights
+    assert narrow["bundle"] == narrow["export"]
+    embedded = exported(formats=("w4a8", "w8a8"), layout="embedded", max_assignments=2)
+    assert embedded["bundle"] - embedded["export"] > 2 * weights  # two plans with up to a byte for each weight
+
+
 def test_a_disk_with_too_little_room_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -17,6 +17,7 @@ from adatsq_trt.stages.models import (
     exclude_layers,
     open_model,
     open_run,
+    pipeline_of,
     reopen_model,
     require_model,
 )
@@ -101,3 +102,17 @@ def test_a_model_that_was_in_memory_cannot_be_opened_again(tmp_path: Path) -> No
         pytest.raises(MissingFileError, match="made of a FluxPipeline"),
     ):
         reopen_model(make_settings(pipeline=pipeline), run)
+
+
+def test_a_run_s_pipeline_is_found_where_it_is_and_never_downloaded(tmp_path: Path) -> None:
+    assert pipeline_of(tmp_path) is None  # a bundle has no settings
+
+    def found(path: str, base: str | None = None) -> Path | None:
+        own = PipelineSettings(path=path, base=base, height=8, width=8, prompts=("a",))
+        write_json_model(tmp_path / SETTINGS_NAME, make_settings().model_copy(update={"pipeline": own}))
+        return pipeline_of(tmp_path)
+
+    assert found(str(tmp_path)) == tmp_path
+    assert found("transformer.safetensors", base=str(tmp_path)) == tmp_path
+    assert found("owner/name") is None
+    assert found(str(tmp_path / "gone")) is None
