@@ -18,6 +18,7 @@ from adatsq_trt.engines.backends.base import BatchRange
 from adatsq_trt.engines.backends.selection import BackendChoice, compile_where_plans_run
 from adatsq_trt.engines.build import build_plans
 from adatsq_trt.engines.bundle import BundleFiles, Layout, PlanFile
+from adatsq_trt.engines.runtime import TIME_INPUT, Bundle
 from adatsq_trt.formats import FORMATS
 from adatsq_trt.search.costs import time_model
 from adatsq_trt.stages import bundle, layer_times
@@ -32,6 +33,7 @@ from tests.stages.tiny_run import given_policy, tiny_context
 
 LAYOUTS: tuple[Layout, ...] = ("embedded", "shared", "switch", "plugin")
 STEPS = 2
+STEP_MODEL = "adatsq_trt.engines.triton_server.step_model"
 CHOICE = {"targets": ("sm120",), "formats": ("fp8", "bf16"), "format_set": "fp8,bf16", "weights": "free"}
 
 
@@ -212,29 +214,60 @@ class TensorDouble:
         return cls(name, np.from_dlpack(Taken()).copy())
 
 
+class StepRequestDouble:
+    """A request for one call of the denoiser."""
+
+    def __init__(self, **tensors: np.ndarray) -> None:
+        self._tensors = tensors
+
+    def parameters(self) -> str:
+        return ""
+
+    def inputs(self) -> list[Any]:
+        return [server_doubles.InputDouble(name, value) for name, value in self._tensors.items()]
+
+
 @pytest.fixture
-def serve(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, str], list[np.ndarray]]:
-    """Answers of a deployed loop model to two requests, in a double of the server's module."""
+def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Path, str], Any]:
+    """A deployed model by its module and name, in a double of the server's module."""
     server: Any = ModuleType("triton_python_backend_utils")
     server.TRITONSERVER_RESPONSE_COMPLETE_FINAL, server.TritonError = 1, server_doubles.ErrorDouble
     server.InferenceResponse, server.Tensor = server_doubles.ResponseDouble, TensorDouble
     server.MetricFamily, server.TritonModelException = server_doubles.MetricFamilyDouble, TritonModelException
     monkeypatch.setitem(sys.modules, server.__name__, server)
-    for name in server_doubles.MODULES:
+    for name in (*server_doubles.MODULES, STEP_MODEL):
         monkeypatch.delitem(sys.modules, name, raising=False)
 
-    def run(repository: Path, name: str) -> list[np.ndarray]:
-        model = import_module(server_doubles.MODULES[1]).TritonPythonModel()
+    def make(module: str, repository: Path, name: str) -> Any:
+        model = import_module(module).TritonPythonModel()
         model.initialize(arguments(repository, name))
-        answers = []
+        return model
+
+    return make
+
+
+@pytest.fixture
+def serve(load: Callable[[str, Path, str], Any]) -> Callable[[Path, str], list[np.ndarray]]:
+    """Answers of a deployed loop model to two requests, and of its step model to one for each step."""
+
+    def run(repository: Path, name: str) -> list[np.ndarray]:
+        model, answers = load(server_doubles.MODULES[1], repository, name), []
         for seed in (1, 2):
             request = server_doubles.RequestDouble(prompt=[seed], seed=[seed])
             model.execute([request])
-            answer: Any = request.answer
-            assert answer.error is None, answer.error.message
-            answers += [tensor.array for tensor in answer.tensors]
+            answers.append(request.answer)
         model.finalize()
-        return answers
+        model = load(STEP_MODEL, repository, f"{name}_step")
+        with Bundle(BundleFiles.open(repository / name / "1" / "bundle"), "onnxruntime") as own:
+            latents, conditioning = own.noise([1, 2]), own.conditioning([0, 1])
+            for step in range(STEPS):
+                inputs = own.step_inputs(step, latents, conditioning, own.manifest.guidance)
+                number = np.full((len(inputs.pop(TIME_INPUT)), 1), step)
+                answers += model.execute([StepRequestDouble(step=number, **inputs)])
+        model.finalize()
+        for answer in answers:
+            assert answer.error is None, answer.error.message
+        return [tensor.array for answer in answers for tensor in answer.tensors]
 
     return run
 
@@ -249,13 +282,13 @@ def test_a_deployed_model_answers_what_the_processor_would(
     in_place_of_plans: Callable[[], None],
     tmp_path: Path,
 ) -> None:
-    ended = cli("deploy", "triton", runs[layout], "--output", tmp_path / "repository", "--name", "tiny")
+    ended = cli("deploy", "triton", runs[layout], "--output", tmp_path / "repository", "--name", "tiny", "--step-model")
     assert ended.code == 0, ended.err
     got = serve(tmp_path / "repository", "tiny")
-    assert len(library.log.runs) == 2 * STEPS
+    assert len(library.log.runs) == 3 * STEPS
     in_place_of_plans()
     wanted = serve(tmp_path / "repository", "tiny")
-    assert len(library.log.runs) == 2 * STEPS
+    assert len(library.log.runs) == 3 * STEPS
     assert got
     for own, other in zip(got, wanted, strict=True):
         np.testing.assert_array_equal(own, other)
