@@ -155,12 +155,12 @@ def _write_layer_times(bundles: list[Path], backend: BackendName, rounds: int, o
 
 
 def _timing_table(result: BundleTimings) -> Table:
-    from rich.table import Table
+    from rich.table import Column, Table
 
     several = len({timing.bundle for timing in result.timings}) > 1
     of_16 = any(timing.speed_up_16 is not None for timing in result.timings)
-    columns = ("case", "formats", "steps/s", "median ms", "10 % to 90 %", "s/picture", "of full precision")
-    table = Table(*columns, *(["of 16 bits"] if of_16 else []), box=None)
+    columns = ("formats", "steps/s", "median ms", "10 % to 90 %", "s/picture", "of full precision")
+    table = Table(Column("case", no_wrap=True), *columns, *(["of 16 bits"] if of_16 else []), box=None)
     for row in result.timings:
         name = f"{row.bundle}: {row.case}" if several else row.case
         formats = ", ".join(f"{count} {fmt}" for fmt, count in row.formats.items())

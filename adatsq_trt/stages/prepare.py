@@ -94,5 +94,5 @@ def prepare(model: object, config: BuildConfig, last: str) -> Prepared:
     search.require_possible(settings, opened.outline)
     memory = plan_memory(config.limit_bytes, settings, opened.outline, opened.pipeline, last)
     disk = disk_bytes(settings, opened.outline.adapter)
-    wanted = list(disk)[: list(disk).index(last) + 1]
-    return Prepared(settings, opened, memory, {name: disk[name] for name in wanted}, executor)
+    wanted = {name: size for name, size in disk.items() if name in memory.needs}
+    return Prepared(settings, opened, memory, wanted, executor)

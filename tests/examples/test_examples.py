@@ -61,9 +61,9 @@ def test_a_new_architecture_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert bundle.summary is not None
     assert bundle.summary.mean_bits < 32
     with bundle:
-        latents = bundle.denoise(bundle.noise([1, 2]), bundle.conditioning([0, 1]))
-    assert bundle.decode(latents).shape == (2, 64, 64, 3)
-    assert not np.array_equal(*bundle.denoise(bundle.noise([1, 1]), bundle.conditioning([0, 1])))
+        images = bundle.decode(bundle.denoise(bundle.noise([1, 2]), bundle.conditioning([0, 1])))
+        assert images.shape == (2, 64, 64, 3)
+        assert not np.array_equal(*bundle.denoise(bundle.noise([1, 1]), bundle.conditioning([0, 1])))
 
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)

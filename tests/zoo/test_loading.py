@@ -120,7 +120,7 @@ def refusal(name: str = "digits-flux") -> str:
         (INDEX, "image_size", -8),
         (INDEX, "default_steps", 0),
         (INDEX, "default_guidance", "much"),
-        (INDEX, "transformer", ["diffusers", "SD3Transformer2DModel"]),
+        (INDEX, "transformer", ["diffusers", "LuminaNextDiT2DModel"]),
     ],
 )
 def test_altered_settings_are_refused(own_zoo: Path, name: Path, key: str, value: object) -> None:
