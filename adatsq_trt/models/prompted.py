@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Self
 
+import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ModelMixin
 from torch import Tensor, nn
 
@@ -78,6 +79,16 @@ class PromptedAdapter(ModelAdapter):
             tokens: float32 [B, text tokens, width].
             pooled: float32 [B, width].
         """
+
+    def model_inputs(
+        self, latent: Tensor, model_time: float, condition: Mapping[str, Tensor], guidance: float
+    ) -> dict[str, Tensor]:
+        """Latent, condition and time [B] by diffusers' names, for transformers that take no scale of guidance."""
+        return {
+            "hidden_states": latent,
+            **condition,
+            "timestep": torch.full((len(latent),), model_time, device=latent.device),
+        }
 
     def trace_module(self) -> nn.Module:
         """As `make_trace` made it."""

@@ -77,16 +77,6 @@ class QwenImageAdapter(PromptedAdapter):
         """Text tokens; rows of zeros stand for no token."""
         return {"encoder_hidden_states": tokens}
 
-    def model_inputs(
-        self, latent: Tensor, model_time: float, condition: Mapping[str, Tensor], guidance: float
-    ) -> dict[str, Tensor]:
-        """hidden_states [B, tokens, C], encoder_hidden_states [B, T, D], timestep [B]."""
-        return {
-            "hidden_states": latent,
-            **condition,
-            "timestep": torch.full((len(latent),), model_time, device=latent.device),
-        }
-
     def schedule(self, steps: int) -> Schedule:
         """Qwen-Image's sigmas for this image size."""
         return make_schedule(self.scheduler, steps, self.latent_shape[0])

@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from typing import ClassVar
 
-import torch
 from diffusers import SD3Transformer2DModel
 from pydantic import JsonValue
 from torch import Tensor, nn
@@ -62,16 +61,6 @@ class StableDiffusion3Adapter(PromptedAdapter):
     def condition(self, tokens: Tensor, pooled: Tensor) -> dict[str, Tensor]:
         """Tokens of CLIP and T5, and the pooled projections of both CLIPs."""
         return {"encoder_hidden_states": tokens, "pooled_projections": pooled}
-
-    def model_inputs(
-        self, latent: Tensor, model_time: float, condition: Mapping[str, Tensor], guidance: float
-    ) -> dict[str, Tensor]:
-        """hidden_states [B, C, H, W], encoder_hidden_states [B, T, D], pooled_projections [B, D], timestep [B]."""
-        return {
-            "hidden_states": latent,
-            **condition,
-            "timestep": torch.full((len(latent),), model_time, device=latent.device),
-        }
 
     def schedule(self, steps: int) -> Schedule:
         """The scheduler's own sigmas, which do not depend on the size."""

@@ -66,16 +66,6 @@ class WanAdapter(PromptedAdapter):
         """Text tokens; rows of zeros, which fill short prompts up, are seen like any other, as in diffusers."""
         return {"encoder_hidden_states": tokens}
 
-    def model_inputs(
-        self, latent: Tensor, model_time: float, condition: Mapping[str, Tensor], guidance: float
-    ) -> dict[str, Tensor]:
-        """hidden_states [B, C, F, H, W], encoder_hidden_states [B, T, D], timestep [B] in (0, 1]."""
-        return {
-            "hidden_states": latent,
-            **condition,
-            "timestep": torch.full((len(latent),), model_time, device=latent.device),
-        }
-
     def schedule(self, steps: int) -> Schedule:
         """The scheduler's own sigmas, which do not depend on the size."""
         return make_schedule(self.scheduler, steps)

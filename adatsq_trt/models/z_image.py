@@ -83,16 +83,6 @@ class ZImageAdapter(PromptedAdapter):
         """Caption features; rows of zeros stand for no token, up to a multiple of 32 rows."""
         return {"encoder_hidden_states": functional.pad(tokens, (0, 0, 0, -tokens.shape[1] % SEQ_MULTI_OF))}
 
-    def model_inputs(
-        self, latent: Tensor, model_time: float, condition: Mapping[str, Tensor], guidance: float
-    ) -> dict[str, Tensor]:
-        """hidden_states [B, C, H, W], encoder_hidden_states [B, T, D], timestep [B]."""
-        return {
-            "hidden_states": latent,
-            **condition,
-            "timestep": torch.full((len(latent),), model_time, device=latent.device),
-        }
-
     def schedule(self, steps: int) -> Schedule:
         """Z-Image's sigmas for this image size."""
         _, rows, columns = self.latent_shape

@@ -1,53 +1,54 @@
-"""A Flux pipeline that diffusers saved."""
+"""Small pipelines that diffusers saved."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from diffusers import DiffusionPipeline
 
 from tests.tiny_checkpoints import make_flux_pipeline, make_wan_pipeline, make_z_image_pipeline
 from tests.tiny_qwen_image import make_qwen_image_pipeline
 from tests.tiny_stable_diffusion_3 import make_stable_diffusion_3_pipeline
 
-
-@pytest.fixture(scope="session")
-def saved_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """For reading."""
-    folder = tmp_path_factory.mktemp("checkpoints") / "tiny-flux"
-    make_flux_pipeline().save_pretrained(folder)
-    return folder
+Saved = Callable[[Callable[[], DiffusionPipeline], str], Path]
 
 
 @pytest.fixture(scope="session")
-def saved_z_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """For reading."""
-    folder = tmp_path_factory.mktemp("checkpoints") / "tiny-z-image"
-    make_z_image_pipeline().save_pretrained(folder)
-    return folder
+def save(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """Writes what a function makes into a folder of that name, for reading."""
+
+    def write(make: Callable[[], DiffusionPipeline], name: str) -> Path:
+        folder = tmp_path_factory.mktemp("checkpoints") / name
+        make().save_pretrained(folder)
+        return folder
+
+    return write
 
 
 @pytest.fixture(scope="session")
-def saved_wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """For reading."""
-    folder = tmp_path_factory.mktemp("checkpoints") / "tiny-wan"
-    make_wan_pipeline().save_pretrained(folder)
-    return folder
+def saved_flux(save: Saved) -> Path:
+    return save(make_flux_pipeline, "tiny-flux")
 
 
 @pytest.fixture(scope="session")
-def saved_qwen_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """For reading."""
-    folder = tmp_path_factory.mktemp("checkpoints") / "tiny-qwen-image"
-    make_qwen_image_pipeline().save_pretrained(folder)
-    return folder
+def saved_z_image(save: Saved) -> Path:
+    return save(make_z_image_pipeline, "tiny-z-image")
 
 
 @pytest.fixture(scope="session")
-def saved_stable_diffusion_3(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """For reading."""
-    folder = tmp_path_factory.mktemp("checkpoints") / "tiny-stable-diffusion-3"
-    make_stable_diffusion_3_pipeline().save_pretrained(folder)
-    return folder
+def saved_wan(save: Saved) -> Path:
+    return save(make_wan_pipeline, "tiny-wan")
+
+
+@pytest.fixture(scope="session")
+def saved_qwen_image(save: Saved) -> Path:
+    return save(make_qwen_image_pipeline, "tiny-qwen-image")
+
+
+@pytest.fixture(scope="session")
+def saved_stable_diffusion_3(save: Saved) -> Path:
+    return save(make_stable_diffusion_3_pipeline, "tiny-stable-diffusion-3")
 
 
 @pytest.fixture
