@@ -27,7 +27,7 @@ from benchmarks.document import replace_marked
 ROOT = Path(__file__).parents[1]
 DEMO, UNIFORM = ROOT / "runs" / "demo", ROOT / "runs" / "demo-uniform"
 PICTURE = ROOT / "docs" / "figures" / "demo.png"
-MODEL, TARGET, BASELINE, BEYOND, PROMPTS = "digits-flux", "sm120", "nvfp4", ("int4wo", "fp8"), range(10)
+MODEL, TARGET, BASELINE, BEYOND, PROMPTS = "digits-flux", "sm120", "nvfp4", ("fp8",), range(10)
 # Few samples: nothing is searched and no figure of this build is shown.
 QUICK = {"selection_samples": 16, "held_out_samples": 16}
 
@@ -77,7 +77,7 @@ def _draw_policy(figure: SubFigure, policy: adatsq_trt.Policy, formats: tuple[st
 
 
 def is_shown(policy: PolicyFigures, summary: Summary) -> bool:
-    """Whether a policy has a row: those within the budgets, and the native formats of 4 and 8 bits beyond them.
+    """Whether a policy has a row: those within the budgets, and fp8 beyond them.
 
     Of the kind of a returned simple policy there is no other row.
     """

@@ -27,11 +27,12 @@ from benchmarks.hardware.cells import Cells
 from benchmarks.hardware.figures import draw
 from benchmarks.hardware.methods import FORMATS, methods, wanted
 from benchmarks.hardware.rows import Effort, Results, compare, dominated
-from benchmarks.hardware.tables import tables
+from benchmarks.hardware.tables import short_table, tables
 
 ROOT = Path(__file__).parents[2]
 RUNS, FOLDER = ROOT / "runs" / "bench-hardware", Path(__file__).parent
-FIGURES = ROOT / "docs" / "figures"
+FIGURES, README = ROOT / "docs" / "figures", ROOT / "README.md"
+IN_README = ("scenes-flux-schnell", "sm120")  # the model and the target whose rows are complete
 RESULTS, ERRORS = "results.json", "errors.safetensors"
 MODELS = ("scenes-flux-schnell", "scenes-flux-dev", "scenes-z-image", "scenes-wan")
 # Model → pictures of a row, trajectories for calibration and for choosing, projections: less where a step is dear.
@@ -103,7 +104,7 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", choices=FORMATS, default=list(FORMATS), help="likewise")
     parser.add_argument("--samples", type=int, help="few of everything, to see that it works")
     parser.add_argument("--from-cells", action="store_true", help="measure nothing, write what was measured")
-    parser.add_argument("--document", type=Path, help="Markdown file whose table is replaced")
+    parser.add_argument("--document", type=Path, help="Markdown file whose table is replaced, and README's with it")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     runs = RUNS if options.samples is None else RUNS.with_name(f"{RUNS.name}-{options.samples}")
@@ -127,6 +128,7 @@ def main() -> None:
     sys.stdout.write(tables(results))
     if options.document is not None:
         replace_marked(options.document, "hardware", tables(results))
+        replace_marked(README, "hardware", short_table(results, *IN_README))
         draw(results, FIGURES)
 
 

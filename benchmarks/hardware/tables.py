@@ -28,6 +28,24 @@ def tables(results: Results) -> str:
     return "\n".join(part for part in parts if part)
 
 
+def short_table(results: Results, model: str, target: str) -> str:
+    """Each peer of a model on a target, and what is returned for its bytes and its milliseconds, for README."""
+    rows = {row.method: row for row in results.rows if (row.model, row.target) == (model, target)}
+    lines = [
+        "| method | bytes, of bf16 | ms | mean PSNR, dB | ours | MSE, ours / its |",
+        "|---|---:|---:|---:|---:|---|",
+    ]
+    found = (c for c in results.comparisons if (c.model, c.target) == (model, target))
+    for comparison in sorted(found, key=lambda c: (rows[c.peer].resident_bytes, c.peer)):
+        peer, ours = rows[comparison.peer], rows[comparison.ours]
+        cells, ratio = (f"{row.psnr_db.value:.1f}" for row in (peer, ours)), comparison.ratio
+        lines.append(
+            f"| {peer.method} | {peer.resident:.2f} | {peer.ms:.4f} | {' | '.join(cells)} | "
+            f"{ratio.value:.2f} ({ratio.low:.2f}–{ratio.high:.2f}) |"
+        )
+    return "\n".join(lines)
+
+
 def _efforts(results: Results) -> str:
     lines = [
         f"- {e.model}: {e.samples} samples of {e.steps} steps, seed {e.seed}; calibrated on {e.calibration_samples} "

@@ -24,8 +24,8 @@ from benchmarks.hardware.cells import Cells, picture_figures
 from benchmarks.hardware.costs import INT4_TOPS, svdquant_costs
 from benchmarks.hardware.methods import FORMATS, methods, named
 from benchmarks.hardware.rows import ASSIGNMENTS, Effort, Figure, Results, Row, compare, dominated, within
-from benchmarks.hardware.run import FOLDER, MODELS, collect, read
-from benchmarks.hardware.tables import tables
+from benchmarks.hardware.run import FOLDER, IN_README, MODELS, README, collect, read
+from benchmarks.hardware.tables import short_table, tables
 from tests.tiny_flux import make_tiny_flux
 
 PAGE = FOLDER.parents[1] / "docs" / "quality.md"
@@ -89,9 +89,10 @@ def test_ours_costs_no_more_than_its_peer_and_every_peer_has_one(
             assert open_ones & {*results.missing, *results.impossible}, f"{row.key} was left out"
 
 
-def test_the_page_shows_these_results(measured: tuple[Results, dict[str, np.ndarray]]) -> None:
-    shown = PAGE.read_text().partition("<!-- hardware:begin -->")[2].partition("<!-- hardware:end -->")[0]
-    assert shown.strip() == tables(measured[0]).strip()
+def test_the_pages_show_these_results(measured: tuple[Results, dict[str, np.ndarray]]) -> None:
+    for page, expected in ((PAGE, tables(measured[0])), (README, short_table(measured[0], *IN_README))):
+        shown = page.read_text().partition("<!-- hardware:begin -->")[2].partition("<!-- hardware:end -->")[0]
+        assert shown.strip() == expected.strip(), page
 
 
 # ------------------------------------------------------------------------------------------------------ peers
