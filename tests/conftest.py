@@ -16,6 +16,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
+import gc
 import resource
 import signal
 import sys
@@ -35,6 +36,21 @@ settings.register_profile(
     "adatsq", deadline=None, max_examples=50, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("adatsq")
+
+
+# The collector would walk over all of PyTorch, diffusers and transformers again and again: a tenth of all tests' time.
+gc.set_threshold(20_000, 20, 20)
+
+
+def pytest_collection_finish() -> None:
+    """Take what was imported out of the garbage collector's sight."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Let the interpreter end as it does elsewhere: libraries complain about what was not collected."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
