@@ -16,11 +16,13 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
+import gc
 import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +37,27 @@ settings.register_profile(
     "adatsq", deadline=None, max_examples=50, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("adatsq")
+
+
+# The collector would walk over all of PyTorch, diffusers and transformers again and again: a tenth of all tests' time.
+gc.set_threshold(20_000, 20, 20)
+
+
+def pytest_collection_finish() -> None:
+    """Do once what every test would do again."""
+    if "torch" in sys.modules:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        # At every trace the exporter parses the source of 500 operators, which takes as long as a small model.
+        ONNXRegistry.from_torchlib = staticmethod(cache(ONNXRegistry.from_torchlib))  # type: ignore[method-assign]
+    # Out of the collector's sight with all that was imported.
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Let the interpreter end as it does elsewhere: libraries complain about what was not collected."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
