@@ -125,7 +125,7 @@ def export_policy(policy: Policy) -> Exported:
     Raises:
         MismatchError: no step has quantized activations in most layers, so there is no native path.
     """
-    rows = [policy.assignments[index] for index in policy.step_assignments]
+    rows = [list(policy.rows[index].values()) for index in policy.step_assignments]
     high = [sum(_wide(name) for name in row) * 2 > len(row) for row in rows]
     if all(high):
         raise MismatchError(

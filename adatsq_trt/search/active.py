@@ -26,12 +26,11 @@ def cells_of(values: NDArray[NumberT], active: Active, axis: int = 0) -> NDArray
 
 def spread(cells: NDArray[NumberT], active: Active, axis: int = 0) -> NDArray[NumberT]:
     """[…, cells, …] → […, steps, layers, …], 0 elsewhere."""
-    before, after = cells.shape[:axis], cells.shape[axis + 1 :]
-    if active.all():
-        return cells.reshape(*before, *active.shape, *after)
-    full = np.zeros((*before, active.size, *after), dtype=cells.dtype)
-    full[(*(slice(None),) * axis, active.ravel())] = cells
-    return full.reshape(*before, *active.shape, *after)
+    flat = cells
+    if not active.all():
+        flat = np.zeros((*cells.shape[:axis], active.size, *cells.shape[axis + 1 :]), dtype=cells.dtype)
+        np.moveaxis(flat, axis, 0)[active.ravel()] = np.moveaxis(cells, axis, 0)
+    return flat.reshape(*cells.shape[:axis], *active.shape, *cells.shape[axis + 1 :])
 
 
 def rows_of(chosen: NDArray[np.int64], active: Active) -> tuple[Assignment, ...]:

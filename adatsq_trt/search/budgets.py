@@ -83,7 +83,8 @@ class Storage:
     def stored(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
         """[grids, layers]: which grids of a layer a policy uses where the layer runs."""
         used = self.grids[rows] == np.arange(len(self.bytes))[:, None, None]
-        return (used if self.cells is None else used & self.cells[: len(rows)]).any(axis=1)
+        stored: NDArray[np.bool_] = (used if self.cells is None else used & self.cells[: len(rows)]).any(axis=1)
+        return stored
 
     def holds(self, rows: NDArray[np.int64]) -> bool:
         """Whether a policy [steps, layers] stores no more grids of a layer than it may."""

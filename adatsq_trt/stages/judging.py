@@ -66,7 +66,7 @@ class Judging:
     account: Account
     folder: Path
     calls: int = 0
-    _asked: set[tuple[int, tuple[tuple[str, ...], ...]]] = field(default_factory=set)
+    _asked: set[tuple[int, tuple[tuple[str | None, ...], ...]]] = field(default_factory=set)
 
     def result(self, proposals: Sequence[Proposal]) -> SearchResult:
         """Screen all, rescore the shortlist, choose; report on the held-out samples."""

@@ -85,7 +85,7 @@ def require_possible(settings: Settings, model: LoadedModel) -> None:
         DamagedFileError: the given policy is not a policy.
     """
     if settings.policy is not None:
-        _given_policy(settings, tuple(model.adapter.quantizable_layers()))
+        _require_active(_given_policy(settings, tuple(model.adapter.quantizable_layers())), model)
         return
     if settings.expansions is not None and settings.beam == 0:
         raise UserError(
@@ -131,6 +131,23 @@ def _given_policy(settings: Settings, layers: Sequence[str]) -> Policy:
                     f"{', '.join(settings.formats_for[layer])}; leave out one of them"
                 )
     return policy
+
+
+def _require_active(policy: Policy, model: LoadedModel) -> None:
+    """Refuse a policy with formats for other layers than those that run at a step.
+
+    Raises:
+        MismatchError: names the first.
+    """
+    active = model.adapter.active(model.adapter.schedule(policy.steps))
+    for step, own in enumerate(active):
+        given = policy.formats_at(step)
+        for layer, runs in zip(policy.layers, own, strict=True):
+            if (layer in given) != runs:
+                wanted = "a format: the layer runs then" if runs else "null: the layer does not run then"
+                raise MismatchError(
+                    f"--policy, step {step}, layer '{layer}': expected {wanted}; {GIVEN_POLICY_ADVICE}"
+                )
 
 
 def run(context: Context) -> Stage:

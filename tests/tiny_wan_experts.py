@@ -1,0 +1,19 @@
+"""Wan 2.2 in small: a pipeline with two transformers of different weights, and the scheduler that it comes with."""
+
+import torch
+from diffusers import WanPipeline
+
+from tests.tiny_checkpoints import make_wan_pipeline
+
+BOUNDARY_RATIO = 0.875
+
+
+def make_wan_experts_pipeline(boundary_ratio: float = BOUNDARY_RATIO) -> WanPipeline:
+    """At five steps with flow shift 3 the timesteps are 999, 922, 817, 666 and 428: two are of the first expert."""
+    one = make_wan_pipeline()
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        second = type(one.transformer).from_config(one.transformer.config)
+    return WanPipeline(
+        one.tokenizer, one.text_encoder, one.vae, one.scheduler, one.transformer, second, boundary_ratio=boundary_ratio
+    )
