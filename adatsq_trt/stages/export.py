@@ -141,20 +141,20 @@ def _templates(context: Context, base: BaseName, advance: Callable[[], None]) ->
         step = schedule.experts.index(expert) if expert else 0
         adapter, time, guidance = samples.adapter_at(step), schedule.model_time(step), samples.guidance_at(step)
         inputs = adapter.guided_inputs(samples.noise(), time, samples.conditioning, guidance)
-        traced = _trace(adapter, inputs, base, any_size=bool(context.sizes), name=expert)
+        traced = _trace(adapter, inputs, base, any_size=bool(context.sizes), part=expert)
         release_memory()  # the exporter's own graph refers to the weights too
         advance()
         yield Template(traced, expert)
 
 
 def _trace(
-    adapter: ModelAdapter, inputs: Mapping[str, Tensor], base: BaseName, any_size: bool, name: str = ""
+    adapter: ModelAdapter, inputs: Mapping[str, Tensor], base: BaseName, any_size: bool, part: str = ""
 ) -> ir.Model:
     """The model's graph, for the size of the inputs or for any."""
     common = (inputs, OUTPUT_NAME, getattr(torch, base), adapter.float32_inputs)
     with adapter.as_stored(), _TRACING:
         if not any_size:
-            return trace(adapter.trace_module(), *common, name=name)
+            return trace(adapter.trace_module(), *common, part=part)
         opened = adapter.any_size()
         return trace(opened.module, *common, opened.positions, opened.axes)
 
