@@ -9,7 +9,7 @@ BOUNDARY_RATIO = 0.875
 
 
 def make_wan_experts_pipeline(boundary_ratio: float = BOUNDARY_RATIO) -> WanPipeline:
-    """At five steps with flow shift 3 the timesteps are 999, 922, 817, 666 and 428: two are of the first expert."""
+    """At five steps with flow shift 3 the timesteps are 999, 923, 818, 667 and 429: two are of the first expert."""
     one = make_wan_pipeline()
     with torch.random.fork_rng():
         torch.manual_seed(1)

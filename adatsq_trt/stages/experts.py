@@ -43,6 +43,7 @@ def require_for_experts(config: BuildConfig, model: LoadedModel, *, shapes: bool
         f"--transform {config.transform}": config.transform is not None,
         "--refine": config.refine,
         f"--beam {config.beam}": config.beam > 0,
+        "--max-assignments 1": config.max_assignments == 1,
         "--hessian paper": config.hessian == "paper",
         f"--layout {config.layout}": config.layout not in (None, *_LAYOUTS),
     }
