@@ -97,7 +97,7 @@ class GraphIndex(BaseModel):
         return tuple(block for block in self.blocks if not expert or block.startswith(f"{expert}."))
 
     def find(self, variant: str, assignment: int | None, expert: str | None = None) -> GraphFile:
-        """The graph of an assignment in a variant, or with None the one of all assignments: of an expert if it is named.
+        """The graph of an assignment in a variant, or with None the one of all: of an expert where it is named.
 
         Raises:
             KeyError: there is none.

@@ -44,9 +44,7 @@ class AdatsqTransformer(nn.Module):
         expert: the one of two transformers that it stands in for; "" where the pipeline has one.
     """
 
-    def __init__(
-        self, bundle: Bundle, call: TransformerCall, expert: str = "", clock: StepClock | None = None
-    ) -> None:
+    def __init__(self, bundle: Bundle, call: TransformerCall, expert: str = "", clock: StepClock | None = None) -> None:
         """Wrap a bundle; see `from_bundle`. Two experts share a clock."""
         super().__init__()
         self.bundle, self.call, self.expert = bundle, call, expert

@@ -44,9 +44,7 @@ def parts(active: Active) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]
         yield np.flatnonzero((active == row).all(axis=1)), np.flatnonzero(row)
 
 
-def names_of(
-    rows: Sequence[Sequence[int]], names: Sequence[str], active: Active
-) -> tuple[tuple[str | None, ...], ...]:
+def names_of(rows: Sequence[Sequence[int]], names: Sequence[str], active: Active) -> tuple[tuple[str | None, ...], ...]:
     """Format indices as names; None where a layer does not run."""
     return tuple(
         tuple(names[index] if runs else None for index, runs in zip(row, own, strict=True))

@@ -49,6 +49,4 @@ def require_for_experts(config: BuildConfig, model: LoadedModel, *, shapes: bool
     }
     for option, asked in refused.items():
         if asked:
-            raise UserError(
-                f"{option}: not with a pipeline of two transformers, which '{model.name}' is; leave it out"
-            )
+            raise UserError(f"{option}: not with a pipeline of two transformers, which '{model.name}' is; leave it out")

@@ -145,9 +145,7 @@ def _require_active(policy: Policy, model: LoadedModel) -> None:
         for layer, runs in zip(policy.layers, own, strict=True):
             if (layer in given) != runs:
                 wanted = "a format: the layer runs then" if runs else "null: the layer does not run then"
-                raise MismatchError(
-                    f"--policy, step {step}, layer '{layer}': expected {wanted}; {GIVEN_POLICY_ADVICE}"
-                )
+                raise MismatchError(f"--policy, step {step}, layer '{layer}': expected {wanted}; {GIVEN_POLICY_ADVICE}")
 
 
 def run(context: Context) -> Stage:
@@ -325,7 +323,8 @@ def _uniforms(context: Context) -> list[Proposal]:
     """One format everywhere: every format, for the report; without a report those that a budget in bits allows."""
     settings, layers = context.settings, len(context.layers)
     most = math.inf if settings.held_out_samples or settings.budget_bits is None else settings.budget_bits
-    rows = [uniform(i, settings.steps, layers, context.active) for i, fmt in enumerate(context.formats) if fmt.bits <= most]
+    within = [i for i, fmt in enumerate(context.formats) if fmt.bits <= most]
+    rows = [uniform(i, settings.steps, layers, context.active) for i in within]
     return [Proposal("uniform", row) for row in rows]
 
 

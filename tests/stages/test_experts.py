@@ -19,6 +19,9 @@ from adatsq_trt.engines.runtime import Bundle
 from adatsq_trt.engines.transformer import AdatsqTransformer
 from adatsq_trt.engines.triton_server.repository import Deployment, write_repository
 from adatsq_trt.errors import DamagedFileError, MismatchError, UserError
+from adatsq_trt.report.page import write_report
+from adatsq_trt.stages.report import gather
+from adatsq_trt.stages.run_directory import RunDirectory
 from adatsq_trt.step_policy import export_policy
 from tests.tiny_checkpoints import HEIGHT, WIDTH
 from tests.tiny_wan_experts import BOUNDARY_RATIO, make_wan_experts_pipeline
@@ -119,8 +122,8 @@ def test_a_bundle_of_two_experts_passes_its_check_and_is_shown(built: tuple[Path
     assert {row.step for row in report.rows if row.variant == "reference"} == set(range(STEPS))
     shown = inspect_bundle(bundle.files)
     assert set(shown.bits) == {"transformer.blocks.0", "transformer_2.blocks.0"}
-    page = adatsq_trt.Run.open(folder / "run").report()
-    assert "transformer_2.blocks.0.attn1.to_q" in page.read_text()
+    write_report(gather(RunDirectory.existing(folder / "run")), tmp_path / "report.html", tmp_path / "figures")
+    assert "transformer_2.blocks.0.attn1.to_q" in (tmp_path / "report.html").read_text()
 
 
 def test_experts_that_were_exchanged_in_the_bundle_are_caught(built: tuple[Path, Bundle], tmp_path: Path) -> None:
@@ -129,16 +132,14 @@ def test_experts_that_were_exchanged_in_the_bundle_are_caught(built: tuple[Path,
     files = BundleFiles.open(tmp_path / "bundle")
     graphs = [graph for graph in files.index.graphs if graph.variant == "reference"]
     models = {g.expert: onnx.load(files.graph_path(g), load_external_data=False) for g in graphs}
-    swapped = {expert: {t.name.partition(".")[2]: t for t in m.graph.initializer} for expert, m in models.items()}
-    other = {"transformer": "transformer_2", "transformer_2": "transformer"}
-    swapped = {expert: {k: onnx.TensorProto.FromString(t.SerializeToString()) for k, t in own.items()} for expert, own in swapped.items()}
+    for one, other in zip(*(model.graph.initializer for model in models.values()), strict=True):
+        assert one.name.removeprefix("transformer.") == other.name.removeprefix("transformer_2.")
+        kept = onnx.TensorProto.FromString(one.SerializeToString())
+        one.CopyFrom(other)
+        other.CopyFrom(kept)
+        one.name, other.name = other.name, one.name
     for graph in graphs:
-        model = models[graph.expert]
-        for tensor in model.graph.initializer:
-            name = tensor.name
-            tensor.CopyFrom(swapped[other[graph.expert]][name.partition(".")[2]])
-            tensor.name = name
-        files.graph_path(graph).write_bytes(model.SerializeToString())
+        files.graph_path(graph).write_bytes(models[graph.expert].SerializeToString())
     write_manifest(files.folder, files.manifest)
     report = check(BundleFiles.open(tmp_path / "bundle"), tmp_path / "check")
     assert not report.passed
@@ -157,14 +158,16 @@ def test_a_manifest_whose_steps_are_of_the_other_expert_is_refused(built: tuple[
         BundleFiles.open(tmp_path / "bundle")
 
 
-def test_a_given_policy_is_built_as_it_is(built: tuple[Path, Bundle], tmp_path: Path) -> None:
-    """And one that gives formats to layers that do not run is refused before anything does."""
+def test_a_policy_with_formats_for_layers_that_do_not_run_is_refused(
+    built: tuple[Path, Bundle], tmp_path: Path
+) -> None:
+    """Before anything does."""
     folder, bundle = built
     policy = bundle.policy
     full = tuple(tuple(name or "w8a32" for name in row) for row in policy.assignments)
     wrong = policy.model_copy(update={"assignments": full})
     with pytest.raises(MismatchError, match=r"--policy, step 0, layer 'transformer_2\..*': expected null"):
-        adatsq_trt.search(folder / "pipeline", output=tmp_path / "run", **OPTIONS, **GUIDANCE, policy=wrong)
+        adatsq_trt.search_policy(folder / "pipeline", output=tmp_path / "run", **OPTIONS, **GUIDANCE, policy=wrong)
 
 
 @pytest.mark.parametrize(
