@@ -50,8 +50,9 @@ def keeps_float32(module: nn.Module, parameter: str) -> bool:
     """Whether diffusers keeps a parameter in float32 when it loads the model in 16 bits.
 
     Args:
-        module: a trace module, whose children are diffusers' models.
+        module: a trace module, whose children are diffusers' models; or several as its children.
         parameter: its path in there.
     """
-    kept = [name for child in module.children() for name in getattr(child, "_keep_in_fp32_modules", None) or ()]
+    models = [model for child in module.children() for model in (child, *child.children())]
+    kept = [name for model in models for name in getattr(model, "_keep_in_fp32_modules", None) or ()]
     return any(part in kept for part in parameter.split("."))

@@ -217,6 +217,14 @@ class BuildConfig:
     guidance: float | None = _choice(
         None, "Scale of guidance.", POLICY, "the model's", least=-_MOST_GUIDANCE, most=_MOST_GUIDANCE
     )
+    guidance_2: float | None = _choice(
+        None,
+        "The same at the steps of a pipeline's second transformer.",
+        POLICY,
+        "--guidance",
+        least=-_MOST_GUIDANCE,
+        most=_MOST_GUIDANCE,
+    )
     policy: Path | str | Policy | None = _choice(None, "Use this policy.json instead of searching.", POLICY, "search")
     seed: int = _choice(0, "Of prompts, noise and projections.", EFFORT, least=0, most=2**32 - 1)
     beam: int = _choice(

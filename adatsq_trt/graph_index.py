@@ -41,6 +41,9 @@ class GraphFile(BaseModel):
         variant: "target" is the graph for TensorRT; "cpu" is the same assignment in portable operators and float32;
             "reference" is the unquantized model in portable operators and float32.
         assignment: index into the policy's assignments; None for the reference, and for a graph of all assignments.
+        expert: the transformer that it computes, in a bundle of two; "" in others. There a graph of all assignments and
+            a reference are of one expert.
+        first_assignment: of a graph of all assignments of an expert: index of the one that it knows as 0.
         inputs: inputs with a row for each sample and guidance branch.
         position_inputs: of a graph for several sizes: inputs that tell one size from another, without rows.
         outputs: the one output.
@@ -55,6 +58,8 @@ class GraphFile(BaseModel):
     path: str
     variant: Literal["target", "cpu", "reference"]
     assignment: int | None
+    expert: str = ""
+    first_assignment: int = 0
     inputs: Annotated[tuple[TensorSignature, ...], Field(min_length=1)]
     outputs: tuple[TensorSignature]
     position_inputs: tuple[TensorSignature, ...] = ()
@@ -87,16 +92,20 @@ class GraphIndex(BaseModel):
     blocks: tuple[ModulePath, ...]
     branches: dict[ModulePath, int] = {}
 
-    def find(self, variant: str, assignment: int | None) -> GraphFile:
-        """The graph of an assignment in a variant, or with None the one of all assignments.
+    def blocks_of(self, expert: str) -> tuple[str, ...]:
+        """Those of one of two transformers; all of them for ""."""
+        return tuple(block for block in self.blocks if not expert or block.startswith(f"{expert}."))
+
+    def find(self, variant: str, assignment: int | None, expert: str | None = None) -> GraphFile:
+        """The graph of an assignment in a variant, or with None the one of all: of an expert where it is named.
 
         Raises:
             KeyError: there is none.
         """
         for graph in self.graphs:
-            if graph.variant == variant and graph.assignment == assignment:
+            if graph.variant == variant and graph.assignment == assignment and expert in (None, graph.expert):
                 return graph
-        raise KeyError(f"no {variant} graph for assignment {assignment}")
+        raise KeyError(f"no {variant} graph for assignment {assignment}{f' of {expert}' if expert else ''}")
 
 
 class ConstantHashes(BaseModel):

@@ -63,7 +63,8 @@ class Policy(BaseModel):
         weights_sha256: hash of the transformer's weights.
         steps: length of the denoising loop.
         layers: module paths, in the order of the assignments' entries.
-        assignments: distinct assignments: for each layer the name of its format.
+        assignments: distinct assignments: for each layer the name of its format; null for a layer that does not run at
+            the steps of the assignment, as those of another expert.
         step_assignments: for each step the index of its assignment.
     """
 
@@ -74,7 +75,7 @@ class Policy(BaseModel):
     weights_sha256: str
     steps: Count
     layers: Annotated[tuple[str, ...], Field(min_length=1)]
-    assignments: tuple[tuple[str, ...], ...]
+    assignments: tuple[tuple[str | None, ...], ...]
     step_assignments: tuple[int, ...]
 
     @model_validator(mode="after")
@@ -86,16 +87,19 @@ class Policy(BaseModel):
         for row in self.assignments:
             if len(row) != len(self.layers):
                 raise ValueError(f"an assignment has {len(row)} entries for {len(self.layers)} layers")
-            unknown = sorted(name for name in set(row) if not is_format(name))
+            unknown = sorted(name for name in set(row) if name is not None and not is_format(name))
             if unknown:
                 raise ValueError(f"unknown format {unknown[0]!r}")
+        for layer, column in zip(self.layers, zip(*self.assignments, strict=True), strict=True):
+            if set(column) == {None}:
+                raise ValueError(f"no assignment gives layer {layer!r} a format")
         if sorted(set(self.step_assignments)) != list(range(len(self.assignments))):
             raise ValueError("step_assignments must use every assignment")
         return self
 
     @classmethod
     def from_steps(
-        cls, model: str, weights_sha256: str, layers: Sequence[str], rows: Sequence[Sequence[str]]
+        cls, model: str, weights_sha256: str, layers: Sequence[str], rows: Sequence[Sequence[str | None]]
     ) -> Policy:
         """Make a policy from one row of format names per step; equal rows become one assignment."""
         distinct = list(dict.fromkeys(tuple(row) for row in rows))
@@ -119,15 +123,27 @@ class Policy(BaseModel):
                 buckets.append(Bucket(step, step, index))
         return tuple(buckets)
 
+    @cached_property
+    def rows(self) -> tuple[dict[str, str], ...]:
+        """Of each assignment: layer → name of its format, for the layers that run."""
+        return tuple(
+            {layer: name for layer, name in zip(self.layers, row, strict=True) if name is not None}
+            for row in self.assignments
+        )
+
+    @property
+    def formats(self) -> set[str]:
+        """Names of the formats that it uses."""
+        return {name for row in self.rows for name in row.values()}
+
     def formats_at(self, step: int) -> dict[str, Format]:
-        """Layer → format at a step."""
-        row = self.assignments[self.step_assignments[step]]
-        return {layer: format_named(name) for layer, name in zip(self.layers, row, strict=True)}
+        """Layer → format at a step, for the layers that run."""
+        return {layer: format_named(name) for layer, name in self.rows[self.step_assignments[step]].items()}
 
     @property
     def mean_bits(self) -> float:
         """Unweighted mean over (step, layer) of (nominal weight bits + nominal activation bits) / 2."""
-        return mean_bits([[format_named(name) for name in self.assignments[i]] for i in self.step_assignments])
+        return mean_bits([list(self.formats_at(step).values()) for step in range(self.steps)])
 
     def mean_weight_bits(self, shapes: Sequence[LayerShape]) -> float:
         """Mean over steps of stored bits per weight, scales included, weighted by parameters."""
@@ -149,11 +165,13 @@ class Policy(BaseModel):
         self, shapes: Sequence[LayerShape], weights: Mapping[str, int], bits: Callable[[Format, int], float]
     ) -> float:
         """Mean over steps of `bits(format, in_features)`, weighted by layer."""
-        total = 0.0
+        total, counted = 0.0, 0
         for step in range(self.steps):
             formats = self.formats_at(step)
-            total += sum(weights[s.name] * bits(formats[s.name], s.in_features) for s in shapes)
-        return total / (self.steps * sum(weights[s.name] for s in shapes))
+            own = [shape for shape in shapes if shape.name in formats]
+            total += sum(weights[s.name] * bits(formats[s.name], s.in_features) for s in own)
+            counted += sum(weights[s.name] for s in own)
+        return total / counted
 
     def require(self, weights_sha256: str, steps: int, layers: Sequence[str]) -> None:
         """Refuse to be used for another model or step count.
@@ -225,7 +243,8 @@ def resident_weight_bytes(policy: Policy, shapes: Mapping[str, LayerShape]) -> i
     total = 0.0
     for index, layer in enumerate(policy.layers):
         shape = shapes[layer]
-        grids = {fmt.weight: fmt for fmt in (format_named(row[index]) for row in policy.assignments)}
+        names = (row[index] for row in policy.assignments)
+        grids = {fmt.weight: fmt for fmt in (format_named(name) for name in names if name is not None)}
         bits = sum(fmt.stored_weight_bits(shape.in_features) for fmt in grids.values())
         total += bits / 8 * shape.in_features * shape.out_features
     return round(total)

@@ -199,6 +199,16 @@ class Bundle(runtime.Bundle):
 
         return AdatsqTransformer.from_bundle(self)
 
+    def transformers(self) -> tuple[AdatsqTransformer, ...]:
+        """Make those that take the places of all transformers of a pipeline: pipe.transformer, pipe.transformer_2.
+
+        Raises:
+            MismatchError: as `transformer`.
+        """
+        from adatsq_trt.engines.transformer import AdatsqTransformer
+
+        return AdatsqTransformer.experts_from_bundle(self)
+
     def save(self, folder: Path | str) -> Path:
         """Copy the bundle, such as one in a temporary run directory.
 

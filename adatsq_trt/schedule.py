@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 TRAIN_TIMESTEPS = 1000
 EULER, HEUN = "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"
 UNIPC, DPM = "UniPCMultistepScheduler", "DPMSolverMultistepScheduler"
+# As a pipeline with two transformers calls them, in the order in which they denoise.
+FIRST_EXPERT, SECOND_EXPERT = EXPERTS = ("transformer", "transformer_2")
 # That are followed.
 SCHEDULERS = (EULER, UNIPC, DPM, HEUN)
 
@@ -32,12 +34,14 @@ class Schedule:
         timesteps: the scheduler's timestep at each step: `steps` numbers in (0, 1000].
         scheduler_config: of the diffusers scheduler that takes these very steps, with its class (`scheduler`).
         updates: update rule of each step; Euler's method unless given.
+        experts: part of the pipeline that each step calls; none for a pipeline with one transformer.
     """
 
     sigmas: tuple[float, ...]
     timesteps: tuple[float, ...]
     scheduler_config: dict[str, Any]
     updates: tuple[Update, ...] = ()
+    experts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Take Euler's steps where no others are given."""
@@ -71,6 +75,10 @@ class Schedule:
 
         name = self.scheduler_config.get("_class_name")
         return getattr(diffusers, name if name in SCHEDULERS else EULER).from_config(self.scheduler_config)
+
+    def expert(self, step: int) -> str:
+        """The part of the pipeline that a step calls; "" in a pipeline with one transformer."""
+        return self.experts[step] if self.experts else ""
 
     def model_time(self, step: int) -> float:
         """Return the time input of a trace module at `step`: timestep / 1000, in (0, 1]."""
@@ -192,6 +200,11 @@ def _set_spaced(scheduler: Any, steps: int, image_tokens: int) -> None:
     )
     mu = float(low + (high - low) / (most - least) * (image_tokens - least)) if option("use_dynamic_shifting") else None
     scheduler.set_timesteps(**spacing, mu=mu)
+
+
+def guidance_at(schedule: Schedule, step: int, guidance: float, guidance_2: float | None) -> float:
+    """The scale of guidance of a step: the second expert has its own, where there is one and it is given."""
+    return guidance if guidance_2 is None or schedule.expert(step) != SECOND_EXPERT else guidance_2
 
 
 def initial_noise(seeds: Sequence[int], latent_shape: Sequence[int]) -> np.ndarray:

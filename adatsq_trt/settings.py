@@ -77,6 +77,7 @@ class Settings(BaseModel):
             sizes; the model's own size first, then by number of samples.
         steps: denoising steps.
         guidance: classifier-free guidance scale.
+        guidance_2: of the second of two experts; None for the same, and for models of one transformer.
         budget_bits: largest mean of (weight bits + activation bits) / 2 over (step, layer); None for no such limit.
         budget_bytes: most resident bytes of quantized weights, each distinct weight format of a layer once; None
             likewise.
@@ -130,6 +131,7 @@ class Settings(BaseModel):
     shapes: tuple[tuple[int, ...], ...] = ()
     steps: int
     guidance: float
+    guidance_2: float | None = None
     budget_bits: float | None
     budget_bytes: float | None = None
     budget_ms: float | None = None

@@ -123,9 +123,14 @@ def export_policy(policy: Policy) -> Exported:
         policy: of any formats.
 
     Raises:
-        MismatchError: no step has quantized activations in most layers, so there is no native path.
+        MismatchError: no step has quantized activations in most layers, so there is no native path; or a policy of
+            two transformers, of which the key knows one.
     """
-    rows = [policy.assignments[index] for index in policy.step_assignments]
+    if any(name is None for row in policy.assignments for name in row):
+        raise MismatchError(
+            "the policy is of two transformers, and a step policy is read for one; use it with this package alone"
+        )
+    rows = [list(policy.rows[index].values()) for index in policy.step_assignments]
     high = [sum(_wide(name) for name in row) * 2 > len(row) for row in rows]
     if all(high):
         raise MismatchError(

@@ -159,7 +159,9 @@ class _Job:
         self._weights_hash = sha256(weights_file)
         self._names: Mapping[Weight, str] = {}
         if layout == "shared":
-            self._names = name_weights(folder / GRAPH_FOLDER / index.find("target", None).path)
+            together = (g.path for g in index.graphs if (g.variant, g.assignment) == ("target", None))  # of each expert
+            for path in together:
+                self._names = {**self._names, **name_weights(folder / GRAPH_FOLDER / path)}
             write_store(folder / PLAN_FOLDER / STORE_NAME, weights_file, self._names)
 
     def plan(self, target: Target, graph: GraphFile) -> PlanFile:

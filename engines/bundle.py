@@ -127,6 +127,7 @@ class BundleFiles:
                     f"'{self.folder / MANIFEST_NAME}': '{plan.path}' has {got} optimization profiles, expected "
                     f"{expected}, {sizes} for each assignment; {REBUILD}"
                 )
+        self._require_experts()
         for graph in self.index.graphs:
             strange = [f"a scale of layer '{layer}'" for layer in graph.scale_inputs if layer not in self.policy.layers]
             if graph.assignment not in (None, *range(len(self.policy.assignments))):
@@ -137,6 +138,17 @@ class BundleFiles:
                     f"does not have; {REBUILD}"
                 )
 
+    def _require_experts(self) -> None:
+        """Refuse a step whose assignment has formats for layers of another expert than the step's."""
+        for step, expert in enumerate(self.manifest.schedule.experts):
+            graphs = [g for g in self.index.graphs if g.assignment == self.policy.step_assignments[step]]
+            names = [*self.policy.formats_at(step), *(f"{graph.expert}." for graph in graphs)]
+            if not names or not all(name.startswith(f"{expert}.") for name in names):
+                raise DamagedFileError(
+                    f"'{self.folder / MANIFEST_NAME}': step {step} is of '{expert}', and its assignment of another "
+                    f"transformer; {REBUILD}"
+                )
+
     def schedule(self, size: Sequence[int] | None = None) -> Schedule:
         """The denoising schedule of a size; None stands for the one that the policy was searched at.
 
@@ -145,19 +157,31 @@ class BundleFiles:
         """
         return self.manifest.shape(size).schedule.read()
 
-    def graph(self, variant: str, assignment: int | None) -> GraphFile:
-        """A graph's entry in the index.
+    def graph(self, variant: str, assignment: int | None, expert: str | None = None) -> GraphFile:
+        """A graph's entry in the index; `expert` as in `GraphIndex.find`.
 
         Raises:
             DamagedFileError: the index has no such graph.
         """
         try:
-            return self.index.find(variant, assignment)
+            return self.index.find(variant, assignment, expert)
         except KeyError as error:
             raise DamagedFileError(
-                f"'{self.folder / GRAPH_FOLDER / INDEX_NAME}' has no {variant} graph for assignment {assignment}; "
-                f"{REBUILD}"
+                f"'{self.folder / GRAPH_FOLDER / INDEX_NAME}' has {error.args[0]}; {REBUILD}"
             ) from error
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """The transformers that it computes, in the order of their steps; "" for the one that most bundles have."""
+        return tuple(dict.fromkeys(self.manifest.schedule.experts)) or ("",)
+
+    def expert(self, step: int) -> str:
+        """The one that computes a step."""
+        return self.manifest.schedule.experts[step] if self.manifest.schedule.experts else ""
+
+    def steps_of(self, expert: str) -> list[int]:
+        """The steps of one."""
+        return [step for step in range(self.policy.steps) if self.expert(step) == expert]
 
     def cpu_graph(self, step: int) -> GraphFile:
         """The cpu graph that runs a step.
@@ -223,7 +247,7 @@ class BundleFiles:
         if controls:
             controls |= self.scales(step)
         controls |= self.positions(graph, size)
-        assignment = self.policy.step_assignments[step]
+        assignment = self.policy.step_assignments[step] - graph.first_assignment
         if graph.assignment_input is not None:
             controls[graph.assignment_input.name] = np.asarray(assignment, np.int32)
         if graph.selector_input is not None:

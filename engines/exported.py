@@ -21,6 +21,7 @@ class Exported(BaseModel):
     Attributes:
         policy: formats of each step.
         guidance: scale of guidance.
+        guidance_2: as the manifest has it.
         rescaled_guidance: as the manifest has it.
         schedule: sigmas and timesteps.
         shapes: of a bundle of several sizes: size → its schedule.
@@ -33,6 +34,7 @@ class Exported(BaseModel):
     schema_version: Literal[1] = 1
     policy: Policy
     guidance: FiniteFloat
+    guidance_2: FiniteFloat | None = None
     rescaled_guidance: bool = False
     schedule: ScheduleRecord
     shapes: dict[str, ScheduleRecord] = {}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from adatsq_trt.schedule import Schedule
+from adatsq_trt.schedule import Schedule, guidance_at
 from adatsq_trt.solver import guide
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class DenoisingRequest:
         latents: initial noise, [samples, *latent_shape].
         conditioning: of every sample.
         guidance: scale of guidance.
+        guidance_2: at the steps of the second of two experts; None for the same.
         schedule: of the run's size.
         latent_input: name of the input that takes the latents.
         inputs: names of all inputs with rows.
@@ -61,6 +62,11 @@ class DenoisingRequest:
     inputs: tuple[str, ...]
     size: tuple[int, ...] | None
     rescaled_guidance: bool = False
+    guidance_2: float | None = None
+
+    def guidance_at(self, step: int) -> float:
+        """The scale of guidance of a step."""
+        return guidance_at(self.schedule, step, self.guidance, self.guidance_2)
 
     @property
     def rows(self) -> int:
@@ -69,7 +75,7 @@ class DenoisingRequest:
 
     def row_values(self, step: int) -> dict[str, float]:
         """Inputs that are one number for all rows: the time of a step, and the guidance scale where the model asks."""
-        values = {TIME_INPUT: self.schedule.model_time(step), GUIDANCE_INPUT: self.guidance}
+        values = {TIME_INPUT: self.schedule.model_time(step), GUIDANCE_INPUT: self.guidance_at(step)}
         return {name: value for name, value in values.items() if name in self.inputs}
 
 
@@ -91,12 +97,12 @@ class DenoisingLoop(ABC):
             The latents after each step, float32 [samples, *latent_shape], where the backend computes.
         """
         start = self.request.schedule.begin(self.first_latents())
-        yield from start.run(lambda latents, step: self.guided(self.predict(latents, step)))
+        yield from start.run(lambda latents, step: self.guided(self.predict(latents, step), step))
 
-    def guided(self, prediction: Array) -> Array:
+    def guided(self, prediction: Array, step: int) -> Array:
         """The velocity that the scheduler takes a step with, [samples, ...], of both branches' predictions."""
         request = self.request
-        return guide(prediction, len(request.latents), request.guidance, request.rescaled_guidance)
+        return guide(prediction, len(request.latents), request.guidance_at(step), request.rescaled_guidance)
 
     @abstractmethod
     def first_latents(self) -> Array:

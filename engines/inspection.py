@@ -72,7 +72,7 @@ def inspect_bundle(files: BundleFiles) -> Inspection:
                 first=bucket.first,
                 last=bucket.last,
                 assignment=bucket.assignment,
-                formats=dict(sorted(Counter(policy.assignments[bucket.assignment]).items())),
+                formats=dict(sorted(Counter(policy.rows[bucket.assignment].values()).items())),
                 plans=tuple(plan.path for plan in manifest.plans if plan.assignment in (None, bucket.assignment)),
             )
             for bucket in policy.buckets
@@ -85,15 +85,16 @@ def inspect_bundle(files: BundleFiles) -> Inspection:
 
 
 def _block_bits(policy: Policy, block: str) -> tuple[float, ...]:
-    members = [i for i, layer in enumerate(policy.layers) if layer.startswith(f"{block}.")]
-    means = [sum(format_named(row[i]).bits for i in members) / max(len(members), 1) for row in policy.assignments]
+    members = [layer for layer in policy.layers if layer.startswith(f"{block}.")]
+    own = ([format_named(row[layer]).bits for layer in members if layer in row] for row in policy.rows)
+    means = [sum(bits) / max(len(bits), 1) for bits in own]
     return tuple(means[assignment] for assignment in policy.step_assignments)
 
 
 def _kinds(policy: Policy) -> dict[str, dict[str, float]]:
     counts: dict[str, Counter[str]] = {}
     for assignment in policy.step_assignments:
-        for layer, name in zip(policy.layers, policy.assignments[assignment], strict=True):
+        for layer, name in policy.rows[assignment].items():
             counts.setdefault(re.sub(r"\.\d+\.", ".*.", layer), Counter())[name] += 1
     return {kind: _shares(counter) for kind, counter in counts.items()}
 

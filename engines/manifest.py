@@ -14,7 +14,7 @@ from adatsq_trt.errors import MismatchError
 from adatsq_trt.fields import Count, Name
 from adatsq_trt.formats import PLUGIN_LAYOUT
 from adatsq_trt.image import ImageShape
-from adatsq_trt.schedule import Schedule
+from adatsq_trt.schedule import EXPERTS, Schedule
 from adatsq_trt.solver import Update
 from adatsq_trt.text_call import TextCall
 from adatsq_trt.transformer_call import TransformerCall
@@ -89,15 +89,21 @@ class ScheduleRecord(_Record):
         timesteps: steps.
         scheduler_config: of the diffusers scheduler, with its class.
         updates: of every step; none for Euler's method.
+        experts: part of the pipeline that each step calls; none for a pipeline with one transformer.
     """
 
     sigmas: tuple[FiniteFloat, ...]
     timesteps: tuple[FiniteFloat, ...]
     scheduler_config: dict[str, JsonValue]
     updates: tuple[UpdateRecord, ...] = ()
+    experts: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> ScheduleRecord:
+        if len(self.experts) not in (0, len(self.timesteps)):
+            raise ValueError(f"{len(self.experts)} experts, {len(self.timesteps)} timesteps")
+        if not {*self.experts} <= {*EXPERTS}:
+            raise ValueError(f"experts {sorted({*self.experts})}, expected some of {', '.join(EXPERTS)}")
         if len(self.updates) not in (0, len(self.timesteps)):
             raise ValueError(f"{len(self.updates)} updates, {len(self.timesteps)} timesteps")
         for step, update in enumerate(self.updates):
@@ -114,12 +120,13 @@ class ScheduleRecord(_Record):
             timesteps=schedule.timesteps,
             scheduler_config=schedule.scheduler_config,
             updates=updates,
+            experts=schedule.experts,
         )
 
     def read(self) -> Schedule:
         """Make the schedule that this records."""
         updates = tuple(Update(own.latent, own.velocity, own.clean) for own in self.updates)
-        return Schedule(self.sigmas, self.timesteps, dict(self.scheduler_config), updates)
+        return Schedule(self.sigmas, self.timesteps, dict(self.scheduler_config), updates, self.experts)
 
 
 class ImageSpec(_Record):
@@ -220,6 +227,7 @@ class Manifest(_Record):
         formats: formats that the policy uses.
         schedule: sigmas and timesteps of the denoising loop.
         guidance: scale of guidance: weight of the branch with the prompt, or an input of models trained with it.
+        guidance_2: scale at the steps of the second of two experts; None for the same.
         rescaled_guidance: guidance keeps the norm of every token's conditional prediction (`solver.guide`).
         latent_shape: shape of one sample's latent.
         image: how a latent becomes an image.
@@ -246,6 +254,7 @@ class Manifest(_Record):
     formats: tuple[Name, ...]
     schedule: ScheduleRecord
     guidance: FiniteFloat
+    guidance_2: FiniteFloat | None = None
     rescaled_guidance: bool = False
     latent_shape: LatentShape
     image: ImageSpec

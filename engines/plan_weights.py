@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import lzma
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -175,18 +175,18 @@ def write_store(path: Path, weights_file: Path, names: Mapping[Weight, str]) -> 
     return sum(weight.length for weight in names)
 
 
-def store_difference(store: Path, weights_file: Path, names_file: Path) -> str | None:
+def store_difference(store: Path, weights_file: Path, names_files: Sequence[Path]) -> str | None:
     """The first weight of a store that is not the weight file's, as a sentence; None where all are the same.
 
     Args:
         store: the store that the plans are bound to.
         weights_file: the export folder's.
-        names_file: `switch.target.onnx`, which names the weights.
+        names_files: graphs of all assignments, of each expert, which name the weights.
 
     Raises:
         DamagedFileError: the store is not a safetensors file.
     """
-    names = name_weights(names_file)
+    names = {weight: name for file in names_files for weight, name in name_weights(file).items()}
     with store.open("rb") as stored, weights_file.open("rb") as source:
         try:
             size = int.from_bytes(stored.read(8), "little")

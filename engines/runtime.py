@@ -249,6 +249,7 @@ class Bundle:
         guidance: float | None = None,
         quantized: bool = True,
         size: Size | None = None,
+        guidance_2: float | None = None,
     ) -> Any:
         """The denoising loop, with the scheduler's step as the schedule has it.
 
@@ -260,6 +261,7 @@ class Bundle:
             guidance: scale of guidance; the bundle's own unless given.
             quantized: follow the policy; otherwise full precision.
             size: in pixels, one of `sizes`; the bundle's own unless given.
+            guidance_2: scale at the steps of the second of two experts; as of `request`.
 
         Returns:
             float32 [samples, *latent_shape]: an array for an array, a tensor on the latents' device for a tensor.
@@ -269,7 +271,7 @@ class Bundle:
                 closed, before or in the middle of the loop.
         """
         self.require_steps(steps)
-        request = self.request(latents, conditioning, guidance, size)
+        request = self.request(latents, conditioning, guidance, size, guidance_2)
         runner = self.runner(quantized)
         loop = runner.loop(request)
         with runner.working():
@@ -283,14 +285,24 @@ class Bundle:
         return result
 
     def request(
-        self, latents: Array, conditioning: Conditioning, guidance: float | None = None, size: Size | None = None
+        self,
+        latents: Array,
+        conditioning: Conditioning,
+        guidance: float | None = None,
+        size: Size | None = None,
+        guidance_2: float | None = None,
     ) -> DenoisingRequest:
         """A run of the loop, once all its shapes are those of the graphs; arguments as of `denoise`.
 
+        Of two experts the second has the scale of the first unless it is given too, as in their pipeline; where neither
+        is, both have the bundle's.
+
         Raises:
-            UserError: latents or conditioning of other names or shapes.
+            UserError: latents or conditioning of other names or shapes; a second scale for a bundle of one transformer.
         """
-        request = self._make_request(latents, conditioning, guidance, size)
+        if guidance_2 is not None and not self.manifest.schedule.experts:
+            raise UserError("guidance_2: the bundle has one transformer; leave it out, and give guidance")
+        request = self._make_request(latents, conditioning, guidance, size, guidance_2)
         signatures, most = self.files.row_inputs(size), self.most_rows(size)
         for samples in (conditioning.conditional, conditioning.unconditional):
             if samples is not None:
@@ -300,8 +312,14 @@ class Bundle:
         return request
 
     def _make_request(
-        self, latents: Array, conditioning: Conditioning, guidance: float | None, size: Size | None
+        self,
+        latents: Array,
+        conditioning: Conditioning,
+        guidance: float | None,
+        size: Size | None,
+        guidance_2: float | None = None,
     ) -> DenoisingRequest:
+        own = self.manifest.guidance_2 if guidance is None else None
         return DenoisingRequest(
             latents=latents,
             conditioning=conditioning,
@@ -311,6 +329,7 @@ class Bundle:
             inputs=tuple(signature.name for signature in self.inputs),
             size=self.manifest.shape(size).size if self.sizes else None,
             rescaled_guidance=self.manifest.rescaled_guidance,
+            guidance_2=own if guidance_2 is None else guidance_2,
         )
 
     def most_rows(self, size: Size | None = None) -> int | None:

@@ -79,7 +79,7 @@ def size_report(files: BundleFiles) -> SizeReport | None:
     if not targets:
         return None
     together = files.graph_path(files.graph("target", None))
-    floor = constant_bytes(together)
+    floor = sum(constant_bytes(files.graph_path(graph)) for graph in targets if graph.assignment is None)
     if files.manifest.layout == "plugin":
         only = LayoutSize(layout="plugin", engines=1, weight_bytes=floor, plan_overhead_bytes={})
         return SizeReport(floor_bytes=floor, layouts=(only,), operands=operand_sizes(together))
@@ -141,7 +141,8 @@ def _size(tensor: TensorProto) -> int:
 
 def _branches(files: BundleFiles) -> int:
     """Formats of the layers that have several."""
-    formats = (len(set(column)) for column in zip(*files.policy.assignments, strict=True))
+    named = ([name for name in column if name is not None] for column in zip(*files.policy.assignments, strict=True))
+    formats = (len(set(column)) for column in named)
     return sum(count for count in formats if count > 1)
 
 

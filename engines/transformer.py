@@ -3,6 +3,8 @@
     pipe.transformer = AdatsqTransformer.from_bundle("runs/demo")
     pipe(prompt, num_inference_steps=20, …)
 
+    pipe.transformer, pipe.transformer_2 = AdatsqTransformer.experts_from_bundle("runs/wan-2.2")
+
 The pipeline stays as it is: it keeps its scheduler, its guidance and its loop. How it calls its transformer is in the
 bundle's manifest (`adatsq_trt.transformer_call`), so this serves every architecture whose adapter says it. It draws
 what the bundle's own loop draws with the scheduler that the bundle was built with. `from_bundle(..., scheduler=
@@ -39,13 +41,14 @@ class AdatsqTransformer(nn.Module):
     Attributes:
         bundle: the bundle that computes.
         call: how the pipeline calls it.
+        expert: the one of two transformers that it stands in for; "" where the pipeline has one.
     """
 
-    def __init__(self, bundle: Bundle, call: TransformerCall) -> None:
-        """Wrap a bundle; see `from_bundle`."""
+    def __init__(self, bundle: Bundle, call: TransformerCall, expert: str = "", clock: StepClock | None = None) -> None:
+        """Wrap a bundle; see `from_bundle`. Two experts share a clock."""
         super().__init__()
-        self.bundle, self.call = bundle, call
-        self._clock = StepClock()
+        self.bundle, self.call, self.expert = bundle, call, expert
+        self._clock = clock or StepClock()
         self._config = FrozenDict(call.settings)
         # A generation passes the same positions and texts at every step: they are read once.
         self._positions, self._masks = WeakIdKeyDictionary(), WeakIdKeyDictionary()
@@ -67,7 +70,28 @@ class AdatsqTransformer(nn.Module):
 
         Raises:
             UserError: as `Bundle.open`, or a bundle that does not say how a pipeline calls its transformer.
-            MismatchError: another scheduler, another value of one of its options, or of another diffusers.
+            MismatchError: another scheduler, another value of one of its options, or of another diffusers; a bundle of
+                two transformers.
+        """
+        one, *others = cls.experts_from_bundle(bundle, scheduler)
+        if others:
+            raise MismatchError(
+                f"bundle '{one.bundle.files.folder}' holds two transformers: pipe.transformer, pipe.transformer_2 = "
+                "AdatsqTransformer.experts_from_bundle(...)"
+            )
+        return one
+
+    @classmethod
+    def experts_from_bundle(
+        cls, bundle: Bundle | Path | str, scheduler: SchedulerMixin | None = None
+    ) -> tuple[AdatsqTransformer, ...]:
+        """Wrap each transformer of a bundle, in the order in which a loop calls them; arguments as of `from_bundle`.
+
+        Each refuses a call at a step of the other's: the pipeline's `boundary_ratio` is another one than the bundle's.
+
+        Raises:
+            UserError: as `from_bundle`.
+            MismatchError: as `from_bundle`.
         """
         bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         if scheduler is not None:
@@ -79,7 +103,8 @@ class AdatsqTransformer(nn.Module):
                 "pipeline calls it: its adapter has no pipeline_call, or an earlier version built it; build it again, "
                 "or run this one with Bundle.denoise"
             )
-        return cls(bundle, bundle.manifest.call)
+        clock = StepClock()
+        return tuple(cls(bundle, bundle.manifest.call, expert, clock) for expert in bundle.files.experts)
 
     def __getattr__(self, name: str) -> Any:
         """Settings are attributes too, as of diffusers' models."""
@@ -264,6 +289,11 @@ class AdatsqTransformer(nn.Module):
         size = shape.size if self.bundle.sizes else None
         schedule = self.bundle.files.schedule(size)
         step = self._clock.step(model_time, schedule)
+        if schedule.expert(step) != self.expert:
+            raise MismatchError(
+                f"step {step}: the pipeline calls its {self.expert}, the bundle computes {schedule.expert(step)} then; "
+                "give the pipeline the boundary_ratio that the bundle was built with, and each of the two its place"
+            )
         # The step's own time: the pipeline's is the same but for the rounding on its way.
         time = latents.new_full((len(latents),), schedule.model_time(step), dtype=torch.float32)
         velocity = self.bundle.predict(step, {**inputs, TIME_INPUT: time}, size=size)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -54,8 +55,30 @@ STANDARD_VERSIONS = {"opset": 21, "ir": 10}
 _FP4_VERSIONS = {"opset": 23, "ir": 11}
 
 
+@dataclass(frozen=True)
+class Template:
+    """A trace, and the part of the model that it is of.
+
+    Attributes:
+        model: result of `trace`.
+        expert: the transformer's name in a model of two, before its module paths; "" for the whole model.
+    """
+
+    model: ir.Model
+    expert: str = ""
+
+    def layers(self, policy: Policy) -> list[str]:
+        """Those of a policy's layers that are in it."""
+        return [layer for layer in policy.layers if not self.expert or layer.startswith(f"{self.expert}.")]
+
+    def assignments(self, policy: Policy) -> list[int]:
+        """Those of a policy's assignments that name its layers."""
+        own = set(self.layers(policy))
+        return [index for index, row in enumerate(policy.rows) if own & row.keys()]
+
+
 def export_graphs(
-    template: ir.Model,
+    template: ir.Model | Iterable[Template],
     policy: Policy,
     weights: Mapping[str, Mapping[str, QuantizedWeight]],
     folder: Path,
@@ -68,7 +91,8 @@ def export_graphs(
     """Write a policy's graphs, their weights and the index.
 
     Args:
-        template: result of `trace` for the same base type. It is used up: its weights go to the folder, one by one.
+        template: result of `trace` for the same base type; or those of several parts of the model, one after another.
+            It is used up: its weights go to the folder, one by one.
         policy: assignments of the layers.
         weights: format → module path → weight.
         folder: is made, or its earlier export replaced.
@@ -85,18 +109,22 @@ def export_graphs(
     """
     _require_target_path(policy, variants)
     clear_export(folder)
-    NormalizeLinears(policy.layers)(template)
+    used = list[Template]()
     with atomic_path(folder / WEIGHTS_NAME) as temporary, temporary.open("wb") as file:
         store = ExternalData(file, folder)
-        move_initializers(template, store)
+        for own in [Template(template)] if isinstance(template, ir.Model) else template:
+            NormalizeLinears(own.layers(policy))(own.model)
+            move_initializers(own.model, store)
+            used.append(own)
         encoded = _encode_weights(policy, weights, BASE_TYPES[base], store)
-        own = encode_transforms(transforms, BASE_TYPES[base], store)
-    total = 1 + (len(policy.assignments) + 1) * len(variants)
+        moved = encode_transforms(transforms, BASE_TYPES[base], store)
+    total = len(used) + (len(policy.assignments) + len(used)) * len(variants)
     files, constants = [], HashedConstants(store.hashes)
-    for file_entry in _write_all(template, policy, encoded, own, folder, BASE_TYPES[base], variants, constants):
-        files.append(file_entry)
-        if on_graph is not None:
-            on_graph(len(files), total)
+    for own in used:
+        for written in _write_all(own, policy, encoded, moved, folder, BASE_TYPES[base], variants, constants):
+            files.append(written)
+            if on_graph is not None:
+                on_graph(len(files), total)
     size = (folder / WEIGHTS_NAME).stat().st_size
     index = GraphIndex(
         base_type=base, graphs=tuple(files), weight_bytes=size, blocks=tuple(blocks), branches=ranks(transforms)
@@ -107,8 +135,7 @@ def export_graphs(
 
 
 def _require_target_path(policy: Policy, variants: Sequence[str]) -> None:
-    used = {name for row in policy.assignments for name in row}
-    refused = sorted(used - TARGET_FORMATS)
+    refused = sorted(policy.formats - TARGET_FORMATS)
     if "target" in variants and refused:
         raise UnsupportedFormatError(
             f"no TensorRT path holds {', '.join(refused)}, so there is no target graph for this policy; search among "
@@ -143,7 +170,7 @@ def _encode_weights(
 
     Formats of a layer that share a weight grid share its bytes.
     """
-    pairs = dict.fromkeys(pair for row in policy.assignments for pair in zip(policy.layers, row, strict=True))
+    pairs = dict.fromkeys(pair for row in policy.rows for pair in row.items())
     encoded: dict[tuple[str, str], EncodedWeight] = {}
     stored: dict[tuple[str, Grid], str] = {}  # the first format of a layer that has a grid
     for layer, name in pairs:
@@ -177,7 +204,7 @@ def ranks(transforms: Mapping[str, LayerTransform]) -> dict[str, int]:
 
 
 def _write_all(
-    template: ir.Model,
+    template: Template,
     policy: Policy,
     encoded: Mapping[tuple[str, str], EncodedWeight],
     transforms: Mapping[str, EncodedTransform],
@@ -186,25 +213,30 @@ def _write_all(
     variants: Sequence[str],
     constants: HashedConstants,
 ) -> Iterator[GraphFile]:
-    start = template
+    start, expert = template.model, template.expert
     if transforms:
-        start = template.clone()
+        start = template.model.clone()
         InsertTransforms(transforms)(start)
-    models = [_quantized(start, policy, index, encoded, base) for index in range(len(policy.assignments))]
-    columns = zip(policy.layers, zip(*policy.assignments, strict=True), strict=True)
+    own, layers = template.assignments(policy), template.layers(policy)
+    models = [_quantized(start, policy, index, encoded, base) for index in own]
+    rows = [[policy.rows[index][layer] for layer in layers] for index in own]
+    columns = zip(layers, zip(*rows, strict=True), strict=True)
     everything = {layer: [format_named(name) for name in set(column)] for layer, column in columns}
+    middle = f"{expert}." if expert else ""
     for variant in _in_order(variants):
-        for index, (model, row) in enumerate(zip(models, policy.assignments, strict=True)):
+        for index, model in zip(own, models, strict=True):
             if variant == "cpu":
                 LOWER_TO_CPU(model)
-            formats = {layer: [format_named(name)] for layer, name in zip(policy.layers, row, strict=True)}
+            formats = {layer: [format_named(name)] for layer, name in policy.rows[index].items()}
             path = folder / f"assignment_{index:03d}.{variant}.onnx"
-            yield write_graph(model, path, variant, index, formats, constants)
-        together = switch(models, policy.layers, policy.assignments, constants_outside=variant == "cpu")
-        yield write_graph(together, folder / f"switch.{variant}.onnx", variant, None, everything, constants)
-    reference = template.clone()
+            yield write_graph(model, path, variant, index, formats, constants, expert)
+        together = switch(models, layers, rows, constants_outside=variant == "cpu")
+        path = folder / f"switch.{middle}{variant}.onnx"
+        file = write_graph(together, path, variant, None, everything, constants, expert)
+        yield file.model_copy(update={"first_assignment": own[0]})
+    reference, name = template.model.clone(), f"reference.{middle}cpu.onnx"
     LOWER_TO_CPU(reference)
-    yield write_graph(reference, folder / REFERENCE_NAME, "reference", None, {}, constants)
+    yield write_graph(reference, folder / name, "reference", None, {}, constants, expert)
 
 
 def _quantized(
@@ -215,7 +247,7 @@ def _quantized(
     base: DataType,
 ) -> ir.Model:
     """The graph of one assignment, as TensorRT gets it."""
-    formats = {layer: format_named(name) for layer, name in zip(policy.layers, policy.assignments[index], strict=True)}
+    formats = {layer: format_named(name) for layer, name in policy.rows[index].items()}
     model = template.clone()
     InsertQdq(formats, {layer: encoded[layer, fmt.name] for layer, fmt in formats.items()}, base)(model)
     return model
@@ -234,6 +266,7 @@ def write_graph(
     assignment: int | None,
     formats: Mapping[str, Collection[Format]],
     constants: HashedConstants,
+    expert: str = "",
 ) -> GraphFile:
     """Write one graph; it gets its name when it has passed the checks.
 
@@ -244,6 +277,7 @@ def write_graph(
         assignment: index into the policy's assignments; None for all of them, and for the reference.
         formats: module path → its formats.
         constants: takes in the graph's.
+        expert: as in the index.
     """
     _set_versions(model)
     proto = ir.to_proto(model)
@@ -262,6 +296,7 @@ def write_graph(
         path=path.name,
         variant=variant,
         assignment=assignment,
+        expert=expert,
         inputs=tuple(s for s in given if s.shape[0] == BATCH_AXIS),
         position_inputs=tuple(s for s in given if s.shape[0] != BATCH_AXIS),
         outputs=tuple(_signature(value) for value in model.graph.outputs),

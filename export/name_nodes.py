@@ -7,6 +7,7 @@ Rules:
     2. A node without a scope belongs to the module of the node that makes its first input.
     3. A node is called "<module path>/<operator>"; the second of a kind gets a number.
     4. Parameters lose the trace wrapper's prefix.
+    5. Of one of several models, module paths and constants begin with its name, so that those of two never meet.
 """
 
 from __future__ import annotations
@@ -24,17 +25,18 @@ _NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"  # how torch.export cal
 class NameNodes(ir.passes.InPlacePass):
     """Name nodes by module path; see the rules above."""
 
-    def __init__(self, prefix: str) -> None:
+    def __init__(self, prefix: str, model: str = "") -> None:
         """Set the pass up.
 
         Args:
             prefix: prefix of module paths in the trace wrapper, with its dot, or "".
+            model: name of one of several models, or "".
         """
         super().__init__()
-        self._prefix = prefix
+        self._prefix, self._own = prefix, f"{model}." if model else ""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Apply rules 1 to 4."""
+        """Apply all rules."""
         counts: Counter[str] = Counter()
         for node in model.graph:
             path = self._module_path(node)
@@ -47,8 +49,8 @@ class NameNodes(ir.passes.InPlacePass):
                 value.metadata_props.clear()
         for value in [*model.graph.inputs, *model.graph.initializers.values()]:
             value.metadata_props.clear()
-            if value.name and self._prefix and not value.is_graph_input():
-                value.name = value.name.removeprefix(self._prefix)
+            if value.name and (self._prefix or self._own) and not value.is_graph_input():
+                value.name = f"{self._own}{value.name.removeprefix(self._prefix)}"
         model.metadata_props.clear()
         model.graph.metadata_props.clear()
         return ir.passes.PassResult(model, modified=True)
@@ -66,7 +68,9 @@ class NameNodes(ir.passes.InPlacePass):
         if scopes is not None:
             enclosing = ast.literal_eval(scopes)[:-1]
             path = str(enclosing[-1]) if enclosing else ""
-            return "" if path in (self._prefix.rstrip("."), _NO_MODULE) else path.removeprefix(self._prefix)
+            if path in ("", self._prefix.rstrip("."), _NO_MODULE):
+                return ""
+            return f"{self._own}{path.removeprefix(self._prefix)}"
         for value in node.inputs:
             producer = value.producer() if value is not None else None
             if producer is not None:

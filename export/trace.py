@@ -38,6 +38,7 @@ def trace(
     float32_inputs: Collection[str] = (),
     positions: Mapping[str, Tensor] | None = None,
     axes: Mapping[str, Mapping[int, Any]] | None = None,
+    part: str = "",
 ) -> ir.Model:
     """Export a module once, with a dynamic batch and, for several sizes, other dynamic axes.
 
@@ -49,6 +50,7 @@ def trace(
         float32_inputs: names of inputs that stay float32.
         positions: name → float32, without a batch: arguments of the module before the others; they stay float32.
         axes: name → axis → `torch.export.Dim`, of what differs between sizes beside the batch.
+        part: name of one of several modules, before all module paths and constants.
 
     Returns:
         An opset 21 graph. Its nodes are named by module path, which they also carry as metadata (`name_nodes`).
@@ -87,7 +89,7 @@ def trace(
         model = _optimized(program)
     _require_dynamic(model, {**{name: {0} for name in inputs}, output: {0}}, axes)
     _name_axes(model)
-    tidy = (NameNodes(_wrapper_prefix(module)), WidenConvolutions(), common.RemoveUnusedNodesPass())
+    tidy = (NameNodes(_wrapper_prefix(module), part), WidenConvolutions(), common.RemoveUnusedNodesPass())
     ir.passes.Sequential(*tidy)(model)
     return model
 

@@ -73,7 +73,8 @@ def backward_step(
         adjoint: of the state after the step, float32 [projections, samples, *latent_shape]; u itself after the last
             step of all.
         step: t.
-        visit: is shown every quantizable layer once: all together, or the layers of one block after the other.
+        visit: is shown every quantizable layer that runs at the step once: all together, or the layers of one block
+            after the other.
         by_block: whether one block at a time is kept for its gradients; each is called twice for that. The numbers are
             the same.
 
@@ -167,10 +168,11 @@ def _differentiable_step(samples: Samples, latent: Tensor, step: int) -> tuple[l
 
     All inputs ask for gradients, so layers that never see the latent are reached.
     """
-    adapter, schedule, conditioning = samples.adapter, samples.schedule, samples.conditioning
-    inputs = adapter.guided_inputs(latent, schedule.model_time(step), conditioning, samples.guidance)
+    adapter, schedule, conditioning = samples.adapter_at(step), samples.schedule, samples.conditioning
+    guidance = samples.guidance_at(step)
+    inputs = adapter.guided_inputs(latent, schedule.model_time(step), conditioning, guidance)
     inputs = {name: value if value.requires_grad else value.detach().requires_grad_() for name, value in inputs.items()}
-    velocity = adapter.guide(adapter.predict(inputs), len(latent), samples.guidance)
+    velocity = adapter.guide(adapter.predict(inputs), len(latent), guidance)
     return list(inputs.values()), schedule.solver.own_part(latent, velocity, step)
 
 

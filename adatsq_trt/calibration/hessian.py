@@ -21,7 +21,7 @@ class LayerMoments:
     Attributes:
         weighted: H', float32 [K, K]; None where steps have no weights.
         plain: the same with equal weights, float32 [K, K].
-        largest: magnitude at every step, float32 [steps].
+        largest: magnitude at every step, float32 [steps]; 0 where the layer does not run.
         tokens: rows that one sample sends through the layer.
     """
 

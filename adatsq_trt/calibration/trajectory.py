@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from adatsq_trt.models.adapter import Conditioning, ModelAdapter
-from adatsq_trt.schedule import Schedule, initial_noise
+from adatsq_trt.schedule import Schedule, guidance_at, initial_noise
 from adatsq_trt.solver import State
 
 # Samples that are denoised at once when only the pictures are wanted.
@@ -27,6 +27,7 @@ class Samples:
         guidance: guidance scale.
         prompts: one per sample: its index in the adapter's prompts.
         seeds: one per sample; decide the first latent.
+        guidance_2: scale of the second expert, where there is one; None for the same.
     """
 
     adapter: ModelAdapter
@@ -34,6 +35,7 @@ class Samples:
     guidance: float
     prompts: tuple[int, ...]
     seeds: tuple[int, ...]
+    guidance_2: float | None = None
 
     @property
     def conditioning(self) -> Conditioning:
@@ -56,15 +58,30 @@ class Samples:
     @torch.no_grad()
     def velocity(self, latent: Tensor, step: int) -> Tensor:
         """The model's prediction at a step, after guidance."""
-        return self.adapter.velocity(latent, self.schedule.model_time(step), self.conditioning, self.guidance)
+        adapter, time = self.adapter_at(step), self.schedule.model_time(step)
+        return adapter.velocity(latent, time, self.conditioning, self.guidance_at(step))
+
+    def adapter_at(self, step: int) -> ModelAdapter:
+        """The part of the model that a step calls."""
+        return self.adapter.of_expert(self.schedule.expert(step))
+
+    def guidance_at(self, step: int) -> float:
+        """The scale of guidance of a step."""
+        return guidance_at(self.schedule, step, self.guidance, self.guidance_2)
 
     def part(self, samples: slice) -> Samples:
         """Some of the samples."""
-        return Samples(self.adapter, self.schedule, self.guidance, self.prompts[samples], self.seeds[samples])
+        return replace(self, prompts=self.prompts[samples], seeds=self.seeds[samples])
 
 
 def seeded_samples(
-    adapter: ModelAdapter, schedule: Schedule, guidance: float, count: int, first_seed: int, prompts: Sequence[int]
+    adapter: ModelAdapter,
+    schedule: Schedule,
+    guidance: float,
+    count: int,
+    first_seed: int,
+    prompts: Sequence[int],
+    guidance_2: float | None = None,
 ) -> Samples:
     """`count` samples with consecutive seeds and some prompts of the model, by their indices, in turn."""
     return Samples(
@@ -73,6 +90,7 @@ def seeded_samples(
         guidance,
         tuple(prompts[i % len(prompts)] for i in range(count)),
         tuple(range(first_seed, first_seed + count)),
+        guidance_2,
     )
 
 

@@ -94,7 +94,7 @@ class Swept:
     Attributes:
         step: index in the loop.
         adjoint: of the state before the step, all samples, float32 [projections, samples, *latent_shape].
-        measured: measurements of every layer, by part of the batch: [layers, ...].
+        measured: measurements of every layer, by part of the batch: [layers, ...]; 0 of one that does not run.
     """
 
     step: int
@@ -149,7 +149,10 @@ def _measure_backwards(
 
     samples = common.samples.part(place.samples)
     before = backward_step(samples, place.latent, adjoint, place.step, visit, common.by_block)
-    return before, torch.stack([found[name] for name in samples.adapter.quantizable_layers()])
+    nothing = torch.zeros_like(next(iter(found.values())))  # of a layer that does not run at this step
+    active = samples.adapter.active(samples.schedule)[place.step]
+    layers = zip(samples.adapter.quantizable_layers(), active, strict=True)
+    return before, torch.stack([found[name] if runs else nothing for name, runs in layers])
 
 
 def squared_gradients(_common: Measured[None], layers: LayerGradients) -> dict[str, Tensor]:

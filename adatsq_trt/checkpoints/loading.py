@@ -21,8 +21,10 @@ from adatsq_trt.checkpoints.schedulers import make_scheduler, require_schedule
 from adatsq_trt.checkpoints.single_file import convert, require_layout, transformer_weights
 from adatsq_trt.checkpoints.source import INDEX, Source, find_source
 from adatsq_trt.checkpoints.weights import (
+    Prefixed,
     WeightFiles,
     find_weights,
+    joined_weights,
     read_headers,
     refuse_eight_bits,
     require_finite,
@@ -32,10 +34,13 @@ from adatsq_trt.checkpoints.weights import (
 from adatsq_trt.errors import DamagedFileError, MismatchError, UserError, one_line
 from adatsq_trt.files import MappedTensors, read_json_model
 from adatsq_trt.image import PixelScale
+from adatsq_trt.models.adapter import ModelAdapter
+from adatsq_trt.models.experts import ExpertsAdapter
 from adatsq_trt.models.family import AGAIN, Canvas, JsonObject
+from adatsq_trt.models.prompted import PromptedAdapter
 from adatsq_trt.models.prompts import StoredPrompts
 from adatsq_trt.models.stored import count_weights, fill, large_linears, named_weights
-from adatsq_trt.schedule import calls_per_step
+from adatsq_trt.schedule import EXPERTS, FIRST_EXPERT, SECOND_EXPERT, calls_per_step
 from adatsq_trt.settings import PipelineSettings
 from adatsq_trt.text_call import TextCall
 from adatsq_trt.zoo.loading import SCHEDULER_CONFIG, LoadedModel
@@ -103,7 +108,7 @@ class OpenedPipeline:
         """
         tensors = self._tensors
         require_finite(tensors.items(), self.source.transformer)
-        transformer = self.source.family.make_empty(self._config)
+        transformer = self._each(self.source.family.make_empty)
         fill(transformer, tensors)
         for lora in self.loras:
             fuse(self.source.family, transformer, lora)
@@ -113,8 +118,21 @@ class OpenedPipeline:
     @property
     def _tensors(self) -> Mapping[str, Tensor]:
         """The transformer's weights by name, as diffusers names them."""
+        if self.source.boundary_ratio is not None:
+            own = {name: MappedTensors(find_weights(place).files, AGAIN) for name, place in self._places}
+            return Prefixed(own)
         weights = self._weights
         return MappedTensors(weights.files, AGAIN, weights.prefix) if self._stays_mapped else self._converted()
+
+    @property
+    def _places(self) -> Iterator[tuple[str, Path]]:
+        return iter(self.source.transformers.items())
+
+    def _each(self, make: Callable[[Mapping[str, JsonValue]], nn.Module]) -> nn.Module:
+        """The transformer as it is made of its configuration; of two experts both, by name."""
+        if self.source.boundary_ratio is None:
+            return make(self._config)
+        return nn.ModuleDict({name: make(self._config) for name, _ in self._places})
 
     @cached_property
     def _stays_mapped(self) -> bool:
@@ -129,7 +147,7 @@ class OpenedPipeline:
     def _outline(self) -> nn.Module:
         config = self.source.config
         try:
-            return self.source.family.make_outline(self._config)
+            return self._each(self.source.family.make_outline)
         except (TypeError, ValueError, AttributeError, ZeroDivisionError, RuntimeError) as error:
             raise DamagedFileError(f"'{config}' does not describe a model ({one_line(error)}); {AGAIN}") from error
 
@@ -153,10 +171,19 @@ class OpenedPipeline:
         assert settings.width is not None
         canvas = Canvas(settings.height, settings.width, settings.frames)
         cell = family.vae_scale(source.folder)
-        image = family.image(transformer, canvas, cell)
+        one = transformer if source.boundary_ratio is None else transformer[FIRST_EXPERT]
+        image = family.image(one, canvas, cell)
         scale = PixelScale(image.patch_size * cell.pixels, cell.frames or 1)
         prompts = StoredPrompts(settings.prompts, encodings["tokens"], encodings["pooled"])
-        adapter = family.adapter(transformer, prompts, self._scheduler, image, not settings.guided)
+
+        def adapt(module: Any) -> PromptedAdapter:
+            return family.adapter(module, prompts, self._scheduler, image, not settings.guided)
+
+        adapter: ModelAdapter
+        if source.boundary_ratio is None:
+            adapter = adapt(transformer)
+        else:
+            adapter = ExpertsAdapter({name: adapt(transformer[name]) for name in EXPERTS}, source.boundary_ratio)
         steps, guidance = family.defaults(self._config)
         calls = calls_per_step(type(self._scheduler).__name__)
         steps = calls * steps - (calls - 1)
@@ -245,8 +272,10 @@ class OpenedPipeline:
     def model_sha256(self) -> str:
         """Hash of all that decides what the model draws, but for the VAE."""
         source, settings = self.source, self.settings
-        files = [source.config, *files_of(source.folder / "scheduler")]
+        files = [*source.configs, *files_of(source.folder / "scheduler")]
         lines = [f"{file.name} {verified_sha256(file)}" for file in files]
+        if source.boundary_ratio is not None:
+            lines.append(f"boundary_ratio {source.boundary_ratio!r}")
         lines += [self.weights_sha256, self.encoders_sha256, repr((settings.height, settings.width))]
         lines += [repr((settings.frames, settings.guided)), *settings.prompts]
         if settings.negative_prompt:  # earlier runs have none
@@ -262,6 +291,8 @@ class OpenedPipeline:
         source = self.source
         if source.single_file:
             return transformer_weights(source.family, read_headers([source.transformer]))
+        if source.boundary_ratio is not None:
+            return joined_weights({name: find_weights(place) for name, place in self._places})
         return find_weights(source.transformer)
 
 
@@ -293,7 +324,15 @@ def open_source(
         UserError: as `parse_lora` and the checks of weights; also for sizes that do not fit.
     """
     opened = make(settings, tuple(parse_lora(text) for text in settings.loras))
-    _refuse_quantized(source.config, opened._config)
+    for file in source.configs:
+        _refuse_quantized(file, read_json_model(file, JsonObject, AGAIN).root)
+    _require_alike(source)
+    if opened.loras and source.boundary_ratio is not None:
+        raise UserError(
+            f"--lora {settings.loras[0]}: not with a pipeline of two transformers, which '{source.name}' is; fuse it "
+            "with diffusers (load_lora_weights, load_into_transformer_2=True for the second, then fuse_lora) and save "
+            "the pipeline"
+        )
     source.family.require_libraries()
     source.family.require_supported(opened._config, source.config, source.folder)
     outline = opened._outline
@@ -316,6 +355,23 @@ def open_source(
         )
     resolved = settings.model_copy(update={**update, "guided": guided})
     return make(resolved, opened.loras)
+
+
+def _require_alike(source: Source) -> None:
+    """Refuse experts that differ in more than their weights.
+
+    Raises:
+        MismatchError: names the first option that differs.
+    """
+    first, *others = (read_json_model(file, JsonObject, AGAIN).root for file in source.configs)
+    for other in others:
+        for option in sorted({*first, *other}):
+            if not option.startswith("_") and first.get(option) != other.get(option):
+                raise MismatchError(
+                    f"'{source.folder}': {option} is {first.get(option)!r} in '{FIRST_EXPERT}' and "
+                    f"{other.get(option)!r} in '{SECOND_EXPERT}', expected two transformers that differ in their "
+                    f"weights alone; {source.family.instead}"
+                )
 
 
 def _canvas(settings: PipelineSettings, source: Source) -> Canvas:

@@ -26,6 +26,7 @@ from adatsq_trt.checkpoints.weights import WeightFiles
 from adatsq_trt.errors import MismatchError, UserError
 from adatsq_trt.models.families import family_of_pipeline, family_of_transformer, known_families
 from adatsq_trt.models.family import Family
+from adatsq_trt.schedule import EXPERTS, FIRST_EXPERT, SECOND_EXPERT
 from adatsq_trt.settings import IN_MEMORY, PipelineSettings
 from adatsq_trt.text_call import TextCall
 
@@ -124,11 +125,15 @@ def open_object(model: Any, settings: PipelineSettings) -> OpenedObject:
     if settings.encodings is None and None in encoders.values():
         missing = next(name for name, part in encoders.items() if part is None)
         raise UserError(f"the pipeline has no {missing}: load it with one, or pass encodings=FILE")
+    ratio = _boundary_ratio(pipe, family)
+    if ratio is not None:
+        transformer = nn.ModuleDict({name: getattr(pipe, name) for name in EXPERTS})
     parts = [transformer] if pipe is None else [transformer, *encoders.values(), pipe.vae]
     _require_here([part for part in parts if isinstance(part, nn.Module)])
     sketch = TemporaryDirectory(prefix="adatsq-model-")
     folder = Path(sketch.name)
-    transformer.save_config(folder / "transformer")
+    for place, part in transformer.items() if ratio is not None else [(FIRST_EXPERT, transformer)]:
+        part.save_config(folder / place)
     if pipe is None:
         base, base_family = find_base(settings.base, f"a {family.transformer} in memory", "it has no text encoders")
         if base_family.transformer != family.transformer:
@@ -143,14 +148,38 @@ def open_object(model: Any, settings: PipelineSettings) -> OpenedObject:
         for name, part in encoders.items():
             if part is not None and not isinstance(part, nn.Module):
                 part.save_pretrained(folder / name)
-    name = safe_name(str(getattr(transformer.config, "_name_or_path", "") or type(model).__name__))
-    source = Source(name, family, base, folder / "transformer", folder / "transformer" / "config.json")
+    first = transformer if ratio is None else transformer[FIRST_EXPERT]
+    name = safe_name(str(getattr(first.config, "_name_or_path", "") or type(model).__name__))
+    source = Source(name, family, base, folder / FIRST_EXPERT, folder / FIRST_EXPERT / "config.json", ratio)
     named = settings.model_copy(update={"path": f"{IN_MEMORY}{type(model).__name__}"})
 
     def opened(settings: PipelineSettings, loras: Any) -> OpenedObject:
         return OpenedObject(settings, source, loras, transformer=transformer, pipe=pipe, sketch=sketch)
 
     return open_source(named, source, opened)
+
+
+def _boundary_ratio(pipe: Any, family: Family) -> float | None:
+    """That of a pipeline with two transformers; None where there is one.
+
+    Raises:
+        MismatchError: the pipeline treats its transformer in a way that is not supported.
+    """
+    if pipe is None:
+        return None
+    for option, value in family.pipeline_options.items():
+        if pipe.config.get(option, value) != value:
+            raise MismatchError(f"the pipeline's {option} is {pipe.config[option]!r}, expected {value!r}")
+    ratio, second = pipe.config.get("boundary_ratio"), getattr(pipe, SECOND_EXPERT, None)
+    if ratio is None and second is None:
+        return None
+    found = type(second).__name__
+    if not family.experts or found != family.transformer or ratio is None or not 0 < ratio < 1:
+        raise MismatchError(
+            f"the pipeline's boundary_ratio is {ratio!r} and its transformer_2 a {found}, expected a ratio between 0 "
+            f"and 1 with a {family.transformer}, or neither"
+        )
+    return float(ratio)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from adatsq_trt.errors import MismatchError, MissingFileError, UnknownNameError,
 from adatsq_trt.files import read_json_model
 from adatsq_trt.models.families import families, family_of_pipeline, family_of_transformer, known_families
 from adatsq_trt.models.family import AGAIN, Family, JsonObject
+from adatsq_trt.schedule import EXPERTS, FIRST_EXPERT, SECOND_EXPERT
 from adatsq_trt.zoo import zoo_models
 
 INDEX = "model_index.json"
@@ -32,6 +33,7 @@ class Source:
         folder: of the pipeline with text encoders, VAE and scheduler.
         transformer: folder of the transformer, or a single file.
         config: the transformer's configuration.
+        boundary_ratio: of a pipeline with two transformers, the second of which has the steps below it; else None.
     """
 
     name: str
@@ -39,6 +41,19 @@ class Source:
     folder: Path
     transformer: Path
     config: Path
+    boundary_ratio: float | None = None
+
+    @property
+    def transformers(self) -> dict[str, Path]:
+        """The transformers' folders, or the single file, by the names that the pipeline has for them."""
+        places = {FIRST_EXPERT: self.transformer}
+        return places if self.boundary_ratio is None else {**places, SECOND_EXPERT: self.folder / SECOND_EXPERT}
+
+    @property
+    def configs(self) -> list[Path]:
+        """Configurations of the transformers."""
+        second = [] if self.boundary_ratio is None else [self.folder / SECOND_EXPERT / "config.json"]
+        return [self.config, *second]
 
     @property
     def single_file(self) -> bool:
@@ -72,8 +87,9 @@ def find_source(text: str, base: str | None) -> Source:
             _place_name(place),
             _pipeline_family(place),
             place,
-            place / "transformer",
-            place / "transformer" / "config.json",
+            place / FIRST_EXPERT,
+            place / FIRST_EXPERT / "config.json",
+            boundary_ratio(place),
         )
     if (place / "config.json").is_file():
         own = _transformer_family(place / "config.json")
@@ -135,7 +151,30 @@ def find_base(base: str | None, place: object, why: str) -> tuple[Path, Family]:
     folder = _locate(base)
     if not (folder / INDEX).is_file():
         raise MissingFileError(f"--base '{folder}' has no {INDEX}; name the folder or hub id of a diffusers pipeline")
+    if boundary_ratio(folder) is not None:
+        raise MismatchError(
+            f"--base '{folder}' has two transformers, and '{place}' is one: name the folder of the whole pipeline alone"
+        )
     return folder, _pipeline_family(folder)
+
+
+def boundary_ratio(folder: Path) -> float | None:
+    """The part of the timesteps at and above which the first of two transformers denoises; None where there is one.
+
+    Raises:
+        MismatchError: the pipeline has a second transformer and no boundary, or the reverse.
+    """
+    index = read_json_model(folder / INDEX, JsonObject, AGAIN).root
+    ratio, second = index.get("boundary_ratio"), _class_of(index.get(SECOND_EXPERT))
+    if ratio is None and second is None:
+        return None
+    if second is None or not isinstance(ratio, float | int) or not 0 < ratio < 1:
+        there = "no second transformer" if second is None else f"a {second} as its second transformer"
+        raise MismatchError(
+            f"'{folder / INDEX}': boundary_ratio is {ratio!r} and there is {there}, expected a ratio between 0 and 1 "
+            f"with a second transformer, or neither; {AGAIN}"
+        )
+    return float(ratio)
 
 
 def _pipeline_family(folder: Path) -> Family:
@@ -154,7 +193,7 @@ def _pipeline_family(folder: Path) -> Family:
             "choose such a checkpoint, or write an adapter (docs/adapters.md)"
         )
     for part, place in index.items():
-        if part != "transformer" and isinstance(place, list) and place[0] not in (*_LIBRARIES, None):
+        if part not in EXPERTS and isinstance(place, list) and place[0] not in (*_LIBRARIES, None):
             raise MismatchError(
                 f"'{folder / INDEX}': part '{part}' is made by '{place[0]}', which would be code from the checkpoint "
                 f"and is never run; expected a class of {' or '.join(_LIBRARIES)}"
@@ -164,9 +203,11 @@ def _pipeline_family(folder: Path) -> Family:
             f"'{folder}': got the transformer {_class_of(index.get('transformer'))}, expected {family.transformer}; "
             "choose another checkpoint"
         )
-    if _class_of(index.get("transformer_2")) is not None:
+    second = _class_of(index.get(SECOND_EXPERT))
+    if second is not None and not (family.experts and second == family.transformer):
         raise MismatchError(
-            f"'{folder}' has a second transformer, expected one that denoises all steps; {family.instead}"
+            f"'{folder}' has a {second} as its second transformer, expected "
+            f"{f'a {family.transformer}' if family.experts else 'one that denoises all steps'}; {family.instead}"
         )
     for option, value in family.pipeline_options.items():
         if option in index and index[option] != value:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from pydantic import BaseModel
@@ -22,6 +23,7 @@ _STEMS = ("diffusion_pytorch_model", "model")  # of diffusers and of transformer
 _TYPES = ("BF16", "F16", "F32", "F64")  # as safetensors calls them
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _AGAIN = "download or save the model again"
+ValueT = TypeVar("ValueT")
 
 
 class _ShardIndex(BaseModel):
@@ -70,6 +72,41 @@ def refuse_pickle(file: Path) -> None:
             "it and save it again with diffusers' save_pretrained(FOLDER, safe_serialization=True), or use a "
             ".safetensors file"
         )
+
+
+class Prefixed(Mapping[str, Tensor]):
+    """Tensors of several components, by "<component>.<tensor>"."""
+
+    def __init__(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Join some components."""
+        self._parts = parts
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A tensor of the component that its name begins with."""
+        part, _, rest = name.partition(".")
+        return self._parts[part][rest]
+
+    def __iter__(self) -> Iterator[str]:
+        """Names."""
+        return (f"{part}.{name}" for part, own in self._parts.items() for name in own)
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return sum(map(len, self._parts.values()))
+
+
+def joined_weights(parts: Mapping[str, WeightFiles]) -> WeightFiles:
+    """The weight files of several components as those of one, whose tensors are "<component>.<tensor>"."""
+
+    def named(values: Mapping[str, Mapping[str, ValueT]]) -> dict[str, ValueT]:
+        return {f"{part}.{name}": value for part, own in values.items() for name, value in own.items()}
+
+    return WeightFiles(
+        tuple(file for own in parts.values() for file in own.files),
+        named({part: own.shapes for part, own in parts.items()}),
+        named({part: own.places for part, own in parts.items()}),
+        named({part: own.dtypes for part, own in parts.items()}),
+    )
 
 
 def find_weights(folder: Path) -> WeightFiles:

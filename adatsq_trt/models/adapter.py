@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from adatsq_trt.errors import MismatchError
@@ -113,6 +115,14 @@ class ModelAdapter(ABC):
     @abstractmethod
     def quantizable_layers(self) -> dict[str, nn.Linear]:
         """Linear layers that a policy may quantize, by module path, in the order of execution."""
+
+    def of_expert(self, expert: str) -> ModelAdapter:
+        """The part of the model that some steps call, by its name in `Schedule.experts`; itself where there is one."""
+        return self
+
+    def active(self, schedule: Schedule) -> NDArray[np.bool_]:
+        """[steps, layers]: which quantizable layers run at which step; all of them in a model of one transformer."""
+        return np.ones((schedule.steps, len(self.quantizable_layers())), dtype=bool)
 
     @abstractmethod
     def blocks(self) -> tuple[str, ...]:

@@ -79,6 +79,7 @@ class Family(ABC):
         scheduler_options: class of schedulers → an option of it → the value without which the loop is another one.
         transformer_options: of the transformer's configuration → the value that is supported.
         pipeline_options: of the pipeline → the value that is supported.
+        experts: whether a pipeline may have a second transformer for the steps below its `boundary_ratio`.
         instead: advice where a pipeline is refused.
         unused_weights: weights that single files hold beside the transformer's own.
         vae_channels: the VAE's setting that says how many channels its latents have.
@@ -100,6 +101,7 @@ class Family(ABC):
     scheduler_options: ClassVar[Mapping[str, Mapping[str, JsonValue]]] = {}
     transformer_options: ClassVar[Mapping[str, JsonValue]] = {}
     pipeline_options: ClassVar[Mapping[str, JsonValue]] = {}
+    experts: bool = False
     instead: str = "choose another checkpoint"
     unused_weights: tuple[str, ...] = ()
     vae_channels: str = "latent_channels"

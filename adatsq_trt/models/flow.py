@@ -52,10 +52,11 @@ def measure_flow(adapter: ModelAdapter, schedule: Schedule, guidance: float) -> 
     """Send shapes through the model; computes nothing.
 
     Args:
-        adapter: the model; weights may be on the meta device.
+        adapter: the model; weights may be on the meta device. Of two experts, which are alike, the first is measured.
         schedule: of the denoising loop.
         guidance: its scale.
     """
+    adapter = adapter.of_expert(schedule.expert(0))
     conditioning = adapter.encode([0])
     latent = torch.zeros(1, *adapter.latent_shape)
     inputs = adapter.guided_inputs(latent, schedule.model_time(0), conditioning, guidance)

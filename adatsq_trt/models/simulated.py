@@ -182,7 +182,7 @@ class SimulatedModel:
             step: index in the loop; decides static scales and clipping ratios.
         """
         for index, (layer, linear) in enumerate(self._linears.items()):
-            linear.active = formats[layer] if formats is not None else None
+            linear.active = None if formats is None else formats.get(layer)  # none of a layer that does not run
             linear.scale = None if linear.active is None else self._store.scale(linear.active, step, index)
 
 

@@ -1,4 +1,4 @@
-"""Wan 2.1: diffusers' WanPipeline and its WanTransformer3DModel, text to video."""
+"""Wan 2.1 and 2.2: diffusers' WanPipeline and its WanTransformer3DModel, text to video."""
 
 from __future__ import annotations
 
@@ -194,13 +194,14 @@ class WanFamily(Family):
         "added_kv_proj_dim": None,
         "pos_embed_seq_len": None,
     }
-    # Those of Wan 2.2, whose pipelines treat the transformer in another way.
-    pipeline_options: ClassVar[Mapping[str, JsonValue]] = {"expand_timesteps": False, "boundary_ratio": None}
-    instead = "choose another checkpoint, such as Wan 2.1"
+    # That of Wan 2.2 in 5B, whose pipeline gives every token a time of its own.
+    pipeline_options: ClassVar[Mapping[str, JsonValue]] = {"expand_timesteps": False}
+    experts = True  # of Wan 2.2 in 14B
+    instead = "choose another checkpoint, such as Wan 2.1 or Wan 2.2 T2V-A14B"
     vae_channels = "z_dim"
 
     def defaults(self, config: Mapping[str, JsonValue]) -> tuple[int, float]:
-        """Of Wan 2.1."""
+        """Of the pipeline's call."""
         return 50, 5.0
 
     def vae_scale(self, folder: Path) -> VaeScale:

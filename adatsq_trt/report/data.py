@@ -148,7 +148,7 @@ class ReportData:
         return self.settings.formats[0]
 
     def format_indices(self) -> NDArray[np.intp]:
-        """The policy as indices into the settings' formats, [steps, layers]."""
-        index = {name: i for i, name in enumerate(self.settings.formats)}
+        """The policy as indices into the settings' formats, [steps, layers]; -1 where a layer does not run."""
+        index: dict[str | None, int] = {name: i for i, name in enumerate(self.settings.formats)} | {None: -1}
         rows = [[index[name] for name in assignment] for assignment in self.policy.assignments]
         return np.array([rows[i] for i in self.policy.step_assignments])

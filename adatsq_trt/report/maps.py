@@ -30,9 +30,10 @@ def policy_map(data: ReportData) -> Chart:
     formats, colors = data.settings.formats, format_colors(data.settings.formats)
     chosen = data.format_indices()
     figure, axes = _canvas(data)
-    palette = np.array([to_rgb(colors[name]) for name in formats])
+    palette = np.array([*(to_rgb(colors[name]) for name in formats), to_rgb("white")])  # the last for -1
     axes.imshow(palette[chosen.T], aspect="auto", interpolation="none")
-    shares = np.bincount(chosen.ravel(), minlength=len(formats)) / chosen.size
+    runs = chosen[chosen >= 0]
+    shares = np.bincount(runs, minlength=len(formats)) / runs.size
     top = _bottom(data) - _KEY
     _legend(figure, top, [(f"{name} {share(part)}", colors[name]) for name, part in zip(formats, shares, strict=True)])
     most = int(shares.argmax())
@@ -51,6 +52,7 @@ def sensitivity_map(data: ReportData) -> Chart:
     step, layer = np.unravel_index(int(np.argmax(values)), values.shape)
     place = f"step\N{NO-BREAK SPACE}{step} in {data.policy.layers[layer]}"
     figure, axes = _canvas(data)
+    least = values[data.format_indices() >= 0].min()
     positive = np.clip(values, max(values[values > 0].min(initial=1.0), _SMALLEST), None)
     image = axes.imshow(positive.T, aspect="auto", interpolation="none", cmap=COLORMAP, norm=_norm(positive))
     height = figure.get_figheight()
@@ -72,7 +74,7 @@ def sensitivity_map(data: ReportData) -> Chart:
         "sensitivity",
         f"{data.cheapest} would hurt most at {place}",
         f"Latent MSE if {data.cheapest} rounded this place and nothing else: a first-order estimate on the calibration "
-        f"batch, from {scientific(float(values.min()))} to {scientific(float(values.max()))}.",
+        f"batch, from {scientific(float(least))} to {scientific(float(values.max()))}.",
         figure,
     )
 

@@ -28,6 +28,10 @@
     place.replaceChildren();
     const add = (tag, text) => place.appendChild(document.createElement(tag)).append(text);
     add("b", data.layers[layer]);
+    if (chosen < 0) {
+      place.append(` does not run at step ${step}, which is of the other transformer`);
+      return;
+    }
     place.append(` at step ${step} (σ = ${data.sigmas[step]}) computes in `);
     add("b", data.formats[chosen]);
     place.append(document.createElement("br"), `${data.measure}: `);

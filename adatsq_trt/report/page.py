@@ -186,7 +186,7 @@ def bucket_rows(data: ReportData) -> list[BucketRow]:
         plans[engine.assignment] += engine.bytes
     rows = []
     for bucket in data.policy.buckets:
-        counts = Counter(data.policy.assignments[bucket.assignment])
+        counts = Counter(data.policy.rows[bucket.assignment].values())
         shares = tuple((name, counts[name]) for name in data.settings.formats if counts[name])
         rows.append(BucketRow(_span(bucket.first, bucket.last), bucket.assignment, shares, plans[bucket.assignment]))
     return rows

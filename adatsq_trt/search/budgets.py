@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from adatsq_trt.costs import ROUNDING, Costs
 from adatsq_trt.formats import Format
 from adatsq_trt.policy import LayerShape
+from adatsq_trt.search.active import Active
 from adatsq_trt.search.candidates import Array, Assignment
 
 
@@ -44,16 +45,24 @@ class Storage:
         bytes: [grids, layers].
         limit: of the whole policy; infinite where nobody set one.
         once: whether a layer stores one grid, which all of its steps use.
+        cells: [steps, layers]: which layers run at which step; None for all.
     """
 
     grids: NDArray[np.int64]
     bytes: Array
     limit: float = math.inf
     once: bool = False
+    cells: Active | None = None
 
     @classmethod
     def of(
-        cls, formats: Sequence[Format], shapes: Sequence[LayerShape], limit: float = math.inf, *, once: bool = False
+        cls,
+        formats: Sequence[Format],
+        shapes: Sequence[LayerShape],
+        limit: float = math.inf,
+        *,
+        once: bool = False,
+        cells: Active | None = None,
     ) -> Storage:
         """From shapes: `resident_weight_bytes` counts the same."""
         distinct = list(dict.fromkeys(fmt.weight for fmt in formats))
@@ -62,18 +71,24 @@ class Storage:
         sizes = [
             [f.stored_weight_bits(s.in_features) / 8 * s.in_features * s.out_features for s in shapes] for f in one
         ]
-        return cls(grids, np.array(sizes), limit, once)
+        return cls(grids, np.array(sizes), limit, once, cells)
 
     def used(self, rows: NDArray[np.int64]) -> float:
         """Bytes of a policy [steps, layers]."""
         total = 0.0
-        for grid, sizes in enumerate(self.bytes):
-            total += float(sizes[(self.grids[rows] == grid).any(axis=0)].sum())
+        for sizes, stored in zip(self.bytes, self.stored(rows), strict=True):
+            total += float(sizes[stored].sum())
         return total
+
+    def stored(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """[grids, layers]: which grids of a layer a policy uses where the layer runs."""
+        used = self.grids[rows] == np.arange(len(self.bytes))[:, None, None]
+        stored: NDArray[np.bool_] = (used if self.cells is None else used & self.cells[: len(rows)]).any(axis=1)
+        return stored
 
     def holds(self, rows: NDArray[np.int64]) -> bool:
         """Whether a policy [steps, layers] stores no more grids of a layer than it may."""
-        return not self.once or bool((self.grids[rows] == self.grids[rows[:1]]).all())
+        return not self.once or bool((self.stored(rows).sum(axis=0) <= 1).all())
 
 
 @dataclass(frozen=True)
@@ -85,12 +100,18 @@ class Budgets:
         additive: in bits, milliseconds and activation bits, as far as there are such limits.
         storage: in bytes, likewise.
         allowed: [formats, layers]: whether a layer may have a format; None where every one may.
+        cells: [steps, layers]: which layers run at which step; None for all.
     """
 
     steps: int
     additive: tuple[Additive, ...]
     storage: Storage | None = None
     allowed: NDArray[np.bool_] | None = None
+    cells: Active | None = None
+
+    def active(self, layers: int) -> Active:
+        """[steps, layers]: which of the layers run at which step."""
+        return np.ones((self.steps, layers), dtype=bool) if self.cells is None else self.cells
 
     @property
     def once(self) -> bool:
@@ -102,16 +123,16 @@ class Budgets:
         additive = tuple(replace(item, cost=item.cost[formats]) for item in self.additive)
         allowed = None if self.allowed is None else self.allowed[formats]
         if self.storage is None:
-            return Budgets(self.steps, additive, None, allowed)
+            return Budgets(self.steps, additive, None, allowed, self.cells)
         stored, grids = np.unique(self.storage.grids[formats], return_inverse=True)
         storage = replace(self.storage, grids=grids, bytes=self.storage.bytes[stored])
-        return Budgets(self.steps, additive, storage, allowed)
+        return Budgets(self.steps, additive, storage, allowed, self.cells)
 
     def spent(self, rows: Sequence[Assignment]) -> dict[str, float]:
         """Unit → what a policy, or the first steps of one, costs."""
         array = np.array(rows, dtype=np.int64)
-        layers = np.arange(array.shape[1])
-        result = {item.unit: float(item.cost[array, layers].sum()) for item in self.additive}
+        layers, active = np.arange(array.shape[1]), self.active(array.shape[1])[: len(array)]
+        result = {item.unit: float((item.cost[array, layers] * active).sum()) for item in self.additive}
         if self.storage is not None:
             result["bytes"] = self.storage.used(array)
         return result
@@ -126,8 +147,10 @@ class Budgets:
         array = np.array(rows, dtype=np.int64)
         if self.storage is not None and not self.storage.holds(array):
             return False
-        if self.allowed is not None and not self.allowed[array, np.arange(array.shape[1])].all():
-            return False
+        if self.allowed is not None:
+            idle = ~self.active(array.shape[1])[: len(array)]
+            if not (self.allowed[array, np.arange(array.shape[1])] | idle).all():
+                return False
         limits = self.limits()
         return all(cost <= limits[unit] * (1 + ROUNDING) for unit, cost in self.spent(rows).items())
 
@@ -144,12 +167,13 @@ class Budgets:
         """The least that any policy costs in one unit."""
         if unit == "bytes":
             assert self.storage is not None
-            cost, times = self.storage.bytes[self.storage.grids], 1
+            cost = self.storage.bytes[self.storage.grids]
         else:
-            cost, times = next(item.cost for item in self.additive if item.unit == unit), self.steps
+            cost = next(item.cost for item in self.additive if item.unit == unit)
+            cost = cost * self.active(cost.shape[1]).sum(axis=0)
         if self.allowed is not None:
             cost = np.where(self.allowed, cost, np.inf)
-        return times * float(cost.min(axis=0).sum())
+        return float(cost.min(axis=0).sum())
 
 
 @dataclass(frozen=True)
@@ -158,7 +182,8 @@ class CostModel:
 
     Attributes:
         storage: of weights, without a limit.
-        activation_bits: [formats, layers]: of one step; those of all steps and layers sum to a mean.
+        activation_bits: [formats, layers]: of one step; those of all cells sum to a mean.
+        active: [steps, layers]: which layers run at which step.
         ms: [formats, layers]: of one step; None where nobody knows.
         rest_ms: of everything that is not quantized, in all steps.
         rest_bytes: of what a transform has in 16 bits, which counts as resident beside the weights.
@@ -166,6 +191,7 @@ class CostModel:
 
     storage: Storage
     activation_bits: Array
+    active: Active
     ms: Array | None = None
     rest_ms: float = 0.0
     rest_bytes: int = 0
@@ -179,12 +205,15 @@ class CostModel:
         ms: Array | None = None,
         rest_ms: float = 0.0,
         rest_bytes: int = 0,
+        cells: Active | None = None,
     ) -> CostModel:
-        """From shapes."""
+        """From shapes; `cells` as of `Storage`."""
         operations = np.array([s.in_features * s.out_features * s.tokens for s in shapes], dtype=np.float64)
         bits = np.array([[f.moved_activation_bits(s.in_features) for s in shapes] for f in formats])
-        share = operations / (operations.sum() * steps)
-        return cls(Storage.of(formats, shapes, np.inf), bits * share, ms, rest_ms, rest_bytes)
+        active = np.ones((steps, len(shapes)), dtype=bool) if cells is None else cells
+        share = operations / float(operations @ active.sum(axis=0))
+        storage = Storage.of(formats, shapes, np.inf, cells=cells)
+        return cls(storage, bits * share, active, ms, rest_ms, rest_bytes)
 
     def costs(self, rows: Sequence[Assignment]) -> Costs:
         """Of a whole policy."""
@@ -192,8 +221,8 @@ class CostModel:
         layers = np.arange(array.shape[1])
         return Costs(
             resident_bytes=round(self.storage.used(array)) + self.rest_bytes,
-            activation_bits=float(self.activation_bits[array, layers].sum()),
-            ms=None if self.ms is None else float(self.ms[array, layers].sum()) + self.rest_ms,
+            activation_bits=float(self.activation_bits[array, layers][self.active].sum()),
+            ms=None if self.ms is None else float(self.ms[array, layers][self.active].sum()) + self.rest_ms,
         )
 
     def least_departure(self, reference: int, steps: int) -> float:
@@ -213,6 +242,7 @@ class CostModel:
         more_bytes, more_time = size - size[reference], time - time[reference]
         # An activation differs at one step; a weight, which is stored once, at all.
         stored = (self.storage.grids != self.storage.grids[reference])[:, None]
-        parts = np.maximum(more_bytes / own.resident_bytes, np.where(stored, steps, 1) * more_time / own.time)
+        times = np.where(stored, self.active.sum(axis=0), 1)
+        parts = np.maximum(more_bytes / own.resident_bytes, times * more_time / own.time)
         others = np.delete(parts, reference, axis=0)
         return max(float(others.min(initial=np.inf)), 0.0) if len(others) else 0.0

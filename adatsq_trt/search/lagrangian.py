@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adatsq_trt.errors import BudgetError
+from adatsq_trt.search.active import parts
 from adatsq_trt.search.budgets import Budgets
 from adatsq_trt.search.candidates import Array
 from adatsq_trt.search.joint import Knapsack, Selection, Shrinkage, coordinate_descent
@@ -53,27 +54,33 @@ class Constraints:
 
     @classmethod
     def each(cls, budgets: Budgets, formats: int, layers: int) -> Constraints:
-        """An item for each (step, layer), in this order."""
-        costs = tuple(np.tile(item.cost, (1, budgets.steps)) for item in budgets.additive)
-        constraints = cls._make(budgets, costs, np.tile(np.arange(layers), budgets.steps), formats, layers)
+        """An item for each (step, layer) where the layer runs, in this order."""
+        groups = np.flatnonzero(budgets.active(layers)) % layers
+        costs = tuple(item.cost[:, groups] for item in budgets.additive)
+        constraints = cls._make(budgets, costs, groups, formats, layers)
         allowed = constraints.allowed
-        return constraints if allowed is None else replace(constraints, allowed=np.tile(allowed, budgets.steps))
+        return constraints if allowed is None else replace(constraints, allowed=allowed[:, groups])
 
     @classmethod
     def by_layer(cls, budgets: Budgets, formats: int, layers: int) -> Constraints:
         """An item for each layer: the same format at all steps."""
-        costs = tuple(item.cost * budgets.steps for item in budgets.additive)
+        costs = tuple(item.cost * budgets.active(layers).sum(axis=0) for item in budgets.additive)
         return cls._make(budgets, costs, np.arange(layers), formats, layers)
 
     @classmethod
     def by_step(cls, budgets: Budgets, formats: int, layers: int) -> Constraints:
-        """An item for each step: the same format for all layers."""
-        costs = tuple(np.tile(item.cost.sum(axis=1)[:, None], budgets.steps) for item in budgets.additive)
-        constraints = cls._make(budgets, costs, np.zeros(budgets.steps, dtype=np.int64), formats, layers)
+        """An item for each step: the same format for all layers that run; steps of one expert store the same."""
+        active, groups = budgets.active(layers), np.zeros(budgets.steps, dtype=np.int64)
+        experts = list(parts(active))
+        for number, (steps, _) in enumerate(experts):
+            groups[steps] = number
+        costs = tuple(item.cost @ active.T for item in budgets.additive)
+        constraints = cls._make(budgets, costs, groups, formats, layers)
+        stored = np.stack([constraints.bytes[:, own].sum(axis=1) for _, own in experts], axis=1)
         allowed = constraints.allowed
         if allowed is not None:
-            allowed = np.repeat(allowed.all(axis=1, keepdims=True), budgets.steps, axis=1)
-        return replace(constraints, bytes=constraints.bytes.sum(axis=1, keepdims=True), allowed=allowed)
+            allowed = np.stack([allowed[:, own].all(axis=1) for _, own in experts], axis=1)[:, groups]
+        return replace(constraints, bytes=stored, allowed=allowed)
 
     @classmethod
     def grouped(cls, budgets: Budgets, items: Knapsack) -> Constraints:

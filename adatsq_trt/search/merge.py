@@ -24,6 +24,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from adatsq_trt.search.active import Active, cells_of, spread
 from adatsq_trt.search.budgets import Budgets
 from adatsq_trt.search.candidates import Array
 from adatsq_trt.search.joint import Knapsack, Selection, Shrinkage, allocate_jointly
@@ -65,10 +66,12 @@ class MeanBits:
     Attributes:
         bits: [formats], ascending.
         total: a budget as a sum over (step, layer).
+        cells: [steps, layers]: which layers run at which step; None for all.
     """
 
     bits: Array
     total: float
+    cells: Active | None = None
 
     def for_start(self, rows: Rows) -> MeanBits:
         """Itself."""
@@ -81,7 +84,8 @@ class MeanBits:
 
     def holds(self, rows: Rows) -> bool:
         """Whether the sum is kept."""
-        return bool(self.bits[np.asarray(rows)].sum() <= self.total + 1e-9)
+        bits = self.bits[np.asarray(rows)]
+        return bool((bits if self.cells is None else bits[self.cells]).sum() <= self.total + 1e-9)
 
     def allocate(self, items: Knapsack, shrinkage: Shrinkage) -> Selection | None:
         """The cheapest format everywhere always keeps it."""
@@ -105,9 +109,7 @@ class Several:
         storage = self.budgets.storage
         if storage is None:
             return self
-        used, layers = storage.grids[np.asarray(rows)], np.arange(len(rows[0]))
-        stored = np.zeros(storage.bytes.shape, dtype=bool)
-        stored[used, layers] = True
+        stored = storage.stored(np.asarray(rows))
         return Several(self.budgets, np.where(stored[storage.grids], self.cost, np.inf))
 
     def prices(self, items: Knapsack, shrinkage: Shrinkage) -> Array:
@@ -134,6 +136,7 @@ class ErrorModel:
         allowance: budgets of the policy.
         prices: [formats, layers]: of one step, in units of error.
         shrinkage: in covariances.
+        active: [steps, layers]: which layers run at which step.
     """
 
     contributions: Array
@@ -142,21 +145,22 @@ class ErrorModel:
     allowance: Allowance
     prices: Array
     shrinkage: Shrinkage
+    active: Active
 
     @classmethod
     def of(cls, sensitivity: Sensitivity, bits: Array, allowance: Allowance, shrinkage: Shrinkage) -> ErrorModel:
         """The model that the plan uses."""
-        saturated = sensitivity.saturated()
+        saturated, active = sensitivity.saturated(), sensitivity.active
         contributions, errors = saturated.contributions.double().numpy(), saturated.smoothed_errors().numpy()
-        items = _items(contributions, errors, bits, np.arange(errors.shape[1]))
-        return cls(contributions, errors, bits, allowance, allowance.prices(items, shrinkage), shrinkage)
+        items = _items(contributions, errors, bits, np.arange(errors.shape[1]), active)
+        return cls(contributions, errors, bits, allowance, allowance.prices(items, shrinkage), shrinkage, active)
 
     def for_start(self, rows: Rows) -> ErrorModel:
         """The same for policies that are made from one."""
         allowance = self.allowance.for_start(rows)
         if allowance is self.allowance:
             return self
-        items = _items(self.contributions, self.errors, self.bits, np.arange(self.errors.shape[1]))
+        items = _items(self.contributions, self.errors, self.bits, np.arange(self.errors.shape[1]), self.active)
         return replace(self, allowance=allowance, prices=allowance.prices(items, self.shrinkage))
 
     @cached_property
@@ -191,23 +195,24 @@ class ErrorModel:
 
     def allocate(self, labels: Labels) -> Labels | None:
         """The groups' assignments, [groups, layers]: rule 4."""
-        items = _items(self.contributions, self.errors, self.bits, labels)
+        items = _items(self.contributions, self.errors, self.bits, labels, self.active)
         chosen = self.allowance.allocate(items, self.shrinkage)
-        return None if chosen is None else chosen.reshape(labels.max() + 1, -1)
+        firsts = np.unique(labels, return_index=True)[1]
+        return None if chosen is None else spread(chosen, self.active[firsts])
 
 
-def _items(contributions: Array, errors: Array, bits: Array, labels: Labels) -> Knapsack:
-    """An item for each (group, layer), in that order; groups are numbered from 0 without gaps."""
+def _items(contributions: Array, errors: Array, bits: Array, labels: Labels, active: Active) -> Knapsack:
+    """An item for each (group, layer) that runs, in that order; groups are numbered from 0 without gaps."""
     groups = int(labels.max()) + 1
     member = np.eye(groups)[labels]
     summed = np.einsum("tg,ftlr->fglr", member, contributions)
-    formats, _, layers, rows = summed.shape
+    own = active[np.unique(labels, return_index=True)[1]]  # the steps of a group are of one expert
     return Knapsack(
-        summed.reshape(formats, groups * layers, rows),
-        np.einsum("tg,ftl->fgl", member, errors).reshape(formats, groups * layers),
-        np.tile(np.arange(layers), groups),
+        cells_of(summed, own, axis=1),
+        cells_of(np.einsum("tg,ftl->fgl", member, errors), own, axis=1),
+        np.flatnonzero(own) % own.shape[1],
         bits,
-        np.repeat(member.sum(axis=0), layers),
+        cells_of(np.repeat(member.sum(axis=0)[:, None], own.shape[1], axis=1), own),
     )
 
 
@@ -227,7 +232,7 @@ def merge(model: ErrorModel, rows: Rows, limit: int, known: dict[bytes, Labels |
     chosen = np.asarray(rows, dtype=np.int64)
     labels = _join(model, chosen, limit)
     best, least = None, np.inf
-    if len(set(rows)) <= limit and model.allowance.holds(rows):
+    if len(_distinct(model, chosen)) <= limit and model.allowance.holds(rows):
         best, least = chosen, model.error(chosen)
     for _ in range(_ROUNDS):
         labels = _in_order_of_steps(labels)
@@ -302,12 +307,11 @@ class _Group:
 def _join(model: ErrorModel, chosen: Labels, limit: int) -> Labels:
     """Group the steps: rules 1 and 2, on a sketch of the rows."""
     groups, sketch = [], model.sketch
-    for row in dict.fromkeys(map(tuple, chosen.tolist())):
-        steps = np.flatnonzero((chosen == row).all(axis=1))
+    for steps in _distinct(model, chosen):
         sums = sketch[:, steps].sum(axis=1), model.errors[:, steps].sum(axis=1)
-        groups.append(_Group(tuple(steps.tolist()), np.asarray(row), *sums))
+        groups.append(_Group(tuple(steps.tolist()), chosen[steps[0]], *sums))
     unions: list[tuple[float, Labels, tuple[_Group, _Group]]] = []
-    fresh = list(combinations(groups, 2))
+    fresh = [pair for pair in combinations(groups, 2) if _share(model, pair)]
     while len(groups) > limit:
         # What a union costs changes little when two other groups are joined, so it is computed once.
         by_layer = np.sum([group.chosen for group in groups], axis=0)
@@ -316,12 +320,24 @@ def _join(model: ErrorModel, chosen: Labels, limit: int) -> Labels:
         joined = one.joined(other, shared)
         groups = [group for group in groups if group is not one and group is not other]
         unions = [u for u in unions if not any(group is one or group is other for group in u[2])]
-        fresh = [(group, joined) for group in groups]
+        fresh = [pair for group in groups if _share(model, pair := (group, joined))]
         groups.append(joined)
     result = np.empty(len(chosen), dtype=np.int64)
     for label, group in enumerate(groups):
         result[list(group.steps)] = label
     return result
+
+
+def _distinct(model: ErrorModel, chosen: Labels) -> list[Labels]:
+    """The steps of each distinct assignment; steps of two experts never have one."""
+    keys = np.where(model.active, chosen, -1)
+    return [np.flatnonzero((keys == row).all(axis=1)) for row in dict.fromkeys(map(tuple, keys.tolist()))]
+
+
+def _share(model: ErrorModel, pair: tuple[_Group, _Group]) -> bool:
+    """Whether two groups may have one assignment: their steps are of one expert."""
+    one, other = (model.active[group.steps[0]] for group in pair)
+    return bool((one == other).all())
 
 
 def _union(model: ErrorModel, by_layer: Array, pair: tuple[_Group, _Group]) -> tuple[float, Labels]:
@@ -338,12 +354,14 @@ def _union(model: ErrorModel, by_layer: Array, pair: tuple[_Group, _Group]) -> t
     outside = total - one.chosen - other.chosen
     cost = shrinkage.together * np.square(outside + added).sum(axis=-1)
     cost += shrinkage.by_layer * np.square(rest + added).sum(axis=-1) + shrinkage.alone * (one.errors + other.errors)
-    cost += model.prices * (len(one.steps) + len(other.steps))
+    runs = model.active[one.steps[0]]
+    prices = np.where(runs, model.prices, 0.0)
+    cost += prices * (len(one.steps) + len(other.steps))
     row: Labels = cost.argmin(axis=0)
     before = shrinkage.together * np.square(total).sum() + shrinkage.by_layer * np.square(by_layer).sum(axis=-1)
     for group in pair:
         layers = np.arange(len(group.row))
-        price = model.prices[group.row, layers] * len(group.steps)
+        price = prices[group.row, layers] * len(group.steps)
         before = before + shrinkage.alone * group.errors[group.row, layers] + price
     return float((cost.min(axis=0) - before).sum()), row
 
@@ -359,13 +377,16 @@ def _move(model: ErrorModel, table: Labels, labels: Labels) -> Labels:
     labels, layers = labels.copy(), np.arange(table.shape[1])
     options = model.contributions[table[:, None], np.arange(len(labels))[:, None], layers]
     alone = model.errors[table[:, None], np.arange(len(labels))[:, None], layers].sum(axis=-1)
-    prices, shrinkage = model.prices[table, np.arange(table.shape[1])].sum(axis=1), model.shrinkage
+    runs = model.active[np.unique(labels, return_index=True)[1]]
+    prices = np.where(runs, model.prices[table, np.arange(table.shape[1])], 0.0).sum(axis=1)
+    shrinkage = model.shrinkage
     by_layer = options[labels, np.arange(len(labels))].sum(axis=0)
     for step in range(len(labels)):
         rest = by_layer - options[labels[step], step]
         tried = rest + options[:, step]
         cost = shrinkage.together * np.square(tried.sum(axis=1)).sum(axis=-1)
         cost += shrinkage.by_layer * np.square(tried).sum(axis=(1, 2)) + shrinkage.alone * alone[:, step] + prices
+        cost[(runs != model.active[step]).any(axis=1)] = np.inf
         labels[step] = int(cost.argmin())
         by_layer = tried[labels[step]]
     return labels

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from adatsq_trt.search.active import Active, cells_of, rows_of, spread
 from adatsq_trt.search.budgets import Budgets
 from adatsq_trt.search.candidates import Array, Assignment, allocate
 from adatsq_trt.search.joint import Knapsack, Selection, Shrinkage, allocate_jointly, coordinate_descent
@@ -136,8 +137,8 @@ def make_plan(
         candidates: distinct assignments per step, as far as there are so many.
         shrinkages: the plan's own, and those of its hedges.
     """
-    items, (steps, layers) = _items(sensitivity, bits), sensitivity.contributions.shape[1:3]
-    total = budget * steps * layers
+    items, layers = _items(sensitivity, bits), sensitivity.contributions.shape[2]
+    total = budget * len(items.layers)
     (own, multiplier), *others = (allocate_jointly(items, total, shrinkage) for shrinkage in shrinkages)
     hedges = [*(choice for choice, _ in others), allocate(items.errors, bits, items.weight, total)]
     cost = np.repeat(bits[:, None], layers, axis=1)
@@ -174,7 +175,8 @@ def make_constrained_plan(
     items, layers = _items(sensitivity, bits), sensitivity.contributions.shape[2]
     constraints = Constraints.each(budgets, len(bits), layers)
     sets = choose_stored_sets(accumulated_errors(items), constraints)
-    starts = [grids_of(constraints, np.array(rows).ravel()) for rows in known]
+    active = sensitivity.active
+    starts = [grids_of(constraints, cells_of(np.array(rows), active)) for rows in known]
 
     def allocated(shrinkage: Shrinkage) -> tuple[Selection, Knapsack]:
         if budgets.once:
@@ -182,12 +184,14 @@ def make_constrained_plan(
         return allocate_within(items, constraints, sets, shrinkage)
 
     (own, penalty), *others = (allocated(shrinkage) for shrinkage in shrinkages)
-    cost = penalty.costs[:, :layers]
+    # What a step costs does not depend on the step: each layer's first cell says it.
+    _, firsts = np.unique(items.layers, return_index=True)
+    cost = penalty.costs[:, firsts]
     # What a path goes on with when it can afford no candidate.
-    floor = np.tile(np.argmin(cost, axis=0), budgets.steps)
+    floor = np.argmin(cost, axis=0)[items.layers]
     hedges = [*(choice for choice, _ in others), sets.chosen]
     plan = _complete(sensitivity, Allocation(penalty, 1.0, own, floor, shrinkages[0]), hedges, cost, candidates)
-    prices = constraints.penalty(sets.multipliers)[:, :layers]
+    prices = constraints.penalty(sets.multipliers)[:, firsts]
     if budgets.allowed is not None:
         prices = np.where(budgets.allowed, prices, np.inf)
     return plan, cost, _at_scale_of(cost, prices)
@@ -200,16 +204,12 @@ def _at_scale_of(cost: Array, prices: Array) -> Array:
 
 
 def _items(sensitivity: Sensitivity, bits: Array) -> Knapsack:
-    """An item for each (step, layer)."""
-    saturated = sensitivity.saturated()
+    """An item for each (step, layer) where the layer runs."""
+    saturated, active = sensitivity.saturated(), sensitivity.active
     contributions, errors = saturated.contributions.double().numpy(), saturated.smoothed_errors().numpy()
-    steps, layers = contributions.shape[1:3]
+    layers = np.flatnonzero(active) % active.shape[1]
     return Knapsack(
-        contributions.reshape(len(bits), steps * layers, -1),
-        errors.reshape(len(bits), -1),
-        np.tile(np.arange(layers), steps),
-        bits,
-        np.ones(steps * layers),
+        cells_of(contributions, active, axis=1), cells_of(errors, active, axis=1), layers, bits, np.ones(len(layers))
     )
 
 
@@ -218,7 +218,7 @@ class Allocation:
     """Allocations that a plan is made from.
 
     Attributes:
-        items: of all steps.
+        items: of all cells.
         multiplier: at which they were allocated.
         own: the allocation.
         floor: the cheapest allocation.
@@ -244,23 +244,24 @@ def _complete(
         cost: [formats, layers]: of one step.
         candidates: distinct assignments per step.
     """
-    (steps, layers), own, shrinkage = sensitivity.contributions.shape[1:3], allocation.own, allocation.shrinkage
+    active, own, shrinkage = sensitivity.active, allocation.own, allocation.shrinkage
+    layers = active.shape[1]
 
     def at(multiple: float) -> Selection:
         return coordinate_descent(allocation.items, allocation.multiplier * multiple, shrinkage)
 
     curve = [*(at(multiple) for multiple in _CURVE), allocation.floor, own]
-    policies = tuple(_rows(choice, steps) for choice in (own, *(curve[_CURVE.index(m)] for m in _FRONT)))
-    chosen = np.stack([choice.reshape(steps, layers) for choice in (own, *curve)])
+    policies = tuple(_rows(choice, active) for choice in (own, *(curve[_CURVE.index(m)] for m in _FRONT)))
+    chosen = np.stack([spread(choice, active) for choice in (own, *curve)])
     items = allocation.items
-    contributions = items.contributions.reshape(len(cost), steps, layers, -1)
-    errors = items.errors.reshape(len(cost), steps, layers)
+    contributions, errors = spread(items.contributions, active, axis=1), spread(items.errors, active, axis=1)
     tails = _Tails.of(contributions, errors, chosen)
-    bits_left = np.stack([_suffix_sums(cost[c, np.arange(layers)].sum(axis=1)) for c in chosen[1:]])
+    spent = (np.where(active, cost[choice, np.arange(layers)], 0.0) for choice in chosen[1:])
+    bits_left = np.stack([_suffix_sums(by_layer.sum(axis=1)) for by_layer in spent])
     return Plan(
         policies,
-        _columns(own, at, steps, candidates),
-        tuple(_rows(choice, steps) for choice in hedges),
+        _columns(own, at, active, candidates),
+        tuple(_rows(choice, active) for choice in hedges),
         sensitivity.row_weights().numpy(),
         contributions,
         error_apart(contributions[..., None, :], errors, shrinkage),
@@ -325,13 +326,13 @@ def _increasing(bits: Array, errors: Array) -> tuple[Array, Array]:
     return bits, np.minimum.accumulate(errors, axis=1)
 
 
-def _columns(own: Selection, at: Callable[[float], Selection], steps: int, count: int) -> tuple[Rows, ...]:
+def _columns(own: Selection, at: Callable[[float], Selection], active: Active, count: int) -> tuple[Rows, ...]:
     """For each step the first `count` distinct rows, going outwards from the plan's multiplier."""
-    columns: list[dict[Assignment, None]] = [{row: None} for row in _rows(own, steps)]
+    columns: list[dict[Assignment, None]] = [{row: None} for row in _rows(own, active)]
     for multiple in _outwards():
         if all(len(column) >= count for column in columns):
             break
-        for column, row in zip(columns, _rows(at(multiple), steps), strict=True):
+        for column, row in zip(columns, _rows(at(multiple), active), strict=True):
             column[row] = None
     return tuple(tuple(column)[:count] for column in columns)
 
@@ -342,8 +343,8 @@ def _outwards() -> Iterator[float]:
         yield _PRICE_STEP**-power
 
 
-def _rows(choice: Selection, steps: int) -> Rows:
-    return tuple(tuple(int(i) for i in row) for row in choice.reshape(steps, -1))
+def _rows(choice: Selection, active: Active) -> Rows:
+    return rows_of(spread(choice, active), active)
 
 
 def _suffix_sums(rows: Array) -> Array:

@@ -82,7 +82,8 @@ def measure_sensitivity(
             on_step()
     parts = [read_tensors(file) for file in files]
     steps_done = {t: part["contributions"] for t, part in enumerate(parts)}
-    sensitivity = assemble(formats, steps_done, latents[0, 0].numel(), len(samples.seeds))
+    active = samples.adapter.active(samples.schedule)
+    sensitivity = assemble(formats, steps_done, latents[0, 0].numel(), len(samples.seeds), active)
     return sensitivity, [*(State.from_named(part, "adjoint") for part in parts), State(start)]
 
 

@@ -11,8 +11,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from adatsq_trt.costs import Costs, Limits, TransformCosts
-from adatsq_trt.formats import Format
+from adatsq_trt.formats import Format, format_named
 from adatsq_trt.intervals import LEAST, Floats, paired_difference, paired_ratio
+from adatsq_trt.search.active import indices_of, names_of
 from adatsq_trt.search.budgets import CostModel
 from adatsq_trt.search.pareto import front
 from adatsq_trt.search.plan import Rows
@@ -51,7 +52,7 @@ class Point(BaseModel):
         held_out_samples: pairs that the ratio is from (`measure_held_out`); None where none is kept.
         on_front: whether no other point had fewer bits and a smaller error on the screening batch.
         buckets: runs of steps with one assignment.
-        formats: step → layer → format name.
+        formats: step → layer → format name; None where the layer does not run.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -70,7 +71,7 @@ class Point(BaseModel):
     held_out_samples: int | None = None
     on_front: bool = False
     buckets: int
-    formats: tuple[tuple[str, ...], ...]
+    formats: tuple[tuple[str | None, ...], ...]
 
     @property
     def assignments(self) -> int:
@@ -167,7 +168,7 @@ def judge(
         number = f"{proposal.kind} {counts[proposal.kind]}"
         name = formats[proposal.rows[0][0]].name if proposal.kind == "uniform" else number
         counts[proposal.kind] += 1
-        points.append(_point(proposal, name, formats, costs.costs(proposal.rows), score))
+        points.append(_point(proposal, name, formats, costs, score))
         on_policy()
     best = set(front([(p.mean_bits, p.selection_error) for p in points]))
     return [p.model_copy(update={"on_front": i in best}) for i, p in enumerate(points)]
@@ -340,23 +341,22 @@ def contenders(
 
 
 def _rows(point: Point, formats: Sequence[Format]) -> Rows:
-    names = {fmt.name: i for i, fmt in enumerate(formats)}
-    return tuple(tuple(names[name] for name in row) for row in point.formats)
+    return indices_of(point.formats, [fmt.name for fmt in formats])
 
 
-def _point(proposal: Proposal, name: str, formats: Sequence[Format], costs: Costs, score: Score) -> Point:
-    rows = proposal.rows
-    entries = [formats[i].bits for row in rows for i in row]
+def _point(proposal: Proposal, name: str, formats: Sequence[Format], costs: CostModel, score: Score) -> Point:
+    rows = names_of(proposal.rows, [fmt.name for fmt in formats], costs.active)
+    entries = [format_named(own).bits for row in rows for own in row if own is not None]
     return Point(
         kind=proposal.kind,
         name=name,
         mean_bits=sum(entries) / len(entries),
-        costs=costs,
+        costs=costs.costs(proposal.rows),
         selection_error=score.error,
         rank_error=score.capped_error,
         samples=len(score.errors),
         buckets=1 + sum(a != b for a, b in pairwise(rows)),
-        formats=tuple(tuple(formats[i].name for i in row) for row in rows),
+        formats=rows,
     )
 
 

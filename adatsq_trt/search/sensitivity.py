@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -26,6 +27,7 @@ from adatsq_trt.formats import Format
 from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.models.format_store import CandidateWeights
 from adatsq_trt.models.rounding import round_input, stored_weight
+from adatsq_trt.search.active import Active, parts
 
 # Steps of a trajectory whose neighbours are averaged with a width of one step.
 SMOOTHED_STEPS = 20
@@ -41,15 +43,23 @@ class Sensitivity:
         formats: cheapest first.
         contributions: c scaled so that squares sum to a latent MSE: float32 [formats, steps, layers, rows].
         samples: rows are [projections, samples], flattened.
+        cells: [steps, layers]: which layers run at which step; None for all. Contributions of the others are 0.
     """
 
     formats: tuple[Format, ...]
     contributions: Tensor
     samples: int = 1
+    cells: Active | None = None
+
+    @property
+    def active(self) -> Active:
+        """[steps, layers]: which layers run at which step."""
+        return np.ones(self.contributions.shape[1:3], dtype=bool) if self.cells is None else self.cells
 
     def of_formats(self, indices: Sequence[int]) -> Sensitivity:
         """That of some formats, by their indices."""
-        return Sensitivity(tuple(self.formats[i] for i in indices), self.contributions[list(indices)], self.samples)
+        formats = tuple(self.formats[i] for i in indices)
+        return replace(self, formats=formats, contributions=self.contributions[list(indices)])
 
     @property
     def errors(self) -> Tensor:
@@ -73,21 +83,24 @@ class Sensitivity:
 
     def saturated(self) -> Sensitivity:
         """The same with `row_weights` applied."""
-        weighted = self.contributions * self.row_weights().float()
-        return Sensitivity(self.formats, weighted, self.samples)
+        return replace(self, contributions=self.contributions * self.row_weights().float())
 
     def smoothed_errors(self) -> Tensor:
         """`errors` with the logarithm averaged over neighbouring steps (Gaussian, a twentieth of the trajectory wide).
 
         A few dozen rows estimate a variance to ten or twenty per cent; neighbouring steps see nearly the same inputs,
-        so their average is a better estimate of each. With few steps neighbours differ, and nothing is averaged.
+        so their average is a better estimate of each. With few steps neighbours differ, and nothing is averaged. Steps
+        of two experts are no neighbours.
         """
-        width = self.contributions.shape[1] / SMOOTHED_STEPS
-        logarithm = self.errors.clamp(min=1e-30).log()
-        steps = torch.arange(logarithm.shape[1], dtype=torch.float64)
-        kernel = torch.exp(-((steps[:, None] - steps[None]) ** 2) / (2 * width**2))
-        kernel = kernel / kernel.sum(dim=1, keepdim=True)
-        return torch.einsum("st,ftl->fsl", kernel, logarithm).exp()
+        width, errors = self.contributions.shape[1] / SMOOTHED_STEPS, self.errors
+        smoothed = torch.zeros_like(errors)
+        for own, layers in parts(self.active):
+            logarithm = errors[:, own][:, :, layers].clamp(min=1e-30).log()
+            steps = torch.arange(len(own), dtype=torch.float64)
+            kernel = torch.exp(-((steps[:, None] - steps[None]) ** 2) / (2 * width**2))
+            kernel = kernel / kernel.sum(dim=1, keepdim=True)
+            smoothed[:, own[:, None], layers] = torch.einsum("st,ftl->fsl", kernel, logarithm).exp()
+        return smoothed
 
 
 @dataclass(frozen=True)
@@ -110,14 +123,14 @@ def measure_contributions(common: Measured[Candidates], layers: LayerGradients) 
         return layer_contributions(layers, adapter, common.extra.formats, common.extra.store)
 
 
-def join_parts(parts: Sequence[Tensor], projections: int) -> Tensor:
+def join_parts(measured: Sequence[Tensor], projections: int) -> Tensor:
     """The contributions of all samples: float32 [formats, layers, projections * samples].
 
     Args:
-        parts: of some samples each, float32 [layers, formats, projections * some samples].
+        measured: of some samples each, float32 [layers, formats, projections * some samples].
         projections: how many there are.
     """
-    joined = torch.cat([part.unflatten(2, (projections, -1)) for part in parts], dim=3)
+    joined = torch.cat([part.unflatten(2, (projections, -1)) for part in measured], dim=3)
     return joined.flatten(2).transpose(0, 1).contiguous()
 
 
@@ -149,7 +162,9 @@ def layer_contributions(
     return result
 
 
-def assemble(formats: Sequence[Format], steps: Mapping[int, Tensor], latent_size: int, samples: int) -> Sensitivity:
+def assemble(
+    formats: Sequence[Format], steps: Mapping[int, Tensor], latent_size: int, samples: int, cells: Active | None = None
+) -> Sensitivity:
     """Stack the steps and scale, so that the sum of squares over rows is a mean over the latent's elements.
 
     E_u[(uᵀ δ)²] = ||δ||², so MSE = mean over rows of c² / latent_size.
@@ -159,6 +174,7 @@ def assemble(formats: Sequence[Format], steps: Mapping[int, Tensor], latent_size
         steps: step → contributions of all layers, unscaled: float32 [formats, layers, rows].
         latent_size: elements of one sample's latent.
         samples: how many there are.
+        cells: as of `Sensitivity`.
     """
     stacked = torch.stack([steps[t] for t in range(len(steps))], dim=1)
-    return Sensitivity(tuple(formats), stacked / math.sqrt(stacked.shape[-1] * latent_size), samples)
+    return Sensitivity(tuple(formats), stacked / math.sqrt(stacked.shape[-1] * latent_size), samples, cells)

@@ -31,16 +31,19 @@ class _Loop:
         formats: those that assignments index.
         schedule: of the denoising loop.
         guidance: its scale.
+        guidance_2: as of `Samples`.
     """
 
     model: SimulatedModel
     formats: tuple[Format, ...]
     schedule: Schedule
     guidance: float
+    guidance_2: float | None
 
     def samples(self, batch: _Batch) -> Samples:
         """The batch on this model."""
-        return Samples(self.model.adapter, self.schedule, self.guidance, batch.prompts, batch.seeds)
+        own = (self.model.adapter, self.schedule, self.guidance)
+        return Samples(*own, batch.prompts, batch.seeds, self.guidance_2)
 
     def assign(self, assignment: Assignment | None, step: int) -> None:
         """Choose the formats of a step; None for full precision."""
@@ -90,6 +93,7 @@ class Simulation:
         guidance: float,
         executor: Executor | None = None,
         together: int = 1,
+        guidance_2: float | None = None,
     ) -> None:
         """Give the model to the workers.
 
@@ -101,10 +105,11 @@ class Simulation:
             executor: who computes; this process if nobody else.
             together: most latents of a beam that are one call of the model where they have an assignment in common,
                 which saves a GPU from making its weights for each. Other numbers round differently.
+            guidance_2: as of `Samples`.
         """
         self.model, self.formats, self._together = model, tuple(formats), together
         self._executor = InProcess() if executor is None else executor
-        self._own = _Loop(model, self.formats, schedule, guidance)
+        self._own = _Loop(model, self.formats, schedule, guidance, guidance_2)
         self._loop = self._executor.share(self._own)
 
     def advance(

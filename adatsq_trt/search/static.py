@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from adatsq_trt.errors import BudgetError
+from adatsq_trt.search.active import Active, rows_of
 from adatsq_trt.search.budgets import Budgets
 from adatsq_trt.search.candidates import Array, Assignment, allocate
 from adatsq_trt.search.joint import Knapsack, allocate_jointly
@@ -19,9 +20,10 @@ from adatsq_trt.search.plan import SHRINKAGES, Rows
 from adatsq_trt.search.sensitivity import Sensitivity
 
 
-def uniform(index: int, steps: int, layers: int) -> Rows:
-    """One format everywhere."""
-    return ((index,) * layers,) * steps
+def uniform(index: int, steps: int, layers: int, cells: Active | None = None) -> Rows:
+    """One format everywhere; in `cells` [steps, layers] where these are given."""
+    active = np.ones((steps, layers), dtype=bool) if cells is None else cells
+    return rows_of(np.full(active.shape, index), active)
 
 
 def layer_only(sensitivity: Sensitivity, bits: Array, budget: float) -> list[Rows]:
@@ -30,22 +32,22 @@ def layer_only(sensitivity: Sensitivity, bits: Array, budget: float) -> list[Row
     Layers are allocated jointly, as the search's own plan is, with each shrinkage; and one by one, a layer's error
     being the geometric mean of that with and without accumulation over the steps (better than either alone).
     """
-    steps = sensitivity.contributions.shape[1]
-    return [tuple([row] * steps) for row in _grouped(sensitivity, bits, budget, steps_together=True)]
+    active = sensitivity.active
+    rows = _grouped(sensitivity, bits, budget, steps_together=True)
+    return [rows_of(np.array([row]), active) for row in rows]
 
 
 def time_only(sensitivity: Sensitivity, bits: Array, budget: float) -> list[Rows]:
     """Proposals with one format for all layers of a step."""
-    layers = sensitivity.contributions.shape[2]
     rows = _grouped(sensitivity, bits, budget, steps_together=False)
-    return [tuple((index,) * layers for index in row) for row in rows]
+    return [rows_of(np.array(row)[:, None], sensitivity.active) for row in rows]
 
 
 def constrained_layer_only(sensitivity: Sensitivity, bits: Array, budgets: Budgets) -> list[Rows]:
     """`layer_only` under any budgets; none when no such policy keeps them."""
     constraints = Constraints.by_layer(budgets, len(bits), sensitivity.contributions.shape[2])
     rows = _grouped_within(sensitivity, bits, constraints, steps_together=True)
-    return [tuple([row] * budgets.steps) for row in rows]
+    return [rows_of(np.array([row]), sensitivity.active) for row in rows]
 
 
 def constrained_time_only(sensitivity: Sensitivity, bits: Array, budgets: Budgets) -> list[Rows]:
@@ -63,7 +65,7 @@ def constrained_time_only(sensitivity: Sensitivity, bits: Array, budgets: Budget
         own = sensitivity if len(among) == 1 else sensitivity.of_formats(formats.tolist())
         constraints = Constraints.by_step(budgets.of_formats(formats), len(formats), layers)
         rows = _grouped_within(own, bits[formats], constraints, steps_together=False)
-        found += [tuple((int(formats[index]),) * layers for index in row) for row in rows]
+        found += [rows_of(formats[list(row)][:, None], sensitivity.active) for row in rows]
     return found
 
 
@@ -88,9 +90,10 @@ def _grouped(sensitivity: Sensitivity, bits: Array, budget: float, *, steps_toge
     together = contributions.sum(dim=axis)
     diagonal, alone = together.square().sum(dim=-1), contributions.square().sum(dim=(axis, 3))
     items = together.shape[1]
-    ones, total = np.ones(items), budget * items
-    choices = [allocate(torch.sqrt(diagonal * alone).numpy(), bits, ones, total)]
+    weight = sensitivity.active.mean(axis=axis - 1)  # of an expert's layers, a part of the steps
+    total = budget * float(weight.sum())
+    choices = [allocate(torch.sqrt(diagonal * alone).numpy(), bits, weight, total)]
     layers = np.arange(items) if steps_together else np.zeros(items, dtype=np.int64)
-    problem = Knapsack(together.numpy(), diagonal.numpy(), layers, bits, ones)
+    problem = Knapsack(together.numpy(), diagonal.numpy(), layers, bits, weight)
     choices += [allocate_jointly(problem, total, shrinkage)[0] for shrinkage in SHRINKAGES]
     return list(dict.fromkeys(tuple(int(i) for i in choice) for choice in choices))

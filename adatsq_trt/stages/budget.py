@@ -16,6 +16,7 @@ from adatsq_trt.files import read_tensors
 from adatsq_trt.formats import format_named
 from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.policy import LayerShape
+from adatsq_trt.search.active import rows_of
 from adatsq_trt.search.budgets import Additive, Budgets, CostModel, Storage
 from adatsq_trt.search.costs import TimeModel, stored_time_model
 from adatsq_trt.search.denoising import format_bits
@@ -99,10 +100,10 @@ def account(context: Context) -> Account:
         ms, rest_ms = model.table_of(formats, shapes), steps * _rest_ms(context, model, shapes)
     added = transform_costs(context, shapes, model)
     added_ms, added_bytes = (0.0, 0) if added is None else (added.ms or 0.0, added.bytes)
-    costs = CostModel.of(formats, shapes, steps, ms, rest_ms + added_ms, added_bytes)
+    costs = CostModel.of(formats, shapes, steps, ms, rest_ms + added_ms, added_bytes, context.active)
     limits = _limits(context, costs)
     if model is not None and settings.budget_speedup is not None:
-        own = steps * sum(model.layer_ms(SIXTEEN, shape) for shape in shapes) + rest_ms
+        own = float(context.active.sum(axis=0) @ model.table_of([SIXTEEN], shapes)[0]) + rest_ms
         limits = limits.model_copy(update={"ms": own / settings.budget_speedup})
     if model is not None and limits.ms is not None:
         _require_ms(context, costs, limits.ms, model.source)
@@ -120,10 +121,10 @@ def _limits(context: Context, costs: CostModel) -> Limits:
     if settings.reference is None:
         return Limits(bits=settings.budget_bits, bytes=settings.budget_bytes, ms=settings.budget_ms)
     index, allowed = settings.formats.index(settings.reference), allowed_formats(settings, context.layers)
-    rows = uniform(index, settings.steps, len(context.layers))
+    rows = uniform(index, settings.steps, len(context.layers), context.active)
     if allowed is not None:  # layers that may not have it have the cheapest of those that they may have
         first = np.argmax(allowed, axis=0)
-        rows = (tuple(np.where(allowed[index], index, first).tolist()),) * settings.steps
+        rows = rows_of(np.where(allowed[index], index, first)[None], context.active)
     own = costs.costs(rows)
     room = max(ROOM, 1 + costs.least_departure(index, settings.steps))
     return Limits.within(own, room)
@@ -131,10 +132,10 @@ def _limits(context: Context, costs: CostModel) -> Limits:
 
 def _budgets(costs: CostModel, limits: Limits, context: Context) -> Budgets:
     """Limits as sums over steps and layers."""
-    steps, layers, additive = context.settings.steps, len(context.layers), []
+    steps, layers, additive, active = context.settings.steps, len(context.layers), [], context.active
     if limits.bits is not None:
         bits = format_bits(context.formats)[:, None].repeat(layers, axis=1)
-        additive.append(Additive("bits", bits, limits.bits * steps * layers))
+        additive.append(Additive("bits", bits, limits.bits * int(active.sum())))
     if limits.activation_bits is not None:
         additive.append(Additive("activation_bits", costs.activation_bits, limits.activation_bits))
     if limits.ms is not None:
@@ -143,7 +144,7 @@ def _budgets(costs: CostModel, limits: Limits, context: Context) -> Budgets:
     most = math.inf if limits.bytes is None else limits.bytes - costs.rest_bytes
     once = chooses_weights(context.settings)
     storage = replace(costs.storage, limit=most, once=once) if once or math.isfinite(most) else None
-    return Budgets(steps, tuple(additive), storage, allowed_formats(context.settings, context.layers))
+    return Budgets(steps, tuple(additive), storage, allowed_formats(context.settings, context.layers), active)
 
 
 def require_bits(settings: Settings, layers: Sequence[str]) -> None:
@@ -171,7 +172,8 @@ def require_bits(settings: Settings, layers: Sequence[str]) -> None:
 
 def _rest_ms(context: Context, model: TimeModel, shapes: Sequence[LayerShape]) -> float:
     """Milliseconds of what is not quantized, in one step."""
-    quantized = sum(2.0 * s.tokens * s.in_features * s.out_features for s in shapes)
+    called = [shape for shape, runs in zip(shapes, context.active[0], strict=True) if runs]
+    quantized = sum(2.0 * s.tokens * s.in_features * s.out_features for s in called)
     return model.rest_ms(max(context.operations - quantized, 0.0))
 
 
@@ -185,7 +187,7 @@ def _require_ms(context: Context, costs: CostModel, most: float, source: str) ->
     settings = context.settings
     allowed = allowed_formats(settings, context.layers)
     ms = costs.ms if allowed is None else np.where(allowed, costs.ms, np.inf)
-    least = settings.steps * float(ms.min(axis=0).sum()) + costs.rest_ms
+    least = float(context.active.sum(axis=0) @ ms.min(axis=0)) + costs.rest_ms
     if most < least * (1 - 1e-9):
         speedup = settings.budget_speedup
         asked = f"{most:.4g}ms" if speedup is None else f"{speedup:g}x, which is {most:.4g} ms"

@@ -186,6 +186,7 @@ def _manifest(context: Context, index: GraphIndex, policy: Policy, plans: tuple[
         formats=export.used_formats(policy),
         schedule=ScheduleRecord.of(context.schedule),
         guidance=context.settings.guidance,
+        guidance_2=context.settings.guidance_2,
         rescaled_guidance=adapter.rescaled_guidance,
         latent_shape=adapter.latent_shape,
         image=ImageSpec(**asdict(adapter.image)),

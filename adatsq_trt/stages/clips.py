@@ -95,8 +95,10 @@ def _sweep(
 @torch.no_grad()
 def _sharing(context: Context, latents: Tensor) -> list[list[int]]:
     """Indices of the layers that are given the same tensor."""
-    sample = context.calibration.part(slice(0, 1))
-    with captured(context.adapter.quantizable_layers()) as capture:
-        sample.velocity(latents[0, :1].to(context.device), 0)
-    place = {layer: index for index, layer in enumerate(context.layers)}
-    return [[place[name] for name in names] for names in sharing_layers(context.layers, capture.inputs)]
+    sample, schedule = context.calibration.part(slice(0, 1)), context.schedule
+    place, groups = {layer: index for index, layer in enumerate(context.layers)}, list[list[int]]()
+    for step in [schedule.experts.index(expert) for expert in dict.fromkeys(schedule.experts)] or [0]:
+        with captured(context.adapter.quantizable_layers()) as capture:
+            sample.velocity(latents[step, :1].to(context.device), step)
+        groups += [[place[name] for name in names] for names in sharing_layers(capture.inputs, capture.inputs)]
+    return groups

@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.flop_counter import FlopCounterMode
 
 from adatsq_trt.calibration.prompt_shares import Use, apart, shared_prompts
@@ -151,6 +153,11 @@ class Context:
         return tuple(self.adapter.quantizable_layers())
 
     @cached_property
+    def active(self) -> NDArray[np.bool_]:
+        """[steps, layers]: which layers run at which step."""
+        return self.adapter.active(self.schedule)
+
+    @cached_property
     @torch.no_grad()
     def operations(self) -> float:
         """Additions and multiplications of matrix products and attention in one step of one sample."""
@@ -198,12 +205,14 @@ class Context:
         """A batch with given prompts, to score methods on; nothing is chosen by it either."""
         first = self.settings.seed * _SEEDS_PER_RUN + _EVALUATION_SEEDS
         seeds = tuple(range(first, first + len(prompts)))
-        return Samples(self.adapter, self.schedule, self.settings.guidance, tuple(prompts), seeds)
+        settings = self.settings
+        return Samples(self.adapter, self.schedule, settings.guidance, tuple(prompts), seeds, settings.guidance_2)
 
     def _samples(self, count: int, offset: int, use: Use) -> Samples:
-        first, adapter = self.settings.seed * _SEEDS_PER_RUN + offset, self.adapter
-        prompts = shared_prompts(len(adapter.prompts), use)
-        return seeded_samples(adapter, self.schedule, self.settings.guidance, count, first, prompts)
+        settings, adapter = self.settings, self.adapter
+        first, prompts = settings.seed * _SEEDS_PER_RUN + offset, shared_prompts(len(adapter.prompts), use)
+        scales = settings.guidance, settings.guidance_2
+        return seeded_samples(adapter, self.schedule, scales[0], count, first, prompts, scales[1])
 
     def inputs(self, names: Sequence[str]) -> dict[str, Json]:
         """Some of the settings, for a stage's key; the weights are those of a file in the declared type.
@@ -212,6 +221,7 @@ class Context:
         """
         values = self.settings.model_dump(mode="json") | {"base": self.settings.base_type, "prompts": "apart"}
         own = ["base"] if "weights_sha256" in names else []
+        own += ["guidance_2"] if "guidance" in names and self.settings.guidance_2 is not None else []
         own += ["prompts"] if "calibration_samples" in names and apart(len(self.adapter.prompts)) else []
         return {name: values[name] for name in (*names, *own)}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from threading import Lock
 
@@ -15,7 +15,7 @@ from adatsq_trt.calibration.trajectory import Samples, trajectory
 from adatsq_trt.engines.exported import EXPORTED_NAME, SCALES_PREFIX, Exported, array_hash
 from adatsq_trt.engines.manifest import ScheduleRecord, size_name
 from adatsq_trt.execution.device import CPU, to_device
-from adatsq_trt.export import export_graphs, export_plugin_graphs, trace
+from adatsq_trt.export import Template, export_graphs, export_plugin_graphs, trace
 from adatsq_trt.export.plugin_graphs import GRAPHS as PLUGIN_GRAPHS
 from adatsq_trt.files import read_tensors, write_json_model, write_tensors
 from adatsq_trt.formats import PLUGIN_LAYOUT
@@ -99,6 +99,7 @@ def _exported(context: Context, policy: Policy, arrays: Mapping[str, Mapping[str
     return Exported(
         policy=policy,
         guidance=context.calibration.guidance,
+        guidance_2=context.calibration.guidance_2,
         rescaled_guidance=context.adapter.rescaled_guidance,
         schedule=ScheduleRecord.of(context.schedule),
         shapes={size_name(size): ScheduleRecord.of(own.schedule(steps)) for size, own in context.sizes.items()},
@@ -108,24 +109,20 @@ def _exported(context: Context, policy: Policy, arrays: Mapping[str, Mapping[str
 
 
 def _graphs(context: Context, policy: Policy, folder: Path) -> None:
-    samples, base = context.calibration.part(slice(0, CHECK_SAMPLES)), context.settings.base_type
-    time, guidance = context.schedule.model_time(0), samples.guidance
-    inputs = context.adapter.guided_inputs(samples.noise(), time, samples.conditioning, guidance)
-    store = refine.load(context)
+    base, store = context.settings.base_type, refine.load(context)
     names, in_plugin = variants(context), context.settings.layout == PLUGIN_LAYOUT
-    count = PLUGIN_GRAPHS if in_plugin else 1 + (len(policy.assignments) + 1) * len(names)
-    with context.progress("export", 1 + count) as advance:
-        adapter = context.adapter
+    parts = len(set(context.schedule.experts)) or 1
+    count = PLUGIN_GRAPHS if in_plugin else parts + (len(policy.assignments) + parts) * len(names)
+    with context.progress("export", parts + count) as advance:
         assert context.model.rounding.dtype is getattr(torch, base), "the model is rounded when it is loaded"
-        traced = _trace(adapter, inputs, base, any_size=bool(context.sizes))
-        release_memory()  # the exporter's own graph refers to the weights too
-        advance()
-        blocks, graphs = adapter.blocks(), folder / GRAPHS
+        blocks, graphs = context.adapter.blocks(), folder / GRAPHS
+        templates = _templates(context, base, advance)
         if in_plugin:
+            traced = next(templates).model
             export_plugin_graphs(traced, policy, store.weights, graphs, base, blocks, advance, store.transforms)
         else:
             export_graphs(
-                traced,
+                templates,
                 policy,
                 store.weights,
                 graphs,
@@ -137,12 +134,27 @@ def _graphs(context: Context, policy: Policy, folder: Path) -> None:
             )
 
 
-def _trace(adapter: ModelAdapter, inputs: Mapping[str, Tensor], base: BaseName, any_size: bool) -> ir.Model:
+def _templates(context: Context, base: BaseName, advance: Callable[[], None]) -> Iterator[Template]:
+    """Trace the model; of two experts each, at its first step."""
+    samples, schedule = context.calibration.part(slice(0, CHECK_SAMPLES)), context.schedule
+    for expert in dict.fromkeys(schedule.experts or ("",)):
+        step = schedule.experts.index(expert) if expert else 0
+        adapter, time, guidance = samples.adapter_at(step), schedule.model_time(step), samples.guidance_at(step)
+        inputs = adapter.guided_inputs(samples.noise(), time, samples.conditioning, guidance)
+        traced = _trace(adapter, inputs, base, any_size=bool(context.sizes), part=expert)
+        release_memory()  # the exporter's own graph refers to the weights too
+        advance()
+        yield Template(traced, expert)
+
+
+def _trace(
+    adapter: ModelAdapter, inputs: Mapping[str, Tensor], base: BaseName, any_size: bool, part: str = ""
+) -> ir.Model:
     """The model's graph, for the size of the inputs or for any."""
     common = (inputs, OUTPUT_NAME, getattr(torch, base), adapter.float32_inputs)
     with adapter.as_stored(), _TRACING:
         if not any_size:
-            return trace(adapter.trace_module(), *common)
+            return trace(adapter.trace_module(), *common, part=part)
         opened = adapter.any_size()
         return trace(opened.module, *common, opened.positions, opened.axes)
 
@@ -212,12 +224,12 @@ def _largest_error(draws: list[Tensor], expected: Tensor) -> Tensor:
 
 def _one_step(context: Context, samples: Samples, latent: Tensor, step: int, with_layers: bool) -> dict[str, Tensor]:
     """Inputs and output of a step; on demand every layer's output, for the first sample of each guidance branch."""
-    time, guidance = context.schedule.model_time(step), samples.guidance
-    inputs = context.adapter.guided_inputs(latent, time, samples.conditioning, guidance)
+    time, guidance, adapter = context.schedule.model_time(step), samples.guidance_at(step), samples.adapter_at(step)
+    inputs = adapter.guided_inputs(latent, time, samples.conditioning, guidance)
     tensors = {f"input.{name}": value.clone() for name, value in inputs.items()}
     layers = {name: context.adapter.transformer.get_submodule(name) for name in context.layers}
     with captured_outputs(layers if with_layers else {}) as outputs:
-        tensors["output"] = context.adapter.predict(inputs)
+        tensors["output"] = adapter.predict(inputs)
     tensors |= {f"layer.{name}": output[:: len(samples.seeds)].clone() for name, output in outputs.items()}
     return {f"step_{step:03d}.{name}": value for name, value in tensors.items()}
 
@@ -230,7 +242,7 @@ def layer_reference(context: Context, policy: Policy, step: int) -> dict[str, Te
     with context.simulated(refine.load(context)).installed() as model:
         model.assign(policy.formats_at(step), step)
         tensors = _one_step(context, samples, latents, step, with_layers=True)
-    return {name: tensors[f"step_{step:03d}.layer.{name}"] for name in context.layers}
+    return {name: tensors[f"step_{step:03d}.layer.{name}"] for name in policy.formats_at(step)}
 
 
 @torch.no_grad()
@@ -248,4 +260,4 @@ def _prompts(context: Context) -> dict[str, Tensor]:
 
 def used_formats(policy: Policy) -> tuple[str, ...]:
     """Names of the formats that a policy uses, sorted."""
-    return tuple(sorted({name for row in policy.assignments for name in row}))
+    return tuple(sorted(policy.formats))

@@ -15,6 +15,7 @@ from pathlib import Path
 from adatsq_trt.calibration.trajectory import Samples
 from adatsq_trt.errors import BudgetError
 from adatsq_trt.intervals import Floats, paired_difference, paired_ratio
+from adatsq_trt.search.active import indices_of
 from adatsq_trt.search.dominance import no_costlier, undominated
 from adatsq_trt.search.resume import Scorer
 from adatsq_trt.search.select import (
@@ -65,7 +66,7 @@ class Judging:
     account: Account
     folder: Path
     calls: int = 0
-    _asked: set[tuple[int, tuple[tuple[str, ...], ...]]] = field(default_factory=set)
+    _asked: set[tuple[int, tuple[tuple[str | None, ...], ...]]] = field(default_factory=set)
 
     def result(self, proposals: Sequence[Proposal]) -> SearchResult:
         """Screen all, rescore the shortlist, choose; report on the held-out samples."""
@@ -98,10 +99,8 @@ class Judging:
 
     @cached_property
     def _rules(self) -> Rules:
-        index = {fmt.name: i for i, fmt in enumerate(self.context.formats)}
-
         def within(point: Point) -> bool:
-            return self.account.budgets.holds([tuple(index[name] for name in row) for row in point.formats])
+            return self.account.budgets.holds(indices_of(point.formats, self.context.settings.formats))
 
         return Rules(within, self.context.settings.max_assignments)
 

@@ -256,7 +256,8 @@ def _export(manifest: Manifest, shape: LayerShape, policy: Policy, folder: Path)
     module = _OneLayer(shape)
     example = {"hidden_states": torch.zeros(batch, shape.tokens, shape.in_features)}
     traced = trace(module, example, "output", base)
-    weights = {name: {_LAYER: quantize_nearest(module.weight, FORMATS[name])} for (name,) in policy.assignments}
+    names = [row[_LAYER] for row in policy.rows]
+    weights = {name: {_LAYER: quantize_nearest(module.weight, FORMATS[name])} for name in names}
     if manifest.layout == PLUGIN_LAYOUT:
         export_plugin_graphs(traced, policy, weights, folder / GRAPH_FOLDER, manifest.base_type, ())
     else:

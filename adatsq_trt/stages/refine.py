@@ -91,7 +91,7 @@ def run(context: Context) -> Stage:
     if this.done:
         return this
     policy = Policy.load(search.stage(context).folder / search.POLICY)
-    blocks, used = context.adapter.layers_by_block(), sorted({name for row in policy.assignments for name in row})
+    blocks, used = context.adapter.layers_by_block(), sorted(policy.formats)
     with this.run():
         hessians = calibrate.load_hessians(context)
         with context.progress("refine", len(blocks)) as advance, context.on_device():
@@ -139,7 +139,7 @@ def _take(context: Context, this: Stage, store: CandidateWeights, used: Sequence
 
 def _used(policy: Policy, layers: Sequence[str]) -> list[tuple[str, str]]:
     """(format, layer) of a policy that have weights to be solved, sorted."""
-    pairs = {(name, layer) for row in policy.assignments for layer, name in zip(policy.layers, row, strict=True)}
+    pairs = {(name, layer) for row in policy.rows for layer, name in row.items()}
     return sorted((n, layer) for n, layer in pairs if layer in layers and not format_named(n).weight.is_float)
 
 

@@ -33,6 +33,7 @@ from adatsq_trt.policy import GIVEN_POLICY_ADVICE, Policy
 from adatsq_trt.settings import Settings
 from adatsq_trt.stages.budget_options import budget_settings, size_settings
 from adatsq_trt.stages.context import layer_shapes
+from adatsq_trt.stages.experts import require_for_experts
 from adatsq_trt.stages.models import OpenedModel, exclude_layers, open_model, require_model, restrict_formats
 from adatsq_trt.stages.shapes import Shape, at_first, parse_shapes, resolve_shapes, written
 
@@ -230,6 +231,7 @@ def _resolve(
     unguided = opened.settings is not None and config.guidance == 1.0
     if config.guidance is not None and not model.adapter.takes_guidance and not unguided:
         raise UserError(f"--guidance {config.guidance:g}: model '{model.name}' takes no guidance; leave it out")
+    require_for_experts(config, model, shapes=bool(asked))
     shapes: tuple[Shape, ...] = resolve_shapes(asked, model)
     batch = config.batches
     if len({shape[1:] for shape in shapes}) == 1:  # of the model's own size, which --batch is for
@@ -258,6 +260,7 @@ def _resolve(
         targets=tuple(target.name for target in targets),
         steps=model.default_steps if config.steps is None else config.steps,
         guidance=model.default_guidance if config.guidance is None else config.guidance,
+        guidance_2=config.guidance_2,
     )
 
 

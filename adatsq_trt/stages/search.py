@@ -26,6 +26,7 @@ from adatsq_trt.formats import format_named
 from adatsq_trt.models.format_store import CandidateWeights
 from adatsq_trt.models.stored import count_weights
 from adatsq_trt.policy import GIVEN_POLICY_ADVICE, Policy
+from adatsq_trt.search.active import indices_of
 from adatsq_trt.search.beam import Pruning
 from adatsq_trt.search.denoising import ConstrainedProblem, DenoisingProblem, format_bits, row_errors
 from adatsq_trt.search.joint import Shrinkage
@@ -84,7 +85,7 @@ def require_possible(settings: Settings, model: LoadedModel) -> None:
         DamagedFileError: the given policy is not a policy.
     """
     if settings.policy is not None:
-        _given_policy(settings, tuple(model.adapter.quantizable_layers()))
+        _require_active(_given_policy(settings, tuple(model.adapter.quantizable_layers())), model)
         return
     if settings.expansions is not None and settings.beam == 0:
         raise UserError(
@@ -116,20 +117,35 @@ def _given_policy(settings: Settings, layers: Sequence[str]) -> Policy:
             f"--policy has {len(policy.assignments)} assignments, --max-assignments is {limit}; leave out one of them: "
             "a given policy is built as it is"
         )
-    unknown = sorted({name for row in policy.assignments for name in row} - set(settings.formats))
+    unknown = sorted(policy.formats - set(settings.formats))
     if unknown:
         raise MismatchError(
             f"--policy uses {', '.join(unknown)}, the formats of this run are {', '.join(settings.formats)}; "
             "pass --formats with all of the policy's formats"
         )
-    for row in policy.assignments:
-        for layer, name in zip(layers, row, strict=True):
+    for row in policy.rows:
+        for layer, name in row.items():
             if name not in settings.formats_for.get(layer, (name,)):
                 raise MismatchError(
                     f"--policy gives layer '{layer}' the format {name}, --formats-for leaves it "
                     f"{', '.join(settings.formats_for[layer])}; leave out one of them"
                 )
     return policy
+
+
+def _require_active(policy: Policy, model: LoadedModel) -> None:
+    """Refuse a policy with formats for other layers than those that run at a step.
+
+    Raises:
+        MismatchError: names the first.
+    """
+    active = model.adapter.active(model.adapter.schedule(policy.steps))
+    for step, own in enumerate(active):
+        given = policy.formats_at(step)
+        for layer, runs in zip(policy.layers, own, strict=True):
+            if (layer in given) != runs:
+                wanted = "a format: the layer runs then" if runs else "null: the layer does not run then"
+                raise MismatchError(f"--policy, step {step}, layer '{layer}': expected {wanted}; {GIVEN_POLICY_ADVICE}")
 
 
 def run(context: Context) -> Stage:
@@ -220,7 +236,8 @@ def _simulation(context: Context, store: CandidateWeights, executor: Executor) -
         # A processor's cache holds one path; elsewhere a call has as many samples as one of a finished policy.
         most = max(SAMPLES_PER_CALL // settings.calibration_samples, 1)
         together = 1 if context.device.type == CPU else max(min(settings.beam, most), 1)
-        yield Simulation(model, context.formats, context.schedule, settings.guidance, executor, together)
+        scales = settings.guidance, settings.guidance_2
+        yield Simulation(model, context.formats, context.schedule, scales[0], executor, together, scales[1])
 
 
 def _plans(
@@ -250,7 +267,7 @@ def _plans(
         plan = make_plan(sensitivity, bits, mean, count, _shrinkages(context))
         by_layer, by_step = layer_only(sensitivity, bits, mean), time_only(sensitivity, bits, mean)
         make_problem = partial(DenoisingProblem, budget=mean)
-        allowance = MeanBits(bits, budgets.limits()["bits"])
+        allowance = MeanBits(bits, budgets.limits()["bits"], context.active)
     static = [*(Proposal("layer_only", rows) for rows in by_layer), *(Proposal("time_only", rows) for rows in by_step)]
     return plan, make_problem, static, allowance
 
@@ -306,7 +323,8 @@ def _uniforms(context: Context) -> list[Proposal]:
     """One format everywhere: every format, for the report; without a report those that a budget in bits allows."""
     settings, layers = context.settings, len(context.layers)
     most = math.inf if settings.held_out_samples or settings.budget_bits is None else settings.budget_bits
-    rows = [uniform(i, settings.steps, layers) for i, fmt in enumerate(context.formats) if fmt.bits <= most]
+    within = [i for i, fmt in enumerate(context.formats) if fmt.bits <= most]
+    rows = [uniform(i, settings.steps, layers, context.active) for i in within]
     return [Proposal("uniform", row) for row in rows]
 
 
@@ -315,15 +333,15 @@ def _given_proposal(context: Context) -> Proposal:
     policy = _given_policy(context.settings, context.layers)
     if context.settings.weights == "once":
         _mention_changed_weights(policy)
-    index = {fmt.name: i for i, fmt in enumerate(context.formats)}
     rows = [policy.assignments[i] for i in policy.step_assignments]
-    return Proposal("given", tuple(tuple(index[name] for name in row) for row in rows))
+    return Proposal("given", indices_of(rows, context.settings.formats))
 
 
 def _mention_changed_weights(policy: Policy) -> None:
     """Say that a policy that the user brought stores several weight formats of a layer: it is built as it is."""
     columns = zip(*policy.assignments, strict=True)
-    changed = sum(len({format_named(name).weight for name in column}) > 1 for column in columns)
+    named = ([name for name in column if name is not None] for column in columns)
+    changed = sum(len({format_named(name).weight for name in column}) > 1 for column in named)
     if changed:
         LOGGER.warning(
             "--policy changes the weight format of %d of %d layers between steps: it is built as it is, and each of "
@@ -356,8 +374,7 @@ def _keep_trajectory_errors(
     names = {i: point.name for i, point in enumerate(result.points) if point.held_out_error is not None}
     static = {result.layer_only: "layer_only", result.time_only: "time_only", result.chosen: "chosen"}
     names = dict(sorted((names | {i: name for i, name in static.items() if i is not None}).items()))
-    index = {fmt.name: i for i, fmt in enumerate(context.formats)}
-    policies = [[tuple(index[name] for name in row) for row in result.points[i].formats] for i in names]
+    policies = [indices_of(result.points[i].formats, context.settings.formats) for i in names]
     latents = simulation.trajectories(context.calibration, policies)
     errors = {name: row_errors(own, reference) for name, own in zip(names.values(), latents, strict=True)}
     write_tensors(file, errors)

@@ -64,6 +64,7 @@ def uniform_bundle(files: BundleFiles, choice: BackendChoice, rows: int) -> Bund
     manifest = files.manifest
     reasons = {
         "of several sizes": bool(manifest.shapes),
+        "of two transformers": len(files.experts) > 1,
         f"of layout {PLUGIN_LAYOUT}": manifest.layout == PLUGIN_LAYOUT,
         "with 16-bit branches": bool(files.index.branches),
     }

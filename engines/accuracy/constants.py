@@ -50,9 +50,11 @@ def _formats(bundle: BundleFiles, graph: GraphFile) -> Mapping[str, str]:
     """Module path → format, of layers that have one format in a graph."""
     if graph.variant == "reference":
         return {}
-    policy = bundle.policy
-    rows = policy.assignments if graph.assignment is None else [policy.assignments[graph.assignment]]
-    columns = {layer: set(column) for layer, column in zip(policy.layers, zip(*rows, strict=True), strict=True)}
+    rows = bundle.policy.rows if graph.assignment is None else [bundle.policy.rows[graph.assignment]]
+    columns: dict[str, set[str]] = {}
+    for row in rows:
+        for layer, name in row.items():
+            columns.setdefault(layer, set()).add(name)
     return {layer: next(iter(names)) for layer, names in columns.items() if len(names) == 1}
 
 

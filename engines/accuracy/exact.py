@@ -29,7 +29,7 @@ from adatsq_trt.engines.exported import EXPORTED_NAME, Exported, array_hash
 from adatsq_trt.engines.plan_weights import STORE_NAME, store_difference
 from adatsq_trt.errors import UserError
 from adatsq_trt.files import read_json_model
-from adatsq_trt.graph_index import CONSTANTS_NAME, ConstantHashes
+from adatsq_trt.graph_index import CONSTANTS_NAME, ConstantHashes, GraphFile
 
 # Gives the first difference as a sentence; None where there is none.
 _Comparison = Callable[[], str | None]
@@ -77,7 +77,7 @@ def _comparisons(bundle: BundleFiles) -> Iterator[tuple[str, _Comparison]]:
         if graph.plain_path is not None:
             yield graph.plain_path, lambda graph=graph: _plain_difference(bundle, graph.path, graph.plain_path)  # type: ignore[misc]
         elif graph.assignment is None and graph.variant != "reference":
-            yield graph.path, lambda graph=graph: _assignments_difference(bundle, graph.variant)  # type: ignore[misc]
+            yield graph.path, lambda graph=graph: _assignments_difference(bundle, graph)  # type: ignore[misc]
     if manifest.layout == "shared":
         yield f"{PLAN_FOLDER}/{STORE_NAME}", lambda: _store_difference(bundle)
 
@@ -87,8 +87,9 @@ def _differ(what: str, got: object, expected: object) -> str | None:
 
 
 def _guidance_difference(manifest: Manifest, exported: Exported) -> str | None:
-    rescaled = _differ("rescaled_guidance", manifest.rescaled_guidance, exported.rescaled_guidance)
-    return _differ("guidance", manifest.guidance, exported.guidance) or rescaled
+    names = ("guidance", "guidance_2", "rescaled_guidance")
+    found = (_differ(name, getattr(manifest, name), getattr(exported, name)) for name in names)
+    return next((difference for difference in found if difference is not None), None)
 
 
 def _policy_difference(bundle: BundleFiles, exported: Exported) -> str | None:
@@ -99,8 +100,9 @@ def _policy_difference(bundle: BundleFiles, exported: Exported) -> str | None:
         for step in range(got.steps):
             own, other = got.formats_at(step), expected.formats_at(step)
             for layer in got.layers:
-                if own[layer] != other[layer]:
-                    return _differ(f"step {step}, layer '{layer}'", own[layer].name, other[layer].name)
+                if own.get(layer) != other.get(layer):
+                    names = (None if fmt is None else fmt.name for fmt in (own.get(layer), other.get(layer)))
+                    return _differ(f"step {step}, layer '{layer}'", *names)
     return "the policy is for another model, other layers or another order of assignments than the exporter had"
 
 
@@ -112,7 +114,8 @@ def _schedule_difference(got: ScheduleRecord, expected: ScheduleRecord) -> str |
         for step, pair in enumerate(zip(own, other, strict=True)):
             if pair[0] != pair[1]:
                 return _differ(f"{name}, step {step}", *pair)
-    return _differ("configuration of the scheduler", got.scheduler_config, expected.scheduler_config)
+    experts = _differ("experts", got.experts, expected.experts)
+    return experts or _differ("configuration of the scheduler", got.scheduler_config, expected.scheduler_config)
 
 
 def _sizes_difference(bundle: BundleFiles, exported: Exported) -> str | None:
@@ -157,20 +160,23 @@ def _plain_difference(bundle: BundleFiles, path: str, plain: str) -> str | None:
     return None if module is None else f"'{plain}' computes '{module}' otherwise than '{path}'"
 
 
-def _assignments_difference(bundle: BundleFiles, variant: str) -> str | None:
+def _assignments_difference(bundle: BundleFiles, graph: GraphFile) -> str | None:
     """Of the graph of all assignments and the graphs of each, which are compared with PyTorch."""
     if bundle.manifest.layout == "plugin":
         return None
-    together = load_graph(bundle.graph_path(bundle.graph(variant, None)))
-    for assignment in range(len(bundle.policy.assignments)):
-        own = bundle.graph(variant, assignment)
-        module = first_difference(together, load_graph(bundle.graph_path(own)), assignment)
+    together = load_graph(bundle.graph_path(graph))
+    for own in bundle.index.graphs:
+        if own.assignment is None or (own.variant, own.expert) != (graph.variant, graph.expert):
+            continue
+        place = own.assignment - graph.first_assignment
+        module = first_difference(together, load_graph(bundle.graph_path(own)), place)
         if module is not None:
-            return f"assignment {assignment}: '{module}' is computed otherwise than in '{own.path}'"
+            return f"assignment {own.assignment}: '{module}' is computed otherwise than in '{own.path}'"
     return None
 
 
 def _store_difference(bundle: BundleFiles) -> str | None:
-    names = bundle.graph_path(bundle.graph("target", None))
+    graphs = [g for g in bundle.index.graphs if (g.variant, g.assignment) == ("target", None)]
+    names = [bundle.graph_path(graph) for graph in graphs]
     store, weights = bundle.folder / PLAN_FOLDER / STORE_NAME, bundle.folder / GRAPH_FOLDER / bundle.index.weights
     return store_difference(store, weights, names)

@@ -65,7 +65,7 @@ def check_loop(bundle: BundleFiles, folder: Path, fail_above: float | None, plan
 
 def _tolerances(reference: Reference, of_plans: bool) -> list[Tolerance]:
     bundle, policy = reference.bundle, reference.bundle.policy
-    formats = {name for row in policy.assignments for name in row}
+    formats = policy.formats
     cpu = loop_tolerances(formats, reference.loop_spread())
     if not of_plans:
         return cpu
@@ -73,15 +73,16 @@ def _tolerances(reference: Reference, of_plans: bool) -> list[Tolerance]:
     latents = reference.loop("quantized").astype(np.float64)
     sizes = [float(np.linalg.norm(latent)) for latent in latents[1:]]
     moves = [float(np.linalg.norm(move)) for move in np.diff(latents, axis=0)]
-    guidance = bundle.manifest.guidance if bundle.two_branches else 1.0
+    scales = bundle.manifest.guidance, bundle.manifest.guidance_2 or 0.0
+    guidance = max(scales, key=abs) if bundle.two_branches else 1.0
     rescaled = bundle.two_branches and bundle.manifest.rescaled_guidance
     return plan_loop_tolerances(outputs, moves, sizes, guidance, cpu, rescaled)
 
 
 def plan_output_tolerance(bundle: BundleFiles, step: int) -> Tolerance:
     """Limits of what a step's plan puts out."""
-    formats = bundle.policy.assignments[bundle.policy.step_assignments[step]]
-    return plan_tolerance(formats, bundle.index.base_type, len(bundle.index.blocks))
+    formats = list(bundle.policy.rows[bundle.policy.step_assignments[step]].values())
+    return plan_tolerance(formats, bundle.index.base_type, len(bundle.index.blocks_of(bundle.expert(step))))
 
 
 def _name(step: int) -> str:

@@ -70,7 +70,8 @@ class Reference:
 
     def layers(self, step: int) -> dict[str, np.ndarray]:
         """Module path → output of the layer, for the first sample of each guidance branch; first steps of buckets."""
-        return {layer: self._array(f"step_{step:03d}.layer.{layer}", axes=2) for layer in self.bundle.policy.layers}
+        layers = self.bundle.policy.formats_at(step)
+        return {layer: self._array(f"step_{step:03d}.layer.{layer}", axes=2) for layer in layers}
 
     def loop(self, name: str) -> np.ndarray:
         """Of the loop: "quantized" and "full_precision" latents [steps + 1, samples, ...], "prompts", "seeds"."""

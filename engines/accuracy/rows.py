@@ -61,8 +61,10 @@ class Subject:
 
 def work_units(bundle: BundleFiles) -> int:
     """How often `check` reports progress."""
-    policy, blocks = bundle.policy, len(bundle.index.blocks)
-    return 2 * policy.steps + len(policy.buckets) + len(_targets(bundle)) * (1 + blocks) + 2
+    policy = bundle.policy
+    experts = [bundle.expert(policy.step_assignments.index(assignment)) for assignment in _targets(bundle)]
+    pieces = sum(1 + len(bundle.index.blocks_of(expert)) for expert in experts)
+    return 2 * policy.steps + len(policy.buckets) + pieces + 2
 
 
 def check(
@@ -151,7 +153,8 @@ def _units(bundle: BundleFiles, folder: Path, plans: Bundle | None) -> Iterator[
     reference = Reference(bundle)
     for assignment in range(len(bundle.policy.assignments)):
         yield from _check_steps(bundle, reference, assignment, folder, plans)
-    yield from _run_outputs(bundle, "reference", range(bundle.policy.steps), folder)
+    for expert in bundle.experts:
+        yield from _run_outputs(bundle, "reference", bundle.steps_of(expert), folder)
     for assignment in _targets(bundle):
         yield from _check_target(bundle, reference, assignment, folder, plans)
 
@@ -192,7 +195,7 @@ def _run_layers(bundle: BundleFiles, steps: Mapping[int, Arrays], folder: Path) 
     path, output = bundle.graph_path(graph), graph.outputs[0].name
     separated = folder / f"assignment_{bundle.policy.step_assignments[first]:03d}.layers.onnx"
     feeds = [_layer_feed(reference, step, layers) for step, layers in steps.items()]
-    names = {f"{layer}{OUTPUT_SUFFIX}": layer for layer in bundle.policy.layers}
+    names = {f"{layer}{OUTPUT_SUFFIX}": layer for layer in bundle.policy.formats_at(first)}
     failure, results = None, [dict[str, np.ndarray]() for _ in feeds]
     try:
         names = _in_order(path, names)
@@ -235,7 +238,7 @@ def _run_outputs(
     The step's plan is compared with the output of its cpu graph, where plans run here.
     """
     reference, whole = Reference(bundle), variant == "reference"
-    graph = bundle.graph(variant, None) if whole else bundle.cpu_graph(steps[0])
+    graph = bundle.graph(variant, None, bundle.expert(steps[0])) if whole else bundle.cpu_graph(steps[0])
     path, output = bundle.graph_path(graph), graph.outputs[0].name
     feeds = [reference.feed(step, graph=graph) for step in steps]
     failure, results = None, [dict[str, np.ndarray]() for _ in feeds]
@@ -276,7 +279,7 @@ def _check_plan(plans: Bundle, step: int, feed: Arrays, cpu: Arrays, folder: Pat
 
 def _output_tolerance(reference: Reference, step: int) -> Tolerance:
     policy = reference.bundle.policy
-    return output_tolerance(policy.assignments[policy.step_assignments[step]], reference.output_spread(step))
+    return output_tolerance(list(policy.rows[policy.step_assignments[step]].values()), reference.output_spread(step))
 
 
 def _subject(bundle: BundleFiles, step: int, variant: Variant = "cpu", separated: bool = False) -> Subject:
@@ -313,7 +316,7 @@ def _check_target(
         outside = []
     yield [row for name in outside for row in _check_piece(pair, step, name, folder)]
     marked = None if plans is None else run_marked(pair, step, plans.choice)
-    for block in bundle.index.blocks:
+    for block in bundle.index.blocks_of(bundle.expert(step)):
         rows = _check_piece(pair, step, block, folder)
         yield rows if marked is None else [*rows, *_check_plan_block(pair, step, block, folder, marked)]
 
@@ -363,7 +366,7 @@ def _target_tolerance(bundle: BundleFiles, assignment: int, piece: str, layers: 
     base_type = bundle.index.base_type
     if not layers and piece not in bundle.index.blocks:
         return unquantized_tolerance(base_type)
-    return block_tolerance(bundle.policy.assignments[assignment], base_type, layers)
+    return block_tolerance(list(bundle.policy.rows[assignment].values()), base_type, layers)
 
 
 def _with_written_format(row: CheckRow, written: Mapping[str, Sequence[str]]) -> CheckRow:
@@ -453,9 +456,7 @@ class _Comparison:
             "target": (REFERENCE_NAME, f"the cpu graph in {CPU_NAME}"),
             "plan": (self.backend, f"the cpu graph in {CPU_NAME}"),
         }.get(subject.variant, (CPU_NAME, self._pytorch))
-        formats: Mapping[str, str] = dict(
-            zip(self.bundle.policy.layers, self.bundle.policy.assignments[subject.assignment], strict=True)
-        )
+        formats: Mapping[str, str] = self.bundle.policy.rows[subject.assignment]
         layer = output.removesuffix(OUTPUT_SUFFIX).removesuffix(BRANCH_SUFFIX)
         tolerance = self.tolerances[output]
         return CheckRow(

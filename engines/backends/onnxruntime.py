@@ -15,7 +15,7 @@ from adatsq_trt.engines.backends.base import Backend, Runner, StepRunner
 from adatsq_trt.engines.backends.cuda_device import gpu_capability
 from adatsq_trt.engines.backends.int8 import PRECISE_PRODUCTS, precise_products_needed
 from adatsq_trt.engines.bundle import BundleFiles
-from adatsq_trt.engines.generation import Arrays, as_array
+from adatsq_trt.engines.generation import Array, Arrays, as_array
 from adatsq_trt.errors import AdatsqError, DamagedFileError, DependencyError
 from adatsq_trt.graph_index import GraphFile
 
@@ -116,7 +116,7 @@ def _return_freed_memory() -> None:
 
 
 class OnnxRuntimeSteps(StepRunner):
-    """One session for all steps of a bundle.
+    """One session for all steps of a bundle, or of one of its experts.
 
     In the graph of all assignments every weight has one place and one reader, so the session holds it once, packed for
     the processor as in a session of its own (docs/decisions/0009).
@@ -145,6 +145,24 @@ class OnnxRuntimeSteps(StepRunner):
 
     def _free(self) -> None:
         self._runner.close()
+
+
+class ExpertSteps(StepRunner):
+    """A session for each transformer of a bundle of two."""
+
+    def __init__(self, files: BundleFiles, experts: Mapping[str, StepRunner]) -> None:
+        """Take a runner for each of `files.experts`."""
+        super().__init__(files)
+        self._experts = experts
+
+    def run(self, step: int, inputs: Arrays, size: tuple[int, ...] | None = None) -> Array:
+        """Run the session of the step's transformer."""
+        self.require_open()
+        return self._experts[self._files.expert(step)].run(step, inputs, size)
+
+    def _free(self) -> None:
+        for runner in self._experts.values():
+            runner.close()
 
 
 class OnnxRuntimeBackend(Backend):

@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 from adatsq_trt.engines.backends import rtx_steps, tensorrt_steps
 from adatsq_trt.engines.backends.base import StepRunner
 from adatsq_trt.engines.backends.cuda_device import gpu_is_here
-from adatsq_trt.engines.backends.onnxruntime import OnnxRuntimeSteps, require_cuda
+from adatsq_trt.engines.backends.onnxruntime import ExpertSteps, OnnxRuntimeSteps, require_cuda
 from adatsq_trt.engines.backends.onnxruntime_gpu import OnnxRuntimeGpuSteps
 from adatsq_trt.engines.bundle import BundleFiles, Manifest, PlanFile
 from adatsq_trt.errors import AdatsqError, UserError
@@ -120,9 +120,18 @@ def make_runner(files: BundleFiles, choice: BackendChoice, quantized: bool = Tru
         return rtx_steps.RtxSteps(files)
     if quantized and choice.name == "tensorrt":
         return tensorrt_steps.TensorRTSteps(files)
-    graph = files.graph("cpu" if quantized else "reference", None)
+    variant = "cpu" if quantized else "reference"
     on_gpu = choice.name == "cuda" or (bool(choice.plans) and _onnxruntime_has_cuda())
-    return OnnxRuntimeGpuSteps(files, graph) if on_gpu else OnnxRuntimeSteps(files, graph)
+    if len(files.experts) == 1:
+        graph = files.graph(variant, None)
+        return OnnxRuntimeGpuSteps(files, graph) if on_gpu else OnnxRuntimeSteps(files, graph)
+    if on_gpu:
+        raise UserError(
+            "the graphs of a bundle of two transformers run on the processor; build it for this GPU, whose plans run "
+            "there, or pass --backend onnxruntime"
+        )
+    graphs = {expert: files.graph(variant, None, expert) for expert in files.experts}
+    return ExpertSteps(files, {expert: OnnxRuntimeSteps(files, graph) for expert, graph in graphs.items()})
 
 
 def _onnxruntime_has_cuda() -> bool:

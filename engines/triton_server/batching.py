@@ -109,7 +109,8 @@ class StepBatcher:
             inputs = {name: _joined([part[name] for part in parts]) for name in parts[0]}
             prediction = self._bundle.predict(first.step, inputs, first.quantized)
             for own, generation in zip(placed, chosen, strict=True):
-                generation.loop.advance(own.guided(prediction[start : start + own.request.rows]))
+                rows = prediction[start : start + own.request.rows]
+                generation.loop.advance(own.guided(rows, generation.step))
                 start += own.request.rows
 
     def _place(self, generation: Generation) -> DenoisingLoop:

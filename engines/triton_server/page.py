@@ -64,7 +64,7 @@ class Page:
 def page_text(bundle: BundleFiles, name: str) -> str:
     """The page of a bundle, which knows its prompts, its buckets and their formats."""
     manifest, policy = bundle.manifest, bundle.policy
-    assignments = [Counter(row).most_common() for row in policy.assignments]
+    assignments = [Counter(row.values()).most_common() for row in policy.rows]
     formats = [", ".join(f"{count} × {name}" for name, count in row) for row in assignments]
     data = {
         "steps": policy.steps,

@@ -117,6 +117,7 @@ def write_repository(deployments: Sequence[Deployment], output: Path, link: bool
     """
     require_names([name for deployment in deployments for name in deployment.models])
     for deployment in deployments:
+        _require_one_transformer(deployment.files)
         deployment.require_plans()
         if deployment.pipeline is not None:
             require_pipeline(deployment.pipeline, deployment.files)
@@ -125,6 +126,19 @@ def write_repository(deployments: Sequence[Deployment], output: Path, link: bool
         for deployment in deployments:
             _write_models(deployment, scratch, link)
         _write_documents(deployments, requirements, scratch)
+
+
+def _require_one_transformer(files: BundleFiles) -> None:
+    """Refuse a bundle of two transformers: requests know one scale of guidance.
+
+    Raises:
+        UserError: names the bundle.
+    """
+    if len(files.experts) > 1:
+        raise UserError(
+            f"'{files.folder}' holds two transformers, and the server serves bundles of one; draw with 'adatsq-trt "
+            "generate', Bundle.denoise or AdatsqTransformer.experts_from_bundle"
+        )
 
 
 def curl_line(name: str, address: str = "localhost:8000", text: bool = False) -> str:

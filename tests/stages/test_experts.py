@@ -1,0 +1,202 @@
+"""Wan 2.2 from the pipeline to a bundle and back: two transformers, one policy, one bundle."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from diffusers import WanPipeline
+
+import adatsq_trt
+from adatsq_trt.engines.accuracy import check
+from adatsq_trt.engines.bundle import BundleFiles, write_manifest
+from adatsq_trt.engines.inspection import inspect_bundle
+from adatsq_trt.engines.runtime import Bundle
+from adatsq_trt.engines.transformer import AdatsqTransformer
+from adatsq_trt.engines.triton_server.repository import Deployment, write_repository
+from adatsq_trt.errors import DamagedFileError, MismatchError, UserError
+from adatsq_trt.report.page import write_report
+from adatsq_trt.stages.report import gather
+from adatsq_trt.stages.run_directory import RunDirectory
+from adatsq_trt.step_policy import export_policy
+from tests.tiny_checkpoints import HEIGHT, WIDTH
+from tests.tiny_wan_experts import BOUNDARY_RATIO, make_wan_experts_pipeline
+
+STEPS, FRAMES, PROMPTS = 5, 5, ("a red", "three green and seven")
+GUIDANCE = {"guidance": 4.0, "guidance_2": 2.5}
+OPTIONS: dict[str, Any] = {
+    **{"target": "cpu", "steps": STEPS, "prompts": PROMPTS, "height": HEIGHT, "width": WIDTH, "frames": FRAMES},
+    **{"calibration_samples": 2, "selection_samples": 2, "held_out_samples": 2},
+}
+
+
+def make_pipeline() -> WanPipeline:
+    pipe = make_wan_experts_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.text_encoder.eval()
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Bundle]]:
+    """Built once, from the folder of a saved pipeline."""
+    folder = tmp_path_factory.mktemp("experts")
+    make_pipeline().save_pretrained(folder / "pipeline")
+    with adatsq_trt.build(folder / "pipeline", output=folder / "run", **OPTIONS, **GUIDANCE) as bundle:
+        yield folder, bundle
+
+
+def draw(pipe: WanPipeline, noise: np.ndarray, **options: Any) -> np.ndarray:
+    """The latents that the pipeline ends with; guidance differs between the experts unless told."""
+    asked = {"guidance_scale": 4.0, "guidance_scale_2": 2.5, "num_inference_steps": STEPS, **options}
+    size = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES}
+    latents = torch.from_numpy(noise)
+    result = pipe([PROMPTS[1], PROMPTS[0]], latents=latents, output_type="latent", return_dict=False, **size, **asked)
+    return np.asarray(result[0].numpy())
+
+
+def distance(ours: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.linalg.norm(ours - wanted) / np.linalg.norm(wanted))
+
+
+def test_a_bundle_of_two_experts_draws_what_the_pipeline_draws(built: tuple[Path, Bundle]) -> None:
+    """In full precision with both experts, guided with a scale each, by the scheduler that Wan comes with."""
+    _, bundle = built
+    pipe, noise = make_pipeline(), bundle.noise([4, 5])
+    conditioning, wanted = bundle.conditioning([1, 0]), draw(pipe, bundle.noise([4, 5]))
+    assert distance(bundle.denoise(noise, conditioning, quantized=False), wanted) < 1e-4
+    # With the experts exchanged, one scale for both, or another boundary it would not be that.
+    exchanged = make_pipeline()
+    exchanged.transformer, exchanged.transformer_2 = exchanged.transformer_2, exchanged.transformer
+    elsewhere = make_wan_experts_pipeline(boundary_ratio=0.95)
+    elsewhere.set_progress_bar_config(disable=True)
+    elsewhere.text_encoder.eval()
+    others = draw(exchanged, noise), draw(pipe, noise, guidance_scale_2=None), draw(elsewhere, noise)
+    assert min(distance(other, wanted) for other in others) > 1e-3
+    # As in the pipeline, the second scale is that of the first where only this is given.
+    single = bundle.denoise(noise, conditioning, guidance=4.0, quantized=False)
+    assert distance(single, others[1]) < 1e-4
+    assert distance(bundle.denoise(noise, conditioning), wanted) < 1e-2
+
+
+def test_both_stand_ins_draw_in_the_unmodified_pipeline(built: tuple[Path, Bundle]) -> None:
+    _, bundle = built
+    pipe, noise = make_pipeline(), bundle.noise([4, 5])
+    pipe.transformer, pipe.transformer_2 = AdatsqTransformer.experts_from_bundle(bundle, pipe.scheduler)
+    quantized = bundle.denoise(noise, bundle.conditioning([1, 0]))
+    assert distance(draw(pipe, noise), quantized) < 1e-4
+    assert bundle.transformers()[1].expert == "transformer_2"
+    for alone in (bundle.transformer, lambda: AdatsqTransformer.from_bundle(bundle)):
+        with pytest.raises(MismatchError, match=r"holds two transformers: pipe\.transformer, pipe\.transformer_2 ="):
+            alone()
+    pipe.register_to_config(boundary_ratio=0.95)
+    with pytest.raises(MismatchError, match="step 1: the pipeline calls its transformer_2, the bundle computes"):
+        draw(pipe, noise)
+    pipe.register_to_config(boundary_ratio=BOUNDARY_RATIO)
+    pipe.transformer, pipe.transformer_2 = pipe.transformer_2, pipe.transformer
+    with pytest.raises(MismatchError, match="step 0: the pipeline calls its transformer_2"):
+        draw(pipe, noise)
+
+
+def test_an_assignment_names_the_layers_of_its_expert(built: tuple[Path, Bundle]) -> None:
+    _, bundle = built
+    schedule, policy = bundle.schedule, bundle.policy
+    assert schedule.experts == ("transformer",) * 2 + ("transformer_2",) * 3
+    for step, expert in enumerate(schedule.experts):
+        layers = policy.formats_at(step)
+        assert len(layers) == len(policy.layers) // 2
+        assert all(layer.startswith(f"{expert}.") for layer in layers)
+    assert len(policy.assignments) <= 4  # plans, which the default limits
+    with pytest.raises(MismatchError, match="the policy is of two transformers"):
+        export_policy(policy)
+
+
+def test_a_bundle_of_two_experts_passes_its_check_and_is_shown(built: tuple[Path, Bundle], tmp_path: Path) -> None:
+    folder, bundle = built
+    report = check(bundle.files, tmp_path)
+    assert report.passed, report
+    assert {row.step for row in report.rows if row.variant == "reference"} == set(range(STEPS))
+    shown = inspect_bundle(bundle.files)
+    assert set(shown.bits) == {"transformer.blocks.0", "transformer_2.blocks.0"}
+    write_report(gather(RunDirectory.existing(folder / "run")), tmp_path / "report.html", tmp_path / "figures")
+    assert "transformer_2.blocks.0.attn1.to_q" in (tmp_path / "report.html").read_text()
+
+
+def test_experts_that_were_exchanged_in_the_bundle_are_caught(built: tuple[Path, Bundle], tmp_path: Path) -> None:
+    """Every constant of one expert's graphs is the other's, under its own name."""
+    copytree(built[0] / "run" / "bundle", tmp_path / "bundle")
+    files = BundleFiles.open(tmp_path / "bundle")
+    graphs = [graph for graph in files.index.graphs if graph.variant == "reference"]
+    models = {g.expert: onnx.load(files.graph_path(g), load_external_data=False) for g in graphs}
+    for one, other in zip(*(model.graph.initializer for model in models.values()), strict=True):
+        assert one.name.removeprefix("transformer.") == other.name.removeprefix("transformer_2.")
+        kept = onnx.TensorProto.FromString(one.SerializeToString())
+        one.CopyFrom(other)
+        other.CopyFrom(kept)
+        one.name, other.name = other.name, one.name
+    for graph in graphs:
+        files.graph_path(graph).write_bytes(models[graph.expert].SerializeToString())
+    write_manifest(files.folder, files.manifest)
+    report = check(BundleFiles.open(tmp_path / "bundle"), tmp_path / "check")
+    assert not report.passed
+    wrong = [row.step for row in report.rows if row.variant == "reference" and not row.passed]
+    assert wrong == list(range(STEPS))
+    assert [row.subject for row in report.exact if not row.passed] == ["constants of the reference graphs"]
+
+
+def test_a_manifest_whose_steps_are_of_the_other_expert_is_refused(built: tuple[Path, Bundle], tmp_path: Path) -> None:
+    copytree(built[0] / "run" / "bundle", tmp_path / "bundle")
+    manifest = BundleFiles.open(tmp_path / "bundle").manifest
+    experts = ("transformer",) * 3 + ("transformer_2",) * 2
+    schedule = manifest.schedule.model_copy(update={"experts": experts})
+    write_manifest(tmp_path / "bundle", manifest.model_copy(update={"schedule": schedule}))
+    with pytest.raises(DamagedFileError, match="step 2 is of 'transformer', and its assignment of another transformer"):
+        BundleFiles.open(tmp_path / "bundle")
+
+
+def test_a_policy_with_formats_for_layers_that_do_not_run_is_refused(
+    built: tuple[Path, Bundle], tmp_path: Path
+) -> None:
+    """Before anything does."""
+    folder, bundle = built
+    policy = bundle.policy
+    full = tuple(tuple(name or "w8a32" for name in row) for row in policy.assignments)
+    wrong = policy.model_copy(update={"assignments": full})
+    with pytest.raises(MismatchError, match=r"--policy, step 0, layer 'transformer_2\..*': expected null"):
+        adatsq_trt.search_policy(folder / "pipeline", output=tmp_path / "run", **OPTIONS, **GUIDANCE, policy=wrong)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"transform": "smooth"}, "--transform smooth: not with a pipeline of two transformers"),
+        ({"refine": True}, "--refine: not with"),
+        ({"beam": 2}, "--beam 2: not with"),
+        ({"hessian": "paper"}, "--hessian paper: not with"),
+        ({"max_assignments": 1}, "--max-assignments 1: not with"),
+        ({"target": "sm120", "layout": "switch"}, "--layout switch: not with"),
+        ({"shapes": "1x5x64x48,1x5x48x64", "height": None, "width": None, "frames": None}, "--shapes: not with"),
+        ({"guidance": 1.0}, "--guidance-2 2.5: --guidance 1 is no guidance"),
+        ({"lora": "some.safetensors"}, "some.safetensors"),
+    ],
+)
+def test_what_is_not_done_for_two_experts_is_refused(
+    built: tuple[Path, Bundle], tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    asked = {**OPTIONS, **GUIDANCE, **options}
+    with pytest.raises(UserError, match=message):
+        adatsq_trt.build(built[0] / "pipeline", output=tmp_path / "run", **asked)
+
+
+def test_a_second_scale_of_guidance_needs_a_second_transformer() -> None:
+    with pytest.raises(UserError, match="--guidance-2 2: model 'digits-flux' has one transformer"):
+        adatsq_trt.build("digits-flux", target="cpu", guidance_2=2.0)
+
+
+def test_a_bundle_of_two_experts_is_not_served(built: tuple[Path, Bundle], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds two transformers, and the server serves bundles of one"):
+        write_repository([Deployment("wan", built[1].files)], tmp_path / "models")
