@@ -2,12 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
+    FluxFillPipeline,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     UniPCMultistepScheduler,
@@ -50,11 +53,12 @@ def make_vae() -> AutoencoderKL:
     )
 
 
-def make_flux_transformer(guidance_embeds: bool = True) -> FluxTransformer2DModel:
-    """One block of either kind."""
+def make_flux_transformer(guidance_embeds: bool = True, image_channels: int = 0) -> FluxTransformer2DModel:
+    """One block of either kind; an image may have further channels of a token."""
     return FluxTransformer2DModel(
         patch_size=1,
-        in_channels=4 * LATENT_CHANNELS,
+        in_channels=4 * LATENT_CHANNELS + image_channels,
+        out_channels=4 * LATENT_CHANNELS if image_channels else None,
         num_layers=1,
         num_single_layers=1,
         attention_head_dim=32,
@@ -90,6 +94,23 @@ def make_flux_pipeline(guidance_embeds: bool = True) -> FluxPipeline:
             t5_tokenizer,
             make_flux_transformer(guidance_embeds),
         )
+
+
+def make_kontext_pipeline() -> FluxKontextPipeline:
+    """Flux Kontext in small."""
+    return FluxKontextPipeline(**_flux_parts())
+
+
+def make_fill_pipeline() -> FluxFillPipeline:
+    """Flux Fill in small: a token has 64 channels of noise, 64 of an image and 256 of a mask."""
+    parts = _flux_parts()
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return FluxFillPipeline(**{**parts, "transformer": make_flux_transformer(image_channels=320)})
+
+
+def _flux_parts() -> dict[str, Any]:
+    return {name: part for name, part in make_flux_pipeline().components.items() if part is not None}
 
 
 def make_z_image_pipeline(heads: int = 2) -> ZImagePipeline:

@@ -48,10 +48,10 @@ class OpenedObject(OpenedPipeline):
     pipe: Any = field(default=None, kw_only=True)
     sketch: TemporaryDirectory[str] = field(kw_only=True)
 
-    def encode(self, on_prompt: Callable[[], None]) -> dict[str, Tensor]:
-        """Encode the prompts with the pipeline's text encoders, or with those of the base."""
+    def _encode_texts(self, on_prompt: Callable[[], None]) -> dict[str, Tensor]:
+        """With the pipeline's text encoders, or with those of the base."""
         if self.pipe is None or self.settings.encodings is not None:
-            return super().encode(on_prompt)
+            return super()._encode_texts(on_prompt)
         encoders = [getattr(self.pipe, name) for name in self.source.family.encoders]
         with _ENCODING, _evaluating([part for part in encoders if isinstance(part, nn.Module)]):
             return encode_with(self.pipe, self.source, self.settings.prompts, on_prompt, self.settings.negative_prompt)

@@ -22,7 +22,11 @@ POSITIONS = "rotations"
 
 
 class FluxAdapter(PromptedAdapter):
-    """A Flux with a closed set of prompts, whose latents are tokens, as Flux packs them."""
+    """A Flux with a closed set of prompts, whose latents are tokens, as Flux packs them.
+
+    Attributes:
+        joined_axis: of [B, tokens, channels], along which an image's latents follow the picture's; None without image.
+    """
 
     model_class = FluxTransformer2DModel
     text_width, pooled_width = "joint_attention_dim", "pooled_projection_dim"
@@ -32,11 +36,12 @@ class FluxAdapter(PromptedAdapter):
         r"|single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp|proj_out))"
     )
     block_lists = ("transformer_blocks", "single_transformer_blocks")
+    joined_axis: ClassVar[int | None] = None
 
     def find_latent_shape(self) -> tuple[int, ...]:
-        """(tokens, channels)."""
-        rows, columns = self.image.grid
-        return (rows * columns, self.transformer.config.in_channels)
+        """(tokens, channels of the noise)."""
+        (rows, columns), config = self.image.grid, self.transformer.config
+        return (rows * columns, config.out_channels or config.in_channels)
 
     def make_trace(self) -> nn.Module:
         """The transformer with its position ids as constants."""
@@ -81,10 +86,12 @@ class FluxAdapter(PromptedAdapter):
     def pipeline_call(self) -> TransformerCall:
         """Positions tell the size: several sizes may have the same number of tokens."""
         config = self.transformer.config
-        inputs = ["hidden_states", "encoder_hidden_states", "pooled_projections"]
+        inputs, joined = ["hidden_states", "encoder_hidden_states", "pooled_projections"], self.joined_axis
         return TransformerCall(
             arguments=forward_arguments(FluxTransformer2DModel),
-            inputs={name: name for name in (*inputs, *(["guidance"] if config.guidance_embeds else []))},
+            inputs={name: name for name in (*inputs, *(["guidance"] if config.guidance_embeds else []))}
+            | dict.fromkeys(self.image_inputs, "hidden_states"),
+            joined={} if joined is None else {"hidden_states": joined},
             time="timestep",
             positions="img_ids",
             zeros=("txt_ids",),

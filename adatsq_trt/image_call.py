@@ -1,0 +1,28 @@
+"""What a pipeline's transformer is given of an image beside the prompt, as data.
+
+The family of a pipeline says it and a bundle's manifest carries it: which inputs of the graph an image decides.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from adatsq_trt.fields import Name
+
+
+class ImageCall(BaseModel):
+    """The image of a generation: an input, like the prompt, that stays the same over all steps.
+
+    Attributes:
+        pipeline: diffusers' class of the pipeline, which makes tensors of the image.
+        inputs: graph inputs that these tensors are, the same in both branches of guidance.
+        masked: whether a mask goes with the image.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    pipeline: Name
+    inputs: Annotated[tuple[Name, ...], Field(min_length=1)]
+    masked: bool = False
