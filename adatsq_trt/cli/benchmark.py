@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from adatsq_trt.cli.backends import BackendOption
+from adatsq_trt.cli.backends import BackendName, BackendOption
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from diffusers import FluxTransformer2DModel
+from diffusers.models.embeddings import Timesteps
 from pydantic import JsonValue
 from torch import Tensor, nn
 
@@ -109,6 +111,9 @@ class FluxTrace(nn.Module):
         """Wrap a transformer for images of `grid` (rows, columns) tokens and prompts of `text_tokens`."""
         super().__init__()
         self.transformer = transformer
+        embedding = transformer.time_text_embed
+        if isinstance(embedding.time_proj, Timesteps):
+            embedding.time_proj = _TabledTimesteps(embedding.time_proj)
         self.register_buffer("image_ids", position_ids(grid), persistent=False)
         self.register_buffer("text_ids", torch.zeros(text_tokens, 3), persistent=False)
 
@@ -143,6 +148,28 @@ class FluxTrace(nn.Module):
             txt_ids=self.text_ids,
             return_dict=False,
         )[0]
+
+
+class _TabledTimesteps(nn.Module):
+    """diffusers' sines and cosines of a time or a scale of guidance, with a table of frequencies.
+
+    In the place of the table the exporter would put NumPy's exponentials, some of which are rounded otherwise than
+    PyTorch's. A scale of guidance is multiplied by 1,000: at 30, as Flux Fill has it, that makes 1e-3 of a sine.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, own: Timesteps) -> None:
+        super().__init__()
+        assert own.flip_sin_to_cos
+        assert own.scale == 1
+        half = own.num_channels // 2
+        exponents = -math.log(10_000) * torch.arange(half, dtype=torch.float32) / (half - own.downscale_freq_shift)
+        self.register_buffer("frequencies", torch.exp(exponents), persistent=False)
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        angles = timesteps[:, None].float() * self.frequencies
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 class FluxAnySizeTrace(FluxTrace):

@@ -45,8 +45,8 @@ def shown_image(files: BundleFiles, image: Path | None, mask: Path | None) -> di
     family = family_of_pipeline(call.pipeline)
     if family is None or family.image_call != call:
         raise MismatchError(
-            f"bundle '{files.folder}' was built from a {call.pipeline}, whose family here takes no such image; register "
-            "the family that it was built with (docs/adapters.md)"
+            f"bundle '{files.folder}' was built from a {call.pipeline}, whose family here takes no such image; "
+            "register the family that it was built with (docs/adapters.md)"
         )
     *frames, height, width = files.manifest.pixels or ()
     canvas, picture = Canvas(height, width, *frames), (read_image(image), None if mask is None else read_image(mask))
