@@ -1,4 +1,4 @@
-"""What a pipeline's transformer is given of an image beside the prompt, as data.
+"""Inputs of a transformer that an image beside the prompt decides, as data.
 
 The family of a pipeline says it and a bundle's manifest carries it: which inputs of the graph an image decides.
 """

@@ -249,7 +249,7 @@ class OpenedPipeline:
 
     @property
     def image_call(self) -> ImageCall | None:
-        """What an image decides; None where the pipeline takes none."""
+        """Inputs that an image decides; None where the pipeline takes none."""
         return self.source.family.image_call
 
     @property

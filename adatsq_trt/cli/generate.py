@@ -29,9 +29,7 @@ def generate(
             show_default="the bundle's own",
         ),
     ] = None,
-    image: Annotated[
-        Path | None, typer.Option("--image", help="What the model is shown beside the prompt, if it takes an image.")
-    ] = None,
+    image: Annotated[Path | None, typer.Option("--image", help="What a model is shown beside the prompt.")] = None,
     mask: Annotated[Path | None, typer.Option("--mask", help="Of the image: white where it is drawn anew.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the first picture; the others follow.")] = 3_000_000,
     backend: BackendOption = "auto",

@@ -129,7 +129,7 @@ class Family(ABC):
 
     @property
     def image_call(self) -> ImageCall | None:
-        """What an image decides, as data for a bundle's manifest; None where the pipeline takes no image."""
+        """Inputs that an image decides, as data for a bundle's manifest; None where the pipeline takes no image."""
         condition = self.image_condition
         if condition is None:
             return None
