@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from adatsq_trt.fields import Name
+from adatsq_trt.text_call import inside
 
 
 class ImageCall(BaseModel):
@@ -19,6 +20,7 @@ class ImageCall(BaseModel):
         pipeline: diffusers' class of the pipeline, which makes tensors of the image.
         inputs: graph inputs that these tensors are, the same in both branches of guidance.
         masked: whether a mask goes with the image.
+        files: of what encodes the image beside the VAE: path in the pipeline's folder → sha256.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -26,3 +28,4 @@ class ImageCall(BaseModel):
     pipeline: Name
     inputs: Annotated[tuple[Name, ...], Field(min_length=1)]
     masked: bool = False
+    files: dict[Annotated[str, AfterValidator(inside)], str] = {}

@@ -17,8 +17,9 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from adatsq_trt.checkpoints.prompts import load_encoder
 from adatsq_trt.checkpoints.weights import find_weights, verified_sha256
-from adatsq_trt.errors import DamagedFileError, MissingFileError, UserError, one_line
+from adatsq_trt.errors import AdatsqError, DamagedFileError, MissingFileError, UserError, one_line
 from adatsq_trt.loading import PLAIN_LOADING, one_loader
 from adatsq_trt.models.family import AGAIN, Canvas, Family
 
@@ -145,34 +146,44 @@ def made_mask(index: int, size: tuple[int, int]) -> Image.Image:
     return mask
 
 
-def load_image_pipeline(family: Family, vae: Path) -> Any:
-    """The pipeline with its VAE alone, in float32.
+def load_image_pipeline(family: Family, vae: Path, folder: Path, parts: Mapping[str, str]) -> Any:
+    """The pipeline with what encodes images, in float32, and nothing else.
 
     Args:
         family: of the pipeline, which has an image condition.
         vae: the VAE's folder.
+        folder: of the pipeline.
+        parts: folders in there of what encodes images beside the VAE → their classes (`ImageCondition.encoders`).
 
     Raises:
-        DamagedFileError: diffusers cannot load it.
+        DamagedFileError: diffusers or transformers cannot load a part.
+        MissingFileError: a part has no weights.
     """
+    common: dict[str, Any] = {"torch_dtype": torch.float32, "use_safetensors": True, "local_files_only": True}
+    loaded = {}
+    for part, place in {"vae": vae, **{part: folder / part for part in parts}}.items():
+        try:
+            with one_loader():
+                loaded[part] = _load_part(place, parts.get(part), common)
+        except AdatsqError:
+            raise
+        except Exception as error:  # what is raised depends on the part and the library
+            raise DamagedFileError(f"'{place}' does not load ({one_line(error)}); {AGAIN}") from error
+    kind = family.load_pipeline_class()
+    return kind(**{**dict.fromkeys(kind._get_signature_keys(kind)[0]), **loaded})
+
+
+def _load_part(folder: Path, kind: str | None, common: Mapping[str, Any]) -> Any:
+    """A VAE, or a part of a class of transformers."""
+    import transformers
     from diffusers import AutoModel
 
-    variant = find_weights(vae).variant
-    try:
-        with one_loader():
-            model = AutoModel.from_pretrained(
-                str(vae),
-                torch_dtype=torch.float32,
-                use_safetensors=True,
-                local_files_only=True,
-                variant=variant,
-                **PLAIN_LOADING,
-            )
-            kind = family.load_pipeline_class()
-            parts = dict.fromkeys(kind._get_signature_keys(kind)[0])
-            return kind(**{**parts, "vae": model.eval()})
-    except Exception as error:  # what is raised depends on the file and the library
-        raise DamagedFileError(f"'{vae}': this VAE does not load ({one_line(error)}); {AGAIN}") from error
+    if kind is not None and kind.endswith("Processor"):
+        return getattr(transformers, kind).from_pretrained(folder, local_files_only=True)
+    common = {**common, "variant": find_weights(folder).variant}
+    if kind is None:
+        return AutoModel.from_pretrained(str(folder), **common, **PLAIN_LOADING).eval()
+    return load_encoder(folder, ["transformers", kind], common).eval()
 
 
 def encode_images(

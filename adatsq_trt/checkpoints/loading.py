@@ -75,7 +75,7 @@ class OpenedPipeline:
         """The model without weights and encodings: its layers and settings, on the meta device."""
         rows, family = len(self.settings.prompts) + 1, self.source.family
         width, pooled = family.widths(self._config)
-        shapes = family.image_shapes(self._config, self._image(self._outline))
+        shapes = self._image_shapes(self._image(self._outline))
         # How long the longest prompt is shows when it is encoded.
         length = family.token_multiple if family.token_multiple > 1 else family.text_tokens
         empty = {
@@ -115,7 +115,9 @@ class OpenedPipeline:
         if condition is None:
             return {}
         pictures = self.images.pictures(len(self.settings.prompts), self._canvas, condition.masked)
-        encoded = encode_images(family, load_image_pipeline(family, self._vae), pictures, self._canvas, on_image)
+        pipe = load_image_pipeline(family, self._vae, self.source.folder, condition.parts(self._config))
+        encoded = encode_images(family, pipe, pictures, self._canvas, on_image)
+        del pipe
         gc.collect()
         return {f"{PREFIX}{name}": value for name, value in encoded.items()}
 
@@ -131,7 +133,14 @@ class OpenedPipeline:
         if self.source.family.image_condition is None:
             return None
         files = [self._vae / "config.json", *find_weights(self._vae).files]
-        return digest([*map(verified_sha256, files), *self.images.lines(len(self.settings.prompts))])
+        lines = [*map(verified_sha256, files), *self._image_files.values()]
+        return digest([*lines, *self.images.lines(len(self.settings.prompts))])
+
+    @cached_property
+    def _image_files(self) -> dict[str, str]:
+        """Of what encodes images beside the VAE: path in the pipeline's folder → sha256."""
+        condition = self.source.family.image_condition
+        return {} if condition is None else self._hashes(condition.parts(self._config))
 
     @property
     def _vae(self) -> Path:
@@ -206,11 +215,15 @@ class OpenedPipeline:
         family = self.source.family
         return family.image(transformer, self._canvas, family.vae_scale(self.source.folder))
 
+    def _image_shapes(self, image: ImageShape) -> dict[str, tuple[int, ...]]:
+        """Graph input → its shape for one sample, of those that an image decides."""
+        return self.source.family.image_shapes(self._config, image, self.source.folder)
+
     def _model(self, transformer: Any, encodings: Mapping[str, Tensor]) -> LoadedModel:
         source, settings, family = self.source, self.settings, self.source.family
         cell, image = family.vae_scale(source.folder), self._image(transformer)
         scale = PixelScale(image.patch_size * cell.pixels, cell.frames or 1)
-        images = {name: encodings[f"{PREFIX}{name}"] for name in family.image_shapes(self._config, image)}
+        images = {name: encodings[f"{PREFIX}{name}"] for name in self._image_shapes(image)}
         prompts = StoredPrompts(settings.prompts, encodings["tokens"], encodings["pooled"], images)
         adapter = family.adapter(transformer, prompts, self._scheduler, image, not settings.guided)
         steps, guidance = family.defaults(self._config)
@@ -243,14 +256,17 @@ class OpenedPipeline:
     @cached_property
     def _encoder_files(self) -> dict[str, str]:
         """Of text encoders and tokenizers: path in the pipeline's folder → sha256."""
-        parts = self.source.family.encoders
+        return self._hashes(self.source.family.encoders)
+
+    def _hashes(self, parts: Iterable[str]) -> dict[str, str]:
         files = {f"{part}/{file.name}": file for part in parts for file in files_of(self.source.folder / part)}
         return {name: verified_sha256(file) for name, file in files.items()}
 
     @property
     def image_call(self) -> ImageCall | None:
         """Inputs that an image decides; None where the pipeline takes none."""
-        return self.source.family.image_call
+        inputs = self.outline.adapter.image_inputs
+        return self.source.family.image_call(inputs, self._image_files)
 
     @property
     def text_call(self) -> TextCall | None:

@@ -125,6 +125,7 @@ def open_object(model: Any, settings: PipelineSettings) -> OpenedObject:
         missing = next(name for name, part in encoders.items() if part is None)
         raise UserError(f"the pipeline has no {missing}: load it with one, or pass encodings=FILE")
     parts = [transformer] if pipe is None else [transformer, *encoders.values(), pipe.vae]
+    condition = family.image_condition
     _require_here([part for part in parts if isinstance(part, nn.Module)])
     sketch = TemporaryDirectory(prefix="adatsq-model-")
     folder = Path(sketch.name)
@@ -143,6 +144,8 @@ def open_object(model: Any, settings: PipelineSettings) -> OpenedObject:
         for name, part in encoders.items():
             if part is not None and not isinstance(part, nn.Module):
                 part.save_pretrained(folder / name)
+        for name in () if condition is None else condition.parts(transformer.config):
+            getattr(pipe, name).save_pretrained(folder / name)
     name = safe_name(str(getattr(transformer.config, "_name_or_path", "") or type(model).__name__))
     source = Source(name, family, base, folder / "transformer", folder / "transformer" / "config.json")
     named = settings.model_copy(update={"path": f"{IN_MEMORY}{type(model).__name__}"})

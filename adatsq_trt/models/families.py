@@ -11,6 +11,7 @@ from adatsq_trt.models.flux_images import FluxFillFamily, FluxKontextFamily
 from adatsq_trt.models.qwen_image import QwenImageFamily
 from adatsq_trt.models.stable_diffusion_3 import StableDiffusion3Family
 from adatsq_trt.models.wan import WanFamily
+from adatsq_trt.models.wan_images import WanImageFamily
 from adatsq_trt.models.z_image import ZImageFamily
 from adatsq_trt.schedule import EULER
 
@@ -22,6 +23,7 @@ _FAMILIES: list[Family] = [
     StableDiffusion3Family(),
     FluxKontextFamily(),
     FluxFillFamily(),
+    WanImageFamily(),
 ]
 
 

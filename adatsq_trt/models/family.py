@@ -6,7 +6,7 @@ A family is a file of this folder and a line in `families`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
@@ -127,17 +127,22 @@ class Family(ABC):
         """The same as data, for a bundle's manifest; None for a family with code of its own."""
         return self._encoding_call() if type(self).encode is Family.encode else None
 
-    @property
-    def image_call(self) -> ImageCall | None:
-        """Inputs that an image decides, as data for a bundle's manifest; None where the pipeline takes no image."""
+    def image_call(self, inputs: Collection[str], files: Mapping[str, str] | None = None) -> ImageCall | None:
+        """Inputs that an image decides, as data for a bundle's manifest; None where the pipeline takes no image.
+
+        Args:
+            inputs: of the graph.
+            files: of what encodes the image beside the VAE: path in the pipeline's folder → sha256.
+        """
         condition = self.image_condition
         if condition is None:
             return None
-        return ImageCall(pipeline=self.pipeline, inputs=self.adapter.image_inputs, masked=condition.masked)
+        own = tuple(inputs)
+        return ImageCall(pipeline=self.pipeline, inputs=own, masked=condition.masked, files=dict(files or {}))
 
-    def image_shapes(self, config: Mapping[str, Any], image: ImageShape) -> dict[str, tuple[int, ...]]:
-        """Graph input → its shape for one sample, of those that an image decides."""
-        return {} if self.image_condition is None else self.image_condition.shapes(config, image)
+    def image_shapes(self, config: Mapping[str, Any], image: ImageShape, folder: Path) -> dict[str, tuple[int, ...]]:
+        """Graph input → its shape for one sample, of those that an image decides; `folder` is the pipeline's."""
+        return {} if self.image_condition is None else self.image_condition.shapes(config, image, folder)
 
     def _encoding_call(self) -> TextCall:
         return TextCall(

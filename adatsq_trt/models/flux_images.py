@@ -7,6 +7,7 @@ Kontext's image is as large as the picture, and its tokens follow the picture's,
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -18,28 +19,26 @@ from adatsq_trt.image import ImageShape
 from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.models.family import Canvas, VaeScale
 from adatsq_trt.models.flux import FluxAdapter, FluxFamily, FluxTrace
-from adatsq_trt.models.image_condition import ImageCondition, first_draw
+from adatsq_trt.models.image_condition import IMAGE_LATENTS, ImageCondition, first_draw
 
-IMAGE_LATENTS = "image_latents"
 TOKENS, CHANNELS = 1, 2  # axes of [B, tokens, channels]
 
 
 class FluxKontextAdapter(FluxAdapter):
     """A Flux that is shown an image, whose tokens follow the picture's."""
 
-    image_inputs, joined_axis = (IMAGE_LATENTS,), TOKENS
+    joined_axis: ClassVar[int] = TOKENS
     any_size = ModelAdapter.any_size  # which refuses other sizes
 
     def make_trace(self) -> nn.Module:
         """The transformer with the position ids of both as constants."""
-        assert self.joined_axis is not None
         return FluxImageTrace(self.transformer, self.image.grid, self.encoder.text_tokens, self.joined_axis)
 
 
 class FluxFillAdapter(FluxKontextAdapter):
     """A Flux that fills what is masked of an image, which is given in further channels."""
 
-    joined_axis = CHANNELS
+    joined_axis: ClassVar[int] = CHANNELS
 
 
 class FluxImageTrace(FluxTrace):
@@ -83,7 +82,7 @@ class KontextCondition(ImageCondition):
         """None: it has tokens of its own."""
         return 0
 
-    def shapes(self, config: Mapping[str, Any], image: ImageShape) -> dict[str, tuple[int, ...]]:
+    def shapes(self, config: Mapping[str, Any], image: ImageShape, folder: Path) -> dict[str, tuple[int, ...]]:
         """As many tokens as the picture."""
         rows, columns = image.grid
         return {IMAGE_LATENTS: (rows * columns, config["in_channels"])}
@@ -106,7 +105,7 @@ class FillCondition(ImageCondition):
         """As many as the noise, and one for each pixel of a token."""
         return latent + (FluxFamily.patch * scale.pixels) ** 2
 
-    def shapes(self, config: Mapping[str, Any], image: ImageShape) -> dict[str, tuple[int, ...]]:
+    def shapes(self, config: Mapping[str, Any], image: ImageShape, folder: Path) -> dict[str, tuple[int, ...]]:
         """All channels that are not the noise's."""
         rows, columns = image.grid
         return {IMAGE_LATENTS: (rows * columns, config["in_channels"] - config["out_channels"])}

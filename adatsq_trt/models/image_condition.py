@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from PIL import Image
@@ -16,14 +17,19 @@ if TYPE_CHECKING:
     from adatsq_trt.models.family import Canvas, VaeScale
 
 
+IMAGE_LATENTS = "image_latents"  # graph input that continues the latents
+
+
 class ImageCondition(ABC):
     """The image condition of a family.
 
     Attributes:
         masked: whether a mask goes with the image: white where the picture is to be drawn anew.
+        encoders: folders of what the pipeline encodes images with beside its VAE → their classes of transformers.
     """
 
     masked: bool = False
+    encoders: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
     def channels(self, latent: int, scale: VaeScale) -> int:
@@ -34,13 +40,18 @@ class ImageCondition(ABC):
             scale: pixels of a cell of the VAE's latent.
         """
 
+    def parts(self, config: Mapping[str, Any]) -> Mapping[str, str]:
+        """Those of `encoders` that the pipeline uses, from its transformer's configuration."""
+        return self.encoders
+
     @abstractmethod
-    def shapes(self, config: Mapping[str, Any], image: ImageShape) -> dict[str, tuple[int, ...]]:
+    def shapes(self, config: Mapping[str, Any], image: ImageShape, folder: Path) -> dict[str, tuple[int, ...]]:
         """Graph input → its shape for one sample.
 
         Args:
             config: of the transformer.
             image: layout of the latent.
+            folder: of the pipeline.
         """
 
     @abstractmethod

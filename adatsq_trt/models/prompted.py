@@ -59,6 +59,7 @@ class PromptedAdapter(ModelAdapter):
         self.encoder = encoder.float().eval()
         self.scheduler = scheduler
         self.image = image
+        self.image_inputs = encoder.image_inputs
         self.latent_shape = self.find_latent_shape()
         self.guidance_distilled = guidance_distilled
         self._trace = self.make_trace()

@@ -18,8 +18,10 @@ class PromptEncoder(nn.Module, ABC):
         prompts: all that can be asked for; elsewhere a prompt is its index in here.
         text_tokens: tokens of an encoded prompt.
         width: of a token.
+        image_inputs: graph inputs of the image that goes with each prompt; none for models of text alone.
     """
 
+    image_inputs: tuple[str, ...] = ()
     prompts: tuple[str, ...]
     text_tokens: int
     width: int
@@ -69,6 +71,7 @@ class StoredPrompts(PromptEncoder):
         super().__init__()
         self.prompts, self._tokens, self._pooled = tuple(prompts), tokens, pooled
         self._images = dict(images or {})
+        self.image_inputs = tuple(self._images)
         self.text_tokens, self.width = tokens.shape[1:]
 
     def encode(self, prompts: Sequence[int | None]) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from tests.tiny_checkpoints import (
     make_fill_pipeline,
     make_flux_pipeline,
     make_kontext_pipeline,
+    make_wan_image_pipeline,
     make_wan_pipeline,
     make_z_image_pipeline,
 )
@@ -45,6 +47,17 @@ def saved_kontext(save: Saved) -> Path:
 @pytest.fixture(scope="session")
 def saved_fill(save: Saved) -> Path:
     return save(make_fill_pipeline, "tiny-fill")
+
+
+@pytest.fixture(scope="session")
+def saved_wan_image(save: Saved) -> Path:
+    return save(make_wan_image_pipeline, "tiny-wan-image")
+
+
+@pytest.fixture(scope="session")
+def saved_wan_frame(save: Saved) -> Path:
+    """Without the embedding of the image."""
+    return save(partial(make_wan_image_pipeline, embedded=False), "tiny-wan-frame")
 
 
 @pytest.fixture(scope="session")

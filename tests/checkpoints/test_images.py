@@ -22,11 +22,13 @@ from tests.tiny_checkpoints import HEIGHT, WIDTH
 
 PROMPTS, STEPS, GUIDANCE = ("a red", "three green and seven"), 4, 4.0
 CANVAS = Canvas(HEIGHT, WIDTH)
-KINDS = ("kontext", "fill")
+KINDS = ("kontext", "fill", "wan_image", "wan_frame")
+FRAMES = 5  # of which Wan's VAE makes two
 
 
 def settings(folder: Path, **changes: Any) -> PipelineSettings:
-    return PipelineSettings(path=str(folder), height=HEIGHT, width=WIDTH, prompts=PROMPTS, **changes)
+    frames = FRAMES if "wan" in folder.name else None
+    return PipelineSettings(path=str(folder), height=HEIGHT, width=WIDTH, frames=frames, prompts=PROMPTS, **changes)
 
 
 def folder_of_images(folder: Path, masked: bool) -> Path:
@@ -46,6 +48,7 @@ class Case:
     def __init__(self, folder: Path, images: Path | None) -> None:
         self.opened: OpenedPipeline = open_pipeline(settings(folder, images=None if images is None else str(images)))
         self.encodings = self.opened.encode(lambda: None)
+        self.name = folder.name
         self.pictures: list[Picture] = list(self.opened.images.pictures(2, CANVAS, masked="fill" in folder.name))
         self.pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
         self.pipe.set_progress_bar_config(disable=True)
@@ -57,8 +60,10 @@ class Case:
     def draw(self, picture: Picture) -> Tensor:
         """Latents that the pipeline itself ends with."""
         image, mask = picture
-        own = {"_auto_resize": False, "max_area": HEIGHT * WIDTH} if mask is None else {"mask_image": mask}
-        if mask is None:  # which the pipeline does by itself, to a size that it prefers
+        own: dict[str, Any] = {"num_frames": FRAMES} if "wan" in self.name else {"mask_image": mask}
+        if "kontext" in self.name:
+            own = {"_auto_resize": False, "max_area": HEIGHT * WIDTH}
+            # Which the pipeline does by itself, to a size that it prefers.
             image = image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
         latents: Tensor = self.pipe(
             image=image,
@@ -91,9 +96,11 @@ def test_the_loop_draws_what_the_pipeline_draws_of_an_image(
     assert distance(drawn, case.draw(case.pictures[1])) < 1e-4
     # Another image is another picture, and so is none.
     assert distance(drawn, case.draw(case.pictures[0])) > 3e-4
-    name = f"{PREFIX}image_latents"
-    without = trajectory(case.samples({**case.encodings, name: torch.zeros_like(case.encodings[name])}))[-1]
-    assert distance(without, drawn) > 3e-4
+    names = [name for name in case.encodings if name.startswith(PREFIX)]
+    assert len(names) == (2 if kind == "wan_image" else 1)
+    for name in names:
+        without = trajectory(case.samples({**case.encodings, name: torch.zeros_like(case.encodings[name])}))[-1]
+        assert distance(without, drawn) > 3e-4
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -26,6 +26,7 @@ from tests.tiny_checkpoints import (
     make_fill_pipeline,
     make_flux_pipeline,
     make_kontext_pipeline,
+    make_wan_image_pipeline,
     make_wan_pipeline,
     make_z_image_pipeline,
 )
@@ -42,6 +43,7 @@ PIPELINES = {
     "stable-diffusion-3": make_stable_diffusion_3_pipeline,
     "flux-kontext": make_kontext_pipeline,
     "flux-fill": make_fill_pipeline,
+    "wan-image-to-video": make_wan_image_pipeline,
 }
 TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # What is built → its options and the formats that take turns in the policy.
@@ -67,6 +69,7 @@ SQUARE = {
     ("stable-diffusion-3", "bfloat16", "sm120"),
     ("flux-kontext", "bfloat16", "sm120"),
     ("flux-fill", "bfloat16", "cpu"),
+    ("wan-image-to-video", "bfloat16", "sm120"),
 }
 CELLS = [
     pytest.param(*cell, id="-".join(cell), marks=() if cell in SQUARE else pytest.mark.matrix)
@@ -79,7 +82,7 @@ def save(folder: Path, pipeline: str, dtype: str) -> PipelineSettings:
     pipe = PIPELINES[pipeline]()
     pipe.transformer.to(TYPES[dtype])
     pipe.save_pretrained(folder)
-    frames = 5 if pipeline == "wan" else None
+    frames = 5 if pipeline.startswith("wan") else None
     return PipelineSettings(path=str(folder), height=HEIGHT, width=WIDTH, frames=frames, prompts=PROMPTS)
 
 

@@ -18,7 +18,13 @@ from adatsq_trt.errors import DamagedFileError, MismatchError, MissingFileError,
 from adatsq_trt.models import families
 from adatsq_trt.models.family import Canvas
 from adatsq_trt.stages.images import require_servable, shown_image
-from tests.tiny_checkpoints import HEIGHT, WIDTH, make_fill_pipeline, make_flux_pipeline
+from tests.tiny_checkpoints import (
+    HEIGHT,
+    WIDTH,
+    make_fill_pipeline,
+    make_flux_pipeline,
+    make_wan_image_pipeline,
+)
 
 PROMPTS = ("a red and green", "three")
 SMALL = {"steps": 2, "calibration_samples": 2, "selection_samples": 2, "held_out_samples": 1, "formats": "fp32,w8a8s"}
@@ -146,3 +152,54 @@ def test_images_are_not_served(files: BundleFiles, folder: Path, tmp_path: Path)
         require_servable(folder / "pipeline")
     make_flux_pipeline().save_pretrained(tmp_path / "flux")
     require_servable(tmp_path / "flux")
+
+
+def test_a_video_that_begins_with_an_image(tmp_path: Path) -> None:
+    """With guidance, whose both branches see the image, and with an image encoder that the bundle does not carry."""
+    pipe = make_wan_image_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.text_encoder.eval()
+    pipe.save_pretrained(tmp_path / "pipeline")
+    options = {**SMALL, "prompts": PROMPTS, "height": HEIGHT, "width": WIDTH, "frames": 5, "guidance": 4.0}
+    adatsq_trt.build(tmp_path / "pipeline", target="cpu", output=tmp_path / "run", **options)
+    files = BundleFiles.open(tmp_path / "run")
+    for index in range(2):
+        made_image(30 + index, Canvas(70, 90)).save(tmp_path / f"{index}.png")
+
+    def pipelines(index: int) -> np.ndarray:
+        latents: torch.Tensor = pipe(
+            prompt=[PROMPTS[0]],
+            image=Image.open(tmp_path / f"{index}.png"),
+            height=HEIGHT,
+            width=WIDTH,
+            num_frames=5,
+            num_inference_steps=2,
+            guidance_scale=4.0,
+            latents=torch.from_numpy(Bundle(files).noise([3])),
+            output_type="latent",
+            return_dict=False,
+        )[0]
+        return latents.numpy()
+
+    with Bundle(files) as bundle:
+        shown = bundle.conditioning([0], shown_image(files, tmp_path / "0.png", None))
+        full = bundle.denoise(bundle.noise([3]), shown, quantized=False)
+        quantized = bundle.denoise(bundle.noise([3]), shown)
+    assert shown.unconditional is not None
+    for name in ("image_latents", "encoder_hidden_states_image"):
+        np.testing.assert_array_equal(shown.unconditional[name], shown.conditional[name])
+        assert f"unconditional.{name}" not in files.prompts
+    wanted = pipelines(0)
+    assert np.linalg.norm(full - wanted) < 1e-4 * np.linalg.norm(wanted)
+    assert np.linalg.norm(pipelines(1) - wanted) > 3e-3 * np.linalg.norm(wanted)
+    pipe.transformer = AdatsqTransformer.from_bundle(files.folder, pipe.scheduler)
+    # Inputs that differ in their last bits may be rounded to neighbouring points of int8.
+    assert np.linalg.norm(pipelines(0) - quantized) < 1e-3 * np.linalg.norm(wanted)
+    assert adatsq_trt.check(tmp_path / "run").passed
+
+    encoder = tmp_path / "pipeline" / "image_encoder" / "config.json"
+    encoder.write_text(encoder.read_text() + " ")
+    with pytest.raises(
+        MismatchError, match=r"the image encoder 'image_encoder/config.json' .* which is not where its run"
+    ):
+        shown_image(files, tmp_path / "0.png", None)
