@@ -310,6 +310,13 @@ class BuildConfig:
     negative_prompt: str = _choice(
         "", "What guidance leads away from, for all prompts.", CHECKPOINT, "the empty prompt", metavar="TEXT"
     )
+    images: Path | str | None = _choice(
+        None,
+        "Folder of the images that calibration draws with the prompts, for pipelines that take an image too; "
+        "NAME.mask.png is the mask of NAME.png.",
+        CHECKPOINT,
+        "images made here",
+    )
     height: int | None = _choice(
         None, "Of the picture, in pixels.", CHECKPOINT, "the model's", least=1, most=MOST_PIXELS
     )

@@ -38,6 +38,8 @@ class PipelineSettings(BaseModel):
         prompts: texts that calibration draws and that the bundle can be asked for.
         encodings: absolute path of the file that has them encoded already; None where the text encoders do it.
         negative_prompt: of the second branch of guidance.
+        images: absolute path of the folder with the images that go with the prompts; None for those that are made here,
+            and for models of text alone.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -52,6 +54,7 @@ class PipelineSettings(BaseModel):
     prompts: tuple[str, ...]
     encodings: str | None = None
     negative_prompt: str = ""
+    images: str | None = None
 
 
 class Settings(BaseModel):

@@ -14,7 +14,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, JsonValue, NonNegati
 from adatsq_trt.fields import Name
 
 
-def _inside(path: str) -> str:
+def inside(path: str) -> str:
+    """A path in a folder, as a model's field takes it.
+
+    Raises:
+        ValueError: it leads out of the folder.
+    """
     parts = PurePosixPath(path).parts
     if not parts or parts[0] == "/" or ".." in parts:
         raise ValueError(f"'{path}' lies outside the pipeline's folder")
@@ -38,7 +43,7 @@ class TextCall(BaseModel):
     arguments: dict[str, JsonValue]
     outputs: dict[str, NonNegativeInt]
     library: Name | None = None
-    files: dict[Annotated[str, AfterValidator(_inside)], str] = {}
+    files: dict[Annotated[str, AfterValidator(inside)], str] = {}
 
     def encode(self, pipe: Any, prompt: str) -> dict[str, Any]:
         """Encode a prompt where the text encoders are.

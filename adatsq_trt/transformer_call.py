@@ -7,9 +7,10 @@ it says: so a bundle takes the place of any transformer, also of one that was re
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat, JsonValue, NonNegativeInt, model_validator
+from pydantic import BaseModel, ConfigDict, FiniteFloat, JsonValue, NonNegativeInt, PositiveInt, model_validator
 
 from adatsq_trt.schedule import TRAIN_TIMESTEPS
 
@@ -24,6 +25,7 @@ class TransformerCall(BaseModel):
     Attributes:
         arguments: name → default, in the order of `forward`; None where there is no default.
         inputs: graph input → the argument that it is; all inputs but the time.
+        joined: argument that is several inputs → its axis along which they follow each other, in the order of `inputs`.
         time: the argument that says the time, [rows].
         time_range: its values for noise and for a finished sample: (1, 0), or (1000, 0) for the scheduler's timesteps.
         positions: the argument that says where a token of the latents lies, [tokens, 3]: zero, row and column.
@@ -41,6 +43,7 @@ class TransformerCall(BaseModel):
 
     arguments: dict[str, JsonValue]
     inputs: dict[str, str]
+    joined: dict[str, PositiveInt] = {}
     time: str
     time_range: tuple[FiniteFloat, FiniteFloat] = (1.0, 0.0)
     positions: str | None = None
@@ -70,6 +73,9 @@ class TransformerCall(BaseModel):
             raise ValueError(f"'{min(unknown)}' is none of the arguments {', '.join(self.arguments)}")
         if self.masks.keys() - self.inputs.keys():
             raise ValueError(f"masks of {', '.join(self.masks)}, expected of graph inputs: {', '.join(self.inputs)}")
+        several = {name for name, count in Counter(self.inputs.values()).items() if count > 1}
+        if several != self.joined.keys():
+            raise ValueError(f"joined {sorted(self.joined)}, several inputs are of {sorted(several)}")
         if self.time_range[0] == self.time_range[1]:
             raise ValueError(f"time_range {self.time_range} has one value for noise and for a finished sample")
         return self

@@ -14,6 +14,7 @@ from adatsq_trt.errors import MismatchError
 from adatsq_trt.fields import Count, Name
 from adatsq_trt.formats import PLUGIN_LAYOUT
 from adatsq_trt.image import ImageShape
+from adatsq_trt.image_call import ImageCall
 from adatsq_trt.schedule import EXPERTS, Schedule
 from adatsq_trt.solver import Update
 from adatsq_trt.text_call import TextCall
@@ -238,6 +239,7 @@ class Manifest(_Record):
         call: how a pipeline calls the transformer that the bundle stands in for; None in bundles that run by themselves
             only, and in earlier ones.
         text: how the pipeline's text encoders make the model's condition; None where no files of them are known.
+        image_call: what an image beside the prompt decides; None for a model of text alone.
         compatibility: of the plans.
         plans: compiled engines; none when the policy is only simulated.
         versions: library → version.
@@ -264,6 +266,7 @@ class Manifest(_Record):
     prompt_texts: tuple[str, ...] = ()
     call: TransformerCall | None = None
     text: TextCall | None = None
+    image_call: ImageCall | None = None
     compatibility: Compatibility = Compatibility()
     plans: tuple[PlanFile, ...]
     versions: dict[Name, Name]
@@ -311,6 +314,11 @@ class Manifest(_Record):
         image, side = self.image, self.image.patch_size
         size = (*([image.frames] if image.frames else []), *(side * n for n in image.shape.grid))
         return ShapeRecord(size=size, batches=(1,), latent_shape=self.latent_shape, image=image, schedule=self.schedule)
+
+    @property
+    def image_inputs(self) -> tuple[str, ...]:
+        """Graph inputs that an image decides."""
+        return () if self.image_call is None else self.image_call.inputs
 
     def profiles_of(self, shape: ShapeRecord, assignment: int = 0) -> range | None:
         """Indices of a size's optimization profiles in every plan.

@@ -23,7 +23,7 @@ from adatsq_trt.engines.backends.base import StepRunner, closed_error
 from adatsq_trt.engines.backends.selection import BackendName, choose, make_runner
 from adatsq_trt.engines.bundle import CONDITIONAL, UNCONDITIONAL, VAE_FOLDER, BundleFiles, Manifest, require_prompts
 from adatsq_trt.engines.generation import TIME_INPUT as TIME_INPUT
-from adatsq_trt.engines.generation import Array, Arrays, DenoisingRequest, array_inputs, like
+from adatsq_trt.engines.generation import Array, Arrays, DenoisingRequest, array_inputs, as_array, like
 from adatsq_trt.engines.generation import Conditioning as Conditioning
 from adatsq_trt.engines.vae import Vae
 from adatsq_trt.errors import DamagedFileError, MismatchError, UserError
@@ -164,8 +164,13 @@ class Bundle:
         """
         return initial_noise(seeds, self.manifest.shape(size).latent_shape)
 
-    def conditioning(self, prompts: Sequence[int]) -> Conditioning:
+    def conditioning(self, prompts: Sequence[int], images: Arrays | None = None) -> Conditioning:
         """The conditioning of prompts that the bundle holds, one for every sample.
+
+        Args:
+            prompts: their numbers.
+            images: of a model that takes an image beside the prompt: graph input → [1, ...], for all samples; the image
+                that the bundle holds with each prompt unless given.
 
         Raises:
             UserError: a prompt that the bundle does not hold.
@@ -179,10 +184,11 @@ class Bundle:
                 f"start with '{CONDITIONAL}'; run 'adatsq-trt build engine' again"
             )
         unguided = _starting(self.files.prompts, UNCONDITIONAL)
-        return Conditioning(
-            {name: value[list(prompts)] for name, value in conditional.items()},
-            {name: np.repeat(value, len(prompts), axis=0) for name, value in unguided.items()} or None,
-        )
+        own = {name: value[list(prompts)] for name, value in conditional.items()}
+        own |= {name: np.repeat(as_array(value), len(prompts), axis=0) for name, value in (images or {}).items()}
+        other = {name: np.repeat(value, len(prompts), axis=0) for name, value in unguided.items()}
+        shown = {name: own[name] for name in self.manifest.image_inputs if name in own}
+        return Conditioning(own, other | shown if other else None)
 
     def decode(self, latents: np.ndarray, size: Size | None = None) -> np.ndarray:
         """Latents of a size → images, float32 [samples, (frames,) height, width, channels] in [0, 1].
@@ -339,13 +345,13 @@ class Bundle:
 
     @property
     def latent_input(self) -> str:
-        """Name of the input that takes the latents: the one of the latents' shape.
+        """Name of the input that takes the latents: the one of the latents' shape that no image decides.
 
         Raises:
             DamagedFileError: there is not exactly one.
         """
-        shape = self.manifest.latent_shape
-        names = [signature.name for signature in self.inputs if signature.shape[1:] == shape]
+        shape, images = self.manifest.latent_shape, self.manifest.image_inputs
+        names = [s.name for s in self.inputs if s.shape[1:] == shape and s.name not in images]
         if len(names) != 1:
             raise DamagedFileError(
                 f"bundle '{self.files.folder}': {len(names)} inputs have the latents' shape {list(shape)}, expected "

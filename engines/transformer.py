@@ -29,6 +29,7 @@ from torch.nn import functional
 from torch.utils.weak import WeakIdKeyDictionary
 
 from adatsq_trt.engines.bundle import Manifest, ShapeRecord
+from adatsq_trt.engines.manifest import size_name
 from adatsq_trt.engines.runtime import TIME_INPUT, Bundle
 from adatsq_trt.engines.step_clock import StepClock
 from adatsq_trt.errors import MismatchError
@@ -182,10 +183,29 @@ class AdatsqTransformer(nn.Module):
     def _input(self, name: str, given: Mapping[str, Any]) -> Tensor:
         """An input of the graph, made of the arguments."""
         call = self.call
-        value = given[call.inputs[name]]
+        argument = call.inputs[name]
+        value: Any = self._part(name, given[argument]) if argument in call.joined else given[argument]
         if call.listed:
             return self._rows(name, value)
         return self._masked(name, value, given.get(call.masks[name])) if name in call.masks else value
+
+    def _part(self, name: str, whole: Tensor) -> Tensor:
+        """An input's part of an argument in which several follow each other, such as the latents and an image's."""
+        argument = self.call.inputs[name]
+        axis, names = self.call.joined[argument], [n for n, a in self.call.inputs.items() if a == argument]
+        sizes = {
+            signature.name: int(signature.shape[axis]) for signature in self.bundle.inputs if signature.name in names
+        }
+        if whole.ndim <= axis or whole.shape[axis] != sum(sizes.values()):
+            manifest = self.bundle.manifest
+            pipeline = "pipeline" if manifest.image_call is None else manifest.image_call.pipeline
+            wanted, size = " and ".join(f"{sizes[name]} of {name}" for name in names), size_name(manifest.pixels or ())
+            raise MismatchError(
+                f"{argument}: got {list(whole.shape)}, the bundle was exported for {wanted} along axis {axis}; give "
+                f"the {pipeline} an image of {size} pixels, the picture's own size"
+            )
+        parts: Sequence[Tensor] = whole.split([sizes[name] for name in names], axis)
+        return parts[names.index(name)]
 
     def _rows(self, name: str, rows: Sequence[Tensor]) -> Tensor:
         """A batch of what comes row by row, [rows, ...]; short conditions end in zeros."""
@@ -243,12 +263,19 @@ class AdatsqTransformer(nn.Module):
         for shape in self._shapes:
             rows, columns = torch.meshgrid(*map(torch.arange, shape.image.shape.grid), indexing="ij")
             wanted = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
+            if self._has_image_tokens:  # behind the picture's own, at 1 in the place of zero
+                wanted = torch.cat([wanted, wanted + torch.tensor([1, 0, 0])])
             if torch.equal(positions, wanted):
                 return shape
         raise MismatchError(
             f"{call.positions}: got {len(positions)} image tokens, the bundle was exported for {self._grids}; call the "
             f"pipeline with that height and width{self._names}"
         )
+
+    @property
+    def _has_image_tokens(self) -> bool:
+        """Whether an image has tokens of its own."""
+        return self.call.joined.get(self.call.inputs[self.bundle.latent_input]) == 1
 
     def _shape_of_grids(self, rows: Sequence[Any]) -> ShapeRecord:
         """The size of rows that list grids of tokens (frames, rows, columns): one each, and all of the same."""

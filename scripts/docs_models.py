@@ -29,12 +29,13 @@ families and from the tables of the tests; [adapters](adapters.md) says how to b
 - *LoRA*: dialects of files that a test reads.
 - *in the pipeline*: whether a bundle takes the transformer's place in the unmodified pipeline.
 - *text served*: whether `serve` and `deploy triton --pipeline` take prompts.
+- *image*: what `generate` is given beside the prompt (`--image`, `--mask`).
 - *schedulers*: classes that are followed. *own* is the one that the pipeline comes with.
 - *difference*: the largest of the loop's last latents from those of diffusers' own pipeline, relative to these, over
   the rows of `make bench-pipelines`.
 
-| pipeline | transformer | build | sizes | LoRA | in the pipeline | text served | schedulers | difference |
-|---|---|---|---|---|---|---|---|---|
+| pipeline | transformer | build | sizes | LoRA | in the pipeline | text served | image | schedulers | difference |
+|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -57,7 +58,8 @@ def _row(family: Family, rows: list[Row]) -> str:
         "several" if adapter.any_size is not ModelAdapter.any_size else "one",
         "; ".join(dialect for dialect, (kind, _) in READ.items() if kind is family) or "not tested",
         _said(adapter.pipeline_call is not ModelAdapter.pipeline_call),
-        _said(family.text_call is not None),
+        _said(family.text_call is not None and family.image_condition is None),
+        _image(family),
         _schedulers(family, rows),
         f"{max(row.difference for row in rows):.1e}" if rows else "not measured",
     )
@@ -68,6 +70,13 @@ def _checked(family: Family) -> list[str]:
     """Kinds of bundle on which `check` is tested in the default run."""
     own = family.pipeline.removesuffix("Pipeline").lower()
     return sorted({bundle for name, _, bundle in SQUARE if name.replace("-", "") == own})
+
+
+def _image(family: Family) -> str:
+    condition = family.image_condition
+    if condition is None:
+        return "none"
+    return "an image and a mask" if condition.masked else "an image"
 
 
 def _schedulers(family: Family, rows: list[Row]) -> str:

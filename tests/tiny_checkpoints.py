@@ -2,23 +2,30 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
+    FluxFillPipeline,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
 from transformers import (
+    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3Model,
@@ -50,11 +57,12 @@ def make_vae() -> AutoencoderKL:
     )
 
 
-def make_flux_transformer(guidance_embeds: bool = True) -> FluxTransformer2DModel:
-    """One block of either kind."""
+def make_flux_transformer(guidance_embeds: bool = True, image_channels: int = 0) -> FluxTransformer2DModel:
+    """One block of either kind; an image may have further channels of a token."""
     return FluxTransformer2DModel(
         patch_size=1,
-        in_channels=4 * LATENT_CHANNELS,
+        in_channels=4 * LATENT_CHANNELS + image_channels,
+        out_channels=4 * LATENT_CHANNELS if image_channels else None,
         num_layers=1,
         num_single_layers=1,
         attention_head_dim=32,
@@ -90,6 +98,23 @@ def make_flux_pipeline(guidance_embeds: bool = True) -> FluxPipeline:
             t5_tokenizer,
             make_flux_transformer(guidance_embeds),
         )
+
+
+def make_kontext_pipeline() -> FluxKontextPipeline:
+    """Flux Kontext in small."""
+    return FluxKontextPipeline(**_flux_parts())
+
+
+def make_fill_pipeline() -> FluxFillPipeline:
+    """Flux Fill in small: a token has 64 channels of noise, 64 of an image and 256 of a mask."""
+    parts = _flux_parts()
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return FluxFillPipeline(**{**parts, "transformer": make_flux_transformer(image_channels=320)})
+
+
+def _flux_parts() -> dict[str, Any]:
+    return {name: part for name, part in make_flux_pipeline().components.items() if part is not None}
 
 
 def make_z_image_pipeline(heads: int = 2) -> ZImagePipeline:
@@ -129,6 +154,31 @@ def make_z_image_pipeline(heads: int = 2) -> ZImagePipeline:
 
 def make_wan_pipeline() -> WanPipeline:
     """Wan 2.1 in small, with a UMT5 and the scheduler that Wan's pipelines come with."""
+    return WanPipeline(**_wan_parts())
+
+
+def make_wan_image_pipeline(embedded: bool = True) -> WanImageToVideoPipeline:
+    """Wan 2.1's image to video in small; without CLIP's embedding of the image it is as Wan 2.2's transformers."""
+    image: dict[str, Any] = {"in_channels": 2 * LATENT_CHANNELS + 4}
+    if not embedded:
+        return WanImageToVideoPipeline(**_wan_parts(**image))
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        config = CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            image_size=30,
+            patch_size=10,
+        )
+        encoder = CLIPVisionModel(config).eval()
+    processor = CLIPImageProcessor(size={"shortest_edge": 30}, crop_size={"height": 30, "width": 30})
+    parts = _wan_parts(**image, image_dim=32, added_kv_proj_dim=64)
+    return WanImageToVideoPipeline(**parts, image_encoder=encoder, image_processor=processor)
+
+
+def _wan_parts(**transformer_options: Any) -> dict[str, Any]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         _, tokenizer = tokenizers()
@@ -137,21 +187,23 @@ def make_wan_pipeline() -> WanPipeline:
             vocab_size=len(tokenizer), d_model=T5_WIDTH, d_kv=16, d_ff=T5_WIDTH, num_heads=2, num_layers=1
         )
         vae = AutoencoderKLWan(base_dim=4, z_dim=LATENT_CHANNELS, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+        options = {"in_channels": LATENT_CHANNELS, **transformer_options}
         transformer = WanTransformer3DModel(
             num_attention_heads=2,
             attention_head_dim=32,
-            in_channels=LATENT_CHANNELS,
             out_channels=LATENT_CHANNELS,
             text_dim=T5_WIDTH,
             freq_dim=32,
             ffn_dim=128,
             num_layers=1,
             rope_max_seq_len=32,
+            **options,
         )
         scheduler = UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
         )
-        return WanPipeline(tokenizer, UMT5EncoderModel(umt5), vae, scheduler, transformer)
+        parts = {"tokenizer": tokenizer, "text_encoder": UMT5EncoderModel(umt5), "vae": vae}
+        return {**parts, "scheduler": scheduler, "transformer": transformer}
 
 
 def save_lora(file: Path, seed: int = 0, width: int = 64, rank: int = 4) -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -15,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from adatsq_trt.checkpoints.encodings import read_encodings
+from adatsq_trt.checkpoints.images import PREFIX, ImageSet, encode_images, load_image_pipeline
 from adatsq_trt.checkpoints.lora import Lora, fuse, parse_lora
 from adatsq_trt.checkpoints.prompts import encode_prompts
 from adatsq_trt.checkpoints.schedulers import make_scheduler, require_schedule
@@ -33,7 +36,8 @@ from adatsq_trt.checkpoints.weights import (
 )
 from adatsq_trt.errors import DamagedFileError, MismatchError, UserError, one_line
 from adatsq_trt.files import MappedTensors, read_json_model
-from adatsq_trt.image import PixelScale
+from adatsq_trt.image import ImageShape, PixelScale
+from adatsq_trt.image_call import ImageCall
 from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.models.experts import ExpertsAdapter
 from adatsq_trt.models.family import AGAIN, Canvas, JsonObject
@@ -45,6 +49,7 @@ from adatsq_trt.settings import PipelineSettings
 from adatsq_trt.text_call import TextCall
 from adatsq_trt.zoo.loading import SCHEDULER_CONFIG, LoadedModel
 
+log = logging.getLogger(__name__)
 OpenedT = TypeVar("OpenedT", bound="OpenedPipeline")
 _SUFFIXES = (
     ".json",
@@ -75,24 +80,76 @@ class OpenedPipeline:
         """The model without weights and encodings: its layers and settings, on the meta device."""
         rows, family = len(self.settings.prompts) + 1, self.source.family
         width, pooled = family.widths(self._config)
+        shapes = self._image_shapes(self._image(self._outline))
         # How long the longest prompt is shows when it is encoded.
         length = family.token_multiple if family.token_multiple > 1 else family.text_tokens
         empty = {
             "tokens": torch.empty(rows, length, width, device="meta"),
             "pooled": torch.empty(rows, pooled, device="meta"),
+            **{f"{PREFIX}{name}": torch.empty(rows - 1, *shape, device="meta") for name, shape in shapes.items()},
         }
         return self._model(self._outline, empty)
 
     def encode(self, on_prompt: Callable[[], None]) -> dict[str, Tensor]:
-        """Encode the prompts with the pipeline's own text encoders (`encode_prompts`), or read their encodings.
+        """Encode the prompts, and the images that go with them.
 
         Args:
-            on_prompt: called after each.
+            on_prompt: called after each text and after each image.
+
+        Returns:
+            As `encode_prompts`, and "image.<graph input>" [prompts, ...].
         """
+        return self._encode_texts(on_prompt) | self._encode_images(on_prompt)
+
+    @property
+    def encoded(self) -> int:
+        """How many texts and images are encoded."""
+        count = len(self.settings.prompts)
+        return 2 * count + 1 if self.source.family.image_condition else count + 1
+
+    def _encode_texts(self, on_prompt: Callable[[], None]) -> dict[str, Tensor]:
+        """With the pipeline's own text encoders (`encode_prompts`), or from their encodings."""
         if self.settings.encodings is not None:
             family = self.source.family
             return read_encodings(Path(self.settings.encodings), *family.widths(self._config), family.token_multiple)
         return encode_prompts(self.source, self.settings.prompts, on_prompt, self.settings.negative_prompt)
+
+    def _encode_images(self, on_image: Callable[[], None]) -> dict[str, Tensor]:
+        """With the pipeline's own VAE, which is gone from memory afterwards."""
+        family, condition = self.source.family, self.source.family.image_condition
+        if condition is None:
+            return {}
+        pictures = self.images.pictures(len(self.settings.prompts), self._canvas, condition.masked)
+        pipe = load_image_pipeline(family, self._vae, self.source.folder, condition.parts(self._config))
+        encoded = encode_images(family, pipe, pictures, self._canvas, on_image)
+        del pipe
+        gc.collect()
+        return {f"{PREFIX}{name}": value for name, value in encoded.items()}
+
+    @cached_property
+    def images(self) -> ImageSet:
+        """The images that go with the prompts."""
+        condition, folder = self.source.family.image_condition, self.settings.images
+        return ImageSet.of(None if folder is None else Path(folder), condition is not None and condition.masked)
+
+    @cached_property
+    def images_sha256(self) -> str | None:
+        """Hash of the images and of the VAE that encodes them; None for a model of text alone."""
+        if self.source.family.image_condition is None:
+            return None
+        files = [self._vae / "config.json", *find_weights(self._vae).files]
+        lines = [*map(verified_sha256, files), *self._image_files.values()]
+        return digest([*lines, *self.images.lines(len(self.settings.prompts))])
+
+    @cached_property
+    def _image_files(self) -> dict[str, str]:
+        """Of what encodes images beside the VAE: path in the pipeline's folder → sha256."""
+        condition = self.source.family.image_condition
+        return {} if condition is None else self._hashes(condition.parts(self._config))
+
+    @property
+    def _vae(self) -> Path:
+        return self.source.folder / "vae"
 
     def load(self, encodings: Mapping[str, Tensor]) -> LoadedModel:
         """Check the transformer's weights and fuse the LoRA files.
@@ -165,16 +222,28 @@ class OpenedPipeline:
         converted = convert(self.source.family, given)
         return {name: converted.pop(name).to(self._widest, copy=True) for name in list(converted)}
 
-    def _model(self, transformer: Any, encodings: Mapping[str, Tensor]) -> LoadedModel:
-        source, settings, family = self.source, self.settings, self.source.family
+    @property
+    def _canvas(self) -> Canvas:
+        settings = self.settings
         assert settings.height is not None
         assert settings.width is not None
-        canvas = Canvas(settings.height, settings.width, settings.frames)
-        cell = family.vae_scale(source.folder)
-        one = transformer if source.boundary_ratio is None else transformer[FIRST_EXPERT]
-        image = family.image(one, canvas, cell)
+        return Canvas(settings.height, settings.width, settings.frames)
+
+    def _image(self, transformer: Any) -> ImageShape:
+        family, several = self.source.family, self.source.boundary_ratio is not None
+        one = transformer[FIRST_EXPERT] if several else transformer
+        return family.image(one, self._canvas, family.vae_scale(self.source.folder))
+
+    def _image_shapes(self, image: ImageShape) -> dict[str, tuple[int, ...]]:
+        """Graph input → its shape for one sample, of those that an image decides."""
+        return self.source.family.image_shapes(self._config, image, self.source.folder)
+
+    def _model(self, transformer: Any, encodings: Mapping[str, Tensor]) -> LoadedModel:
+        source, settings, family = self.source, self.settings, self.source.family
+        cell, image = family.vae_scale(source.folder), self._image(transformer)
         scale = PixelScale(image.patch_size * cell.pixels, cell.frames or 1)
-        prompts = StoredPrompts(settings.prompts, encodings["tokens"], encodings["pooled"])
+        images = {name: encodings[f"{PREFIX}{name}"] for name in self._image_shapes(image)}
+        prompts = StoredPrompts(settings.prompts, encodings["tokens"], encodings["pooled"], images)
 
         def adapt(module: Any) -> PromptedAdapter:
             return family.adapter(module, prompts, self._scheduler, image, not settings.guided)
@@ -189,7 +258,7 @@ class OpenedPipeline:
         steps = calls * steps - (calls - 1)
         require_schedule(adapter, steps, source.folder / SCHEDULER_CONFIG)
         return LoadedModel(
-            source.name, adapter, self.weights_sha256, self.model_sha256, steps, guidance, scale, source.folder / "vae"
+            source.name, adapter, self.weights_sha256, self.model_sha256, steps, guidance, scale, self._vae
         )
 
     @cached_property
@@ -214,9 +283,17 @@ class OpenedPipeline:
     @cached_property
     def _encoder_files(self) -> dict[str, str]:
         """Of text encoders and tokenizers: path in the pipeline's folder → sha256."""
-        parts = self.source.family.encoders
+        return self._hashes(self.source.family.encoders)
+
+    def _hashes(self, parts: Iterable[str]) -> dict[str, str]:
         files = {f"{part}/{file.name}": file for part in parts for file in files_of(self.source.folder / part)}
         return {name: verified_sha256(file) for name, file in files.items()}
+
+    @property
+    def image_call(self) -> ImageCall | None:
+        """Inputs that an image decides; None where the pipeline takes none."""
+        inputs = self.outline.adapter.image_inputs
+        return self.source.family.image_call(inputs, self._image_files)
 
     @property
     def text_call(self) -> TextCall | None:
@@ -280,6 +357,8 @@ class OpenedPipeline:
         lines += [repr((settings.frames, settings.guided)), *settings.prompts]
         if settings.negative_prompt:  # earlier runs have none
             lines.append(f"negative {settings.negative_prompt}")
+        if self.images_sha256 is not None:
+            lines.append(f"images {self.images_sha256}")
         return digest(lines)
 
     @cached_property
@@ -343,6 +422,7 @@ def open_source(
     else:
         require_shapes(weights, outline, source.config)
     find_weights(source.folder / "vae")
+    _require_images(settings, opened)
     canvas = _canvas(settings, source)
     places = {"path": _absolute(settings.path), "base": settings.base and _absolute(settings.base)}
     loras = tuple(f"{lora.file}:{lora.scale!r}" for lora in opened.loras)
@@ -372,6 +452,21 @@ def _require_alike(source: Source) -> None:
                     f"{other.get(option)!r} in '{SECOND_EXPERT}', expected two transformers that differ in their "
                     f"weights alone; {source.family.instead}"
                 )
+
+
+def _require_images(settings: PipelineSettings, opened: OpenedPipeline) -> None:
+    """Refuse images that the pipeline does not take, and say which are not drawn."""
+    family, prompts = opened.source.family, len(settings.prompts)
+    if settings.images is not None and family.image_condition is None:
+        raise UserError(
+            f"--images '{settings.images}': a {family.pipeline} takes no image beside the prompt; leave it out"
+        )
+    if family.image_condition is not None and len(opened.images.files) > prompts:
+        log.warning(
+            "--images: the first %d of %d images are drawn, one with each prompt; more with --prompts",
+            prompts,
+            len(opened.images.files),
+        )
 
 
 def _canvas(settings: PipelineSettings, source: Source) -> Canvas:

@@ -49,10 +49,10 @@ class OpenedObject(OpenedPipeline):
     pipe: Any = field(default=None, kw_only=True)
     sketch: TemporaryDirectory[str] = field(kw_only=True)
 
-    def encode(self, on_prompt: Callable[[], None]) -> dict[str, Tensor]:
-        """Encode the prompts with the pipeline's text encoders, or with those of the base."""
+    def _encode_texts(self, on_prompt: Callable[[], None]) -> dict[str, Tensor]:
+        """With the pipeline's text encoders, or with those of the base."""
         if self.pipe is None or self.settings.encodings is not None:
-            return super().encode(on_prompt)
+            return super()._encode_texts(on_prompt)
         encoders = [getattr(self.pipe, name) for name in self.source.family.encoders]
         with _ENCODING, _evaluating([part for part in encoders if isinstance(part, nn.Module)]):
             return encode_with(self.pipe, self.source, self.settings.prompts, on_prompt, self.settings.negative_prompt)
@@ -126,9 +126,11 @@ def open_object(model: Any, settings: PipelineSettings) -> OpenedObject:
         missing = next(name for name, part in encoders.items() if part is None)
         raise UserError(f"the pipeline has no {missing}: load it with one, or pass encodings=FILE")
     ratio = _boundary_ratio(pipe, family)
+    first = transformer
     if ratio is not None:
         transformer = nn.ModuleDict({name: getattr(pipe, name) for name in EXPERTS})
     parts = [transformer] if pipe is None else [transformer, *encoders.values(), pipe.vae]
+    condition = family.image_condition
     _require_here([part for part in parts if isinstance(part, nn.Module)])
     sketch = TemporaryDirectory(prefix="adatsq-model-")
     folder = Path(sketch.name)
@@ -148,7 +150,8 @@ def open_object(model: Any, settings: PipelineSettings) -> OpenedObject:
         for name, part in encoders.items():
             if part is not None and not isinstance(part, nn.Module):
                 part.save_pretrained(folder / name)
-    first = transformer if ratio is None else transformer[FIRST_EXPERT]
+        for name in () if condition is None else condition.parts(first.config):
+            getattr(pipe, name).save_pretrained(folder / name)
     name = safe_name(str(getattr(first.config, "_name_or_path", "") or type(model).__name__))
     source = Source(name, family, base, folder / FIRST_EXPERT, folder / FIRST_EXPERT / "config.json", ratio)
     named = settings.model_copy(update={"path": f"{IN_MEMORY}{type(model).__name__}"})

@@ -201,7 +201,7 @@ def _load_encoders(source: Source) -> Any:
         with one_loader(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of a newer name for torch_dtype, which older ones lack
             encoders = {
-                part: _load_encoder(source.folder / part, index.get(part), {**common, "variant": variants[part]})
+                part: load_encoder(source.folder / part, index.get(part), {**common, "variant": variants[part]})
                 for part in parts
             }
             return family.load_pipeline_class().from_pretrained(
@@ -215,8 +215,13 @@ def _load_encoders(source: Source) -> Any:
         ) from error
 
 
-def _load_encoder(folder: Path, place: JsonValue, common: Mapping[str, Any]) -> Any:
-    """A text encoder, all of whose weights are those of its file: transformers fills gaps at random.
+def load_encoder(folder: Path, place: JsonValue, common: Mapping[str, Any]) -> Any:
+    """A text or image encoder, all of whose weights are those of its file: transformers fills gaps at random.
+
+    Args:
+        folder: of the encoder.
+        place: library and class.
+        common: arguments of `from_pretrained`.
 
     Raises:
         DamagedFileError: names a tensor that is missing, left over or of another shape.

@@ -1,5 +1,9 @@
 """Values of `--backend`, the same for every command that runs bundles."""
 
-from typing import Literal
+from typing import Annotated, Literal
+
+import typer
 
 BackendName = Literal["auto", "rtx", "tensorrt", "cuda", "onnxruntime"]
+_HELP = "Plans (rtx, tensorrt), cpu graphs on a GPU (cuda) or on the processor."
+BackendOption = Annotated[BackendName, typer.Option("--backend", help=_HELP)]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from adatsq_trt.cli.backends import BackendName
+from adatsq_trt.cli.backends import BackendName, BackendOption
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -76,10 +76,7 @@ def _tune(output: Path, table: Path | None, jobs: int) -> None:
 
 def bundle(
     bundles: Annotated[list[Path], typer.Argument(help="Bundles or run directories; they take turns.")],
-    backend: Annotated[
-        BackendName,
-        typer.Option("--backend", help="Plans (rtx, tensorrt), cpu graphs on a GPU (cuda) or on the processor."),
-    ] = "auto",
+    backend: BackendOption = "auto",
     samples: Annotated[int, typer.Option("--samples", min=1, max=1024, help="Pictures in one call.")] = 1,
     rounds: Annotated[int, typer.Option("--rounds", min=1, max=10_000, help="Timed calls of each case.")] = 20,
     output: Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from adatsq_trt.cli.backends import BackendName
+from adatsq_trt.cli.backends import BackendOption
 from adatsq_trt.errors import UserError
 
 
@@ -29,11 +29,10 @@ def generate(
             show_default="the bundle's own",
         ),
     ] = None,
+    image: Annotated[Path | None, typer.Option("--image", help="What a model is shown beside the prompt.")] = None,
+    mask: Annotated[Path | None, typer.Option("--mask", help="Of the image: white where it is drawn anew.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the first picture; the others follow.")] = 3_000_000,
-    backend: Annotated[
-        BackendName,
-        typer.Option("--backend", help="Plans (rtx, tensorrt), cpu graphs on a GPU (cuda) or on the processor."),
-    ] = "auto",
+    backend: BackendOption = "auto",
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="PNG file.", show_default="samples.png beside the bundle"),
@@ -47,6 +46,7 @@ def generate(
     from adatsq_trt.cli.progress import progress
     from adatsq_trt.engines.bundle import prompt_number
     from adatsq_trt.engines.runtime import Bundle
+    from adatsq_trt.stages.images import shown_image
     from adatsq_trt.stages.report import SAMPLES_NAME, write_samples
     from adatsq_trt.stages.shapes import parse_size
 
@@ -57,7 +57,8 @@ def generate(
     if file.suffix != ".png":
         raise UserError(f"--output '{file}': got '{file.suffix}', expected a name that ends in .png")
     choices = [prompt_number(opened.files, text) for text in prompt or ()] or range(opened.manifest.prompts)
-    conditioning = opened.conditioning([choices[i % len(choices)] for i in range(samples)])
+    shown = shown_image(opened.files, image, mask)
+    conditioning = opened.conditioning([choices[i % len(choices)] for i in range(samples)], shown)
     noise, sheets = opened.noise(range(seed, seed + samples), asked), {}
     for name, own in (("quantized", True), ("full precision", False)):
         # One after the other: what draws the first gives its memory back.

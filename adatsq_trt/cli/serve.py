@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from adatsq_trt.cli.backends import BackendName
+from adatsq_trt.cli.backends import BackendOption
 from adatsq_trt.errors import UserError
 
 _PipelineFolder = Annotated[
@@ -42,10 +42,7 @@ def serve(
     name: Annotated[
         str | None, typer.Option("--name", help="What it is served as.", show_default="the model's name")
     ] = None,
-    backend: Annotated[
-        BackendName,
-        typer.Option("--backend", help="Plans (rtx, tensorrt), cpu graphs on a GPU (cuda) or on the processor."),
-    ] = "auto",
+    backend: BackendOption = "auto",
     pipeline: _PipelineFolder = None,
     http_port: Annotated[int, typer.Option("--http-port", min=1, max=65535)] = 8000,
     grpc_port: Annotated[int, typer.Option("--grpc-port", min=1, max=65535)] = 8001,
@@ -97,8 +94,10 @@ def _built(place: Path, options: Sequence[str]) -> Path:
     """
     from adatsq_trt.checkpoints.source import INDEX
     from adatsq_trt.cli import build_app
+    from adatsq_trt.stages.images import require_servable
 
     if (place / INDEX).is_file():
+        require_servable(place)
         built = build_app(["engine", str(place), *options], prog_name="adatsq-trt build", standalone_mode=False)
         if not isinstance(built, Path):  # the exit code of --help and of Ctrl-C
             raise typer.Exit(built)

@@ -92,6 +92,7 @@ class ModelAdapter(ABC):
         excluded: module paths that are not quantizable although they might be.
         float32_inputs: inputs of the trace module that stay float32 in target graphs, because 16 bits are too few.
         rescaled_guidance: guidance keeps the norm of every token's conditional prediction (`solver.guide`).
+        image_inputs: inputs of the trace module that an image decides, the same in both branches of guidance.
     """
 
     architecture: str
@@ -100,6 +101,7 @@ class ModelAdapter(ABC):
     image: ImageShape
     float32_inputs: tuple[str, ...] = ()
     rescaled_guidance: bool = False
+    image_inputs: tuple[str, ...] = ()
     excluded: frozenset[str] = frozenset()
 
     @property

@@ -7,13 +7,24 @@ from collections.abc import Mapping
 from adatsq_trt.errors import MismatchError
 from adatsq_trt.models.family import Family
 from adatsq_trt.models.flux import FluxFamily
+from adatsq_trt.models.flux_images import FluxFillFamily, FluxKontextFamily
 from adatsq_trt.models.qwen_image import QwenImageFamily
 from adatsq_trt.models.stable_diffusion_3 import StableDiffusion3Family
 from adatsq_trt.models.wan import WanFamily
+from adatsq_trt.models.wan_images import WanImageFamily
 from adatsq_trt.models.z_image import ZImageFamily
 from adatsq_trt.schedule import EULER
 
-_FAMILIES: list[Family] = [FluxFamily(), ZImageFamily(), WanFamily(), QwenImageFamily(), StableDiffusion3Family()]
+_FAMILIES: list[Family] = [
+    FluxFamily(),
+    ZImageFamily(),
+    WanFamily(),
+    QwenImageFamily(),
+    StableDiffusion3Family(),
+    FluxKontextFamily(),
+    FluxFillFamily(),
+    WanImageFamily(),
+]
 
 
 def register_family(family: Family) -> None:

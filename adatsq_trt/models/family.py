@@ -6,7 +6,7 @@ A family is a file of this folder and a line in `families`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from adatsq_trt.errors import DamagedFileError, DependencyError, MismatchError
 from adatsq_trt.files import read_json_model
 from adatsq_trt.image import ImageShape
+from adatsq_trt.image_call import ImageCall
+from adatsq_trt.models.image_condition import ImageCondition
 from adatsq_trt.models.prompted import PromptedAdapter
 from adatsq_trt.models.stored import EmptyOnMeta
 from adatsq_trt.schedule import EULER
@@ -84,6 +86,7 @@ class Family(ABC):
         unused_weights: weights that single files hold beside the transformer's own.
         vae_channels: the VAE's setting that says how many channels its latents have.
         canvas: size that is drawn when none is asked for; Flux's and Z-Image's own VAEs have 8 pixels to a cell.
+        image_condition: what the pipeline makes of an image beside the prompt; None where it takes none.
     """
 
     adapter: type[PromptedAdapter]
@@ -106,6 +109,7 @@ class Family(ABC):
     unused_weights: tuple[str, ...] = ()
     vae_channels: str = "latent_channels"
     canvas: Canvas = Canvas(1024, 1024)
+    image_condition: ClassVar[ImageCondition | None] = None
 
     @abstractmethod
     def defaults(self, config: Mapping[str, JsonValue]) -> tuple[int, float]:
@@ -124,6 +128,23 @@ class Family(ABC):
     def text_call(self) -> TextCall | None:
         """The same as data, for a bundle's manifest; None for a family with code of its own."""
         return self._encoding_call() if type(self).encode is Family.encode else None
+
+    def image_call(self, inputs: Collection[str], files: Mapping[str, str] | None = None) -> ImageCall | None:
+        """Inputs that an image decides, as data for a bundle's manifest; None where the pipeline takes no image.
+
+        Args:
+            inputs: of the graph.
+            files: of what encodes the image beside the VAE: path in the pipeline's folder → sha256.
+        """
+        condition = self.image_condition
+        if condition is None:
+            return None
+        own = tuple(inputs)
+        return ImageCall(pipeline=self.pipeline, inputs=own, masked=condition.masked, files=dict(files or {}))
+
+    def image_shapes(self, config: Mapping[str, Any], image: ImageShape, folder: Path) -> dict[str, tuple[int, ...]]:
+        """Graph input → its shape for one sample, of those that an image decides; `folder` is the pipeline's."""
+        return {} if self.image_condition is None else self.image_condition.shapes(config, image, folder)
 
     def _encoding_call(self) -> TextCall:
         return TextCall(
@@ -191,7 +212,7 @@ class Family(ABC):
             )
 
     def require_supported(self, config: Mapping[str, JsonValue], file: Path, folder: Path) -> None:
-        """Refuse a transformer that takes or gives anything but latents of the pipeline's VAE and a text.
+        """Refuse a transformer that takes or gives anything but latents of the pipeline's VAE, a text and its image.
 
         Args:
             config: of the transformer.
@@ -202,10 +223,19 @@ class Family(ABC):
             MismatchError: names the setting.
         """
         given, returned = config.get("in_channels"), self.returned_channels(config)
-        if returned not in (None, given):
+        vae = folder / "vae" / "config.json"
+        channels = read_json_model(vae, JsonObject, AGAIN).root.get(self.vae_channels)
+        cells = self.patch**2 if self.packed else 1
+        beside = self._image_channels(channels * cells, folder) if isinstance(channels, int) else 0
+        noise = given - beside if isinstance(given, int) else given
+        if noise != (given if returned is None else returned):
+            took = (
+                f"expected {beside} channels of an image beside those of the noise"
+                if beside
+                else "it takes a picture or a mask beside the noise, expected a transformer that takes noise and a text"
+            )
             raise MismatchError(
-                f"'{file}': in_channels {given} and out_channels {returned}: it takes a picture or a mask beside the "
-                f"noise, expected a transformer that takes noise and a text; choose another {self.pipeline}"
+                f"'{file}': in_channels {given} and out_channels {returned}: {took}; choose another {self.pipeline}"
             )
         for name, value in self.transformer_options.items():
             if name in config and config[name] != value:
@@ -213,14 +243,16 @@ class Family(ABC):
                     f"'{file}': {name} is {config[name]!r}, expected {value!r}, as in a transformer that takes noise "
                     f"and a text; choose another {self.pipeline}"
                 )
-        vae = folder / "vae" / "config.json"
-        channels = read_json_model(vae, JsonObject, AGAIN).root.get(self.vae_channels)
-        cells = self.patch**2 if self.packed else 1
-        if isinstance(channels, int) and given != channels * cells:
+        if isinstance(channels, int) and noise != channels * cells:
             raise MismatchError(
                 f"'{file}': in_channels {given}, the VAE '{vae}' has {self.vae_channels} {channels}, which makes "
                 f"{channels * cells}; choose a transformer and a pipeline that go together"
             )
+
+    def _image_channels(self, latent: int, folder: Path) -> int:
+        """Channels of the transformer's input that an image has beside the noise's `latent`."""
+        condition = self.image_condition
+        return 0 if condition is None else condition.channels(latent, self.vae_scale(folder))
 
     def returned_channels(self, config: Mapping[str, JsonValue]) -> JsonValue:
         """Channels of the transformer's output, counted as `in_channels`; None for as many."""
@@ -243,4 +275,5 @@ class Family(ABC):
         side = self.patch if self.packed else 1
         rows, columns = canvas.height // (side * scale.pixels), canvas.width // (side * scale.pixels)
         frames = None if canvas.frames is None else (canvas.frames - 1) // (scale.frames or 1) + 1
-        return ImageShape(rows, transformer.config.in_channels // side**2, side, columns, frames, vae=True)
+        channels: Any = self.returned_channels(transformer.config) or transformer.config.in_channels
+        return ImageShape(rows, channels // side**2, side, columns, frames, vae=True)

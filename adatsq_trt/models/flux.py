@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from diffusers import FluxTransformer2DModel
+from diffusers.models.embeddings import Timesteps
 from pydantic import JsonValue
 from torch import Tensor, nn
 
@@ -22,7 +24,11 @@ POSITIONS = "rotations"
 
 
 class FluxAdapter(PromptedAdapter):
-    """A Flux with a closed set of prompts, whose latents are tokens, as Flux packs them."""
+    """A Flux with a closed set of prompts, whose latents are tokens, as Flux packs them.
+
+    Attributes:
+        joined_axis: of [B, tokens, channels], along which an image's latents follow the picture's; None without image.
+    """
 
     model_class = FluxTransformer2DModel
     text_width, pooled_width = "joint_attention_dim", "pooled_projection_dim"
@@ -32,11 +38,12 @@ class FluxAdapter(PromptedAdapter):
         r"|single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp|proj_out))"
     )
     block_lists = ("transformer_blocks", "single_transformer_blocks")
+    joined_axis: ClassVar[int | None] = None
 
     def find_latent_shape(self) -> tuple[int, ...]:
-        """(tokens, channels)."""
-        rows, columns = self.image.grid
-        return (rows * columns, self.transformer.config.in_channels)
+        """(tokens, channels of the noise)."""
+        (rows, columns), config = self.image.grid, self.transformer.config
+        return (rows * columns, config.out_channels or config.in_channels)
 
     def make_trace(self) -> nn.Module:
         """The transformer with its position ids as constants."""
@@ -81,10 +88,12 @@ class FluxAdapter(PromptedAdapter):
     def pipeline_call(self) -> TransformerCall:
         """Positions tell the size: several sizes may have the same number of tokens."""
         config = self.transformer.config
-        inputs = ["hidden_states", "encoder_hidden_states", "pooled_projections"]
+        inputs, joined = ["hidden_states", "encoder_hidden_states", "pooled_projections"], self.joined_axis
         return TransformerCall(
             arguments=forward_arguments(FluxTransformer2DModel),
-            inputs={name: name for name in (*inputs, *(["guidance"] if config.guidance_embeds else []))},
+            inputs={name: name for name in (*inputs, *(["guidance"] if config.guidance_embeds else []))}
+            | dict.fromkeys(self.image_inputs, "hidden_states"),
+            joined={} if joined is None else {"hidden_states": joined},
             time="timestep",
             positions="img_ids",
             zeros=("txt_ids",),
@@ -102,6 +111,9 @@ class FluxTrace(nn.Module):
         """Wrap a transformer for images of `grid` (rows, columns) tokens and prompts of `text_tokens`."""
         super().__init__()
         self.transformer = transformer
+        embedding = transformer.time_text_embed
+        if isinstance(embedding.time_proj, Timesteps):
+            embedding.time_proj = _TabledTimesteps(embedding.time_proj)
         self.register_buffer("image_ids", position_ids(grid), persistent=False)
         self.register_buffer("text_ids", torch.zeros(text_tokens, 3), persistent=False)
 
@@ -136,6 +148,28 @@ class FluxTrace(nn.Module):
             txt_ids=self.text_ids,
             return_dict=False,
         )[0]
+
+
+class _TabledTimesteps(nn.Module):
+    """diffusers' sines and cosines of a time or a scale of guidance, with a table of frequencies.
+
+    In the place of the table the exporter would put NumPy's exponentials, some of which are rounded otherwise than
+    PyTorch's. A scale of guidance is multiplied by 1,000: at 30, as Flux Fill has it, that makes 1e-3 of a sine.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, own: Timesteps) -> None:
+        super().__init__()
+        assert own.flip_sin_to_cos
+        assert own.scale == 1
+        half = own.num_channels // 2
+        exponents = -math.log(10_000) * torch.arange(half, dtype=torch.float32) / (half - own.downscale_freq_shift)
+        self.register_buffer("frequencies", torch.exp(exponents), persistent=False)
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        angles = timesteps[:, None].float() * self.frequencies
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 class FluxAnySizeTrace(FluxTrace):

@@ -59,6 +59,7 @@ class PromptedAdapter(ModelAdapter):
         self.encoder = encoder.float().eval()
         self.scheduler = scheduler
         self.image = image
+        self.image_inputs = encoder.image_inputs
         self.latent_shape = self.find_latent_shape()
         self.guidance_distilled = guidance_distilled
         self._trace = self.make_trace()
@@ -126,9 +127,10 @@ class PromptedAdapter(ModelAdapter):
         return not self.guidance_distilled
 
     def encode(self, prompts: Sequence[int]) -> Conditioning:
-        """The prompts; the unguided branch is given the empty one."""
-        unconditional = None if self.guidance_distilled else self._encode([None] * len(prompts))
-        return Conditioning(self._encode(prompts), unconditional)
+        """The prompts with their images; the unguided branch is given the empty prompt and the same images."""
+        images = self.encoder.images(prompts)
+        unconditional = None if self.guidance_distilled else self._encode([None] * len(prompts)) | images
+        return Conditioning(self._encode(prompts) | images, unconditional)
 
     def _encode(self, prompts: Sequence[int | None]) -> dict[str, Tensor]:
         return self.condition(*self.encoder.encode(prompts))

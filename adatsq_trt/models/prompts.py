@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,10 @@ class PromptEncoder(nn.Module, ABC):
         prompts: all that can be asked for; elsewhere a prompt is its index in here.
         text_tokens: tokens of an encoded prompt.
         width: of a token.
+        image_inputs: graph inputs of the image that goes with each prompt; none for models of text alone.
     """
 
+    image_inputs: tuple[str, ...] = ()
     prompts: tuple[str, ...]
     text_tokens: int
     width: int
@@ -30,6 +32,10 @@ class PromptEncoder(nn.Module, ABC):
 
         A token of zeros stands for none: short prompts are filled up with them.
         """
+
+    def images(self, prompts: Sequence[int]) -> dict[str, Tensor]:
+        """Graph input → [B, ...] float32, of the image that goes with each prompt; empty for models of text alone."""
+        return {}
 
 
 class ClassEncoder(PromptEncoder):
@@ -51,22 +57,31 @@ class ClassEncoder(PromptEncoder):
 class StoredPrompts(PromptEncoder):
     """Prompts that were encoded before, by text encoders that are no longer in memory."""
 
-    def __init__(self, prompts: Sequence[str], tokens: Tensor, pooled: Tensor) -> None:
+    def __init__(
+        self, prompts: Sequence[str], tokens: Tensor, pooled: Tensor, images: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Take the encodings in whichever type they were stored; they become float32 where they are used.
 
         Args:
             prompts: their texts.
             tokens: [prompts + 1, text_tokens, width], the empty prompt last.
             pooled: [prompts + 1, width of the pooled projection].
+            images: graph input → [prompts, ...], of the image that goes with each prompt.
         """
         super().__init__()
         self.prompts, self._tokens, self._pooled = tuple(prompts), tokens, pooled
+        self._images = dict(images or {})
+        self.image_inputs = tuple(self._images)
         self.text_tokens, self.width = tokens.shape[1:]
 
     def encode(self, prompts: Sequence[int | None]) -> tuple[Tensor, Tensor]:
         """The stored rows."""
         rows = torch.tensor([len(self.prompts) if p is None else p for p in prompts])
         return self._tokens[rows].float(), self._pooled[rows].float()
+
+    def images(self, prompts: Sequence[int]) -> dict[str, Tensor]:
+        """The stored rows."""
+        return {name: values[torch.tensor(prompts)].float() for name, values in self._images.items()}
 
 
 class TextEncoder(PromptEncoder):

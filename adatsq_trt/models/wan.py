@@ -108,6 +108,8 @@ class WanTrace(nn.Module):
     """WanTransformer3DModel on one video size: constant rotations, no convolution."""
 
     rotations: Tensor
+    processor: ClassVar[type[WanAttnProcessor]] = RealRotaryProcessor
+    takes_images: ClassVar[bool] = False
 
     def __init__(self, transformer: WanTransformer3DModel, latent_shape: tuple[int, ...]) -> None:
         """Wrap a transformer.
@@ -120,12 +122,13 @@ class WanTrace(nn.Module):
             UnsupportedFormatError: a transformer that also takes images.
         """
         super().__init__()
-        if transformer.config.image_dim is not None or transformer.config.added_kv_proj_dim is not None:
+        config = transformer.config
+        if not self.takes_images and (config.image_dim is not None or config.added_kv_proj_dim is not None):
             raise UnsupportedFormatError("this Wan takes images as a condition, expected one that takes text only")
         self.transformer = transformer
         for module in transformer.modules():
             if isinstance(module, WanAttention):
-                module.set_processor(RealRotaryProcessor())
+                module.set_processor(self.processor())
         self.sides = tuple(transformer.config.patch_size)
         grid = tuple(size // side for size, side in zip(latent_shape[1:], self.sides, strict=True))
         require_positions(grid, [transformer.config.rope_max_seq_len] * 3)
@@ -137,10 +140,13 @@ class WanTrace(nn.Module):
         """Predicted velocity, shape of `hidden_states`; `timestep` is a fraction of the 1,000 of the training."""
         return self._predict(self.rotations, hidden_states, encoder_hidden_states, timestep)
 
-    def _predict(self, rotations: Tensor, latent: Tensor, condition: Tensor, timestep: Tensor) -> Tensor:
+    def _predict(
+        self, rotations: Tensor, latent: Tensor, condition: Tensor, timestep: Tensor, image: Tensor | None = None
+    ) -> Tensor:
         """The same with the rotations of its tokens [2, frames, rows, columns, 1, D / 2], which say the size."""
         model = self.transformer
-        embedding, modulation, text, _ = model.condition_embedder(timestep * TRAIN_TIMESTEPS, condition)
+        embedding, modulation, text, shown = model.condition_embedder(timestep * TRAIN_TIMESTEPS, condition, image)
+        text = text if shown is None else torch.cat([shown, text], dim=1)
         modulation = modulation.unflatten(1, (6, -1))
         # The patch embedding's stride is its kernel, so it is a linear layer; ONNX has no bfloat16 convolution.
         kernel = model.patch_embedding.weight.flatten(1)

@@ -196,6 +196,7 @@ def _manifest(context: Context, index: GraphIndex, policy: Policy, plans: tuple[
         prompt_texts=adapter.prompts,
         call=adapter.pipeline_call(),
         text=_text_call(context),
+        image_call=None if context.pipeline is None else context.pipeline.image_call,
         compatibility=_compatibility(context.settings),
         plans=plans,
         versions=versions,

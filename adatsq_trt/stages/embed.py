@@ -1,4 +1,4 @@
-"""Stage `embed`: the prompts of a checkpoint, encoded once by its own text encoders."""
+"""Stage `embed`: the prompts and images of a checkpoint, encoded once by its own text encoders and VAE."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ def _stage(run: RunDirectory, pipeline: OpenedPipeline) -> Stage:
     inputs = {"encoders_sha256": pipeline.encoders_sha256, "prompts": list(pipeline.settings.prompts)}
     if pipeline.settings.negative_prompt:  # earlier runs have none
         inputs["negative_prompt"] = pipeline.settings.negative_prompt
+    if pipeline.images_sha256 is not None:
+        inputs["images_sha256"] = pipeline.images_sha256
     return run.stage(NAME, inputs)
 
 
@@ -39,8 +41,7 @@ def run(context: Context) -> Stage:
     this, pipeline = stage(context), context.pipeline
     if not this.done:
         assert pipeline is not None, "as in `stage`"
-        prompts = pipeline.settings.prompts
-        with this.run(), context.progress("embed: prompts", len(prompts) + 1) as advance:
+        with this.run(), context.progress("embed: prompts", pipeline.encoded) as advance:
             write_tensors(this.unit(ENCODINGS), pipeline.encode(advance))
     return this
 

@@ -247,7 +247,7 @@ def layer_reference(context: Context, policy: Policy, step: int) -> dict[str, Te
 
 @torch.no_grad()
 def _prompts(context: Context) -> dict[str, Tensor]:
-    """Conditioning of every prompt of the model, and of the unguided branch."""
+    """Conditioning of every prompt of the model, and of the unguided branch, whose images are the prompts' own."""
     adapter, count = context.adapter, len(context.adapter.prompts)
     empty = adapter.encode([0]).unconditional or {}
     tensors: dict[str, Tensor] = {}
@@ -255,7 +255,8 @@ def _prompts(context: Context) -> dict[str, Tensor]:
         part = range(start, min(start + PROMPTS_AT_ONCE, count))
         for name, rows in adapter.encode(part).conditional.items():
             tensors.setdefault(f"conditional.{name}", rows.new_empty(count, *rows.shape[1:]))[part] = rows
-    return tensors | {f"unconditional.{name}": value[:1].clone() for name, value in empty.items()}
+    own = {name: value for name, value in empty.items() if name not in adapter.image_inputs}
+    return tensors | {f"unconditional.{name}": value[:1].clone() for name, value in own.items()}
 
 
 def used_formats(policy: Policy) -> tuple[str, ...]:

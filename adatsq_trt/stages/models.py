@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from adatsq_trt.zoo.loading import LoadedModel
 
 log = logging.getLogger(__name__)
-_OF_CHECKPOINTS = ("base", "lora", "prompts", "negative_prompt", "encodings", "height", "width", "frames")
+_OF_CHECKPOINTS = ("base", "lora", "prompts", "negative_prompt", "encodings", "images", "height", "width", "frames")
 
 
 def require_model(model: object, config: BuildConfig) -> None:
@@ -108,6 +108,7 @@ def open_model(model: object, config: BuildConfig) -> OpenedModel:
             prompts=_drawn_prompts(config),
             encodings=None if config.encodings is None else str(Path(config.encodings).absolute()),
             negative_prompt=config.negative_prompt,
+            images=None if config.images is None else str(Path(config.images).absolute()),
         ),
         model if in_memory else None,
     )

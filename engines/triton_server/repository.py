@@ -118,6 +118,8 @@ def write_repository(deployments: Sequence[Deployment], output: Path, link: bool
     require_names([name for deployment in deployments for name in deployment.models])
     for deployment in deployments:
         _require_one_transformer(deployment.files)
+        if (call := deployment.files.manifest.image_call) is not None:
+            raise no_images_served(deployment.files.folder, call.pipeline)
         deployment.require_plans()
         if deployment.pipeline is not None:
             require_pipeline(deployment.pipeline, deployment.files)
@@ -139,6 +141,19 @@ def _require_one_transformer(files: BundleFiles) -> None:
             f"'{files.folder}' holds two transformers, and the server serves bundles of one; draw with 'adatsq-trt "
             "generate', Bundle.denoise or AdatsqTransformer.experts_from_bundle"
         )
+
+
+def no_images_served(place: Path, pipeline: str) -> UserError:
+    """Make the refusal of a model that takes an image beside the prompt, which requests cannot carry.
+
+    Args:
+        place: of the bundle or the pipeline.
+        pipeline: its class.
+    """
+    return UserError(
+        f"'{place}' is of a {pipeline}, which takes an image beside the prompt, and requests to the server carry none; "
+        "run its bundle with 'adatsq-trt generate --image', or in the pipeline"
+    )
 
 
 def curl_line(name: str, address: str = "localhost:8000", text: bool = False) -> str:

@@ -27,6 +27,7 @@ DATA = {
     "formats",
     "graph_index",
     "image",
+    "image_call",
     "intervals",
     "loading",
     "policy",

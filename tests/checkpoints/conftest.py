@@ -2,12 +2,20 @@
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 from diffusers import DiffusionPipeline
 
-from tests.tiny_checkpoints import make_flux_pipeline, make_wan_pipeline, make_z_image_pipeline
+from tests.tiny_checkpoints import (
+    make_fill_pipeline,
+    make_flux_pipeline,
+    make_kontext_pipeline,
+    make_wan_image_pipeline,
+    make_wan_pipeline,
+    make_z_image_pipeline,
+)
 from tests.tiny_qwen_image import make_qwen_image_pipeline
 from tests.tiny_stable_diffusion_3 import make_stable_diffusion_3_pipeline
 
@@ -29,6 +37,27 @@ def save(tmp_path_factory: pytest.TempPathFactory) -> Saved:
 @pytest.fixture(scope="session")
 def saved_flux(save: Saved) -> Path:
     return save(make_flux_pipeline, "tiny-flux")
+
+
+@pytest.fixture(scope="session")
+def saved_kontext(save: Saved) -> Path:
+    return save(make_kontext_pipeline, "tiny-kontext")
+
+
+@pytest.fixture(scope="session")
+def saved_fill(save: Saved) -> Path:
+    return save(make_fill_pipeline, "tiny-fill")
+
+
+@pytest.fixture(scope="session")
+def saved_wan_image(save: Saved) -> Path:
+    return save(make_wan_image_pipeline, "tiny-wan-image")
+
+
+@pytest.fixture(scope="session")
+def saved_wan_frame(save: Saved) -> Path:
+    """Without the embedding of the image."""
+    return save(partial(make_wan_image_pipeline, embedded=False), "tiny-wan-frame")
 
 
 @pytest.fixture(scope="session")

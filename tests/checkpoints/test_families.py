@@ -43,6 +43,20 @@ TRANSFORMER, INDEX, VAE = "transformer/config.json", "model_index.json", "vae/co
             {"in_channels": 33},
             "in_channels 33 and out_channels 16: it takes a picture",
         ),
+        (
+            "fill",
+            TRANSFORMER,
+            {"in_channels": 64},
+            "in_channels 64 and out_channels 64: expected 320 channels of an image",
+        ),
+        ("fill", TRANSFORMER, {"in_channels": 128}, "in_channels 128 and out_channels 64: expected 320 channels of an"),
+        ("fill", TRANSFORMER, {"out_channels": None}, "in_channels 384 and out_channels None: expected 320 channels"),
+        (
+            "kontext",
+            TRANSFORMER,
+            {"in_channels": 384, "out_channels": 64},
+            "in_channels 384 and out_channels 64: it takes",
+        ),
         ("z_image", TRANSFORMER, {"all_patch_size": [2, 4]}, r"all_patch_size is \[2, 4\], expected \[2\]"),
     ],
 )

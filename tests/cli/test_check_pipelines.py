@@ -20,7 +20,16 @@ from adatsq_trt.policy import Policy
 from adatsq_trt.report.summary import Summary
 from adatsq_trt.settings import PipelineSettings
 from adatsq_trt.stages import bundle as bundle_stage
-from tests.tiny_checkpoints import HEIGHT, WIDTH, make_flux_pipeline, make_wan_pipeline, make_z_image_pipeline
+from tests.tiny_checkpoints import (
+    HEIGHT,
+    WIDTH,
+    make_fill_pipeline,
+    make_flux_pipeline,
+    make_kontext_pipeline,
+    make_wan_image_pipeline,
+    make_wan_pipeline,
+    make_z_image_pipeline,
+)
 from tests.tiny_qwen_image import make_qwen_image_pipeline
 from tests.tiny_stable_diffusion_3 import make_stable_diffusion_3_pipeline
 
@@ -32,6 +41,9 @@ PIPELINES = {
     "wan": make_wan_pipeline,
     "qwen-image": make_qwen_image_pipeline,
     "stable-diffusion-3": make_stable_diffusion_3_pipeline,
+    "flux-kontext": make_kontext_pipeline,
+    "flux-fill": make_fill_pipeline,
+    "wan-image-to-video": make_wan_image_pipeline,
 }
 TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # What is built → its options and the formats that take turns in the policy.
@@ -55,6 +67,9 @@ SQUARE = {
     ("qwen-image", "float32", "cpu"),
     ("qwen-image", "bfloat16", "sm120"),
     ("stable-diffusion-3", "bfloat16", "sm120"),
+    ("flux-kontext", "bfloat16", "sm120"),
+    ("flux-fill", "bfloat16", "cpu"),
+    ("wan-image-to-video", "bfloat16", "sm120"),
 }
 CELLS = [
     pytest.param(*cell, id="-".join(cell), marks=() if cell in SQUARE else pytest.mark.matrix)
@@ -67,7 +82,7 @@ def save(folder: Path, pipeline: str, dtype: str) -> PipelineSettings:
     pipe = PIPELINES[pipeline]()
     pipe.transformer.to(TYPES[dtype])
     pipe.save_pretrained(folder)
-    frames = 5 if pipeline == "wan" else None
+    frames = 5 if pipeline.startswith("wan") else None
     return PipelineSettings(path=str(folder), height=HEIGHT, width=WIDTH, frames=frames, prompts=PROMPTS)
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers.models.embeddings import Timesteps
 
 from adatsq_trt.models.adapter import Conditioning
 from adatsq_trt.models.flux import FluxAdapter, pack
@@ -180,3 +181,12 @@ def test_the_weights_come_back_after_an_error_too(untrained_flux: FluxAdapter) -
     ):
         raise RuntimeError("stop")
     assert untrained_flux.transformer.x_embedder.weight is weight
+
+
+def test_a_table_of_frequencies_gives_diffusers_own_sines(untrained_flux: FluxAdapter) -> None:
+    """Bit for bit, at the largest scales of guidance too."""
+    times = torch.cat([torch.linspace(0, 1000, 101), torch.tensor([3500.0, 30_000.0])])
+    own = Timesteps(num_channels=256, flip_sin_to_cos=True, downscale_freq_shift=0)
+    tabled = untrained_flux.transformer.time_text_embed.time_proj
+    assert not isinstance(tabled, Timesteps)
+    assert torch.equal(tabled(times), own(times))

@@ -1,0 +1,74 @@
+"""An image beside the prompt: how a pipeline makes tensors of it that its transformer is given at every step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from adatsq_trt.image import ImageShape
+
+if TYPE_CHECKING:
+    from adatsq_trt.models.family import Canvas, VaeScale
+
+
+IMAGE_LATENTS = "image_latents"  # graph input that continues the latents
+
+
+class ImageCondition(ABC):
+    """The image condition of a family.
+
+    Attributes:
+        masked: whether a mask goes with the image: white where the picture is to be drawn anew.
+        encoders: folders of what the pipeline encodes images with beside its VAE → their classes of transformers.
+    """
+
+    masked: bool = False
+    encoders: ClassVar[Mapping[str, str]] = {}
+
+    @abstractmethod
+    def channels(self, latent: int, scale: VaeScale) -> int:
+        """Count the channels of the transformer's input that the image has beside the noise's.
+
+        Args:
+            latent: channels of the noise, as the transformer counts them.
+            scale: pixels of a cell of the VAE's latent.
+        """
+
+    def parts(self, config: Mapping[str, Any]) -> Mapping[str, str]:
+        """Those of `encoders` that the pipeline uses, from its transformer's configuration."""
+        return self.encoders
+
+    @abstractmethod
+    def shapes(self, config: Mapping[str, Any], image: ImageShape, folder: Path) -> dict[str, tuple[int, ...]]:
+        """Graph input → its shape for one sample.
+
+        Args:
+            config: of the transformer.
+            image: layout of the latent.
+            folder: of the pipeline.
+        """
+
+    @abstractmethod
+    def encode(self, pipe: Any, image: Image.Image, mask: Image.Image | None, canvas: Canvas) -> dict[str, Tensor]:
+        """Make the graph's inputs of an image, with the pipeline's own methods, VAE and image processor.
+
+        Args:
+            pipe: the pipeline; neither its transformer nor its text encoders are used.
+            image: in RGB, of any size.
+            mask: for a family that is `masked`; None otherwise.
+            canvas: size that is drawn.
+
+        Returns:
+            A tensor for each of `shapes`.
+        """
+
+
+def first_draw() -> torch.Generator:
+    """A generator, for VAEs whose latents are drawn: the same for every image."""
+    return torch.Generator().manual_seed(0)

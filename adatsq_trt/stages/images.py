@@ -1,0 +1,87 @@
+"""The image that a bundle is shown beside the prompt, and who cannot be given one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from adatsq_trt.checkpoints.images import encode_images, load_image_pipeline, read_image
+from adatsq_trt.checkpoints.source import find_source
+from adatsq_trt.engines.bundle import VAE_FOLDER, BundleFiles
+from adatsq_trt.engines.triton_server.repository import no_images_served
+from adatsq_trt.errors import MismatchError, UserError
+from adatsq_trt.files import sha256
+from adatsq_trt.image_call import ImageCall
+from adatsq_trt.models.families import family_of_pipeline
+from adatsq_trt.models.family import Canvas
+from adatsq_trt.stages.models import pipeline_of
+
+
+def shown_image(files: BundleFiles, image: Path | None, mask: Path | None) -> dict[str, Tensor]:
+    """Encode an image with a bundle's own VAE, as `Bundle.conditioning` takes it.
+
+    Args:
+        files: the bundle, whose files are verified.
+        image: any that Pillow reads; it is resized to the size that is drawn.
+        mask: of the image, likewise: white where the picture is drawn anew.
+
+    Returns:
+        Graph input → [1, ...]; empty for a model of text alone.
+
+    Raises:
+        UserError: an image or a mask that the model does not take, or none where it takes one.
+        DamagedFileError: a file is no image, or the VAE does not load.
+        MismatchError: the family of the bundle's pipeline is not known here.
+    """
+    call = files.manifest.image_call
+    for option, file, taken, what in (
+        ("--image", image, call is not None, "an image beside the prompt"),
+        ("--mask", mask, call is not None and call.masked, "a mask, which is white where the picture is drawn anew"),
+    ):
+        if file is not None and not taken:
+            raise UserError(f"{option} '{file}': bundle '{files.folder}' takes none; leave it out")
+        if file is None and taken:
+            raise UserError(f"bundle '{files.folder}' takes {what}, and got none; pass {option} FILE")
+    if call is None or image is None:
+        return {}
+    family = family_of_pipeline(call.pipeline)
+    condition = None if family is None else family.image_condition
+    if family is None or condition is None or family.image_call(call.inputs, call.files) != call:
+        raise MismatchError(
+            f"bundle '{files.folder}' was built from a {call.pipeline}, whose family here takes no such image; "
+            "register the family that it was built with (docs/adapters.md)"
+        )
+    *frames, height, width = files.manifest.pixels or ()
+    canvas, picture = Canvas(height, width, *frames), (read_image(image), None if mask is None else read_image(mask))
+    folder = _encoders(files, call) if call.files else files.folder
+    pipe = load_image_pipeline(family, files.folder / VAE_FOLDER, folder, condition.encoders if call.files else {})
+    return encode_images(family, pipe, iter([picture]), canvas, lambda: None)
+
+
+def _encoders(files: BundleFiles, call: ImageCall) -> Path:
+    """The pipeline that a bundle was built from, whose image encoder the bundle does not carry.
+
+    Raises:
+        MismatchError: it is not there any more, or has changed.
+    """
+    folder = pipeline_of(files.folder.parent)
+    for name, expected in call.files.items():
+        if folder is None or not (folder / name).is_file() or sha256(folder / name) != expected:
+            raise MismatchError(
+                f"bundle '{files.folder}' was built with the image encoder '{name}' of a {call.pipeline}, which is not "
+                f"where its run says ({folder or 'no folder'}); run it in the pipeline, or build it again"
+            )
+    assert folder is not None, "there are files"
+    return folder
+
+
+def require_servable(folder: Path) -> None:
+    """Refuse, before a pipeline is built to be served, one that takes images.
+
+    Raises:
+        UserError: names the pipeline.
+    """
+    family = find_source(str(folder), None).family
+    if family.image_condition is not None:
+        raise no_images_served(folder, family.pipeline)
