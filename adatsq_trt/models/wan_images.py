@@ -18,7 +18,7 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adatsq_trt.errors import DamagedFileError, MismatchError
+from adatsq_trt.errors import MismatchError
 from adatsq_trt.files import read_json_model
 from adatsq_trt.image import ImageShape
 from adatsq_trt.models.adapter import ModelAdapter
@@ -152,7 +152,7 @@ class FirstFrameCondition(ImageCondition):
             own = read_json_model(file, JsonObject, AGAIN).root
             side, patch, width = own.get("image_size"), own.get("patch_size"), own.get("hidden_size")
             if not isinstance(side, int) or not isinstance(patch, int) or width != config["image_dim"]:
-                raise DamagedFileError(
+                raise MismatchError(
                     f"'{file}': image_size {side}, patch_size {patch} and hidden_size {width}, expected an encoder "
                     f"whose tokens are {config['image_dim']} wide; {AGAIN}"
                 )

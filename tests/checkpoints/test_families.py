@@ -57,6 +57,39 @@ TRANSFORMER, INDEX, VAE = "transformer/config.json", "model_index.json", "vae/co
             {"in_channels": 384, "out_channels": 64},
             "in_channels 384 and out_channels 64: it takes",
         ),
+        (
+            "wan_image",
+            TRANSFORMER,
+            {"in_channels": 16},
+            "in_channels 16 and out_channels 16: expected 20 channels of an",
+        ),
+        ("wan_image", TRANSFORMER, {"pos_embed_seq_len": 514}, "pos_embed_seq_len is 514, expected None"),  # two frames
+        ("wan_image", TRANSFORMER, {"added_kv_proj_dim": None}, "image_dim is 32 and added_kv_proj_dim None, expected"),
+        (
+            "wan_frame",
+            TRANSFORMER,
+            {"added_kv_proj_dim": 64},
+            "image_dim is None and added_kv_proj_dim 64, expected both",
+        ),
+        (
+            "wan_image",
+            "image_encoder/config.json",
+            {"hidden_size": 64},
+            "hidden_size 64, expected an encoder whose tokens",
+        ),
+        (
+            "wan_image",
+            INDEX,
+            {"boundary_ratio": 0.9},
+            "boundary_ratio is 0.9, expected None; .* Wan 2.1's image to video",
+        ),
+        ("wan_image", INDEX, {"expand_timesteps": True}, "expand_timesteps is True, expected False"),
+        (
+            "wan_image",
+            INDEX,
+            {"transformer_2": ["diffusers", "WanTransformer3DModel"]},
+            "has a second transformer, expected one that denoises all steps; .* Wan 2.1's image to video",
+        ),
         ("z_image", TRANSFORMER, {"all_patch_size": [2, 4]}, r"all_patch_size is \[2, 4\], expected \[2\]"),
     ],
 )
@@ -66,6 +99,6 @@ def test_what_is_not_a_model_of_noise_and_text_is_named(
     folder = Path(shutil.copytree(request.getfixturevalue(f"saved_{saved}"), tmp_path / "pipeline"))
     (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | changes))
     with pytest.raises(MismatchError) as refused:
-        open_pipeline(PipelineSettings(path=str(folder), height=HEIGHT, width=WIDTH, prompts=("a red",)))
+        _ = open_pipeline(PipelineSettings(path=str(folder), height=HEIGHT, width=WIDTH, prompts=("a red",))).outline
     assert re.search(message, str(refused.value))
     assert refused.value.exit_code == 2
