@@ -98,6 +98,7 @@ def size_report(files: BundleFiles) -> SizeReport | None:
                 plan_overhead_bytes=_overhead(files, layout, weights[layout]),
             )
             for layout in LAYOUTS
+            if layout != "switch" or len(files.experts) == 1  # one plan would hold both transformers
         ),
     )
 

@@ -59,14 +59,7 @@ def trace(
         AdatsqError: the module computes with the number of rows, or with an axis of `axes`, as a constant.
     """
     positions, axes = positions or {}, axes or {}
-    # Buffers keep their type: they hold position ids and frequencies, which forward casts where it wants to. Parameters
-    # are copied in the base type at once, since a copy in float32 first would take three times the memory, and not at
-    # all where they have it: nothing here changes them.
-    memo: dict[int, object] = {}
-    for name, parameter in module.named_parameters():
-        dtype = torch.float32 if keeps_float32(module, name) else base
-        memo[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
-    twin = copy.deepcopy(module, memo).eval()
+    twin = _twin(module, base)
     batch = torch.export.Dim(BATCH_AXIS)
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
@@ -92,6 +85,18 @@ def trace(
     tidy = (NameNodes(_wrapper_prefix(module), part), WidenConvolutions(), common.RemoveUnusedNodesPass())
     ir.passes.Sequential(*tidy)(model)
     return model
+
+
+def _twin(module: nn.Module, base: torch.dtype) -> nn.Module:
+    """A copy whose parameters are in the base type."""
+    # Buffers keep their type: they hold position ids and frequencies, which forward casts where it wants to. Parameters
+    # are copied in the base type at once, since a copy in float32 first would take three times the memory, and not at
+    # all where they have it: nothing here changes them.
+    memo: dict[int, object] = {}
+    for name, parameter in module.named_parameters():
+        dtype = torch.float32 if keeps_float32(module, name) else base
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
+    return copy.deepcopy(module, memo).eval()
 
 
 def _optimized(program: torch.onnx.ONNXProgram | None) -> ir.Model:

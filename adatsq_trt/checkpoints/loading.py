@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -20,6 +19,7 @@ from adatsq_trt.checkpoints.encodings import read_encodings
 from adatsq_trt.checkpoints.images import PREFIX, ImageSet, encode_images, load_image_pipeline
 from adatsq_trt.checkpoints.lora import Lora, fuse, parse_lora
 from adatsq_trt.checkpoints.prompts import encode_prompts
+from adatsq_trt.checkpoints.requirements import fitting_canvas, require_configs, require_fusable, require_images
 from adatsq_trt.checkpoints.schedulers import make_scheduler, require_schedule
 from adatsq_trt.checkpoints.single_file import convert, require_layout, transformer_weights
 from adatsq_trt.checkpoints.source import INDEX, Source, find_source
@@ -34,7 +34,7 @@ from adatsq_trt.checkpoints.weights import (
     require_shapes,
     verified_sha256,
 )
-from adatsq_trt.errors import DamagedFileError, MismatchError, UserError, one_line
+from adatsq_trt.errors import DamagedFileError, UserError, one_line
 from adatsq_trt.files import MappedTensors, read_json_model
 from adatsq_trt.image import ImageShape, PixelScale
 from adatsq_trt.image_call import ImageCall
@@ -44,12 +44,11 @@ from adatsq_trt.models.family import AGAIN, Canvas, JsonObject
 from adatsq_trt.models.prompted import PromptedAdapter
 from adatsq_trt.models.prompts import StoredPrompts
 from adatsq_trt.models.stored import count_weights, fill, large_linears, named_weights
-from adatsq_trt.schedule import EXPERTS, FIRST_EXPERT, SECOND_EXPERT, calls_per_step
+from adatsq_trt.schedule import EXPERTS, FIRST_EXPERT, calls_per_step
 from adatsq_trt.settings import PipelineSettings
 from adatsq_trt.text_call import TextCall
 from adatsq_trt.zoo.loading import SCHEDULER_CONFIG, LoadedModel
 
-log = logging.getLogger(__name__)
 OpenedT = TypeVar("OpenedT", bound="OpenedPipeline")
 _SUFFIXES = (
     ".json",
@@ -403,15 +402,8 @@ def open_source(
         UserError: as `parse_lora` and the checks of weights; also for sizes that do not fit.
     """
     opened = make(settings, tuple(parse_lora(text) for text in settings.loras))
-    for file in source.configs:
-        _refuse_quantized(file, read_json_model(file, JsonObject, AGAIN).root)
-    _require_alike(source)
-    if opened.loras and source.boundary_ratio is not None:
-        raise UserError(
-            f"--lora {settings.loras[0]}: not with a pipeline of two transformers, which '{source.name}' is; fuse it "
-            "with diffusers (load_lora_weights, load_into_transformer_2=True for the second, then fuse_lora) and save "
-            "the pipeline"
-        )
+    require_configs(source)
+    require_fusable(source, settings.loras)
     source.family.require_libraries()
     source.family.require_supported(opened._config, source.config, source.folder)
     outline = opened._outline
@@ -422,8 +414,8 @@ def open_source(
     else:
         require_shapes(weights, outline, source.config)
     find_weights(source.folder / "vae")
-    _require_images(settings, opened)
-    canvas = _canvas(settings, source)
+    require_images(source.family, settings, opened.images)
+    canvas = fitting_canvas(settings, source)
     places = {"path": _absolute(settings.path), "base": settings.base and _absolute(settings.base)}
     loras = tuple(f"{lora.file}:{lora.scale!r}" for lora in opened.loras)
     update = {**places, "loras": loras, **asdict(canvas)}
@@ -437,76 +429,9 @@ def open_source(
     return make(resolved, opened.loras)
 
 
-def _require_alike(source: Source) -> None:
-    """Refuse experts that differ in more than their weights.
-
-    Raises:
-        MismatchError: names the first option that differs.
-    """
-    first, *others = (read_json_model(file, JsonObject, AGAIN).root for file in source.configs)
-    for other in others:
-        for option in sorted({*first, *other}):
-            if not option.startswith("_") and first.get(option) != other.get(option):
-                raise MismatchError(
-                    f"'{source.folder}': {option} is {first.get(option)!r} in '{FIRST_EXPERT}' and "
-                    f"{other.get(option)!r} in '{SECOND_EXPERT}', expected two transformers that differ in their "
-                    f"weights alone; {source.family.instead}"
-                )
-
-
-def _require_images(settings: PipelineSettings, opened: OpenedPipeline) -> None:
-    """Refuse images that the pipeline does not take, and say which are not drawn."""
-    family, prompts = opened.source.family, len(settings.prompts)
-    if settings.images is not None and family.image_condition is None:
-        raise UserError(
-            f"--images '{settings.images}': a {family.pipeline} takes no image beside the prompt; leave it out"
-        )
-    if family.image_condition is not None and len(opened.images.files) > prompts:
-        log.warning(
-            "--images: the first %d of %d images are drawn, one with each prompt; more with --prompts",
-            prompts,
-            len(opened.images.files),
-        )
-
-
-def _canvas(settings: PipelineSettings, source: Source) -> Canvas:
-    """The size that was asked for, or the pipeline's.
-
-    Raises:
-        UserError: it does not fit the transformer's tokens or the VAE's cells.
-    """
-    family, scale = source.family, source.family.vae_scale(source.folder)
-    multiple = family.patch * scale.pixels
-    height, width = settings.height or family.canvas.height, settings.width or family.canvas.width
-    for option, value in (("--height", height), ("--width", width)):
-        if value % multiple:
-            raise UserError(
-                f"{option} {value}: expected a multiple of {multiple} pixels for '{source.name}'; pass "
-                f"{option} {max(value // multiple, 1) * multiple}"
-            )
-    frames = settings.frames or family.canvas.frames
-    if scale.frames is None and frames is not None:
-        raise UserError(f"--frames {frames}: '{source.name}' draws pictures; leave --frames out")
-    if scale.frames is not None and frames is not None and frames % scale.frames != 1 % scale.frames:
-        raise UserError(
-            f"--frames {frames}: expected 1 more than a multiple of {scale.frames} for '{source.name}'; pass --frames "
-            f"{max(frames // scale.frames, 1) * scale.frames + 1}"
-        )
-    return Canvas(height, width, frames)
-
-
 def _absolute(text: str) -> str:
     """A path means the same from everywhere; a hub id stays one."""
     return str(Path(text).absolute()) if Path(text).exists() else text
-
-
-def _refuse_quantized(file: Path, config: Mapping[str, JsonValue]) -> None:
-    quantized = config.get("quantization_config")
-    if quantized is not None:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        raise MismatchError(
-            f"'{file}' is of a model that is quantized already ({method}); give the checkpoint in 16 or 32 bits"
-        )
 
 
 def files_of(folder: Path) -> Iterator[Path]:

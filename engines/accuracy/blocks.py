@@ -67,9 +67,14 @@ class BlockPair:
         target, cpu = (self.bundle.assignment_graph(variant, self.assignment) for variant in ("target", "cpu"))
         return GraphView(self.bundle.graph_path(target)), GraphView(self.bundle.graph_path(cpu))
 
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The transformer's blocks, in order."""
+        return self.bundle.index.blocks_of(self.bundle.assignment_graph("target", self.assignment).expert)
+
     @cached_property
     def _pieces(self) -> dict[str, Piece]:
-        return {piece.name: piece for piece in find_pieces(*self._graphs, self.bundle.index.blocks)}
+        return {piece.name: piece for piece in find_pieces(*self._graphs, self.blocks)}
 
     @property
     def outside(self) -> list[str]:

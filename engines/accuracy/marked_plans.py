@@ -83,7 +83,7 @@ def border_names(pair: BlockPair) -> tuple[str, ...]:
     bundle = pair.bundle
     graph = bundle.assignment_graph("target", pair.assignment)
     known = {*pair.feed, *(signature.name for signature in graph.outputs)}
-    cuts = [pair.border(block) for block in bundle.index.blocks]
+    cuts = [pair.border(block) for block in pair.blocks]
     return tuple(dict.fromkeys(name for cut in cuts for name in (*cut.inputs, *cut.outputs) if name not in known))
 
 

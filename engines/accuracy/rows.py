@@ -316,7 +316,7 @@ def _check_target(
         outside = []
     yield [row for name in outside for row in _check_piece(pair, step, name, folder)]
     marked = None if plans is None else run_marked(pair, step, plans.choice)
-    for block in bundle.index.blocks_of(bundle.expert(step)):
+    for block in pair.blocks:
         rows = _check_piece(pair, step, block, folder)
         yield rows if marked is None else [*rows, *_check_plan_block(pair, step, block, folder, marked)]
 

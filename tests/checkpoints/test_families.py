@@ -19,7 +19,12 @@ TRANSFORMER, INDEX, VAE = "transformer/config.json", "model_index.json", "vae/co
     ("saved", "file", "changes", "message"),
     [
         ("wan", INDEX, {"expand_timesteps": True}, "expand_timesteps is True, expected False; .* such as Wan 2.1"),
-        ("wan", INDEX, {"boundary_ratio": 0.875}, "boundary_ratio is 0.875, expected None; .* such as Wan 2.1"),
+        (
+            "wan",
+            INDEX,
+            {"boundary_ratio": 0.875},
+            "boundary_ratio is 0.875 and there is no second transformer",
+        ),
         ("wan", TRANSFORMER, {"in_channels": 36}, "in_channels 36 and out_channels 16: it takes a picture or a mask"),
         ("wan", TRANSFORMER, {"image_dim": 1280}, "image_dim is 1280, expected None, as in a transformer that takes"),
         ("wan", TRANSFORMER, {"added_kv_proj_dim": 64}, "added_kv_proj_dim is 64, expected None"),

@@ -463,10 +463,40 @@ def test_lengths_of_videos_that_do_not_fit(saved_wan: Path) -> None:
     assert "--frames 8: expected 1 more than a multiple of 4 for 'tiny-wan'; pass --frames 9" in message
 
 
-def test_a_wan_with_two_transformers(saved_wan: Path, tmp_path: Path) -> None:
+def test_a_second_transformer_goes_with_a_boundary(saved_wan: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(saved_wan, tmp_path / "wan"))
     edit_json(folder / "model_index.json", transformer_2=["diffusers", "WanTransformer3DModel"])
-    assert "has a second transformer, expected one" in refusal(lambda: open_pipeline(settings(folder)))
+    message = refusal(lambda: open_pipeline(settings(folder)))
+    assert "boundary_ratio is None and there is a WanTransformer3DModel as its second transformer" in message
+    edit_json(folder / "model_index.json", transformer_2=["diffusers", "FluxTransformer2DModel"], boundary_ratio=0.9)
+    message = refusal(lambda: open_pipeline(settings(folder)))
+    assert "has a FluxTransformer2DModel as its second transformer, expected a WanTransformer3DModel" in message
+
+
+def test_a_second_transformer_where_the_pipeline_has_one(saved_flux: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(saved_flux, tmp_path / "flux"))
+    edit_json(folder / "model_index.json", transformer_2=["diffusers", "FluxTransformer2DModel"], boundary_ratio=0.9)
+    message = refusal(lambda: open_pipeline(settings(folder)))
+    assert "has a FluxTransformer2DModel as its second transformer, expected one that denoises all steps" in message
+
+
+def test_two_transformers_of_other_widths_are_refused(saved_wan: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(saved_wan, tmp_path / "wan"))
+    shutil.copytree(folder / "transformer", folder / "transformer_2")
+    edit_json(folder / "transformer_2" / "config.json", ffn_dim=64)
+    edit_json(folder / "model_index.json", transformer_2=["diffusers", "WanTransformer3DModel"], boundary_ratio=0.9)
+    message = refusal(lambda: open_pipeline(settings(folder)))
+    assert "ffn_dim is 128 in 'transformer' and 64 in 'transformer_2'" in message
+    loras = refusal(lambda: open_pipeline(settings(folder, loras=("some.safetensors",))))
+    assert "some.safetensors" in loras
+
+
+def test_a_pipeline_of_two_transformers_is_no_base(saved_wan: Path, tmp_path: Path) -> None:
+    """One of them with another's weights would be a model that nobody asked for."""
+    folder = Path(shutil.copytree(saved_wan, tmp_path / "wan"))
+    edit_json(folder / "model_index.json", transformer_2=["diffusers", "WanTransformer3DModel"], boundary_ratio=0.9)
+    message = refusal(lambda: open_pipeline(settings(saved_wan / "transformer", base=str(folder))))
+    assert "has two transformers, and" in message
 
 
 def test_what_a_base_is_needed_for(saved_flux: Path, tmp_path: Path) -> None:

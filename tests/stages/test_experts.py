@@ -200,3 +200,22 @@ def test_a_second_scale_of_guidance_needs_a_second_transformer() -> None:
 def test_a_bundle_of_two_experts_is_not_served(built: tuple[Path, Bundle], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds two transformers, and the server serves bundles of one"):
         write_repository([Deployment("wan", built[1].files)], tmp_path / "models")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["embedded", "shared"])
+def test_plans_are_of_one_expert_each(built: tuple[Path, Bundle], tmp_path: Path, layout: str) -> None:
+    """Compiled for a GPU; every piece of the target graphs is compared with that of the cpu graphs."""
+    options = {**OPTIONS, **GUIDANCE, "target": "sm120", "layout": layout, "backend": "rtx"}
+    with adatsq_trt.build(built[0] / "pipeline", output=tmp_path / "run", **options) as bundle:
+        plans = {plan.assignment for plan in bundle.manifest.plans}
+        assert plans == set(range(len(bundle.policy.assignments)))
+        report = check(bundle.files, tmp_path / "check")
+        assert report.passed
+        pieces = {(row.step, row.block) for row in report.rows if row.variant == "target"}
+        for step, expert in enumerate(bundle.schedule.experts):
+            own = {block for at, block in pieces if at == step and block is not None}
+            assert all(block.startswith(expert + ".") for block in own if "blocks" in block)
+        sizes = inspect_bundle(bundle.files).sizes
+        assert sizes is not None
+        assert [layout.layout for layout in sizes.layouts] == ["embedded", "shared"]

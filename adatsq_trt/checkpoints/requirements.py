@@ -1,0 +1,109 @@
+"""Requirements of a checkpoint that can be told before its weights are loaded, and the size that is drawn."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+from pydantic import JsonValue
+
+from adatsq_trt.checkpoints.images import ImageSet
+from adatsq_trt.checkpoints.source import Source
+from adatsq_trt.errors import MismatchError, UserError
+from adatsq_trt.files import read_json_model
+from adatsq_trt.models.family import AGAIN, Canvas, Family, JsonObject
+from adatsq_trt.schedule import FIRST_EXPERT, SECOND_EXPERT
+from adatsq_trt.settings import PipelineSettings
+
+log = logging.getLogger(__name__)
+
+
+def require_configs(source: Source) -> None:
+    """Refuse transformers that are quantized already, and experts that differ in more than their weights.
+
+    Raises:
+        MismatchError: names the file and what it says.
+    """
+    first, *others = (read_json_model(file, JsonObject, AGAIN).root for file in source.configs)
+    for file, config in zip(source.configs, (first, *others), strict=True):
+        quantized = config.get("quantization_config")
+        if quantized is not None:
+            method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+            raise MismatchError(
+                f"'{file}' is of a model that is quantized already ({method}); give the checkpoint in 16 or 32 bits"
+            )
+    for other in others:
+        _require_alike(source, first, other)
+
+
+def _require_alike(source: Source, first: Mapping[str, JsonValue], other: Mapping[str, JsonValue]) -> None:
+    for option in sorted({*first, *other}):
+        if not option.startswith("_") and first.get(option) != other.get(option):
+            raise MismatchError(
+                f"'{source.folder}': {option} is {first.get(option)!r} in '{FIRST_EXPERT}' and "
+                f"{other.get(option)!r} in '{SECOND_EXPERT}', expected two transformers that differ in their "
+                f"weights alone; {source.family.instead}"
+            )
+
+
+def require_fusable(source: Source, loras: Sequence[str]) -> None:
+    """Refuse LoRA files for two transformers: a file does not say which of them it is for.
+
+    Args:
+        source: of the pipeline.
+        loras: as the user wrote them.
+
+    Raises:
+        UserError: there is one.
+    """
+    if loras and source.boundary_ratio is not None:
+        raise UserError(
+            f"--lora {loras[0]}: not with a pipeline of two transformers, which '{source.name}' is; fuse it "
+            "with diffusers (load_lora_weights, load_into_transformer_2=True for the second, then fuse_lora) and save "
+            "the pipeline"
+        )
+
+
+def require_images(family: Family, settings: PipelineSettings, images: ImageSet) -> None:
+    """Refuse images that the pipeline does not take, and say which are not drawn.
+
+    Raises:
+        UserError: a folder of images for a model of text alone.
+    """
+    prompts = len(settings.prompts)
+    if settings.images is not None and family.image_condition is None:
+        raise UserError(
+            f"--images '{settings.images}': a {family.pipeline} takes no image beside the prompt; leave it out"
+        )
+    if family.image_condition is not None and len(images.files) > prompts:
+        log.warning(
+            "--images: the first %d of %d images are drawn, one with each prompt; more with --prompts",
+            prompts,
+            len(images.files),
+        )
+
+
+def fitting_canvas(settings: PipelineSettings, source: Source) -> Canvas:
+    """Return the size that was asked for, or the pipeline's.
+
+    Raises:
+        UserError: it does not fit the transformer's tokens or the VAE's cells.
+    """
+    family, scale = source.family, source.family.vae_scale(source.folder)
+    multiple = family.patch * scale.pixels
+    height, width = settings.height or family.canvas.height, settings.width or family.canvas.width
+    for option, value in (("--height", height), ("--width", width)):
+        if value % multiple:
+            raise UserError(
+                f"{option} {value}: expected a multiple of {multiple} pixels for '{source.name}'; pass "
+                f"{option} {max(value // multiple, 1) * multiple}"
+            )
+    frames = settings.frames or family.canvas.frames
+    if scale.frames is None and frames is not None:
+        raise UserError(f"--frames {frames}: '{source.name}' draws pictures; leave --frames out")
+    if scale.frames is not None and frames is not None and frames % scale.frames != 1 % scale.frames:
+        raise UserError(
+            f"--frames {frames}: expected 1 more than a multiple of {scale.frames} for '{source.name}'; pass --frames "
+            f"{max(frames // scale.frames, 1) * scale.frames + 1}"
+        )
+    return Canvas(height, width, frames)
