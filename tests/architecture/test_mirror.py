@@ -17,6 +17,7 @@ ELSEWHERE: Mapping[str, Mapping[str, str]] = {
         "adatsq_trt/checkpoints/lora_strength.py": "tests/checkpoints/test_lora.py",
         "adatsq_trt/checkpoints/tracing.py": "tests/checkpoints/test_families.py",
         "adatsq_trt/checkpoints/weights.py": "tests/checkpoints/test_loading.py",
+        "adatsq_trt/checkpoints/requirements.py": "tests/checkpoints/test_loading.py",
         "adatsq_trt/execution/precision.py": "tests/stages/test_search_options.py",
         "adatsq_trt/models/blocks.py": "tests/calibration/test_units.py",
         "adatsq_trt/models/masked.py": "tests/models/test_qwen_image.py",
