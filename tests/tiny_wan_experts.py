@@ -1,9 +1,9 @@
 """Wan 2.2 in small: a pipeline with two transformers of different weights, and the scheduler that it comes with."""
 
 import torch
-from diffusers import WanPipeline
+from diffusers import WanImageToVideoPipeline, WanPipeline
 
-from tests.tiny_checkpoints import make_wan_pipeline
+from tests.tiny_checkpoints import make_wan_image_pipeline, make_wan_pipeline
 
 BOUNDARY_RATIO = 0.875
 
@@ -11,12 +11,22 @@ BOUNDARY_RATIO = 0.875
 def make_wan_experts_pipeline(boundary_ratio: float = BOUNDARY_RATIO) -> WanPipeline:
     """At five steps with flow shift 3 the timesteps are 999, 923, 818, 667 and 429: two are of the first expert."""
     one = make_wan_pipeline()
+    parts = {**one.components, "transformer_2": _second(one)}
+    return WanPipeline(**parts, boundary_ratio=boundary_ratio)
+
+
+def make_wan_image_experts_pipeline(boundary_ratio: float = 0.9) -> WanImageToVideoPipeline:
+    """Image to video, whose transformers see no embedding of the image."""
+    one = make_wan_image_pipeline(embedded=False)
+    parts = {**one.components, "transformer_2": _second(one)}
+    return WanImageToVideoPipeline(**parts, boundary_ratio=boundary_ratio)
+
+
+def _second(one: WanPipeline | WanImageToVideoPipeline) -> torch.nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        second = type(one.transformer).from_config(one.transformer.config)
+        second: torch.nn.Module = type(one.transformer).from_config(one.transformer.config)
     with torch.no_grad():  # so that it shows in the latents which of them was called, and how it was guided
         for expert in (one.transformer, second):
             expert.proj_out.weight.mul_(8)
-    return WanPipeline(
-        one.tokenizer, one.text_encoder, one.vae, one.scheduler, one.transformer, second, boundary_ratio=boundary_ratio
-    )
+    return second

@@ -1,4 +1,4 @@
-"""Wan with a first image: diffusers' WanImageToVideoPipeline, of Wan 2.1 and of others with one transformer.
+"""Wan with a first image: diffusers' WanImageToVideoPipeline, of Wan 2.1 and of Wan 2.2 with its two transformers.
 
 The image's latents, with a mask of the frames that it says, are 20 further channels of the video's. Wan 2.1's
 transformer also sees the embedding of CLIP's image encoder, beside the text.
@@ -174,7 +174,7 @@ class FirstFrameCondition(ImageCondition):
 
 
 class WanImageFamily(WanFamily):
-    """WanImageToVideoPipeline with one transformer, and with a first image alone."""
+    """WanImageToVideoPipeline with a first image alone."""
 
     adapter, pipeline = WanImageAdapter, "WanImageToVideoPipeline"
     image_condition: ClassVar[ImageCondition] = FirstFrameCondition()

@@ -83,7 +83,6 @@ ELSEWHERE: Mapping[str, Mapping[str, str]] = {
         "adatsq_trt/models/family.py": "tests/checkpoints/test_families.py",
         "adatsq_trt/models/flux_images.py": "tests/checkpoints/test_images.py",
         "adatsq_trt/models/image_condition.py": "tests/checkpoints/test_images.py",
-        "adatsq_trt/models/wan_images.py": "tests/checkpoints/test_images.py",
         "adatsq_trt/models/prompted.py": "tests/models/test_prompts.py",
         "adatsq_trt/report/data.py": "tests/report/test_page.py",
         "adatsq_trt/results.py": "tests/test_api.py",
