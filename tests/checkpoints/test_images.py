@@ -134,7 +134,8 @@ def test_a_pipeline_in_memory_encodes_the_same(request: pytest.FixtureRequest, k
 
 
 def test_a_pipeline_in_memory_without_its_image_encoder_is_refused(saved_wan_image: Path) -> None:
-    pipe = DiffusionPipeline.from_pretrained(saved_wan_image, local_files_only=True, image_encoder=None)
+    pipe = DiffusionPipeline.from_pretrained(saved_wan_image, local_files_only=True)
+    pipe.image_encoder = None
     with pytest.raises(UserError, match="the pipeline has no image_encoder, which its transformer needs"):
         open_object(pipe, settings(saved_wan_image))
 
