@@ -173,7 +173,7 @@ class Bundle:
                 that the bundle holds with each prompt unless given.
 
         Raises:
-            UserError: a prompt that the bundle does not hold.
+            UserError: a prompt that the bundle does not hold, or inputs that no image decides.
             DamagedFileError: the stored prompts are not named as they should be.
         """
         require_prompts(self.files, prompts)
@@ -183,6 +183,10 @@ class Bundle:
                 f"the prompts of bundle '{self.files.folder}' are {sorted(self.files.prompts)}, expected names that "
                 f"start with '{CONDITIONAL}'; run 'adatsq-trt build engine' again"
             )
+        strange = sorted((images or {}).keys() - set(self.manifest.image_inputs))
+        if strange:
+            wanted = ", ".join(self.manifest.image_inputs) or "none: the model takes text alone"
+            raise UserError(f"images: got '{strange[0]}', expected the bundle's inputs of an image, {wanted}")
         unguided = _starting(self.files.prompts, UNCONDITIONAL)
         own = {name: value[list(prompts)] for name, value in conditional.items()}
         own |= {name: np.repeat(as_array(value), len(prompts), axis=0) for name, value in (images or {}).items()}

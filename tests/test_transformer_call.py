@@ -33,6 +33,9 @@ def test_it_is_text() -> None:
         ({"masks": {"x": "t"}}, "masks of x, expected of graph inputs: hidden_states"),
         ({"time_range": (1.0, 1.0)}, "one value for noise and for a finished sample"),
         ({"time_range": (float("nan"), 1.0)}, "finite"),
+        ({"inputs": {"a": "x", "b": "x"}}, r"joined \[\], several inputs are of \['x'\]"),
+        ({"joined": {"x": 1}}, r"joined \['x'\], several inputs are of \[\]"),
+        ({"inputs": {"a": "x", "b": "x"}, "joined": {"x": 0}}, "greater than 0"),
         ({"unit_axis": -1}, "greater than or equal to 0"),
     ],
 )

@@ -151,6 +151,8 @@ def open_object(model: Any, settings: PipelineSettings) -> OpenedObject:
             if part is not None and not isinstance(part, nn.Module):
                 part.save_pretrained(folder / name)
         for name in () if condition is None else condition.parts(first.config):
+            if getattr(pipe, name, None) is None:
+                raise UserError(f"the pipeline has no {name}, which its transformer needs: load it with one")
             getattr(pipe, name).save_pretrained(folder / name)
     name = safe_name(str(getattr(first.config, "_name_or_path", "") or type(model).__name__))
     source = Source(name, family, base, folder / FIRST_EXPERT, folder / FIRST_EXPERT / "config.json", ratio)

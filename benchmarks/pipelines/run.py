@@ -25,14 +25,23 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from adatsq_trt.calibration.trajectory import Samples, trajectory
-from adatsq_trt.checkpoints.loading import open_pipeline, silence
-from adatsq_trt.checkpoints.prompts import encode_prompts
+from adatsq_trt.checkpoints.loading import OpenedPipeline, open_pipeline, silence
 from adatsq_trt.files import write_json_model
+from adatsq_trt.models.family import Canvas
 from adatsq_trt.schedule import DPM, EULER, HEUN, UNIPC, calls_per_step
 from adatsq_trt.settings import PipelineSettings
 from adatsq_trt.solver import Denoising, Solver, euler_updates
 from benchmarks.document import replace_marked
-from tests.tiny_checkpoints import HEIGHT, WIDTH, make_flux_pipeline, make_wan_pipeline, make_z_image_pipeline
+from tests.tiny_checkpoints import (
+    HEIGHT,
+    WIDTH,
+    make_fill_pipeline,
+    make_flux_pipeline,
+    make_kontext_pipeline,
+    make_wan_image_pipeline,
+    make_wan_pipeline,
+    make_z_image_pipeline,
+)
 from tests.tiny_qwen_image import make_qwen_image_pipeline
 from tests.tiny_stable_diffusion_3 import make_stable_diffusion_3_pipeline
 
@@ -67,7 +76,12 @@ class Case:
     @property
     def is_video(self) -> bool:
         """Whether frames are asked for."""
-        return self.make is make_wan_pipeline
+        return self.make in (make_wan_pipeline, make_wan_image_pipeline)
+
+    @property
+    def prompts(self) -> tuple[int, ...]:
+        """One for each sample; a pipeline that takes an image takes one at a time."""
+        return (1,) if self.make in IMAGE_PIPELINES else (1, 0)
 
     @property
     def request(self) -> dict[str, Any]:
@@ -77,6 +91,7 @@ class Case:
         return {"guidance_scale": self.pipeline_guidance, **({"num_frames": FRAMES} if self.is_video else {})}
 
 
+IMAGE_PIPELINES = (make_kontext_pipeline, make_fill_pipeline, make_wan_image_pipeline)
 FLOW: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 SHIFTED = {**FLOW, "flow_shift": 3.0}
 Z_IMAGE: dict[str, Any] = {"guidance": 6.0, "pipeline_guidance": 5.0}
@@ -106,6 +121,9 @@ CASES = {
     "Stable Diffusion 3.5, its own": Case(make_stable_diffusion_3_pipeline, 8),
     "Stable Diffusion 3.5, UniPC": Case(make_stable_diffusion_3_pipeline, 8, UNIPC, SHIFTED),
     "Stable Diffusion 3.5, DPM-Solver++": Case(make_stable_diffusion_3_pipeline, 8, DPM, SHIFTED),
+    "Flux Kontext, its own": Case(make_kontext_pipeline, 8),
+    "Flux Fill, its own": Case(make_fill_pipeline, 8, guidance=30.0, pipeline_guidance=30.0),
+    "Wan image to video, its own": Case(make_wan_image_pipeline, 8),
 }
 
 
@@ -155,8 +173,8 @@ def measure(name: str) -> Row:
         if case.scheduler is not None:
             pipe.scheduler = getattr(diffusers, case.scheduler)(**case.options)
         pipe.save_pretrained(folder)
-        samples = _samples(case, Path(folder), type(pipe.scheduler).__name__)
-    wanted = _pipelines_latents(case, pipe, samples)
+        samples, shown = _samples(case, Path(folder), type(pipe.scheduler).__name__)
+    wanted = _pipelines_latents(case, pipe, samples, shown)
     schedule = samples.schedule
     euler = Denoising(Solver(euler_updates(schedule.sigmas), schedule.sigmas), samples.noise())
     *_, of_euler = euler.run(samples.velocity)
@@ -171,26 +189,39 @@ def measure(name: str) -> Row:
     )
 
 
-def _samples(case: Case, folder: Path, scheduler: str) -> Samples:
-    """Two samples of the saved pipeline, as a run would calibrate on them."""
+def _samples(case: Case, folder: Path, scheduler: str) -> tuple[Samples, dict[str, Any]]:
+    """Samples of the saved pipeline, as a run would calibrate on them, and the image that the pipeline is shown."""
     settings = PipelineSettings(
         path=str(folder), height=HEIGHT, width=WIDTH, frames=FRAMES if case.is_video else None, prompts=PROMPTS
     )
     opened = open_pipeline(settings)
-    adapter = opened.load(encode_prompts(opened.source, PROMPTS, lambda: None)).adapter
+    adapter = opened.load(opened.encode(lambda: None)).adapter
     calls = calls_per_step(scheduler)
     schedule = adapter.schedule(calls * case.steps - (calls - 1))
-    return Samples(adapter, schedule, case.guidance, prompts=(1, 0), seeds=(4, 5))
+    samples = Samples(adapter, schedule, case.guidance, case.prompts, seeds=(4, 5)[: len(case.prompts)])
+    return samples, _shown(case, opened)
 
 
-def _pipelines_latents(case: Case, pipe: DiffusionPipeline, samples: Samples) -> Tensor:
+def _shown(case: Case, opened: OpenedPipeline) -> dict[str, Any]:
+    """The image that goes with the first sample's prompt, as arguments of the pipeline's call."""
+    condition = opened.source.family.image_condition
+    if condition is None:
+        return {}
+    image, mask = list(opened.images.pictures(len(PROMPTS), Canvas(HEIGHT, WIDTH), condition.masked))[case.prompts[0]]
+    own = {"_auto_resize": False, "max_area": HEIGHT * WIDTH} if case.make is make_kontext_pipeline else {}
+    # A VAE whose latents are drawn is asked with this seed.
+    drawn = {} if mask is None else {"mask_image": mask, "generator": torch.Generator().manual_seed(0)}
+    return {"image": image, **own, **drawn}
+
+
+def _pipelines_latents(case: Case, pipe: DiffusionPipeline, samples: Samples, shown: dict[str, Any]) -> Tensor:
     """Latents that the pipeline itself ends with."""
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval()
     latents: Tensor = pipe(
-        [PROMPTS[index] for index in samples.prompts],
+        prompt=[PROMPTS[index] for index in samples.prompts],
         height=HEIGHT,
         width=WIDTH,
         num_inference_steps=case.steps,
@@ -198,6 +229,7 @@ def _pipelines_latents(case: Case, pipe: DiffusionPipeline, samples: Samples) ->
         output_type="latent",
         return_dict=False,
         **case.request,
+        **shown,
     )[0]
     return latents
 

@@ -76,7 +76,7 @@ INSIDE = {
         "search",
         "stages",
     },  # errors of single samples, for other prompts than a run keeps
-    "pipelines": {"calibration", "checkpoints", "search"},
+    "pipelines": {"calibration", "checkpoints", "models", "search"},
     "quality": {"evaluation", "search", "stages"},
     "scaling": {"calibration", "execution", "search", "stages"},
     "search": {"calibration", "execution", "models", "search", "stages"},

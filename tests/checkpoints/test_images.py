@@ -14,6 +14,7 @@ from torch import Tensor
 from adatsq_trt.calibration.trajectory import Samples, trajectory
 from adatsq_trt.checkpoints.images import PREFIX, ImageSet, Picture, made_image, made_mask
 from adatsq_trt.checkpoints.loading import OpenedPipeline, open_pipeline
+from adatsq_trt.checkpoints.objects import open_object
 from adatsq_trt.errors import DamagedFileError, MismatchError, MissingFileError, UserError
 from adatsq_trt.files import read_tensors, write_tensors
 from adatsq_trt.models.family import Canvas
@@ -118,6 +119,25 @@ def test_the_hash_of_a_model_is_that_of_its_images_too(
     assert sha256() == first
     made_image(5, CANVAS).save(images / "a.jpg")
     assert sha256() != first
+
+
+@pytest.mark.parametrize("kind", ["kontext", "wan_image"])
+def test_a_pipeline_in_memory_encodes_the_same(request: pytest.FixtureRequest, kind: str) -> None:
+    saved = request.getfixturevalue(f"saved_{kind}")
+    pipe = DiffusionPipeline.from_pretrained(saved, local_files_only=True)
+    held, read = open_object(pipe, settings(saved)), open_pipeline(settings(saved))
+    assert held.image_call == read.image_call
+    got, wanted = (opened.encode(lambda: None) for opened in (held, read))
+    assert got.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert torch.equal(got[name], value), name
+
+
+def test_a_pipeline_in_memory_without_its_image_encoder_is_refused(saved_wan_image: Path) -> None:
+    pipe = DiffusionPipeline.from_pretrained(saved_wan_image, local_files_only=True)
+    pipe.image_encoder = None
+    with pytest.raises(UserError, match="the pipeline has no image_encoder, which its transformer needs"):
+        open_object(pipe, settings(saved_wan_image))
 
 
 def test_models_of_text_alone_are_what_they_were(saved_flux: Path) -> None:

@@ -134,6 +134,14 @@ def test_what_a_bundle_is_shown_is_what_it_takes(files: BundleFiles, folder: Pat
         shown_image(replace(files, manifest=plain), photo, mask)
 
 
+def test_no_text_is_taken_for_an_image(files: BundleFiles) -> None:
+    text = files.prompts["conditional.encoder_hidden_states"][:1]
+    with pytest.raises(
+        UserError, match=r"images: got 'encoder_hidden_states', expected the bundle's inputs .*, image_lat"
+    ):
+        Bundle(files).conditioning([0], {"encoder_hidden_states": text})
+
+
 def test_a_bundle_of_a_family_that_is_not_known_here(
     files: BundleFiles, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
