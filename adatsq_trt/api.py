@@ -99,6 +99,9 @@ def prepare(model: object, last: str, config: BuildConfig | None = None, **optio
         UserError: says what does not go together, is not there or does not suit the model.
     """
     asked = BuildConfig.of(options) if config is None else replace(config, **options)
+    from adatsq_trt.stages.models import require_model
+
+    require_model(model, asked)  # a mistyped name is told at once, without seconds of imports before
     from adatsq_trt.stages.prepare import prepare as check_request
 
     return Job(last, check_request(model, asked, last))

@@ -34,7 +34,7 @@ from adatsq_trt.settings import Settings
 from adatsq_trt.stages.budget_options import budget_settings, size_settings
 from adatsq_trt.stages.context import layer_shapes
 from adatsq_trt.stages.experts import require_for_experts
-from adatsq_trt.stages.models import OpenedModel, exclude_layers, open_model, require_model, restrict_formats
+from adatsq_trt.stages.models import OpenedModel, exclude_layers, open_model, restrict_formats
 from adatsq_trt.stages.shapes import Shape, at_first, parse_shapes, resolve_shapes, written
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ _GIVEN = (
 
 
 def open_and_resolve(model: object, config: BuildConfig, last: str) -> tuple[OpenedModel, Settings]:
-    """Check what was asked for, then the model, and fill in the defaults.
+    """Check what was asked for, then the model, which `require_model` let pass, and fill in the defaults.
 
     Args:
         model: name of a model of the zoo; else a path, a hub id, or a pipeline or transformer in memory.
@@ -67,7 +67,6 @@ def open_and_resolve(model: object, config: BuildConfig, last: str) -> tuple[Ope
     Raises:
         UserError: names, formats, targets, numbers or files that do not go together, or do not suit the model.
     """
-    require_model(model, config)
     targets = _targets(config)
     layout = config.layout or DEFAULT_LAYOUT
     asks = config.formats is None and not config.simulate

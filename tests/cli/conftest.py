@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
@@ -115,6 +117,13 @@ class CommandLine:
         files = [file for file in (path, *path.rglob("*")) if file.is_file() and file.name != ".lock"]
         stats = {file.relative_to(path).as_posix(): file.stat() for file in files}
         return {name: (stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats.items()}
+
+
+def fork_server() -> ForkServerContext:
+    """Children of a server that has imported everything, and computed nothing, start at once."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["adatsq_trt.stages.bundle", "adatsq_trt.stages.summary"])
+    return context
 
 
 @pytest.fixture

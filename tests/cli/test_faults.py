@@ -3,7 +3,7 @@
 import os
 import shutil
 import signal
-import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
+from adatsq_trt import zoo
 from adatsq_trt.files import read_tensors
 from adatsq_trt.stages.run_directory import RunDirectory
+from tests.cli.conftest import fork_server
 from tests.engines.conftest import make_bundle
 
 STAGES = ("calibrate", "quantize", "search", "export", "bundle")
@@ -152,12 +154,25 @@ def test_a_clock_that_goes_backwards_changes_nothing(cli, copy: Path, monkeypatc
 # ----------------------------------------------------------------------------------------------- two at once
 
 
+def run_alone(arguments: tuple[str, ...], models: Path, told: Path) -> None:
+    """A command as a process whose standard error is a file."""
+    from adatsq_trt.cli import main
+
+    os.dup2(os.open(told, os.O_WRONLY | os.O_CREAT), 2)
+    zoo.ZOO_FOLDER = models
+    sys.argv = ["adatsq-trt", *arguments]
+    main()
+
+
 def test_of_two_builds_at_once_one_is_refused(cli, tmp_path: Path) -> None:
-    command = cli.alone("calibrate", *cli.build[2:], "--output", tmp_path / "run")
-    first, second = (
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
-    )
-    ended = [(p.communicate()[1], p.returncode) for p in (first, second)]
+    command = ("calibrate", *cli.build[2:], "--output", str(tmp_path / "run"))
+    files = [tmp_path / "first.txt", tmp_path / "second.txt"]
+    both = [fork_server().Process(target=run_alone, args=(command, zoo.ZOO_FOLDER, told)) for told in files]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    ended = [(told.read_text(), process.exitcode) for told, process in zip(files, both, strict=True)]
     refused = [message for message, code in ended if code == 2]
     # Whoever comes after the other has ended finds everything done.
     assert all(code in (0, 2) for _, code in ended)

@@ -6,13 +6,13 @@ import signal
 import sys
 from dataclasses import dataclass
 from itertools import pairwise
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from adatsq_trt import zoo
+from tests.cli.conftest import fork_server
 
 STAGES = ("calibrate", "quantize", "search", "export", "bundle")
 SEED = 20260
@@ -72,11 +72,8 @@ def die_at(moment: Moment, arguments: tuple[str, ...], run: Path, models: Path) 
 @pytest.mark.parametrize("count", [3, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_build_killed_at_any_moment_ends_with_the_same_bytes(cli, built: Path, tmp_path: Path, count: int) -> None:
     run, moments = tmp_path / "run", random_moments(built)
-    # Children of a server that has imported everything, and computed nothing, start at once.
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["adatsq_trt.stages.bundle", "adatsq_trt.stages.summary"])
     for index in sorted(random.Random(SEED).sample(range(len(moments)), count)):
-        process = context.Process(target=die_at, args=(moments[index], cli.build, run, zoo.ZOO_FOLDER))
+        process = fork_server().Process(target=die_at, args=(moments[index], cli.build, run, zoo.ZOO_FOLDER))
         process.start()
         process.join()
         assert process.exitcode == -signal.SIGKILL, moments[index]

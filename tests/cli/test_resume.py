@@ -3,7 +3,6 @@
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 from adatsq_trt import zoo
 from adatsq_trt.search import resume
 from adatsq_trt.stages.run_directory import RunDirectory
+from tests.cli.conftest import fork_server
 from tests.cli.test_kill import Moment, die_at
 
 STEPS = 4
@@ -26,7 +26,7 @@ def search(cli) -> tuple[str, ...]:
 def kill(arguments: tuple[str, ...], run: Path, column: int) -> None:
     """Run the search in a process that kills itself as soon as a column of the beam is on disk."""
     moment = Moment(f"search/columns/column_{column:03d}.safetensors", appeared=True)
-    process = get_context("forkserver").Process(target=die_at, args=(moment, arguments, run, zoo.ZOO_FOLDER))
+    process = fork_server().Process(target=die_at, args=(moment, arguments, run, zoo.ZOO_FOLDER))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
