@@ -95,10 +95,12 @@ def _built(place: Path, options: Sequence[str]) -> Path:
     Raises:
         UserError: options of the build for what is built already.
     """
-    from adatsq_trt.checkpoints.source import INDEX
+    from adatsq_trt.checkpoints.source import INDEX, boundary_ratio
     from adatsq_trt.cli import build_app
+    from adatsq_trt.engines.triton_server.repository import require_one_transformer
 
     if (place / INDEX).is_file():
+        require_one_transformer(place, 1 if boundary_ratio(place) is None else 2)
         built = build_app(["engine", str(place), *options], prog_name="adatsq-trt build", standalone_mode=False)
         if not isinstance(built, Path):  # the exit code of --help and of Ctrl-C
             raise typer.Exit(built)
