@@ -117,7 +117,7 @@ def write_repository(deployments: Sequence[Deployment], output: Path, link: bool
     """
     require_names([name for deployment in deployments for name in deployment.models])
     for deployment in deployments:
-        _require_one_transformer(deployment.files)
+        require_one_transformer(deployment.files.folder, len(deployment.files.experts))
         if (call := deployment.files.manifest.image_call) is not None:
             raise no_images_served(deployment.files.folder, call.pipeline)
         deployment.require_plans()
@@ -130,16 +130,20 @@ def write_repository(deployments: Sequence[Deployment], output: Path, link: bool
         _write_documents(deployments, requirements, scratch)
 
 
-def _require_one_transformer(files: BundleFiles) -> None:
-    """Refuse a bundle of two transformers: requests know one scale of guidance.
+def require_one_transformer(place: Path, count: int) -> None:
+    """Refuse a bundle of two transformers, or their pipeline: requests know one scale of guidance.
+
+    Args:
+        place: of the bundle or the pipeline.
+        count: of its transformers.
 
     Raises:
-        UserError: names the bundle.
+        UserError: names the place.
     """
-    if len(files.experts) > 1:
+    if count > 1:
         raise UserError(
-            f"'{files.folder}' holds two transformers, and the server serves bundles of one; draw with 'adatsq-trt "
-            "generate', Bundle.denoise or AdatsqTransformer.experts_from_bundle"
+            f"'{place}' holds two transformers, and the server serves bundles of one; build it with 'adatsq-trt build "
+            "engine', and draw with 'adatsq-trt generate', Bundle.denoise or AdatsqTransformer.experts_from_bundle"
         )
 
 

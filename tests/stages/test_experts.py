@@ -12,6 +12,9 @@ import torch
 from diffusers import WanPipeline
 
 import adatsq_trt
+from adatsq_trt.checkpoints.loading import open_pipeline
+from adatsq_trt.checkpoints.objects import open_object
+from adatsq_trt.cli.serve import _built
 from adatsq_trt.engines.accuracy import check
 from adatsq_trt.engines.bundle import BundleFiles, write_manifest
 from adatsq_trt.engines.inspection import inspect_bundle
@@ -20,6 +23,7 @@ from adatsq_trt.engines.transformer import AdatsqTransformer
 from adatsq_trt.engines.triton_server.repository import Deployment, write_repository
 from adatsq_trt.errors import DamagedFileError, MismatchError, UserError
 from adatsq_trt.report.page import write_report
+from adatsq_trt.settings import PipelineSettings
 from adatsq_trt.stages.report import gather
 from adatsq_trt.stages.run_directory import RunDirectory
 from adatsq_trt.step_policy import export_policy
@@ -200,6 +204,26 @@ def test_a_second_scale_of_guidance_needs_a_second_transformer() -> None:
 def test_a_bundle_of_two_experts_is_not_served(built: tuple[Path, Bundle], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds two transformers, and the server serves bundles of one"):
         write_repository([Deployment("wan", built[1].files)], tmp_path / "models")
+    with pytest.raises(UserError, match="pipeline' holds two transformers, and the server"):  # before it is built
+        _built(built[0] / "pipeline", [])
+
+
+def test_a_pipeline_in_memory_is_the_one_that_was_saved(built: tuple[Path, Bundle]) -> None:
+    """Layers, steps of each expert and weights; and what its pipeline treats otherwise is refused."""
+    sizes: dict[str, Any] = {"height": HEIGHT, "width": WIDTH, "frames": FRAMES, "prompts": PROMPTS}
+    pipe, saved = make_pipeline(), open_pipeline(PipelineSettings(path=str(built[0] / "pipeline"), **sizes))
+    in_memory = open_object(pipe, PipelineSettings(path="", **sizes))
+    own, other = (opened.load(opened.encode(lambda: None)).adapter for opened in (in_memory, saved))
+    assert list(own.quantizable_layers()) == list(other.quantizable_layers())
+    assert own.schedule(STEPS).experts == other.schedule(STEPS).experts
+    for one, two in zip(own.transformer.parameters(), other.transformer.parameters(), strict=True):
+        assert torch.equal(one, two)
+    pipe.register_to_config(expand_timesteps=True)
+    with pytest.raises(MismatchError, match="the pipeline's expand_timesteps is True, expected False"):
+        open_object(pipe, PipelineSettings(path="", **sizes))
+    pipe.register_to_config(expand_timesteps=False, boundary_ratio=None)
+    with pytest.raises(MismatchError, match="boundary_ratio is None and its transformer_2 a WanTransformer3DModel"):
+        open_object(pipe, PipelineSettings(path="", **sizes))
 
 
 @pytest.mark.slow
