@@ -7,14 +7,14 @@ from pathlib import Path
 from torch import Tensor
 
 from adatsq_trt.checkpoints.images import encode_images, load_image_pipeline, read_image
-from adatsq_trt.checkpoints.source import find_source
+from adatsq_trt.checkpoints.source import INDEX
 from adatsq_trt.engines.bundle import VAE_FOLDER, BundleFiles
 from adatsq_trt.engines.triton_server.repository import no_images_served
 from adatsq_trt.errors import MismatchError, UserError
-from adatsq_trt.files import sha256
+from adatsq_trt.files import read_json_model, sha256
 from adatsq_trt.image_call import ImageCall
 from adatsq_trt.models.families import family_of_pipeline
-from adatsq_trt.models.family import Canvas
+from adatsq_trt.models.family import AGAIN, Canvas, JsonObject
 from adatsq_trt.stages.models import pipeline_of
 
 
@@ -82,6 +82,6 @@ def require_servable(folder: Path) -> None:
     Raises:
         UserError: names the pipeline.
     """
-    family = find_source(str(folder), None).family
-    if family.image_condition is not None:
+    family = family_of_pipeline(read_json_model(folder / INDEX, JsonObject, AGAIN).root.get("_class_name"))
+    if family is not None and family.image_condition is not None:  # what is unknown, the build refuses
         raise no_images_served(folder, family.pipeline)
