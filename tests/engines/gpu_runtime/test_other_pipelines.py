@@ -10,7 +10,7 @@ import torch
 from adatsq_trt.engines.runtime import Bundle
 from adatsq_trt.engines.transformer import AdatsqTransformer
 from tests.doubles.host_device import HostDevice, OnDevice, Transfers
-from tests.doubles.tensorrt_on_onnxruntime import Library, PlanBook
+from tests.doubles.tensorrt_on_onnxruntime import CompilerDouble, Library, PlanBook
 from tests.engines.bundled_pipelines import KINDS, LENGTH, make_bundled
 from tests.engines.gpu_runtime.conftest import add_plans
 from tests.tiny_bundle import GUIDANCE
@@ -25,7 +25,7 @@ def test_nothing_is_read_back_between_steps(
     name: str, library: Library, device: HostDevice, book: PlanBook, tmp_path: Path
 ) -> None:
     pipe, files = make_bundled(name, tmp_path / "run" / "bundle", ("target", "cpu"))
-    add_plans(files, book)
+    add_plans(files, book, compiler=CompilerDouble())  # tests/export/test_architectures.py has the real one
     crossed: list[tuple[int, int]] = []
 
     def note(*_: Any) -> dict[str, Any]:
