@@ -275,6 +275,8 @@ class Manifest(_Record):
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
         _require_image(self.latent_shape, self.image)
+        if self.guidance_2 is not None and not self.schedule.experts:
+            raise ValueError("guidance_2 is of a second transformer, and no step has one")
         if self.shapes:
             own = self.shapes[0]
             if (own.latent_shape, own.image, own.schedule) != (self.latent_shape, self.image, self.schedule):

@@ -26,8 +26,9 @@ from adatsq_trt.models.family import AGAIN, Canvas, Family
 PREFIX = "image."  # of the stored tensors' names; the graph input follows
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _MASK = ".mask"
+_DEEP = ("I", "F")  # modes of integers and of floats, in Pillow
 _EXPECTED = f"expected a folder with images ({', '.join(_SUFFIXES)})"
-# Of the images that are made here: another number is another set.
+# Of the images and masks that are made here: another number is another set.
 _MADE = "made here, 1"
 _SHAPES = 5
 Picture = tuple[Image.Image, Image.Image | None]
@@ -53,15 +54,20 @@ class ImageSet:
 
         Raises:
             MissingFileError: no such folder.
-            UserError: no image in it, a mask without an image, or a mask for a family that takes none.
+            UserError: no image in it, a mask without an image, two of one, or a mask for a family that takes none.
         """
         if folder is None:
             return cls()
         if not folder.is_dir():
             raise MissingFileError(f"--images '{folder}': there is no such folder; {_EXPECTED}")
-        found = {file.name: file for file in sorted(folder.iterdir()) if file.suffix.lower() in _SUFFIXES}
-        masks = {file.stem.removesuffix(_MASK): file for file in found.values() if file.stem.endswith(_MASK)}
-        images = [file for file in found.values() if not file.stem.endswith(_MASK)]
+        found = [file for file in sorted(folder.iterdir()) if file.suffix.lower() in _SUFFIXES and file.is_file()]
+        images = [file for file in found if not file.stem.lower().endswith(_MASK)]
+        masks: dict[str, Path] = {}
+        for file in found:
+            if file.stem.lower().endswith(_MASK):
+                other = masks.setdefault(file.stem[: -len(_MASK)], file)
+                if other is not file:
+                    raise UserError(f"--images: '{other}' and '{file}' are masks of one image; keep one of them")
         lonely = masks.keys() - {file.stem for file in images}
         if lonely or (masks and not masked):
             mask = masks[min(lonely or masks)]
@@ -74,7 +80,7 @@ class ImageSet:
     def lines(self, count: int) -> list[str]:
         """Lines that identify the images of so many prompts, for a hash."""
         files = [file for pair in self.files[:count] for file in pair]
-        return ["none" if file is None else verified_sha256(file) for file in files] or [_MADE]
+        return [_MADE if file is None else verified_sha256(file) for file in files] or [_MADE]
 
     def pictures(self, count: int, canvas: Canvas, masked: bool) -> Iterator[Picture]:
         """An image and, for a family that takes one, a mask for each of so many prompts.
@@ -98,7 +104,7 @@ def read_image(file: Path) -> Image.Image:
 
     Raises:
         MissingFileError: no such file.
-        DamagedFileError: it is no image.
+        DamagedFileError: it is no image, or one of more than 8 bits per channel, which Pillow would cut off at white.
     """
     from diffusers.utils import load_image
 
@@ -106,6 +112,10 @@ def read_image(file: Path) -> Image.Image:
         raise MissingFileError(f"'{file}' does not exist; give an image ({', '.join(_SUFFIXES)})")
     try:
         with closing(Image.open(file)) as opened:
+            if opened.mode.startswith(_DEEP):
+                raise DamagedFileError(
+                    f"'{file}' has more than 8 bits per channel (Pillow's mode {opened.mode}); save it with 8"
+                )
             image: Image.Image = load_image(opened)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DamagedFileError(f"'{file}' is not a complete image ({one_line(error)}); save it again") from error

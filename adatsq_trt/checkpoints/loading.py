@@ -305,12 +305,26 @@ class OpenedPipeline:
 
     @property
     def encoder_bytes(self) -> int:
-        """Most that is resident while the text encoders are loaded."""
+        """Most that is resident while the text encoders are loaded, and after them what encodes images."""
+        return max(self._text_encoder_bytes, self._image_encoder_bytes)
+
+    @property
+    def _text_encoder_bytes(self) -> int:
         if self.settings.encodings is not None:
             return 2 * Path(self.settings.encodings).stat().st_size
         folders = [self.source.folder / name for name in self.source.family.encoders if name.startswith("text_encoder")]
         encoders = [file.stat().st_size for folder in folders for file in find_weights(folder).files]
         return sum(encoders) + max(encoders)
+
+    @property
+    def _image_encoder_bytes(self) -> int:
+        """In float32, whatever type the files have; none for a model of text alone."""
+        condition = self.source.family.image_condition
+        if condition is None:
+            return 0
+        stored = [name for name in condition.parts(self._config) if "processor" not in name]
+        files = [file for part in ("vae", *stored) for file in find_weights(self.source.folder / part).files]
+        return sum(3 * file.stat().st_size for file in files)  # 16 bits as they are read, and 32
 
     @property
     def mapped_types(self) -> set[torch.dtype]:

@@ -95,10 +95,10 @@ class OpenedObject(OpenedPipeline):
         return super().text_call if self.pipe is None else None
 
     @property
-    def encoder_bytes(self) -> int:
+    def _text_encoder_bytes(self) -> int:
         """Text encoders are in memory already."""
         own = self.pipe is not None and self.settings.encodings is None
-        return 0 if own else super().encoder_bytes
+        return 0 if own else super()._text_encoder_bytes
 
     @property
     def file_bytes(self) -> int:
@@ -179,7 +179,7 @@ def _boundary_ratio(pipe: Any, family: Family) -> float | None:
     if ratio is None and second is None:
         return None
     found = type(second).__name__
-    if not family.experts or found != family.transformer or ratio is None or not 0 < ratio < 1:
+    if not family.experts or found != family.transformer or not isinstance(ratio, float | int) or not 0 < ratio < 1:
         raise MismatchError(
             f"the pipeline's boundary_ratio is {ratio!r} and its transformer_2 a {found}, expected a ratio between 0 "
             f"and 1 with a {family.transformer}, or neither"

@@ -29,7 +29,7 @@ from adatsq_trt.settings import IN_MEMORY, PipelineSettings, Settings
 FIGURES_FOLDER = "report"
 _MOST_COMPARISONS = 60
 _OPTIONS = (
-    *("budget_bits", "layout", "steps", "guidance", "seed"),
+    *("budget_bits", "layout", "steps", "guidance", "guidance_2", "seed"),
     *("beam", "candidates", "expansions", "search_precision", "weights"),
     *("calibration_samples", "selection_samples", "held_out_samples", "hessian"),
 )
@@ -280,4 +280,5 @@ def _checkpoint_options(pipeline: PipelineSettings) -> list[str]:
     options += ["--frames", str(pipeline.frames)] if pipeline.frames is not None else []
     options += ["--base", pipeline.base] if pipeline.base is not None else []
     options += ["--negative-prompt", pipeline.negative_prompt] if pipeline.negative_prompt else []
+    options += ["--images", pipeline.images] if pipeline.images is not None else []
     return [*options, *(word for lora in pipeline.loras for word in ("--lora", lora))]

@@ -170,6 +170,7 @@ class Summary(BaseModel):
     simulate: bool
     steps: int
     guidance: float
+    guidance_2: float | None = None
     limits: Limits
     reference: str | None = None
     max_assignments: int | None = None

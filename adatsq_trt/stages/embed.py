@@ -27,7 +27,9 @@ def _stage(run: RunDirectory, pipeline: OpenedPipeline) -> Stage:
     if pipeline.settings.negative_prompt:  # earlier runs have none
         inputs["negative_prompt"] = pipeline.settings.negative_prompt
     if pipeline.images_sha256 is not None:
-        inputs["images_sha256"] = pipeline.images_sha256
+        settings = pipeline.settings
+        # An image becomes as many latents as are drawn, and one that is made here is made in that size.
+        inputs["images"] = [pipeline.images_sha256, settings.height, settings.width, settings.frames]
     return run.stage(NAME, inputs)
 
 

@@ -67,6 +67,7 @@ def _summary(context: Context, policy: Policy) -> Summary:
         simulate=settings.simulate,
         steps=settings.steps,
         guidance=settings.guidance,
+        guidance_2=settings.guidance_2,
         limits=result.limits,
         reference=settings.reference,
         max_assignments=settings.max_assignments,

@@ -125,7 +125,7 @@ def make_runner(files: BundleFiles, choice: BackendChoice, quantized: bool = Tru
     if len(files.experts) == 1:
         graph = files.graph(variant, None)
         return OnnxRuntimeGpuSteps(files, graph) if on_gpu else OnnxRuntimeSteps(files, graph)
-    if on_gpu:
+    if choice.name == "cuda":
         raise UserError(
             "the graphs of a bundle of two transformers run on the processor; build it for this GPU, whose plans run "
             "there, or pass --backend onnxruntime"

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from adatsq_trt.calibration.trajectory import Samples, trajectory
-from adatsq_trt.checkpoints.images import PREFIX, ImageSet, Picture, made_image, made_mask
+from adatsq_trt.checkpoints.images import PREFIX, ImageSet, Picture, made_image, made_mask, read_image
 from adatsq_trt.checkpoints.loading import OpenedPipeline, open_pipeline
 from adatsq_trt.checkpoints.objects import open_object
 from adatsq_trt.errors import DamagedFileError, MismatchError, MissingFileError, UserError
@@ -166,8 +166,9 @@ def test_a_graph_with_an_image_has_one_size(saved_kontext: Path) -> None:
         (lambda folder: (folder / "a.jpg").unlink() or (folder / "b.png").unlink() or folder, UserError, "no image"),
         (lambda folder: (folder / "b.png").rename(folder / "c.mask.png").parent, UserError, "no image of that name"),
         (lambda folder: (folder / "a.jpg").rename(folder / "b.mask.png").parent, UserError, "takes no mask"),
+        (lambda folder: (folder / "a.jpg").rename(folder / "b.MASK.png").parent, UserError, "takes no mask"),
     ],
-    ids=["gone", "file", "empty", "lonely-mask", "mask"],
+    ids=["gone", "file", "empty", "lonely-mask", "mask", "capital-mask"],
 )
 def test_folders_that_are_no_folders_of_images(
     saved_kontext: Path, tmp_path: Path, change: Any, error: type[UserError], message: str
@@ -182,6 +183,22 @@ def test_a_file_that_is_no_image_is_named(saved_kontext: Path, tmp_path: Path) -
     (images / "a.jpg").write_bytes((images / "a.jpg").read_bytes()[:200])
     with pytest.raises(DamagedFileError, match=r"a\.jpg' is not a complete image"):
         open_pipeline(settings(saved_kontext, images=str(images))).encode(lambda: None)
+
+
+def test_two_masks_of_one_image_and_folders_that_are_called_like_images(tmp_path: Path) -> None:
+    images = folder_of_images(tmp_path / "images", masked=True)
+    (images / "c.png").mkdir()
+    assert [file.name for file, _ in ImageSet.of(images, masked=True).files] == ["a.jpg", "b.png"]
+    made_mask(1, (8, 8)).save(images / "b.Mask.webp")
+    with pytest.raises(UserError, match=r"b.*' and '.*b.*' are masks of one image; keep one of them"):
+        ImageSet.of(images, masked=True)
+
+
+def test_an_image_of_16_bits_is_refused_before_it_is_cut_off_at_white(tmp_path: Path) -> None:
+    file = tmp_path / "deep.png"
+    Image.fromarray(np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)).save(file)
+    with pytest.raises(DamagedFileError, match=r"deep.png' has more than 8 bits per channel .*; save it with 8"):
+        read_image(file)
 
 
 def test_a_vae_whose_latents_are_not_finite_is_refused(saved_kontext: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from adatsq_trt.engines.runtime import Bundle
 from adatsq_trt.engines.transformer import AdatsqTransformer
 from adatsq_trt.engines.triton_server.repository import Deployment, write_repository
 from adatsq_trt.errors import DamagedFileError, MismatchError, MissingFileError, UserError
+from adatsq_trt.files import read_tensors
 from adatsq_trt.models import families
 from adatsq_trt.models.family import Canvas
 from adatsq_trt.stages.images import require_servable, shown_image
@@ -23,6 +24,7 @@ from tests.tiny_checkpoints import (
     WIDTH,
     make_fill_pipeline,
     make_flux_pipeline,
+    make_kontext_pipeline,
     make_wan_image_pipeline,
 )
 
@@ -149,6 +151,21 @@ def test_a_bundle_of_a_family_that_is_not_known_here(
     monkeypatch.setattr(families, "_FAMILIES", others)
     with pytest.raises(MismatchError, match="was built from a FluxFillPipeline, whose family here takes no such image"):
         shown_image(files, folder / "photo.png", folder / "mask.png")
+
+
+def test_a_run_at_another_size_encodes_its_images_anew(tmp_path: Path) -> None:
+    """As many latents, of another shape: nothing else would show that they are of the old size."""
+    make_kontext_pipeline().save_pretrained(tmp_path / "pipeline")
+
+    def latents(run: str, height: int, width: int) -> np.ndarray:
+        size = {"height": height, "width": width, "prompts": PROMPTS, "target": "cpu"}
+        adatsq_trt.calibrate(tmp_path / "pipeline", output=tmp_path / run, **SMALL, **size)
+        return np.asarray(read_tensors(tmp_path / run / "embed" / "encodings.safetensors")["image.image_latents"])
+
+    first, again = latents("run", 32, 64), latents("run", 64, 32)
+    assert first.shape == again.shape
+    assert not np.array_equal(first, again)
+    assert np.array_equal(again, latents("fresh", 64, 32))
 
 
 def test_images_are_not_served(files: BundleFiles, folder: Path, tmp_path: Path) -> None:
