@@ -6,6 +6,7 @@ image i, and again from the first where there are fewer images than prompts.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -173,7 +174,8 @@ def load_image_pipeline(family: Family, vae: Path, folder: Path, parts: Mapping[
     loaded = {}
     for part, place in {"vae": vae, **{part: folder / part for part in parts}}.items():
         try:
-            with one_loader():
+            with one_loader(), warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # of a newer name for torch_dtype, which older ones lack
                 loaded[part] = _load_part(place, parts.get(part), common)
         except AdatsqError:
             raise

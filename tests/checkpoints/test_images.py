@@ -140,6 +140,14 @@ def test_a_pipeline_in_memory_without_its_image_encoder_is_refused(saved_wan_ima
         open_object(pipe, settings(saved_wan_image))
 
 
+def test_texts_of_another_length_beside_an_embedding_are_refused(saved_wan_image: Path) -> None:
+    """The transformer would take some of a text's tokens for the image's."""
+    opened = open_pipeline(settings(saved_wan_image))
+    encodings = opened.encode(lambda: None)
+    with pytest.raises(MismatchError, match=r"texts of 9 tokens: .* takes 512"):
+        opened.load({**encodings, "tokens": encodings["tokens"][:, :9]})
+
+
 def test_models_of_text_alone_are_what_they_were(saved_flux: Path) -> None:
     opened = open_pipeline(settings(saved_flux))
     assert opened.images_sha256 is None
