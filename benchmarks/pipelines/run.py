@@ -35,6 +35,7 @@ from benchmarks.document import replace_marked
 from tests.tiny_checkpoints import HEIGHT, WIDTH, make_flux_pipeline, make_wan_pipeline, make_z_image_pipeline
 from tests.tiny_qwen_image import make_qwen_image_pipeline
 from tests.tiny_stable_diffusion_3 import make_stable_diffusion_3_pipeline
+from tests.tiny_wan_experts import make_wan_experts_pipeline
 
 RESULTS = Path(__file__).with_name("results.json")
 PROMPTS = ("a red", "three green and seven")
@@ -55,6 +56,7 @@ class Case:
         options: of that one.
         guidance: as the package counts it.
         pipeline_guidance: as the pipeline does.
+        guidance_2: of a second transformer, where there is one.
     """
 
     make: Callable[[], DiffusionPipeline]
@@ -63,18 +65,21 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     guidance: float = 4.0
     pipeline_guidance: float = 4.0
+    guidance_2: float | None = None
 
     @property
     def is_video(self) -> bool:
         """Whether frames are asked for."""
-        return self.make is make_wan_pipeline
+        return self.make in (make_wan_pipeline, make_wan_experts_pipeline)
 
     @property
     def request(self) -> dict[str, Any]:
         """Arguments of the pipeline's call that other pipelines do not take."""
         if self.make is make_qwen_image_pipeline:
             return {"true_cfg_scale": self.pipeline_guidance, "negative_prompt": [""] * len(PROMPTS)}
-        return {"guidance_scale": self.pipeline_guidance, **({"num_frames": FRAMES} if self.is_video else {})}
+        second = {} if self.guidance_2 is None else {"guidance_scale_2": self.guidance_2}
+        frames = {"num_frames": FRAMES} if self.is_video else {}
+        return {"guidance_scale": self.pipeline_guidance, **second, **frames}
 
 
 FLOW: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
@@ -101,6 +106,8 @@ CASES = {
     "Wan, DPM-Solver++ of order 3": Case(make_wan_pipeline, 25, DPM, {**SHIFTED, "solver_order": 3}),
     "Wan, Heun": Case(make_wan_pipeline, 8, HEUN, {"shift": 3.0}),
     "Wan, Euler": Case(make_wan_pipeline, 8, EULER, {"shift": 3.0}),
+    "Wan 2.2, its own": Case(make_wan_experts_pipeline, 8, guidance_2=2.5),
+    "Wan 2.2, Heun": Case(make_wan_experts_pipeline, 8, HEUN, {"shift": 3.0}, guidance_2=2.5),
     "Qwen-Image, its own": Case(make_qwen_image_pipeline, 8),
     "Qwen-Image, Euler without dynamic shift": Case(make_qwen_image_pipeline, 8, EULER, {"shift": 3.0}),
     "Stable Diffusion 3.5, its own": Case(make_stable_diffusion_3_pipeline, 8),
@@ -180,7 +187,7 @@ def _samples(case: Case, folder: Path, scheduler: str) -> Samples:
     adapter = opened.load(encode_prompts(opened.source, PROMPTS, lambda: None)).adapter
     calls = calls_per_step(scheduler)
     schedule = adapter.schedule(calls * case.steps - (calls - 1))
-    return Samples(adapter, schedule, case.guidance, prompts=(1, 0), seeds=(4, 5))
+    return Samples(adapter, schedule, case.guidance, (1, 0), (4, 5), case.guidance_2)
 
 
 def _pipelines_latents(case: Case, pipe: DiffusionPipeline, samples: Samples) -> Tensor:
