@@ -44,6 +44,7 @@ from tests.tiny_checkpoints import (
 )
 from tests.tiny_qwen_image import make_qwen_image_pipeline
 from tests.tiny_stable_diffusion_3 import make_stable_diffusion_3_pipeline
+from tests.tiny_wan_experts import make_wan_experts_pipeline, make_wan_image_experts_pipeline
 
 RESULTS = Path(__file__).with_name("results.json")
 PROMPTS = ("a red", "three green and seven")
@@ -64,6 +65,7 @@ class Case:
         options: of that one.
         guidance: as the package counts it.
         pipeline_guidance: as the pipeline does.
+        guidance_2: of a second transformer, where there is one.
     """
 
     make: Callable[[], DiffusionPipeline]
@@ -72,11 +74,12 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     guidance: float = 4.0
     pipeline_guidance: float = 4.0
+    guidance_2: float | None = None
 
     @property
     def is_video(self) -> bool:
         """Whether frames are asked for."""
-        return self.make in (make_wan_pipeline, make_wan_image_pipeline)
+        return self.make in VIDEO_PIPELINES
 
     @property
     def prompts(self) -> tuple[int, ...]:
@@ -88,10 +91,23 @@ class Case:
         """Arguments of the pipeline's call that other pipelines do not take."""
         if self.make is make_qwen_image_pipeline:
             return {"true_cfg_scale": self.pipeline_guidance, "negative_prompt": [""] * len(PROMPTS)}
-        return {"guidance_scale": self.pipeline_guidance, **({"num_frames": FRAMES} if self.is_video else {})}
+        second = {} if self.guidance_2 is None else {"guidance_scale_2": self.guidance_2}
+        frames = {"num_frames": FRAMES} if self.is_video else {}
+        return {"guidance_scale": self.pipeline_guidance, **second, **frames}
 
 
-IMAGE_PIPELINES = (make_kontext_pipeline, make_fill_pipeline, make_wan_image_pipeline)
+IMAGE_PIPELINES = (
+    make_kontext_pipeline,
+    make_fill_pipeline,
+    make_wan_image_pipeline,
+    make_wan_image_experts_pipeline,
+)
+VIDEO_PIPELINES = (
+    make_wan_pipeline,
+    make_wan_experts_pipeline,
+    make_wan_image_pipeline,
+    make_wan_image_experts_pipeline,
+)
 FLOW: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 SHIFTED = {**FLOW, "flow_shift": 3.0}
 Z_IMAGE: dict[str, Any] = {"guidance": 6.0, "pipeline_guidance": 5.0}
@@ -116,6 +132,8 @@ CASES = {
     "Wan, DPM-Solver++ of order 3": Case(make_wan_pipeline, 25, DPM, {**SHIFTED, "solver_order": 3}),
     "Wan, Heun": Case(make_wan_pipeline, 8, HEUN, {"shift": 3.0}),
     "Wan, Euler": Case(make_wan_pipeline, 8, EULER, {"shift": 3.0}),
+    "Wan 2.2, its own": Case(make_wan_experts_pipeline, 8, guidance_2=2.5),
+    "Wan 2.2, Heun": Case(make_wan_experts_pipeline, 8, HEUN, {"shift": 3.0}, guidance_2=2.5),
     "Qwen-Image, its own": Case(make_qwen_image_pipeline, 8),
     "Qwen-Image, Euler without dynamic shift": Case(make_qwen_image_pipeline, 8, EULER, {"shift": 3.0}),
     "Stable Diffusion 3.5, its own": Case(make_stable_diffusion_3_pipeline, 8),
@@ -124,6 +142,7 @@ CASES = {
     "Flux Kontext, its own": Case(make_kontext_pipeline, 8),
     "Flux Fill, its own": Case(make_fill_pipeline, 8, guidance=30.0, pipeline_guidance=30.0),
     "Wan image to video, its own": Case(make_wan_image_pipeline, 8),
+    "Wan 2.2 image to video, its own": Case(make_wan_image_experts_pipeline, 8, guidance_2=2.5),
 }
 
 
@@ -198,7 +217,8 @@ def _samples(case: Case, folder: Path, scheduler: str) -> tuple[Samples, dict[st
     adapter = opened.load(opened.encode(lambda: None)).adapter
     calls = calls_per_step(scheduler)
     schedule = adapter.schedule(calls * case.steps - (calls - 1))
-    samples = Samples(adapter, schedule, case.guidance, case.prompts, seeds=(4, 5)[: len(case.prompts)])
+    seeds = (4, 5)[: len(case.prompts)]
+    samples = Samples(adapter, schedule, case.guidance, case.prompts, seeds, case.guidance_2)
     return samples, _shown(case, opened)
 
 
