@@ -15,6 +15,7 @@ import pytest
 
 from tests.doubles.gpu import book, device, library
 from tests.permissions import permissions_hold
+from tests.traces import trace_once
 
 __all__ = ["book", "device", "library"]
 
@@ -168,6 +169,7 @@ def built(small_zoo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         if not ready.exists():
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("adatsq_trt.zoo.ZOO_FOLDER", small_zoo_folder)
+                patch.setattr("adatsq_trt.stages.export.trace", trace_once)  # and later builds find it
                 assert CommandLine.here(*CommandLine.build, "--output", run) == 0
             ready.touch()
     return run

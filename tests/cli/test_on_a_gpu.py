@@ -37,7 +37,7 @@ STEP_MODEL = "adatsq_trt.engines.triton_server.step_model"
 CHOICE = {"targets": ("sm120",), "formats": ("fp8", "bf16"), "format_set": "fp8,bf16", "weights": "free"}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, book: PlanBook) -> dict[Layout, Path]:
     """A run of the tiny model for each layout, built by the stages with a double of the compilers."""
     folder, made = tmp_path_factory.mktemp("gpu"), dict[Layout, Path]()

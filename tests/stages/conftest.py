@@ -11,8 +11,17 @@ from adatsq_trt.stages.context import Context
 from adatsq_trt.stages.graph import run_stages
 from tests.doubles.gpu import book, device, library
 from tests.stages.tiny_run import tiny_context
+from tests.traces import trace_once
 
 __all__ = ["book", "device", "finished", "library"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _traced_once() -> Iterator[None]:
+    """The tiny model of most runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("adatsq_trt.stages.export.trace", trace_once)
+        yield
 
 
 @pytest.fixture(scope="session")

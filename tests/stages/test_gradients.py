@@ -4,11 +4,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
 
+from adatsq_trt import zoo
 from adatsq_trt.calibration.fisher import proportional_weights, temporal_weights
 from adatsq_trt.calibration.hessian import layer_moments
 from adatsq_trt.calibration.shared_gradients import GradientUnit
@@ -21,13 +23,18 @@ from adatsq_trt.stages.context import Context, Memory
 from adatsq_trt.stages.memory import needed_bytes
 from adatsq_trt.stages.run_directory import RunDirectory
 from adatsq_trt.zoo.loading import LoadedModel, load_model
+from tests.one_block import FLUX, write_model
 
 SAMPLES, STEPS = 18, 2  # two parts of the batch
 
 
 @cache
 def digits() -> LoadedModel:
-    return load_model("digits-flux")
+    """With one block of either kind."""
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        write_model(Path(folder) / FLUX.model, FLUX)
+        patch.setattr(zoo, "ZOO_FOLDER", Path(folder))
+        return load_model(FLUX.model)
 
 
 def make_context(run: RunDirectory, form: HessianForm) -> Context:

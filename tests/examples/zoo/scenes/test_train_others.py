@@ -46,8 +46,9 @@ def test_latents_of_clips_decode_to_the_clips() -> None:
 
 @pytest.mark.parametrize("name", ["z-image", "wan"])
 def test_a_few_iterations_learn_and_leave_the_teachers_words_alone(
-    teacher: FluxAdapter, tmp_path: Path, name: str
+    teacher: FluxAdapter, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(train_wan, "BATCH", 8)  # the loss halves with any
     torch.manual_seed(0)
     words = text(teacher).words.weight.clone()
     if name == "wan":
