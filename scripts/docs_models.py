@@ -33,8 +33,8 @@ families and from the tables of the tests; [adapters](adapters.md) says how to b
 - *difference*: the largest of the loop's last latents from those of diffusers' own pipeline, relative to these, over
   the rows of `make bench-pipelines`.
 
-A `WanPipeline` with two transformers (Wan 2.2) is built for cpu and sm120 and goes into the pipeline; it has one size, takes
-no LoRA files and is not served ([use your own checkpoint](how-to/own-checkpoint.md)).
+A `WanPipeline` with two transformers (Wan 2.2) is built for cpu and sm120 and goes into the pipeline; it has one size,
+takes no LoRA files and is not served ([use your own checkpoint](how-to/own-checkpoint.md)).
 
 | pipeline | transformer | build | sizes | LoRA | in the pipeline | text served | schedulers | difference |
 |---|---|---|---|---|---|---|---|---|
