@@ -18,7 +18,14 @@ from pydantic import BaseModel, ConfigDict
 from adatsq_trt.engines.backends.base import BatchRange, Compiler
 from adatsq_trt.engines.backends.rtx import RtxBackend
 from adatsq_trt.engines.bundle import GRAPH_FOLDER, PLAN_FOLDER, Layout, PlanFile, plan_path
-from adatsq_trt.engines.plan_weights import STORE_NAME, Weight, name_weights, pack_plan, without_weights, write_store
+from adatsq_trt.engines.plan_weights import (
+    STORE_NAME,
+    Weight,
+    name_all_weights,
+    pack_plan,
+    without_weights,
+    write_store,
+)
 from adatsq_trt.engines.processes import processes
 from adatsq_trt.errors import AdatsqError
 from adatsq_trt.files import read_json_model, sha256, write_bytes, write_json_model
@@ -159,9 +166,7 @@ class _Job:
         self._weights_hash = sha256(weights_file)
         self._names: Mapping[Weight, str] = {}
         if layout == "shared":
-            together = (g.path for g in index.graphs if (g.variant, g.assignment) == ("target", None))  # of each expert
-            for path in together:
-                self._names = {**self._names, **name_weights(folder / GRAPH_FOLDER / path)}
+            self._names = name_all_weights(folder / GRAPH_FOLDER, index)
             write_store(folder / PLAN_FOLDER / STORE_NAME, weights_file, self._names)
 
     def plan(self, target: Target, graph: GraphFile) -> PlanFile:

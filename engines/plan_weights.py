@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import lzma
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_t
 from adatsq_trt.engines.bundle import REBUILD, PlanFile
 from adatsq_trt.errors import DamagedFileError
 from adatsq_trt.files import atomic_path
+from adatsq_trt.graph_index import GraphIndex
 
 STORE_NAME = "store.safetensors"
 ALIGNMENT_BYTES = 256
@@ -70,6 +71,17 @@ def name_weights(path: Path) -> dict[Weight, str]:
         if weight is not None:
             names.setdefault(weight, tensor.name)
     return names
+
+
+def name_all_weights(folder: Path, index: GraphIndex) -> dict[Weight, str]:
+    """The same of a whole export; one place that two transformers read has one name.
+
+    Args:
+        folder: of the graphs.
+        index: of them.
+    """
+    together = [graph.path for graph in index.graphs if (graph.variant, graph.assignment) == ("target", None)]
+    return {weight: name for path in together for weight, name in name_weights(folder / path).items()}
 
 
 def initializers(graph: GraphProto) -> Iterator[TensorProto]:
@@ -175,18 +187,17 @@ def write_store(path: Path, weights_file: Path, names: Mapping[Weight, str]) -> 
     return sum(weight.length for weight in names)
 
 
-def store_difference(store: Path, weights_file: Path, names_files: Sequence[Path]) -> str | None:
+def store_difference(store: Path, weights_file: Path, names: Mapping[Weight, str]) -> str | None:
     """The first weight of a store that is not the weight file's, as a sentence; None where all are the same.
 
     Args:
         store: the store that the plans are bound to.
         weights_file: the export folder's.
-        names_files: graphs of all assignments, of each expert, which name the weights.
+        names: of `name_all_weights`.
 
     Raises:
         DamagedFileError: the store is not a safetensors file.
     """
-    names = {weight: name for file in names_files for weight, name in name_weights(file).items()}
     with store.open("rb") as stored, weights_file.open("rb") as source:
         try:
             size = int.from_bytes(stored.read(8), "little")

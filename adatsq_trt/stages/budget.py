@@ -147,7 +147,7 @@ def _budgets(costs: CostModel, limits: Limits, context: Context) -> Budgets:
     return Budgets(steps, tuple(additive), storage, allowed_formats(context.settings, context.layers), active)
 
 
-def require_bits(settings: Settings, layers: Sequence[str]) -> None:
+def require_bits(settings: Settings, adapter: ModelAdapter) -> None:
     """Refuse, before anything runs, fewer bits than the cheapest policy has.
 
     Raises:
@@ -155,9 +155,12 @@ def require_bits(settings: Settings, layers: Sequence[str]) -> None:
     """
     if settings.budget_bits is None:
         return
+    layers = tuple(adapter.quantizable_layers())
     cheapest, allowed = format_named(settings.formats[0]), allowed_formats(settings, layers)
+    steps = adapter.active(adapter.schedule(settings.steps)).sum(axis=0)  # at which each layer runs
     bits = format_bits([format_named(name) for name in settings.formats])[:, None]
-    least = cheapest.bits if allowed is None else float(np.where(allowed, bits, np.inf).min(axis=0).mean())
+    by_layer = None if allowed is None else np.where(allowed, bits, np.inf).min(axis=0)
+    least = cheapest.bits if by_layer is None else float(np.average(by_layer, weights=steps))
     if not settings.budget_bits >= least - 1e-9:
         what = (
             f"{cheapest.name} everywhere"

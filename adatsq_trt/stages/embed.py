@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -23,7 +24,7 @@ def stage(context: Context) -> Stage:
 
 
 def _stage(run: RunDirectory, pipeline: OpenedPipeline) -> Stage:
-    inputs = {"encoders_sha256": pipeline.encoders_sha256, "prompts": list(pipeline.settings.prompts)}
+    inputs: dict[str, Any] = {"encoders_sha256": pipeline.encoders_sha256, "prompts": list(pipeline.settings.prompts)}
     if pipeline.settings.negative_prompt:  # earlier runs have none
         inputs["negative_prompt"] = pipeline.settings.negative_prompt
     if pipeline.images_sha256 is not None:

@@ -93,7 +93,7 @@ def require_possible(settings: Settings, model: LoadedModel) -> None:
             "leave it out"
         )
     budget.require_bytes(settings, model.adapter)
-    budget.require_bits(settings, tuple(model.adapter.quantizable_layers()))
+    budget.require_bits(settings, model.adapter)
 
 
 def require_affordable(context: Context) -> None:

@@ -26,7 +26,7 @@ from adatsq_trt.engines.bundle import (
     read_arrays,
 )
 from adatsq_trt.engines.exported import EXPORTED_NAME, Exported, array_hash
-from adatsq_trt.engines.plan_weights import STORE_NAME, store_difference
+from adatsq_trt.engines.plan_weights import STORE_NAME, name_all_weights, store_difference
 from adatsq_trt.errors import UserError
 from adatsq_trt.files import read_json_model
 from adatsq_trt.graph_index import CONSTANTS_NAME, ConstantHashes, GraphFile
@@ -176,7 +176,6 @@ def _assignments_difference(bundle: BundleFiles, graph: GraphFile) -> str | None
 
 
 def _store_difference(bundle: BundleFiles) -> str | None:
-    graphs = [g for g in bundle.index.graphs if (g.variant, g.assignment) == ("target", None)]
-    names = [bundle.graph_path(graph) for graph in graphs]
+    names = name_all_weights(bundle.folder / GRAPH_FOLDER, bundle.index)
     store, weights = bundle.folder / PLAN_FOLDER / STORE_NAME, bundle.folder / GRAPH_FOLDER / bundle.index.weights
     return store_difference(store, weights, names)

@@ -26,7 +26,7 @@ import torch
 
 from adatsq_trt.engines.backends.base import BatchRange, Compiler, Profile
 from adatsq_trt.engines.bundle import GRAPH_FOLDER, PLAN_FOLDER, BundleFiles, PlanFile
-from adatsq_trt.engines.plan_weights import STORE_NAME, name_weights, read_plan, without_weights
+from adatsq_trt.engines.plan_weights import STORE_NAME, name_all_weights, read_plan, without_weights
 from adatsq_trt.formats import Target
 from adatsq_trt.graph_index import SELECTOR_INPUT
 from tests.doubles.host_device import ALIGNMENT, STREAM, HostDevice
@@ -100,7 +100,7 @@ class PlanBook:
             model = onnx.load(folder / (target.plain_path or target.path), load_external_data=False)
             weights: dict[str, tuple[str, int]] = {}
             if layout == "shared":
-                names = name_weights(folder / "switch.target.onnx")
+                names = name_all_weights(folder, bundle.index)
                 model = without_weights(folder / target.path, names)
                 data = (folder / bundle.index.weights).read_bytes()
                 weights = {n: (_digest(data[w.offset : w.offset + w.length]), w.length) for w, n in names.items()}
