@@ -38,11 +38,12 @@ def trace_once(
     float32_inputs: Collection[str] = (),
     positions: Mapping[str, Tensor] | None = None,
     axes: Mapping[str, Mapping[int, Any]] | None = None,
+    part: str = "",
 ) -> ir.Model:
     """As `trace`; a copy of its graph where the same module, bit for bit, was traced with the same inputs before."""
-    rest = (output, base, tuple(float32_inputs), positions, axes)
+    rest = (output, base, tuple(float32_inputs), positions, axes, part)
     try:
-        key = _digest(module, dict(inputs), *rest[:-1], repr(axes))
+        key = _digest(module, dict(inputs), *rest[:-2], repr(axes), part)
     except (TypeError, AttributeError, pickle.PicklingError):  # weights that stay in files
         return trace(module, inputs, *rest)
     if key not in _MADE:
