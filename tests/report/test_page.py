@@ -228,6 +228,7 @@ def test_the_build_command_says_everything_that_it_can(data: ReportData) -> None
         "weight_streaming": True,
         "plugins": "/libraries/adatsq.so",
         "max_assignments": 4,
+        "guidance_2": 2.5,
         "transform": "smooth",
         "clips": "none",
         "refine": True,
