@@ -234,7 +234,6 @@ def test_the_build_command_says_everything_that_it_can(data: ReportData) -> None
         "refine": True,
         "formats_for": {"blocks.0.proj": ("fp8",)},
         "expansions": 8,
-        "guidance_2": 3.0,
         "excluded": ("blocks.0.proj",),
     }
     budgets = {"budget_bits": 20 / 3, "budget_bytes": 1e6, "budget_ms": 2.5, "times": "a100"}
