@@ -290,7 +290,7 @@ class BuildConfig:
     )
     lora: str | Sequence[str] = _choice(
         (),
-        "LoRA to fuse into the transformer first; may be repeated.",
+        "LoRA to fuse into the transformer first; may be repeated. Of two transformers, transformer_2=FILE names one.",
         CHECKPOINT,
         "none",
         metavar="FILE[:SCALE]",

@@ -19,7 +19,7 @@ from adatsq_trt.checkpoints.encodings import read_encodings
 from adatsq_trt.checkpoints.images import PREFIX, ImageSet, encode_images, load_image_pipeline
 from adatsq_trt.checkpoints.lora import Lora, fuse, parse_lora
 from adatsq_trt.checkpoints.prompts import encode_prompts
-from adatsq_trt.checkpoints.requirements import fitting_canvas, require_configs, require_fusable, require_images
+from adatsq_trt.checkpoints.requirements import fitting_canvas, require_configs, require_images, require_named
 from adatsq_trt.checkpoints.schedulers import make_scheduler, require_schedule
 from adatsq_trt.checkpoints.single_file import convert, require_layout, transformer_weights
 from adatsq_trt.checkpoints.source import INDEX, Source, find_source
@@ -270,7 +270,8 @@ class OpenedPipeline:
         return digest([*hashes, *self._lora_lines()])
 
     def _lora_lines(self) -> list[str]:
-        return [f"{verified_sha256(lora.file)} {lora.scale!r}" for lora in self.loras]
+        # Of a pipeline with one transformer as in earlier runs.
+        return [f"{verified_sha256(lora.file)} {lora.scale!r} {lora.expert}".rstrip() for lora in self.loras]
 
     @cached_property
     def encoders_sha256(self) -> str:
@@ -417,7 +418,7 @@ def open_source(
     """
     opened = make(settings, tuple(parse_lora(text) for text in settings.loras))
     require_configs(source)
-    require_fusable(source, settings.loras)
+    require_named(source, opened.loras)
     source.family.require_libraries()
     source.family.require_supported(opened._config, source.config, source.folder)
     outline = opened._outline
@@ -431,7 +432,7 @@ def open_source(
     require_images(source.family, settings, opened.images)
     canvas = fitting_canvas(settings, source)
     places = {"path": _absolute(settings.path), "base": settings.base and _absolute(settings.base)}
-    loras = tuple(f"{lora.file}:{lora.scale!r}" for lora in opened.loras)
+    loras = tuple(map(str, opened.loras))
     update = {**places, "loras": loras, **asdict(canvas)}
     guided = settings.guided and source.family.guided
     if settings.negative_prompt and not guided:

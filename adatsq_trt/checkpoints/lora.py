@@ -16,6 +16,7 @@ from adatsq_trt.checkpoints.weights import read_headers, refuse_pickle
 from adatsq_trt.errors import DependencyError, MissingFileError, UserError
 from adatsq_trt.models.family import Family
 from adatsq_trt.models.stored import LowRankChange, MappedLinear
+from adatsq_trt.schedule import EXPERTS
 
 log = logging.getLogger(__name__)
 
@@ -27,14 +28,20 @@ class Lora:
     Attributes:
         file: in safetensors.
         scale: factor of the changes.
+        expert: which of two transformers it changes, by its name in the pipeline; "" where none is named.
     """
 
     file: Path
     scale: float
+    expert: str = ""
+
+    def __str__(self) -> str:
+        """As `parse_lora` reads it again."""
+        return f"{self.expert}{'=' if self.expert else ''}{self.file}:{self.scale!r}"
 
 
 def parse_lora(text: str) -> Lora:
-    """FILE or FILE:SCALE.
+    """FILE, FILE:SCALE, or for a pipeline of two transformers NAME=FILE:SCALE with the name of one of them.
 
     Raises:
         UserError: no such number, a pickle, or another kind of file.
@@ -42,9 +49,11 @@ def parse_lora(text: str) -> Lora:
         DamagedFileError: it is not complete.
         DependencyError: peft is not installed.
     """
-    name, colon, number = text.rpartition(":")
-    if not colon or Path(text).is_file():
-        name, number = text, "1"
+    expert, _, rest = text.partition("=")
+    expert, rest = (expert, rest) if expert in EXPERTS and not Path(text).is_file() else ("", text)
+    name, colon, number = rest.rpartition(":")
+    if not colon or Path(rest).is_file():
+        name, number = rest, "1"
     try:
         scale = float(number)
     except ValueError:
@@ -58,16 +67,23 @@ def parse_lora(text: str) -> Lora:
     read_headers([file])
     if util.find_spec("peft") is None:
         raise DependencyError("--lora needs the library peft; install it with: pip install 'adatsq-trt[lora]'")
-    return Lora(file.absolute(), scale)
+    return Lora(file.absolute(), scale, expert)
 
 
 def fuse(family: Family, transformer: Any, lora: Lora) -> None:
     """Add a LoRA to the transformer's weights: W + scale · alpha / rank · B A.
 
+    Args:
+        family: of the transformer.
+        transformer: that is changed; of two, those by their names.
+        lora: names one of two.
+
     Raises:
         MismatchError: the file changes what the transformer does not have, or does so in a way that is not followed.
         DamagedFileError: it holds something that is no LoRA.
     """
+    if lora.expert:
+        transformer = transformer[lora.expert]
     changes = read_changes(family, transformer, lora.file)
     for path, change in changes.layers.items():
         _change_layer(transformer, path, change, lora.scale)
@@ -79,7 +95,8 @@ def fuse(family: Family, transformer: Any, lora: Lora) -> None:
         _add(getattr(module, last), difference * lora.scale)
     layers = len(changes.layers)
     also = f" and {len(changes.differences)} other tensors" if changes.differences else ""
-    log.info("--lora '%s': %d layers%s changed, scale %g", lora.file, layers, also, lora.scale)
+    where = f" of {lora.expert}" if lora.expert else ""
+    log.info("--lora '%s': %d layers%s%s changed, scale %g", lora.file, layers, also, where, lora.scale)
     if changes.left_out:
         log.warning(
             "--lora '%s': its %d tensors of text encoders are left out, such as '%s'; only the transformer is changed",

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pydantic import JsonValue
 
 from adatsq_trt.checkpoints.images import ImageSet
+from adatsq_trt.checkpoints.lora import Lora
 from adatsq_trt.checkpoints.source import Source
 from adatsq_trt.errors import MismatchError, UserError
 from adatsq_trt.files import read_json_model
@@ -46,22 +47,23 @@ def _require_alike(source: Source, first: Mapping[str, JsonValue], other: Mappin
             )
 
 
-def require_fusable(source: Source, loras: Sequence[str]) -> None:
-    """Refuse LoRA files for two transformers: a file does not say which of them it is for.
-
-    Args:
-        source: of the pipeline.
-        loras: as the user wrote them.
+def require_named(source: Source, loras: Sequence[Lora]) -> None:
+    """Refuse a LoRA that does not say which of two transformers it changes, as its file does not, or that need not.
 
     Raises:
-        UserError: there is one.
+        UserError: names the file.
     """
-    if loras and source.boundary_ratio is not None:
-        raise UserError(
-            f"--lora {loras[0]}: not with a pipeline of two transformers, which '{source.name}' is; fuse it "
-            "with diffusers (load_lora_weights, load_into_transformer_2=True for the second, then fuse_lora) and save "
-            "the pipeline"
-        )
+    several = source.boundary_ratio is not None
+    for lora in loras:
+        if several and not lora.expert:
+            raise UserError(
+                f"--lora '{lora.file}': '{source.name}' has two transformers, and the file does not say which of them "
+                f"it is for; write {FIRST_EXPERT}={lora.file} or {SECOND_EXPERT}={lora.file}"
+            )
+        if lora.expert and not several:
+            raise UserError(
+                f"--lora '{lora}': '{source.name}' has one transformer; write {lora.file}:{lora.scale:g} without a name"
+            )
 
 
 def require_images(family: Family, settings: PipelineSettings, images: ImageSet) -> None:

@@ -13,6 +13,7 @@ from diffusers import WanPipeline
 
 import adatsq_trt
 from adatsq_trt.checkpoints.loading import open_pipeline
+from adatsq_trt.checkpoints.lora import parse_lora
 from adatsq_trt.checkpoints.objects import open_object
 from adatsq_trt.engines.accuracy import check
 from adatsq_trt.engines.bundle import BundleFiles, write_manifest
@@ -21,12 +22,13 @@ from adatsq_trt.engines.runtime import Bundle
 from adatsq_trt.engines.transformer import AdatsqTransformer
 from adatsq_trt.engines.triton_server.repository import Deployment, write_repository
 from adatsq_trt.errors import DamagedFileError, MismatchError, UserError
+from adatsq_trt.files import write_tensors
 from adatsq_trt.report.page import write_report
 from adatsq_trt.settings import PipelineSettings
 from adatsq_trt.stages.report import gather
 from adatsq_trt.stages.run_directory import RunDirectory
 from adatsq_trt.step_policy import export_policy
-from tests.tiny_checkpoints import HEIGHT, WIDTH
+from tests.tiny_checkpoints import HEIGHT, WIDTH, make_wan_pipeline
 from tests.tiny_wan_experts import BOUNDARY_RATIO, make_wan_experts_pipeline
 
 STEPS, FRAMES, PROMPTS = 5, 5, ("a red", "three green and seven")
@@ -184,7 +186,6 @@ def test_a_policy_with_formats_for_layers_that_do_not_run_is_refused(
         ({"target": "sm120", "layout": "switch"}, "--layout switch: not with"),
         ({"shapes": "1x5x64x48,1x5x48x64", "height": None, "width": None, "frames": None}, "--shapes: not with"),
         ({"guidance": 1.0}, "--guidance-2 2.5: --guidance 1 is no guidance"),
-        ({"lora": "some.safetensors"}, "some.safetensors"),
     ],
 )
 def test_what_is_not_done_for_two_experts_is_refused(
@@ -193,6 +194,50 @@ def test_what_is_not_done_for_two_experts_is_refused(
     asked = {**OPTIONS, **GUIDANCE, **options}
     with pytest.raises(UserError, match=message):
         adatsq_trt.build(built[0] / "pipeline", output=tmp_path / "run", **asked)
+
+
+def save_wan_lora(file: Path, seed: int) -> Path:
+    """Of one layer, as diffusers names it."""
+    generator, layer = torch.Generator().manual_seed(seed), "transformer.blocks.0.attn1.to_q"
+    shapes = {"A": (4, 64), "B": (64, 4)}
+    parts = {f"{layer}.lora_{part}.weight": torch.randn(shape, generator=generator) for part, shape in shapes.items()}
+    write_tensors(file, parts)
+    return file
+
+
+def test_each_expert_has_loras_of_its_own_as_in_the_pipeline(built: tuple[Path, Bundle], tmp_path: Path) -> None:
+    files = [save_wan_lora(tmp_path / f"{seed}.safetensors", seed) for seed in (1, 2)]
+    names = (f"transformer={files[0]}:0.5", f"transformer_2={files[1]}")
+    given = {"height": HEIGHT, "width": WIDTH, "frames": FRAMES, "prompts": PROMPTS}
+    opened = open_pipeline(PipelineSettings(path=str(built[0] / "pipeline"), loras=names, **given))
+    layers = opened.load(opened.encode(lambda: None)).adapter.quantizable_layers()
+    pipe = make_pipeline()
+    pipe.load_lora_weights(str(files[0]), adapter_name="first")
+    pipe.load_lora_weights(str(files[1]), adapter_name="second", load_into_transformer_2=True)
+    pipe.fuse_lora(["transformer"], lora_scale=0.5, adapter_names=["first"])
+    pipe.fuse_lora(["transformer_2"], adapter_names=["second"])
+    one = torch.eye(64)
+    for name in ("transformer", "transformer_2"):
+        expected = getattr(pipe, name).blocks[0].attn1.to_q(one)
+        unchanged = getattr(make_pipeline(), name).blocks[0].attn1.to_q(one)
+        found = layers[f"{name}.blocks.0.attn1.to_q"](one)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        assert (found - unchanged).abs().max() > 0.1
+    # What a run records is read again as what it was; another expert is another model.
+    assert tuple(map(str, map(parse_lora, opened.settings.loras))) == opened.settings.loras
+    exchanged = (f"transformer_2={files[0]}:0.5", f"transformer={files[1]}")
+    others = open_pipeline(PipelineSettings(path=str(built[0] / "pipeline"), loras=exchanged, **given))
+    assert others.weights_sha256 != opened.weights_sha256
+
+
+def test_a_lora_says_which_of_two_transformers_it_changes(built: tuple[Path, Bundle], tmp_path: Path) -> None:
+    file = save_wan_lora(tmp_path / "style.safetensors", 1)
+    message = "has two transformers, and the file does not say which .*; write transformer=.* or transformer_2=.*style"
+    with pytest.raises(UserError, match=message):
+        adatsq_trt.build(built[0] / "pipeline", output=tmp_path / "run", lora=str(file), **OPTIONS)
+    make_wan_pipeline().save_pretrained(tmp_path / "one")
+    with pytest.raises(UserError, match=r"has one transformer; write .*style\.safetensors:1 without a name"):
+        adatsq_trt.build(tmp_path / "one", output=tmp_path / "run", lora=f"transformer={file}", **OPTIONS)
 
 
 def test_a_second_scale_of_guidance_needs_a_second_transformer() -> None:
