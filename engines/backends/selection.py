@@ -92,6 +92,11 @@ def _no_plans(manifest: Manifest) -> tuple[PlanFile, ...]:
 
 def _on_cuda(manifest: Manifest) -> tuple[PlanFile, ...]:
     require_cuda()
+    if manifest.schedule.experts:
+        raise UserError(
+            "the graphs of a bundle of two transformers run on the processor; build it for this GPU, whose plans run "
+            "there, or pass --backend onnxruntime"
+        )
     return ()
 
 
@@ -125,11 +130,6 @@ def make_runner(files: BundleFiles, choice: BackendChoice, quantized: bool = Tru
     if len(files.experts) == 1:
         graph = files.graph(variant, None)
         return OnnxRuntimeGpuSteps(files, graph) if on_gpu else OnnxRuntimeSteps(files, graph)
-    if choice.name == "cuda":
-        raise UserError(
-            "the graphs of a bundle of two transformers run on the processor; build it for this GPU, whose plans run "
-            "there, or pass --backend onnxruntime"
-        )
     graphs = {expert: files.graph(variant, None, expert) for expert in files.experts}
     return ExpertSteps(files, {expert: OnnxRuntimeSteps(files, graph) for expert, graph in graphs.items()})
 

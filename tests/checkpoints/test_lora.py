@@ -72,7 +72,12 @@ def saved(request: pytest.FixtureRequest) -> Callable[[Family], Path]:
         QWEN_IMAGE: "saved_qwen_image",
         STABLE_DIFFUSION_3: "saved_stable_diffusion_3",
     }
-    return lambda kind: request.getfixturevalue(names[kind])
+    shown = {
+        "FluxKontextPipeline": "saved_kontext",
+        "FluxFillPipeline": "saved_fill",
+        "WanImageToVideoPipeline": "saved_wan_image",
+    }
+    return lambda kind: request.getfixturevalue(shown[kind.pipeline] if kind.image_condition else names[kind])
 
 
 def make_transformer(kind: Family, folder: Path) -> nn.Module:
@@ -122,9 +127,10 @@ def test_dialects_that_are_read(
 @pytest.mark.parametrize(
     "alpha", [torch.tensor(2), torch.tensor([2.0]), torch.tensor(2.0).half(), torch.tensor(2.0).bfloat16()]
 )
-@pytest.mark.parametrize("kind", families(), ids=lambda kind: kind.transformer)
+@pytest.mark.parametrize("kind", families(), ids=lambda kind: kind.pipeline)
 def test_alpha_of_any_type(saved: Callable[[Family], Path], tmp_path: Path, kind: Family, alpha: Tensor) -> None:
-    path = {FLUX: FLUX_QKV[0], Z_IMAGE: Z_QKV[0], WAN: WAN_Q, QWEN_IMAGE: QWEN_Q, STABLE_DIFFUSION_3: SD3_Q}[kind]
+    paths = {FLUX: FLUX_QKV[0], Z_IMAGE: Z_QKV[0], WAN: WAN_Q, QWEN_IMAGE: QWEN_Q, STABLE_DIFFUSION_3: SD3_Q}
+    path = next(path for own, path in paths.items() if own.transformer == kind.transformer)
     for spelling in (AB, {}):
         tensors, deltas = named(f"transformer.{path}", path, 2.0, **spelling)
         save_file(tensors | {f"transformer.{path}.alpha": alpha}, tmp_path / "lora.safetensors")

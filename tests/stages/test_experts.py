@@ -1,6 +1,7 @@
 """Wan 2.2 from the pipeline to a bundle and back: two transformers, one policy, one bundle."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -16,7 +17,9 @@ from adatsq_trt.checkpoints.loading import open_pipeline
 from adatsq_trt.checkpoints.lora import parse_lora
 from adatsq_trt.checkpoints.objects import open_object
 from adatsq_trt.engines.accuracy import check
-from adatsq_trt.engines.bundle import BundleFiles, write_manifest
+from adatsq_trt.engines.backends import selection
+from adatsq_trt.engines.backends.onnxruntime import ExpertSteps
+from adatsq_trt.engines.bundle import BundleFiles, PlanFile, write_manifest
 from adatsq_trt.engines.inspection import inspect_bundle
 from adatsq_trt.engines.runtime import Bundle
 from adatsq_trt.engines.transformer import AdatsqTransformer
@@ -194,6 +197,21 @@ def test_what_is_not_done_for_two_experts_is_refused(
     asked = {**OPTIONS, **GUIDANCE, **options}
     with pytest.raises(UserError, match=message):
         adatsq_trt.build(built[0] / "pipeline", output=tmp_path / "run", **asked)
+
+
+def test_on_a_gpu_full_precision_runs_beside_the_plans(
+    built: tuple[Path, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime with CUDA has no sessions of two transformers: passed over by itself, and no hindrance to plans."""
+    files = built[1].files
+    monkeypatch.setattr(selection, "gpu_is_here", lambda: True)
+    monkeypatch.setattr(selection, "require_cuda", lambda: None)
+    chosen = selection.choose(files.manifest)
+    assert chosen.name == "onnxruntime"
+    assert "two transformers run on the processor" in chosen.sentence
+    plan = PlanFile.model_construct(path="plans/a.plan")
+    with closing(selection.make_runner(files, selection.BackendChoice("rtx", (plan,)), quantized=False)) as runner:
+        assert isinstance(runner, ExpertSteps)
 
 
 def save_wan_lora(file: Path, seed: int) -> Path:
