@@ -211,7 +211,7 @@ def encode_images(
         on_image: called after each.
 
     Returns:
-        Graph input → [images, ...], in the VAE's type.
+        Graph input → [images, ...], float32.
 
     Raises:
         DamagedFileError: the VAE gives numbers that are not finite.

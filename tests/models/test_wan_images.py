@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,28 +14,22 @@ from adatsq_trt.engines.runtime import Bundle
 from adatsq_trt.engines.transformer import AdatsqTransformer
 from adatsq_trt.models.family import Canvas
 from tests.tiny_checkpoints import HEIGHT, WIDTH
-from tests.tiny_wan_experts import make_wan_image_experts_pipeline
-
-STEPS, FRAMES, PROMPTS = 5, 5, ("a red", "three green and seven")
-SCALES = {"guidance": 4.0, "guidance_2": 2.5}
-OPTIONS: dict[str, Any] = {
-    **{"target": "cpu", "steps": STEPS, "prompts": PROMPTS, "height": HEIGHT, "width": WIDTH, "frames": FRAMES},
-    **{"calibration_samples": 2, "selection_samples": 2, "held_out_samples": 2},
-}
-
-
-def make_pipeline() -> WanImageToVideoPipeline:
-    pipe = make_wan_image_experts_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    pipe.text_encoder.eval()
-    return pipe
+from tests.tiny_wan_experts import (
+    FRAMES,
+    PROMPTS,
+    SCALES,
+    SMALL,
+    STEPS,
+    distance,
+    make_wan_image_experts_pipeline,
+)
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Bundle]]:
     folder = tmp_path_factory.mktemp("image-experts")
-    make_pipeline().save_pretrained(folder / "pipeline")
-    with adatsq_trt.build(folder / "pipeline", output=folder / "run", **OPTIONS, **SCALES) as bundle:
+    make_wan_image_experts_pipeline().save_pretrained(folder / "pipeline")
+    with adatsq_trt.build(folder / "pipeline", output=folder / "run", **SMALL, **SCALES) as bundle:
         yield folder, bundle
 
 
@@ -56,24 +49,20 @@ def draw(pipe: WanImageToVideoPipeline, noise: np.ndarray, images: tuple[int, ..
     return np.concatenate(rows)
 
 
-def distance(ours: np.ndarray, wanted: np.ndarray) -> float:
-    return float(np.linalg.norm(ours - wanted) / np.linalg.norm(wanted))
-
-
 def test_both_experts_are_shown_the_image(built: tuple[Path, Bundle]) -> None:
     """Against the pipeline in full precision; with the images exchanged, or the experts, it would be another video."""
     _, bundle = built
-    noise, exchanged = bundle.noise([4, 5]), make_pipeline()
-    wanted = draw(make_pipeline(), noise, (0, 1))
+    noise, exchanged = bundle.noise([4, 5]), make_wan_image_experts_pipeline()
+    wanted = draw(make_wan_image_experts_pipeline(), noise, (0, 1))
     assert distance(bundle.denoise(noise, bundle.conditioning([0, 1]), quantized=False), wanted) < 1e-4
     exchanged.transformer, exchanged.transformer_2 = exchanged.transformer_2, exchanged.transformer
-    others = draw(make_pipeline(), noise, (1, 0)), draw(exchanged, noise, (0, 1))
+    others = draw(make_wan_image_experts_pipeline(), noise, (1, 0)), draw(exchanged, noise, (0, 1))
     assert min(distance(other, wanted) for other in others) > 1e-3
 
 
 def test_the_bundle_takes_the_places_of_both_in_the_unmodified_pipeline(built: tuple[Path, Bundle]) -> None:
     folder, bundle = built
-    pipe, noise = make_pipeline(), bundle.noise([4, 5])
+    pipe, noise = make_wan_image_experts_pipeline(), bundle.noise([4, 5])
     pipe.transformer, pipe.transformer_2 = AdatsqTransformer.experts_from_bundle(bundle, scheduler=pipe.scheduler)
     quantized = bundle.denoise(noise, bundle.conditioning([0, 1]))
     assert distance(draw(pipe, noise, (0, 1)), quantized) < 1e-5

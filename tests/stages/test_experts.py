@@ -32,29 +32,24 @@ from adatsq_trt.stages.report import gather
 from adatsq_trt.stages.run_directory import RunDirectory
 from adatsq_trt.step_policy import export_policy
 from tests.tiny_checkpoints import HEIGHT, WIDTH, make_wan_pipeline
-from tests.tiny_wan_experts import BOUNDARY_RATIO, make_wan_experts_pipeline
-
-STEPS, FRAMES, PROMPTS = 5, 5, ("a red", "three green and seven")
-GUIDANCE = {"guidance": 4.0, "guidance_2": 2.5}
-OPTIONS: dict[str, Any] = {
-    **{"target": "cpu", "steps": STEPS, "prompts": PROMPTS, "height": HEIGHT, "width": WIDTH, "frames": FRAMES},
-    **{"calibration_samples": 2, "selection_samples": 2, "held_out_samples": 2},
-}
-
-
-def make_pipeline() -> WanPipeline:
-    pipe = make_wan_experts_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    pipe.text_encoder.eval()
-    return pipe
+from tests.tiny_wan_experts import (
+    BOUNDARY_RATIO,
+    FRAMES,
+    PROMPTS,
+    SCALES,
+    SMALL,
+    STEPS,
+    distance,
+    make_wan_experts_pipeline,
+)
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Bundle]]:
     """Built once, from the folder of a saved pipeline."""
     folder = tmp_path_factory.mktemp("experts")
-    make_pipeline().save_pretrained(folder / "pipeline")
-    with adatsq_trt.build(folder / "pipeline", output=folder / "run", **OPTIONS, **GUIDANCE) as bundle:
+    make_wan_experts_pipeline().save_pretrained(folder / "pipeline")
+    with adatsq_trt.build(folder / "pipeline", output=folder / "run", **SMALL, **SCALES) as bundle:
         yield folder, bundle
 
 
@@ -67,22 +62,16 @@ def draw(pipe: WanPipeline, noise: np.ndarray, **options: Any) -> np.ndarray:
     return np.asarray(result[0].numpy())
 
 
-def distance(ours: np.ndarray, wanted: np.ndarray) -> float:
-    return float(np.linalg.norm(ours - wanted) / np.linalg.norm(wanted))
-
-
 def test_a_bundle_of_two_experts_draws_what_the_pipeline_draws(built: tuple[Path, Bundle]) -> None:
     """In full precision with both experts, guided with a scale each, by the scheduler that Wan comes with."""
     _, bundle = built
-    pipe, noise = make_pipeline(), bundle.noise([4, 5])
+    pipe, noise = make_wan_experts_pipeline(), bundle.noise([4, 5])
     conditioning, wanted = bundle.conditioning([1, 0]), draw(pipe, bundle.noise([4, 5]))
     assert distance(bundle.denoise(noise, conditioning, quantized=False), wanted) < 1e-4
     # With the experts exchanged, one scale for both, or another boundary it would not be that.
-    exchanged = make_pipeline()
+    exchanged = make_wan_experts_pipeline()
     exchanged.transformer, exchanged.transformer_2 = exchanged.transformer_2, exchanged.transformer
     elsewhere = make_wan_experts_pipeline(boundary_ratio=0.95)
-    elsewhere.set_progress_bar_config(disable=True)
-    elsewhere.text_encoder.eval()
     others = draw(exchanged, noise), draw(pipe, noise, guidance_scale_2=None), draw(elsewhere, noise)
     assert min(distance(other, wanted) for other in others) > 1e-3
     # As in the pipeline, the second scale is that of the first where only this is given.
@@ -93,7 +82,7 @@ def test_a_bundle_of_two_experts_draws_what_the_pipeline_draws(built: tuple[Path
 
 def test_both_stand_ins_draw_in_the_unmodified_pipeline(built: tuple[Path, Bundle]) -> None:
     _, bundle = built
-    pipe, noise = make_pipeline(), bundle.noise([4, 5])
+    pipe, noise = make_wan_experts_pipeline(), bundle.noise([4, 5])
     pipe.transformer, pipe.transformer_2 = AdatsqTransformer.experts_from_bundle(bundle, pipe.scheduler)
     quantized = bundle.denoise(noise, bundle.conditioning([1, 0]))
     assert distance(draw(pipe, noise), quantized) < 1e-4
@@ -175,7 +164,7 @@ def test_a_policy_with_formats_for_layers_that_do_not_run_is_refused(
     full = tuple(tuple(name or "w8a32" for name in row) for row in policy.assignments)
     wrong = policy.model_copy(update={"assignments": full})
     with pytest.raises(MismatchError, match=r"--policy, step 0, layer 'transformer_2\..*': expected null"):
-        adatsq_trt.search_policy(folder / "pipeline", output=tmp_path / "run", **OPTIONS, **GUIDANCE, policy=wrong)
+        adatsq_trt.search_policy(folder / "pipeline", output=tmp_path / "run", **SMALL, **SCALES, policy=wrong)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +183,7 @@ def test_a_policy_with_formats_for_layers_that_do_not_run_is_refused(
 def test_what_is_not_done_for_two_experts_is_refused(
     built: tuple[Path, Bundle], tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
-    asked = {**OPTIONS, **GUIDANCE, **options}
+    asked = {**SMALL, **SCALES, **options}
     with pytest.raises(UserError, match=message):
         adatsq_trt.build(built[0] / "pipeline", output=tmp_path / "run", **asked)
 
@@ -229,7 +218,7 @@ def test_each_expert_has_loras_of_its_own_as_in_the_pipeline(built: tuple[Path, 
     given = {"height": HEIGHT, "width": WIDTH, "frames": FRAMES, "prompts": PROMPTS}
     opened = open_pipeline(PipelineSettings(path=str(built[0] / "pipeline"), loras=names, **given))
     layers = opened.load(opened.encode(lambda: None)).adapter.quantizable_layers()
-    pipe = make_pipeline()
+    pipe = make_wan_experts_pipeline()
     pipe.load_lora_weights(str(files[0]), adapter_name="first")
     pipe.load_lora_weights(str(files[1]), adapter_name="second", load_into_transformer_2=True)
     pipe.fuse_lora(["transformer"], lora_scale=0.5, adapter_names=["first"])
@@ -237,7 +226,7 @@ def test_each_expert_has_loras_of_its_own_as_in_the_pipeline(built: tuple[Path, 
     one = torch.eye(64)
     for name in ("transformer", "transformer_2"):
         expected = getattr(pipe, name).blocks[0].attn1.to_q(one)
-        unchanged = getattr(make_pipeline(), name).blocks[0].attn1.to_q(one)
+        unchanged = getattr(make_wan_experts_pipeline(), name).blocks[0].attn1.to_q(one)
         found = layers[f"{name}.blocks.0.attn1.to_q"](one)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
         assert (found - unchanged).abs().max() > 0.1
@@ -252,10 +241,10 @@ def test_a_lora_says_which_of_two_transformers_it_changes(built: tuple[Path, Bun
     file = save_wan_lora(tmp_path / "style.safetensors", 1)
     message = "has two transformers, and the file does not say which .*; write transformer=.* or transformer_2=.*style"
     with pytest.raises(UserError, match=message):
-        adatsq_trt.build(built[0] / "pipeline", output=tmp_path / "run", lora=str(file), **OPTIONS)
+        adatsq_trt.build(built[0] / "pipeline", output=tmp_path / "run", lora=str(file), **SMALL)
     make_wan_pipeline().save_pretrained(tmp_path / "one")
     with pytest.raises(UserError, match=r"has one transformer; write .*style\.safetensors:1 without a name"):
-        adatsq_trt.build(tmp_path / "one", output=tmp_path / "run", lora=f"transformer={file}", **OPTIONS)
+        adatsq_trt.build(tmp_path / "one", output=tmp_path / "run", lora=f"transformer={file}", **SMALL)
 
 
 def test_a_second_scale_of_guidance_needs_a_second_transformer() -> None:
@@ -271,7 +260,7 @@ def test_a_bundle_of_two_experts_is_not_served(built: tuple[Path, Bundle], tmp_p
 def test_a_pipeline_in_memory_is_the_one_that_was_saved(built: tuple[Path, Bundle]) -> None:
     """Layers, steps of each expert and weights; and what its pipeline treats otherwise is refused."""
     sizes: dict[str, Any] = {"height": HEIGHT, "width": WIDTH, "frames": FRAMES, "prompts": PROMPTS}
-    pipe, saved = make_pipeline(), open_pipeline(PipelineSettings(path=str(built[0] / "pipeline"), **sizes))
+    pipe, saved = make_wan_experts_pipeline(), open_pipeline(PipelineSettings(path=str(built[0] / "pipeline"), **sizes))
     in_memory = open_object(pipe, PipelineSettings(path="", **sizes))
     own, other = (opened.load(opened.encode(lambda: None)).adapter for opened in (in_memory, saved))
     assert list(own.quantizable_layers()) == list(other.quantizable_layers())
@@ -290,7 +279,7 @@ def test_a_pipeline_in_memory_is_the_one_that_was_saved(built: tuple[Path, Bundl
 @pytest.mark.parametrize("layout", ["embedded", "shared"])
 def test_plans_are_of_one_expert_each(built: tuple[Path, Bundle], tmp_path: Path, layout: str) -> None:
     """Compiled for a GPU; every piece of the target graphs is compared with that of the cpu graphs."""
-    options = {**OPTIONS, **GUIDANCE, "target": "sm120", "layout": layout, "backend": "rtx"}
+    options = {**SMALL, **SCALES, "target": "sm120", "layout": layout, "backend": "rtx"}
     with adatsq_trt.build(built[0] / "pipeline", output=tmp_path / "run", **options) as bundle:
         plans = {plan.assignment for plan in bundle.manifest.plans}
         assert plans == set(range(len(bundle.policy.assignments)))

@@ -31,8 +31,6 @@ def test_each_step_runs_a_plan_of_its_own_expert(
     layout: str, library: Library, device: HostDevice, book: PlanBook, tmp_path: Path
 ) -> None:
     pipe = make_wan_experts_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    pipe.text_encoder.eval()
     folder = adatsq_trt.build(pipe, output=tmp_path / "run", layout=layout, **OPTIONS).path
     files = BundleFiles.open(folder)
     rows = 2 * SAMPLES
