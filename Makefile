@@ -101,6 +101,11 @@ bench-search: $(INSTALLED)
 bench-pipelines: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.pipelines.run --document docs/adapters.md
 
+# Policies searched on a tiny Wan with UniPC and with Euler's method; policies.json and a table in the page on adapters.
+.PHONY: bench-pipelines-policies
+bench-pipelines-policies: $(DEVELOPED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.pipelines.policies --document docs/adapters.md
+
 # Weights once beside uniform and static policies of the same bytes, three searches on each of two models: results.json and
 # the table in docs/how-it-works.md. Half an hour of one core; what is measured stays in runs/bench-once.
 .PHONY: bench-once
