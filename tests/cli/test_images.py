@@ -80,12 +80,13 @@ def test_the_unmodified_pipeline_draws_it_too(folder: Path) -> None:
         return latents.numpy()
 
     with Bundle(files) as bundle:
-        conditioning = bundle.conditioning([1], shown_image(files, image, None))
-        wanted = bundle.denoise(bundle.noise([3]), conditioning)
-        held = bundle.denoise(bundle.noise([3]), bundle.conditioning([1]))
+        noise, conditioning = bundle.noise([3]), bundle.conditioning([1], shown_image(files, image, None))
+        wanted, full = bundle.denoise(noise, conditioning), bundle.denoise(noise, conditioning, quantized=False)
+        held = bundle.denoise(noise, bundle.conditioning([1]), quantized=False)
     # The image that the bundle holds with this prompt is the other one.
-    assert np.linalg.norm(held - wanted) > 3e-4 * np.linalg.norm(wanted)
-    assert np.linalg.norm(pipelines(Image.open(image)) - wanted) < 1e-4 * np.linalg.norm(wanted)
+    assert np.linalg.norm(held - full) > 3e-4 * np.linalg.norm(full)
+    # What differs in its last bits may be rounded to neighbouring points of fp8.
+    assert np.linalg.norm(pipelines(Image.open(image)) - wanted) < 2 * np.linalg.norm(wanted - full)
     with pytest.raises(
         MismatchError, match="12 of hidden_states and 12 of image_latents along axis 1; give the FluxKon"
     ):

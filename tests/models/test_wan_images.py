@@ -64,6 +64,11 @@ def test_the_bundle_takes_the_places_of_both_in_the_unmodified_pipeline(built: t
     folder, bundle = built
     pipe, noise = make_wan_image_experts_pipeline(), bundle.noise([4, 5])
     pipe.transformer, pipe.transformer_2 = AdatsqTransformer.experts_from_bundle(bundle, scheduler=pipe.scheduler)
+    full = draw(make_wan_image_experts_pipeline(), noise, (0, 1))
     quantized = bundle.denoise(noise, bundle.conditioning([0, 1]))
-    assert distance(draw(pipe, noise, (0, 1)), quantized) < 1e-5
+    # Samples of another batch are added up in another order, and what differs in its last bits may be rounded to
+    # neighbouring points of int8: each is as far from full precision as rounding is.
+    rounding = distance(quantized, full)
+    assert distance(draw(pipe, noise, (0, 1)), quantized) < 2 * rounding
+    assert distance(draw(pipe, noise, (1, 0)), quantized) > 5 * rounding
     assert adatsq_trt.check(folder / "run").passed

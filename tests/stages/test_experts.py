@@ -84,8 +84,10 @@ def test_both_stand_ins_draw_in_the_unmodified_pipeline(built: tuple[Path, Bundl
     _, bundle = built
     pipe, noise = make_wan_experts_pipeline(), bundle.noise([4, 5])
     pipe.transformer, pipe.transformer_2 = AdatsqTransformer.experts_from_bundle(bundle, pipe.scheduler)
-    quantized = bundle.denoise(noise, bundle.conditioning([1, 0]))
-    assert distance(draw(pipe, noise), quantized) < 1e-4
+    full, quantized = draw(make_wan_experts_pipeline(), noise), bundle.denoise(noise, bundle.conditioning([1, 0]))
+    # What differs in its last bits may be rounded to neighbouring points of int8; one of the other expert's calls would
+    # be a hundred times as far.
+    assert distance(draw(pipe, noise), quantized) < 2 * distance(quantized, full)
     assert bundle.transformers()[1].expert == "transformer_2"
     for alone in (bundle.transformer, lambda: AdatsqTransformer.from_bundle(bundle)):
         with pytest.raises(MismatchError, match=r"holds two transformers: pipe\.transformer, pipe\.transformer_2 ="):

