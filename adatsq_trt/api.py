@@ -56,7 +56,7 @@ class Job:
         output: Path | str | None = None,
         progress: Callback | None = None,
         cancel: Event | None = None,
-        on_settings: Callable[[Settings], None] | None = None,
+        on_begin: Callable[[Build], None] | None = None,
     ) -> Any:
         """Run the stages; what is done in the run directory is reused.
 
@@ -64,7 +64,7 @@ class Job:
             output: the run directory; None for a temporary one.
             progress: is called as the work goes on.
             cancel: ends the work once it is set.
-            on_settings: is called when the run directory is held, before anything is computed.
+            on_begin: is called when the run directory is held, before anything is computed.
 
         Returns:
             Result of the verb of the last stage.
@@ -78,8 +78,8 @@ class Job:
         temporary = TemporaryDirectory(prefix="adatsq-") if output is None else None
         folder = Path(temporary.name if temporary is not None else str(output)).absolute()
         with self.prepared.run(folder, Reporter(progress, cancel)) as build:
-            if on_settings is not None:
-                on_settings(self.settings)
+            if on_begin is not None:
+                on_begin(build)
             build.run(self.last)
             if self.last == "bundle":
                 summary.write(build.outline)

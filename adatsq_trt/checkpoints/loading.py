@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -77,17 +78,28 @@ class OpenedPipeline:
     @cached_property
     def outline(self) -> LoadedModel:
         """The model without weights and encodings: its layers and settings, on the meta device."""
+        return self._model(self._outline, self._empty_encodings("meta"))
+
+    def stand_in(self) -> LoadedModel:
+        """The model with zeros for weights and encodings, whose calls take as long as the model's own."""
+        transformer = copy.deepcopy(self._outline)
+        for module in transformer.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(torch.zeros(parameter.shape), requires_grad=False))
+        encodings = self._empty_encodings("cpu")
+        return self._model(transformer, {name: value.zero_() for name, value in encodings.items()})
+
+    def _empty_encodings(self, device: str) -> dict[str, Tensor]:
         rows, family = len(self.settings.prompts) + 1, self.source.family
         width, pooled = family.widths(self._config)
         shapes = self._image_shapes(self._image(self._outline))
         # How long the longest prompt is shows when it is encoded.
         length = family.token_multiple if family.token_multiple > 1 else family.text_tokens
-        empty = {
-            "tokens": torch.empty(rows, length, width, device="meta"),
-            "pooled": torch.empty(rows, pooled, device="meta"),
-            **{f"{PREFIX}{name}": torch.empty(rows - 1, *shape, device="meta") for name, shape in shapes.items()},
+        return {
+            "tokens": torch.empty(rows, length, width, device=device),
+            "pooled": torch.empty(rows, pooled, device=device),
+            **{f"{PREFIX}{name}": torch.empty(rows - 1, *shape, device=device) for name, shape in shapes.items()},
         }
-        return self._model(self._outline, empty)
 
     def encode(self, on_prompt: Callable[[], None]) -> dict[str, Tensor]:
         """Encode the prompts, and the images that go with them.

@@ -29,6 +29,7 @@ from adatsq_trt.stages.context import Context
 from adatsq_trt.stages.meter import release_memory
 from adatsq_trt.stages.run_directory import Json, Stage
 from adatsq_trt.stages.shapes import written
+from adatsq_trt.stages.work import Work
 
 NAME = "export"
 GRAPHS, PROMPTS, REFERENCE = "onnx", "prompts.safetensors", "check/reference.safetensors"
@@ -93,6 +94,28 @@ def run(context: Context) -> Stage:
     return this
 
 
+def work(context: Context) -> Work:
+    """Count what there is to do, with as many assignments as there may be."""
+    assignments, steps = search.most_assignments(context.settings), context.settings.steps
+    # In full precision and fake-quantized at every step; then the loop; both again with noise.
+    return Work(
+        trace=_parts(context),
+        graph=_graph_count(context, assignments),
+        pair=steps + 2 * steps + NOISE_DRAWS * 2 * steps,
+    )
+
+
+def _parts(context: Context) -> int:
+    """Number of models that are traced: experts."""
+    return len(set(context.schedule.experts)) or 1
+
+
+def _graph_count(context: Context, assignments: int) -> int:
+    if context.settings.layout == PLUGIN_LAYOUT:
+        return PLUGIN_GRAPHS
+    return _parts(context) + (assignments + _parts(context)) * len(variants(context))
+
+
 def _exported(context: Context, policy: Policy, arrays: Mapping[str, Mapping[str, Tensor]]) -> Exported:
     """Record what the bundle has to say of its loop."""
     steps = context.settings.steps
@@ -111,9 +134,8 @@ def _exported(context: Context, policy: Policy, arrays: Mapping[str, Mapping[str
 def _graphs(context: Context, policy: Policy, folder: Path) -> None:
     base, store = context.settings.base_type, refine.load(context)
     names, in_plugin = variants(context), context.settings.layout == PLUGIN_LAYOUT
-    parts = len(set(context.schedule.experts)) or 1
-    count = PLUGIN_GRAPHS if in_plugin else parts + (len(policy.assignments) + parts) * len(names)
-    with context.progress("export", parts + count) as advance:
+    count = _parts(context) + _graph_count(context, len(policy.assignments))
+    with context.progress("export", count) as advance:
         assert context.model.rounding.dtype is getattr(torch, base), "the model is rounded when it is loaded"
         blocks, graphs = context.adapter.blocks(), folder / GRAPHS
         templates = _templates(context, base, advance)
