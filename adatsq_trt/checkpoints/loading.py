@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -82,12 +81,12 @@ class OpenedPipeline:
 
     def stand_in(self) -> LoadedModel:
         """The model with zeros for weights and encodings, whose calls take as long as the model's own."""
-        transformer = copy.deepcopy(self._outline)
-        for module in transformer.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                setattr(module, name, nn.Parameter(torch.zeros(parameter.shape), requires_grad=False))
+        transformer = self._each(self.source.family.make_empty)
+        fill(transformer, {name: torch.zeros(value.shape) for name, value in transformer.state_dict().items()})
         encodings = self._empty_encodings("cpu")
-        return self._model(transformer, {name: value.zero_() for name, value in encodings.items()})
+        return self._model(
+            transformer.requires_grad_(False), {name: value.zero_() for name, value in encodings.items()}
+        )
 
     def _empty_encodings(self, device: str) -> dict[str, Tensor]:
         rows, family = len(self.settings.prompts) + 1, self.source.family

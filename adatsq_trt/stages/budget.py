@@ -25,6 +25,7 @@ from adatsq_trt.settings import Settings
 from adatsq_trt.stages import calibrate
 from adatsq_trt.stages.context import Context, layer_shapes
 from adatsq_trt.stages.transform_costs import branch_bytes, transform_costs
+from adatsq_trt.stages.work import Work
 
 # Times a reference format's bytes and time that a policy may have where nobody said how much.
 ROOM = 1.1
@@ -113,6 +114,11 @@ def account(context: Context) -> Account:
     if limits.bytes is not None:
         _require_least(limits.bytes, budgets.cheapest("bytes") + added_bytes, shapes)
     return Account(costs, budgets, limits, weights, source, added)
+
+
+def work(settings: Settings) -> Work:
+    """Count the calls of one sample from which an account is made."""
+    return Work(call=(settings.transform is not None) + (settings.times is not None))
 
 
 def _limits(context: Context, costs: CostModel) -> Limits:

@@ -182,7 +182,7 @@ def run(context: Context) -> Stage:
 def work(context: Context) -> Work:
     """Count what there is to do, with as many distinct policies as there may be."""
     settings, uniforms = context.settings, len(_uniforms(context))
-    batch, found = settings.steps * settings.calibration_samples, Work()
+    batch, found = settings.steps * settings.calibration_samples, budget.work(settings)
     if _reduced(context):
         found["call"] += batch
     if settings.policy is not None:

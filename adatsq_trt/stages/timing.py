@@ -36,6 +36,7 @@ from adatsq_trt.models.format_store import CandidateWeights
 from adatsq_trt.models.stored import count_weights
 from adatsq_trt.quantizers import QuantizedWeight, quantize_nearest
 from adatsq_trt.search.sensitivity import Candidates, measure_contributions
+from adatsq_trt.search.simulation import as_formats
 from adatsq_trt.solver import State
 from adatsq_trt.stages import calibrate, export, gradients, quantize, search
 from adatsq_trt.stages.context import Context
@@ -186,11 +187,11 @@ class TimedUnits:
 
     def _rounded(self) -> float:
         context, samples = self.context, self.context.selection
-        together, noise = torch.get_num_threads(), samples.noise()
+        together, noise, assignment = torch.get_num_threads(), samples.noise(), self._assignment
         with search.computing(context) as executor, search.simulation_of(context, self._store, executor) as simulation:
 
             def run(count: int) -> None:
-                moves = [(State(noise[:count]), self._assignment)] * together
+                moves = [(State(noise[:count]), assignment)] * together
                 list(simulation.advance(samples.part(slice(0, count)), 0, moves))
 
             return _seconds_each(run, min(SAMPLES_PER_CALL, len(noise))) / together
@@ -198,9 +199,9 @@ class TimedUnits:
     def _pair(self) -> float:
         context = self.context
         samples = context.calibration.part(slice(0, export.CHECK_SAMPLES))
-        noise, formats = samples.noise(), context.formats
+        noise, assigned = samples.noise(), as_formats(context.layers, self._assignment, context.formats)
         with context.simulated(self._store).installed() as model:
-            model.assign({layer: formats[i] for layer, i in zip(context.layers, self._assignment, strict=True)}, 0)
+            model.assign(assigned, 0)
             return _seconds_each(lambda _count: samples.velocity(noise, 0), 1)
 
     @property
