@@ -129,7 +129,9 @@ class PromptedAdapter(ModelAdapter):
     def encode(self, prompts: Sequence[int]) -> Conditioning:
         """The prompts with their images; the unguided branch is given the empty prompt and the same images."""
         images = self.encoder.images(prompts)
-        conditional = self.condition(*self.encoder.encode(prompts)) | images
-        if self.guidance_distilled:
-            return Conditioning(conditional, None)
-        return Conditioning(conditional, self.condition(*self.encoder.encode_negative(prompts)) | images)
+        negative = None if self.guidance_distilled else self.encoder.encode_negative(prompts)
+        unconditional = None if negative is None else self.condition(*negative) | images
+        return Conditioning(self._encode(prompts) | images, unconditional)
+
+    def _encode(self, prompts: Sequence[int | None]) -> dict[str, Tensor]:
+        return self.condition(*self.encoder.encode(prompts))
