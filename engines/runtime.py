@@ -209,14 +209,15 @@ class Bundle:
         if strange:
             wanted = ", ".join((*inputs, *texts)) or "none: the model takes text alone"
             raise UserError(f"images: got '{strange[0]}', expected the bundle's inputs of an image, {wanted}")
-        seen = bool(texts) and bool(images)
-        expected = {"images": {*inputs, *texts} if seen else images.keys(), "unguided": texts if seen and guided else ()}
-        for name, given in (("images", images), ("unguided", unguided)):
-            if given.keys() != set(expected[name]):
+        read = texts if images else ()  # an image without its texts would go with those of another
+        for name, given, expected in (
+            ("images", images, (*inputs, *read) if read else tuple(images)),
+            ("unguided", unguided, read if guided else ()),
+        ):
+            if given.keys() != set(expected):
                 raise UserError(
-                    f"{name}: got {', '.join(given) or 'nothing'}, expected {', '.join(expected[name]) or 'nothing'}: "
-                    "the unguided branch sees the image of the other, and a text that is encoded with an image is given "
-                    "with it, in both"
+                    f"{name}: got {', '.join(given) or 'nothing'}, expected {', '.join(expected) or 'nothing'}, as a "
+                    "text that is encoded with an image is given with it, for both branches of guidance"
                 )
 
     def decode(self, latents: np.ndarray, size: Size | None = None) -> np.ndarray:
