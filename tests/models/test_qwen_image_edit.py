@@ -62,23 +62,17 @@ def test_the_loop_draws_what_the_pipeline_draws_of_an_image(
     assert len(advanced) == opened.encoded == 9
     samples = samples_of(opened, encodings)
 
-    def draw(image: str, negative: str) -> Tensor:
-        latents: Tensor = pipe(
-            image=Image.open(images / image),
-            prompt=[PROMPTS[1]],
-            negative_prompt=negative,
-            true_cfg_scale=GUIDANCE,
-            num_inference_steps=STEPS,
-            latents=samples.noise(),
-            output_type="latent",
-            return_dict=False,
-        )[0]
-        return latents
-
-    drawn, wanted = trajectory(samples)[-1], draw("b.png", NEGATIVE)
-    assert distance(drawn, wanted) < 1e-4
-    for other in (draw("a.png", NEGATIVE), draw("b.png", "")):
-        assert distance(drawn, other) > 3e-4
+    wanted: Tensor = pipe(
+        image=Image.open(images / "b.png"),
+        prompt=[PROMPTS[1]],
+        negative_prompt=NEGATIVE,
+        true_cfg_scale=GUIDANCE,
+        num_inference_steps=STEPS,
+        latents=samples.noise(),
+        output_type="latent",
+        return_dict=False,
+    )[0]
+    assert distance(trajectory(samples)[-1], wanted) < 1e-4
     # With another image's latents, prompt or negative prompt, each alone, it is another picture.
     tokens, latents = encodings["tokens"], encodings["image.image_latents"]
     for change in ({"image.image_latents": latents.roll(1, 0)}, {"tokens": tokens.roll(1, 0)}):
