@@ -13,6 +13,7 @@ from adatsq_trt.checkpoints.source import Source
 from adatsq_trt.errors import MismatchError, UserError
 from adatsq_trt.files import read_json_model
 from adatsq_trt.models.family import AGAIN, Canvas, Family, JsonObject
+from adatsq_trt.models.image_condition import ReadImage
 from adatsq_trt.schedule import FIRST_EXPERT, SECOND_EXPERT
 from adatsq_trt.settings import PipelineSettings
 
@@ -80,14 +81,15 @@ def require_images(family: Family, settings: PipelineSettings, images: ImageSet,
                 f"--images '{settings.images}': a {family.pipeline} takes no image beside the prompt; leave it out"
             )
         return
-    if settings.encodings is not None and family.reads_image:
-        raise UserError(
-            f"--encodings '{settings.encodings}': the text encoder of a {family.pipeline} sees the image that goes "
-            "with each prompt; leave it out, and pass --prompts and --images"
-        )
-    condition.require_canvas(canvas)
-    for file, _ in images.files[:prompts]:
-        condition.require_size(f"--images: '{file}'", image_size(file), canvas)
+    if isinstance(condition, ReadImage):
+        if settings.encodings is not None:
+            raise UserError(
+                f"--encodings '{settings.encodings}': the text encoder of a {family.pipeline} sees the image that goes "
+                "with each prompt; leave it out, and pass --prompts and --images"
+            )
+        condition.require_canvas(canvas)
+        for file, _ in images.files[:prompts]:
+            condition.require_size(f"--images: '{file}'", image_size(file), canvas)
     if len(images.files) > prompts:
         log.warning(
             "--images: the first %d of %d images are drawn, one with each prompt; more with --prompts",

@@ -68,25 +68,6 @@ class ImageCondition(ABC):
             A tensor for each of `shapes`.
         """
 
-    def require_canvas(self, canvas: Canvas) -> None:
-        """Refuse a size of the picture that the image cannot go with.
-
-        Raises:
-            UserError: says which size can be drawn.
-        """
-
-    def require_size(self, name: str, size: tuple[int, int], canvas: Canvas) -> None:
-        """Refuse an image whose size the pipeline treats otherwise than `encode`.
-
-        Args:
-            name: of the image, as messages begin.
-            size: its width and height, in pixels.
-            canvas: size that is drawn.
-
-        Raises:
-            UserError: says how to change the image.
-        """
-
 
 class ReadImage(ImageCondition):
     """An image that the text encoder sees too: a prompt is encoded with its image, and so is the negative prompt."""
@@ -102,6 +83,27 @@ class ReadImage(ImageCondition):
 
         Returns:
             [tokens, width], in the encoder's type.
+        """
+
+    @abstractmethod
+    def require_canvas(self, canvas: Canvas) -> None:
+        """Refuse a size of the picture that the image cannot go with.
+
+        Raises:
+            UserError: says which size can be drawn.
+        """
+
+    @abstractmethod
+    def require_size(self, name: str, size: tuple[int, int], canvas: Canvas) -> None:
+        """Refuse an image whose size the pipeline treats otherwise than `encode`.
+
+        Args:
+            name: of the image, as messages begin.
+            size: its width and height, in pixels.
+            canvas: size that is drawn.
+
+        Raises:
+            UserError: says how to change the image.
         """
 
 

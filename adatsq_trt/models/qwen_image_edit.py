@@ -1,4 +1,4 @@
-"""Qwen-Image with an image to be edited: diffusers' QwenImageEditPipeline, and QwenImageEditPlusPipeline with one image.
+"""Qwen-Image with an image to edit: diffusers' QwenImageEditPipeline, and QwenImageEditPlusPipeline with one image.
 
 The image's tokens follow the picture's, at positions of their own, and the text encoder sees the image too. The
 pipelines make about a megapixel of any image and, unless told otherwise, draw a picture of that size, as here.
@@ -146,7 +146,8 @@ class QwenImageEditFamily(QwenImageFamily):
         """Refuse to load a processor whose part for videos, which no picture needs, lacks its library."""
         from transformers import Qwen2VLProcessor
 
-        if _VIDEOS in Qwen2VLProcessor.get_attributes() and util.find_spec("torchvision") is None:
+        parts = Qwen2VLProcessor.get_attributes()  # type: ignore[no-untyped-call]
+        if _VIDEOS in parts and util.find_spec("torchvision") is None:
             raise DependencyError(
                 f"the processor of {self.pipeline} does not load without the library torchvision; install the build of "
                 "it that goes with your PyTorch (pip install torchvision)"

@@ -20,6 +20,7 @@ from adatsq_trt.files import read_json_model, sha256
 from adatsq_trt.image_call import ImageCall
 from adatsq_trt.models.families import family_of_pipeline
 from adatsq_trt.models.family import AGAIN, Canvas, Family, JsonObject
+from adatsq_trt.models.image_condition import ReadImage
 from adatsq_trt.schedule import FIRST_EXPERT
 from adatsq_trt.stages.models import pipeline_of
 
@@ -53,7 +54,7 @@ def shown_conditioning(bundle: Bundle, prompts: Sequence[int], image: Path | Non
     length = next(int(signature.shape[1]) for signature in bundle.inputs if signature.name == name)
     if encoded.shape[1] > length:
         raise MismatchError(
-            f"--image '{image}': prompts are {encoded.shape[1]} tokens with it, the bundle '{files.folder}' was exported "
+            f"--image '{image}': prompts are {encoded.shape[1]} tokens with it, bundle '{files.folder}' was exported "
             f"for {length}; give a shorter prompt or an image of another size"
         )
     filled = functional.pad(encoded, (0, 0, 0, length - encoded.shape[1]))
@@ -100,7 +101,8 @@ def shown_image(files: BundleFiles, image: Path | None, mask: Path | None) -> di
     assert condition is not None, "as `_family`"
     *frames, height, width = files.manifest.pixels or ()
     canvas, picture = Canvas(height, width, *frames), (read_image(image), None if mask is None else read_image(mask))
-    condition.require_size(f"--image '{image}'", picture[0].size, canvas)
+    if isinstance(condition, ReadImage):
+        condition.require_size(f"--image '{image}'", picture[0].size, canvas)
     encoders = condition.encoders if call.files else {}
     folder = _encoders(files, call) if encoders else files.folder
     pipe = load_image_pipeline(family, files.folder / VAE_FOLDER, folder, encoders)

@@ -108,7 +108,13 @@ def test_check_passes(cli, tmp_path: Path, monkeypatch, pipeline: str, dtype: st
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS), encoding="utf-8")
     write_policy(policy, settings, formats)
-    canvas = ("--height", str(settings.height), "--width", str(settings.width), *(("--frames", "5") if settings.frames else ()))
+    canvas = (
+        "--height",
+        str(settings.height),
+        "--width",
+        str(settings.width),
+        *(("--frames", "5") if settings.frames else ()),
+    )
     drawn = (*canvas, "--prompts", prompts, *cli.small, "--steps", str(STEPS))
     built = cli("build", "engine", settings.path, *options, *drawn, "--policy", policy, "--output", run)
     assert built.code == 0, built.err

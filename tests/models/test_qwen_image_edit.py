@@ -128,7 +128,9 @@ def test_the_advised_size_is_one_that_can_be_drawn(size: tuple[int, int]) -> Non
 
 def test_encodings_without_their_images_are_refused(tmp_path: Path) -> None:
     make_edit_pipeline().save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"--encodings '.*': the text encoder of a QwenImageEditPipeline sees the image"):
+    with pytest.raises(
+        UserError, match=r"--encodings '.*': the text encoder of a QwenImageEditPipeline sees the image"
+    ):
         open_pipeline(settings(tmp_path, encodings=str(tmp_path / "encodings.safetensors")))
 
 

@@ -142,7 +142,7 @@ def test_images_of_another_shape_and_text_encoders_that_have_changed(built: tupl
     was = config.read_text()
     config.write_text(was + " ")
     try:
-        with pytest.raises(MismatchError, match="'text_encoder/config.json' .* which is not where its run says"):
+        with pytest.raises(MismatchError, match=r"'text_encoder/config.json' .* which is not where its run says"):
             shown_conditioning(bundle, [0], folder / "photo.png", None)
     finally:
         config.write_text(was)
