@@ -324,12 +324,15 @@ class BundleFiles:
     def prompts(self) -> dict[str, np.ndarray]:
         """Stored conditioning: "conditional.<input>" [prompts, ...], "unconditional.<input>" [1, ...], float32.
 
+        A text that sees its image has a row for each prompt in the unguided branch too.
+
         Raises:
             DamagedFileError: another number of rows, or numbers that are not finite.
         """
         prompts = read_arrays(self.file(PROMPTS_NAME))
         for name, value in prompts.items():
-            rows = 1 if name.startswith(UNCONDITIONAL) else self.manifest.prompts
+            shared = name.startswith(UNCONDITIONAL) and name[len(UNCONDITIONAL) :] not in self.manifest.image_texts
+            rows = 1 if shared else self.manifest.prompts
             if value.shape[:1] != (rows,) or value.dtype != np.float32 or not np.isfinite(value).all():
                 raise DamagedFileError(
                     f"'{self.folder / PROMPTS_NAME}', '{name}': got {value.dtype} {list(value.shape)}, expected {rows} "

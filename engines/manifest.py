@@ -322,6 +322,11 @@ class Manifest(_Record):
         """Graph inputs that an image decides."""
         return () if self.image_call is None else self.image_call.inputs
 
+    @property
+    def image_texts(self) -> tuple[str, ...]:
+        """Graph inputs that a text encoder makes of a prompt and its image."""
+        return () if self.image_call is None else self.image_call.texts
+
     def profiles_of(self, shape: ShapeRecord, assignment: int = 0) -> range | None:
         """Indices of a size's optimization profiles in every plan.
 

@@ -164,16 +164,21 @@ class Bundle:
         """
         return initial_noise(seeds, self.manifest.shape(size).latent_shape)
 
-    def conditioning(self, prompts: Sequence[int], images: Arrays | None = None) -> Conditioning:
+    def conditioning(
+        self, prompts: Sequence[int], images: Arrays | None = None, unguided: Arrays | None = None
+    ) -> Conditioning:
         """The conditioning of prompts that the bundle holds, one for every sample.
 
         Args:
             prompts: their numbers.
-            images: of a model that takes an image beside the prompt: graph input → [1, ...], for all samples; the image
-                that the bundle holds with each prompt unless given.
+            images: of a model that takes an image beside the prompt: graph input → [1, ...] for all samples, or a row
+                for each; the image that the bundle holds with each prompt unless given. With them the texts that are
+                encoded with the image (`image_texts` of the manifest), where there are any.
+            unguided: the same texts of the unguided branch.
 
         Raises:
-            UserError: a prompt that the bundle does not hold, or inputs that no image decides.
+            UserError: a prompt that the bundle does not hold, inputs that no image decides, or an image without the
+                texts that see it.
             DamagedFileError: the stored prompts are not named as they should be.
         """
         require_prompts(self.files, prompts)
@@ -183,16 +188,37 @@ class Bundle:
                 f"the prompts of bundle '{self.files.folder}' are {sorted(self.files.prompts)}, expected names that "
                 f"start with '{CONDITIONAL}'; run 'adatsq-trt build engine' again"
             )
-        strange = sorted((images or {}).keys() - set(self.manifest.image_inputs))
-        if strange:
-            wanted = ", ".join(self.manifest.image_inputs) or "none: the model takes text alone"
-            raise UserError(f"images: got '{strange[0]}', expected the bundle's inputs of an image, {wanted}")
-        unguided = _starting(self.files.prompts, UNCONDITIONAL)
+        texts, unconditional = self.manifest.image_texts, _starting(self.files.prompts, UNCONDITIONAL)
+        self._require_images(images or {}, unguided or {}, bool(unconditional))
+
+        def rows(value: Array) -> np.ndarray:
+            array = as_array(value)
+            return np.repeat(array, len(prompts), axis=0) if len(array) == 1 else array
+
         own = {name: value[list(prompts)] for name, value in conditional.items()}
-        own |= {name: np.repeat(as_array(value), len(prompts), axis=0) for name, value in (images or {}).items()}
-        other = {name: np.repeat(value, len(prompts), axis=0) for name, value in unguided.items()}
+        own |= {name: rows(value) for name, value in (images or {}).items()}
+        other = {name: value[list(prompts)] if name in texts else rows(value) for name, value in unconditional.items()}
+        other |= {name: rows(value) for name, value in (unguided or {}).items()}
         shown = {name: own[name] for name in self.manifest.image_inputs if name in own}
         return Conditioning(own, other | shown if other else None)
+
+    def _require_images(self, images: Arrays, unguided: Arrays, guided: bool) -> None:
+        """Refuse inputs that no image decides, and an image without the texts that are encoded with it."""
+        inputs, texts = self.manifest.image_inputs, self.manifest.image_texts
+        strange = sorted(images.keys() - {*inputs, *texts})
+        if strange:
+            wanted = ", ".join((*inputs, *texts)) or "none: the model takes text alone"
+            raise UserError(f"images: got '{strange[0]}', expected the bundle's inputs of an image, {wanted}")
+        read = texts if images else ()  # an image without its texts would go with those of another
+        for name, given, expected in (
+            ("images", images, (*inputs, *read) if read else tuple(images)),
+            ("unguided", unguided, read if guided else ()),
+        ):
+            if given.keys() != set(expected):
+                raise UserError(
+                    f"{name}: got {', '.join(given) or 'nothing'}, expected {', '.join(expected) or 'nothing'}, as a "
+                    "text that is encoded with an image is given with it, for both branches of guidance"
+                )
 
     def decode(self, latents: np.ndarray, size: Size | None = None) -> np.ndarray:
         """Latents of a size → images, float32 [samples, (frames,) height, width, channels] in [0, 1].

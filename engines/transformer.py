@@ -228,9 +228,10 @@ class AdatsqTransformer(nn.Module):
         """Tokens of an input of the graph, which are enough."""
         length = next(int(signature.shape[1]) for signature in self.bundle.inputs if signature.name == name)
         if longest > length:
+            shorter = "" if self.bundle.manifest.image_texts else f"max_sequence_length={length} or "
             raise MismatchError(
                 f"{self.call.inputs[name]}: got {longest} tokens, the bundle was exported for {length}; call the "
-                f"pipeline with max_sequence_length={length} or a shorter prompt"
+                f"pipeline with {shorter}a shorter prompt"
             )
         return length
 
@@ -280,11 +281,13 @@ class AdatsqTransformer(nn.Module):
     def _shape_of_grids(self, rows: Sequence[Any]) -> ShapeRecord:
         """The size of rows that list grids of tokens (frames, rows, columns): one each, and all of the same."""
         given = [[tuple(map(int, grid)) for grid in ([row] if isinstance(row, tuple) else row)] for row in rows]
+        count = 2 if self._has_image_tokens else 1
         for shape in self._shapes:
-            if given and all(row == [(1, *shape.image.shape.grid)] for row in given):
+            if given and all(row == [(1, *shape.image.shape.grid)] * count for row in given):
                 return shape
+        images = "a picture and one image, each" if count > 1 else "one image"
         raise MismatchError(
-            f"{self.call.grids}: got {given}, the bundle was exported for one image of {self._grids} tokens in each "
+            f"{self.call.grids}: got {given}, the bundle was exported for {images} of {self._grids} tokens in each "
             f"row; call the pipeline with that height and width{self._names}"
         )
 

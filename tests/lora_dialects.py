@@ -224,3 +224,14 @@ READ: dict[str, tuple[Family, Callable[[], tuple[Tensors, Tensors]]]] = {
     "diffusers' names, Stable Diffusion 3.5": (STABLE_DIFFUSION_3, peft_stable_diffusion_3),
     "OneTrainer, Stable Diffusion 3.5": (STABLE_DIFFUSION_3, one_trainer_stable_diffusion_3),
 }
+# Dialects that are also tested with pipelines which take an image and share a transformer with one of these.
+SHOWN: tuple[tuple[str, Family], ...] = tuple(
+    (dialect, _BY_NAME[pipeline])
+    for dialect, pipeline in (
+        ("fal's Kontext trainer", "FluxKontextPipeline"),
+        ("kohya sd-scripts, Flux", "FluxFillPipeline"),
+        ("musubi-tuner, Wan", "WanImageToVideoPipeline"),
+        ("Qwen-Image-Lightning", "QwenImageEditPipeline"),
+        ("ai-toolkit, Qwen-Image", "QwenImageEditPlusPipeline"),
+    )
+)

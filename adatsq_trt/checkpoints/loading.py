@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from PIL import Image
 from pydantic import JsonValue
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -89,7 +90,8 @@ class OpenedPipeline:
         )
 
     def _empty_encodings(self, device: str) -> dict[str, Tensor]:
-        rows, family = len(self.settings.prompts) + 1, self.source.family
+        count, family = len(self.settings.prompts), self.source.family
+        rows = count + family.negatives(count)
         width, pooled = family.widths(self._config)
         shapes = self._image_shapes(self._image(self._outline))
         # How long the longest prompt is shows when it is encoded.
@@ -97,7 +99,7 @@ class OpenedPipeline:
         return {
             "tokens": torch.empty(rows, length, width, device=device),
             "pooled": torch.empty(rows, pooled, device=device),
-            **{f"{PREFIX}{name}": torch.empty(rows - 1, *shape, device=device) for name, shape in shapes.items()},
+            **{f"{PREFIX}{name}": torch.empty(count, *shape, device=device) for name, shape in shapes.items()},
         }
 
     def encode(self, on_prompt: Callable[[], None]) -> dict[str, Tensor]:
@@ -114,15 +116,21 @@ class OpenedPipeline:
     @property
     def encoded(self) -> int:
         """How many texts and images are encoded."""
-        count = len(self.settings.prompts)
-        return 2 * count + 1 if self.source.family.image_condition else count + 1
+        count, family = len(self.settings.prompts), self.source.family
+        return count + family.negatives(count) + (count if family.image_condition else 0)
 
     def _encode_texts(self, on_prompt: Callable[[], None]) -> dict[str, Tensor]:
         """With the pipeline's own text encoders (`encode_prompts`), or from their encodings."""
         if self.settings.encodings is not None:
             family = self.source.family
             return read_encodings(Path(self.settings.encodings), *family.widths(self._config), family.token_multiple)
-        return encode_prompts(self.source, self.settings.prompts, on_prompt, self.settings.negative_prompt)
+        texts = (self.settings.prompts, on_prompt, self.settings.negative_prompt)
+        return encode_prompts(self.source, *texts, self._read_images)
+
+    def _read_images(self) -> Iterator[Image.Image]:
+        """The images of the prompts, for a text encoder that sees them."""
+        pictures = self.images.pictures(len(self.settings.prompts), self._canvas, masked=False)
+        return (image for image, _ in pictures)
 
     def _encode_images(self, on_image: Callable[[], None]) -> dict[str, Tensor]:
         """With the pipeline's own VAE, which is gone from memory afterwards."""
@@ -303,8 +311,9 @@ class OpenedPipeline:
     @property
     def image_call(self) -> ImageCall | None:
         """Inputs that an image decides; None where the pipeline takes none."""
-        inputs = self.outline.adapter.image_inputs
-        return self.source.family.image_call(inputs, self._image_files)
+        inputs, family = self.outline.adapter.image_inputs, self.source.family
+        files = self._image_files | (self._encoder_files if family.reads_image else {})
+        return family.image_call(inputs, files, self.settings.negative_prompt)
 
     @property
     def text_call(self) -> TextCall | None:
@@ -440,8 +449,8 @@ def open_source(
     else:
         require_shapes(weights, outline, source.config)
     find_weights(source.folder / "vae")
-    require_images(source.family, settings, opened.images)
     canvas = fitting_canvas(settings, source)
+    require_images(source.family, settings, opened.images, canvas)
     places = {"path": _absolute(settings.path), "base": settings.base and _absolute(settings.base)}
     loras = tuple(map(str, opened.loras))
     update = {**places, "loras": loras, **asdict(canvas)}

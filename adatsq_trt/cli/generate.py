@@ -46,7 +46,7 @@ def generate(
     from adatsq_trt.cli.progress import progress
     from adatsq_trt.engines.bundle import prompt_number
     from adatsq_trt.engines.runtime import Bundle
-    from adatsq_trt.stages.images import shown_image
+    from adatsq_trt.stages.images import shown_conditioning
     from adatsq_trt.stages.report import SAMPLES_NAME, write_samples
     from adatsq_trt.stages.shapes import parse_size
 
@@ -57,8 +57,7 @@ def generate(
     if file.suffix != ".png":
         raise UserError(f"--output '{file}': got '{file.suffix}', expected a name that ends in .png")
     choices = [prompt_number(opened.files, text) for text in prompt or ()] or range(opened.manifest.prompts)
-    shown = shown_image(opened.files, image, mask)
-    conditioning = opened.conditioning([choices[i % len(choices)] for i in range(samples)], shown)
+    conditioning = shown_conditioning(opened, [choices[i % len(choices)] for i in range(samples)], image, mask)
     noise, sheets = opened.noise(range(seed, seed + samples), asked), {}
     for name, own in (("quantized", True), ("full precision", False)):
         # One after the other: what draws the first gives its memory back.

@@ -93,6 +93,7 @@ class ModelAdapter(ABC):
         float32_inputs: inputs of the trace module that stay float32 in target graphs, because 16 bits are too few.
         rescaled_guidance: guidance keeps the norm of every token's conditional prediction (`solver.guide`).
         image_inputs: inputs of the trace module that an image decides, the same in both branches of guidance.
+        negatives: conditions of the unguided branch: one, or one for each prompt, where it depends on the image too.
     """
 
     architecture: str
@@ -102,6 +103,7 @@ class ModelAdapter(ABC):
     float32_inputs: tuple[str, ...] = ()
     rescaled_guidance: bool = False
     image_inputs: tuple[str, ...] = ()
+    negatives: int = 1
     excluded: frozenset[str] = frozenset()
 
     @property

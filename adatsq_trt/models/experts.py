@@ -39,7 +39,7 @@ class ExpertsAdapter(ModelAdapter):
         first = experts[FIRST_EXPERT]
         self.architecture, self.latent_shape, self.image = first.architecture, first.latent_shape, first.image
         self.float32_inputs, self.rescaled_guidance = first.float32_inputs, first.rescaled_guidance
-        self.image_inputs = first.image_inputs
+        self.image_inputs, self.negatives = first.image_inputs, first.negatives
         self.transformer = nn.ModuleDict({name: own.transformer for name, own in self._experts.items()})
         self._traces = nn.ModuleDict({name: own.trace_module() for name, own in self._experts.items()})
 

@@ -9,6 +9,7 @@ from adatsq_trt.models.family import Family
 from adatsq_trt.models.flux import FluxFamily
 from adatsq_trt.models.flux_images import FluxFillFamily, FluxKontextFamily
 from adatsq_trt.models.qwen_image import QwenImageFamily
+from adatsq_trt.models.qwen_image_edit import QwenImageEditFamily, QwenImageEditPlusFamily
 from adatsq_trt.models.stable_diffusion_3 import StableDiffusion3Family
 from adatsq_trt.models.wan import WanFamily
 from adatsq_trt.models.wan_images import WanImageFamily
@@ -24,6 +25,8 @@ _FAMILIES: list[Family] = [
     FluxKontextFamily(),
     FluxFillFamily(),
     WanImageFamily(),
+    QwenImageEditFamily(),
+    QwenImageEditPlusFamily(),
 ]
 
 

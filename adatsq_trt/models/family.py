@@ -20,7 +20,7 @@ from adatsq_trt.errors import DamagedFileError, DependencyError, MismatchError
 from adatsq_trt.files import read_json_model
 from adatsq_trt.image import ImageShape
 from adatsq_trt.image_call import ImageCall
-from adatsq_trt.models.image_condition import ImageCondition
+from adatsq_trt.models.image_condition import ImageCondition, ReadImage
 from adatsq_trt.models.prompted import PromptedAdapter
 from adatsq_trt.models.stored import EmptyOnMeta
 from adatsq_trt.schedule import EULER
@@ -126,21 +126,39 @@ class Family(ABC):
 
     @property
     def text_call(self) -> TextCall | None:
-        """The same as data, for a bundle's manifest; None for a family with code of its own."""
-        return self._encoding_call() if type(self).encode is Family.encode else None
+        """The same as data, for a bundle's manifest; None where a text alone is not enough, or for code of its own."""
+        return self._encoding_call() if type(self).encode is Family.encode and not self.reads_image else None
 
-    def image_call(self, inputs: Collection[str], files: Mapping[str, str] | None = None) -> ImageCall | None:
+    @property
+    def reads_image(self) -> bool:
+        """Whether the text encoder sees the image."""
+        return isinstance(self.image_condition, ReadImage)
+
+    def negatives(self, prompts: int) -> int:
+        """How often the negative prompt is encoded: once, or with the image of each prompt."""
+        return prompts if self.reads_image else 1
+
+    def image_call(
+        self, inputs: Collection[str], files: Mapping[str, str] | None = None, negative_prompt: str = ""
+    ) -> ImageCall | None:
         """Inputs that an image decides, as data for a bundle's manifest; None where the pipeline takes no image.
 
         Args:
             inputs: of the graph.
             files: of what encodes the image beside the VAE: path in the pipeline's folder → sha256.
+            negative_prompt: of the unguided branch; of no account where the text encoder does not see the image.
         """
         condition = self.image_condition
         if condition is None:
             return None
-        own = tuple(inputs)
-        return ImageCall(pipeline=self.pipeline, inputs=own, masked=condition.masked, files=dict(files or {}))
+        return ImageCall(
+            pipeline=self.pipeline,
+            inputs=tuple(inputs),
+            masked=condition.masked,
+            files=dict(files or {}),
+            texts=tuple(self.text_outputs) if self.reads_image else (),
+            negative_prompt=negative_prompt if self.reads_image else "",
+        )
 
     def image_shapes(self, config: Mapping[str, Any], image: ImageShape, folder: Path) -> dict[str, tuple[int, ...]]:
         """Graph input → its shape for one sample, of those that an image decides; `folder` is the pipeline's."""

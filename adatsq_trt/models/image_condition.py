@@ -69,6 +69,44 @@ class ImageCondition(ABC):
         """
 
 
+class ReadImage(ImageCondition):
+    """An image that the text encoder sees too: a prompt is encoded with its image, and so is the negative prompt."""
+
+    @abstractmethod
+    def encode_text(self, pipe: Any, prompt: str, image: Image.Image) -> Tensor:
+        """Encode a prompt with its image, with the pipeline's own text encoder and processor.
+
+        Args:
+            pipe: the pipeline; neither its transformer nor its VAE is used.
+            prompt: text.
+            image: in RGB, of any size.
+
+        Returns:
+            [tokens, width], in the encoder's type.
+        """
+
+    @abstractmethod
+    def require_canvas(self, canvas: Canvas) -> None:
+        """Refuse a size of the picture that the image cannot go with.
+
+        Raises:
+            UserError: says which size can be drawn.
+        """
+
+    @abstractmethod
+    def require_size(self, name: str, size: tuple[int, int], canvas: Canvas) -> None:
+        """Refuse an image whose size the pipeline treats otherwise than `encode`.
+
+        Args:
+            name: of the image, as messages begin.
+            size: its width and height, in pixels.
+            canvas: size that is drawn.
+
+        Raises:
+            UserError: says how to change the image.
+        """
+
+
 def first_draw() -> torch.Generator:
     """A generator, for VAEs whose latents are drawn: the same for every image."""
     return torch.Generator().manual_seed(0)

@@ -153,8 +153,12 @@ class QwenImageTrace(nn.Module):
     """QwenImageTransformer2DModel on one image size: constant rotations in real numbers.
 
     Prompts of several lengths share a batch: zeros in the condition say where each ends.
+
+    Attributes:
+        images: that have tokens, all of one size: the picture, and what it is drawn beside.
     """
 
+    images: ClassVar[int] = 1
     rotations: Tensor
     text_rotations: Tensor
     places: Tensor
@@ -182,7 +186,7 @@ class QwenImageTrace(nn.Module):
         for module in transformer.modules():
             if isinstance(module, Attention):
                 module.set_processor(RealRotaryProcessor())
-        image, text = table([(1, *grid)], max_txt_seq_len=length, device=table.pos_freqs.device)
+        image, text = table([[(1, *grid)] * self.images], max_txt_seq_len=length, device=table.pos_freqs.device)
         buffers = {_ROTATIONS: _real(image), _TEXT_ROTATIONS: _real(text), "places": torch.arange(1.0, length + 1)}
         for name, value in buffers.items():
             self.register_buffer(name, value, persistent=False)

@@ -271,14 +271,21 @@ def layer_reference(context: Context, policy: Policy, step: int) -> dict[str, Te
 def _prompts(context: Context) -> dict[str, Tensor]:
     """Conditioning of every prompt of the model, and of the unguided branch, whose images are the prompts' own."""
     adapter, count = context.adapter, len(context.adapter.prompts)
-    empty = adapter.encode([0]).unconditional or {}
     tensors: dict[str, Tensor] = {}
+
+    def store(name: str, part: range, total: int, rows: Tensor) -> None:
+        tensors.setdefault(name, rows.new_empty(total, *rows.shape[1:]))[part] = rows
+
     for start in range(0, count, PROMPTS_AT_ONCE):  # only few at a time also have rows for the unguided branch
         part = range(start, min(start + PROMPTS_AT_ONCE, count))
-        for name, rows in adapter.encode(part).conditional.items():
-            tensors.setdefault(f"conditional.{name}", rows.new_empty(count, *rows.shape[1:]))[part] = rows
-    own = {name: value for name, value in empty.items() if name not in adapter.image_inputs}
-    return tensors | {f"unconditional.{name}": value[:1].clone() for name, value in own.items()}
+        encoded = adapter.encode(part)
+        for name, rows in encoded.conditional.items():
+            store(f"conditional.{name}", part, count, rows)
+        own = range(start, min(part.stop, adapter.negatives))
+        for name, rows in (encoded.unconditional or {}).items():
+            if own and name not in adapter.image_inputs:
+                store(f"unconditional.{name}", own, adapter.negatives, rows[: len(own)])
+    return tensors
 
 
 def used_formats(policy: Policy) -> tuple[str, ...]:

@@ -230,7 +230,7 @@ def _model(settings: Settings, outline: LoadedModel, pipeline: OpenedPipeline | 
     )
     schedule = adapter.schedule(settings.steps)
     flow = measure_flow(adapter, schedule, settings.guidance)
-    tensors, prompts = adapter.encode([0]).conditional.values(), len(adapter.prompts) + 1
+    tensors, prompts = adapter.encode([0]).conditional.values(), len(adapter.prompts) + adapter.negatives
     encodings = prompts * sum(tensor.numel() for tensor in tensors)
     weights = count_weights(adapter.transformer)
     loading = (0, 4 * weights, 0, True)

@@ -14,7 +14,7 @@ import logging
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from tests.tiny_checkpoints import (
     make_z_image_pipeline,
 )
 from tests.tiny_qwen_image import make_qwen_image_pipeline
+from tests.tiny_qwen_image_edit import SIDE, make_edit_pipeline, make_edit_plus_pipeline
 from tests.tiny_stable_diffusion_3 import make_stable_diffusion_3_pipeline
 from tests.tiny_wan_experts import make_wan_experts_pipeline, make_wan_image_experts_pipeline
 
@@ -82,6 +83,12 @@ class Case:
         return self.make in VIDEO_PIPELINES
 
     @property
+    def canvas(self) -> Canvas:
+        """Size that is drawn."""
+        height, width = (SIDE, SIDE) if self.make in EDIT_PIPELINES else (HEIGHT, WIDTH)
+        return Canvas(height, width, FRAMES if self.is_video else None)
+
+    @property
     def prompts(self) -> tuple[int, ...]:
         """One for each sample; a pipeline that takes an image takes one at a time."""
         return (1,) if self.make in IMAGE_PIPELINES else (1, 0)
@@ -89,14 +96,16 @@ class Case:
     @property
     def request(self) -> dict[str, Any]:
         """Arguments of the pipeline's call that other pipelines do not take."""
-        if self.make is make_qwen_image_pipeline:
-            return {"true_cfg_scale": self.pipeline_guidance, "negative_prompt": [""] * len(PROMPTS)}
+        if self.make in (make_qwen_image_pipeline, *EDIT_PIPELINES):
+            return {"true_cfg_scale": self.pipeline_guidance, "negative_prompt": [""] * len(self.prompts)}
         second = {} if self.guidance_2 is None else {"guidance_scale_2": self.guidance_2}
         frames = {"num_frames": FRAMES} if self.is_video else {}
         return {"guidance_scale": self.pipeline_guidance, **second, **frames}
 
 
+EDIT_PIPELINES = (make_edit_pipeline, make_edit_plus_pipeline)  # of about a megapixel
 IMAGE_PIPELINES = (
+    *EDIT_PIPELINES,
     make_kontext_pipeline,
     make_fill_pipeline,
     make_wan_image_pipeline,
@@ -143,6 +152,8 @@ CASES = {
     "Flux Fill, its own": Case(make_fill_pipeline, 8, guidance=30.0, pipeline_guidance=30.0),
     "Wan image to video, its own": Case(make_wan_image_pipeline, 8),
     "Wan 2.2 image to video, its own": Case(make_wan_image_experts_pipeline, 8, guidance_2=2.5),
+    "Qwen-Image-Edit, its own": Case(make_edit_pipeline, 8),
+    "Qwen-Image-Edit-Plus, its own": Case(make_edit_plus_pipeline, 8),
 }
 
 
@@ -210,9 +221,7 @@ def measure(name: str) -> Row:
 
 def _samples(case: Case, folder: Path, scheduler: str) -> tuple[Samples, dict[str, Any]]:
     """Samples of the saved pipeline, as a run would calibrate on them, and the image that the pipeline is shown."""
-    settings = PipelineSettings(
-        path=str(folder), height=HEIGHT, width=WIDTH, frames=FRAMES if case.is_video else None, prompts=PROMPTS
-    )
+    settings = PipelineSettings(path=str(folder), **asdict(case.canvas), prompts=PROMPTS)
     opened = open_pipeline(settings)
     adapter = opened.load(opened.encode(lambda: None)).adapter
     calls = calls_per_step(scheduler)
@@ -227,7 +236,7 @@ def _shown(case: Case, opened: OpenedPipeline) -> dict[str, Any]:
     condition = opened.source.family.image_condition
     if condition is None:
         return {}
-    image, mask = list(opened.images.pictures(len(PROMPTS), Canvas(HEIGHT, WIDTH), condition.masked))[case.prompts[0]]
+    image, mask = list(opened.images.pictures(len(PROMPTS), case.canvas, condition.masked))[case.prompts[0]]
     own = {"_auto_resize": False, "max_area": HEIGHT * WIDTH} if case.make is make_kontext_pipeline else {}
     # A VAE whose latents are drawn is asked with this seed.
     drawn = {} if mask is None else {"mask_image": mask, "generator": torch.Generator().manual_seed(0)}
@@ -242,8 +251,8 @@ def _pipelines_latents(case: Case, pipe: DiffusionPipeline, samples: Samples, sh
             part.eval()
     latents: Tensor = pipe(
         prompt=[PROMPTS[index] for index in samples.prompts],
-        height=HEIGHT,
-        width=WIDTH,
+        height=case.canvas.height,
+        width=case.canvas.width,
         num_inference_steps=case.steps,
         latents=samples.noise(),
         output_type="latent",

@@ -17,6 +17,7 @@ from tests.tiny_checkpoints import (
     make_z_image_pipeline,
 )
 from tests.tiny_qwen_image import make_qwen_image_pipeline
+from tests.tiny_qwen_image_edit import make_edit_pipeline, make_edit_plus_pipeline
 from tests.tiny_stable_diffusion_3 import make_stable_diffusion_3_pipeline
 
 Saved = Callable[[Callable[[], DiffusionPipeline], str], Path]
@@ -73,6 +74,16 @@ def saved_wan(save: Saved) -> Path:
 @pytest.fixture(scope="session")
 def saved_qwen_image(save: Saved) -> Path:
     return save(make_qwen_image_pipeline, "tiny-qwen-image")
+
+
+@pytest.fixture(scope="session")
+def saved_edit(save: Saved) -> Path:
+    return save(make_edit_pipeline, "tiny-edit")
+
+
+@pytest.fixture(scope="session")
+def saved_edit_plus(save: Saved) -> Path:
+    return save(make_edit_plus_pipeline, "tiny-edit-plus")
 
 
 @pytest.fixture(scope="session")

@@ -36,6 +36,7 @@ from tests.lora_dialects import (
     RANK,
     READ,
     SD3_Q,
+    SHOWN,
     STABLE_DIFFUSION_3,
     WAN,
     WAN_Q,
@@ -76,6 +77,8 @@ def saved(request: pytest.FixtureRequest) -> Callable[[Family], Path]:
         "FluxKontextPipeline": "saved_kontext",
         "FluxFillPipeline": "saved_fill",
         "WanImageToVideoPipeline": "saved_wan_image",
+        "QwenImageEditPipeline": "saved_edit",
+        "QwenImageEditPlusPipeline": "saved_edit_plus",
     }
     return lambda kind: request.getfixturevalue(shown[kind.pipeline] if kind.image_condition else names[kind])
 
@@ -99,17 +102,20 @@ def check(transformer: nn.Module, before: Tensors, deltas: Tensors) -> None:
 
 
 @pytest.mark.parametrize("least", [1, 10**9], ids=["stored", "in memory"])
-@pytest.mark.parametrize("dialect", READ)
+@pytest.mark.parametrize(
+    ("dialect", "kind"), [*((name, kind) for name, (kind, _) in READ.items()), *SHOWN], ids=lambda part: str(part)
+)
 def test_dialects_that_are_read(
     saved: Callable[[Family], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     dialect: str,
+    kind: Family,
     least: int,
 ) -> None:
     monkeypatch.setattr(stored, "LEAST_NUMBERS", least)
-    kind, make = READ[dialect]
+    _, make = READ[dialect]
     tensors, deltas = make()
     file = tmp_path / "lora.safetensors"
     save_file(tensors, file)

@@ -31,6 +31,7 @@ from tests.tiny_checkpoints import (
     make_z_image_pipeline,
 )
 from tests.tiny_qwen_image import make_qwen_image_pipeline
+from tests.tiny_qwen_image_edit import SIDE, make_edit_pipeline, make_edit_plus_pipeline
 from tests.tiny_stable_diffusion_3 import make_stable_diffusion_3_pipeline
 
 STEPS = 2
@@ -44,6 +45,8 @@ PIPELINES = {
     "flux-kontext": make_kontext_pipeline,
     "flux-fill": make_fill_pipeline,
     "wan-image-to-video": make_wan_image_pipeline,
+    "qwen-image-edit": make_edit_pipeline,
+    "qwen-image-edit-plus": make_edit_plus_pipeline,
 }
 TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # What is built → its options and the formats that take turns in the policy.
@@ -70,6 +73,7 @@ SQUARE = {
     ("flux-kontext", "bfloat16", "sm120"),
     ("flux-fill", "bfloat16", "cpu"),
     ("wan-image-to-video", "bfloat16", "sm120"),
+    ("qwen-image-edit", "bfloat16", "sm120"),
 }
 CELLS = [
     pytest.param(*cell, id="-".join(cell), marks=() if cell in SQUARE else pytest.mark.matrix)
@@ -83,7 +87,8 @@ def save(folder: Path, pipeline: str, dtype: str) -> PipelineSettings:
     pipe.transformer.to(TYPES[dtype])
     pipe.save_pretrained(folder)
     frames = 5 if pipeline.startswith("wan") else None
-    return PipelineSettings(path=str(folder), height=HEIGHT, width=WIDTH, frames=frames, prompts=PROMPTS)
+    height, width = (SIDE, SIDE) if "edit" in pipeline else (HEIGHT, WIDTH)
+    return PipelineSettings(path=str(folder), height=height, width=width, frames=frames, prompts=PROMPTS)
 
 
 def write_policy(path: Path, settings: PipelineSettings, formats: tuple[str, ...]) -> None:
@@ -103,7 +108,13 @@ def test_check_passes(cli, tmp_path: Path, monkeypatch, pipeline: str, dtype: st
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS), encoding="utf-8")
     write_policy(policy, settings, formats)
-    canvas = ("--height", str(HEIGHT), "--width", str(WIDTH), *(("--frames", "5") if settings.frames else ()))
+    canvas = (
+        "--height",
+        str(settings.height),
+        "--width",
+        str(settings.width),
+        *(("--frames", "5") if settings.frames else ()),
+    )
     drawn = (*canvas, "--prompts", prompts, *cli.small, "--steps", str(STEPS))
     built = cli("build", "engine", settings.path, *options, *drawn, "--policy", policy, "--output", run)
     assert built.code == 0, built.err
