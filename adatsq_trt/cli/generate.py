@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from adatsq_trt.cli.backends import BackendOption
+from adatsq_trt.cli.backends import BackendOption, OffloadOption
 from adatsq_trt.errors import UserError
 
 
@@ -33,6 +33,7 @@ def generate(
     mask: Annotated[Path | None, typer.Option("--mask", help="Of the image: white where it is drawn anew.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the first picture; the others follow.")] = 3_000_000,
     backend: BackendOption = "auto",
+    offload: OffloadOption = "none",
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="PNG file.", show_default="samples.png beside the bundle"),
@@ -51,7 +52,7 @@ def generate(
     from adatsq_trt.stages.shapes import parse_size
 
     asked = None if size is None else parse_size(size, "--size")
-    opened = Bundle.open(bundle, backend)
+    opened = Bundle.open(bundle, backend, offload)
     typer.echo(opened.choice.sentence, err=True)
     file = output or opened.files.folder.parent / SAMPLES_NAME
     if file.suffix != ".png":
@@ -62,7 +63,10 @@ def generate(
     noise, sheets = opened.noise(range(seed, seed + samples), asked), {}
     for name, own in (("quantized", True), ("full precision", False)):
         # One after the other: what draws the first gives its memory back.
-        with Bundle(opened.files, backend) as panel, progress(f"generate: {name}", panel.policy.steps) as advance:
+        with (
+            Bundle(opened.files, backend, offload) as panel,
+            progress(f"generate: {name}", panel.policy.steps) as advance,
+        ):
             latents = panel.denoise(noise, conditioning, callback=lambda _: advance(), quantized=own, size=asked)
             sheets[name] = panel.decode(latents, asked)
     write_samples(file, sheets, [f"{len(opened.policy.buckets)} buckets, {opened.policy.mean_bits:.2f} mean bits", ""])
