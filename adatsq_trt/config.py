@@ -214,6 +214,21 @@ class BuildConfig:
         "none",
     )
     steps: int | None = _choice(None, "Denoising steps.", POLICY, "the model's", least=1, most=_MOST_STEPS)
+    sigmas: str | Sequence[float] | None = _choice(
+        None,
+        "Noise levels in the place of --steps, falling from 1, as the pipeline takes them in its own argument of this "
+        "name: before the scheduler shifts them.",
+        POLICY,
+        "those of --steps",
+        metavar="NUMBER,...",
+    )
+    timesteps: str | Sequence[float] | None = _choice(
+        None,
+        "Likewise, falling from 1000, for pipelines whose call takes timesteps.",
+        POLICY,
+        "those of --steps",
+        metavar="NUMBER,...",
+    )
     guidance: float | None = _choice(
         None, "Scale of guidance.", POLICY, "the model's", least=-_MOST_GUIDANCE, most=_MOST_GUIDANCE
     )

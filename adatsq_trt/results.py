@@ -30,7 +30,7 @@ from adatsq_trt.stages.summary import SUMMARY_NAME
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adatsq_trt.engines.backends.selection import BackendName
+    from adatsq_trt.engines.backends.selection import BackendName, Offload
     from adatsq_trt.engines.transformer import AdatsqTransformer
     from adatsq_trt.models.format_store import CandidateWeights
 
@@ -170,9 +170,9 @@ class Bundle(runtime.Bundle):
         summary: the figures; None for a bundle alone.
     """
 
-    def __init__(self, files: BundleFiles, backend: BackendName = "auto") -> None:
+    def __init__(self, files: BundleFiles, backend: BackendName = "auto", offload: Offload = "none") -> None:
         """Wrap files; see `adatsq_trt.load` and `adatsq_trt.build`."""
-        super().__init__(files, backend)
+        super().__init__(files, backend, offload)
         file = files.folder.parent / SUMMARY_NAME
         self.summary: Summary | None = read_json_model(file, Summary) if file.is_file() else None
         self._temporary: TemporaryDirectory[str] | None = None

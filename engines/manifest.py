@@ -15,7 +15,7 @@ from adatsq_trt.fields import Count, Name
 from adatsq_trt.formats import PLUGIN_LAYOUT
 from adatsq_trt.image import ImageShape
 from adatsq_trt.image_call import ImageCall
-from adatsq_trt.schedule import EXPERTS, Schedule
+from adatsq_trt.schedule import EXPERTS, Schedule, Spacing
 from adatsq_trt.solver import Update
 from adatsq_trt.text_call import TextCall
 from adatsq_trt.transformer_call import TransformerCall
@@ -91,6 +91,7 @@ class ScheduleRecord(_Record):
         scheduler_config: of the diffusers scheduler, with its class.
         updates: of every step; none for Euler's method.
         experts: part of the pipeline that each step calls; none for a pipeline with one transformer.
+        spacing: list that the scheduler was given; None where it was given a number of steps.
     """
 
     sigmas: tuple[FiniteFloat, ...]
@@ -98,9 +99,12 @@ class ScheduleRecord(_Record):
     scheduler_config: dict[str, JsonValue]
     updates: tuple[UpdateRecord, ...] = ()
     experts: tuple[str, ...] = ()
+    spacing: Spacing | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> ScheduleRecord:
+        if self.spacing is not None and len(self.spacing.values) != len(self.timesteps):
+            raise ValueError(f"{len(self.spacing.values)} {self.spacing.argument} given, {len(self.timesteps)} steps")
         if len(self.experts) not in (0, len(self.timesteps)):
             raise ValueError(f"{len(self.experts)} experts, {len(self.timesteps)} timesteps")
         if not {*self.experts} <= {*EXPERTS}:
@@ -122,12 +126,14 @@ class ScheduleRecord(_Record):
             scheduler_config=schedule.scheduler_config,
             updates=updates,
             experts=schedule.experts,
+            spacing=schedule.spacing,
         )
 
     def read(self) -> Schedule:
         """Make the schedule that this records."""
         updates = tuple(Update(own.latent, own.velocity, own.clean) for own in self.updates)
-        return Schedule(self.sigmas, self.timesteps, dict(self.scheduler_config), updates, self.experts)
+        config = dict(self.scheduler_config)
+        return Schedule(self.sigmas, self.timesteps, config, updates, self.experts, self.spacing)
 
 
 class ImageSpec(_Record):

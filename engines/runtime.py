@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from adatsq_trt.engines.backends.base import StepRunner, closed_error
-from adatsq_trt.engines.backends.selection import BackendName, choose, make_runner
+from adatsq_trt.engines.backends.selection import BackendName, Offload, choose, make_runner, require_offload
 from adatsq_trt.engines.bundle import CONDITIONAL, UNCONDITIONAL, VAE_FOLDER, BundleFiles, Manifest, require_prompts
 from adatsq_trt.engines.generation import TIME_INPUT as TIME_INPUT
 from adatsq_trt.engines.generation import Array, Arrays, DenoisingRequest, array_inputs, as_array, like
@@ -70,11 +70,13 @@ class Bundle:
     Attributes:
         files: its files and records, every file verified.
         choice: backend that runs it, and why nothing faster does.
+        offload: what is given back while the loop does not need it.
     """
 
-    def __init__(self, files: BundleFiles, backend: BackendName = "auto") -> None:
+    def __init__(self, files: BundleFiles, backend: BackendName = "auto", offload: Offload = "none") -> None:
         """Wrap verified files; see `open`, which is the usual way."""
-        self.files = files
+        require_offload(files, offload)
+        self.files, self.offload = files, offload
         self.choice = choose(files.manifest, backend)
         self._resources = ExitStack()
         self._runners: dict[bool, StepRunner] = {}
@@ -82,7 +84,7 @@ class Bundle:
         self._closed = False
 
     @classmethod
-    def open(cls, path: Path | str, backend: BackendName = "auto") -> Self:
+    def open(cls, path: Path | str, backend: BackendName = "auto", offload: Offload = "none") -> Self:
         """Open a bundle, or the bundle of a run directory. Sessions and engines are made when they are first needed.
 
         Args:
@@ -90,14 +92,17 @@ class Bundle:
             backend: "rtx" and "tensorrt" run the plans on a GPU that they were built for, "cuda" the cpu graphs on any
                 GPU with ONNX Runtime, "onnxruntime" the same on the processor. "auto" is the first of these that works
                 here.
+            offload: "expert", of a bundle of two transformers: each is loaded when its first step comes, once the other
+                is given back. Results are the same; every change of transformer costs the time of loading one.
 
         Raises:
             MissingFileError: there is no bundle, or one of its files is gone.
             DamagedFileError: a file is not what the manifest says, or lies outside the bundle.
             DependencyError: plans without their library or a GPU.
             MismatchError: no plans for this GPU and this version of the library.
+            UserError: offloading of a bundle of one transformer.
         """
-        return cls(BundleFiles.open(Path(path)), backend)
+        return cls(BundleFiles.open(Path(path)), backend, offload)
 
     def __enter__(self) -> Self:
         """Take the bundle."""
@@ -431,7 +436,7 @@ class Bundle:
         """
         self._require_open()
         if quantized not in self._runners:
-            runner = make_runner(self.files, self.choice, quantized)
+            runner = make_runner(self.files, self.choice, quantized, self.offload)
             self._runners[quantized] = self._resources.enter_context(runner)
         return self._runners[quantized]
 

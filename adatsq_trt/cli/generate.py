@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from adatsq_trt.cli.backends import BackendOption
+from adatsq_trt.cli.backends import BackendOption, OffloadOption
 from adatsq_trt.errors import UserError
 
 
@@ -16,9 +16,7 @@ def generate(
     samples: Annotated[int, typer.Option("--samples", min=1, max=10_000, help="How many pictures.")] = 40,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(
-            "--prompt", help="A prompt of the model or its number; may be repeated.", show_default="all in turn"
-        ),
+        typer.Option("--prompt", help="A prompt or its number; may be repeated.", show_default="all in turn"),
     ] = None,
     size: Annotated[
         str | None,
@@ -33,6 +31,7 @@ def generate(
     mask: Annotated[Path | None, typer.Option("--mask", help="Of the image: white where it is drawn anew.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the first picture; the others follow.")] = 3_000_000,
     backend: BackendOption = "auto",
+    offload: OffloadOption = "none",
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="PNG file.", show_default="samples.png beside the bundle"),
@@ -51,17 +50,18 @@ def generate(
     from adatsq_trt.stages.shapes import parse_size
 
     asked = None if size is None else parse_size(size, "--size")
-    opened = Bundle.open(bundle, backend)
+    opened = Bundle.open(bundle, backend, offload)
+    files = opened.files
     typer.echo(opened.choice.sentence, err=True)
-    file = output or opened.files.folder.parent / SAMPLES_NAME
+    file = output or files.folder.parent / SAMPLES_NAME
     if file.suffix != ".png":
         raise UserError(f"--output '{file}': got '{file.suffix}', expected a name that ends in .png")
-    choices = [prompt_number(opened.files, text) for text in prompt or ()] or range(opened.manifest.prompts)
+    choices = [prompt_number(files, text) for text in prompt or ()] or range(opened.manifest.prompts)
     conditioning = shown_conditioning(opened, [choices[i % len(choices)] for i in range(samples)], image, mask)
     noise, sheets = opened.noise(range(seed, seed + samples), asked), {}
     for name, own in (("quantized", True), ("full precision", False)):
         # One after the other: what draws the first gives its memory back.
-        with Bundle(opened.files, backend) as panel, progress(f"generate: {name}", panel.policy.steps) as advance:
+        with Bundle(files, backend, offload) as panel, progress(f"generate: {name}", panel.policy.steps) as advance:
             latents = panel.denoise(noise, conditioning, callback=lambda _: advance(), quantized=own, size=asked)
             sheets[name] = panel.decode(latents, asked)
     write_samples(file, sheets, [f"{len(opened.policy.buckets)} buckets, {opened.policy.mean_bits:.2f} mean bits", ""])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from adatsq_trt.errors import MismatchError
 from adatsq_trt.image import ImageShape
 from adatsq_trt.models.stored import stored_layers
-from adatsq_trt.schedule import Schedule
+from adatsq_trt.schedule import Schedule, Steps
 from adatsq_trt.solver import guide
 from adatsq_trt.transformer_call import TransformerCall
 
@@ -158,8 +158,8 @@ class ModelAdapter(ABC):
         """
 
     @abstractmethod
-    def schedule(self, steps: int) -> Schedule:
-        """The denoising schedule for a number of steps."""
+    def schedule(self, steps: Steps) -> Schedule:
+        """The denoising schedule for a number of steps, or for a list in its place, which `make_schedule` takes too."""
 
     @abstractmethod
     def trace_module(self) -> nn.Module:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from adatsq_trt.errors import UserError
 from adatsq_trt.models.adapter import Conditioning, ModelAdapter
 from adatsq_trt.models.prompted import PromptedAdapter
-from adatsq_trt.schedule import EXPERTS, FIRST_EXPERT, SECOND_EXPERT, TRAIN_TIMESTEPS, Schedule
+from adatsq_trt.schedule import EXPERTS, FIRST_EXPERT, SECOND_EXPERT, TRAIN_TIMESTEPS, Schedule, Steps
 from adatsq_trt.transformer_call import TransformerCall
 
 
@@ -52,7 +52,7 @@ class ExpertsAdapter(ModelAdapter):
         layers = list(self.quantizable_layers())
         return np.array([[name.startswith(f"{expert}.") for name in layers] for expert in schedule.experts])
 
-    def schedule(self, steps: int) -> Schedule:
+    def schedule(self, steps: Steps) -> Schedule:
         """The first expert's, with the expert of each step by the pipeline's rule.
 
         Raises:
@@ -66,7 +66,7 @@ class ExpertsAdapter(ModelAdapter):
         for name in EXPERTS:
             if name not in experts:
                 raise UserError(
-                    f"steps: none of {steps} steps is of the expert '{name}', whose boundary is at timestep "
+                    f"steps: none of {schedule.steps} steps is of the expert '{name}', whose boundary is at timestep "
                     f"{boundary:g}; pass more --steps"
                 )
         return replace(schedule, experts=experts)

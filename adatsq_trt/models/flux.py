@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from adatsq_trt.models.adapter import AnySize, open_axes
 from adatsq_trt.models.family import Family
 from adatsq_trt.models.prompted import PromptedAdapter
-from adatsq_trt.schedule import DPM, EULER, UNIPC, Schedule, make_schedule
+from adatsq_trt.schedule import DPM, EULER, UNIPC, Schedule, Steps, make_schedule
 from adatsq_trt.transformer_call import TransformerCall, forward_arguments
 
 POSITIONS = "rotations"
@@ -28,6 +28,7 @@ class FluxAdapter(PromptedAdapter):
 
     Attributes:
         joined_axis: of [B, tokens, channels], along which an image's latents follow the picture's; None without image.
+        leaves_flows: the pipeline leaves the noise levels to a scheduler with sigmas of a flow, whatever it is given.
     """
 
     model_class = FluxTransformer2DModel
@@ -39,6 +40,7 @@ class FluxAdapter(PromptedAdapter):
     )
     block_lists = ("transformer_blocks", "single_transformer_blocks")
     joined_axis: ClassVar[int | None] = None
+    leaves_flows: ClassVar[bool] = True
 
     def find_latent_shape(self) -> tuple[int, ...]:
         """(tokens, channels of the noise)."""
@@ -81,9 +83,9 @@ class FluxAdapter(PromptedAdapter):
             inputs["guidance"] = torch.full((rows,), guidance, device=device)
         return inputs
 
-    def schedule(self, steps: int) -> Schedule:
+    def schedule(self, steps: Steps) -> Schedule:
         """Flux's sigmas for this image size."""
-        return make_schedule(self.scheduler, steps, self.latent_shape[0])
+        return make_schedule(self.scheduler, steps, self.latent_shape[0], leaves_flows=self.leaves_flows)
 
     def pipeline_call(self) -> TransformerCall:
         """Positions tell the size: several sizes may have the same number of tokens."""
@@ -224,7 +226,7 @@ class FluxFamily(Family):
     encoders = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     packed, guided = True, False
     text_outputs: ClassVar[Mapping[str, int]] = {"encoder_hidden_states": 0, "pooled_projections": 1}  # of T5, of CLIP
-    schedulers = (EULER, UNIPC, DPM)
+    schedulers: tuple[str, ...] = (EULER, UNIPC, DPM)
     scheduler_options: ClassVar[Mapping[str, Mapping[str, JsonValue]]] = {
         EULER: {"use_flow_sigmas": False},  # one that was UniPC is asked for its own sigmas
         DPM: {"use_dynamic_shifting": True},  # the pipeline says how far, which it takes with this alone

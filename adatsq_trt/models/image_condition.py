@@ -25,10 +25,12 @@ class ImageCondition(ABC):
 
     Attributes:
         masked: whether a mask goes with the image: white where the picture is to be drawn anew.
+        mixed: whether the pipeline begins with a part of the image where the first noise level is below 1.
         encoders: folders of what the pipeline encodes images with beside its VAE → their classes of transformers.
     """
 
     masked: bool = False
+    mixed: bool = False
     encoders: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod

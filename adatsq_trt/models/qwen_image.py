@@ -22,7 +22,7 @@ from adatsq_trt.models.family import AGAIN, Family, JsonObject, VaeScale
 from adatsq_trt.models.masked import attention_mask, count_tokens
 from adatsq_trt.models.prompted import PromptedAdapter
 from adatsq_trt.models.rotary import require_positions, rotate_pairs
-from adatsq_trt.schedule import Schedule, make_schedule
+from adatsq_trt.schedule import Schedule, Steps, make_schedule
 from adatsq_trt.transformer_call import TransformerCall, forward_arguments
 
 _ROTATIONS, _TEXT_ROTATIONS = "rotations", "text_rotations"
@@ -77,7 +77,7 @@ class QwenImageAdapter(PromptedAdapter):
         """Text tokens; rows of zeros stand for no token."""
         return {"encoder_hidden_states": tokens}
 
-    def schedule(self, steps: int) -> Schedule:
+    def schedule(self, steps: Steps) -> Schedule:
         """Qwen-Image's sigmas for this image size."""
         return make_schedule(self.scheduler, steps, self.latent_shape[0])
 

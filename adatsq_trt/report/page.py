@@ -254,6 +254,9 @@ def commands(data: ReportData) -> list[list[str]]:
     for name in _OPTIONS:
         value = getattr(settings, name)
         build += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+    for name in ("sigmas", "timesteps"):
+        values = getattr(settings, name)
+        build += [f"--{name}", ",".join(map(repr, values))] if values else []
     build += _budget_options(settings)
     if settings.times is not None:
         # Of a measured table the settings hold the text; the page cannot say where the file lay.

@@ -163,7 +163,7 @@ def require_bits(settings: Settings, adapter: ModelAdapter) -> None:
         return
     layers = tuple(adapter.quantizable_layers())
     cheapest, allowed = format_named(settings.formats[0]), allowed_formats(settings, layers)
-    steps = adapter.active(adapter.schedule(settings.steps)).sum(axis=0)  # at which each layer runs
+    steps = adapter.active(adapter.schedule(settings.asked_steps)).sum(axis=0)  # at which each layer runs
     bits = format_bits([format_named(name) for name in settings.formats])[:, None]
     by_layer = None if allowed is None else np.where(allowed, bits, np.inf).min(axis=0)
     least = cheapest.bits if by_layer is None else float(np.average(by_layer, weights=steps))

@@ -232,5 +232,5 @@ def _shape(context: Context, size: tuple[int, ...], adapter: ModelAdapter) -> Sh
         batches=tuple(samples for samples, *own in context.settings.shapes if tuple(own) == size),
         latent_shape=adapter.latent_shape,
         image=ImageSpec(**asdict(adapter.image)),
-        schedule=ScheduleRecord.of(adapter.schedule(context.settings.steps)),
+        schedule=ScheduleRecord.of(adapter.schedule(context.settings.asked_steps)),
     )

@@ -118,7 +118,7 @@ def _graph_count(context: Context, assignments: int) -> int:
 
 def _exported(context: Context, policy: Policy, arrays: Mapping[str, Mapping[str, Tensor]]) -> Exported:
     """Record what the bundle has to say of its loop."""
-    steps = context.settings.steps
+    steps = context.settings.asked_steps
     return Exported(
         policy=policy,
         guidance=context.calibration.guidance,

@@ -36,6 +36,7 @@ from adatsq_trt.stages.context import layer_shapes
 from adatsq_trt.stages.experts import require_for_experts
 from adatsq_trt.stages.models import OpenedModel, exclude_layers, open_model, restrict_formats
 from adatsq_trt.stages.shapes import Shape, at_first, parse_shapes, resolve_shapes, written
+from adatsq_trt.stages.steps import step_settings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -247,6 +248,7 @@ def _resolve(
         | size_settings(config, shapes_of_one_row)
         | ({"batch": batch} if batch else {})
         | {"shapes": shapes}
+        | step_settings(config, opened)
         | ({} if config.plugins is None else {"plugins": str(config.plugins.absolute())}),
         excluded=excluded,
         formats_for=restrict_formats(model, config.restrictions, [fmt.name for fmt in formats]),
@@ -257,7 +259,6 @@ def _resolve(
         format_set=format_set,
         formats=tuple(fmt.name for fmt in formats),
         targets=tuple(target.name for target in targets),
-        steps=model.default_steps if config.steps is None else config.steps,
         guidance=model.default_guidance if config.guidance is None else config.guidance,
         guidance_2=config.guidance_2,
     )

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from pydantic import BaseModel, ConfigDict
@@ -28,7 +29,7 @@ from adatsq_trt.calibration.trajectory import Samples, trajectory
 from adatsq_trt.checkpoints.loading import OpenedPipeline, open_pipeline, silence
 from adatsq_trt.files import write_json_model
 from adatsq_trt.models.family import Canvas
-from adatsq_trt.schedule import DPM, EULER, HEUN, UNIPC, calls_per_step
+from adatsq_trt.schedule import DPM, EULER, HEUN, UNIPC, Spacing, calls_per_step
 from adatsq_trt.settings import PipelineSettings
 from adatsq_trt.solver import Denoising, Solver, euler_updates
 from benchmarks.document import replace_marked
@@ -67,6 +68,7 @@ class Case:
         guidance: as the package counts it.
         pipeline_guidance: as the pipeline does.
         guidance_2: of a second transformer, where there is one.
+        sigmas: that are passed in the place of the steps; as many as these.
     """
 
     make: Callable[[], DiffusionPipeline]
@@ -76,6 +78,7 @@ class Case:
     guidance: float = 4.0
     pipeline_guidance: float = 4.0
     guidance_2: float | None = None
+    sigmas: tuple[float, ...] = ()
 
     @property
     def is_video(self) -> bool:
@@ -120,6 +123,8 @@ VIDEO_PIPELINES = (
 FLOW: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 SHIFTED = {**FLOW, "flow_shift": 3.0}
 Z_IMAGE: dict[str, Any] = {"guidance": 6.0, "pipeline_guidance": 5.0}
+FILL: dict[str, Any] = {"guidance": 30.0, "pipeline_guidance": 30.0}
+SIGMAS = (1.0, 0.85, 0.6, 0.15)  # no pipeline's own
 CASES = {
     "Flux, its own": Case(make_flux_pipeline, 8),
     "Flux, Euler at shift 5": Case(make_flux_pipeline, 8, EULER, {"shift": 5.0}),
@@ -149,11 +154,21 @@ CASES = {
     "Stable Diffusion 3.5, UniPC": Case(make_stable_diffusion_3_pipeline, 8, UNIPC, SHIFTED),
     "Stable Diffusion 3.5, DPM-Solver++": Case(make_stable_diffusion_3_pipeline, 8, DPM, SHIFTED),
     "Flux Kontext, its own": Case(make_kontext_pipeline, 8),
-    "Flux Fill, its own": Case(make_fill_pipeline, 8, guidance=30.0, pipeline_guidance=30.0),
+    "Flux Kontext, UniPC": Case(make_kontext_pipeline, 8, UNIPC, SHIFTED),
+    "Flux Fill, its own": Case(make_fill_pipeline, 8, **FILL),
     "Wan image to video, its own": Case(make_wan_image_pipeline, 8),
     "Wan 2.2 image to video, its own": Case(make_wan_image_experts_pipeline, 8, guidance_2=2.5),
     "Qwen-Image-Edit, its own": Case(make_edit_pipeline, 8),
     "Qwen-Image-Edit-Plus, its own": Case(make_edit_plus_pipeline, 8),
+    "Flux, sigmas of a list": Case(make_flux_pipeline, 4, sigmas=SIGMAS),
+    "Z-Image, sigmas of a list": Case(make_z_image_pipeline, 4, sigmas=SIGMAS, **Z_IMAGE),
+    "Qwen-Image, sigmas of a list": Case(make_qwen_image_pipeline, 4, sigmas=SIGMAS),
+    "Stable Diffusion 3.5, sigmas of a list": Case(make_stable_diffusion_3_pipeline, 4, sigmas=SIGMAS),
+    "Stable Diffusion 3.5, UniPC, sigmas of a list": Case(
+        make_stable_diffusion_3_pipeline, 4, UNIPC, SHIFTED, sigmas=SIGMAS
+    ),
+    "Flux Kontext, UniPC, sigmas of a list": Case(make_kontext_pipeline, 4, UNIPC, SHIFTED, sigmas=SIGMAS),
+    "Flux Fill, sigmas of a list": Case(make_fill_pipeline, 4, sigmas=SIGMAS, **FILL),
 }
 
 
@@ -225,7 +240,8 @@ def _samples(case: Case, folder: Path, scheduler: str) -> tuple[Samples, dict[st
     opened = open_pipeline(settings)
     adapter = opened.load(opened.encode(lambda: None)).adapter
     calls = calls_per_step(scheduler)
-    schedule = adapter.schedule(calls * case.steps - (calls - 1))
+    steps = Spacing("sigmas", case.sigmas) if case.sigmas else calls * case.steps - (calls - 1)
+    schedule = adapter.schedule(steps)
     seeds = (4, 5)[: len(case.prompts)]
     samples = Samples(adapter, schedule, case.guidance, case.prompts, seeds, case.guidance_2)
     return samples, _shown(case, opened)
@@ -253,14 +269,19 @@ def _pipelines_latents(case: Case, pipe: DiffusionPipeline, samples: Samples, sh
         prompt=[PROMPTS[index] for index in samples.prompts],
         height=case.canvas.height,
         width=case.canvas.width,
-        num_inference_steps=case.steps,
         latents=samples.noise(),
         output_type="latent",
         return_dict=False,
+        **_pipelines_steps(case),
         **case.request,
         **shown,
     )[0]
     return latents
+
+
+def _pipelines_steps(case: Case) -> dict[str, Any]:
+    """The argument of the pipeline's call; UniPC multiplies its sigmas, so they are an array."""
+    return {"sigmas": np.array(case.sigmas)} if case.sigmas else {"num_inference_steps": case.steps}
 
 
 def _distance(ours: Tensor, wanted: Tensor) -> float:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -148,21 +149,34 @@ class OnnxRuntimeSteps(StepRunner):
 
 
 class ExpertSteps(StepRunner):
-    """A session for each transformer of a bundle of two."""
+    """A session for each transformer of a bundle of two: both all the time, or one at a time."""
 
-    def __init__(self, files: BundleFiles, experts: Mapping[str, StepRunner]) -> None:
-        """Take a runner for each of `files.experts`."""
+    def __init__(self, files: BundleFiles, make: Callable[[str], StepRunner], offload: bool = False) -> None:
+        """Make the runners.
+
+        Args:
+            files: the bundle.
+            make: the runner of one of `files.experts`.
+            offload: make a transformer's runner when its first step comes, once the other's is freed.
+        """
         super().__init__(files)
-        self._experts = experts
+        self._make, self._lock = make, RLock()
+        self._experts = {} if offload else {expert: make(expert) for expert in files.experts}
 
     def run(self, step: int, inputs: Arrays, size: tuple[int, ...] | None = None) -> Array:
-        """Run the session of the step's transformer."""
-        self.require_open()
-        return self._experts[self._files.expert(step)].run(step, inputs, size)
+        """Run the session of the step's transformer; calls of several threads run one after another."""
+        expert = self._files.expert(step)
+        with self._lock:
+            self.require_open()
+            if expert not in self._experts:
+                self._free()
+                self._experts[expert] = self._make(expert)
+            return self._experts[expert].run(step, inputs, size)
 
     def _free(self) -> None:
-        for runner in self._experts.values():
-            runner.close()
+        with self._lock:
+            while self._experts:
+                self._experts.popitem()[1].close()
 
 
 class OnnxRuntimeBackend(Backend):

@@ -41,6 +41,13 @@ def fixed_scales(bundle: Bundle, step: int) -> list[float]:
     return [float(scales.get(f"{layer}.scale", 0.0)) for layer in bundle.policy.layers]
 
 
+def test_only_one_of_two_transformers_can_be_given_back(tiny_bundle: BundleFiles) -> None:
+    with pytest.raises(UserError, match=r"--offload expert: .* has one transformer"):
+        Bundle.open(tiny_bundle.folder, offload="expert")
+    with pytest.raises(UserError, match="unknown --offload 'model'; choose one of: none, expert"):
+        Bundle.open(tiny_bundle.folder, offload="model")
+
+
 @pytest.mark.parametrize("quantized", [True, False])
 def test_follows_the_policy(bundle: Bundle, quantized: bool) -> None:
     with bundle:

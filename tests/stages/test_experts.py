@@ -1,5 +1,6 @@
 """Wan 2.2 from the pipeline to a bundle and back: two transformers, one policy, one bundle."""
 
+import weakref
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -17,7 +18,7 @@ from adatsq_trt.checkpoints.loading import open_pipeline
 from adatsq_trt.checkpoints.lora import parse_lora
 from adatsq_trt.checkpoints.objects import open_object
 from adatsq_trt.engines.accuracy import check
-from adatsq_trt.engines.backends import selection
+from adatsq_trt.engines.backends import onnxruntime, selection
 from adatsq_trt.engines.backends.onnxruntime import ExpertSteps
 from adatsq_trt.engines.bundle import BundleFiles, PlanFile, write_manifest
 from adatsq_trt.engines.inspection import inspect_bundle
@@ -203,6 +204,74 @@ def test_on_a_gpu_full_precision_runs_beside_the_plans(
     plan = PlanFile.model_construct(path="plans/a.plan")
     with closing(selection.make_runner(files, selection.BackendChoice("rtx", (plan,)), quantized=False)) as runner:
         assert isinstance(runner, ExpertSteps)
+
+
+def alive_sessions(patch: pytest.MonkeyPatch) -> tuple[list[int], list[weakref.ref[Any]]]:
+    """How many of ONNX Runtime's sessions are alive whenever one is to be made, and all that were made."""
+    before, made, load = list[int](), list[weakref.ref[Any]](), onnxruntime.load_session
+
+    def counted(path: Path) -> Any:
+        before.append(sum(session() is not None for session in made))
+        session = load(path)
+        made.append(weakref.ref(session))
+        return session
+
+    patch.setattr(onnxruntime, "load_session", counted)
+    return before, made
+
+
+def test_with_offloading_one_expert_is_loaded_at_a_time(
+    built: tuple[Path, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, both = built
+    noise, conditioning = both.noise([4, 5]), both.conditioning([1, 0])
+    wanted = {quantized: both.denoise(noise, conditioning, quantized=quantized) for quantized in (True, False)}
+    before, made = alive_sessions(monkeypatch)
+    for quantized, latents in wanted.items():
+        before.clear()
+        with adatsq_trt.load(folder / "run", offload="expert") as bundle:
+            for _ in range(2):  # the second time the first expert is loaded again
+                assert np.array_equal(bundle.denoise(noise, conditioning, quantized=quantized), latents)
+            assert before == [0] * 4
+            assert [session() is not None for session in made[-4:]] == [False] * 3 + [True]
+        assert not any(session() for session in made)
+    before.clear()
+    with adatsq_trt.load(folder / "run") as bundle:
+        bundle.denoise(noise, conditioning)
+        assert before == [0, 1]
+
+
+def test_with_offloading_both_stand_ins_draw_the_same(
+    built: tuple[Path, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, both = built
+    noise, pipe, drawn = both.noise([4, 5]), make_wan_experts_pipeline(), []
+    before, _ = alive_sessions(monkeypatch)
+    for offload in ("none", "expert"):
+        before.clear()
+        with adatsq_trt.load(folder / "run", offload=offload) as bundle:
+            pipe.transformer, pipe.transformer_2 = bundle.transformers()
+            drawn.append(draw(pipe, noise))
+    assert before == [0, 0]
+    assert np.array_equal(*drawn)
+
+
+def test_an_expert_that_cannot_be_loaded_is_tried_again(
+    built: tuple[Path, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, both = built
+    noise, conditioning = both.noise([4]), both.conditioning([0])
+    load = onnxruntime.load_session
+
+    def refused(path: Path) -> Any:
+        raise DamagedFileError(f"'{path}': no memory")
+
+    with adatsq_trt.load(folder / "run", offload="expert") as bundle:
+        monkeypatch.setattr(onnxruntime, "load_session", refused)
+        with pytest.raises(DamagedFileError, match="no memory"):
+            bundle.denoise(noise, conditioning)
+        monkeypatch.setattr(onnxruntime, "load_session", load)
+        assert np.array_equal(bundle.denoise(noise, conditioning), both.denoise(noise, conditioning))
 
 
 def save_wan_lora(file: Path, seed: int) -> Path:
