@@ -229,6 +229,7 @@ def test_the_build_command_says_everything_that_it_can(data: ReportData) -> None
         "plugins": "/libraries/adatsq.so",
         "max_assignments": 4,
         "guidance_2": 2.5,
+        "lora_slots": 8,
         "transform": "smooth",
         "clips": "none",
         "refine": True,
