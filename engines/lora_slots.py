@@ -18,8 +18,8 @@ class SlotLora:
 
     Attributes:
         name: of its file, for messages.
-        layers: module path → down [K, r] and up [r, N], float32 numbers that the graphs' base type holds, with its scale
-            and alpha / rank multiplied in.
+        layers: module path → down [K, r] and up [r, N], float32 numbers that the graphs' base type holds; up with its
+            scale and alpha / rank multiplied in.
     """
 
     name: str

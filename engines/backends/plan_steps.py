@@ -1,7 +1,8 @@
 """A bundle's plans on a GPU: every layout, one block of activations.
 
-What is bound, and how often (docs/decisions/0041): weights and slots for LoRAs once per context; positions once per size; scales of all
-steps lie in one tensor, of which a step binds its part; conditioning once per generation; latents and time per step.
+What is bound, and how often (docs/decisions/0041): weights and slots for LoRAs once per context; positions once per
+size; scales of all steps lie in one tensor, of which a step binds its part; conditioning once per generation; latents
+and time per step.
 
 No machine of ours has run this with a GPU. The tests run it against a stand-in that computes on the bound addresses.
 """
