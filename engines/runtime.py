@@ -72,6 +72,7 @@ class Bundle:
     Attributes:
         files: its files and records, every file verified.
         choice: backend that runs it, and why nothing faster does.
+        loras: in its slots.
     """
 
     def __init__(self, files: BundleFiles, backend: BackendName = "auto") -> None:
@@ -81,7 +82,7 @@ class Bundle:
         self._resources = ExitStack()
         self._runners: dict[bool, StepRunner] = {}
         self._vae: Vae | None = None
-        self._loras: tuple[SlotLora, ...] = ()
+        self.loras: tuple[SlotLora, ...] = ()
         self._closed = False
 
     @classmethod
@@ -251,7 +252,7 @@ class Bundle:
             MismatchError: no slots, or the ranks add up to more than they have; nothing has changed then.
             UserError: the bundle is closed.
         """
-        self._set_loras((*self._loras, lora))
+        self._set_loras((*self.loras, lora))
 
     def unload_lora(self) -> None:
         """Take all LoRAs out again: what the bundle computes then has the bits that it had before.
@@ -267,7 +268,7 @@ class Bundle:
         matrices = fill_slots(self.lora_slots, loras)
         for runner in self._runners.values():
             runner.set_loras(matrices)
-        self._loras = loras
+        self.loras = loras
 
     def predict(self, step: int, inputs: Arrays, quantized: bool = True, size: Size | None = None) -> Any:
         """One call of the denoiser, with the formats and activation scales of a step.
@@ -449,8 +450,8 @@ class Bundle:
         if quantized not in self._runners:
             runner = make_runner(self.files, self.choice, quantized)
             self._runners[quantized] = self._resources.enter_context(runner)
-            if self._loras:
-                runner.set_loras(fill_slots(self.lora_slots, self._loras))
+            if self.loras:
+                runner.set_loras(fill_slots(self.lora_slots, self.loras))
         return self._runners[quantized]
 
 
