@@ -65,7 +65,7 @@ def generate(
     shown = shown_image(opened.files, image, mask)
     conditioning = opened.conditioning([choices[i % len(choices)] for i in range(samples)], shown)
     for own in map(parse_lora, lora or ()):
-        typer.echo(load_lora(opened, own, lora_partial).sentence, err=True)
+        load_lora(opened, own, lora_partial)
     sheets = draw_both(opened, opened.noise(range(seed, seed + samples), asked), conditioning, asked, progress)
     write_samples(file, sheets, [f"{len(opened.policy.buckets)} buckets, {opened.policy.mean_bits:.2f} mean bits", ""])
     error = float(((sheets["quantized"] - sheets["full precision"]) ** 2).mean())

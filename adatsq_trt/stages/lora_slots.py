@@ -21,6 +21,7 @@ from adatsq_trt.engines.manifest import LoraSlots
 from adatsq_trt.engines.runtime import Bundle
 from adatsq_trt.errors import DamagedFileError, MismatchError, UserError
 from adatsq_trt.formats import PLUGIN_LAYOUT
+from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.models.families import family_of_pipeline, family_of_transformer
 from adatsq_trt.models.family import Family
 from adatsq_trt.report.numbers import size
@@ -62,7 +63,7 @@ class LoadedLora:
 
 
 def require_slots(config: BuildConfig, opened: OpenedModel, *, shapes: bool) -> None:
-    """Refuse slots where they are not done, and say what they weigh.
+    """Refuse slots where they are not done.
 
     Args:
         config: choices of the build.
@@ -85,11 +86,13 @@ def require_slots(config: BuildConfig, opened: OpenedModel, *, shapes: bool) -> 
             f"--lora-slots {rank}: no family knows how LoRA files name the layers of a {model.adapter.architecture}; "
             "register one (docs/adapters.md), or leave it out"
         )
-    linears = model.adapter.quantizable_layers().values()
+
+
+def weight_sentence(rank: int, adapter: ModelAdapter) -> str:
+    """Say what slots of a rank weigh."""
+    linears = adapter.quantizable_layers().values()
     count = sum(2 * rank * (linear.in_features + linear.out_features) for linear in linears)
-    log.info(
-        "--lora-slots %d: branches of %s beside %d layers, which budgets do not count", rank, size(count), len(linears)
-    )
+    return f"LoRA slots: {size(count)} of 16-bit matrices beside {len(linears)} layers, which budgets do not count"
 
 
 def slots_record(context: Context) -> LoraSlots | None:
