@@ -33,6 +33,7 @@ CHECKPOINT, POLICY, EFFORT, ENTERPRISE = "A checkpoint of your own", "The policy
 _MOST_ROWS = 4096
 _MOST_SAMPLES, _MOST_STEPS, _MOST_PATHS = 1_000_000, 1000, 1000
 _MOST_GUIDANCE = 1000  # far beyond what any model is used with
+_MOST_RANK = 1024
 MOST_PIXELS = 1 << 15  # along a side, and of frames
 # Options of earlier versions, and what took their place.
 RENAMED = {
@@ -309,6 +310,15 @@ class BuildConfig:
         CHECKPOINT,
         "none",
         metavar="FILE[:SCALE]",
+    )
+    lora_slots: int | None = _choice(
+        None,
+        "Rank of the 16-bit branch that every layer gets, so that the finished bundle takes LoRAs of up to that rank, "
+        "one or several together.",
+        CHECKPOINT,
+        "none",
+        least=1,
+        most=_MOST_RANK,
     )
     prompts: Path | str | Sequence[str] | None = _choice(
         None,

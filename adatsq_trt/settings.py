@@ -106,6 +106,7 @@ class Settings(BaseModel):
         damping: of the Hessian, as a part of its mean diagonal.
         transform: transform of weights and inputs before they are rounded; None for none.
         clips: whether the part of each activation's largest magnitude that its scale keeps is searched, or all is kept.
+        lora_slots: rank of the branch for LoRAs that every layer gets; None for no branches.
         refine: whether the policy's weights are solved again for the inputs that it rounds.
         excluded: module paths of layers that stay in full precision, in the order of execution.
         formats_for: module path → its candidates, of the layers that may not have all of `formats`.
@@ -159,6 +160,7 @@ class Settings(BaseModel):
     damping: float = BuildConfig.damping
     transform: str | None = None
     clips: Clips = BuildConfig.clips
+    lora_slots: int | None = None
     refine: bool = BuildConfig.refine
     excluded: tuple[str, ...] = ()
     formats_for: dict[str, tuple[str, ...]] = {}

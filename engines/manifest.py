@@ -11,8 +11,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, model_validator
 
 from adatsq_trt.errors import MismatchError
-from adatsq_trt.fields import Count, Name
+from adatsq_trt.fields import Count, ModulePath, Name
 from adatsq_trt.formats import PLUGIN_LAYOUT
+from adatsq_trt.graph_index import lora_inputs
 from adatsq_trt.image import ImageShape
 from adatsq_trt.image_call import ImageCall
 from adatsq_trt.schedule import EXPERTS, Schedule, Spacing
@@ -206,6 +207,31 @@ def _require_image(latent_shape: tuple[int, ...], image: ImageSpec) -> None:
         raise ValueError(f"a latent has {elements} elements, its image {pixels}")
 
 
+class LoraSlots(_Record):
+    """Branches of the graphs that take LoRAs at run time.
+
+    Attributes:
+        rank: of every branch; the ranks of LoRAs that are loaded together add up to no more.
+        layers: module path → inputs and outputs of the layer.
+        pipeline: diffusers' class of the pipeline, whose loader knows the names in a file.
+        transformer: configuration of the transformer, which says which layers it has.
+    """
+
+    rank: Count
+    layers: Annotated[dict[ModulePath, tuple[Count, Count]], Field(min_length=1)]
+    pipeline: Name
+    transformer: dict[str, JsonValue]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Graph input → its shape, of all graphs."""
+        shapes = dict[str, tuple[int, int]]()
+        for layer, (inputs, outputs) in self.layers.items():
+            down, up = lora_inputs(layer)
+            shapes |= {down: (inputs, self.rank), up: (self.rank, outputs)}
+        return shapes
+
+
 class Compatibility(_Record):
     """GPUs and versions that plans run on beside those that they were compiled for; enterprise TensorRT only.
 
@@ -246,6 +272,7 @@ class Manifest(_Record):
             only, and in earlier ones.
         text: how the pipeline's text encoders make the model's condition; None where no files of them are known.
         image_call: what an image beside the prompt decides; None for a model of text alone.
+        lora_slots: of a bundle that takes LoRAs at run time; None for others.
         compatibility: of the plans.
         plans: compiled engines; none when the policy is only simulated.
         versions: library → version.
@@ -273,6 +300,7 @@ class Manifest(_Record):
     call: TransformerCall | None = None
     text: TextCall | None = None
     image_call: ImageCall | None = None
+    lora_slots: LoraSlots | None = None
     compatibility: Compatibility = Compatibility()
     plans: tuple[PlanFile, ...]
     versions: dict[Name, Name]

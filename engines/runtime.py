@@ -25,6 +25,8 @@ from adatsq_trt.engines.bundle import CONDITIONAL, UNCONDITIONAL, VAE_FOLDER, Bu
 from adatsq_trt.engines.generation import TIME_INPUT as TIME_INPUT
 from adatsq_trt.engines.generation import Array, Arrays, DenoisingRequest, array_inputs, as_array, like
 from adatsq_trt.engines.generation import Conditioning as Conditioning
+from adatsq_trt.engines.lora_slots import SlotLora, fill_slots
+from adatsq_trt.engines.manifest import LoraSlots
 from adatsq_trt.engines.vae import Vae
 from adatsq_trt.errors import DamagedFileError, MismatchError, UserError
 from adatsq_trt.formats import Format
@@ -71,6 +73,7 @@ class Bundle:
         files: its files and records, every file verified.
         choice: backend that runs it, and why nothing faster does.
         offload: what is given back while the loop does not need it.
+        loras: in its slots.
     """
 
     def __init__(self, files: BundleFiles, backend: BackendName = "auto", offload: Offload = "none") -> None:
@@ -81,6 +84,7 @@ class Bundle:
         self._resources = ExitStack()
         self._runners: dict[bool, StepRunner] = {}
         self._vae: Vae | None = None
+        self.loras: tuple[SlotLora, ...] = ()
         self._closed = False
 
     @classmethod
@@ -257,6 +261,45 @@ class Bundle:
         import torch
 
         return getattr(torch, self.manifest.base_type) if self.choice.plans else torch.float32
+
+    @property
+    def lora_slots(self) -> LoraSlots:
+        """The slots that take LoRAs at run time.
+
+        Raises:
+            MismatchError: the bundle has none.
+        """
+        if self.manifest.lora_slots is None:
+            raise MismatchError(
+                f"bundle '{self.files.folder}' has no slots for LoRAs; build it again with --lora-slots RANK, or fuse "
+                "the LoRA with --lora"
+            )
+        return self.manifest.lora_slots
+
+    def add_lora(self, lora: SlotLora) -> None:
+        """Put a LoRA beside those that are loaded, quantized or not, from the next call on; weights stay as they are.
+
+        Raises:
+            MismatchError: no slots, or the ranks add up to more than they have; nothing has changed then.
+            UserError: the bundle is closed.
+        """
+        self._set_loras((*self.loras, lora))
+
+    def unload_lora(self) -> None:
+        """Take all LoRAs out again: what the bundle computes then has the bits that it had before.
+
+        Raises:
+            MismatchError: no slots.
+            UserError: the bundle is closed.
+        """
+        self._set_loras(())
+
+    def _set_loras(self, loras: tuple[SlotLora, ...]) -> None:
+        self._require_open()
+        matrices = fill_slots(self.lora_slots, loras)
+        for runner in self._runners.values():
+            runner.set_loras(matrices)
+        self.loras = loras
 
     def predict(self, step: int, inputs: Arrays, quantized: bool = True, size: Size | None = None) -> Any:
         """One call of the denoiser, with the formats and activation scales of a step.
@@ -438,6 +481,8 @@ class Bundle:
         if quantized not in self._runners:
             runner = make_runner(self.files, self.choice, quantized, self.offload)
             self._runners[quantized] = self._resources.enter_context(runner)
+            if self.loras:
+                runner.set_loras(fill_slots(self.lora_slots, self.loras))
         return self._runners[quantized]
 
 

@@ -27,6 +27,8 @@ def generate(
             show_default="the bundle's own",
         ),
     ] = None,
+    lora: Annotated[list[str] | None, typer.Option(metavar="FILE[:SCALE]", help="For slots; may be repeated.")] = None,
+    lora_partial: Annotated[bool, typer.Option("--lora-partial", help="Drop what of a LoRA has no slot.")] = False,
     image: Annotated[Path | None, typer.Option("--image", help="What a model is shown beside the prompt.")] = None,
     mask: Annotated[Path | None, typer.Option("--mask", help="Of the image: white where it is drawn anew.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the first picture; the others follow.")] = 3_000_000,
@@ -42,10 +44,13 @@ def generate(
 
     Example: adatsq-trt generate runs/demo --samples 10 --prompt 3 --prompt 7
     """
+    from adatsq_trt.checkpoints.lora import parse_lora
     from adatsq_trt.cli.progress import progress
     from adatsq_trt.engines.bundle import prompt_number
     from adatsq_trt.engines.runtime import Bundle
+    from adatsq_trt.stages.generate import draw_both
     from adatsq_trt.stages.images import shown_conditioning
+    from adatsq_trt.stages.lora_slots import load_lora
     from adatsq_trt.stages.report import SAMPLES_NAME, write_samples
     from adatsq_trt.stages.shapes import parse_size
 
@@ -58,12 +63,9 @@ def generate(
         raise UserError(f"--output '{file}': got '{file.suffix}', expected a name that ends in .png")
     choices = [prompt_number(files, text) for text in prompt or ()] or range(opened.manifest.prompts)
     conditioning = shown_conditioning(opened, [choices[i % len(choices)] for i in range(samples)], image, mask)
-    noise, sheets = opened.noise(range(seed, seed + samples), asked), {}
-    for name, own in (("quantized", True), ("full precision", False)):
-        # One after the other: what draws the first gives its memory back.
-        with Bundle(files, backend, offload) as panel, progress(f"generate: {name}", panel.policy.steps) as advance:
-            latents = panel.denoise(noise, conditioning, callback=lambda _: advance(), quantized=own, size=asked)
-            sheets[name] = panel.decode(latents, asked)
+    for own in map(parse_lora, lora or ()):
+        load_lora(opened, own, lora_partial)
+    sheets = draw_both(opened, opened.noise(range(seed, seed + samples), asked), conditioning, asked, progress)
     write_samples(file, sheets, [f"{len(opened.policy.buckets)} buckets, {opened.policy.mean_bits:.2f} mean bits", ""])
     error = float(((sheets["quantized"] - sheets["full precision"]) ** 2).mean())
     typer.echo(f"{file}: {samples} samples; mean squared pixel difference from full precision {error:.2e}")

@@ -29,7 +29,7 @@ from adatsq_trt.settings import IN_MEMORY, PipelineSettings, Settings
 FIGURES_FOLDER = "report"
 _MOST_COMPARISONS = 60
 _OPTIONS = (
-    *("budget_bits", "layout", "steps", "guidance", "guidance_2", "seed"),
+    *("budget_bits", "layout", "steps", "guidance", "guidance_2", "seed", "lora_slots"),
     *("beam", "candidates", "expansions", "search_precision", "weights"),
     *("calibration_samples", "selection_samples", "held_out_samples", "hessian"),
 )

@@ -67,6 +67,8 @@ def stage(context: Context) -> Stage:
     }
     if context.settings.layout == PLUGIN_LAYOUT:
         own["layout"] = PLUGIN_LAYOUT
+    if context.settings.lora_slots is not None:
+        own["lora_slots"] = context.settings.lora_slots
     if context.settings.shapes:
         own["sizes"] = [list(size) for size in context.sizes]
     return context.run.stage(NAME, {**inputs, **own}, files)
@@ -153,6 +155,7 @@ def _graphs(context: Context, policy: Policy, folder: Path) -> None:
                 names,
                 lambda _done, _all: advance(),
                 store.transforms,
+                context.settings.lora_slots,
             )
 
 

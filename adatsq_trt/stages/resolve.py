@@ -34,6 +34,7 @@ from adatsq_trt.settings import Settings
 from adatsq_trt.stages.budget_options import budget_settings, size_settings
 from adatsq_trt.stages.context import layer_shapes
 from adatsq_trt.stages.experts import require_for_experts
+from adatsq_trt.stages.lora_slots import require_slots
 from adatsq_trt.stages.models import OpenedModel, exclude_layers, open_model, restrict_formats
 from adatsq_trt.stages.shapes import Shape, at_first, parse_shapes, resolve_shapes, written
 from adatsq_trt.stages.steps import step_settings
@@ -51,7 +52,7 @@ PLUGIN_TARGET = "sm90"  # of layout `plugin` without a target: its graph is the 
 # Choices that are settings as they are.
 _GIVEN = (
     *("simulate", "backend", "hardware_compatibility", "version_compatible", "weight_streaming"),
-    *("transform", "clips", "refine", "weights", "seed", "calibration_samples", "projections"),
+    *("transform", "lora_slots", "clips", "refine", "weights", "seed", "calibration_samples", "projections"),
     *("selection_samples", "held_out_samples", "hessian"),
     *("temperature", "damping", "beam", "candidates", "slack", "expansions", "search_precision"),
 )
@@ -232,6 +233,7 @@ def _resolve(
     if config.guidance is not None and not model.adapter.takes_guidance and not unguided:
         raise UserError(f"--guidance {config.guidance:g}: model '{model.name}' takes no guidance; leave it out")
     require_for_experts(config, model, shapes=bool(asked))
+    require_slots(config, opened, shapes=bool(asked))
     shapes: tuple[Shape, ...] = resolve_shapes(asked, model)
     batch = config.batches
     if len({shape[1:] for shape in shapes}) == 1:  # of the model's own size, which --batch is for

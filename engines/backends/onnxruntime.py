@@ -134,6 +134,12 @@ class OnnxRuntimeSteps(StepRunner):
         self._graph = graph
         self._runner = OnnxRuntimeBackend().load(files.graph_path(graph))
         self._controls: dict[tuple[int, tuple[int, ...] | None], dict[str, np.ndarray]] = {}
+        self._loras: dict[str, np.ndarray] = {}
+
+    def set_loras(self, matrices: Mapping[str, np.ndarray]) -> None:
+        """Give other arrays to the next calls."""
+        self.require_open()
+        self._loras = dict(matrices)
 
     def run(self, step: int, inputs: Arrays, size: tuple[int, ...] | None = None) -> np.ndarray:
         """Run the session, with its branches and scales set for a step; they are the same for all calls of a step."""
@@ -142,7 +148,7 @@ class OnnxRuntimeSteps(StepRunner):
         if key not in self._controls:
             self._controls[key] = self._files.controls(self._graph, step, size)
         arrays = {name: as_array(value) for name, value in inputs.items()}
-        return self._runner.run({**arrays, **self._controls[key]})[self._graph.outputs[0].name]
+        return self._runner.run({**arrays, **self._controls[key], **self._loras})[self._graph.outputs[0].name]
 
     def _free(self) -> None:
         self._runner.close()

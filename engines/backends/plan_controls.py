@@ -1,9 +1,9 @@
-"""Inputs of plans beside rows: weights, positions, activation scales and the assignment, kept on the device."""
+"""Inputs of plans beside rows: weights, LoRAs, positions, scales and the assignment, kept on the device."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -28,7 +28,7 @@ class Memory(Protocol):
 
 
 class PlanControls:
-    """Weights once per bundle or expert, positions once per size, and the scales of all steps as one tensor.
+    """Weights once per bundle or expert, LoRAs once per bundle, positions once per size, scales of all steps as one tensor.
 
     In layout `plugin` the shape of an input selects the assignment, of which nobody reads the content.
     """
@@ -48,6 +48,9 @@ class PlanControls:
         self._positions: dict[Size, dict[str, torch.Tensor]] = {}
         self._steps = _StepTable(files, memory)
         self._selector = self._make_selector()
+        slots = files.manifest.lora_slots
+        shapes = {} if slots is None else slots.shapes
+        self._loras = {name: memory.empty(shape, context.dtype(name)).zero_() for name, shape in shapes.items()}
 
     def load_weights(self, contexts: Sequence[EngineContext] | None = None) -> None:
         """Bring weights to the device: all of the bundle's store, or those that some contexts take.
@@ -65,10 +68,17 @@ class PlanControls:
         self._weights = {}
 
     def bind_weights(self, context: EngineContext) -> None:
-        """Bind a context's weights, once and for all steps."""
-        for name in context.inputs:
-            if name in self._weights:
-                context.bind(name, self._weights[name].data_ptr())
+        """Bind a context's weights and slots for LoRAs, once and for all steps."""
+        for name, tensor in (*self._weights.items(), *self._loras.items()):
+            if name in context.inputs:
+                context.bind(name, tensor.data_ptr())
+
+    def set_loras(self, matrices: Mapping[str, np.ndarray]) -> None:
+        """Fill the slots for LoRAs, in place: what is bound stays bound."""
+        import torch
+
+        for name, tensor in self._loras.items():
+            tensor.copy_(torch.from_numpy(matrices[name]))
 
     def bind_step(self, context: EngineContext, step: int, size: Size) -> None:
         """Bind positions, scales and the assignment of a step."""
@@ -104,7 +114,7 @@ class PlanControls:
 
     def clear(self) -> None:
         """Give the memory back."""
-        self._weights, self._positions, self._selector = {}, {}, None
+        self._weights, self._loras, self._positions, self._selector = {}, {}, {}, None
         self._steps.clear()
 
 

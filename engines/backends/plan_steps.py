@@ -1,7 +1,8 @@
 """A bundle's plans on a GPU: every layout, one block of activations.
 
-What is bound, and how often (docs/decisions/0041): weights once per context; positions once per size; scales of all
-steps lie in one tensor, of which a step binds its part; conditioning once per generation; latents and time per step.
+What is bound, and how often (docs/decisions/0041): weights and slots for LoRAs once per context; positions once per
+size; scales of all steps lie in one tensor, of which a step binds its part; conditioning once per generation; latents
+and time per step.
 
 No machine of ours has run this with a GPU. The tests run it against a stand-in that computes on the bound addresses.
 """
@@ -10,7 +11,10 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from adatsq_trt.engines.backends.device_steps import Device, DeviceSteps, RowBuffers, Size
 from adatsq_trt.engines.backends.execution_context import EngineContext
@@ -100,6 +104,12 @@ class PlanSteps(DeviceSteps):
             if not self._contexts:  # a library refused the plans of the other transformer
                 self._load(0)
             return next(iter(self._contexts.values())).dtype(name)
+
+    def set_loras(self, matrices: Mapping[str, np.ndarray]) -> None:
+        """Copy other matrices to where the engines read them, in order with the steps."""
+        with self._lock, self._gpu.work():
+            self.require_open()
+            self._controls.set_loras(matrices)
 
     def _prepare_runtime(self, runtime: Any) -> None:
         """Prepare the library's runtime before it deserializes plans; nothing by default."""

@@ -130,6 +130,24 @@ def test_dialects_that_are_read(
     assert ("text encoders are left out" in caplog.text) == any(name.startswith("lora_te") for name in tensors)
 
 
+@pytest.mark.parametrize("dialect", READ)
+def test_every_tensor_is_listed_with_its_layer(saved: Callable[[Family], Path], tmp_path: Path, dialect: str) -> None:
+    """What a part of a file changes, and what is no change of a layer."""
+    kind, make = READ[dialect]
+    tensors, deltas = make()
+    file = tmp_path / "lora.safetensors"
+    save_file(tensors, file)
+    outline = kind.make_outline(json.loads((saved(kind) / "transformer" / "config.json").read_text()))
+    changes = read_changes(kind, outline, file, partial=True)
+    listed = [key for keys in changes.keys.values() for key in keys]
+    assert {*listed, *changes.unmatched, *changes.left_out} == set(tensors)
+    assert not set(listed) & set(changes.unmatched)
+    assert set(changes.unmatched) == {key for key in tensors if ".diff" in key}
+    whole = {name.removesuffix(".weight") for name in deltas if any(key.endswith(".diff") for key in changes.unmatched)}
+    assert set(changes.keys) == set(changes.layers)
+    assert set(changes.layers) == {name.removesuffix(".weight") for name in deltas} - (whole - {WAN_Q})
+
+
 @pytest.mark.parametrize(
     "alpha", [torch.tensor(2), torch.tensor([2.0]), torch.tensor(2.0).half(), torch.tensor(2.0).bfloat16()]
 )

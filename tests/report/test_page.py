@@ -231,6 +231,7 @@ def test_the_build_command_says_everything_that_it_can(data: ReportData) -> None
         "guidance_2": 2.5,
         "sigmas": (1.0, 0.5),
         "timesteps": (1000.0,),
+        "lora_slots": 8,
         "transform": "smooth",
         "clips": "none",
         "refine": True,

@@ -175,6 +175,7 @@ def test_a_policy_with_formats_for_layers_that_do_not_run_is_refused(
     [
         ({"transform": "smooth"}, "--transform smooth: not with a pipeline of two transformers"),
         ({"refine": True}, "--refine: not with"),
+        ({"lora_slots": 4}, "--lora-slots 4: not with"),
         ({"beam": 2}, "--beam 2: not with"),
         ({"hessian": "paper"}, "--hessian paper: not with"),
         ({"max_assignments": 1}, "--max-assignments 1: not with"),
