@@ -28,13 +28,13 @@ class Memory(Protocol):
 
 
 class PlanControls:
-    """Weights once per bundle or expert, LoRAs once per bundle, positions once per size, scales of all steps as one tensor.
+    """Weights once per bundle or expert, LoRAs once per bundle, positions once per size, scales as one tensor.
 
     In layout `plugin` the shape of an input selects the assignment, of which nobody reads the content.
     """
 
     def __init__(self, files: BundleFiles, memory: Memory) -> None:
-        """Bring scales to the device; weights come with the contexts that take them.
+        """Bring scales to the device, and slots for LoRAs, empty; weights come with the contexts that take them.
 
         Args:
             files: the bundle.
@@ -48,9 +48,7 @@ class PlanControls:
         self._positions: dict[Size, dict[str, torch.Tensor]] = {}
         self._steps = _StepTable(files, memory)
         self._selector = self._make_selector()
-        slots = files.manifest.lora_slots
-        shapes = {} if slots is None else slots.shapes
-        self._loras = {name: memory.empty(shape, context.dtype(name)).zero_() for name, shape in shapes.items()}
+        self._loras = self._make_slots()
 
     def load_weights(self, contexts: Sequence[EngineContext] | None = None) -> None:
         """Bring weights to the device: all of the bundle's store, or those that some contexts take.
@@ -90,6 +88,13 @@ class PlanControls:
             name, tensor = self._selector
             context.set_shape(name, (1, self._files.policy.step_assignments[step] + 1))
             context.bind(name, tensor.data_ptr())
+
+    def _make_slots(self) -> dict[str, torch.Tensor]:
+        import torch
+
+        slots, base = self._files.manifest.lora_slots, getattr(torch, self._files.manifest.base_type)
+        shapes = {} if slots is None else slots.shapes
+        return {name: self._memory.empty(shape, base).zero_() for name, shape in shapes.items()}
 
     def _make_selector(self) -> tuple[str, torch.Tensor] | None:
         import torch
