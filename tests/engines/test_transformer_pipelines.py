@@ -175,6 +175,13 @@ def test_rows_of_several_images_are_refused(case: Case) -> None:
             MismatchError, match=r"img_shapes: got .* exported for one image of 4 x 3 tokens in each row"
         ):
             transformer(latents, torch.from_numpy(text[1:]), timestep=torch.ones(1), img_shapes=grids)
+    # With tokens of an image behind the picture's there are two of one size.
+    joined = transformer.call.model_copy(update={"joined": {"hidden_states": 1}})
+    beside = AdatsqTransformer(transformer.bundle, joined)
+    assert beside._shape_of_grids([[grid, grid]]).image.shape.grid == grid[1:]
+    for grids in ([grid], [[grid, (1, *grid[:0:-1])]], [[grid] * 3]):
+        with pytest.raises(MismatchError, match="exported for a picture and one image, each of 4 x 3 tokens"):
+            beside._shape_of_grids(grids)
 
 
 @pytest.mark.parametrize("case", ["wan"], indirect=True)

@@ -17,10 +17,11 @@ from adatsq_trt.engines.transformer import AdatsqTransformer
 from adatsq_trt.engines.triton_server.repository import Deployment, write_repository
 from adatsq_trt.errors import MismatchError, UserError
 from adatsq_trt.models.family import Canvas
-from adatsq_trt.stages.images import shown_conditioning, shown_image
+from adatsq_trt.stages.images import shown_conditioning
 from tests.tiny_qwen_image_edit import SIDE, make_edit_pipeline
 
 PROMPTS, NEGATIVE, GUIDANCE = ("a red and green", "three"), "seven", 4.0
+pytestmark = pytest.mark.slow  # a whole build: the parts of it are tested in tests/engines and tests/models
 TEXT = "encoder_hidden_states"
 SMALL = {"steps": 2, "calibration_samples": 2, "selection_samples": 2, "held_out_samples": 1, "formats": "fp32,w8a8s"}
 
@@ -117,20 +118,6 @@ def test_check_passes_and_each_prompt_has_its_own_negative(built: tuple[Path, Bu
     both = bundle.conditioning([1, 0])
     assert both.unconditional is not None
     np.testing.assert_array_equal(both.unconditional[TEXT], negative[::-1])
-
-
-def test_an_image_is_not_taken_without_the_texts_that_see_it(built: tuple[Path, Bundle]) -> None:
-    folder, bundle = built
-    shown = shown_image(bundle.files, folder / "photo.png", None)
-    assert list(shown) == ["image_latents"]
-    text = {TEXT: bundle.files.prompts[f"conditional.{TEXT}"][:1]}
-    for images, unguided, message in (
-        (shown, None, f"images: got image_latents, expected image_latents, {TEXT}"),
-        ({**shown, **text}, None, f"unguided: got nothing, expected {TEXT}"),
-        (None, text, f"unguided: got {TEXT}, expected nothing"),
-    ):
-        with pytest.raises(UserError, match=message):
-            bundle.conditioning([0], images, unguided)
 
 
 def test_images_of_another_shape_and_text_encoders_that_have_changed(built: tuple[Path, Bundle]) -> None:
