@@ -6,6 +6,7 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 from adatsq_trt.amounts import parse_falling
+from adatsq_trt.checkpoints.loading import silence
 from adatsq_trt.config import BuildConfig
 from adatsq_trt.errors import MismatchError, UserError
 from adatsq_trt.models.families import family_of_transformer
@@ -76,6 +77,7 @@ def _require_argument(family: Family, spacing: Spacing) -> None:
     Raises:
         MismatchError: names the pipeline.
     """
+    silence()  # importing a pipeline's class says what its processors could do
     arguments = inspect.signature(family.load_pipeline_class().__call__).parameters
     if spacing.argument in arguments:
         return
