@@ -107,7 +107,9 @@ def calls_per_step(scheduler: object) -> int:
     return 2 if scheduler == HEUN else 1
 
 
-def make_schedule(scheduler: Any, steps: int, image_tokens: int | None = None) -> Schedule:
+def make_schedule(
+    scheduler: Any, steps: int, image_tokens: int | None = None, mu: float | None = None
+) -> Schedule:
     """The steps that diffusers' pipelines take with this scheduler.
 
     Flux and Z-Image ask for the sigmas 1 to 1/steps, shifted as the scheduler says; Wan, and Flux where the scheduler
@@ -117,6 +119,7 @@ def make_schedule(scheduler: Any, steps: int, image_tokens: int | None = None) -
         scheduler: one of `SCHEDULERS`, with or without dynamic shifting, which needs the image tokens.
         steps: calls of the model, at least 1; an odd number of them by Heun's method.
         image_tokens: length of the image sequence; dynamic shifting depends on it. None for the scheduler's spacing.
+        mu: of dynamic shifting, for pipelines that compute it in their own way.
 
     Raises:
         UserError: fewer than one step, more than the scheduler has, an even number by Heun's method, or dynamic
@@ -128,7 +131,7 @@ def make_schedule(scheduler: Any, steps: int, image_tokens: int | None = None) -
     name = type(scheduler).__name__
     config = {"_class_name": name, **{k: v for k, v in scheduler.config.items() if _is_recorded(k, v)}}
     if image_tokens is not None:
-        _set_spaced(scheduler, steps, image_tokens)
+        _set_spaced(scheduler, steps, image_tokens, mu)
     elif config.get("use_dynamic_shifting"):
         raise UserError("the scheduler shifts dynamically, expected a fixed shift; set use_dynamic_shifting to false")
     else:
@@ -184,11 +187,11 @@ def _require_falling(schedule: Schedule) -> None:
         )
 
 
-def _set_spaced(scheduler: Any, steps: int, image_tokens: int) -> None:
+def _set_spaced(scheduler: Any, steps: int, image_tokens: int, mu: float | None) -> None:
     """Set the steps of a pipeline that asks for sigmas of its own, but not of a scheduler with sigmas of a flow.
 
-    Dynamic shift mu is linear in the sequence length between the scheduler's two anchors, or the pipelines' own where
-    the scheduler has none.
+    Unless given, dynamic shift mu is linear in the sequence length between the scheduler's two anchors, or the
+    pipelines' own where the scheduler has none.
     """
     option = scheduler.config.get
     least, most = option("base_image_seq_len", 256), option("max_image_seq_len", 4096)
@@ -198,8 +201,9 @@ def _set_spaced(scheduler: Any, steps: int, image_tokens: int) -> None:
         if option("use_flow_sigmas")
         else {"sigmas": np.linspace(1.0, 1.0 / steps, steps).tolist()}
     )
-    mu = float(low + (high - low) / (most - least) * (image_tokens - least)) if option("use_dynamic_shifting") else None
-    scheduler.set_timesteps(**spacing, mu=mu)
+    linear = float(low + (high - low) / (most - least) * (image_tokens - least))
+    shift = (linear if mu is None else mu) if option("use_dynamic_shifting") else None
+    scheduler.set_timesteps(**spacing, mu=shift)
 
 
 def guidance_at(schedule: Schedule, step: int, guidance: float, guidance_2: float | None) -> float:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import JsonValue, RootModel
@@ -114,6 +114,10 @@ class Family(ABC):
     @abstractmethod
     def defaults(self, config: Mapping[str, JsonValue]) -> tuple[int, float]:
         """Denoising steps and guidance scale of the pipeline, from its transformer's configuration."""
+
+    def configured(self, options: Mapping[str, Any]) -> Self:
+        """The family as the pipeline's own options (those of model_index.json) make it."""
+        return self
 
     def encode(self, pipe: Any, prompt: str) -> tuple[Tensor, Tensor]:
         """Encode one prompt with a pipeline without transformer: tokens [tokens, width], pooled [width] or [0].

@@ -113,7 +113,7 @@ class FluxTrace(nn.Module):
         self.transformer = transformer
         embedding = transformer.time_text_embed
         if isinstance(embedding.time_proj, Timesteps):
-            embedding.time_proj = _TabledTimesteps(embedding.time_proj)
+            embedding.time_proj = TabledTimesteps(embedding.time_proj)
         self.register_buffer("image_ids", position_ids(grid), persistent=False)
         self.register_buffer("text_ids", torch.zeros(text_tokens, 3), persistent=False)
 
@@ -150,7 +150,7 @@ class FluxTrace(nn.Module):
         )[0]
 
 
-class _TabledTimesteps(nn.Module):
+class TabledTimesteps(nn.Module):
     """diffusers' sines and cosines of a time or a scale of guidance, with a table of frequencies.
 
     In the place of the table the exporter would put NumPy's exponentials, some of which are rounded otherwise than
