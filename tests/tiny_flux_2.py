@@ -11,6 +11,7 @@ from diffusers import (
     Flux2Pipeline,
     Flux2Transformer2DModel,
 )
+from torch import Tensor
 from transformers import (
     Mistral3Config,
     Mistral3ForConditionalGeneration,
@@ -92,6 +93,16 @@ def make_klein_pipeline(is_distilled: bool = False) -> Flux2KleinPipeline:
 
 
 make_distilled_klein_pipeline = partial(make_klein_pipeline, is_distilled=True)
+
+
+def tokens_of_klein(pipe: Flux2KleinPipeline, latents: Tensor) -> Tensor:
+    """What the loop ends with, [B, tokens, channels], of what klein's pipeline returns: planes in the VAE's numbers."""
+    statistics = pipe.vae.bn
+    mean, variance = (x.view(1, -1, 1, 1) for x in (statistics.running_mean, statistics.running_var))
+    planes = (pipe._patchify_latents(latents) - mean) / (variance + statistics.eps).sqrt()
+    tokens: Tensor = pipe._pack_latents(planes)
+    return tokens
+
 
 _WIDTHS = {"hidden_size": TEXT_WIDTH, "intermediate_size": TEXT_WIDTH, "num_attention_heads": 2}
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, Flux2KleinPipeline
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
@@ -41,6 +41,12 @@ from tests.tiny_checkpoints import (
     make_wan_image_pipeline,
     make_wan_pipeline,
     make_z_image_pipeline,
+)
+from tests.tiny_flux_2 import (
+    make_distilled_klein_pipeline,
+    make_flux_2_pipeline,
+    make_klein_pipeline,
+    tokens_of_klein,
 )
 from tests.tiny_qwen_image import make_qwen_image_pipeline
 from tests.tiny_stable_diffusion_3 import make_stable_diffusion_3_pipeline
@@ -102,6 +108,7 @@ IMAGE_PIPELINES = (
     make_wan_image_pipeline,
     make_wan_image_experts_pipeline,
 )
+FLUX_2_PIPELINES = (make_flux_2_pipeline, make_klein_pipeline, make_distilled_klein_pipeline)
 VIDEO_PIPELINES = (
     make_wan_pipeline,
     make_wan_experts_pipeline,
@@ -143,6 +150,10 @@ CASES = {
     "Flux Fill, its own": Case(make_fill_pipeline, 8, guidance=30.0, pipeline_guidance=30.0),
     "Wan image to video, its own": Case(make_wan_image_pipeline, 8),
     "Wan 2.2 image to video, its own": Case(make_wan_image_experts_pipeline, 8, guidance_2=2.5),
+    "FLUX.2, its own": Case(make_flux_2_pipeline, 8),
+    "FLUX.2, Euler at shift 5": Case(make_flux_2_pipeline, 8, EULER, {"shift": 5.0}),
+    "FLUX.2 klein, its own": Case(make_klein_pipeline, 8),
+    "FLUX.2 klein, distilled, its own": Case(make_distilled_klein_pipeline, 4),
 }
 
 
@@ -240,18 +251,24 @@ def _pipelines_latents(case: Case, pipe: DiffusionPipeline, samples: Samples, sh
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval()
-    latents: Tensor = pipe(
+    result: Tensor = pipe(
         prompt=[PROMPTS[index] for index in samples.prompts],
         height=HEIGHT,
         width=WIDTH,
         num_inference_steps=case.steps,
-        latents=samples.noise(),
+        latents=_noise(case, samples),
         output_type="latent",
         return_dict=False,
         **case.request,
         **shown,
     )[0]
-    return latents
+    return tokens_of_klein(pipe, result) if isinstance(pipe, Flux2KleinPipeline) else result
+
+
+def _noise(case: Case, samples: Samples) -> Tensor:
+    """The first latents as the pipeline takes them: FLUX.2's packs its own, out of planes."""
+    noise = samples.noise()
+    return noise.mT.unflatten(-1, samples.adapter.image.grid) if case.make in FLUX_2_PIPELINES else noise
 
 
 def _distance(ours: Tensor, wanted: Tensor) -> float:
