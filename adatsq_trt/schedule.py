@@ -107,9 +107,7 @@ def calls_per_step(scheduler: object) -> int:
     return 2 if scheduler == HEUN else 1
 
 
-def make_schedule(
-    scheduler: Any, steps: int, image_tokens: int | None = None, mu: float | None = None
-) -> Schedule:
+def make_schedule(scheduler: Any, steps: int, image_tokens: int | None = None, mu: float | None = None) -> Schedule:
     """The steps that diffusers' pipelines take with this scheduler.
 
     Flux and Z-Image ask for the sigmas 1 to 1/steps, shifted as the scheduler says; Wan, and Flux where the scheduler

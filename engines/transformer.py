@@ -257,7 +257,9 @@ class AdatsqTransformer(nn.Module):
                 raise MismatchError(f"{name}: got other positions than zero; the bundle was exported for zeros")
         for name in call.counted:
             if given.get(name) is not None and not _counts(self._read(given[name]), call.position_axes):
-                raise MismatchError(f"{name}: got positions that do not count a text's tokens from zero; leave them out")
+                raise MismatchError(
+                    f"{name}: got positions that do not count a text's tokens from zero; leave them out"
+                )
         if call.grids is not None:
             return self._shape_of_grids(given[call.grids])
         if call.positions is None:

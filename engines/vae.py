@@ -95,7 +95,6 @@ class Vae:
             return latent * latent.new_tensor(config.latents_std) + latent.new_tensor(config.latents_mean)
         return latent / config.scaling_factor + (config.shift_factor or 0.0)  # type: ignore[no-any-return]
 
-
     def _unscaled_patches(self, latent: Tensor) -> Tensor:
         """The same for a VAE that knows mean and variance of every channel of a patch of 2 x 2 cells."""
         statistics, (height, width, channels) = self._vae.bn, latent.shape

@@ -69,7 +69,7 @@ class Family(ABC):
         pipeline: class name.
         encoders: folders of its text encoders and tokenizers.
         text_tokens: most tokens of a prompt.
-        text_library: library that the pipeline cleans prompts with where it is installed.
+        text_library: library that the pipeline reads prompts with: one that cleans them, or that its processor needs.
         text_outputs: graph input → index into what the pipeline's `encode_prompt` returns; tokens first, then a pooled
             projection.
         text_options: arguments of `encode_prompt` beside the prompt, the device and `max_sequence_length`.
@@ -211,8 +211,8 @@ class Family(ABC):
         """
         if self.text_library is not None and util.find_spec(self.text_library) is None:
             raise DependencyError(
-                f"{self.pipeline} cleans its prompts with the library {self.text_library}, without which they are "
-                "encoded differently; install it with: pip install 'adatsq-trt[pipelines]'"
+                f"{self.pipeline} reads its prompts with the library {self.text_library}, without which they are "
+                f"encoded differently or not at all; install it with: pip install {self.text_library}"
             )
 
     def require_supported(self, config: Mapping[str, JsonValue], file: Path, folder: Path) -> None:

@@ -12,6 +12,7 @@ from diffusers import Flux2Transformer2DModel
 from pydantic import JsonValue
 from torch import Tensor, nn
 
+from adatsq_trt.errors import MismatchError
 from adatsq_trt.models.adapter import AnySize, open_axes
 from adatsq_trt.models.family import Family
 from adatsq_trt.models.flux import POSITIONS, FluxAdapter, TabledTimesteps
@@ -45,9 +46,7 @@ class Flux2Adapter(FluxAdapter):
         """The number of tokens, with their rotations, is left open."""
         (tokens,) = open_axes(tokens=self.latent_shape[0])
         module = Flux2AnySizeTrace(self.transformer, self.image.grid, self.encoder.text_tokens)
-        return AnySize(
-            module, {POSITIONS: module.rotations}, {POSITIONS: {1: tokens}, "hidden_states": {1: tokens}}
-        )
+        return AnySize(module, {POSITIONS: module.rotations}, {POSITIONS: {1: tokens}, "hidden_states": {1: tokens}})
 
     def condition(self, tokens: Tensor, pooled: Tensor) -> dict[str, Tensor]:
         """Text tokens."""
@@ -169,12 +168,26 @@ class Flux2Family(Family):
         own.text_library = "torchvision"
         return own
 
+    def lora_key(self, layer: str, part: str) -> str:
+        """Names with dots have the one spelling that the converter does not take for kohya's.
 
-class Flux2KleinFamily(Family):
+        Raises:
+            MismatchError: a layer that diffusers reads otherwise than its authors write it.
+        """
+        if not layer.startswith("diffusion_model."):
+            return super().lora_key(layer, part)
+        if ".final_layer.adaLN_modulation." in layer:
+            raise MismatchError(
+                f"--lora: '{layer}' makes a shift and then a scale, which diffusers reads in the other order; leave it "
+                "out of the file, or call it as diffusers does, with its halves changed over (norm_out.linear)"
+            )
+        return f"{layer}.lora_{'A' if part == 'down' else 'B'}.weight"
+
+
+class Flux2KleinFamily(Flux2Family):
     """Flux2KleinPipeline: two branches, or none where the pipeline says that its transformer is distilled."""
 
-    adapter, pipeline = Flux2Adapter, "Flux2KleinPipeline"
-    packed = True
+    pipeline, guided = "Flux2KleinPipeline", True
     transformer_options: ClassVar[Mapping[str, JsonValue]] = {"patch_size": 1, "guidance_embeds": False}
 
     def defaults(self, config: Mapping[str, JsonValue]) -> tuple[int, float]:

@@ -163,7 +163,7 @@ def test_plans_over_one_file_of_weights_have_a_profile_for_each_shape(exported: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("exported", ["z-image", "wan"], indirect=True)
+@pytest.mark.parametrize("exported", ["z-image", "wan", "flux-2"], indirect=True)
 def test_the_other_architectures_compile(exported: Exported) -> None:
     compile_all(exported, "switch")
 
