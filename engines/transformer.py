@@ -272,11 +272,11 @@ class AdatsqTransformer(nn.Module):
                 wanted = torch.cat([wanted, wanted + torch.eye(1, call.position_axes, dtype=torch.long)])
             if _all_equal(positions, wanted):
                 return shape
-        beside = positions[..., 0].any() and not self._has_image_tokens
+        beside = not self._has_image_tokens and bool(positions[..., 0].any())
+        some, without = (", some of another image", ", and without an image") if beside else ("", "")
         raise MismatchError(
-            f"{call.positions}: got {positions.shape[-2]} image tokens{', some of another image' if beside else ''}, the "
-            f"bundle was exported for {self._grids}; call the pipeline with that height and width{self._names}"
-            f"{', and without an image' if beside else ''}"
+            f"{call.positions}: got {positions.shape[-2]} image tokens{some}, the bundle was exported for "
+            f"{self._grids}; call the pipeline with that height and width{self._names}{without}"
         )
 
     @property

@@ -102,7 +102,8 @@ class Vae:
             x.view(channels, 2, 2).permute(1, 2, 0).repeat(height // 2, width // 2, 1).to(latent)
             for x in (statistics.running_mean, (statistics.running_var + statistics.eps).sqrt())
         )
-        return latent * std + mean
+        unscaled: Tensor = latent * std + mean
+        return unscaled
 
 
 def weights_variant(folder: Path) -> str | None:

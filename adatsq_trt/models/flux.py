@@ -31,7 +31,8 @@ class FluxAdapter(PromptedAdapter):
     """
 
     model_class = FluxTransformer2DModel
-    text_width, pooled_width = "joint_attention_dim", "pooled_projection_dim"
+    text_width = "joint_attention_dim"
+    pooled_width: ClassVar[str | None] = "pooled_projection_dim"
     transformer: FluxTransformer2DModel
     quantizable = re.compile(
         r"(transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.net\.(0\.proj|2))"
@@ -168,6 +169,7 @@ class TabledTimesteps(nn.Module):
         self.register_buffer("frequencies", torch.exp(exponents), persistent=False)
 
     def forward(self, timesteps: Tensor) -> Tensor:
+        """Cosines, then sines, float32 [B, channels], of times or scales [B]."""
         angles = timesteps[:, None].float() * self.frequencies
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
