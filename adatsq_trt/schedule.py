@@ -136,7 +136,12 @@ def calls_per_step(scheduler: object) -> int:
 
 
 def make_schedule(
-    scheduler: Any, steps: Steps, image_tokens: int | None = None, *, leaves_flows: bool = True
+    scheduler: Any,
+    steps: Steps,
+    image_tokens: int | None = None,
+    *,
+    mu: float | None = None,
+    leaves_flows: bool = True,
 ) -> Schedule:
     """The steps that diffusers' pipelines take with this scheduler.
 
@@ -147,6 +152,7 @@ def make_schedule(
         scheduler: one of `SCHEDULERS`, with or without dynamic shifting, which needs the image tokens.
         steps: calls of the model, at least 1, and an odd number of them by Heun's method; or a list.
         image_tokens: length of the image sequence; dynamic shifting depends on it. None for the scheduler's spacing.
+        mu: of dynamic shifting, for pipelines that compute it in their own way.
         leaves_flows: a pipeline with image tokens leaves the spacing to a scheduler with sigmas of a flow.
 
     Raises:
@@ -160,7 +166,7 @@ def make_schedule(
     config = {"_class_name": name, **{k: v for k, v in scheduler.config.items() if _is_recorded(k, v)}}
     if image_tokens is None and option("use_dynamic_shifting"):
         raise UserError("the scheduler shifts dynamically, expected a fixed shift; set use_dynamic_shifting to false")
-    shift = {} if image_tokens is None else {"mu": _dynamic_shift(scheduler, image_tokens)}
+    shift = {} if image_tokens is None else {"mu": _dynamic_shift(scheduler, image_tokens, mu)}
     leaves = image_tokens is None or (leaves_flows and option("use_flow_sigmas"))
     if isinstance(steps, Spacing):
         _set_custom(scheduler, steps, shift, leaves_all=leaves and image_tokens is not None)
@@ -257,16 +263,16 @@ def _require_falling(schedule: Schedule) -> None:
         )
 
 
-def _dynamic_shift(scheduler: Any, image_tokens: int) -> float | None:
+def _dynamic_shift(scheduler: Any, image_tokens: int, mu: float | None) -> float | None:
     """Compute mu, which is linear in the sequence length between the scheduler's two anchors; None for a fixed shift.
 
-    The anchors are the pipelines' own where the scheduler has none.
+    The anchors are the pipelines' own where the scheduler has none. A mu that is given is taken as it is.
     """
     option = scheduler.config.get
+    if mu is not None or not option("use_dynamic_shifting"):
+        return mu if option("use_dynamic_shifting") else None
     least, most = option("base_image_seq_len", 256), option("max_image_seq_len", 4096)
     low, high = option("base_shift", 0.5), option("max_shift", 1.15)
-    if not option("use_dynamic_shifting"):
-        return None
     return float(low + (high - low) / (most - least) * (image_tokens - least))
 
 

@@ -33,7 +33,7 @@ class TextCall(BaseModel):
         pipeline: diffusers' class of the pipeline.
         arguments: of `encode_prompt`, beside the prompt and the device.
         outputs: graph input → index into what `encode_prompt` returns; tokens first, then a pooled projection.
-        library: that the pipeline cleans prompts with; without it they would be encoded differently.
+        library: that the pipeline reads prompts with; without it they would be encoded differently, or not at all.
         files: of the text encoders and tokenizers, and the pipeline's index: path in its folder → sha256.
     """
 

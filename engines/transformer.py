@@ -256,6 +256,11 @@ class AdatsqTransformer(nn.Module):
         for name in call.zeros:
             if given.get(name) is not None and self._read(given[name]).any():
                 raise MismatchError(f"{name}: got other positions than zero; the bundle was exported for zeros")
+        for name in call.counted:
+            if given.get(name) is not None and not _counts(self._read(given[name]), call.position_axes):
+                raise MismatchError(
+                    f"{name}: got positions that do not count a text's tokens from zero; leave them out"
+                )
         if call.grids is not None:
             return self._shape_of_grids(given[call.grids])
         if call.positions is None:
@@ -263,14 +268,16 @@ class AdatsqTransformer(nn.Module):
         positions = self._read(given[call.positions])
         for shape in self._shapes:
             rows, columns = torch.meshgrid(*map(torch.arange, shape.image.shape.grid), indexing="ij")
-            wanted = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
+            wanted = functional.pad(torch.stack([rows, columns], dim=-1).reshape(-1, 2), (1, call.position_axes - 3))
             if self._has_image_tokens:  # behind the picture's own, at 1 in the place of zero
-                wanted = torch.cat([wanted, wanted + torch.tensor([1, 0, 0])])
-            if torch.equal(positions, wanted):
+                wanted = torch.cat([wanted, wanted + torch.eye(1, call.position_axes, dtype=torch.long)])
+            if _all_equal(positions, wanted):
                 return shape
+        beside = not self._has_image_tokens and bool(positions[..., 0].any())
+        some, without = (", some of another image", ", and without an image") if beside else ("", "")
         raise MismatchError(
-            f"{call.positions}: got {len(positions)} image tokens, the bundle was exported for {self._grids}; call the "
-            f"pipeline with that height and width{self._names}"
+            f"{call.positions}: got {positions.shape[-2]} image tokens{some}, the bundle was exported for "
+            f"{self._grids}; call the pipeline with that height and width{self._names}{without}"
         )
 
     @property
@@ -381,6 +388,17 @@ def _require_version(manifest: Manifest) -> None:
             f"this is diffusers {__version__}, the bundle was built with {built}, whose schedulers may take other "
             f"steps; install diffusers=={built}, or build the bundle again"
         )
+
+
+def _all_equal(positions: Tensor, wanted: Tensor) -> bool:
+    """Whether positions [tokens, axes], or those of every row of a batch, are these."""
+    return positions.shape[-2:] == wanted.shape and bool((positions == wanted).all())
+
+
+def _counts(positions: Tensor, axes: int) -> bool:
+    """Whether positions count the tokens of a text in their last number, and have zeros before it."""
+    places = torch.arange(positions.shape[-2])[:, None]
+    return _all_equal(positions, functional.pad(places, (axes - 1, 0)))
 
 
 def _says_nothing(value: Any, default: JsonValue) -> bool:

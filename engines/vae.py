@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _OF_VIDEOS = ("AutoencoderKLWan", "AutoencoderKLQwenImage")
-_CLASSES = ("AutoencoderKL", *_OF_VIDEOS)
+_OF_PATCHES = "AutoencoderKLFlux2"
+_CLASSES = ("AutoencoderKL", _OF_PATCHES, *_OF_VIDEOS)
 _AGAIN = "run 'adatsq-trt build engine' again"
 
 
@@ -88,9 +89,21 @@ class Vae:
     def _unscaled(self, latent: Tensor) -> Tensor:
         """From what the transformer sees, about unit variance, to the VAE's own numbers; channels last."""
         config = self._vae.config
+        if type(self._vae).__name__ == _OF_PATCHES:
+            return self._unscaled_patches(latent)
         if "latents_std" in config and config.latents_std is not None:
             return latent * latent.new_tensor(config.latents_std) + latent.new_tensor(config.latents_mean)
         return latent / config.scaling_factor + (config.shift_factor or 0.0)  # type: ignore[no-any-return]
+
+    def _unscaled_patches(self, latent: Tensor) -> Tensor:
+        """The same for a VAE that knows mean and variance of every channel of a patch of 2 x 2 cells."""
+        statistics, (height, width, channels) = self._vae.bn, latent.shape
+        mean, std = (
+            x.view(channels, 2, 2).permute(1, 2, 0).repeat(height // 2, width // 2, 1).to(latent)
+            for x in (statistics.running_mean, (statistics.running_var + statistics.eps).sqrt())
+        )
+        unscaled: Tensor = latent * std + mean
+        return unscaled
 
 
 def weights_variant(folder: Path) -> str | None:

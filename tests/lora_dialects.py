@@ -14,6 +14,7 @@ from adatsq_trt.models.family import Family
 _BY_NAME = {kind.pipeline: kind for kind in families()}
 FLUX, Z_IMAGE, WAN = (_BY_NAME[name] for name in ("FluxPipeline", "ZImagePipeline", "WanPipeline"))
 QWEN_IMAGE, STABLE_DIFFUSION_3 = (_BY_NAME[name] for name in ("QwenImagePipeline", "StableDiffusion3Pipeline"))
+FLUX_2, FLUX_2_KLEIN = (_BY_NAME[name] for name in ("Flux2Pipeline", "Flux2KleinPipeline"))
 RANK, WIDTH = 4, 64
 Tensors = dict[str, Tensor]
 
@@ -202,6 +203,42 @@ def one_trainer_stable_diffusion_3() -> tuple[Tensors, Tensors]:
     return named("lora_transformer_transformer_blocks_0_attn_to_q", SD3_Q, 2.0)
 
 
+FLUX_2_ADDED = tuple(f"transformer_blocks.0.attn.add_{part}_proj" for part in "qkv")
+
+
+def single_flux_2(name: str, **spelling: str) -> tuple[Tensors, Tensors]:
+    """Of a single block: attention's three layers and the feed-forward network's value and gate in one."""
+    down, up = matrices(name, rows=9 * WIDTH)
+    a, b = spelling.get("down", "lora_down.weight"), spelling.get("up", "lora_up.weight")
+    deltas = {"single_transformer_blocks.0.attn.to_qkv_mlp_proj.weight": up @ down}
+    return {f"{name}.{a}": down, f"{name}.{b}": up}, deltas
+
+
+def peft_flux_2() -> tuple[Tensors, Tensors]:
+    layer = single_flux_2("transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj", **AB)
+    return merge(layer, named(f"transformer.{FLUX_QKV[0]}", FLUX_QKV[0], **AB))
+
+
+def ai_toolkit_flux_2() -> tuple[Tensors, Tensors]:
+    """In the authors' names, with dots."""
+    return merge(
+        fused_qkv("diffusion_model.double_blocks.0.img_attn.qkv", FLUX_QKV, 2.0, **AB),
+        named("diffusion_model.double_blocks.0.txt_attn.proj", "transformer_blocks.0.attn.to_add_out", 1.0, **AB),
+        single_flux_2("diffusion_model.single_blocks.0.linear1", **AB),
+    )
+
+
+def kohya_flux_2() -> tuple[Tensors, Tensors]:
+    return merge(
+        fused_qkv("lora_unet_double_blocks_0_txt_attn_qkv", FLUX_2_ADDED, 2.0),
+        single_flux_2("lora_unet_single_blocks_0_linear1"),
+    )
+
+
+def fal_flux_2_klein() -> tuple[Tensors, Tensors]:
+    return named("base_model.model.double_blocks.0.img_attn.proj", "transformer_blocks.0.attn.to_out.0", **AB)
+
+
 READ: dict[str, tuple[Family, Callable[[], tuple[Tensors, Tensors]]]] = {
     "diffusers' names with alpha": (FLUX, diffusers_with_alpha),
     "kohya sd-scripts, Flux": (FLUX, kohya_flux),
@@ -223,6 +260,10 @@ READ: dict[str, tuple[Family, Callable[[], tuple[Tensors, Tensors]]]] = {
     "DiffSynth-Studio, Qwen-Image": (QWEN_IMAGE, diff_synth_qwen_image),
     "diffusers' names, Stable Diffusion 3.5": (STABLE_DIFFUSION_3, peft_stable_diffusion_3),
     "OneTrainer, Stable Diffusion 3.5": (STABLE_DIFFUSION_3, one_trainer_stable_diffusion_3),
+    "diffusers' names, FLUX.2": (FLUX_2, peft_flux_2),
+    "ai-toolkit, FLUX.2": (FLUX_2, ai_toolkit_flux_2),
+    "kohya sd-scripts, FLUX.2": (FLUX_2, kohya_flux_2),
+    "fal's trainer, FLUX.2 klein": (FLUX_2_KLEIN, fal_flux_2_klein),
 }
 # Dialects that are also tested with pipelines which take an image and share a transformer with one of these.
 SHOWN: tuple[tuple[str, Family], ...] = tuple(

@@ -208,7 +208,7 @@ def _family(model: Any) -> tuple[Family, Any]:
         found = type(model.transformer).__name__
         if found != family.transformer:
             raise MismatchError(f"the pipeline's transformer is a {found}, expected a {family.transformer}")
-        return family, model
+        return family.configured(model.config), model
     if family := family_of_transformer(name):
         return family, None
     raise MismatchError(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from adatsq_trt.errors import MismatchError
 from adatsq_trt.models.family import Family
 from adatsq_trt.models.flux import FluxFamily
+from adatsq_trt.models.flux_2 import Flux2Family, Flux2KleinFamily
 from adatsq_trt.models.flux_images import FluxFillFamily, FluxKontextFamily
 from adatsq_trt.models.qwen_image import QwenImageFamily
 from adatsq_trt.models.qwen_image_edit import QwenImageEditFamily, QwenImageEditPlusFamily
@@ -27,6 +28,8 @@ _FAMILIES: list[Family] = [
     WanImageFamily(),
     QwenImageEditFamily(),
     QwenImageEditPlusFamily(),
+    Flux2Family(),
+    Flux2KleinFamily(),
 ]
 
 

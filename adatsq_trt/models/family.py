@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import JsonValue, RootModel
@@ -69,7 +69,7 @@ class Family(ABC):
         pipeline: class name.
         encoders: folders of its text encoders and tokenizers.
         text_tokens: most tokens of a prompt.
-        text_library: library that the pipeline cleans prompts with where it is installed.
+        text_library: library that the pipeline reads prompts with: one that cleans them, or that its processor needs.
         text_outputs: graph input → index into what the pipeline's `encode_prompt` returns; tokens first, then a pooled
             projection.
         text_options: arguments of `encode_prompt` beside the prompt, the device and `max_sequence_length`.
@@ -114,6 +114,10 @@ class Family(ABC):
     @abstractmethod
     def defaults(self, config: Mapping[str, JsonValue]) -> tuple[int, float]:
         """Denoising steps and guidance scale of the pipeline, from its transformer's configuration."""
+
+    def configured(self, options: Mapping[str, Any]) -> Self:
+        """The family as the pipeline's own options (those of model_index.json) make it."""
+        return self
 
     def encode(self, pipe: Any, prompt: str) -> tuple[Tensor, Tensor]:
         """Encode one prompt with a pipeline without transformer: tokens [tokens, width], pooled [width] or [0].
@@ -225,8 +229,8 @@ class Family(ABC):
         """
         if self.text_library is not None and util.find_spec(self.text_library) is None:
             raise DependencyError(
-                f"{self.pipeline} cleans its prompts with the library {self.text_library}, without which they are "
-                "encoded differently; install it with: pip install 'adatsq-trt[pipelines]'"
+                f"{self.pipeline} reads its prompts with the library {self.text_library}, without which they are "
+                f"encoded differently or not at all; install it with: pip install {self.text_library}"
             )
 
     def require_supported(self, config: Mapping[str, JsonValue], file: Path, folder: Path) -> None:

@@ -32,7 +32,8 @@ class FluxAdapter(PromptedAdapter):
     """
 
     model_class = FluxTransformer2DModel
-    text_width, pooled_width = "joint_attention_dim", "pooled_projection_dim"
+    text_width = "joint_attention_dim"
+    pooled_width: ClassVar[str | None] = "pooled_projection_dim"
     transformer: FluxTransformer2DModel
     quantizable = re.compile(
         r"(transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.net\.(0\.proj|2))"
@@ -115,7 +116,7 @@ class FluxTrace(nn.Module):
         self.transformer = transformer
         embedding = transformer.time_text_embed
         if isinstance(embedding.time_proj, Timesteps):
-            embedding.time_proj = _TabledTimesteps(embedding.time_proj)
+            embedding.time_proj = TabledTimesteps(embedding.time_proj)
         self.register_buffer("image_ids", position_ids(grid), persistent=False)
         self.register_buffer("text_ids", torch.zeros(text_tokens, 3), persistent=False)
 
@@ -152,7 +153,7 @@ class FluxTrace(nn.Module):
         )[0]
 
 
-class _TabledTimesteps(nn.Module):
+class TabledTimesteps(nn.Module):
     """diffusers' sines and cosines of a time or a scale of guidance, with a table of frequencies.
 
     In the place of the table the exporter would put NumPy's exponentials, some of which are rounded otherwise than
@@ -170,6 +171,7 @@ class _TabledTimesteps(nn.Module):
         self.register_buffer("frequencies", torch.exp(exponents), persistent=False)
 
     def forward(self, timesteps: Tensor) -> Tensor:
+        """Cosines, then sines, float32 [B, channels], of times or scales [B]."""
         angles = timesteps[:, None].float() * self.frequencies
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 

@@ -21,7 +21,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, Flux2KleinPipeline
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
@@ -42,6 +42,12 @@ from tests.tiny_checkpoints import (
     make_wan_image_pipeline,
     make_wan_pipeline,
     make_z_image_pipeline,
+)
+from tests.tiny_flux_2 import (
+    make_distilled_klein_pipeline,
+    make_flux_2_pipeline,
+    make_klein_pipeline,
+    tokens_of_klein,
 )
 from tests.tiny_qwen_image import make_qwen_image_pipeline
 from tests.tiny_qwen_image_edit import SIDE, make_edit_pipeline, make_edit_plus_pipeline
@@ -114,6 +120,7 @@ IMAGE_PIPELINES = (
     make_wan_image_pipeline,
     make_wan_image_experts_pipeline,
 )
+FLUX_2_PIPELINES = (make_flux_2_pipeline, make_klein_pipeline, make_distilled_klein_pipeline)
 VIDEO_PIPELINES = (
     make_wan_pipeline,
     make_wan_experts_pipeline,
@@ -169,6 +176,10 @@ CASES = {
     ),
     "Flux Kontext, UniPC, sigmas of a list": Case(make_kontext_pipeline, 4, UNIPC, SHIFTED, sigmas=SIGMAS),
     "Flux Fill, sigmas of a list": Case(make_fill_pipeline, 4, sigmas=SIGMAS, **FILL),
+    "FLUX.2, its own": Case(make_flux_2_pipeline, 8),
+    "FLUX.2, Euler at shift 5": Case(make_flux_2_pipeline, 8, EULER, {"shift": 5.0}),
+    "FLUX.2 klein, its own": Case(make_klein_pipeline, 8),
+    "FLUX.2 klein, distilled, its own": Case(make_distilled_klein_pipeline, 4),
 }
 
 
@@ -265,18 +276,24 @@ def _pipelines_latents(case: Case, pipe: DiffusionPipeline, samples: Samples, sh
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval()
-    latents: Tensor = pipe(
+    result: Tensor = pipe(
         prompt=[PROMPTS[index] for index in samples.prompts],
         height=case.canvas.height,
         width=case.canvas.width,
-        latents=samples.noise(),
+        latents=_noise(case, samples),
         output_type="latent",
         return_dict=False,
         **_pipelines_steps(case),
         **case.request,
         **shown,
     )[0]
-    return latents
+    return tokens_of_klein(pipe, result) if isinstance(pipe, Flux2KleinPipeline) else result
+
+
+def _noise(case: Case, samples: Samples) -> Tensor:
+    """The first latents as the pipeline takes them: FLUX.2's packs its own, out of planes."""
+    noise = samples.noise()
+    return noise.mT.unflatten(-1, samples.adapter.image.grid) if case.make in FLUX_2_PIPELINES else noise
 
 
 def _pipelines_steps(case: Case) -> dict[str, Any]:

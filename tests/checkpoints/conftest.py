@@ -16,6 +16,7 @@ from tests.tiny_checkpoints import (
     make_wan_pipeline,
     make_z_image_pipeline,
 )
+from tests.tiny_flux_2 import make_flux_2_pipeline, make_klein_pipeline
 from tests.tiny_qwen_image import make_qwen_image_pipeline
 from tests.tiny_qwen_image_edit import make_edit_pipeline, make_edit_plus_pipeline
 from tests.tiny_stable_diffusion_3 import make_stable_diffusion_3_pipeline
@@ -89,6 +90,16 @@ def saved_edit_plus(save: Saved) -> Path:
 @pytest.fixture(scope="session")
 def saved_stable_diffusion_3(save: Saved) -> Path:
     return save(make_stable_diffusion_3_pipeline, "tiny-stable-diffusion-3")
+
+
+@pytest.fixture(scope="session")
+def saved_flux_2(save: Saved) -> Path:
+    return save(make_flux_2_pipeline, "tiny-flux-2")
+
+
+@pytest.fixture(scope="session")
+def saved_flux_2_klein(save: Saved) -> Path:
+    return save(make_klein_pipeline, "tiny-klein")
 
 
 @pytest.fixture

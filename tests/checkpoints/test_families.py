@@ -95,6 +95,17 @@ TRANSFORMER, INDEX, VAE = "transformer/config.json", "model_index.json", "vae/co
             {"transformer_2": ["diffusers", "WanTransformer3DModel"]},
             "boundary_ratio is None and there is a WanTransformer3DModel as its second transformer",
         ),
+        ("flux_2", TRANSFORMER, {"guidance_embeds": False}, "guidance_embeds is False, expected True"),
+        ("flux_2", TRANSFORMER, {"patch_size": 2}, "patch_size is 2, expected 1"),
+        (
+            "flux_2",
+            TRANSFORMER,
+            {"in_channels": 128, "out_channels": 64},
+            "in_channels 128 and out_channels 64: it takes",
+        ),
+        ("flux_2", VAE, {"latent_channels": 32}, "in_channels 64, the VAE .* has latent_channels 32, which makes 128"),
+        ("flux_2_klein", TRANSFORMER, {"guidance_embeds": True}, "guidance_embeds is True, expected False"),
+        ("flux_2_klein", INDEX, {"_class_name": "Flux2KleinKVPipeline"}, "is a Flux2KleinKVPipeline with a Flux2Trans"),
         ("z_image", TRANSFORMER, {"all_patch_size": [2, 4]}, r"all_patch_size is \[2, 4\], expected \[2\]"),
     ],
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import (
+    Flux2KleinPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     QwenImagePipeline,
@@ -30,6 +31,8 @@ from adatsq_trt.models.family import Family
 from tests.lora_dialects import (
     AB,
     FLUX,
+    FLUX_2,
+    FLUX_2_KLEIN,
     FLUX_QKV,
     QWEN_IMAGE,
     QWEN_Q,
@@ -59,6 +62,7 @@ PIPELINES = {
     WAN: WanPipeline,
     QWEN_IMAGE: QwenImagePipeline,
     STABLE_DIFFUSION_3: StableDiffusion3Pipeline,
+    FLUX_2_KLEIN: Flux2KleinPipeline,
 }
 SCALE = 0.7
 
@@ -72,6 +76,8 @@ def saved(request: pytest.FixtureRequest) -> Callable[[Family], Path]:
         WAN: "saved_wan",
         QWEN_IMAGE: "saved_qwen_image",
         STABLE_DIFFUSION_3: "saved_stable_diffusion_3",
+        FLUX_2: "saved_flux_2",
+        FLUX_2_KLEIN: "saved_flux_2_klein",
     }
     shown = {
         "FluxKontextPipeline": "saved_kontext",
@@ -154,6 +160,7 @@ def test_every_tensor_is_listed_with_its_layer(saved: Callable[[Family], Path], 
 @pytest.mark.parametrize("kind", families(), ids=lambda kind: kind.pipeline)
 def test_alpha_of_any_type(saved: Callable[[Family], Path], tmp_path: Path, kind: Family, alpha: Tensor) -> None:
     paths = {FLUX: FLUX_QKV[0], Z_IMAGE: Z_QKV[0], WAN: WAN_Q, QWEN_IMAGE: QWEN_Q, STABLE_DIFFUSION_3: SD3_Q}
+    paths[FLUX_2] = FLUX_QKV[0]
     path = next(path for own, path in paths.items() if own.transformer == kind.transformer)
     for spelling in (AB, {}):
         tensors, deltas = named(f"transformer.{path}", path, 2.0, **spelling)
@@ -255,7 +262,9 @@ def test_files_of_diffusers_trainers_and_of_peft(
         torch.testing.assert_close(value, expected[name].detach(), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("dialect", ["diffusers' names with alpha", "ai-toolkit, Z-Image", "ComfyUI, Wan"])
+@pytest.mark.parametrize(
+    "dialect", ["diffusers' names with alpha", "ai-toolkit, Z-Image", "ComfyUI, Wan", "fal's trainer, FLUX.2 klein"]
+)
 def test_diffusers_fuses_the_same(saved: Callable[[Family], Path], tmp_path: Path, dialect: str) -> None:
     """Files that its own pipelines read as they are meant: one of each architecture."""
     kind, make = READ[dialect]
@@ -287,6 +296,11 @@ def of_products(name: str, *parts: str) -> Callable[[], Tensors]:
 
 
 REFUSED: dict[str, tuple[Family, Callable[[], Tensors], str]] = {
+    "the last modulation, FLUX.2": (
+        FLUX_2,
+        lambda: named("diffusion_model.final_layer.adaLN_modulation.1", "norm_out.linear", **AB)[0],
+        "'diffusion_model.final_layer.adaLN_modulation.1' makes a shift and then a scale, which diffusers reads in the",
+    ),
     "kohya's DoRA, Flux": (
         FLUX,
         with_extra("lora_unet_double_blocks_0_img_attn_proj.dora_scale", kohya_flux, 64, 1),

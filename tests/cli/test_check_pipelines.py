@@ -30,6 +30,7 @@ from tests.tiny_checkpoints import (
     make_wan_pipeline,
     make_z_image_pipeline,
 )
+from tests.tiny_flux_2 import make_flux_2_pipeline, make_klein_pipeline
 from tests.tiny_qwen_image import make_qwen_image_pipeline
 from tests.tiny_qwen_image_edit import SIDE, make_edit_pipeline, make_edit_plus_pipeline
 from tests.tiny_stable_diffusion_3 import make_stable_diffusion_3_pipeline
@@ -47,6 +48,8 @@ PIPELINES = {
     "wan-image-to-video": make_wan_image_pipeline,
     "qwen-image-edit": make_edit_pipeline,
     "qwen-image-edit-plus": make_edit_plus_pipeline,
+    "flux-2": make_flux_2_pipeline,
+    "flux-2-klein": make_klein_pipeline,
 }
 TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # What is built → its options and the formats that take turns in the policy.
@@ -74,6 +77,8 @@ SQUARE = {
     ("flux-fill", "bfloat16", "cpu"),
     ("wan-image-to-video", "bfloat16", "sm120"),
     ("qwen-image-edit", "bfloat16", "sm120"),
+    ("flux-2", "bfloat16", "sm120"),
+    ("flux-2-klein", "float32", "cpu"),
 }
 CELLS = [
     pytest.param(*cell, id="-".join(cell), marks=() if cell in SQUARE else pytest.mark.matrix)

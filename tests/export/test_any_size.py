@@ -24,6 +24,7 @@ from adatsq_trt.policy import Policy
 from adatsq_trt.quantizers import quantize_nearest, static_activation_scale
 from tests.export.separated import require_equal_layers
 from tests.tiny_flux import make_tiny_flux
+from tests.tiny_flux_2 import make_tiny_flux_2
 from tests.tiny_qwen_image import make_tiny_qwen_image
 from tests.tiny_stable_diffusion_3 import make_tiny_stable_diffusion_3
 from tests.tiny_wan import make_tiny_wan
@@ -37,6 +38,7 @@ SIZES = {
     "wan": [(4, 4, 3), (6, 8, 2)],
     "qwen-image": [(3, 4), (5, 2)],
     "stable-diffusion-3": [(6, 8), (10, 4)],
+    "flux-2": [(3, 4), (5, 2)],
 }
 MAKERS = {
     "flux": lambda: make_tiny_flux(32, 4),
@@ -45,6 +47,7 @@ MAKERS = {
     "wan": make_tiny_wan,
     "qwen-image": lambda: make_tiny_qwen_image(layers=1),
     "stable-diffusion-3": make_tiny_stable_diffusion_3,
+    "flux-2": make_tiny_flux_2,
 }
 NAMES = ("nvfp4", "fp8", "bf16", "int4wo")
 
@@ -160,7 +163,7 @@ def test_plans_over_one_file_of_weights_have_a_profile_for_each_shape(exported: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("exported", ["z-image", "wan"], indirect=True)
+@pytest.mark.parametrize("exported", ["z-image", "wan", "flux-2"], indirect=True)
 def test_the_other_architectures_compile(exported: Exported) -> None:
     compile_all(exported, "switch")
 

@@ -1,19 +1,22 @@
 """Bundles of pipelines as they come, from the pipeline in memory to a loop that ends in its latents."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, Flux2KleinPipeline
+from PIL import Image
 
 import adatsq_trt
 from adatsq_trt.engines.runtime import Bundle, Conditioning
 from adatsq_trt.engines.transformer import AdatsqTransformer
-from adatsq_trt.errors import MismatchError
+from adatsq_trt.errors import MismatchError, UserError
 from adatsq_trt.schedule import UNIPC
 from tests.tiny_checkpoints import HEIGHT, WIDTH, make_wan_pipeline, make_z_image_pipeline
+from tests.tiny_flux_2 import make_distilled_klein_pipeline, make_flux_2_pipeline, make_klein_pipeline, tokens_of_klein
 from tests.tiny_qwen_image import make_qwen_image_pipeline
 from tests.tiny_stable_diffusion_3 import make_stable_diffusion_3_pipeline
 
@@ -41,7 +44,7 @@ def distance(ours: np.ndarray, wanted: np.ndarray) -> float:
 def run(pipe: DiffusionPipeline, prompt: list[str], noise: np.ndarray, **options: Any) -> np.ndarray:
     """The latents that a pipeline ends with."""
     latents = torch.from_numpy(noise)
-    result = pipe(prompt, latents=latents, output_type="latent", return_dict=False, **SIZE, **options)[0]
+    result = pipe(prompt=prompt, latents=latents, output_type="latent", return_dict=False, **SIZE, **options)[0]
     return np.asarray(result.numpy())
 
 
@@ -159,3 +162,45 @@ def test_a_stable_diffusion_3_from_pipeline_to_bundle_and_back(tmp_path: Path) -
         layers = {"skip_guidance_layers": [0], "skip_layer_guidance_start": -1.0}
         with pytest.raises(MismatchError, match="argument 'skip_layers' of the transformer: a bundle takes none"):
             run(pipe, [prompts[0]], noise[:1], **request, **layers)
+
+
+def run_flux_2(pipe: Any, prompt: list[str], noise: np.ndarray, **options: Any) -> np.ndarray:
+    """The tokens that a pipeline of FLUX.2 ends with; they take noise, and klein gives latents, as planes."""
+    planes = np.moveaxis(noise, 1, 2).reshape(len(noise), -1, HEIGHT // 16, WIDTH // 16)
+    ended = run(pipe, prompt, planes, **options)
+    return tokens_of_klein(pipe, torch.from_numpy(ended)).numpy() if isinstance(pipe, Flux2KleinPipeline) else ended
+
+
+KLEIN_IS_SLOW = [
+    (make_flux_2_pipeline, {"guidance": 4.0}),
+    pytest.param(make_klein_pipeline, {"guidance": 4.0, "negative_prompt": "a green"}, marks=pytest.mark.slow),
+    pytest.param(make_distilled_klein_pipeline, {}, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("make", "guidance"), KLEIN_IS_SLOW, ids=["dev", "klein", "distilled"])
+def test_a_flux_2_from_pipeline_to_bundle_and_back(
+    tmp_path: Path, make: Callable[[], Any], guidance: dict[str, Any]
+) -> None:
+    """Captions of different lengths; guidance as an input, towards the prompt and away from another, and none."""
+    pipe, prompts = quiet(make()), ("a red", "three green and seven and a green and a red three")
+    options = {"target": "cpu", "steps": 2, "prompts": prompts, **guidance, **SIZE, **EFFORT}
+    with adatsq_trt.build(pipe, output=tmp_path / "run", **options) as bundle:
+        noise, request = bundle.noise([4, 5]), {"num_inference_steps": 2, "guidance_scale": guidance.get("guidance", 1)}
+        if "negative_prompt" in guidance:
+            away, _ = pipe.encode_prompt([guidance["negative_prompt"]] * 2)
+            request["negative_prompt_embeds"] = away
+        order = [prompts[1], prompts[0]]
+        wanted, conditioning = run_flux_2(pipe, order, noise, **request), bundle.conditioning([1, 0])
+        assert (conditioning.unconditional is None) == ("negative_prompt" not in guidance)
+        assert distance(bundle.denoise(noise, conditioning, quantized=False), wanted) < 1e-4
+        quantized = bundle.denoise(noise, conditioning)
+        pipe.transformer = AdatsqTransformer.from_bundle(bundle, pipe.scheduler)
+        assert distance(run_flux_2(pipe, order, noise, **request), quantized) < 1e-4
+        shown = Image.new("RGB", (64, 64))
+        with pytest.raises(MismatchError, match=r"got 28 image tokens, some of another image, .* and without an image"):
+            run_flux_2(pipe, order, noise, **request, image=shown)
+        with pytest.raises(MismatchError, match="argument 'joint_attention_kwargs' of the transformer: a bundle takes"):
+            run_flux_2(pipe, order, noise, **request, attention_kwargs={"scale": 0.5})
+        with pytest.raises(UserError, match=r"'encoder_hidden_states': got .* \[2, 256, 48\], expected .* 512, 48"):
+            run_flux_2(pipe, order, noise, **request, max_sequence_length=256)
