@@ -269,8 +269,10 @@ def _dynamic_shift(scheduler: Any, image_tokens: int, mu: float | None) -> float
     The anchors are the pipelines' own where the scheduler has none. A mu that is given is taken as it is.
     """
     option = scheduler.config.get
-    if mu is not None or not option("use_dynamic_shifting"):
-        return mu if option("use_dynamic_shifting") else None
+    if not option("use_dynamic_shifting"):
+        return None
+    if mu is not None:
+        return mu
     least, most = option("base_image_seq_len", 256), option("max_image_seq_len", 4096)
     low, high = option("base_shift", 0.5), option("max_shift", 1.15)
     return float(low + (high - low) / (most - least) * (image_tokens - least))
