@@ -32,6 +32,8 @@ class TransformerCall(BaseModel):
         grids: the argument that lists, for each row, the frames, rows and columns of its latents' tokens.
         masks: graph input → the argument that says which of its tokens there are, [rows, tokens]; None for all. These
             inputs may be shorter than the graph's, where they end in zeros.
+        ones_behind: graph inputs [rows, tokens of a text] behind which the argument has a one for each token of the
+            latents: numbers by which queries and keys are weighed.
         zeros: arguments that are zero throughout, such as the positions of a text.
         listed: rows come and go in lists. Rows of a condition that are shorter than the graph's end in zeros there.
         unit_axis: an axis of a row of the latents that always has one element and that the graph does not have.
@@ -49,6 +51,7 @@ class TransformerCall(BaseModel):
     positions: str | None = None
     grids: str | None = None
     masks: dict[str, str] = {}
+    ones_behind: tuple[str, ...] = ()
     zeros: tuple[str, ...] = ()
     listed: bool = False
     unit_axis: NonNegativeInt | None = None
@@ -71,6 +74,8 @@ class TransformerCall(BaseModel):
         unknown = self.followed - {*self.arguments, RETURN_DICT}
         if unknown:
             raise ValueError(f"'{min(unknown)}' is none of the arguments {', '.join(self.arguments)}")
+        if set(self.ones_behind) - self.inputs.keys():
+            raise ValueError(f"ones_behind {self.ones_behind}, expected graph inputs: {', '.join(self.inputs)}")
         if self.masks.keys() - self.inputs.keys():
             raise ValueError(f"masks of {', '.join(self.masks)}, expected of graph inputs: {', '.join(self.inputs)}")
         several = {name for name, count in Counter(self.inputs.values()).items() if count > 1}

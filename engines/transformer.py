@@ -187,6 +187,8 @@ class AdatsqTransformer(nn.Module):
         value: Any = self._part(name, given[argument]) if argument in call.joined else given[argument]
         if call.listed:
             return self._rows(name, value)
+        if name in call.ones_behind:
+            return self._weights(name, value, len(given[call.inputs[self.bundle.latent_input]][0]))
         return self._masked(name, value, given.get(call.masks[name])) if name in call.masks else value
 
     def _part(self, name: str, whole: Tensor) -> Tensor:
@@ -224,9 +226,28 @@ class AdatsqTransformer(nn.Module):
             self._masks[tokens] = mask
         return functional.pad(own, (0, 0, 0, length - tokens.shape[1]))
 
+    def _weights(self, name: str, weights: Tensor, latents: int) -> Tensor:
+        """A text's part [rows, T] of weights that are ones for the tokens of the latents behind it."""
+        length = self._tokens(name)
+        if weights not in self._masks:
+            behind = weights[:, length:]
+            if not weights.is_floating_point() or behind.shape[1] != latents or not bool((behind == 1).all()):
+                raise MismatchError(
+                    f"{self.call.inputs[name]}: got {weights.dtype} of {list(weights.shape)}, the bundle was exported "
+                    f"for floating-point numbers of {length} tokens of a text with ones for the {latents} of a picture "
+                    f"behind them; call the pipeline with max_sequence_length={length}, and with its own masks: "
+                    "booleans hide tokens, numbers are added"
+                )
+            self._masks[weights] = None
+        return weights[:, :length]
+
+    def _tokens(self, name: str) -> int:
+        """Tokens of an input of the graph."""
+        return next(int(signature.shape[1]) for signature in self.bundle.inputs if signature.name == name)
+
     def _length(self, name: str, longest: int) -> int:
         """Tokens of an input of the graph, which are enough."""
-        length = next(int(signature.shape[1]) for signature in self.bundle.inputs if signature.name == name)
+        length = self._tokens(name)
         if longest > length:
             raise MismatchError(
                 f"{self.call.inputs[name]}: got {longest} tokens, the bundle was exported for {length}; call the "

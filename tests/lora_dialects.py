@@ -14,6 +14,7 @@ from adatsq_trt.models.family import Family
 _BY_NAME = {kind.pipeline: kind for kind in families()}
 FLUX, Z_IMAGE, WAN = (_BY_NAME[name] for name in ("FluxPipeline", "ZImagePipeline", "WanPipeline"))
 QWEN_IMAGE, STABLE_DIFFUSION_3 = (_BY_NAME[name] for name in ("QwenImagePipeline", "StableDiffusion3Pipeline"))
+CHROMA = _BY_NAME["ChromaPipeline"]
 RANK, WIDTH = 4, 64
 Tensors = dict[str, Tensor]
 
@@ -223,4 +224,8 @@ READ: dict[str, tuple[Family, Callable[[], tuple[Tensors, Tensors]]]] = {
     "DiffSynth-Studio, Qwen-Image": (QWEN_IMAGE, diff_synth_qwen_image),
     "diffusers' names, Stable Diffusion 3.5": (STABLE_DIFFUSION_3, peft_stable_diffusion_3),
     "OneTrainer, Stable Diffusion 3.5": (STABLE_DIFFUSION_3, one_trainer_stable_diffusion_3),
+    "diffusers' names, Chroma": (CHROMA, diffusers_with_alpha),
+    "kohya sd-scripts, Chroma": (CHROMA, kohya_flux),
+    "authors' names with dots (ComfyUI), Chroma": (CHROMA, authors_flux_with_dots),
+    "OneTrainer, Chroma": (CHROMA, one_trainer_flux),
 }

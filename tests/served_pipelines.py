@@ -11,6 +11,7 @@ from adatsq_trt.models.adapter import Conditioning
 from adatsq_trt.settings import PipelineSettings
 from tests.tiny_bundle import write_bundle
 from tests.tiny_checkpoints import HEIGHT, WIDTH, make_flux_pipeline, make_wan_pipeline, make_z_image_pipeline
+from tests.tiny_chroma import make_chroma_pipeline
 from tests.tiny_qwen_image import make_qwen_image_pipeline
 from tests.tiny_stable_diffusion_3 import make_stable_diffusion_3_pipeline
 
@@ -20,6 +21,7 @@ MAKERS = {
     "wan": make_wan_pipeline,
     "qwen_image": make_qwen_image_pipeline,
     "stable_diffusion_3": make_stable_diffusion_3_pipeline,
+    "chroma": make_chroma_pipeline,
 }
 PROMPTS, NEGATIVE = ("a red three", "a green seven"), "three"
 _ROWS = 20  # of an example; no other dimension has this size

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from adatsq_trt.errors import MismatchError
+from adatsq_trt.models.chroma import ChromaFamily
 from adatsq_trt.models.family import Family
 from adatsq_trt.models.flux import FluxFamily
 from adatsq_trt.models.flux_images import FluxFillFamily, FluxKontextFamily
@@ -24,6 +25,7 @@ _FAMILIES: list[Family] = [
     FluxKontextFamily(),
     FluxFillFamily(),
     WanImageFamily(),
+    ChromaFamily(),
 ]
 
 

@@ -42,6 +42,7 @@ from tests.tiny_checkpoints import (
     make_wan_pipeline,
     make_z_image_pipeline,
 )
+from tests.tiny_chroma import make_chroma_pipeline
 from tests.tiny_qwen_image import make_qwen_image_pipeline
 from tests.tiny_stable_diffusion_3 import make_stable_diffusion_3_pipeline
 from tests.tiny_wan_experts import make_wan_experts_pipeline, make_wan_image_experts_pipeline
@@ -139,6 +140,8 @@ CASES = {
     "Stable Diffusion 3.5, its own": Case(make_stable_diffusion_3_pipeline, 8),
     "Stable Diffusion 3.5, UniPC": Case(make_stable_diffusion_3_pipeline, 8, UNIPC, SHIFTED),
     "Stable Diffusion 3.5, DPM-Solver++": Case(make_stable_diffusion_3_pipeline, 8, DPM, SHIFTED),
+    "Chroma, its own": Case(make_chroma_pipeline, 8),
+    "Chroma, Euler with beta sigmas": Case(make_chroma_pipeline, 8, EULER, {"use_beta_sigmas": True}),
     "Flux Kontext, its own": Case(make_kontext_pipeline, 8),
     "Flux Fill, its own": Case(make_fill_pipeline, 8, guidance=30.0, pipeline_guidance=30.0),
     "Wan image to video, its own": Case(make_wan_image_pipeline, 8),

@@ -95,6 +95,9 @@ TRANSFORMER, INDEX, VAE = "transformer/config.json", "model_index.json", "vae/co
             {"transformer_2": ["diffusers", "WanTransformer3DModel"]},
             "boundary_ratio is None and there is a WanTransformer3DModel as its second transformer",
         ),
+        ("chroma", TRANSFORMER, {"patch_size": 2}, "patch_size is 2, expected 1"),
+        ("chroma", TRANSFORMER, {"in_channels": 128, "out_channels": 64}, "in_channels 128 and out_channels 64"),
+        ("chroma", VAE, {"latent_channels": 4}, "in_channels 64, the VAE .* has latent_channels 4, which makes 16"),
         ("z_image", TRANSFORMER, {"all_patch_size": [2, 4]}, r"all_patch_size is \[2, 4\], expected \[2\]"),
     ],
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import (
+    ChromaPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     QwenImagePipeline,
@@ -29,6 +30,7 @@ from adatsq_trt.models.families import families
 from adatsq_trt.models.family import Family
 from tests.lora_dialects import (
     AB,
+    CHROMA,
     FLUX,
     FLUX_QKV,
     QWEN_IMAGE,
@@ -58,6 +60,7 @@ PIPELINES = {
     WAN: WanPipeline,
     QWEN_IMAGE: QwenImagePipeline,
     STABLE_DIFFUSION_3: StableDiffusion3Pipeline,
+    CHROMA: ChromaPipeline,
 }
 SCALE = 0.7
 
@@ -71,6 +74,7 @@ def saved(request: pytest.FixtureRequest) -> Callable[[Family], Path]:
         WAN: "saved_wan",
         QWEN_IMAGE: "saved_qwen_image",
         STABLE_DIFFUSION_3: "saved_stable_diffusion_3",
+        CHROMA: "saved_chroma",
     }
     shown = {
         "FluxKontextPipeline": "saved_kontext",
@@ -130,6 +134,7 @@ def test_dialects_that_are_read(
 @pytest.mark.parametrize("kind", families(), ids=lambda kind: kind.pipeline)
 def test_alpha_of_any_type(saved: Callable[[Family], Path], tmp_path: Path, kind: Family, alpha: Tensor) -> None:
     paths = {FLUX: FLUX_QKV[0], Z_IMAGE: Z_QKV[0], WAN: WAN_Q, QWEN_IMAGE: QWEN_Q, STABLE_DIFFUSION_3: SD3_Q}
+    paths |= {CHROMA: FLUX_QKV[0]}
     path = next(path for own, path in paths.items() if own.transformer == kind.transformer)
     for spelling in (AB, {}):
         tensors, deltas = named(f"transformer.{path}", path, 2.0, **spelling)

@@ -30,6 +30,7 @@ from tests.tiny_checkpoints import (
     make_wan_pipeline,
     make_z_image_pipeline,
 )
+from tests.tiny_chroma import make_chroma_pipeline
 from tests.tiny_qwen_image import make_qwen_image_pipeline
 from tests.tiny_stable_diffusion_3 import make_stable_diffusion_3_pipeline
 
@@ -44,6 +45,7 @@ PIPELINES = {
     "flux-kontext": make_kontext_pipeline,
     "flux-fill": make_fill_pipeline,
     "wan-image-to-video": make_wan_image_pipeline,
+    "chroma": make_chroma_pipeline,
 }
 TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # What is built → its options and the formats that take turns in the policy.
@@ -70,6 +72,7 @@ SQUARE = {
     ("flux-kontext", "bfloat16", "sm120"),
     ("flux-fill", "bfloat16", "cpu"),
     ("wan-image-to-video", "bfloat16", "sm120"),
+    ("chroma", "bfloat16", "sm120"),
 }
 CELLS = [
     pytest.param(*cell, id="-".join(cell), marks=() if cell in SQUARE else pytest.mark.matrix)

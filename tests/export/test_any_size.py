@@ -23,6 +23,7 @@ from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.policy import Policy
 from adatsq_trt.quantizers import quantize_nearest, static_activation_scale
 from tests.export.separated import require_equal_layers
+from tests.tiny_chroma import make_tiny_chroma
 from tests.tiny_flux import make_tiny_flux
 from tests.tiny_qwen_image import make_tiny_qwen_image
 from tests.tiny_stable_diffusion_3 import make_tiny_stable_diffusion_3
@@ -37,6 +38,7 @@ SIZES = {
     "wan": [(4, 4, 3), (6, 8, 2)],
     "qwen-image": [(3, 4), (5, 2)],
     "stable-diffusion-3": [(6, 8), (10, 4)],
+    "chroma": [(3, 4), (2, 6), (5, 2)],
 }
 MAKERS = {
     "flux": lambda: make_tiny_flux(32, 4),
@@ -45,6 +47,7 @@ MAKERS = {
     "wan": make_tiny_wan,
     "qwen-image": lambda: make_tiny_qwen_image(layers=1),
     "stable-diffusion-3": make_tiny_stable_diffusion_3,
+    "chroma": make_tiny_chroma,
 }
 NAMES = ("nvfp4", "fp8", "bf16", "int4wo")
 

@@ -14,6 +14,7 @@ from adatsq_trt.engines.transformer import AdatsqTransformer
 from adatsq_trt.errors import MismatchError
 from adatsq_trt.schedule import UNIPC
 from tests.tiny_checkpoints import HEIGHT, WIDTH, make_wan_pipeline, make_z_image_pipeline
+from tests.tiny_chroma import make_chroma_pipeline
 from tests.tiny_qwen_image import make_qwen_image_pipeline
 from tests.tiny_stable_diffusion_3 import make_stable_diffusion_3_pipeline
 
@@ -38,7 +39,7 @@ def distance(ours: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.linalg.norm(ours - wanted) / np.linalg.norm(wanted))
 
 
-def run(pipe: DiffusionPipeline, prompt: list[str], noise: np.ndarray, **options: Any) -> np.ndarray:
+def run(pipe: DiffusionPipeline, prompt: list[str] | None, noise: np.ndarray, **options: Any) -> np.ndarray:
     """The latents that a pipeline ends with."""
     latents = torch.from_numpy(noise)
     result = pipe(prompt, latents=latents, output_type="latent", return_dict=False, **SIZE, **options)[0]
@@ -159,3 +160,33 @@ def test_a_stable_diffusion_3_from_pipeline_to_bundle_and_back(tmp_path: Path) -
         layers = {"skip_guidance_layers": [0], "skip_layer_guidance_start": -1.0}
         with pytest.raises(MismatchError, match="argument 'skip_layers' of the transformer: a bundle takes none"):
             run(pipe, [prompts[0]], noise[:1], **request, **layers)
+
+
+def test_a_chroma_from_pipeline_to_bundle_and_back(tmp_path: Path) -> None:
+    """Captions of several lengths in one bundle, each alone in the pipeline, whose masks are numbers that are added."""
+    pipe = quiet(make_chroma_pipeline())
+    options = {"target": "cpu", "steps": 2, "guidance": 4.0, "prompts": CAPTIONS, "negative_prompt": "a green", **SIZE}
+    built = adatsq_trt.build(
+        pipe, output=tmp_path / "run", **{**options, **EFFORT, "calibration_samples": len(CAPTIONS)}
+    )
+    with built as bundle:
+        noise, conditioning = bundle.noise([1, 2, 3]), bundle.conditioning([0, 1, 2])
+        assert len(set(conditioning.conditional["attention_mask"].sum(axis=1).tolist())) == len(CAPTIONS)
+        together = bundle.denoise(noise, conditioning, quantized=False)
+        request: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 4.0}
+        for index, caption in enumerate(CAPTIONS):
+            own = noise[index : index + 1]
+            wanted = run(pipe, [caption], own, negative_prompt=["a green"], **request)
+            assert distance(together[index : index + 1], wanted) < 1e-4
+            assert distance(together[index : index + 1], run(pipe, [caption], own, **request)) > 1e-3
+        quantized = bundle.denoise(noise, conditioning)
+        tokens, _, mask, *negative = pipe.encode_prompt([CAPTIONS[0]], ["a green"])
+        encoded = {"prompt_embeds": tokens, "negative_prompt_embeds": negative[0]}
+        pipe.transformer = AdatsqTransformer.from_bundle(bundle, pipe.scheduler)
+        in_pipeline = run(pipe, list(CAPTIONS), noise, negative_prompt=["a green"] * 3, **request)
+        assert distance(in_pipeline, quantized) < 1e-4
+        masks = {"prompt_attention_mask": mask.bool(), "negative_prompt_attention_mask": negative[2].bool()}
+        with pytest.raises(MismatchError, match=r"attention_mask: got torch\.bool of .* booleans hide tokens, numbers"):
+            run(pipe, None, noise[:1], **encoded, **masks, **request)
+        with pytest.raises(MismatchError, match=r"got torch.float32 of \[1, 268\], .* with max_sequence_length=512"):
+            run(pipe, [CAPTIONS[0]], noise[:1], max_sequence_length=256, **request)

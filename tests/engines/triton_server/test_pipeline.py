@@ -81,6 +81,11 @@ def encode_stable_diffusion_3(pipe: Any) -> dict[str, Tensor]:
     return {"encoder_hidden_states": tokens, "pooled_projections": pooled}
 
 
+def encode_chroma(pipe: Any) -> dict[str, Tensor]:
+    tokens, _, mask, *_ = pipe.encode_prompt(TEXT, do_classifier_free_guidance=False, max_sequence_length=512)
+    return {"encoder_hidden_states": tokens, "attention_mask": mask}
+
+
 def encode_wan(pipe: Any) -> dict[str, Tensor]:
     tokens, _ = pipe.encode_prompt(TEXT, do_classifier_free_guidance=False, max_sequence_length=512)
     return {"encoder_hidden_states": tokens}
@@ -112,6 +117,7 @@ ENCODE = {
     "wan": encode_wan,
     "qwen_image": encode_qwen_image,
     "stable_diffusion_3": encode_stable_diffusion_3,
+    "chroma": encode_chroma,
 }
 DECODE = {
     "flux": decode_flux,
@@ -119,6 +125,7 @@ DECODE = {
     "wan": decode_wan,
     "qwen_image": decode_qwen_image,
     "stable_diffusion_3": decode_z_image,
+    "chroma": decode_flux,
 }
 
 
