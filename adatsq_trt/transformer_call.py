@@ -30,6 +30,8 @@ class TransformerCall(BaseModel):
         time_range: its values for noise and for a finished sample: (1, 0), or (1000, 0) for the scheduler's timesteps.
         positions: the argument that says where a token of the latents lies, [tokens, 3]: zero, row and column.
         grids: the argument that lists, for each row, the frames, rows and columns of its latents' tokens.
+        sides: the arguments that say how many frames, rows and columns the latents' tokens have.
+        numbers: argument → the numbers that it has to have, which the graph's constants were computed with.
         masks: graph input → the argument that says which of its tokens there are, [rows, tokens]; None for all. These
             inputs may be shorter than the graph's, where they end in zeros.
         ones_behind: graph inputs [rows, tokens of a text] behind which the argument has a one for each token of the
@@ -50,6 +52,8 @@ class TransformerCall(BaseModel):
     time_range: tuple[FiniteFloat, FiniteFloat] = (1.0, 0.0)
     positions: str | None = None
     grids: str | None = None
+    sides: tuple[str, ...] = ()
+    numbers: dict[str, tuple[FiniteFloat, ...]] = {}
     masks: dict[str, str] = {}
     ones_behind: tuple[str, ...] = ()
     zeros: tuple[str, ...] = ()
@@ -62,7 +66,7 @@ class TransformerCall(BaseModel):
     def required(self) -> tuple[str, ...]:
         """Arguments that every call has."""
         places = (name for name in (self.positions, self.grids) if name is not None)
-        return (*self.inputs.values(), self.time, *places)
+        return (*self.inputs.values(), self.time, *places, *self.sides, *self.numbers)
 
     @property
     def followed(self) -> set[str]:

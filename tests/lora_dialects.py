@@ -14,7 +14,7 @@ from adatsq_trt.models.family import Family
 _BY_NAME = {kind.pipeline: kind for kind in families()}
 FLUX, Z_IMAGE, WAN = (_BY_NAME[name] for name in ("FluxPipeline", "ZImagePipeline", "WanPipeline"))
 QWEN_IMAGE, STABLE_DIFFUSION_3 = (_BY_NAME[name] for name in ("QwenImagePipeline", "StableDiffusion3Pipeline"))
-CHROMA = _BY_NAME["ChromaPipeline"]
+CHROMA, LTX = (_BY_NAME[name] for name in ("ChromaPipeline", "LTXPipeline"))
 RANK, WIDTH = 4, 64
 Tensors = dict[str, Tensor]
 
@@ -203,6 +203,22 @@ def one_trainer_stable_diffusion_3() -> tuple[Tensors, Tensors]:
     return named("lora_transformer_transformer_blocks_0_attn_to_q", SD3_Q, 2.0)
 
 
+LTX_Q = "transformer_blocks.0.attn1.to_q"
+
+
+def peft_ltx() -> tuple[Tensors, Tensors]:
+    """As diffusers saves it, with both attentions of a block."""
+    second = "transformer_blocks.0.attn2.to_out.0"
+    return merge(named(f"transformer.{LTX_Q}", LTX_Q, **AB), named(f"transformer.{second}", second, **AB))
+
+
+def comfy_ltx() -> tuple[Tensors, Tensors]:
+    """As the authors' own trainer saves it."""
+    return merge(
+        *(named(f"diffusion_model.{path}", path, 2.0, **AB) for path in (LTX_Q, LTX_Q.replace("attn1", "attn2")))
+    )
+
+
 READ: dict[str, tuple[Family, Callable[[], tuple[Tensors, Tensors]]]] = {
     "diffusers' names with alpha": (FLUX, diffusers_with_alpha),
     "kohya sd-scripts, Flux": (FLUX, kohya_flux),
@@ -228,4 +244,6 @@ READ: dict[str, tuple[Family, Callable[[], tuple[Tensors, Tensors]]]] = {
     "kohya sd-scripts, Chroma": (CHROMA, kohya_flux),
     "authors' names with dots (ComfyUI), Chroma": (CHROMA, authors_flux_with_dots),
     "OneTrainer, Chroma": (CHROMA, one_trainer_flux),
+    "diffusers' names, LTX-Video": (LTX, peft_ltx),
+    "ComfyUI, LTX-Video": (LTX, comfy_ltx),
 }

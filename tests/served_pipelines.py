@@ -9,6 +9,7 @@ from adatsq_trt.checkpoints.loading import open_pipeline
 from adatsq_trt.engines.bundle import BundleFiles
 from adatsq_trt.models.adapter import Conditioning
 from adatsq_trt.settings import PipelineSettings
+from tests import tiny_ltx
 from tests.tiny_bundle import write_bundle
 from tests.tiny_checkpoints import HEIGHT, WIDTH, make_flux_pipeline, make_wan_pipeline, make_z_image_pipeline
 from tests.tiny_chroma import make_chroma_pipeline
@@ -22,6 +23,7 @@ MAKERS = {
     "qwen_image": make_qwen_image_pipeline,
     "stable_diffusion_3": make_stable_diffusion_3_pipeline,
     "chroma": make_chroma_pipeline,
+    "ltx": tiny_ltx.make_ltx_pipeline,
 }
 PROMPTS, NEGATIVE = ("a red three", "a green seven"), "three"
 _ROWS = 20  # of an example; no other dimension has this size
@@ -40,6 +42,8 @@ def save_and_build(name: str, folder: Path) -> SavedPipeline:
     saved = folder / "pipeline"
     MAKERS[name]().save_pretrained(saved)
     sizes = {"height": HEIGHT, "width": WIDTH, "frames": 5 if name == "wan" else None}
+    if name == "ltx":
+        sizes = {"height": tiny_ltx.HEIGHT, "width": tiny_ltx.WIDTH, "frames": tiny_ltx.FRAMES}
     negative = "" if name == "flux" else NEGATIVE
     opened = open_pipeline(PipelineSettings(path=str(saved), prompts=PROMPTS, negative_prompt=negative, **sizes))
     model = opened.load(opened.encode(lambda: None))

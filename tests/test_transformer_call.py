@@ -31,6 +31,8 @@ def test_it_is_text() -> None:
         ({"grids": "img_shapes"}, "'img_shapes' is none of the arguments"),
         ({"masks": {"hidden_states": "mask"}}, "'mask' is none of the arguments"),
         ({"masks": {"x": "t"}}, "masks of x, expected of graph inputs: hidden_states"),
+        ({"sides": ("height",)}, "'height' is none of the arguments"),
+        ({"numbers": {"scale": (1.0,)}}, "'scale' is none of the arguments"),
         ({"ones_behind": ("x",)}, "ones_behind .*, expected graph inputs: hidden_states"),
         ({"time_range": (1.0, 1.0)}, "one value for noise and for a finished sample"),
         ({"time_range": (float("nan"), 1.0)}, "finite"),

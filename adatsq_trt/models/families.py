@@ -9,6 +9,7 @@ from adatsq_trt.models.chroma import ChromaFamily
 from adatsq_trt.models.family import Family
 from adatsq_trt.models.flux import FluxFamily
 from adatsq_trt.models.flux_images import FluxFillFamily, FluxKontextFamily
+from adatsq_trt.models.ltx import LTXFamily
 from adatsq_trt.models.qwen_image import QwenImageFamily
 from adatsq_trt.models.stable_diffusion_3 import StableDiffusion3Family
 from adatsq_trt.models.wan import WanFamily
@@ -26,6 +27,7 @@ _FAMILIES: list[Family] = [
     FluxFillFamily(),
     WanImageFamily(),
     ChromaFamily(),
+    LTXFamily(),
 ]
 
 

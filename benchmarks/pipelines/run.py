@@ -14,7 +14,7 @@ import logging
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from adatsq_trt.schedule import DPM, EULER, HEUN, UNIPC, calls_per_step
 from adatsq_trt.settings import PipelineSettings
 from adatsq_trt.solver import Denoising, Solver, euler_updates
 from benchmarks.document import replace_marked
+from tests import tiny_ltx
 from tests.tiny_checkpoints import (
     HEIGHT,
     WIDTH,
@@ -78,9 +79,11 @@ class Case:
     guidance_2: float | None = None
 
     @property
-    def is_video(self) -> bool:
-        """Whether frames are asked for."""
-        return self.make in VIDEO_PIPELINES
+    def canvas(self) -> Canvas:
+        """Size of the picture or video."""
+        if self.make is tiny_ltx.make_ltx_pipeline:
+            return Canvas(tiny_ltx.HEIGHT, tiny_ltx.WIDTH, tiny_ltx.FRAMES)
+        return Canvas(HEIGHT, WIDTH, FRAMES if self.make in VIDEO_PIPELINES else None)
 
     @property
     def prompts(self) -> tuple[int, ...]:
@@ -93,7 +96,7 @@ class Case:
         if self.make is make_qwen_image_pipeline:
             return {"true_cfg_scale": self.pipeline_guidance, "negative_prompt": [""] * len(PROMPTS)}
         second = {} if self.guidance_2 is None else {"guidance_scale_2": self.guidance_2}
-        frames = {"num_frames": FRAMES} if self.is_video else {}
+        frames = {} if self.canvas.frames is None else {"num_frames": self.canvas.frames}
         return {"guidance_scale": self.pipeline_guidance, **second, **frames}
 
 
@@ -142,6 +145,8 @@ CASES = {
     "Stable Diffusion 3.5, DPM-Solver++": Case(make_stable_diffusion_3_pipeline, 8, DPM, SHIFTED),
     "Chroma, its own": Case(make_chroma_pipeline, 8),
     "Chroma, Euler with beta sigmas": Case(make_chroma_pipeline, 8, EULER, {"use_beta_sigmas": True}),
+    "LTX-Video, its own": Case(tiny_ltx.make_ltx_pipeline, 8),
+    "LTX-Video, Euler without dynamic shift": Case(tiny_ltx.make_ltx_pipeline, 8, EULER, {"shift": 3.0}),
     "Flux Kontext, its own": Case(make_kontext_pipeline, 8),
     "Flux Fill, its own": Case(make_fill_pipeline, 8, guidance=30.0, pipeline_guidance=30.0),
     "Wan image to video, its own": Case(make_wan_image_pipeline, 8),
@@ -213,9 +218,7 @@ def measure(name: str) -> Row:
 
 def _samples(case: Case, folder: Path, scheduler: str) -> tuple[Samples, dict[str, Any]]:
     """Samples of the saved pipeline, as a run would calibrate on them, and the image that the pipeline is shown."""
-    settings = PipelineSettings(
-        path=str(folder), height=HEIGHT, width=WIDTH, frames=FRAMES if case.is_video else None, prompts=PROMPTS
-    )
+    settings = PipelineSettings(path=str(folder), prompts=PROMPTS, **asdict(case.canvas))
     opened = open_pipeline(settings)
     adapter = opened.load(opened.encode(lambda: None)).adapter
     calls = calls_per_step(scheduler)
@@ -245,8 +248,8 @@ def _pipelines_latents(case: Case, pipe: DiffusionPipeline, samples: Samples, sh
             part.eval()
     latents: Tensor = pipe(
         prompt=[PROMPTS[index] for index in samples.prompts],
-        height=HEIGHT,
-        width=WIDTH,
+        height=case.canvas.height,
+        width=case.canvas.width,
         num_inference_steps=case.steps,
         latents=samples.noise(),
         output_type="latent",

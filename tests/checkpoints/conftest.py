@@ -17,6 +17,7 @@ from tests.tiny_checkpoints import (
     make_z_image_pipeline,
 )
 from tests.tiny_chroma import make_chroma_pipeline
+from tests.tiny_ltx import make_ltx_pipeline
 from tests.tiny_qwen_image import make_qwen_image_pipeline
 from tests.tiny_stable_diffusion_3 import make_stable_diffusion_3_pipeline
 
@@ -84,6 +85,11 @@ def saved_stable_diffusion_3(save: Saved) -> Path:
 @pytest.fixture(scope="session")
 def saved_chroma(save: Saved) -> Path:
     return save(make_chroma_pipeline, "tiny-chroma")
+
+
+@pytest.fixture(scope="session")
+def saved_ltx(save: Saved) -> Path:
+    return save(make_ltx_pipeline, "tiny-ltx")
 
 
 @pytest.fixture

@@ -98,6 +98,12 @@ TRANSFORMER, INDEX, VAE = "transformer/config.json", "model_index.json", "vae/co
         ("chroma", TRANSFORMER, {"patch_size": 2}, "patch_size is 2, expected 1"),
         ("chroma", TRANSFORMER, {"in_channels": 128, "out_channels": 64}, "in_channels 128 and out_channels 64"),
         ("chroma", VAE, {"latent_channels": 4}, "in_channels 64, the VAE .* has latent_channels 4, which makes 16"),
+        ("ltx", TRANSFORMER, {"patch_size_t": 2}, "patch_size_t is 2, expected 1"),
+        ("ltx", TRANSFORMER, {"in_channels": 32}, "in_channels 32 and out_channels 16: it takes a picture"),
+        ("ltx", VAE, {"latent_channels": 4}, "in_channels 16, the VAE .* has latent_channels 4, which makes 4"),
+        ("ltx", VAE, {"patch_size": 2}, "a cell of the VAE is 16 pixels and 8 frames, expected 32 and 8"),
+        ("ltx", VAE, {"temporal_compression_ratio": 4}, "a cell of the VAE is 32 pixels and 4 frames"),
+        ("ltx", VAE, {"decoder_inject_noise": [True, False]}, "this VAE draws noise while it decodes, which is not"),
         ("z_image", TRANSFORMER, {"all_patch_size": [2, 4]}, r"all_patch_size is \[2, 4\], expected \[2\]"),
     ],
 )

@@ -12,6 +12,7 @@ from diffusers import (
     ChromaPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
+    LTXPipeline,
     QwenImagePipeline,
     StableDiffusion3Pipeline,
     WanPipeline,
@@ -33,6 +34,8 @@ from tests.lora_dialects import (
     CHROMA,
     FLUX,
     FLUX_QKV,
+    LTX,
+    LTX_Q,
     QWEN_IMAGE,
     QWEN_Q,
     RANK,
@@ -61,6 +64,7 @@ PIPELINES = {
     QWEN_IMAGE: QwenImagePipeline,
     STABLE_DIFFUSION_3: StableDiffusion3Pipeline,
     CHROMA: ChromaPipeline,
+    LTX: LTXPipeline,
 }
 SCALE = 0.7
 
@@ -75,6 +79,7 @@ def saved(request: pytest.FixtureRequest) -> Callable[[Family], Path]:
         QWEN_IMAGE: "saved_qwen_image",
         STABLE_DIFFUSION_3: "saved_stable_diffusion_3",
         CHROMA: "saved_chroma",
+        LTX: "saved_ltx",
     }
     shown = {
         "FluxKontextPipeline": "saved_kontext",
@@ -134,7 +139,7 @@ def test_dialects_that_are_read(
 @pytest.mark.parametrize("kind", families(), ids=lambda kind: kind.pipeline)
 def test_alpha_of_any_type(saved: Callable[[Family], Path], tmp_path: Path, kind: Family, alpha: Tensor) -> None:
     paths = {FLUX: FLUX_QKV[0], Z_IMAGE: Z_QKV[0], WAN: WAN_Q, QWEN_IMAGE: QWEN_Q, STABLE_DIFFUSION_3: SD3_Q}
-    paths |= {CHROMA: FLUX_QKV[0]}
+    paths |= {CHROMA: FLUX_QKV[0], LTX: LTX_Q}
     path = next(path for own, path in paths.items() if own.transformer == kind.transformer)
     for spelling in (AB, {}):
         tensors, deltas = named(f"transformer.{path}", path, 2.0, **spelling)

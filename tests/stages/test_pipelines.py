@@ -11,8 +11,9 @@ from diffusers import DiffusionPipeline
 import adatsq_trt
 from adatsq_trt.engines.runtime import Bundle, Conditioning
 from adatsq_trt.engines.transformer import AdatsqTransformer
-from adatsq_trt.errors import MismatchError
+from adatsq_trt.errors import MismatchError, UserError
 from adatsq_trt.schedule import UNIPC
+from tests import tiny_ltx
 from tests.tiny_checkpoints import HEIGHT, WIDTH, make_wan_pipeline, make_z_image_pipeline
 from tests.tiny_chroma import make_chroma_pipeline
 from tests.tiny_qwen_image import make_qwen_image_pipeline
@@ -42,7 +43,7 @@ def distance(ours: np.ndarray, wanted: np.ndarray) -> float:
 def run(pipe: DiffusionPipeline, prompt: list[str] | None, noise: np.ndarray, **options: Any) -> np.ndarray:
     """The latents that a pipeline ends with."""
     latents = torch.from_numpy(noise)
-    result = pipe(prompt, latents=latents, output_type="latent", return_dict=False, **SIZE, **options)[0]
+    result = pipe(prompt, latents=latents, output_type="latent", return_dict=False, **{**SIZE, **options})[0]
     return np.asarray(result.numpy())
 
 
@@ -190,3 +191,35 @@ def test_a_chroma_from_pipeline_to_bundle_and_back(tmp_path: Path) -> None:
             run(pipe, None, noise[:1], **encoded, **masks, **request)
         with pytest.raises(MismatchError, match=r"got torch.float32 of \[1, 268\], .* with max_sequence_length=512"):
             run(pipe, [CAPTIONS[0]], noise[:1], max_sequence_length=256, **request)
+
+
+def test_an_ltx_video_from_pipeline_to_bundle_and_back(tmp_path: Path) -> None:
+    """Captions of several lengths in one bundle, each alone in the pipeline; another frame rate is refused there."""
+    pipe = quiet(tiny_ltx.make_ltx_pipeline())
+    size: dict[str, Any] = {"height": tiny_ltx.HEIGHT, "width": tiny_ltx.WIDTH}
+    options = {"target": "cpu", "steps": 2, "guidance": 4.0, "prompts": CAPTIONS, "negative_prompt": "a green"}
+    options |= {**size, "frames": tiny_ltx.FRAMES, **EFFORT, "calibration_samples": len(CAPTIONS)}
+    with adatsq_trt.build(pipe, output=tmp_path / "run", **options) as bundle:
+        noise, conditioning = bundle.noise([1, 2, 3]), bundle.conditioning([0, 1, 2])
+        assert tuple(conditioning.conditional["encoder_attention_mask"].sum(axis=1)) == tuple(n - 1 for n in LENGTHS)
+        together = bundle.denoise(noise, conditioning, quantized=False)
+        request = {"num_inference_steps": 2, "guidance_scale": 4.0, "num_frames": tiny_ltx.FRAMES, **size}
+        for index, caption in enumerate(CAPTIONS):
+            own = noise[index : index + 1]
+            wanted = run(pipe, [caption], own, negative_prompt=["a green"], **request)
+            assert distance(together[index : index + 1], wanted) < 1e-4
+            for other in ({}, {"negative_prompt": ["a green"], "frame_rate": 12}):
+                assert distance(together[index : index + 1], run(pipe, [caption], own, **request, **other)) > 1e-3
+        quantized = bundle.denoise(noise, conditioning)
+        pipe.transformer = AdatsqTransformer.from_bundle(bundle, pipe.scheduler)
+        request |= {"negative_prompt": ["a green"] * 3}
+        assert distance(run(pipe, list(CAPTIONS), noise, **request), quantized) < 1e-4
+        assert distance(run(pipe, list(CAPTIONS), noise, guidance_rescale=0.7, **request), quantized) > 1e-3
+        for changes, message in (
+            ({"frame_rate": 24}, r"rope_interpolation_scale: got .*exported for \[0.32, 32.0, 32.0\]; .*frame_rate"),
+            ({"height": 64, "width": 96}, r"num_frames, height, width: got \(2, 2, 3\), .* exported for \(2, 3, 2\)"),
+            ({"attention_kwargs": {"scale": 0.5}}, "argument 'attention_kwargs' of the transformer: a bundle takes"),
+            ({"max_sequence_length": 64}, "input 'encoder_hidden_states': got"),
+        ):
+            with pytest.raises(UserError, match=message):
+                run(pipe, list(CAPTIONS), noise, **{**request, **changes})

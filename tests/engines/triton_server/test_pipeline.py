@@ -20,6 +20,7 @@ from adatsq_trt.engines.triton_server.pipeline import PIPELINE_NAME, Pipeline, p
 from adatsq_trt.engines.triton_server.repository import Deployment, write_repository
 from adatsq_trt.engines.triton_server.requests import read_request
 from adatsq_trt.errors import DamagedFileError, DependencyError, MismatchError, MissingFileError, UserError
+from tests import tiny_ltx
 from tests.served_pipelines import MAKERS, SavedPipeline, save_and_build
 from tests.tiny_checkpoints import HEIGHT, WIDTH
 
@@ -86,6 +87,11 @@ def encode_chroma(pipe: Any) -> dict[str, Tensor]:
     return {"encoder_hidden_states": tokens, "attention_mask": mask}
 
 
+def encode_ltx(pipe: Any) -> dict[str, Tensor]:
+    tokens, mask, *_ = pipe.encode_prompt(TEXT, do_classifier_free_guidance=False)
+    return {"encoder_hidden_states": tokens, "encoder_attention_mask": mask.bfloat16()}
+
+
 def encode_wan(pipe: Any) -> dict[str, Tensor]:
     tokens, _ = pipe.encode_prompt(TEXT, do_classifier_free_guidance=False, max_sequence_length=512)
     return {"encoder_hidden_states": tokens}
@@ -105,6 +111,12 @@ def decode_qwen_image(pipe: Any, latents: Tensor) -> Tensor:
     return decode_wan(pipe, unpacked)[:, 0]  # a video of one frame
 
 
+def decode_ltx(pipe: Any, latents: Tensor) -> Tensor:
+    planes = pipe._unpack_latents(latents, 2, tiny_ltx.HEIGHT // 32, tiny_ltx.WIDTH // 32)
+    own = (pipe.vae.latents_mean, pipe.vae.latents_std, pipe.vae.config.scaling_factor)
+    return pipe.vae.decode(pipe._denormalize_latents(planes, *own).bfloat16())[0].permute(0, 2, 3, 4, 1)
+
+
 def decode_wan(pipe: Any, latents: Tensor) -> Tensor:
     config = pipe.vae.config
     mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
@@ -118,6 +130,7 @@ ENCODE = {
     "qwen_image": encode_qwen_image,
     "stable_diffusion_3": encode_stable_diffusion_3,
     "chroma": encode_chroma,
+    "ltx": encode_ltx,
 }
 DECODE = {
     "flux": decode_flux,
@@ -126,6 +139,7 @@ DECODE = {
     "qwen_image": decode_qwen_image,
     "stable_diffusion_3": decode_z_image,
     "chroma": decode_flux,
+    "ltx": decode_ltx,
 }
 
 
