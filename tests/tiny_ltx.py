@@ -19,7 +19,7 @@ CHANNELS = 16
 
 
 def make_transformer(layers: int = 2, channels: int = CHANNELS) -> LTXVideoTransformer3DModel:
-    """As wide as its quantized layers need; as of LTX-Video itself, the width is no multiple of 6, which pads rotations."""
+    """As wide as its quantized layers need; as in LTX-Video, a width that is no multiple of 6 pads the rotations."""
     return LTXVideoTransformer3DModel(
         in_channels=channels,
         out_channels=channels,

@@ -108,7 +108,7 @@ class ChromaTrace(nn.Module):
         model = self.transformer
         image, text = model.x_embedder(latent), model.context_embedder(condition)
         modulation = model.distilled_guidance_layer(self._modulation_inputs(timestep).type_as(image))
-        mask = functional.pad(mask, (0, latent.shape[1]), value=1.0)
+        mask = functional.pad(mask, (0, latent.shape[1]), value=1.0).type_as(image)
         both = torch.cat([self.text_rotations, rotations]).chunk(2, dim=-1)
         # First those of the single blocks, then the image's of the others, then the text's, then the last norm's.
         single, double = model.single_transformer_blocks, model.transformer_blocks

@@ -142,7 +142,7 @@ class LTXTrace(nn.Module):
         embedding = model.time_embed.emb.timestep_embedder(self._time(timestep).type_as(tokens))[:, None]
         modulation = model.time_embed.linear(model.time_embed.silu(embedding))
         both = (rotations[:1], rotations[1:])
-        hidden = ((1 - mask) * _HIDDEN)[:, None, None]
+        hidden = ((1 - mask) * _HIDDEN).type_as(tokens)[:, None, None]
         for block in model.transformer_blocks:
             tokens = block(tokens, text, modulation, both, hidden)
         shift, scale = (model.scale_shift_table + embedding).chunk(2, dim=1)
