@@ -32,7 +32,8 @@ class TextCall(BaseModel):
     Attributes:
         pipeline: diffusers' class of the pipeline.
         arguments: of `encode_prompt`, beside the prompt and the device.
-        outputs: graph input → index into what `encode_prompt` returns; tokens first, then a pooled projection.
+        outputs: graph input → index into what `encode_prompt` returns; tokens first, then a pooled projection
+            or a mask.
         library: that the pipeline reads prompts with; without it they would be encoded differently, or not at all.
         files: of the text encoders and tokenizers, and the pipeline's index: path in its folder → sha256.
     """
@@ -53,7 +54,9 @@ class TextCall(BaseModel):
             prompt: what is too long for an encoder is cut off, as the pipeline does.
 
         Returns:
-            A tensor for each of `outputs`, in the encoders' type: tokens [tokens, width], pooled [width].
+            A tensor for each of `outputs`, in the encoders' type: tokens [tokens, width], pooled [width] or a mask
+            [tokens].
         """
         returned = pipe.encode_prompt(prompt=prompt, device=pipe.device, **self.arguments)
-        return {name: returned[index][0] for name, index in self.outputs.items()}
+        tokens, *others = (returned[index][0] for index in self.outputs.values())
+        return dict(zip(self.outputs, (tokens, *(other.type_as(tokens) for other in others)), strict=True))

@@ -32,8 +32,12 @@ class TransformerCall(BaseModel):
             batch or not: zero, row, column, and zeros from there on.
         position_axes: numbers of a position.
         grids: the argument that lists, for each row, the frames, rows and columns of its latents' tokens.
+        sides: the arguments that say how many frames, rows and columns the latents' tokens have.
+        numbers: argument → the numbers that it has to have, which the graph's constants were computed with.
         masks: graph input → the argument that says which of its tokens there are, [rows, tokens]; None for all. These
             inputs may be shorter than the graph's, where they end in zeros.
+        ones_behind: graph inputs [rows, tokens of a text] behind which the argument has a one for each token of the
+            latents: numbers by which queries and keys are weighed.
         zeros: arguments that are zero throughout, such as the positions of a text.
         counted: positions of a text that count its tokens in their last number: 0, 1, 2; their others are zero.
         listed: rows come and go in lists. Rows of a condition that are shorter than the graph's end in zeros there.
@@ -52,7 +56,10 @@ class TransformerCall(BaseModel):
     positions: str | None = None
     position_axes: Annotated[int, Field(ge=3)] = 3
     grids: str | None = None
+    sides: tuple[str, ...] = ()
+    numbers: dict[str, tuple[FiniteFloat, ...]] = {}
     masks: dict[str, str] = {}
+    ones_behind: tuple[str, ...] = ()
     zeros: tuple[str, ...] = ()
     counted: tuple[str, ...] = ()
     listed: bool = False
@@ -64,7 +71,7 @@ class TransformerCall(BaseModel):
     def required(self) -> tuple[str, ...]:
         """Arguments that every call has."""
         places = (name for name in (self.positions, self.grids) if name is not None)
-        return (*self.inputs.values(), self.time, *places)
+        return (*self.inputs.values(), self.time, *places, *self.sides, *self.numbers)
 
     @property
     def followed(self) -> set[str]:
@@ -76,6 +83,8 @@ class TransformerCall(BaseModel):
         unknown = self.followed - {*self.arguments, RETURN_DICT}
         if unknown:
             raise ValueError(f"'{min(unknown)}' is none of the arguments {', '.join(self.arguments)}")
+        if set(self.ones_behind) - self.inputs.keys():
+            raise ValueError(f"ones_behind {self.ones_behind}, expected graph inputs: {', '.join(self.inputs)}")
         if self.masks.keys() - self.inputs.keys():
             raise ValueError(f"masks of {', '.join(self.masks)}, expected of graph inputs: {', '.join(self.inputs)}")
         several = {name for name, count in Counter(self.inputs.values()).items() if count > 1}

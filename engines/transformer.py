@@ -185,9 +185,16 @@ class AdatsqTransformer(nn.Module):
         call = self.call
         argument = call.inputs[name]
         value: Any = self._part(name, given[argument]) if argument in call.joined else given[argument]
+        latents: Any = given[call.inputs[self.bundle.latent_input]]
         if call.listed:
             return self._rows(name, value)
-        return self._masked(name, value, given.get(call.masks[name])) if name in call.masks else value
+        if name in call.ones_behind:
+            return self._weights(name, value, len(latents[0]))
+        if name in call.masks:
+            return self._masked(name, value, given.get(call.masks[name]))
+        # Such as a mask of booleans, which the graph takes as numbers.
+        number: Tensor = value if value.is_floating_point() else value.type_as(latents)
+        return number
 
     def _part(self, name: str, whole: Tensor) -> Tensor:
         """An input's part of an argument in which several follow each other, such as the latents and an image's."""
@@ -224,9 +231,28 @@ class AdatsqTransformer(nn.Module):
             self._masks[tokens] = mask
         return functional.pad(own, (0, 0, 0, length - tokens.shape[1]))
 
+    def _weights(self, name: str, weights: Tensor, latents: int) -> Tensor:
+        """A text's part [rows, T] of weights that are ones for the tokens of the latents behind it."""
+        length = self._tokens(name)
+        if weights not in self._masks:
+            behind = weights[:, length:]
+            if not weights.is_floating_point() or behind.shape[1] != latents or not bool((behind == 1).all()):
+                raise MismatchError(
+                    f"{self.call.inputs[name]}: got {weights.dtype} of {list(weights.shape)}, the bundle was exported "
+                    f"for floating-point numbers of {length} tokens of a text with ones for the {latents} of a picture "
+                    f"behind them; call the pipeline with max_sequence_length={length}, and with its own masks: "
+                    "booleans hide tokens, numbers are added"
+                )
+            self._masks[weights] = None
+        return weights[:, :length]
+
+    def _tokens(self, name: str) -> int:
+        """Tokens of an input of the graph."""
+        return next(int(signature.shape[1]) for signature in self.bundle.inputs if signature.name == name)
+
     def _length(self, name: str, longest: int) -> int:
         """Tokens of an input of the graph, which are enough."""
-        length = next(int(signature.shape[1]) for signature in self.bundle.inputs if signature.name == name)
+        length = self._tokens(name)
         if longest > length:
             shorter = "" if self.bundle.manifest.image_texts else f"max_sequence_length={length} or "
             raise MismatchError(
@@ -261,8 +287,12 @@ class AdatsqTransformer(nn.Module):
                 raise MismatchError(
                     f"{name}: got positions that do not count a text's tokens from zero; leave them out"
                 )
+        for name, numbers in call.numbers.items():
+            self._require_numbers(name, given[name], numbers)
         if call.grids is not None:
             return self._shape_of_grids(given[call.grids])
+        if call.sides:
+            return self._shape_of_sides(tuple(int(given[name]) for name in call.sides))
         if call.positions is None:
             return None
         positions = self._read(given[call.positions])
@@ -296,6 +326,25 @@ class AdatsqTransformer(nn.Module):
         raise MismatchError(
             f"{self.call.grids}: got {given}, the bundle was exported for {images} of {self._grids} tokens in each "
             f"row; call the pipeline with that height and width{self._names}"
+        )
+
+    def _require_numbers(self, name: str, given: Any, numbers: Sequence[float]) -> None:
+        """Refuse other numbers than those that the graph's constants were computed with."""
+        values = torch.as_tensor(given, dtype=torch.float64)
+        if values.shape != (len(numbers),) or not torch.allclose(values, values.new_tensor(numbers), rtol=1e-6, atol=0):
+            raise MismatchError(
+                f"{name}: got {values.tolist()}, the bundle was exported for {list(numbers)}; call the pipeline with "
+                "what decides it, such as frame_rate, as it is unless given"
+            )
+
+    def _shape_of_sides(self, sides: tuple[int, ...]) -> ShapeRecord:
+        """The size of latents that have so many frames, rows and columns of tokens."""
+        known = {(shape.image.shape.frames or 1, *shape.image.shape.grid): shape for shape in self._shapes}
+        if sides in known:
+            return known[sides]
+        names, wanted = ", ".join(self.call.sides), " and ".join(map(str, known))
+        raise MismatchError(
+            f"{names}: got {sides}, the bundle was exported for {wanted}; call the pipeline with that size{self._names}"
         )
 
     @property

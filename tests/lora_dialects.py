@@ -15,6 +15,7 @@ _BY_NAME = {kind.pipeline: kind for kind in families()}
 FLUX, Z_IMAGE, WAN = (_BY_NAME[name] for name in ("FluxPipeline", "ZImagePipeline", "WanPipeline"))
 QWEN_IMAGE, STABLE_DIFFUSION_3 = (_BY_NAME[name] for name in ("QwenImagePipeline", "StableDiffusion3Pipeline"))
 FLUX_2, FLUX_2_KLEIN = (_BY_NAME[name] for name in ("Flux2Pipeline", "Flux2KleinPipeline"))
+CHROMA, LTX = (_BY_NAME[name] for name in ("ChromaPipeline", "LTXPipeline"))
 RANK, WIDTH = 4, 64
 Tensors = dict[str, Tensor]
 
@@ -239,6 +240,22 @@ def fal_flux_2_klein() -> tuple[Tensors, Tensors]:
     return named("base_model.model.double_blocks.0.img_attn.proj", "transformer_blocks.0.attn.to_out.0", **AB)
 
 
+LTX_Q = "transformer_blocks.0.attn1.to_q"
+
+
+def peft_ltx() -> tuple[Tensors, Tensors]:
+    """As diffusers saves it, with both attentions of a block."""
+    second = "transformer_blocks.0.attn2.to_out.0"
+    return merge(named(f"transformer.{LTX_Q}", LTX_Q, **AB), named(f"transformer.{second}", second, **AB))
+
+
+def comfy_ltx() -> tuple[Tensors, Tensors]:
+    """As the authors' own trainer saves it."""
+    return merge(
+        *(named(f"diffusion_model.{path}", path, 2.0, **AB) for path in (LTX_Q, LTX_Q.replace("attn1", "attn2")))
+    )
+
+
 READ: dict[str, tuple[Family, Callable[[], tuple[Tensors, Tensors]]]] = {
     "diffusers' names with alpha": (FLUX, diffusers_with_alpha),
     "kohya sd-scripts, Flux": (FLUX, kohya_flux),
@@ -264,6 +281,12 @@ READ: dict[str, tuple[Family, Callable[[], tuple[Tensors, Tensors]]]] = {
     "ai-toolkit, FLUX.2": (FLUX_2, ai_toolkit_flux_2),
     "kohya sd-scripts, FLUX.2": (FLUX_2, kohya_flux_2),
     "fal's trainer, FLUX.2 klein": (FLUX_2_KLEIN, fal_flux_2_klein),
+    "diffusers' names, Chroma": (CHROMA, diffusers_with_alpha),
+    "kohya sd-scripts, Chroma": (CHROMA, kohya_flux),
+    "authors' names with dots (ComfyUI), Chroma": (CHROMA, authors_flux_with_dots),
+    "OneTrainer, Chroma": (CHROMA, one_trainer_flux),
+    "diffusers' names, LTX-Video": (LTX, peft_ltx),
+    "ComfyUI, LTX-Video": (LTX, comfy_ltx),
 }
 # Dialects that are also tested with pipelines which take an image and share a transformer with one of these.
 SHOWN: tuple[tuple[str, Family], ...] = tuple(

@@ -20,7 +20,13 @@ from adatsq_trt.checkpoints.encodings import read_encodings
 from adatsq_trt.checkpoints.images import PREFIX, ImageSet, encode_images, load_image_pipeline
 from adatsq_trt.checkpoints.lora import Lora, fuse, parse_lora
 from adatsq_trt.checkpoints.prompts import encode_prompts
-from adatsq_trt.checkpoints.requirements import fitting_canvas, require_configs, require_images, require_named
+from adatsq_trt.checkpoints.requirements import (
+    fitting_canvas,
+    require_configs,
+    require_images,
+    require_named,
+    require_prompts,
+)
 from adatsq_trt.checkpoints.schedulers import make_scheduler, require_schedule
 from adatsq_trt.checkpoints.single_file import convert, require_layout, transformer_weights
 from adatsq_trt.checkpoints.source import INDEX, Source, find_source
@@ -439,6 +445,7 @@ def open_source(
     opened = make(settings, tuple(parse_lora(text) for text in settings.loras))
     require_configs(source)
     require_named(source, opened.loras)
+    require_prompts(source.family, settings)
     source.family.require_libraries()
     source.family.require_supported(opened._config, source.config, source.folder)
     outline = opened._outline

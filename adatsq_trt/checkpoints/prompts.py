@@ -95,7 +95,8 @@ def encode_prompts(
     Returns:
         "tokens" [prompts + 1, tokens, width] and "pooled" [prompts + 1, width], the negative prompt last, in the type
         that the encoders have on disk (bfloat16 for 16 bits). Short prompts are filled up with zeros. With images
-        there are 2 * prompts of each: the negative prompt with each image.
+        there are 2 * prompts of each: the negative prompt with each image. Where a pipeline makes a mask of each prompt,
+        "pooled" is that, [prompts + 1, tokens].
 
     Raises:
         DamagedFileError: diffusers or transformers cannot load a part, or encodings that say nothing of the prompts.
@@ -199,6 +200,8 @@ def _require_distinct(
     last = f"'{prompts[-1]}'" if prompts[-1] else "the empty one"
     digests = [list(map(_digest, values)) for values in (tokens, pooled)]
     for part, values, own in zip(("tokens", "pooled projections"), (tokens, pooled), digests, strict=True):
+        if values is pooled and source.family.text_mask:
+            continue  # prompts of one length have one mask
         if len(set(own)) == 1 < len(set(prompts)) and values[0].numel():
             raise DamagedFileError(
                 f"'{source.folder}': the prompts, '{prompts[0]}' and {last} among them, all have the same "

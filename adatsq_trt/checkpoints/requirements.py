@@ -67,6 +67,19 @@ def require_named(source: Source, loras: Sequence[Lora]) -> None:
             )
 
 
+def require_prompts(family: Family, settings: PipelineSettings) -> None:
+    """Refuse encodings of a text where they are not all that the transformer is given of it.
+
+    Raises:
+        UserError: encodings for a family whose pipeline makes masks.
+    """
+    if family.text_mask and settings.encodings is not None:
+        raise UserError(
+            f"--encodings '{settings.encodings}': a {family.pipeline} gives its transformer a mask of its own beside "
+            "the tokens, which such a file cannot hold; give the prompts instead (--prompts)"
+        )
+
+
 def require_images(family: Family, settings: PipelineSettings, images: ImageSet, canvas: Canvas) -> None:
     """Refuse images that the pipeline does not take, and say which are not drawn.
 

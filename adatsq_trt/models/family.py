@@ -71,7 +71,8 @@ class Family(ABC):
         text_tokens: most tokens of a prompt.
         text_library: library that the pipeline reads prompts with: one that cleans them, or that its processor needs.
         text_outputs: graph input → index into what the pipeline's `encode_prompt` returns; tokens first, then a pooled
-            projection.
+            projection or a mask.
+        text_mask: whether the second of these is a mask, a number for each token, instead of a pooled projection.
         text_options: arguments of `encode_prompt` beside the prompt, the device and `max_sequence_length`.
         token_multiple: prompts are filled up with zeros to a multiple of so many tokens.
         patch: cells of the VAE's latent along one side of a token.
@@ -95,6 +96,7 @@ class Family(ABC):
     text_tokens: int = 512
     text_library: str | None = None
     text_outputs: ClassVar[Mapping[str, int]] = {"encoder_hidden_states": 0}
+    text_mask: bool = False
     text_options: ClassVar[Mapping[str, JsonValue]] = {}
     token_multiple: int = 1
     patch: int = 2
@@ -199,9 +201,10 @@ class Family(ABC):
         return self.adapter.model_class.__name__
 
     def widths(self, config: Mapping[str, Any]) -> tuple[int, int]:
-        """Width of a text token and of the pooled projection (0: none), from the transformer's configuration."""
+        """Width of a text token and of the pooled projection or mask, or 0, from the transformer's configuration."""
         pooled = self.adapter.pooled_width
-        return config[self.adapter.text_width], 0 if pooled is None else config[pooled]
+        beside = self.text_tokens if self.text_mask else 0
+        return config[self.adapter.text_width], beside if pooled is None else config[pooled]
 
     def load_pipeline_class(self) -> Any:
         """The pipeline's class."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel, ModelMixin
 from diffusers.models.embeddings import Timesteps
 from pydantic import JsonValue
 from torch import Tensor, nn
@@ -164,16 +164,21 @@ class TabledTimesteps(nn.Module):
 
     def __init__(self, own: Timesteps) -> None:
         super().__init__()
-        assert own.flip_sin_to_cos
-        assert own.scale == 1
-        half = own.num_channels // 2
-        exponents = -math.log(10_000) * torch.arange(half, dtype=torch.float32) / (half - own.downscale_freq_shift)
-        self.register_buffer("frequencies", torch.exp(exponents), persistent=False)
+        self.register_buffer("frequencies", time_frequencies(own), persistent=False)
 
     def forward(self, timesteps: Tensor) -> Tensor:
         """Cosines, then sines, float32 [B, channels], of times or scales [B]."""
         angles = timesteps[:, None].float() * self.frequencies
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def time_frequencies(own: Timesteps) -> Tensor:
+    """Of diffusers' sines and cosines of a time, float32 [channels / 2]."""
+    assert own.flip_sin_to_cos
+    assert own.scale == 1
+    half = own.num_channels // 2
+    exponents = -math.log(10_000) * torch.arange(half, dtype=torch.float32) / (half - own.downscale_freq_shift)
+    return torch.exp(exponents)
 
 
 class FluxAnySizeTrace(FluxTrace):
@@ -210,7 +215,7 @@ class _Halves(nn.Module):
         return cosines, sines
 
 
-def rotations(transformer: FluxTransformer2DModel, ids: Tensor) -> Tensor:
+def rotations(transformer: ModelMixin, ids: Tensor) -> Tensor:
     """Cosines, then sines, of the angles of every position, float32 [positions, 2 * attention head's width]."""
     return torch.cat(transformer.pos_embed(ids), dim=-1)
 

@@ -33,6 +33,7 @@ from adatsq_trt.schedule import DPM, EULER, HEUN, UNIPC, Spacing, calls_per_step
 from adatsq_trt.settings import PipelineSettings
 from adatsq_trt.solver import Denoising, Solver, euler_updates
 from benchmarks.document import replace_marked
+from tests import tiny_ltx
 from tests.tiny_checkpoints import (
     HEIGHT,
     WIDTH,
@@ -43,6 +44,7 @@ from tests.tiny_checkpoints import (
     make_wan_pipeline,
     make_z_image_pipeline,
 )
+from tests.tiny_chroma import make_chroma_pipeline
 from tests.tiny_flux_2 import (
     make_distilled_klein_pipeline,
     make_flux_2_pipeline,
@@ -87,15 +89,12 @@ class Case:
     sigmas: tuple[float, ...] = ()
 
     @property
-    def is_video(self) -> bool:
-        """Whether frames are asked for."""
-        return self.make in VIDEO_PIPELINES
-
-    @property
     def canvas(self) -> Canvas:
-        """Size that is drawn."""
+        """Size of the picture or video."""
+        if self.make is tiny_ltx.make_ltx_pipeline:
+            return Canvas(tiny_ltx.HEIGHT, tiny_ltx.WIDTH, tiny_ltx.FRAMES)
         height, width = (SIDE, SIDE) if self.make in EDIT_PIPELINES else (HEIGHT, WIDTH)
-        return Canvas(height, width, FRAMES if self.is_video else None)
+        return Canvas(height, width, FRAMES if self.make in VIDEO_PIPELINES else None)
 
     @property
     def prompts(self) -> tuple[int, ...]:
@@ -108,7 +107,7 @@ class Case:
         if self.make in (make_qwen_image_pipeline, *EDIT_PIPELINES):
             return {"true_cfg_scale": self.pipeline_guidance, "negative_prompt": [""] * len(self.prompts)}
         second = {} if self.guidance_2 is None else {"guidance_scale_2": self.guidance_2}
-        frames = {"num_frames": FRAMES} if self.is_video else {}
+        frames = {} if self.canvas.frames is None else {"num_frames": self.canvas.frames}
         return {"guidance_scale": self.pipeline_guidance, **second, **frames}
 
 
@@ -160,6 +159,10 @@ CASES = {
     "Stable Diffusion 3.5, its own": Case(make_stable_diffusion_3_pipeline, 8),
     "Stable Diffusion 3.5, UniPC": Case(make_stable_diffusion_3_pipeline, 8, UNIPC, SHIFTED),
     "Stable Diffusion 3.5, DPM-Solver++": Case(make_stable_diffusion_3_pipeline, 8, DPM, SHIFTED),
+    "Chroma, its own": Case(make_chroma_pipeline, 8),
+    "Chroma, Euler with beta sigmas": Case(make_chroma_pipeline, 8, EULER, {"use_beta_sigmas": True}),
+    "LTX-Video, its own": Case(tiny_ltx.make_ltx_pipeline, 8),
+    "LTX-Video, Euler without dynamic shift": Case(tiny_ltx.make_ltx_pipeline, 8, EULER, {"shift": 3.0}),
     "Flux Kontext, its own": Case(make_kontext_pipeline, 8),
     "Flux Kontext, UniPC": Case(make_kontext_pipeline, 8, UNIPC, SHIFTED),
     "Flux Fill, its own": Case(make_fill_pipeline, 8, **FILL),

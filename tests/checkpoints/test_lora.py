@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import (
+    ChromaPipeline,
     Flux2KleinPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
+    LTXPipeline,
     QwenImagePipeline,
     StableDiffusion3Pipeline,
     WanPipeline,
@@ -30,10 +32,13 @@ from adatsq_trt.models.families import families
 from adatsq_trt.models.family import Family
 from tests.lora_dialects import (
     AB,
+    CHROMA,
     FLUX,
     FLUX_2,
     FLUX_2_KLEIN,
     FLUX_QKV,
+    LTX,
+    LTX_Q,
     QWEN_IMAGE,
     QWEN_Q,
     RANK,
@@ -63,6 +68,8 @@ PIPELINES = {
     QWEN_IMAGE: QwenImagePipeline,
     STABLE_DIFFUSION_3: StableDiffusion3Pipeline,
     FLUX_2_KLEIN: Flux2KleinPipeline,
+    CHROMA: ChromaPipeline,
+    LTX: LTXPipeline,
 }
 SCALE = 0.7
 
@@ -78,6 +85,8 @@ def saved(request: pytest.FixtureRequest) -> Callable[[Family], Path]:
         STABLE_DIFFUSION_3: "saved_stable_diffusion_3",
         FLUX_2: "saved_flux_2",
         FLUX_2_KLEIN: "saved_flux_2_klein",
+        CHROMA: "saved_chroma",
+        LTX: "saved_ltx",
     }
     shown = {
         "FluxKontextPipeline": "saved_kontext",
@@ -160,7 +169,7 @@ def test_every_tensor_is_listed_with_its_layer(saved: Callable[[Family], Path], 
 @pytest.mark.parametrize("kind", families(), ids=lambda kind: kind.pipeline)
 def test_alpha_of_any_type(saved: Callable[[Family], Path], tmp_path: Path, kind: Family, alpha: Tensor) -> None:
     paths = {FLUX: FLUX_QKV[0], Z_IMAGE: Z_QKV[0], WAN: WAN_Q, QWEN_IMAGE: QWEN_Q, STABLE_DIFFUSION_3: SD3_Q}
-    paths[FLUX_2] = FLUX_QKV[0]
+    paths |= {FLUX_2: FLUX_QKV[0], CHROMA: FLUX_QKV[0], LTX: LTX_Q}
     path = next(path for own, path in paths.items() if own.transformer == kind.transformer)
     for spelling in (AB, {}):
         tensors, deltas = named(f"transformer.{path}", path, 2.0, **spelling)

@@ -23,8 +23,10 @@ from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.policy import Policy
 from adatsq_trt.quantizers import quantize_nearest, static_activation_scale
 from tests.export.separated import require_equal_layers
+from tests.tiny_chroma import make_tiny_chroma
 from tests.tiny_flux import make_tiny_flux
 from tests.tiny_flux_2 import make_tiny_flux_2
+from tests.tiny_ltx import make_tiny_ltx
 from tests.tiny_qwen_image import make_tiny_qwen_image
 from tests.tiny_stable_diffusion_3 import make_tiny_stable_diffusion_3
 from tests.tiny_wan import make_tiny_wan
@@ -39,6 +41,8 @@ SIZES = {
     "qwen-image": [(3, 4), (5, 2)],
     "stable-diffusion-3": [(6, 8), (10, 4)],
     "flux-2": [(3, 4), (5, 2)],
+    "chroma": [(3, 4), (2, 6), (5, 2)],
+    "ltx": [(3, 2, 2), (2, 3, 2), (4, 5, 1)],
 }
 MAKERS = {
     "flux": lambda: make_tiny_flux(32, 4),
@@ -48,6 +52,8 @@ MAKERS = {
     "qwen-image": lambda: make_tiny_qwen_image(layers=1),
     "stable-diffusion-3": make_tiny_stable_diffusion_3,
     "flux-2": make_tiny_flux_2,
+    "chroma": make_tiny_chroma,
+    "ltx": lambda: make_tiny_ltx(layers=1),
 }
 NAMES = ("nvfp4", "fp8", "bf16", "int4wo")
 

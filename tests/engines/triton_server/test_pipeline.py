@@ -20,6 +20,7 @@ from adatsq_trt.engines.triton_server.pipeline import PIPELINE_NAME, Pipeline, p
 from adatsq_trt.engines.triton_server.repository import Deployment, write_repository
 from adatsq_trt.engines.triton_server.requests import read_request
 from adatsq_trt.errors import DamagedFileError, DependencyError, MismatchError, MissingFileError, UserError
+from tests import tiny_ltx
 from tests.served_pipelines import MAKERS, SavedPipeline, save_and_build
 from tests.tiny_checkpoints import HEIGHT, WIDTH
 
@@ -86,6 +87,16 @@ def encode_flux_2(pipe: Any) -> dict[str, Tensor]:
     return {"encoder_hidden_states": tokens}
 
 
+def encode_chroma(pipe: Any) -> dict[str, Tensor]:
+    tokens, _, mask, *_ = pipe.encode_prompt(TEXT, do_classifier_free_guidance=False, max_sequence_length=512)
+    return {"encoder_hidden_states": tokens, "attention_mask": mask}
+
+
+def encode_ltx(pipe: Any) -> dict[str, Tensor]:
+    tokens, mask, *_ = pipe.encode_prompt(TEXT, do_classifier_free_guidance=False)
+    return {"encoder_hidden_states": tokens, "encoder_attention_mask": mask.bfloat16()}
+
+
 def encode_wan(pipe: Any) -> dict[str, Tensor]:
     tokens, _ = pipe.encode_prompt(TEXT, do_classifier_free_guidance=False, max_sequence_length=512)
     return {"encoder_hidden_states": tokens}
@@ -112,6 +123,12 @@ def decode_flux_2(pipe: Any, latents: Tensor) -> Tensor:
     return pipe.vae.decode(own.bfloat16(), return_dict=False)[0].permute(0, 2, 3, 1)
 
 
+def decode_ltx(pipe: Any, latents: Tensor) -> Tensor:
+    planes = pipe._unpack_latents(latents, 2, tiny_ltx.HEIGHT // 32, tiny_ltx.WIDTH // 32)
+    own = (pipe.vae.latents_mean, pipe.vae.latents_std, pipe.vae.config.scaling_factor)
+    return pipe.vae.decode(pipe._denormalize_latents(planes, *own).bfloat16())[0].permute(0, 2, 3, 4, 1)
+
+
 def decode_wan(pipe: Any, latents: Tensor) -> Tensor:
     config = pipe.vae.config
     mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
@@ -126,6 +143,8 @@ ENCODE = {
     "stable_diffusion_3": encode_stable_diffusion_3,
     "flux_2": encode_flux_2,
     "flux_2_klein": encode_flux_2,
+    "chroma": encode_chroma,
+    "ltx": encode_ltx,
 }
 DECODE = {
     "flux": decode_flux,
@@ -135,6 +154,8 @@ DECODE = {
     "stable_diffusion_3": decode_z_image,
     "flux_2": decode_flux_2,
     "flux_2_klein": decode_flux_2,
+    "chroma": decode_flux,
+    "ltx": decode_ltx,
 }
 
 
