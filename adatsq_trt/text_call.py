@@ -33,6 +33,8 @@ class TextCall(BaseModel):
         pipeline: diffusers' class of the pipeline.
         arguments: of `encode_prompt`, beside the prompt and the device.
         outputs: graph input → index into what `encode_prompt` returns; tokens first, then a pooled projection.
+        masks: of these tokens, graph input → index of the mask that says which there are; where it has none, they are
+            left out.
         library: that the pipeline cleans prompts with; without it they would be encoded differently.
         files: of the text encoders and tokenizers, and the pipeline's index: path in its folder → sha256.
     """
@@ -42,6 +44,7 @@ class TextCall(BaseModel):
     pipeline: Name
     arguments: dict[str, JsonValue]
     outputs: dict[str, NonNegativeInt]
+    masks: dict[str, NonNegativeInt] = {}
     library: Name | None = None
     files: dict[Annotated[str, AfterValidator(inside)], str] = {}
 
@@ -56,4 +59,6 @@ class TextCall(BaseModel):
             A tensor for each of `outputs`, in the encoders' type: tokens [tokens, width], pooled [width].
         """
         returned = pipe.encode_prompt(prompt=prompt, device=pipe.device, **self.arguments)
-        return {name: returned[index][0] for name, index in self.outputs.items()}
+        values = {name: returned[index][0] for name, index in self.outputs.items()}
+        seen = {name: returned[index][0].bool() for name, index in self.masks.items()}
+        return {name: value[seen[name]] if name in seen else value for name, value in values.items()}

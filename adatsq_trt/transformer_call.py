@@ -33,6 +33,7 @@ class TransformerCall(BaseModel):
         masks: graph input → the argument that says which of its tokens there are, [rows, tokens]; None for all. These
             inputs may be shorter than the graph's, where they end in zeros.
         zeros: arguments that are zero throughout, such as the positions of a text.
+        zeros_behind: argument that has more channels than the graph's input → how many, all zero, follow the input's own.
         listed: rows come and go in lists. Rows of a condition that are shorter than the graph's end in zeros there.
         unit_axis: an axis of a row of the latents that always has one element and that the graph does not have.
         negated: whether the pipeline expects the opposite of the velocity.
@@ -50,6 +51,7 @@ class TransformerCall(BaseModel):
     grids: str | None = None
     masks: dict[str, str] = {}
     zeros: tuple[str, ...] = ()
+    zeros_behind: dict[str, PositiveInt] = {}
     listed: bool = False
     unit_axis: NonNegativeInt | None = None
     negated: bool = False
@@ -73,6 +75,8 @@ class TransformerCall(BaseModel):
             raise ValueError(f"'{min(unknown)}' is none of the arguments {', '.join(self.arguments)}")
         if self.masks.keys() - self.inputs.keys():
             raise ValueError(f"masks of {', '.join(self.masks)}, expected of graph inputs: {', '.join(self.inputs)}")
+        if self.zeros_behind.keys() - self.inputs.values():
+            raise ValueError(f"zeros_behind of {sorted(self.zeros_behind)}, expected of {sorted(self.inputs.values())}")
         several = {name for name, count in Counter(self.inputs.values()).items() if count > 1}
         if several != self.joined.keys():
             raise ValueError(f"joined {sorted(self.joined)}, several inputs are of {sorted(several)}")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_OF_VIDEOS = ("AutoencoderKLWan", "AutoencoderKLQwenImage")
+_OF_VIDEOS = ("AutoencoderKLWan", "AutoencoderKLQwenImage", "AutoencoderKLHunyuanVideo15")
 _CLASSES = ("AutoencoderKL", *_OF_VIDEOS)
 _AGAIN = "run 'adatsq-trt build engine' again"
 
@@ -90,7 +90,7 @@ class Vae:
         config = self._vae.config
         if "latents_std" in config and config.latents_std is not None:
             return latent * latent.new_tensor(config.latents_std) + latent.new_tensor(config.latents_mean)
-        return latent / config.scaling_factor + (config.shift_factor or 0.0)  # type: ignore[no-any-return]
+        return latent / config.scaling_factor + (config.get("shift_factor") or 0.0)  # type: ignore[no-any-return]
 
 
 def weights_variant(folder: Path) -> str | None:

@@ -100,12 +100,16 @@ def _make_language_model(tokenizer: Qwen2Tokenizer, width: int = 32) -> Qwen2_5_
     return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
 
 
-def make_tokenizer() -> Qwen2Tokenizer:
+def make_tokenizer(template: str | None = None) -> Qwen2Tokenizer:
     """One token for each word of the pipeline's own template and of `WORDS`, one for each byte of others.
 
     So the template has as many tokens as those of which the pipeline leaves out what comes before the prompt.
+
+    Args:
+        template: of another pipeline; Qwen-Image's unless given.
     """
-    template = QwenImagePipeline(None, None, None, None, None).prompt_template_encode
+    if template is None:
+        template = QwenImagePipeline(None, None, None, None, None).prompt_template_encode
     pieces = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer.pre_tokenize_str(f"{template} {' '.join(WORDS)}")
     vocabulary = {symbol: number for number, symbol in enumerate(sorted(ByteLevel.alphabet()))}
     merges: dict[tuple[str, str], None] = {}

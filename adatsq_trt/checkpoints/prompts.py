@@ -19,7 +19,7 @@ from adatsq_trt.checkpoints.source import INDEX, Source
 from adatsq_trt.checkpoints.weights import find_weights
 from adatsq_trt.errors import DamagedFileError, MissingFileError, UserError, one_line
 from adatsq_trt.files import read_json_model
-from adatsq_trt.loading import one_loader
+from adatsq_trt.loading import of_parts, one_loader
 from adatsq_trt.models.family import AGAIN, JsonObject
 
 _DEFAULT = "prompts.txt"
@@ -135,9 +135,10 @@ def _require_numbers(source: Source, prompt: str, encoded: tuple[Tensor, Tensor]
     Raises:
         DamagedFileError: names the prompt.
     """
-    for value in encoded:
+    for part, value in enumerate(encoded):
         what = None if value.isfinite().all() else "has NaN or infinite numbers"
-        if value.numel() and not value.any():
+        may_be_none = part == 1 and source.family.second_tokens
+        if value.numel() and not value.any() and not may_be_none:
             what = "is zero throughout"
         if what is not None:
             raise DamagedFileError(
@@ -164,6 +165,8 @@ def _require_distinct(
     last = f"'{prompts[-1]}'" if prompts[-1] else "the empty one"
     digests = [list(map(_digest, values)) for values in (tokens, pooled)]
     for part, values, own in zip(("tokens", "pooled projections"), (tokens, pooled), digests, strict=True):
+        if part != "tokens" and source.family.second_tokens and not values[0].any():  # no prompt has a second text
+            continue
         if len(set(own)) == 1 < len(set(prompts)) and values[0].numel():
             raise DamagedFileError(
                 f"'{source.folder}': the prompts, '{prompts[0]}' and {last} among them, all have the same "
@@ -204,7 +207,7 @@ def _load_encoders(source: Source) -> Any:
                 part: load_encoder(source.folder / part, index.get(part), {**common, "variant": variants[part]})
                 for part in parts
             }
-            return family.load_pipeline_class().from_pretrained(
+            return of_parts(family.load_pipeline_class()).from_pretrained(
                 source.folder, transformer=None, vae=None, trust_remote_code=False, **encoders, **common
             )
     except DamagedFileError:

@@ -8,6 +8,7 @@ from adatsq_trt.errors import MismatchError
 from adatsq_trt.models.family import Family
 from adatsq_trt.models.flux import FluxFamily
 from adatsq_trt.models.flux_images import FluxFillFamily, FluxKontextFamily
+from adatsq_trt.models.hunyuan_video_15 import HunyuanVideo15Family
 from adatsq_trt.models.qwen_image import QwenImageFamily
 from adatsq_trt.models.stable_diffusion_3 import StableDiffusion3Family
 from adatsq_trt.models.wan import WanFamily
@@ -21,6 +22,7 @@ _FAMILIES: list[Family] = [
     WanFamily(),
     QwenImageFamily(),
     StableDiffusion3Family(),
+    HunyuanVideo15Family(),
     FluxKontextFamily(),
     FluxFillFamily(),
     WanImageFamily(),

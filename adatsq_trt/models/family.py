@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from pydantic import JsonValue, RootModel
 from torch import Tensor, nn
+from torch.nn import functional
 
 from adatsq_trt.errors import DamagedFileError, DependencyError, MismatchError
 from adatsq_trt.files import read_json_model
@@ -68,10 +69,14 @@ class Family(ABC):
         adapter: of its transformer.
         pipeline: class name.
         encoders: folders of its text encoders and tokenizers.
+        settings_parts: folders of parts without weights that the family reads, such as a guider.
         text_tokens: most tokens of a prompt.
         text_library: library that the pipeline cleans prompts with where it is installed.
         text_outputs: graph input → index into what the pipeline's `encode_prompt` returns; tokens first, then a pooled
             projection.
+        text_masks: of these tokens, graph input → index of the mask that says which there are.
+        second_tokens: tokens that the second of `text_outputs` is filled up to, where it is a text and no projection;
+            it may have none.
         text_options: arguments of `encode_prompt` beside the prompt, the device and `max_sequence_length`.
         token_multiple: prompts are filled up with zeros to a multiple of so many tokens.
         patch: cells of the VAE's latent along one side of a token.
@@ -92,9 +97,12 @@ class Family(ABC):
     adapter: type[PromptedAdapter]
     pipeline: str
     encoders: tuple[str, ...] = ("text_encoder", "tokenizer")
+    settings_parts: tuple[str, ...] = ()
     text_tokens: int = 512
     text_library: str | None = None
     text_outputs: ClassVar[Mapping[str, int]] = {"encoder_hidden_states": 0}
+    text_masks: ClassVar[Mapping[str, int]] = {}
+    second_tokens: int = 0
     text_options: ClassVar[Mapping[str, JsonValue]] = {}
     token_multiple: int = 1
     patch: int = 2
@@ -115,14 +123,23 @@ class Family(ABC):
     def defaults(self, config: Mapping[str, JsonValue]) -> tuple[int, float]:
         """Denoising steps and guidance scale of the pipeline, from its transformer's configuration."""
 
+    def pipeline_defaults(self, config: Mapping[str, JsonValue], folder: Path) -> tuple[int, float]:
+        """The same for a pipeline whose folder may say more."""
+        return self.defaults(config)
+
     def encode(self, pipe: Any, prompt: str) -> tuple[Tensor, Tensor]:
         """Encode one prompt with a pipeline without transformer: tokens [tokens, width], pooled [width] or [0].
+
+        A second text takes the place of the pooled projection, all its `second_tokens` in one row.
 
         A family whose pipeline is asked otherwise than by `text_options` and `text_outputs` writes its own; its bundles
         are not served with text.
         """
-        tokens, *pooled = self._encoding_call().encode(pipe, prompt).values()
-        return tokens, pooled[0] if pooled else tokens.new_empty(0)
+        tokens, *others = self._encoding_call().encode(pipe, prompt).values()
+        pooled = others[0] if others else tokens.new_empty(0)
+        if self.second_tokens:
+            pooled = functional.pad(pooled, (0, 0, 0, self.second_tokens - len(pooled))).flatten()
+        return tokens, pooled
 
     @property
     def text_call(self) -> TextCall | None:
@@ -151,6 +168,7 @@ class Family(ABC):
             pipeline=self.pipeline,
             arguments={"max_sequence_length": self.text_tokens, **self.text_options},
             outputs=dict(self.text_outputs),
+            masks=dict(self.text_masks),
             library=self.text_library,
         )
 

@@ -42,12 +42,13 @@ from tests.tiny_checkpoints import (
     make_wan_pipeline,
     make_z_image_pipeline,
 )
+from tests.tiny_hunyuan_video import make_hunyuan_video_pipeline
 from tests.tiny_qwen_image import make_qwen_image_pipeline
 from tests.tiny_stable_diffusion_3 import make_stable_diffusion_3_pipeline
 from tests.tiny_wan_experts import make_wan_experts_pipeline, make_wan_image_experts_pipeline
 
 RESULTS = Path(__file__).with_name("results.json")
-PROMPTS = ("a red", "three green and seven")
+PROMPTS, NEGATIVE = ("a red", "three green and seven"), 'a "green" seven'
 FRAMES = 5
 LIMIT = 1e-4
 
@@ -66,6 +67,7 @@ class Case:
         guidance: as the package counts it.
         pipeline_guidance: as the pipeline does.
         guidance_2: of a second transformer, where there is one.
+        negative: prompt of the second branch.
     """
 
     make: Callable[[], DiffusionPipeline]
@@ -75,6 +77,7 @@ class Case:
     guidance: float = 4.0
     pipeline_guidance: float = 4.0
     guidance_2: float | None = None
+    negative: str = ""
 
     @property
     def is_video(self) -> bool:
@@ -91,6 +94,8 @@ class Case:
         """Arguments of the pipeline's call that other pipelines do not take."""
         if self.make is make_qwen_image_pipeline:
             return {"true_cfg_scale": self.pipeline_guidance, "negative_prompt": [""] * len(PROMPTS)}
+        if self.make is make_hunyuan_video_pipeline:  # whose guider has the scale
+            return {"negative_prompt": [NEGATIVE] * len(PROMPTS), "num_frames": FRAMES}
         second = {} if self.guidance_2 is None else {"guidance_scale_2": self.guidance_2}
         frames = {"num_frames": FRAMES} if self.is_video else {}
         return {"guidance_scale": self.pipeline_guidance, **second, **frames}
@@ -107,6 +112,7 @@ VIDEO_PIPELINES = (
     make_wan_experts_pipeline,
     make_wan_image_pipeline,
     make_wan_image_experts_pipeline,
+    make_hunyuan_video_pipeline,
 )
 FLOW: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 SHIFTED = {**FLOW, "flow_shift": 3.0}
@@ -139,6 +145,7 @@ CASES = {
     "Stable Diffusion 3.5, its own": Case(make_stable_diffusion_3_pipeline, 8),
     "Stable Diffusion 3.5, UniPC": Case(make_stable_diffusion_3_pipeline, 8, UNIPC, SHIFTED),
     "Stable Diffusion 3.5, DPM-Solver++": Case(make_stable_diffusion_3_pipeline, 8, DPM, SHIFTED),
+    "HunyuanVideo-1.5, its own": Case(make_hunyuan_video_pipeline, 8, negative=NEGATIVE),
     "Flux Kontext, its own": Case(make_kontext_pipeline, 8),
     "Flux Fill, its own": Case(make_fill_pipeline, 8, guidance=30.0, pipeline_guidance=30.0),
     "Wan image to video, its own": Case(make_wan_image_pipeline, 8),
@@ -193,25 +200,30 @@ def measure(name: str) -> Row:
             pipe.scheduler = getattr(diffusers, case.scheduler)(**case.options)
         pipe.save_pretrained(folder)
         samples, shown = _samples(case, Path(folder), type(pipe.scheduler).__name__)
-    wanted = _pipelines_latents(case, pipe, samples, shown)
-    schedule = samples.schedule
-    euler = Denoising(Solver(euler_updates(schedule.sigmas), schedule.sigmas), samples.noise())
-    *_, of_euler = euler.run(samples.velocity)
-    return Row(
-        case=name,
-        pipeline=type(pipe).__name__,
-        scheduler=type(pipe.scheduler).__name__,
-        steps=case.steps,
-        calls=schedule.steps,
-        difference=_distance(trajectory(samples)[-1], wanted),
-        of_euler=_distance(of_euler, wanted),
-    )
+        wanted = _pipelines_latents(case, pipe, samples, shown)
+        schedule = samples.schedule
+        euler = Denoising(Solver(euler_updates(schedule.sigmas), schedule.sigmas), samples.noise())
+        *_, of_euler = euler.run(samples.velocity)
+        return Row(
+            case=name,
+            pipeline=type(pipe).__name__,
+            scheduler=type(pipe.scheduler).__name__,
+            steps=case.steps,
+            calls=schedule.steps,
+            difference=_distance(trajectory(samples)[-1], wanted),
+            of_euler=_distance(of_euler, wanted),
+        )
 
 
 def _samples(case: Case, folder: Path, scheduler: str) -> tuple[Samples, dict[str, Any]]:
     """Samples of the saved pipeline, as a run would calibrate on them, and the image that the pipeline is shown."""
     settings = PipelineSettings(
-        path=str(folder), height=HEIGHT, width=WIDTH, frames=FRAMES if case.is_video else None, prompts=PROMPTS
+        path=str(folder),
+        height=HEIGHT,
+        width=WIDTH,
+        frames=FRAMES if case.is_video else None,
+        prompts=PROMPTS,
+        negative_prompt=case.negative,
     )
     opened = open_pipeline(settings)
     adapter = opened.load(opened.encode(lambda: None)).adapter
