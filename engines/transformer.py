@@ -245,7 +245,7 @@ class AdatsqTransformer(nn.Module):
         if longest > length:
             raise MismatchError(
                 f"{self.call.inputs[name]}: got {longest} tokens, the bundle was exported for {length}; call the "
-                f"pipeline with max_sequence_length={length} or a shorter prompt"
+                f"pipeline with a shorter prompt, or max_sequence_length={length} where it takes one"
             )
         return length
 

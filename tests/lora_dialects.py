@@ -14,6 +14,7 @@ from adatsq_trt.models.family import Family
 _BY_NAME = {kind.pipeline: kind for kind in families()}
 FLUX, Z_IMAGE, WAN = (_BY_NAME[name] for name in ("FluxPipeline", "ZImagePipeline", "WanPipeline"))
 QWEN_IMAGE, STABLE_DIFFUSION_3 = (_BY_NAME[name] for name in ("QwenImagePipeline", "StableDiffusion3Pipeline"))
+HUNYUAN_VIDEO = _BY_NAME["HunyuanVideo15Pipeline"]
 RANK, WIDTH = 4, 64
 Tensors = dict[str, Tensor]
 
@@ -202,6 +203,15 @@ def one_trainer_stable_diffusion_3() -> tuple[Tensors, Tensors]:
     return named("lora_transformer_transformer_blocks_0_attn_to_q", SD3_Q, 2.0)
 
 
+HUNYUAN_Q = "transformer_blocks.0.attn.to_q"
+
+
+def peft_hunyuan_video() -> tuple[Tensors, Tensors]:
+    """As the transformer's own loader in diffusers reads it; the pipeline has none."""
+    added = "transformer_blocks.0.attn.add_k_proj"
+    return merge(named(f"transformer.{HUNYUAN_Q}", HUNYUAN_Q, **AB), named(f"transformer.{added}", added, **AB))
+
+
 READ: dict[str, tuple[Family, Callable[[], tuple[Tensors, Tensors]]]] = {
     "diffusers' names with alpha": (FLUX, diffusers_with_alpha),
     "kohya sd-scripts, Flux": (FLUX, kohya_flux),
@@ -222,5 +232,6 @@ READ: dict[str, tuple[Family, Callable[[], tuple[Tensors, Tensors]]]] = {
     "Qwen-Image-Lightning": (QWEN_IMAGE, lightning_qwen_image),
     "DiffSynth-Studio, Qwen-Image": (QWEN_IMAGE, diff_synth_qwen_image),
     "diffusers' names, Stable Diffusion 3.5": (STABLE_DIFFUSION_3, peft_stable_diffusion_3),
+    "diffusers' names, HunyuanVideo-1.5": (HUNYUAN_VIDEO, peft_hunyuan_video),
     "OneTrainer, Stable Diffusion 3.5": (STABLE_DIFFUSION_3, one_trainer_stable_diffusion_3),
 }

@@ -11,6 +11,7 @@ from adatsq_trt.models.adapter import Conditioning
 from adatsq_trt.settings import PipelineSettings
 from tests.tiny_bundle import write_bundle
 from tests.tiny_checkpoints import HEIGHT, WIDTH, make_flux_pipeline, make_wan_pipeline, make_z_image_pipeline
+from tests.tiny_hunyuan_video import make_hunyuan_video_pipeline
 from tests.tiny_qwen_image import make_qwen_image_pipeline
 from tests.tiny_stable_diffusion_3 import make_stable_diffusion_3_pipeline
 
@@ -20,7 +21,9 @@ MAKERS = {
     "wan": make_wan_pipeline,
     "qwen_image": make_qwen_image_pipeline,
     "stable_diffusion_3": make_stable_diffusion_3_pipeline,
+    "hunyuan_video_15": make_hunyuan_video_pipeline,
 }
+VIDEOS = ("wan", "hunyuan_video_15")
 PROMPTS, NEGATIVE = ("a red three", "a green seven"), "three"
 _ROWS = 20  # of an example; no other dimension has this size
 
@@ -37,7 +40,7 @@ def save_and_build(name: str, folder: Path) -> SavedPipeline:
     """One of `MAKERS` in a folder, with the second branch of guidance for `NEGATIVE` where it has one."""
     saved = folder / "pipeline"
     MAKERS[name]().save_pretrained(saved)
-    sizes = {"height": HEIGHT, "width": WIDTH, "frames": 5 if name == "wan" else None}
+    sizes = {"height": HEIGHT, "width": WIDTH, "frames": 5 if name in VIDEOS else None}
     negative = "" if name == "flux" else NEGATIVE
     opened = open_pipeline(PipelineSettings(path=str(saved), prompts=PROMPTS, negative_prompt=negative, **sizes))
     model = opened.load(opened.encode(lambda: None))

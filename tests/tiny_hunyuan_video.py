@@ -9,7 +9,14 @@ from diffusers import (
     HunyuanVideo15Transformer3DModel,
 )
 from torch.nn import functional
-from transformers import ByT5Tokenizer, Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel, Qwen2Tokenizer, T5Config, T5EncoderModel
+from transformers import (
+    ByT5Tokenizer,
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLTextModel,
+    Qwen2Tokenizer,
+    T5Config,
+    T5EncoderModel,
+)
 
 from adatsq_trt.image import ImageShape
 from adatsq_trt.models.hunyuan_video_15 import HunyuanVideo15Adapter
@@ -19,7 +26,7 @@ from tests.tiny_qwen_image import make_tokenizer
 # Tokens of the prompts, and of the empty one; and those of what they have in quotes.
 LENGTHS, GLYPHS = (9, 33, 12, 5), (7, 0, 30, 0)
 PROMPTS = ("a red three", "seven", "a three and a green seven")
-TEXT_WIDTH, GLYPH_WIDTH, GLYPH_TOKENS = 32, 16, 256
+TEXT_WIDTH, GLYPH_WIDTH, GLYPH_TOKENS = 32, 16, 64
 _CHAT = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -64,7 +71,10 @@ def make_tiny_hunyuan_video(layers: int = 2) -> HunyuanVideo15Adapter:
         with torch.no_grad():
             for parameter in transformer.parameters():
                 parameter.copy_(parameter.bfloat16())
-    encoder, video = StoredPrompts(PROMPTS, texts, glyphs.flatten(1)), ImageShape(3, channels=4, patch_size=1, columns=4, frames=3)
+    encoder, video = (
+        StoredPrompts(PROMPTS, texts, glyphs.flatten(1)),
+        ImageShape(3, channels=4, patch_size=1, columns=4, frames=3),
+    )
     return HunyuanVideo15Adapter(transformer, encoder, FlowMatchEulerDiscreteScheduler(shift=5.0), video)
 
 
@@ -78,11 +88,9 @@ def make_hunyuan_video_pipeline(layers: int = 1) -> HunyuanVideo15Pipeline:
         torch.manual_seed(0)
         tokenizer, letters = _make_chat_tokenizer(), ByT5Tokenizer()
         vae = AutoencoderKLHunyuanVideo15(
-            latent_channels=4, block_out_channels=(4, 4, 4, 4, 4), layers_per_block=1, scaling_factor=1.03682
+            latent_channels=4, block_out_channels=(8,) * 5, layers_per_block=1, scaling_factor=1.03682
         )
-        t5 = T5Config(
-            vocab_size=len(letters), d_model=GLYPH_WIDTH, d_kv=8, d_ff=GLYPH_WIDTH, num_heads=2, num_layers=1
-        )
+        t5 = T5Config(vocab_size=len(letters), d_model=GLYPH_WIDTH, d_kv=8, d_ff=GLYPH_WIDTH, num_heads=2, num_layers=1)
         return HunyuanVideo15Pipeline(
             text_encoder=_make_language_model(tokenizer),
             tokenizer=tokenizer,

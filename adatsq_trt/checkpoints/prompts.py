@@ -84,7 +84,8 @@ def encode_prompts(
 
     Returns:
         "tokens" [prompts + 1, tokens, width] and "pooled" [prompts + 1, width], the negative prompt last, in the type
-        that the encoders have on disk (bfloat16 for 16 bits). Short prompts are filled up with zeros.
+        that the encoders have on disk (bfloat16 for 16 bits). Short prompts are filled up with zeros. A second text
+        takes the place of a pooled projection, its tokens one behind the other.
 
     Raises:
         DamagedFileError: diffusers or transformers cannot load a part, or encodings that say nothing of the prompts.
@@ -123,10 +124,18 @@ def encode_with(
             pooled.append(encoded[1])
             on_prompt()
     _require_distinct(source, (*prompts, negative), tokens, pooled)
-    length = max(map(len, tokens))
-    length += -length % source.family.token_multiple
-    filled = [functional.pad(rows, (0, 0, 0, length - len(rows))) for rows in tokens]
-    return {"tokens": torch.stack(filled), "pooled": torch.stack(pooled)}
+    second = source.family.second_multiple
+    return {
+        "tokens": _filled(tokens, source.family.token_multiple),
+        "pooled": _filled(pooled, second).flatten(1) if second else torch.stack(pooled),
+    }
+
+
+def _filled(texts: Sequence[Tensor], multiple: int) -> Tensor:
+    """Texts [tokens, width] with zeros behind them, at the next multiple of the longest: [texts, tokens, width]."""
+    length = max(1, *map(len, texts))
+    length += -length % multiple
+    return torch.stack([functional.pad(rows, (0, 0, 0, length - len(rows))) for rows in texts])
 
 
 def _require_numbers(source: Source, prompt: str, encoded: tuple[Tensor, Tensor]) -> None:
@@ -135,10 +144,9 @@ def _require_numbers(source: Source, prompt: str, encoded: tuple[Tensor, Tensor]
     Raises:
         DamagedFileError: names the prompt.
     """
-    for part, value in enumerate(encoded):
+    for value in encoded:
         what = None if value.isfinite().all() else "has NaN or infinite numbers"
-        may_be_none = part == 1 and source.family.second_tokens
-        if value.numel() and not value.any() and not may_be_none:
+        if value.numel() and not value.any():
             what = "is zero throughout"
         if what is not None:
             raise DamagedFileError(
@@ -165,7 +173,7 @@ def _require_distinct(
     last = f"'{prompts[-1]}'" if prompts[-1] else "the empty one"
     digests = [list(map(_digest, values)) for values in (tokens, pooled)]
     for part, values, own in zip(("tokens", "pooled projections"), (tokens, pooled), digests, strict=True):
-        if part != "tokens" and source.family.second_tokens and not values[0].any():  # no prompt has a second text
+        if part != "tokens" and source.family.second_multiple:  # prompts may have the same in quotes
             continue
         if len(set(own)) == 1 < len(set(prompts)) and values[0].numel():
             raise DamagedFileError(

@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 import torch
 from pydantic import JsonValue, RootModel
 from torch import Tensor, nn
-from torch.nn import functional
 
 from adatsq_trt.errors import DamagedFileError, DependencyError, MismatchError
 from adatsq_trt.files import read_json_model
@@ -75,8 +74,8 @@ class Family(ABC):
         text_outputs: graph input → index into what the pipeline's `encode_prompt` returns; tokens first, then a pooled
             projection.
         text_masks: of these tokens, graph input → index of the mask that says which there are.
-        second_tokens: tokens that the second of `text_outputs` is filled up to, where it is a text and no projection;
-            it may have none.
+        second_multiple: where the second of `text_outputs` is a text, which may have no tokens, and no pooled projection:
+            it is filled up with zeros to a multiple of so many.
         text_options: arguments of `encode_prompt` beside the prompt, the device and `max_sequence_length`.
         token_multiple: prompts are filled up with zeros to a multiple of so many tokens.
         patch: cells of the VAE's latent along one side of a token.
@@ -102,7 +101,7 @@ class Family(ABC):
     text_library: str | None = None
     text_outputs: ClassVar[Mapping[str, int]] = {"encoder_hidden_states": 0}
     text_masks: ClassVar[Mapping[str, int]] = {}
-    second_tokens: int = 0
+    second_multiple: int = 0
     text_options: ClassVar[Mapping[str, JsonValue]] = {}
     token_multiple: int = 1
     patch: int = 2
@@ -130,16 +129,13 @@ class Family(ABC):
     def encode(self, pipe: Any, prompt: str) -> tuple[Tensor, Tensor]:
         """Encode one prompt with a pipeline without transformer: tokens [tokens, width], pooled [width] or [0].
 
-        A second text takes the place of the pooled projection, all its `second_tokens` in one row.
+        A second text [tokens, width] takes the place of the pooled projection.
 
         A family whose pipeline is asked otherwise than by `text_options` and `text_outputs` writes its own; its bundles
         are not served with text.
         """
-        tokens, *others = self._encoding_call().encode(pipe, prompt).values()
-        pooled = others[0] if others else tokens.new_empty(0)
-        if self.second_tokens:
-            pooled = functional.pad(pooled, (0, 0, 0, self.second_tokens - len(pooled))).flatten()
-        return tokens, pooled
+        tokens, *pooled = self._encoding_call().encode(pipe, prompt).values()
+        return tokens, pooled[0] if pooled else tokens.new_empty(0)
 
     @property
     def text_call(self) -> TextCall | None:

@@ -27,7 +27,7 @@ from adatsq_trt.text_call import TextCall
 from adatsq_trt.transformer_call import TIMESTEPS, TransformerCall, forward_arguments
 
 _LATENTS, _TEXT, _GLYPHS, _ROTATIONS = "hidden_states", "encoder_hidden_states", "encoder_hidden_states_2", "rotations"
-_GLYPH_TOKENS = 256  # of the pipeline, which fills up to so many
+_GLYPH_TOKENS = 256  # at most
 _GUIDER = "guider"
 # Of the last block: what only they make is the text behind it, which nothing reads.
 _UNREAD = ("attn.add_q_proj", "attn.to_add_out", "ff_context.net.0.proj", "ff_context.net.2")
@@ -209,7 +209,9 @@ class HunyuanVideo15Trace(nn.Module):
         model, refiner = self.transformer, self.transformer.context_embedder
         places = [self.places[: text.shape[1]] for text in texts]
         lengths = [count_tokens(text, numbers) for text, numbers in zip(texts, places, strict=True)]
-        masks = [attention_mask(count, numbers).type_as(texts[0]) for count, numbers in zip(lengths, places, strict=True)]
+        masks = [
+            attention_mask(count, numbers).type_as(texts[0]) for count, numbers in zip(lengths, places, strict=True)
+        ]
         mean = (texts[0].float().sum(1) / lengths[0].clamp(min=1)[:, None]).type_as(texts[0])
         modulation, prompt = refiner.time_text_embed(time, mean), refiner.proj_in(texts[0])
         for block in refiner.token_refiner.refiner_blocks:
@@ -242,7 +244,7 @@ class HunyuanVideo15Family(Family):
     canvas = Canvas(480, 848, 121)
     patch = 1
     token_multiple = 32  # so that bundles also take prompts that are a little longer
-    second_tokens = _GLYPH_TOKENS
+    second_multiple = 64
     # Tokens and mask of the prompt, then of the glyphs.
     text_outputs: ClassVar[Mapping[str, int]] = {_TEXT: 0, _GLYPHS: 2}
     text_masks: ClassVar[Mapping[str, int]] = {_TEXT: 1, _GLYPHS: 3}
@@ -268,8 +270,8 @@ class HunyuanVideo15Family(Family):
         _read_guider(folder)
 
     def widths(self, config: Mapping[str, Any]) -> tuple[int, int]:
-        """Of a token of the prompt, and of all glyphs together."""
-        return config["text_embed_dim"], self.second_tokens * config["text_embed_2_dim"]
+        """Of a token of the prompt, and of as many glyphs as there may be."""
+        return config["text_embed_dim"], _GLYPH_TOKENS * config["text_embed_2_dim"]
 
     def vae_scale(self, folder: Path) -> VaeScale:
         """Of HunyuanVideo's VAE."""

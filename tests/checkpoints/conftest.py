@@ -16,6 +16,7 @@ from tests.tiny_checkpoints import (
     make_wan_pipeline,
     make_z_image_pipeline,
 )
+from tests.tiny_hunyuan_video import make_hunyuan_video_pipeline
 from tests.tiny_qwen_image import make_qwen_image_pipeline
 from tests.tiny_stable_diffusion_3 import make_stable_diffusion_3_pipeline
 
@@ -78,6 +79,11 @@ def saved_qwen_image(save: Saved) -> Path:
 @pytest.fixture(scope="session")
 def saved_stable_diffusion_3(save: Saved) -> Path:
     return save(make_stable_diffusion_3_pipeline, "tiny-stable-diffusion-3")
+
+
+@pytest.fixture(scope="session")
+def saved_hunyuan_video(save: Saved) -> Path:
+    return save(make_hunyuan_video_pipeline, "tiny-hunyuan-video")
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import torch
 from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
+    HunyuanVideo15Pipeline,
     QwenImagePipeline,
     StableDiffusion3Pipeline,
     WanPipeline,
@@ -31,6 +32,8 @@ from tests.lora_dialects import (
     AB,
     FLUX,
     FLUX_QKV,
+    HUNYUAN_Q,
+    HUNYUAN_VIDEO,
     QWEN_IMAGE,
     QWEN_Q,
     RANK,
@@ -58,6 +61,7 @@ PIPELINES = {
     WAN: WanPipeline,
     QWEN_IMAGE: QwenImagePipeline,
     STABLE_DIFFUSION_3: StableDiffusion3Pipeline,
+    HUNYUAN_VIDEO: HunyuanVideo15Pipeline,
 }
 SCALE = 0.7
 
@@ -71,6 +75,7 @@ def saved(request: pytest.FixtureRequest) -> Callable[[Family], Path]:
         WAN: "saved_wan",
         QWEN_IMAGE: "saved_qwen_image",
         STABLE_DIFFUSION_3: "saved_stable_diffusion_3",
+        HUNYUAN_VIDEO: "saved_hunyuan_video",
     }
     shown = {
         "FluxKontextPipeline": "saved_kontext",
@@ -130,6 +135,7 @@ def test_dialects_that_are_read(
 @pytest.mark.parametrize("kind", families(), ids=lambda kind: kind.pipeline)
 def test_alpha_of_any_type(saved: Callable[[Family], Path], tmp_path: Path, kind: Family, alpha: Tensor) -> None:
     paths = {FLUX: FLUX_QKV[0], Z_IMAGE: Z_QKV[0], WAN: WAN_Q, QWEN_IMAGE: QWEN_Q, STABLE_DIFFUSION_3: SD3_Q}
+    paths |= {HUNYUAN_VIDEO: HUNYUAN_Q}
     path = next(path for own, path in paths.items() if own.transformer == kind.transformer)
     for spelling in (AB, {}):
         tensors, deltas = named(f"transformer.{path}", path, 2.0, **spelling)
