@@ -33,7 +33,7 @@ class TransformerCall(BaseModel):
         masks: graph input → the argument that says which of its tokens there are, [rows, tokens]; None for all. These
             inputs may be shorter than the graph's, where they end in zeros.
         zeros: arguments that are zero throughout, such as the positions of a text.
-        zeros_behind: argument that has more channels than the graph's input → how many, all zero, follow the input's own.
+        zeros_behind: argument that has more channels than the graph's input → how many, all zero, follow the input's.
         listed: rows come and go in lists. Rows of a condition that are shorter than the graph's end in zeros there.
         unit_axis: an axis of a row of the latents that always has one element and that the graph does not have.
         negated: whether the pipeline expects the opposite of the velocity.

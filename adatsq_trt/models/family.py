@@ -74,8 +74,8 @@ class Family(ABC):
         text_outputs: graph input → index into what the pipeline's `encode_prompt` returns; tokens first, then a pooled
             projection.
         text_masks: of these tokens, graph input → index of the mask that says which there are.
-        second_multiple: where the second of `text_outputs` is a text, which may have no tokens, and no pooled projection:
-            it is filled up with zeros to a multiple of so many.
+        second_multiple: where the second of `text_outputs` is a text and no pooled projection: it may have no tokens, and
+            is filled up with zeros to a multiple of so many.
         text_options: arguments of `encode_prompt` beside the prompt, the device and `max_sequence_length`.
         token_multiple: prompts are filled up with zeros to a multiple of so many tokens.
         patch: cells of the VAE's latent along one side of a token.
@@ -125,6 +125,10 @@ class Family(ABC):
     def pipeline_defaults(self, config: Mapping[str, JsonValue], folder: Path) -> tuple[int, float]:
         """The same for a pipeline whose folder may say more."""
         return self.defaults(config)
+
+    def pipeline_canvas(self, config: Mapping[str, JsonValue]) -> Canvas:
+        """The size that is drawn when none is asked for, of a pipeline whose transformer may say another one."""
+        return self.canvas
 
     def encode(self, pipe: Any, prompt: str) -> tuple[Tensor, Tensor]:
         """Encode one prompt with a pipeline without transformer: tokens [tokens, width], pooled [width] or [0].

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,6 +12,7 @@ import torch
 from diffusers import HunyuanVideo15Transformer3DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
+from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
 from pydantic import JsonValue
 from torch import Tensor, nn
 from torch.nn import functional
@@ -268,6 +270,12 @@ class HunyuanVideo15Family(Family):
         """Also refuse a guider of another kind, or one that guides in another way."""
         super().require_supported(config, file, folder)
         _read_guider(folder)
+
+    def pipeline_canvas(self, config: Mapping[str, JsonValue]) -> Canvas:
+        """The pipeline's own for the size that the transformer was trained at."""
+        processor, target = HunyuanVideo15ImageProcessor(), config.get("target_size", 640)
+        height, width = processor.calculate_default_height_width(9, 16, target)
+        return replace(self.canvas, height=height, width=width)
 
     def widths(self, config: Mapping[str, Any]) -> tuple[int, int]:
         """Of a token of the prompt, and of as many glyphs as there may be."""

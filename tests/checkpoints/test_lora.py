@@ -146,6 +146,17 @@ def test_alpha_of_any_type(saved: Callable[[Family], Path], tmp_path: Path, kind
         check(transformer, before, deltas)
 
 
+def test_a_pipeline_whose_loras_diffusers_does_not_convert(saved: Callable[[Family], Path], tmp_path: Path) -> None:
+    """In the authors' names, as trainers write them."""
+    tensors, _ = named("diffusion_model.double_blocks.0.img_attn_qkv", HUNYUAN_Q)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    transformer = make_transformer(HUNYUAN_VIDEO, saved(HUNYUAN_VIDEO))
+    with pytest.raises(
+        UserError, match=r"double_blocks.0.img_attn_qkv', which is no name .* has no converter for LoRAs"
+    ):
+        fuse(HUNYUAN_VIDEO, transformer, Lora(tmp_path / "lora.safetensors", 1.0))
+
+
 def test_flux_layers_of_the_authors_width(tmp_path: Path) -> None:
     """Of single blocks diffusers knows only Flux's own width; the model itself is not in memory."""
     with torch.device("meta"):
