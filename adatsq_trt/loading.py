@@ -19,6 +19,20 @@ _LOADING = RLock()
 PLAIN_LOADING: dict[str, Any] = {"low_cpu_mem_usage": False}
 
 
+def of_parts(pipeline: type) -> Any:
+    """The class of a pipeline, which can also be made without a VAE.
+
+    HunyuanVideo15Pipeline asks a VAE that is None for its configuration, and none where there is no VAE at all.
+    """
+
+    class Parts(pipeline):  # type: ignore[misc]
+        def register_modules(self, **modules: Any) -> None:
+            super().register_modules(**{n: part for n, part in modules.items() if (n, part) != ("vae", None)})
+
+    Parts.__name__ = pipeline.__name__
+    return Parts
+
+
 @contextmanager
 def one_loader() -> Iterator[None]:
     """Wait until no other thread loads with diffusers or transformers."""

@@ -34,6 +34,8 @@ class TextCall(BaseModel):
         arguments: of `encode_prompt`, beside the prompt and the device.
         outputs: graph input → index into what `encode_prompt` returns; tokens first, then a pooled projection
             or a mask.
+        masks: of these tokens, graph input → index of the mask that says which there are; where it has none, they are
+            left out.
         library: that the pipeline reads prompts with; without it they would be encoded differently, or not at all.
         files: of the text encoders and tokenizers, and the pipeline's index: path in its folder → sha256.
     """
@@ -43,6 +45,7 @@ class TextCall(BaseModel):
     pipeline: Name
     arguments: dict[str, JsonValue]
     outputs: dict[str, NonNegativeInt]
+    masks: dict[str, NonNegativeInt] = {}
     library: Name | None = None
     files: dict[Annotated[str, AfterValidator(inside)], str] = {}
 
@@ -58,5 +61,7 @@ class TextCall(BaseModel):
             [tokens].
         """
         returned = pipe.encode_prompt(prompt=prompt, device=pipe.device, **self.arguments)
-        tokens, *others = (returned[index][0] for index in self.outputs.values())
-        return dict(zip(self.outputs, (tokens, *(other.type_as(tokens) for other in others)), strict=True))
+        values = {name: returned[index][0] for name, index in self.outputs.items()}
+        seen = {name: returned[index][0].bool() for name, index in self.masks.items()}
+        tokens = next(iter(values.values()))
+        return {name: value[seen[name]] if name in seen else value.type_as(tokens) for name, value in values.items()}

@@ -40,6 +40,7 @@ class TransformerCall(BaseModel):
             latents: numbers by which queries and keys are weighed.
         zeros: arguments that are zero throughout, such as the positions of a text.
         counted: positions of a text that count its tokens in their last number: 0, 1, 2; their others are zero.
+        zeros_behind: argument that has more channels than the graph's input → how many, all zero, follow the input's.
         listed: rows come and go in lists. Rows of a condition that are shorter than the graph's end in zeros there.
         unit_axis: an axis of a row of the latents that always has one element and that the graph does not have.
         negated: whether the pipeline expects the opposite of the velocity.
@@ -62,6 +63,7 @@ class TransformerCall(BaseModel):
     ones_behind: tuple[str, ...] = ()
     zeros: tuple[str, ...] = ()
     counted: tuple[str, ...] = ()
+    zeros_behind: dict[str, PositiveInt] = {}
     listed: bool = False
     unit_axis: NonNegativeInt | None = None
     negated: bool = False
@@ -87,6 +89,8 @@ class TransformerCall(BaseModel):
             raise ValueError(f"ones_behind {self.ones_behind}, expected graph inputs: {', '.join(self.inputs)}")
         if self.masks.keys() - self.inputs.keys():
             raise ValueError(f"masks of {', '.join(self.masks)}, expected of graph inputs: {', '.join(self.inputs)}")
+        if self.zeros_behind.keys() - self.inputs.values():
+            raise ValueError(f"zeros_behind of {sorted(self.zeros_behind)}, expected of {sorted(self.inputs.values())}")
         several = {name for name, count in Counter(self.inputs.values()).items() if count > 1}
         if several != self.joined.keys():
             raise ValueError(f"joined {sorted(self.joined)}, several inputs are of {sorted(several)}")

@@ -52,7 +52,7 @@ class AdatsqTransformer(nn.Module):
         self._clock = clock or StepClock()
         self._config = FrozenDict(call.settings)
         # A generation passes the same positions and texts at every step: they are read once.
-        self._positions, self._masks = WeakIdKeyDictionary(), WeakIdKeyDictionary()
+        self._positions, self._masks, self._zeros = (WeakIdKeyDictionary() for _ in range(3))
 
     @property
     def config(self) -> FrozenDict:
@@ -185,6 +185,8 @@ class AdatsqTransformer(nn.Module):
         call = self.call
         argument = call.inputs[name]
         value: Any = self._part(name, given[argument]) if argument in call.joined else given[argument]
+        if argument in call.zeros_behind:
+            value = self._before_zeros(argument, value)
         latents: Any = given[call.inputs[self.bundle.latent_input]]
         if call.listed:
             return self._rows(name, value)
@@ -214,6 +216,16 @@ class AdatsqTransformer(nn.Module):
         parts: Sequence[Tensor] = whole.split([sizes[name] for name in names], axis)
         return parts[names.index(name)]
 
+    def _before_zeros(self, argument: str, whole: Tensor) -> Tensor:
+        """An argument without the channels that are zero throughout."""
+        count = self.call.zeros_behind[argument]
+        if whole.ndim < 2 or whole.shape[1] <= count or whole[:, -count:].any():
+            raise MismatchError(
+                f"{argument}: got {list(whole.shape)}, expected {count} channels of zeros at the end: the bundle was "
+                "exported for a text without an image"
+            )
+        return whole[:, :-count]
+
     def _rows(self, name: str, rows: Sequence[Tensor]) -> Tensor:
         """A batch of what comes row by row, [rows, ...]; short conditions end in zeros."""
         if name == self.bundle.latent_input:
@@ -224,12 +236,15 @@ class AdatsqTransformer(nn.Module):
 
     def _masked(self, name: str, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """A batch of texts [rows, T, width] at the graph's length: zeros where a mask [rows, T] has none."""
-        length = self._length(name, tokens.shape[1])
         own = tokens if mask is None else tokens.masked_fill(~mask.bool()[..., None], 0)
-        if tokens not in self._masks or self._masks[tokens] is not mask:
+        if tokens not in self._masks or self._masks[tokens][0] is not mask:
+            longest = tokens.shape[1] if mask is None else int(mask.bool().sum(1).max())
+            length = self._length(name, longest)
             self._require_ends(name, own, mask)
-            self._masks[tokens] = mask
-        return functional.pad(own, (0, 0, 0, length - tokens.shape[1]))
+            self._masks[tokens] = (mask, length)
+        length = self._masks[tokens][1]
+        own = own[:, :length]
+        return functional.pad(own, (0, 0, 0, length - own.shape[1]))
 
     def _weights(self, name: str, weights: Tensor, latents: int) -> Tensor:
         """A text's part [rows, T] of weights that are ones for the tokens of the latents behind it."""
@@ -243,7 +258,7 @@ class AdatsqTransformer(nn.Module):
                     f"behind them; call the pipeline with max_sequence_length={length}, and with its own masks: "
                     "booleans hide tokens, numbers are added"
                 )
-            self._masks[weights] = None
+            self._masks[weights] = (None, length)
         return weights[:, :length]
 
     def _tokens(self, name: str) -> int:
@@ -254,10 +269,12 @@ class AdatsqTransformer(nn.Module):
         """Tokens of an input of the graph, which are enough."""
         length = self._tokens(name)
         if longest > length:
-            shorter = "" if self.bundle.manifest.image_texts else f"max_sequence_length={length} or "
+            shorter = (
+                "" if self.bundle.manifest.image_texts else f", or max_sequence_length={length} where it takes one"
+            )
             raise MismatchError(
                 f"{self.call.inputs[name]}: got {longest} tokens, the bundle was exported for {length}; call the "
-                f"pipeline with {shorter}a shorter prompt"
+                f"pipeline with a shorter prompt{shorter}"
             )
         return length
 
@@ -280,8 +297,8 @@ class AdatsqTransformer(nn.Module):
         """The size that positions belong to, where there are any: several may have the same number of tokens."""
         call = self.call
         for name in call.zeros:
-            if given.get(name) is not None and self._read(given[name]).any():
-                raise MismatchError(f"{name}: got other positions than zero; the bundle was exported for zeros")
+            if given.get(name) is not None and self._has_numbers(given[name]):
+                raise MismatchError(f"{name}: got other numbers than zero; the bundle was exported for zeros")
         for name in call.counted:
             if given.get(name) is not None and not _counts(self._read(given[name]), call.position_axes):
                 raise MismatchError(
@@ -358,6 +375,12 @@ class AdatsqTransformer(nn.Module):
             self._positions[positions] = positions.cpu().long()
         read: Tensor = self._positions[positions]
         return read
+
+    def _has_numbers(self, value: Tensor) -> bool:
+        """Whether not all is zero."""
+        if value not in self._zeros:
+            self._zeros[value] = not bool(value.any())
+        return not self._zeros[value]
 
     def _velocity(self, inputs: Mapping[str, Tensor], model_time: Tensor, shape: ShapeRecord | None = None) -> Tensor:
         """The bundle's prediction, of the latents' type.

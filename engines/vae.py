@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _LTX, _OF_PATCHES = "AutoencoderKLLTXVideo", "AutoencoderKLFlux2"
-_OF_VIDEOS = ("AutoencoderKLWan", "AutoencoderKLQwenImage", _LTX)
+_OF_VIDEOS = ("AutoencoderKLWan", "AutoencoderKLQwenImage", "AutoencoderKLHunyuanVideo15", _LTX)
 _CLASSES = ("AutoencoderKL", _OF_PATCHES, *_OF_VIDEOS)
 _AGAIN = "run 'adatsq-trt build engine' again"
 
@@ -99,7 +99,7 @@ class Vae:
             return latent * std / config.scaling_factor + mean  # type: ignore[no-any-return]
         if "latents_std" in config and config.latents_std is not None:
             return latent * latent.new_tensor(config.latents_std) + latent.new_tensor(config.latents_mean)
-        return latent / config.scaling_factor + (config.shift_factor or 0.0)  # type: ignore[no-any-return]
+        return latent / config.scaling_factor + (config.get("shift_factor") or 0.0)  # type: ignore[no-any-return]
 
     def _unscaled_patches(self, latent: Tensor) -> Tensor:
         """The same for a VAE that knows mean and variance of every channel of a patch of 2 x 2 cells."""

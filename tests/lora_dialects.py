@@ -16,6 +16,7 @@ FLUX, Z_IMAGE, WAN = (_BY_NAME[name] for name in ("FluxPipeline", "ZImagePipelin
 QWEN_IMAGE, STABLE_DIFFUSION_3 = (_BY_NAME[name] for name in ("QwenImagePipeline", "StableDiffusion3Pipeline"))
 FLUX_2, FLUX_2_KLEIN = (_BY_NAME[name] for name in ("Flux2Pipeline", "Flux2KleinPipeline"))
 CHROMA, LTX = (_BY_NAME[name] for name in ("ChromaPipeline", "LTXPipeline"))
+HUNYUAN_VIDEO = _BY_NAME["HunyuanVideo15Pipeline"]
 RANK, WIDTH = 4, 64
 Tensors = dict[str, Tensor]
 
@@ -256,6 +257,15 @@ def comfy_ltx() -> tuple[Tensors, Tensors]:
     )
 
 
+HUNYUAN_Q = "transformer_blocks.0.attn.to_q"
+
+
+def peft_hunyuan_video() -> tuple[Tensors, Tensors]:
+    """As the transformer's own loader in diffusers reads it; the pipeline has none."""
+    added = "transformer_blocks.0.attn.add_k_proj"
+    return merge(named(f"transformer.{HUNYUAN_Q}", HUNYUAN_Q, **AB), named(f"transformer.{added}", added, **AB))
+
+
 READ: dict[str, tuple[Family, Callable[[], tuple[Tensors, Tensors]]]] = {
     "diffusers' names with alpha": (FLUX, diffusers_with_alpha),
     "kohya sd-scripts, Flux": (FLUX, kohya_flux),
@@ -276,6 +286,7 @@ READ: dict[str, tuple[Family, Callable[[], tuple[Tensors, Tensors]]]] = {
     "Qwen-Image-Lightning": (QWEN_IMAGE, lightning_qwen_image),
     "DiffSynth-Studio, Qwen-Image": (QWEN_IMAGE, diff_synth_qwen_image),
     "diffusers' names, Stable Diffusion 3.5": (STABLE_DIFFUSION_3, peft_stable_diffusion_3),
+    "diffusers' names, HunyuanVideo-1.5": (HUNYUAN_VIDEO, peft_hunyuan_video),
     "OneTrainer, Stable Diffusion 3.5": (STABLE_DIFFUSION_3, one_trainer_stable_diffusion_3),
     "diffusers' names, FLUX.2": (FLUX_2, peft_flux_2),
     "ai-toolkit, FLUX.2": (FLUX_2, ai_toolkit_flux_2),

@@ -14,6 +14,7 @@ from tests.tiny_bundle import write_bundle
 from tests.tiny_checkpoints import HEIGHT, WIDTH, make_flux_pipeline, make_wan_pipeline, make_z_image_pipeline
 from tests.tiny_chroma import make_chroma_pipeline
 from tests.tiny_flux_2 import make_flux_2_pipeline, make_klein_pipeline
+from tests.tiny_hunyuan_video import make_hunyuan_video_pipeline
 from tests.tiny_qwen_image import make_qwen_image_pipeline
 from tests.tiny_stable_diffusion_3 import make_stable_diffusion_3_pipeline
 
@@ -27,7 +28,9 @@ MAKERS = {
     "flux_2_klein": make_klein_pipeline,
     "chroma": make_chroma_pipeline,
     "ltx": tiny_ltx.make_ltx_pipeline,
+    "hunyuan_video_15": make_hunyuan_video_pipeline,
 }
+VIDEOS = ("wan", "hunyuan_video_15")
 PROMPTS, NEGATIVE = ("a red three", "a green seven"), "three"
 _ROWS = 20  # of an example; no other dimension has this size
 
@@ -44,7 +47,7 @@ def save_and_build(name: str, folder: Path) -> SavedPipeline:
     """One of `MAKERS` in a folder, with the second branch of guidance for `NEGATIVE` where it has one."""
     saved = folder / "pipeline"
     MAKERS[name]().save_pretrained(saved)
-    sizes = {"height": HEIGHT, "width": WIDTH, "frames": 5 if name == "wan" else None}
+    sizes = {"height": HEIGHT, "width": WIDTH, "frames": 5 if name in VIDEOS else None}
     if name == "ltx":
         sizes = {"height": tiny_ltx.HEIGHT, "width": tiny_ltx.WIDTH, "frames": tiny_ltx.FRAMES}
     negative = "" if name in ("flux", "flux_2") else NEGATIVE

@@ -277,7 +277,7 @@ class OpenedPipeline:
             adapter = adapt(transformer)
         else:
             adapter = ExpertsAdapter({name: adapt(transformer[name]) for name in EXPERTS}, source.boundary_ratio)
-        steps, guidance = family.defaults(self._config)
+        steps, guidance = family.pipeline_defaults(self._config, source.folder)
         calls = calls_per_step(type(self._scheduler).__name__)
         steps = calls * steps - (calls - 1)
         require_schedule(adapter, steps, source.folder / SCHEDULER_CONFIG)

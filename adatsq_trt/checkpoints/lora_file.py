@@ -245,10 +245,16 @@ def _convert(
     """
     if not layers and not others:
         return {}, ()
+    pipeline = family.load_pipeline_class()
+    if not hasattr(pipeline, "lora_state_dict"):
+        raise MismatchError(
+            f"--lora '{file}' holds '{next(iter((*layers, *others)))}', which is no name of a layer in a "
+            f"{family.transformer}: diffusers has no converter for LoRAs of a {family.pipeline}; give one in its own names"
+        )
     given = _spelled(family, file, layers, others)
     expected = sources(given.values())
     try:
-        converted = dict(family.load_pipeline_class().lora_state_dict(given))
+        converted = dict(pipeline.lora_state_dict(given))
     except Exception as error:  # what is raised depends on the dialect
         raise DamagedFileError(
             f"--lora '{file}' is not a LoRA that diffusers understands ({one_line(error)}); give another file"

@@ -148,6 +148,10 @@ def open_object(model: Any, settings: PipelineSettings) -> OpenedObject:
         base = folder
         pipe.scheduler.save_config(folder / "scheduler")
         pipe.vae.save_pretrained(folder / "vae")
+        for name in family.settings_parts:
+            if getattr(pipe, name, None) is None:
+                raise UserError(f"the pipeline has no {name}: load it with one")
+            getattr(pipe, name).save_pretrained(folder / name)
         for name, part in encoders.items():
             if part is not None and not isinstance(part, nn.Module):
                 part.save_pretrained(folder / name)

@@ -20,7 +20,7 @@ from adatsq_trt.checkpoints.source import INDEX, Source
 from adatsq_trt.checkpoints.weights import find_weights
 from adatsq_trt.errors import DamagedFileError, MissingFileError, UserError, one_line
 from adatsq_trt.files import read_json_model
-from adatsq_trt.loading import one_loader
+from adatsq_trt.loading import of_parts, one_loader
 from adatsq_trt.models.family import AGAIN, JsonObject
 from adatsq_trt.models.image_condition import ReadImage
 
@@ -96,7 +96,8 @@ def encode_prompts(
         "tokens" [prompts + 1, tokens, width] and "pooled" [prompts + 1, width], the negative prompt last, in the type
         that the encoders have on disk (bfloat16 for 16 bits). Short prompts are filled up with zeros. With images
         there are 2 * prompts of each: the negative prompt with each image. Where a pipeline makes a mask of each prompt,
-        "pooled" is that, [prompts + 1, tokens].
+        "pooled" is that, [prompts + 1, tokens]. A second text takes the place of a pooled projection, its tokens one
+        behind the other.
 
     Raises:
         DamagedFileError: diffusers or transformers cannot load a part, or encodings that say nothing of the prompts.
@@ -141,10 +142,18 @@ def encode_with(
             pooled.append(encoded[1])
             on_prompt()
     _require_distinct(source, texts, tokens, pooled)
-    length = max(map(len, tokens))
-    length += -length % source.family.token_multiple
-    filled = [functional.pad(rows, (0, 0, 0, length - len(rows))) for rows in tokens]
-    return {"tokens": torch.stack(filled), "pooled": torch.stack(pooled)}
+    second = source.family.second_multiple
+    return {
+        "tokens": _filled(tokens, source.family.token_multiple),
+        "pooled": _filled(pooled, second).flatten(1) if second else torch.stack(pooled),
+    }
+
+
+def _filled(texts: Sequence[Tensor], multiple: int) -> Tensor:
+    """Texts [tokens, width] with zeros behind them, at the next multiple of the longest: [texts, tokens, width]."""
+    length = max(1, *map(len, texts))
+    length += -length % multiple
+    return torch.stack([functional.pad(rows, (0, 0, 0, length - len(rows))) for rows in texts])
 
 
 def _encodings(
@@ -200,8 +209,8 @@ def _require_distinct(
     last = f"'{prompts[-1]}'" if prompts[-1] else "the empty one"
     digests = [list(map(_digest, values)) for values in (tokens, pooled)]
     for part, values, own in zip(("tokens", "pooled projections"), (tokens, pooled), digests, strict=True):
-        if values is pooled and source.family.text_mask:
-            continue  # prompts of one length have one mask
+        if values is pooled and (source.family.text_mask or source.family.second_multiple):
+            continue  # prompts of one length have one mask, and prompts may have the same in quotes
         if len(set(own)) == 1 < len(set(prompts)) and values[0].numel():
             raise DamagedFileError(
                 f"'{source.folder}': the prompts, '{prompts[0]}' and {last} among them, all have the same "
@@ -242,7 +251,7 @@ def _load_encoders(source: Source) -> Any:
                 part: load_encoder(source.folder / part, index.get(part), {**common, "variant": variants[part]})
                 for part in parts
             }
-            return family.load_pipeline_class().from_pretrained(
+            return of_parts(family.load_pipeline_class()).from_pretrained(
                 source.folder, transformer=None, vae=None, trust_remote_code=False, **encoders, **common
             )
     except DamagedFileError:

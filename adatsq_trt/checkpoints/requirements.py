@@ -119,14 +119,15 @@ def fitting_canvas(settings: PipelineSettings, source: Source) -> Canvas:
     """
     family, scale = source.family, source.family.vae_scale(source.folder)
     multiple = family.patch * scale.pixels
-    height, width = settings.height or family.canvas.height, settings.width or family.canvas.width
+    usual = family.pipeline_canvas(read_json_model(source.config, JsonObject, AGAIN).root)
+    height, width = settings.height or usual.height, settings.width or usual.width
     for option, value in (("--height", height), ("--width", width)):
         if value % multiple:
             raise UserError(
                 f"{option} {value}: expected a multiple of {multiple} pixels for '{source.name}'; pass "
                 f"{option} {max(value // multiple, 1) * multiple}"
             )
-    frames = settings.frames or family.canvas.frames
+    frames = settings.frames or usual.frames
     if scale.frames is None and frames is not None:
         raise UserError(f"--frames {frames}: '{source.name}' draws pictures; leave --frames out")
     if scale.frames is not None and frames is not None and frames % scale.frames != 1 % scale.frames:

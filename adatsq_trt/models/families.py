@@ -10,6 +10,7 @@ from adatsq_trt.models.family import Family
 from adatsq_trt.models.flux import FluxFamily
 from adatsq_trt.models.flux_2 import Flux2Family, Flux2KleinFamily
 from adatsq_trt.models.flux_images import FluxFillFamily, FluxKontextFamily
+from adatsq_trt.models.hunyuan_video_15 import HunyuanVideo15Family
 from adatsq_trt.models.ltx import LTXFamily
 from adatsq_trt.models.qwen_image import QwenImageFamily
 from adatsq_trt.models.qwen_image_edit import QwenImageEditFamily, QwenImageEditPlusFamily
@@ -25,6 +26,7 @@ _FAMILIES: list[Family] = [
     WanFamily(),
     QwenImageFamily(),
     StableDiffusion3Family(),
+    HunyuanVideo15Family(),
     FluxKontextFamily(),
     FluxFillFamily(),
     WanImageFamily(),

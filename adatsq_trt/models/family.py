@@ -68,11 +68,15 @@ class Family(ABC):
         adapter: of its transformer.
         pipeline: class name.
         encoders: folders of its text encoders and tokenizers.
+        settings_parts: folders of parts without weights that the family reads, such as a guider.
         text_tokens: most tokens of a prompt.
         text_library: library that the pipeline reads prompts with: one that cleans them, or that its processor needs.
         text_outputs: graph input → index into what the pipeline's `encode_prompt` returns; tokens first, then a pooled
             projection or a mask.
         text_mask: whether the second of these is a mask, a number for each token, instead of a pooled projection.
+        text_masks: of these tokens, graph input → index of the mask that says which there are.
+        second_multiple: where the second of `text_outputs` is a text and no pooled projection: it may have no tokens, and
+            is filled up with zeros to a multiple of so many.
         text_options: arguments of `encode_prompt` beside the prompt, the device and `max_sequence_length`.
         token_multiple: prompts are filled up with zeros to a multiple of so many tokens.
         patch: cells of the VAE's latent along one side of a token.
@@ -93,10 +97,13 @@ class Family(ABC):
     adapter: type[PromptedAdapter]
     pipeline: str
     encoders: tuple[str, ...] = ("text_encoder", "tokenizer")
+    settings_parts: tuple[str, ...] = ()
     text_tokens: int = 512
     text_library: str | None = None
     text_outputs: ClassVar[Mapping[str, int]] = {"encoder_hidden_states": 0}
     text_mask: bool = False
+    text_masks: ClassVar[Mapping[str, int]] = {}
+    second_multiple: int = 0
     text_options: ClassVar[Mapping[str, JsonValue]] = {}
     token_multiple: int = 1
     patch: int = 2
@@ -121,8 +128,18 @@ class Family(ABC):
         """The family as the pipeline's own options (those of model_index.json) make it."""
         return self
 
+    def pipeline_defaults(self, config: Mapping[str, JsonValue], folder: Path) -> tuple[int, float]:
+        """The same for a pipeline whose folder may say more."""
+        return self.defaults(config)
+
+    def pipeline_canvas(self, config: Mapping[str, JsonValue]) -> Canvas:
+        """The size that is drawn when none is asked for, of a pipeline whose transformer may say another one."""
+        return self.canvas
+
     def encode(self, pipe: Any, prompt: str) -> tuple[Tensor, Tensor]:
         """Encode one prompt with a pipeline without transformer: tokens [tokens, width], pooled [width] or [0].
+
+        A second text [tokens, width] takes the place of the pooled projection.
 
         A family whose pipeline is asked otherwise than by `text_options` and `text_outputs` writes its own; its bundles
         are not served with text.
@@ -175,6 +192,7 @@ class Family(ABC):
             pipeline=self.pipeline,
             arguments={"max_sequence_length": self.text_tokens, **self.text_options},
             outputs=dict(self.text_outputs),
+            masks=dict(self.text_masks),
             library=self.text_library,
         )
 

@@ -51,13 +51,14 @@ from tests.tiny_flux_2 import (
     make_klein_pipeline,
     tokens_of_klein,
 )
+from tests.tiny_hunyuan_video import make_hunyuan_video_pipeline
 from tests.tiny_qwen_image import make_qwen_image_pipeline
 from tests.tiny_qwen_image_edit import SIDE, make_edit_pipeline, make_edit_plus_pipeline
 from tests.tiny_stable_diffusion_3 import make_stable_diffusion_3_pipeline
 from tests.tiny_wan_experts import make_wan_experts_pipeline, make_wan_image_experts_pipeline
 
 RESULTS = Path(__file__).with_name("results.json")
-PROMPTS = ("a red", "three green and seven")
+PROMPTS, NEGATIVE = ("a red", "three green and seven"), 'a "green" seven'
 FRAMES = 5
 LIMIT = 1e-4
 
@@ -77,6 +78,7 @@ class Case:
         pipeline_guidance: as the pipeline does.
         guidance_2: of a second transformer, where there is one.
         sigmas: that are passed in the place of the steps; as many as these.
+        negative: prompt of the second branch.
     """
 
     make: Callable[[], DiffusionPipeline]
@@ -87,6 +89,7 @@ class Case:
     pipeline_guidance: float = 4.0
     guidance_2: float | None = None
     sigmas: tuple[float, ...] = ()
+    negative: str = ""
 
     @property
     def canvas(self) -> Canvas:
@@ -106,6 +109,8 @@ class Case:
         """Arguments of the pipeline's call that other pipelines do not take."""
         if self.make in (make_qwen_image_pipeline, *EDIT_PIPELINES):
             return {"true_cfg_scale": self.pipeline_guidance, "negative_prompt": [""] * len(self.prompts)}
+        if self.make is make_hunyuan_video_pipeline:  # whose guider has the scale
+            return {"negative_prompt": [self.negative] * len(PROMPTS), "num_frames": FRAMES}
         second = {} if self.guidance_2 is None else {"guidance_scale_2": self.guidance_2}
         frames = {} if self.canvas.frames is None else {"num_frames": self.canvas.frames}
         return {"guidance_scale": self.pipeline_guidance, **second, **frames}
@@ -125,6 +130,7 @@ VIDEO_PIPELINES = (
     make_wan_experts_pipeline,
     make_wan_image_pipeline,
     make_wan_image_experts_pipeline,
+    make_hunyuan_video_pipeline,
 )
 FLOW: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 SHIFTED = {**FLOW, "flow_shift": 3.0}
@@ -163,6 +169,7 @@ CASES = {
     "Chroma, Euler with beta sigmas": Case(make_chroma_pipeline, 8, EULER, {"use_beta_sigmas": True}),
     "LTX-Video, its own": Case(tiny_ltx.make_ltx_pipeline, 8),
     "LTX-Video, Euler without dynamic shift": Case(tiny_ltx.make_ltx_pipeline, 8, EULER, {"shift": 3.0}),
+    "HunyuanVideo-1.5, its own": Case(make_hunyuan_video_pipeline, 8, negative=NEGATIVE),
     "Flux Kontext, its own": Case(make_kontext_pipeline, 8),
     "Flux Kontext, UniPC": Case(make_kontext_pipeline, 8, UNIPC, SHIFTED),
     "Flux Fill, its own": Case(make_fill_pipeline, 8, **FILL),
@@ -233,24 +240,24 @@ def measure(name: str) -> Row:
             pipe.scheduler = getattr(diffusers, case.scheduler)(**case.options)
         pipe.save_pretrained(folder)
         samples, shown = _samples(case, Path(folder), type(pipe.scheduler).__name__)
-    wanted = _pipelines_latents(case, pipe, samples, shown)
-    schedule = samples.schedule
-    euler = Denoising(Solver(euler_updates(schedule.sigmas), schedule.sigmas), samples.noise())
-    *_, of_euler = euler.run(samples.velocity)
-    return Row(
-        case=name,
-        pipeline=type(pipe).__name__,
-        scheduler=type(pipe.scheduler).__name__,
-        steps=case.steps,
-        calls=schedule.steps,
-        difference=_distance(trajectory(samples)[-1], wanted),
-        of_euler=_distance(of_euler, wanted),
-    )
+        wanted = _pipelines_latents(case, pipe, samples, shown)
+        schedule = samples.schedule
+        euler = Denoising(Solver(euler_updates(schedule.sigmas), schedule.sigmas), samples.noise())
+        *_, of_euler = euler.run(samples.velocity)
+        return Row(
+            case=name,
+            pipeline=type(pipe).__name__,
+            scheduler=type(pipe.scheduler).__name__,
+            steps=case.steps,
+            calls=schedule.steps,
+            difference=_distance(trajectory(samples)[-1], wanted),
+            of_euler=_distance(of_euler, wanted),
+        )
 
 
 def _samples(case: Case, folder: Path, scheduler: str) -> tuple[Samples, dict[str, Any]]:
     """Samples of the saved pipeline, as a run would calibrate on them, and the image that the pipeline is shown."""
-    settings = PipelineSettings(path=str(folder), **asdict(case.canvas), prompts=PROMPTS)
+    settings = PipelineSettings(path=str(folder), **asdict(case.canvas), prompts=PROMPTS, negative_prompt=case.negative)
     opened = open_pipeline(settings)
     adapter = opened.load(opened.encode(lambda: None)).adapter
     calls = calls_per_step(scheduler)

@@ -16,8 +16,9 @@ from tests.tiny_checkpoints import (
     make_wan_pipeline,
     make_z_image_pipeline,
 )
-from tests.tiny_flux_2 import make_flux_2_pipeline, make_klein_pipeline
 from tests.tiny_chroma import make_chroma_pipeline
+from tests.tiny_flux_2 import make_flux_2_pipeline, make_klein_pipeline
+from tests.tiny_hunyuan_video import make_hunyuan_video_pipeline
 from tests.tiny_ltx import make_ltx_pipeline
 from tests.tiny_qwen_image import make_qwen_image_pipeline
 from tests.tiny_qwen_image_edit import make_edit_pipeline, make_edit_plus_pipeline
@@ -112,6 +113,11 @@ def saved_chroma(save: Saved) -> Path:
 @pytest.fixture(scope="session")
 def saved_ltx(save: Saved) -> Path:
     return save(make_ltx_pipeline, "tiny-ltx")
+
+
+@pytest.fixture(scope="session")
+def saved_hunyuan_video(save: Saved) -> Path:
+    return save(make_hunyuan_video_pipeline, "tiny-hunyuan-video")
 
 
 @pytest.fixture

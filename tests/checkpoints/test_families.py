@@ -13,6 +13,7 @@ from adatsq_trt.settings import PipelineSettings
 from tests.tiny_checkpoints import HEIGHT, WIDTH
 
 TRANSFORMER, INDEX, VAE = "transformer/config.json", "model_index.json", "vae/config.json"
+GUIDER = "guider/guider_config.json"
 
 
 @pytest.mark.parametrize(
@@ -48,6 +49,19 @@ TRANSFORMER, INDEX, VAE = "transformer/config.json", "model_index.json", "vae/co
             {"in_channels": 33},
             "in_channels 33 and out_channels 16: it takes a picture",
         ),
+        ("hunyuan_video", TRANSFORMER, {"use_meanflow": True}, "use_meanflow is True, expected False"),
+        ("hunyuan_video", TRANSFORMER, {"patch_size": 2}, "patch_size is 2, expected 1"),
+        ("hunyuan_video", TRANSFORMER, {"in_channels": 4}, "in_channels 4 and out_channels 4: expected 5 channels of"),
+        ("hunyuan_video", GUIDER, {"_class_name": "AdaptiveProjectedGuidance"}, "a guider 'AdaptiveProjectedGuidance'"),
+        ("hunyuan_video", GUIDER, {"guidance_rescale": 0.7}, "guidance_rescale = 0.7 is not followed, expected 0.0"),
+        (
+            "hunyuan_video",
+            GUIDER,
+            {"use_original_formulation": True},
+            "use_original_formulation = True is not followed",
+        ),
+        ("hunyuan_video", GUIDER, {"stop": 0.5}, "stop = 0.5 is not followed, expected 1.0; save the pipeline with"),
+        ("hunyuan_video", GUIDER, {"momentum": 0.5}, "has no option 'momentum'"),
         (
             "fill",
             TRANSFORMER,

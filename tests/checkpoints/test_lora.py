@@ -13,6 +13,7 @@ from diffusers import (
     Flux2KleinPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
+    HunyuanVideo15Pipeline,
     LTXPipeline,
     QwenImagePipeline,
     StableDiffusion3Pipeline,
@@ -37,6 +38,8 @@ from tests.lora_dialects import (
     FLUX_2,
     FLUX_2_KLEIN,
     FLUX_QKV,
+    HUNYUAN_Q,
+    HUNYUAN_VIDEO,
     LTX,
     LTX_Q,
     QWEN_IMAGE,
@@ -70,6 +73,7 @@ PIPELINES = {
     FLUX_2_KLEIN: Flux2KleinPipeline,
     CHROMA: ChromaPipeline,
     LTX: LTXPipeline,
+    HUNYUAN_VIDEO: HunyuanVideo15Pipeline,
 }
 SCALE = 0.7
 
@@ -87,6 +91,7 @@ def saved(request: pytest.FixtureRequest) -> Callable[[Family], Path]:
         FLUX_2_KLEIN: "saved_flux_2_klein",
         CHROMA: "saved_chroma",
         LTX: "saved_ltx",
+        HUNYUAN_VIDEO: "saved_hunyuan_video",
     }
     shown = {
         "FluxKontextPipeline": "saved_kontext",
@@ -169,7 +174,7 @@ def test_every_tensor_is_listed_with_its_layer(saved: Callable[[Family], Path], 
 @pytest.mark.parametrize("kind", families(), ids=lambda kind: kind.pipeline)
 def test_alpha_of_any_type(saved: Callable[[Family], Path], tmp_path: Path, kind: Family, alpha: Tensor) -> None:
     paths = {FLUX: FLUX_QKV[0], Z_IMAGE: Z_QKV[0], WAN: WAN_Q, QWEN_IMAGE: QWEN_Q, STABLE_DIFFUSION_3: SD3_Q}
-    paths |= {FLUX_2: FLUX_QKV[0], CHROMA: FLUX_QKV[0], LTX: LTX_Q}
+    paths |= {FLUX_2: FLUX_QKV[0], CHROMA: FLUX_QKV[0], LTX: LTX_Q, HUNYUAN_VIDEO: HUNYUAN_Q}
     path = next(path for own, path in paths.items() if own.transformer == kind.transformer)
     for spelling in (AB, {}):
         tensors, deltas = named(f"transformer.{path}", path, 2.0, **spelling)
@@ -178,6 +183,17 @@ def test_alpha_of_any_type(saved: Callable[[Family], Path], tmp_path: Path, kind
         before = weights(transformer)
         fuse(kind, transformer, Lora(tmp_path / "lora.safetensors", 1.0))
         check(transformer, before, deltas)
+
+
+def test_a_pipeline_whose_loras_diffusers_does_not_convert(saved: Callable[[Family], Path], tmp_path: Path) -> None:
+    """In the authors' names, as trainers write them."""
+    tensors, _ = named("diffusion_model.double_blocks.0.img_attn_qkv", HUNYUAN_Q)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    transformer = make_transformer(HUNYUAN_VIDEO, saved(HUNYUAN_VIDEO))
+    with pytest.raises(
+        UserError, match=r"double_blocks.0.img_attn_qkv', which is no name .* has no converter for LoRAs"
+    ):
+        fuse(HUNYUAN_VIDEO, transformer, Lora(tmp_path / "lora.safetensors", 1.0))
 
 
 def test_flux_layers_of_the_authors_width(tmp_path: Path) -> None:

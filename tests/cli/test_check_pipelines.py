@@ -33,6 +33,7 @@ from tests.tiny_checkpoints import (
 )
 from tests.tiny_chroma import make_chroma_pipeline
 from tests.tiny_flux_2 import make_flux_2_pipeline, make_klein_pipeline
+from tests.tiny_hunyuan_video import make_hunyuan_video_pipeline
 from tests.tiny_qwen_image import make_qwen_image_pipeline
 from tests.tiny_qwen_image_edit import SIDE, make_edit_pipeline, make_edit_plus_pipeline
 from tests.tiny_stable_diffusion_3 import make_stable_diffusion_3_pipeline
@@ -46,6 +47,7 @@ PIPELINES = {
     "wan": make_wan_pipeline,
     "qwen-image": make_qwen_image_pipeline,
     "stable-diffusion-3": make_stable_diffusion_3_pipeline,
+    "hunyuan-video-15": make_hunyuan_video_pipeline,
     "flux-kontext": make_kontext_pipeline,
     "flux-fill": make_fill_pipeline,
     "wan-image-to-video": make_wan_image_pipeline,
@@ -78,6 +80,7 @@ SQUARE = {
     ("qwen-image", "float32", "cpu"),
     ("qwen-image", "bfloat16", "sm120"),
     ("stable-diffusion-3", "bfloat16", "sm120"),
+    ("hunyuan-video-15", "bfloat16", "sm120"),
     ("flux-kontext", "bfloat16", "sm120"),
     ("flux-fill", "bfloat16", "cpu"),
     ("wan-image-to-video", "bfloat16", "sm120"),
@@ -98,7 +101,7 @@ def save(folder: Path, pipeline: str, dtype: str) -> PipelineSettings:
     pipe = PIPELINES[pipeline]()
     pipe.transformer.to(TYPES[dtype])
     pipe.save_pretrained(folder)
-    frames = 5 if pipeline.startswith("wan") else None
+    frames = 5 if pipeline.startswith(("wan", "hunyuan")) else None
     height, width = (SIDE, SIDE) if "edit" in pipeline else (HEIGHT, WIDTH)
     if pipeline == "ltx":
         height, width, frames = LTX_SIZE

@@ -19,6 +19,7 @@ from tests import tiny_ltx
 from tests.tiny_checkpoints import HEIGHT, WIDTH, make_wan_pipeline, make_z_image_pipeline
 from tests.tiny_chroma import make_chroma_pipeline
 from tests.tiny_flux_2 import make_distilled_klein_pipeline, make_flux_2_pipeline, make_klein_pipeline, tokens_of_klein
+from tests.tiny_hunyuan_video import make_hunyuan_video_pipeline
 from tests.tiny_qwen_image import make_qwen_image_pipeline
 from tests.tiny_stable_diffusion_3 import make_stable_diffusion_3_pipeline
 
@@ -268,3 +269,34 @@ def test_an_ltx_video_from_pipeline_to_bundle_and_back(tmp_path: Path) -> None:
         ):
             with pytest.raises(UserError, match=message):
                 run(pipe, list(CAPTIONS), noise, **{**request, **changes})
+
+
+@pytest.mark.slow
+def test_a_hunyuan_video_from_pipeline_to_bundle_and_back(tmp_path: Path) -> None:
+    """Prompts of several lengths, with and without quotes, in one bundle, guided away from another as the guider does.
+
+    A pipeline fills up to 1,000 and 256 tokens whatever stands in them; what its masks show is the same.
+    """
+    pipe, prompts, negative = quiet(make_hunyuan_video_pipeline()), (CAPTIONS[1], 'a "red" seven'), 'a "green" three'
+    pipe.text_encoder_2.eval()
+    options = {"target": "cpu", "steps": 2, "frames": FRAMES, "prompts": prompts, "negative_prompt": negative}
+    request = {"num_inference_steps": 2, "num_frames": FRAMES}
+    with adatsq_trt.build(pipe, output=tmp_path / "run", **options, **SIZE, **EFFORT) as bundle:
+        noise, conditioning = bundle.noise([1, 2]), bundle.conditioning([0, 1])
+        together = bundle.denoise(noise, conditioning, quantized=False)
+        for index, prompt in enumerate(prompts):
+            own = noise[index : index + 1]
+            wanted = run(pipe, [prompt], own, negative_prompt=[negative], **request)
+            assert distance(together[index : index + 1], wanted) < 1e-4
+            other = run(pipe, [prompt.replace('"', "")], own, negative_prompt=["a green three"], **request)
+            assert distance(together[index : index + 1], other) > 1e-4
+        quantized = bundle.denoise(noise, conditioning)
+        transformer, image = AdatsqTransformer.from_bundle(bundle, pipe.scheduler), torch.ones(1, 3, 8)
+        pipe.transformer = transformer
+        assert distance(run(pipe, list(prompts), noise, negative_prompt=[negative] * 2, **request), quantized) < 1e-4
+        call = {"timestep": torch.full((1,), 1000.0), "hidden_states": torch.zeros(1, 9, 2, 4, 3)}
+        call |= {"encoder_hidden_states": torch.ones(1, 3, 32), "encoder_hidden_states_2": torch.ones(1, 3, 16)}
+        with pytest.raises(MismatchError, match="image_embeds: got other numbers than zero"):
+            transformer(**call, image_embeds=0.1 * image)
+        with pytest.raises(MismatchError, match=r"hidden_states: .* expected 5 channels of zeros at the end"):
+            transformer(**{**call, "hidden_states": torch.ones(1, 9, 2, 4, 3)}, image_embeds=0 * image)

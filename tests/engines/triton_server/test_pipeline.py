@@ -25,6 +25,7 @@ from tests.served_pipelines import MAKERS, SavedPipeline, save_and_build
 from tests.tiny_checkpoints import HEIGHT, WIDTH
 
 TEXT = "a red three and a green seven"
+QUOTED = 'a "red" three'
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,14 @@ def encode_wan(pipe: Any) -> dict[str, Tensor]:
     return {"encoder_hidden_states": tokens}
 
 
+def encode_hunyuan_video(pipe: Any) -> dict[str, Tensor]:
+    tokens, mask, glyphs, glyph_mask = pipe.encode_prompt(QUOTED)
+    return {
+        "encoder_hidden_states": tokens[mask.bool()][None],
+        "encoder_hidden_states_2": glyphs[glyph_mask.bool()][None],
+    }
+
+
 def decode_flux(pipe: Any, latents: Tensor) -> Tensor:
     return decode_z_image(pipe, pipe._unpack_latents(latents, HEIGHT, WIDTH, pipe.vae_scale_factor))
 
@@ -135,6 +144,11 @@ def decode_wan(pipe: Any, latents: Tensor) -> Tensor:
     return pipe.vae.decode((latents * std + mean).bfloat16(), return_dict=False)[0].permute(0, 2, 3, 4, 1)
 
 
+def decode_hunyuan_video(pipe: Any, latents: Tensor) -> Tensor:
+    scaled = latents.bfloat16() / pipe.vae.config.scaling_factor
+    return pipe.vae.decode(scaled, return_dict=False)[0].permute(0, 2, 3, 4, 1)
+
+
 ENCODE = {
     "flux": encode_flux,
     "z_image": encode_z_image,
@@ -145,6 +159,7 @@ ENCODE = {
     "flux_2_klein": encode_flux_2,
     "chroma": encode_chroma,
     "ltx": encode_ltx,
+    "hunyuan_video_15": encode_hunyuan_video,
 }
 DECODE = {
     "flux": decode_flux,
@@ -156,6 +171,7 @@ DECODE = {
     "flux_2_klein": decode_flux_2,
     "chroma": decode_flux,
     "ltx": decode_ltx,
+    "hunyuan_video_15": decode_hunyuan_video,
 }
 
 
@@ -172,7 +188,7 @@ def test_texts_and_pictures_are_the_pipelines(build: Callable[[str], SavedPipeli
     pipe = getattr(diffusers, saved.bundle.manifest.text.pipeline).from_pretrained(
         saved.folder, transformer=None, torch_dtype=torch.bfloat16
     )
-    condition = pipeline.conditioning(TEXT, 2)
+    condition = pipeline.conditioning(QUOTED if name == "hunyuan_video_15" else TEXT, 2)
     with torch.no_grad():
         for name_, expected in ENCODE[name](pipe).items():
             got, rows = condition.conditional[name_], expected.shape[1]
