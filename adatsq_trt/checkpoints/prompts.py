@@ -95,9 +95,9 @@ def encode_prompts(
     Returns:
         "tokens" [prompts + 1, tokens, width] and "pooled" [prompts + 1, width], the negative prompt last, in the type
         that the encoders have on disk (bfloat16 for 16 bits). Short prompts are filled up with zeros. With images
-        there are 2 * prompts of each: the negative prompt with each image. Where a pipeline makes a mask of each prompt,
-        "pooled" is that, [prompts + 1, tokens]. A second text takes the place of a pooled projection, its tokens one
-        behind the other.
+        there are 2 * prompts of each: the negative prompt with each image. Where a pipeline makes a mask of each
+        prompt, "pooled" is that, [prompts + 1, tokens]. A second text takes the place of a pooled projection, its
+        tokens one behind the other.
 
     Raises:
         DamagedFileError: diffusers or transformers cannot load a part, or encodings that say nothing of the prompts.

@@ -15,7 +15,7 @@ from adatsq_trt.models.adapter import AnySize, open_axes
 from adatsq_trt.models.family import Family
 from adatsq_trt.models.flux import POSITIONS, FluxAdapter, position_ids, rotations, time_frequencies
 from adatsq_trt.models.prompted import PromptedAdapter
-from adatsq_trt.schedule import TRAIN_TIMESTEPS, Schedule, make_schedule
+from adatsq_trt.schedule import TRAIN_TIMESTEPS, Schedule, Steps, make_schedule
 from adatsq_trt.transformer_call import TransformerCall, forward_arguments
 
 _MASK = "attention_mask"
@@ -55,7 +55,7 @@ class ChromaAdapter(PromptedAdapter):
         """Text tokens and their mask [B, T]."""
         return {"encoder_hidden_states": tokens, _MASK: pooled}
 
-    def schedule(self, steps: int) -> Schedule:
+    def schedule(self, steps: Steps) -> Schedule:
         """Flux's sigmas for this image size."""
         return make_schedule(self.scheduler, steps, self.latent_shape[0])
 

@@ -21,7 +21,7 @@ from adatsq_trt.models.adapter import AnySize, open_axes
 from adatsq_trt.models.family import AGAIN, Canvas, Family, JsonObject, VaeScale
 from adatsq_trt.models.flux import POSITIONS, time_frequencies
 from adatsq_trt.models.prompted import PromptedAdapter
-from adatsq_trt.schedule import TRAIN_TIMESTEPS, Schedule, make_schedule
+from adatsq_trt.schedule import TRAIN_TIMESTEPS, Schedule, Steps, make_schedule
 from adatsq_trt.transformer_call import TIMESTEPS, TransformerCall, forward_arguments
 
 _MASK = "encoder_attention_mask"
@@ -68,7 +68,7 @@ class LTXAdapter(PromptedAdapter):
         """Text tokens and their mask [B, T]."""
         return {"encoder_hidden_states": tokens, _MASK: pooled}
 
-    def schedule(self, steps: int) -> Schedule:
+    def schedule(self, steps: Steps) -> Schedule:
         """The pipeline's sigmas for this video's size."""
         return make_schedule(self.scheduler, steps, self.latent_shape[0])
 
