@@ -249,7 +249,8 @@ def _convert(
     if not hasattr(pipeline, "lora_state_dict"):
         raise MismatchError(
             f"--lora '{file}' holds '{next(iter((*layers, *others)))}', which is no name of a layer in a "
-            f"{family.transformer}: diffusers has no converter for LoRAs of a {family.pipeline}; give one in its own names"
+            f"{family.transformer}: diffusers has no converter for LoRAs of a {family.pipeline}; give one in its own "
+            "names"
         )
     given = _spelled(family, file, layers, others)
     expected = sources(given.values())
