@@ -280,7 +280,7 @@ def _convert(
 
 
 def _spelled(family: Family, file: Path, layers: _Layers, others: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a converter is given, traced by names in the file."""
+    """Tensors as a converter is given them, traced by their names in the file."""
     given = {key: trace(value, key) for key, value in others.items()}
     for name, parts in layers.items():
         for part, value in parts.items():

@@ -48,17 +48,16 @@ def generate(
     from adatsq_trt.cli.progress import progress
     from adatsq_trt.engines.bundle import prompt_number
     from adatsq_trt.engines.runtime import Bundle
-    from adatsq_trt.stages.generate import draw_both
     from adatsq_trt.stages.images import shown_conditioning
     from adatsq_trt.stages.lora_slots import load_lora
-    from adatsq_trt.stages.report import SAMPLES_NAME, write_samples
+    from adatsq_trt.stages.report import SAMPLES_NAME, SAMPLES_WITH_LORA, draw_both, write_samples
     from adatsq_trt.stages.shapes import parse_size
 
     asked = None if size is None else parse_size(size, "--size")
     opened = Bundle.open(bundle, backend, offload)
     files = opened.files
     typer.echo(opened.choice.sentence, err=True)
-    file = output or files.folder.parent / SAMPLES_NAME
+    file = output or files.folder.parent / (SAMPLES_WITH_LORA if lora else SAMPLES_NAME)
     if file.suffix != ".png":
         raise UserError(f"--output '{file}': got '{file.suffix}', expected a name that ends in .png")
     choices = [prompt_number(files, text) for text in prompt or ()] or range(opened.manifest.prompts)

@@ -68,7 +68,6 @@ ELSEWHERE: Mapping[str, Mapping[str, str]] = {
         "adatsq_trt/cli/check.py": "tests/cli/test_build.py",
         "adatsq_trt/cli/compare.py": "tests/cli/test_build.py",
         "adatsq_trt/cli/generate.py": "tests/cli/test_build.py",
-        "adatsq_trt/stages/generate.py": "tests/cli/test_build.py",
         "adatsq_trt/cli/inspect.py": "tests/cli/test_build.py",
         "adatsq_trt/cli/progress.py": "tests/test_progress.py",
         "adatsq_trt/cli/tables.py": "tests/cli/test_build.py",

@@ -15,6 +15,7 @@ from adatsq_trt.engines.bundle import BundleFiles
 from adatsq_trt.engines.runtime import Bundle
 from adatsq_trt.files import read_tensors, write_tensors
 from adatsq_trt.models import stored
+from tests.lora_dialects import READ
 from tests.tiny_checkpoints import (
     HEIGHT,
     WIDTH,
@@ -183,14 +184,23 @@ def test_other_pipelines_go_from_folder_to_engines(cli, name: str, tmp_path: Pat
         if name == "z-image"
         else Checkpoint(tmp_path, make_wan_pipeline(), "--frames", "5")
     )
-    run = tmp_path / "run"
-    ended = cli(*checkpoint.build("--output", run))
+    run, lora = tmp_path / "run", tmp_path / "lora.safetensors"
+    ended = cli(*checkpoint.build("--lora-slots", "4", "--output", run))
     assert ended.code == 0, ended.err
     assert plans(run)
     with Bundle.open(run) as bundle:
         images = bundle.decode(bundle.denoise(bundle.noise([1]), bundle.conditioning([0])))
     assert images.shape == ((1, HEIGHT, WIDTH, 3) if name == "z-image" else (1, 5, HEIGHT, WIDTH, 3))
-    assert cli("generate", run, "--samples", "1").code == 0
+    # One product for q, k and v beside a layer without a slot; and one of the authors' names.
+    _, make = READ["ComfyUI, Z-Image" if name == "z-image" else "ComfyUI, Wan"]
+    write_tensors(lora, make()[0])
+    ended = cli("generate", run, "--samples", "1", "--lora", lora, *(["--lora-partial"] if name == "z-image" else []))
+    said = "6 of 9 keys applied to 4 layers" if name == "z-image" else "3 of 3 keys applied to 1 layers"
+    assert said in " ".join(ended.err.split())
+    assert (run / "samples-with-lora.png").is_file()
+    if name == "z-image":
+        message = "3 of its 9 keys change what has no slot in the bundle, such as 'diffusion_model.x_embedder"
+        assert message in cli("generate", run, "--lora", lora).refusal
 
 
 # ------------------------------------------------------------------------------------------------ bad input
