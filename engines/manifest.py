@@ -345,6 +345,11 @@ class Manifest(_Record):
         return found
 
     @property
+    def second_guidance(self) -> float:
+        """Scale at the steps of the second of two experts."""
+        return self.guidance if self.guidance_2 is None else self.guidance_2
+
+    @property
     def _only_shape(self) -> ShapeRecord:
         """Of a bundle of one size; in pixels of the image, or of the VAE's latent."""
         image, side = self.image, self.image.patch_size

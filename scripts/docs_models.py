@@ -36,7 +36,8 @@ families and from the tables of the tests; [adapters](adapters.md) says how to b
   the rows of `make bench-pipelines`.
 
 A `WanPipeline` or `WanImageToVideoPipeline` with two transformers (Wan 2.2) is built for cpu and sm120 and goes into
-the pipeline; it has one size and is not served ([use your own checkpoint](how-to/own-checkpoint.md)).
+the pipeline; it has one size, and is served where it takes text alone
+([use your own checkpoint](how-to/own-checkpoint.md)).
 
 | pipeline | transformer | build | sizes | LoRA | in the pipeline | text served | image | schedulers | difference |
 |---|---|---|---|---|---|---|---|---|---|

@@ -11,10 +11,10 @@ from torch.nn import functional
 
 from adatsq_trt.checkpoints.images import encode_images, load_image_pipeline, read_image
 from adatsq_trt.checkpoints.prompts import encode_prompts
-from adatsq_trt.checkpoints.source import INDEX, Source, boundary_ratio
+from adatsq_trt.checkpoints.source import INDEX, Source
 from adatsq_trt.engines.bundle import VAE_FOLDER, BundleFiles
 from adatsq_trt.engines.runtime import Bundle, Conditioning
-from adatsq_trt.engines.triton_server.repository import no_images_served, require_one_transformer
+from adatsq_trt.engines.triton_server.repository import no_images_served
 from adatsq_trt.errors import MismatchError, UserError
 from adatsq_trt.files import read_json_model, sha256
 from adatsq_trt.image_call import ImageCall
@@ -142,7 +142,7 @@ def _encoders(files: BundleFiles, call: ImageCall) -> Path:
 
 
 def require_servable(folder: Path) -> None:
-    """Refuse, before a pipeline is built to be served, one that takes images or has two transformers.
+    """Refuse, before a pipeline is built to be served, one that takes images.
 
     Raises:
         UserError: names the pipeline.
@@ -150,4 +150,3 @@ def require_servable(folder: Path) -> None:
     family = family_of_pipeline(read_json_model(folder / INDEX, JsonObject, AGAIN).root.get("_class_name"))
     if family is not None and family.image_condition is not None:  # what is unknown, the build refuses
         raise no_images_served(folder, family.pipeline)
-    require_one_transformer(folder, 1 if boundary_ratio(folder) is None else 2)

@@ -1,7 +1,7 @@
 """Wan 2.2 from the pipeline to a bundle and back: two transformers, one policy, one bundle."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from shutil import copytree
@@ -24,11 +24,15 @@ from adatsq_trt.engines.bundle import BundleFiles, PlanFile, write_manifest
 from adatsq_trt.engines.inspection import inspect_bundle
 from adatsq_trt.engines.runtime import Bundle
 from adatsq_trt.engines.transformer import AdatsqTransformer
+from adatsq_trt.engines.triton_server.batching import Generation, StepBatcher
+from adatsq_trt.engines.triton_server.page import page_text
 from adatsq_trt.engines.triton_server.repository import Deployment, write_repository
+from adatsq_trt.engines.triton_server.requests import Request, read_request
 from adatsq_trt.errors import DamagedFileError, MismatchError, UserError
 from adatsq_trt.files import write_tensors
 from adatsq_trt.report.page import write_report
 from adatsq_trt.settings import PipelineSettings
+from adatsq_trt.stages.images import require_servable
 from adatsq_trt.stages.report import gather
 from adatsq_trt.stages.run_directory import RunDirectory
 from adatsq_trt.step_policy import export_policy
@@ -324,9 +328,61 @@ def test_a_second_scale_of_guidance_needs_a_second_transformer() -> None:
         adatsq_trt.build("digits-flux", target="cpu", guidance_2=2.0)
 
 
-def test_a_bundle_of_two_experts_is_not_served(built: tuple[Path, Bundle], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds two transformers, and the server serves bundles of one"):
-        write_repository([Deployment("wan", built[1].files)], tmp_path / "models")
+def served(bundle: Bundle, requests: Sequence[Request]) -> list[np.ndarray]:
+    """The latents of requests that meet in a server, each a step behind the one before it."""
+    batcher, running = StepBatcher(bundle, max_samples=8), list[Generation]()
+    waiting = [request.generation for request in requests]
+    while waiting or any(generation.step < STEPS for generation in running):
+        running += [waiting.pop(0)] if waiting else []
+        batcher.advance(batcher.choose([generation for generation in running if generation.step < STEPS]))
+    return [generation.latents for generation in running]
+
+
+def test_requests_for_two_experts_get_what_the_bundle_draws(built: tuple[Path, Bundle]) -> None:
+    """Quantized and in full precision, whose steps share a call within an expert alone, at several scales."""
+    _, bundle = built
+    asked: list[tuple[dict[str, float], bool]] = [
+        ({}, True),
+        ({"guidance": 3.0}, True),
+        ({"guidance_2": 1.5}, True),
+        ({}, False),
+        ({"guidance": 3.0, "guidance_2": 2.0}, False),
+        ({}, False),
+    ]
+    drawn = served(bundle, [ask(bundle, seed, quantized, **scales) for seed, (scales, quantized) in enumerate(asked)])
+    for seed, ((scales, quantized), latents) in enumerate(zip(asked, drawn, strict=True)):
+        guidance = scales.get("guidance", None if not scales else SCALES["guidance"])
+        expected = bundle.denoise(
+            bundle.noise([seed]),
+            bundle.conditioning([1]),
+            guidance=guidance,
+            guidance_2=scales.get("guidance_2"),
+            quantized=quantized,
+        )
+        np.testing.assert_array_equal(latents, expected)
+    plain, other, second = (
+        distance(drawn[0], bundle.denoise(bundle.noise([0]), bundle.conditioning([1]), **scales))
+        for scales, _ in asked[:3]
+    )
+    assert plain == 0
+    assert min(other, second) > 1e-4
+
+
+def ask(bundle: Bundle, seed: int, quantized: bool, **scales: float) -> Request:
+    """As a client does."""
+    tensors = {"seed": np.array([seed]), "prompt": np.array([1]), "quantized": np.array([quantized])}
+    return read_request(tensors | {n: np.array([v], np.float32) for n, v in scales.items()}, "", bundle, 8)
+
+
+def test_two_experts_are_deployed_with_both_scales(built: tuple[Path, Bundle], tmp_path: Path) -> None:
+    _, bundle = built
+    with pytest.raises(UserError, match=r"guidance_2: got 1000, expected 0 to 100; .* the bundle's own, 2.5"):
+        ask(bundle, 0, True, guidance_2=1000)
+    write_repository([Deployment("wan", bundle.files, pipeline=built[0] / "pipeline")], tmp_path / "models")
+    config = (tmp_path / "models" / "wan" / "config.pbtxt").read_text()
+    assert "of the second transformer; guidance where that is given, else 2.5" in config
+    assert '<input name="guidance_2" type="number" step="any" value="2.5" required>' in page_text(bundle.files, "wan")
+    require_servable(built[0] / "pipeline")
 
 
 def test_a_pipeline_in_memory_is_the_one_that_was_saved(built: tuple[Path, Bundle]) -> None:
