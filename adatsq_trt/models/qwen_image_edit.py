@@ -23,6 +23,7 @@ from adatsq_trt.models.image_condition import IMAGE_LATENTS, ReadImage, first_dr
 from adatsq_trt.models.qwen_image import QwenImageAdapter, QwenImageFamily, QwenImageTrace
 from adatsq_trt.transformer_call import TransformerCall
 
+_SQUARE = (1024, 1024)
 _AREA = 1024 * 1024  # pixels of the image whose latents the transformer is given, about
 _VIDEOS = "video_processor"
 
@@ -92,7 +93,7 @@ class EditCondition(ReadImage):
         """Refuse a picture of another size than the image that it goes with."""
         asked = size = (canvas.width, canvas.height)
         while (fitting := _size_of(size, _AREA)) != size:
-            size = fitting
+            size = fitting if min(fitting) else _SQUARE
         if size != asked:
             width, height = size
             raise UserError(

@@ -115,7 +115,7 @@ def test_sizes_that_the_pipeline_makes_others_of_are_refused(tmp_path: Path, ima
         (images / "c.png").unlink()
 
 
-@pytest.mark.parametrize("size", [(640, 480), (480, 640), (1920, 1080), (1000, 1030), (3000, 1000)])
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (1920, 1080), (1000, 1030), (3000, 1000), (80000, 16)])
 def test_the_advised_size_is_one_that_can_be_drawn(size: tuple[int, int]) -> None:
     condition, asked = EditCondition(), Canvas(size[1], size[0])
     with pytest.raises(UserError, match=r"pass --height \d+ --width \d+$") as refused:
