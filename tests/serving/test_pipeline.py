@@ -17,6 +17,7 @@ from adatsq_trt.engines.triton_server.repository import Deployment, write_reposi
 from adatsq_trt.engines.triton_server.requests import render
 from adatsq_trt.engines.triton_server.server import Installation, Server
 from benchmarks.serving.client import HttpClient, RefusedError
+from tests import tiny_ltx
 from tests.served_pipelines import MAKERS, VIDEOS, SavedPipeline, save_and_build
 from tests.serving.conftest import connect, started
 from tests.tiny_checkpoints import HEIGHT, WIDTH
@@ -59,8 +60,10 @@ def test_words_go_in_and_a_picture_comes_out(served: Served, name: str) -> None:
     answer = client.generate(name, "png", {"text": TEXT}, seed=SEEDS)
     latents = bundle.denoise(bundle.noise(SEEDS), pipeline.conditioning(TEXT, len(SEEDS)))
     assert bytes(answer["png"]) == render(pipeline.decode, latents, "png").tobytes()
-    columns, rows = (5, 2) if name in VIDEOS else (2, 1)  # frames beside each other, samples below
-    assert Image.open(BytesIO(bytes(answer["png"]))).size == (columns * WIDTH, rows * HEIGHT)
+    # Frames beside each other, samples below.
+    columns, rows = {"ltx": (tiny_ltx.FRAMES, 2)}.get(name, (5, 2) if name in VIDEOS else (2, 1))
+    width, height = (tiny_ltx.WIDTH, tiny_ltx.HEIGHT) if name == "ltx" else (WIDTH, HEIGHT)
+    assert Image.open(BytesIO(bytes(answer["png"]))).size == (columns * width, rows * height)
     assert len(client.latents(name, prompt=1, seed=1)) == bundle.noise([1]).size
     with pytest.raises(RefusedError, match="got neither, expected the parameter 'text' or 'prompt', 0 to 1"):
         client.latents(name, seed=1)
