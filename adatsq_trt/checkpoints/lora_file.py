@@ -203,7 +203,8 @@ def _convert(family: Family, file: Path, layers: _Layers, others: Mapping[str, T
     if not hasattr(pipeline, "lora_state_dict"):
         raise MismatchError(
             f"--lora '{file}' holds '{next(iter((*layers, *others)))}', which is no name of a layer in a "
-            f"{family.transformer}: diffusers has no converter for LoRAs of a {family.pipeline}; give one in its own names"
+            f"{family.transformer}: diffusers has no converter for LoRAs of a {family.pipeline}; give one in its own "
+            "names"
         )
     given = {key: trace(value, key) for key, value in others.items()}
     for name, parts in layers.items():

@@ -74,8 +74,8 @@ class Family(ABC):
         text_outputs: graph input → index into what the pipeline's `encode_prompt` returns; tokens first, then a pooled
             projection.
         text_masks: of these tokens, graph input → index of the mask that says which there are.
-        second_multiple: where the second of `text_outputs` is a text and no pooled projection: it may have no tokens, and
-            is filled up with zeros to a multiple of so many.
+        second_multiple: where the second of `text_outputs` is a text and no pooled projection: it may have no tokens,
+            and is filled up with zeros to a multiple of so many.
         text_options: arguments of `encode_prompt` beside the prompt, the device and `max_sequence_length`.
         token_multiple: prompts are filled up with zeros to a multiple of so many tokens.
         patch: cells of the VAE's latent along one side of a token.
