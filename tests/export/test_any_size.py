@@ -24,6 +24,7 @@ from adatsq_trt.policy import Policy
 from adatsq_trt.quantizers import quantize_nearest, static_activation_scale
 from tests.export.separated import require_equal_layers
 from tests.tiny_flux import make_tiny_flux
+from tests.tiny_hunyuan_video import make_tiny_hunyuan_video
 from tests.tiny_qwen_image import make_tiny_qwen_image
 from tests.tiny_stable_diffusion_3 import make_tiny_stable_diffusion_3
 from tests.tiny_wan import make_tiny_wan
@@ -37,6 +38,7 @@ SIZES = {
     "wan": [(4, 4, 3), (6, 8, 2)],
     "qwen-image": [(3, 4), (5, 2)],
     "stable-diffusion-3": [(6, 8), (10, 4)],
+    "hunyuan-video": [(3, 4, 3), (5, 2, 2)],
 }
 MAKERS = {
     "flux": lambda: make_tiny_flux(32, 4),
@@ -45,7 +47,9 @@ MAKERS = {
     "wan": make_tiny_wan,
     "qwen-image": lambda: make_tiny_qwen_image(layers=1),
     "stable-diffusion-3": make_tiny_stable_diffusion_3,
+    "hunyuan-video": lambda: make_tiny_hunyuan_video(layers=1),
 }
+PARAMETERS = [pytest.param(name, marks=pytest.mark.slow if name == "hunyuan-video" else ()) for name in MAKERS]
 NAMES = ("nvfp4", "fp8", "bf16", "int4wo")
 
 
@@ -60,7 +64,7 @@ class Exported:
     adapters: list[ModelAdapter]
 
 
-@pytest.fixture(scope="module", params=MAKERS)
+@pytest.fixture(scope="module", params=PARAMETERS)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     first = MAKERS[request.param]()
     with torch.no_grad():
