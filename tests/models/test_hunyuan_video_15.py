@@ -7,8 +7,8 @@ import torch
 from diffusers import ClassifierFreeGuidance, HunyuanVideo15Transformer3DModel
 from torch import Tensor
 
-from adatsq_trt.models.hunyuan_video_15 import HunyuanVideo15Adapter, HunyuanVideo15Family
 from adatsq_trt.models.family import Canvas
+from adatsq_trt.models.hunyuan_video_15 import HunyuanVideo15Adapter, HunyuanVideo15Family
 from tests.tiny_hunyuan_video import GLYPHS, LENGTHS, make_tiny_hunyuan_video
 
 TEXT, GLYPH = "encoder_hidden_states", "encoder_hidden_states_2"
