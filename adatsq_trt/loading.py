@@ -27,7 +27,9 @@ def of_parts(pipeline: type) -> Any:
 
     class Parts(pipeline):  # type: ignore[misc]
         def register_modules(self, **modules: Any) -> None:
-            super().register_modules(**{n: part for n, part in modules.items() if (n, part) != ("vae", None)})
+            if modules.get("vae") is None:
+                modules.pop("vae", None)
+            super().register_modules(**modules)
 
     Parts.__name__ = pipeline.__name__
     return Parts

@@ -149,6 +149,11 @@ def test_texts_behind_a_mask(case: Case) -> None:
     np.testing.assert_array_equal(wanted, case.run(noise))
     other = torch.where(mask[..., None] > 0, first, torch.ones(()))
     np.testing.assert_array_equal(case.run(noise, prompt_embeds=other, prompt_embeds_mask=mask, **given), wanted)
+    longer = case.pipe.transformer(**_call(case, first[1:2], mask[1:2]), return_dict=False)[0]
+    filled, seen = functional.pad(first[1:2], (0, 0, 0, 40), value=3.0), functional.pad(mask[1:2], (0, 40))
+    assert torch.equal(case.pipe.transformer(**_call(case, filled, seen), return_dict=False)[0], longer)
+    with pytest.raises(MismatchError, match="encoder_hidden_states: got 33 tokens, the bundle was exported for 32"):
+        case.pipe.transformer(**_call(case, filled, (torch.arange(filled.shape[1]) < 33)[None]))
     holes = mask.clone()
     holes[1, 1] = 0
     for tokens, seen, message in (
@@ -157,6 +162,35 @@ def test_texts_behind_a_mask(case: Case) -> None:
     ):
         with pytest.raises(MismatchError, match=message):
             case.run(noise, prompt_embeds=tokens, prompt_embeds_mask=seen, **given)
+
+
+def _call(case: Case, tokens: Tensor, mask: Tensor) -> dict[str, object]:
+    """Arguments of Qwen-Image's transformer for one row at the first step."""
+    return {
+        "hidden_states": torch.from_numpy(case.pipe.transformer.bundle.noise([1])),
+        "encoder_hidden_states": tokens,
+        "encoder_hidden_states_mask": mask,
+        "timestep": torch.ones(1),
+        "img_shapes": [[(1, HEIGHT // 16, WIDTH // 16)]],
+    }
+
+
+@pytest.mark.parametrize("case", ["wan"], indirect=True)
+def test_channels_behind_the_latents_are_zero(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As HunyuanVideo-1.5 has them for an image that it is not shown."""
+    transformer = case.pipe.transformer
+    latents = torch.from_numpy(transformer.bundle.noise([1]))
+    text = torch.from_numpy(case.condition(TEXT[:1])["encoder_hidden_states"])
+    rest = {"timestep": torch.tensor(transformer.bundle.schedule.timesteps[:1]), "encoder_hidden_states": text}
+    wanted = transformer(latents, **rest, return_dict=False)[0]
+    call = transformer.call.model_copy(update={"zeros_behind": {"hidden_states": 5}})
+    monkeypatch.setattr(transformer, "call", call)
+    behind = torch.zeros(1, 5, *latents.shape[2:])
+    assert torch.equal(transformer(torch.cat([latents, behind], dim=1), **rest, return_dict=False)[0], wanted)
+    behind[0, 4, 0, 0, 0] = 0.5
+    for given in (torch.cat([latents, behind], dim=1), latents[:, :5]):
+        with pytest.raises(MismatchError, match=r"hidden_states: got .* expected 5 channels of zeros at the end"):
+            transformer(given, **rest)
 
 
 def _texts(case: Case) -> list[np.ndarray]:

@@ -27,6 +27,7 @@ from tests.tiny_chroma import make_tiny_chroma
 from tests.tiny_flux import make_tiny_flux
 from tests.tiny_flux_2 import make_tiny_flux_2
 from tests.tiny_ltx import make_tiny_ltx
+from tests.tiny_hunyuan_video import make_tiny_hunyuan_video
 from tests.tiny_qwen_image import make_tiny_qwen_image
 from tests.tiny_stable_diffusion_3 import make_tiny_stable_diffusion_3
 from tests.tiny_wan import make_tiny_wan
@@ -43,6 +44,7 @@ SIZES = {
     "flux-2": [(3, 4), (5, 2)],
     "chroma": [(3, 4), (2, 6), (5, 2)],
     "ltx": [(3, 2, 2), (2, 3, 2), (4, 5, 1)],
+    "hunyuan-video": [(3, 4, 3), (5, 2, 2)],
 }
 MAKERS = {
     "flux": lambda: make_tiny_flux(32, 4),
@@ -54,7 +56,10 @@ MAKERS = {
     "flux-2": make_tiny_flux_2,
     "chroma": make_tiny_chroma,
     "ltx": lambda: make_tiny_ltx(layers=1),
+    "hunyuan-video": lambda: make_tiny_hunyuan_video(layers=1),
 }
+SLOW = ("flux-2", "chroma", "ltx", "hunyuan-video")
+PARAMETERS = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in MAKERS]
 NAMES = ("nvfp4", "fp8", "bf16", "int4wo")
 
 
@@ -69,7 +74,7 @@ class Exported:
     adapters: list[ModelAdapter]
 
 
-@pytest.fixture(scope="module", params=MAKERS)
+@pytest.fixture(scope="module", params=PARAMETERS)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     first = MAKERS[request.param]()
     with torch.no_grad():

@@ -1,11 +1,14 @@
 """The HunyuanVideo-1.5 adapter against diffusers' real class with random weights."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from diffusers import HunyuanVideo15Transformer3DModel
+from diffusers import ClassifierFreeGuidance, HunyuanVideo15Transformer3DModel
 from torch import Tensor
 
-from adatsq_trt.models.hunyuan_video_15 import HunyuanVideo15Adapter
+from adatsq_trt.models.family import Canvas
+from adatsq_trt.models.hunyuan_video_15 import HunyuanVideo15Adapter, HunyuanVideo15Family
 from tests.tiny_hunyuan_video import GLYPHS, LENGTHS, make_tiny_hunyuan_video
 
 TEXT, GLYPH = "encoder_hidden_states", "encoder_hidden_states_2"
@@ -92,3 +95,13 @@ def test_layers_that_make_only_the_text_behind_the_last_block_are_not_quantized(
     adapter.transformer.requires_grad_(False)
     assert set(adapter.quantizable_layers()) == read
     assert len(read) == 2 * 12 - 4
+
+
+def test_scale_and_size_are_the_pipelines(tmp_path: Path) -> None:
+    """Of its guider, which may guide nothing, and of the size that the transformer was trained at."""
+    family = HunyuanVideo15Family()
+    for enabled, scale in ((True, 6.5), (False, 1.0)):
+        ClassifierFreeGuidance(guidance_scale=6.5, enabled=enabled).save_pretrained(tmp_path / "guider")
+        assert family.pipeline_defaults({}, tmp_path) == (50, scale)
+    assert family.pipeline_canvas({"target_size": 640}) == Canvas(480, 848, 121)
+    assert family.pipeline_canvas({"target_size": 960}) == Canvas(720, 1280, 121)
