@@ -26,8 +26,8 @@ from tests.export.separated import require_equal_layers
 from tests.tiny_chroma import make_tiny_chroma
 from tests.tiny_flux import make_tiny_flux
 from tests.tiny_flux_2 import make_tiny_flux_2
-from tests.tiny_ltx import make_tiny_ltx
 from tests.tiny_hunyuan_video import make_tiny_hunyuan_video
+from tests.tiny_ltx import make_tiny_ltx
 from tests.tiny_qwen_image import make_tiny_qwen_image
 from tests.tiny_stable_diffusion_3 import make_tiny_stable_diffusion_3
 from tests.tiny_wan import make_tiny_wan
