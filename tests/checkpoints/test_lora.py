@@ -123,7 +123,9 @@ def check(transformer: nn.Module, before: Tensors, deltas: Tensors) -> None:
 
 @pytest.mark.parametrize("least", [1, 10**9], ids=["stored", "in memory"])
 @pytest.mark.parametrize(
-    ("dialect", "kind"), [*((name, kind) for name, (kind, _) in READ.items()), *SHOWN], ids=lambda part: str(part)
+    ("dialect", "kind"),
+    [*((name, kind) for name, (kind, _) in READ.items()), *SHOWN],
+    ids=lambda part: part if isinstance(part, str) else part.pipeline,
 )
 def test_dialects_that_are_read(
     saved: Callable[[Family], Path],
