@@ -37,7 +37,13 @@ def step_settings(config: BuildConfig, opened: OpenedModel) -> dict[str, Any]:
         _require_noise(family, model.adapter.schedule(steps))
         return {"steps": steps}
     _require_argument(family, spacing)
-    schedule = model.adapter.schedule(spacing)
+    try:
+        schedule = model.adapter.schedule(spacing)
+    except TypeError as error:  # an adapter that computes with a number of steps
+        raise MismatchError(
+            f"--{spacing.argument}: the schedule of {family.pipeline} depends on a number of steps, and its adapter "
+            "takes no list; pass --steps instead"
+        ) from error
     _require_noise(family, schedule)
     return {"steps": schedule.steps, spacing.argument: spacing.values}
 

@@ -18,8 +18,8 @@ from diffusers import (
 from adatsq_trt.config import BuildConfig
 from adatsq_trt.errors import UserError
 from adatsq_trt.models import families
-from adatsq_trt.models.stable_diffusion_3 import StableDiffusion3Family
-from adatsq_trt.schedule import Spacing, make_schedule
+from adatsq_trt.models.stable_diffusion_3 import StableDiffusion3Adapter, StableDiffusion3Family
+from adatsq_trt.schedule import Schedule, Spacing, make_schedule
 from adatsq_trt.settings import Settings
 from adatsq_trt.stages.models import OpenedModel
 from adatsq_trt.stages.resolve import open_and_resolve
@@ -139,6 +139,28 @@ def test_timesteps_are_for_a_pipeline_that_takes_them(tmp_path: Path, monkeypatc
     assert schedule.timesteps == (1000.0, 700.0, 200.0)
     assert schedule.sigmas == tuple(own.sigmas.tolist())
     assert schedule.pipeline_argument == {"timesteps": [1000.0, 700.0, 200.0]}
+
+
+class CountingAdapter(StableDiffusion3Adapter):
+    """An adapter of one's own that computes with the number of steps."""
+
+    def schedule(self, steps: Any) -> Schedule:
+        return make_schedule(self.scheduler, 2 * steps // 2)
+
+
+class CountingFamily(StableDiffusion3Family):
+    """Its family."""
+
+    adapter = CountingAdapter
+
+
+def test_an_adapter_that_takes_a_number_alone_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "_FAMILIES", [*families.families()])
+    families.register_family(CountingFamily())
+    folder = saved(make_stable_diffusion_3_pipeline(), tmp_path)
+    assert resolve(folder, steps=4)[1].steps == 4
+    with pytest.raises(UserError, match="--sigmas: the schedule of StableDiffusion3Pipeline depends on a number of"):
+        resolve(folder, sigmas=SIGMAS)
 
 
 def test_timesteps_beside_a_pipelines_own_sigmas_are_refused() -> None:
