@@ -28,6 +28,8 @@ def test_it_is_text() -> None:
         ({"time": "timestep"}, "'timestep' is none of the arguments x, t"),
         ({"positions": "ids"}, "'ids' is none of the arguments"),
         ({"zeros": ("txt_ids",)}, "'txt_ids' is none of the arguments"),
+        ({"counted": ("txt_ids",)}, "'txt_ids' is none of the arguments"),
+        ({"position_axes": 2}, "greater than or equal to 3"),
         ({"grids": "img_shapes"}, "'img_shapes' is none of the arguments"),
         ({"masks": {"hidden_states": "mask"}}, "'mask' is none of the arguments"),
         ({"masks": {"x": "t"}}, "masks of x, expected of graph inputs: hidden_states"),

@@ -183,7 +183,7 @@ KLEIN_IS_SLOW = [
 
 @pytest.mark.parametrize(("make", "guidance"), KLEIN_IS_SLOW, ids=["dev", "klein", "distilled"])
 def test_a_flux_2_from_pipeline_to_bundle_and_back(
-    tmp_path: Path, make: Callable[[], Any], guidance: dict[str, Any]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any], guidance: dict[str, Any]
 ) -> None:
     """Captions of different lengths; guidance as an input, towards the prompt and away from another, and none."""
     pipe, prompts = quiet(make()), ("a red", "three green and seven and a green and a red three")
@@ -207,6 +207,10 @@ def test_a_flux_2_from_pipeline_to_bundle_and_back(
             run_flux_2(pipe, order, noise, **request, attention_kwargs={"scale": 0.5})
         with pytest.raises(UserError, match=r"'encoder_hidden_states': got .* \[2, 256, 48\], expected .* 512, 48"):
             run_flux_2(pipe, order, noise, **request, max_sequence_length=256)
+        count = pipe._prepare_text_ids
+        monkeypatch.setattr(pipe, "_prepare_text_ids", lambda tokens: count(tokens) + 1)
+        with pytest.raises(MismatchError, match="txt_ids: got positions that do not count a text's tokens from zero"):
+            run_flux_2(pipe, order, noise, **request)
 
 
 def test_a_chroma_from_pipeline_to_bundle_and_back(tmp_path: Path) -> None:
