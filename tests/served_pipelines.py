@@ -59,13 +59,14 @@ def save_and_build(name: str, folder: Path) -> SavedPipeline:
         example = adapter.model_inputs(latents, 0.5, adapter.encode([0] * _ROWS).conditional, 2.0)
         stored = adapter.encode(range(len(PROMPTS)))
     second = stored.unconditional and {name: value[:1] for name, value in stored.unconditional.items()}
-    made = write_bundle(
-        folder / "bundle",
-        adapter,
-        example,
-        Conditioning(stored.conditional, second),
-        text=opened.text_call,
-        vae=model.vae,
-        pixels=model.scale.size(adapter.image),
-    )
+    with adapter.as_stored():  # of HunyuanVideo's layers one is large enough
+        made = write_bundle(
+            folder / "bundle",
+            adapter,
+            example,
+            Conditioning(stored.conditional, second),
+            text=opened.text_call,
+            vae=model.vae,
+            pixels=model.scale.size(adapter.image),
+        )
     return SavedPipeline(saved, made)
