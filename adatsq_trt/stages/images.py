@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from adatsq_trt.checkpoints.images import encode_images, load_image_pipeline, read_image
+from adatsq_trt.checkpoints.loading import silence
 from adatsq_trt.checkpoints.prompts import encode_prompts
 from adatsq_trt.checkpoints.source import INDEX, Source
 from adatsq_trt.engines.bundle import VAE_FOLDER, BundleFiles
@@ -39,6 +40,7 @@ def shown_conditioning(bundle: Bundle, prompts: Sequence[int], image: Path | Non
         DamagedFileError: as `shown_image`, or a text encoder that does not load.
         MismatchError: as `shown_image`; a prompt that has more tokens with this image than the bundle has room for.
     """
+    silence()
     files = bundle.files
     shown, call = shown_image(files, image, mask), files.manifest.image_call
     if call is None or image is None or not call.texts:
