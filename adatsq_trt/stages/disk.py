@@ -41,7 +41,7 @@ def disk_bytes(settings: Settings, adapter: ModelAdapter) -> dict[str, int]:
     # A whole plan for each assignment and target; those of other layouts share weights, which are in the graphs.
     whole = settings.layout == "embedded" and not settings.simulate
     transformers = len(set(adapter.schedule(settings.steps).experts)) or 1  # a plan holds one
-    plans = len(settings.targets) * (search.most_assignments(settings)) if whole else 0
+    plans = len(settings.targets) * search.most_assignments(settings) if whole else 0
     return {
         "calibrate": hessians * squares + 2 * latents,
         "quantize": sum(_stored(grid, shapes) for grid in grids),
