@@ -107,8 +107,7 @@ def require_possible(settings: Settings, model: LoadedModel) -> None:
             f"--expansions {settings.expansions}: there is no beam search that it could shorten; add --beam 4, or "
             "leave it out"
         )
-    budget.require_bytes(settings, model.adapter)
-    budget.require_bits(settings, model.adapter)
+    budget.require_possible(settings, model.adapter)
 
 
 def require_affordable(context: Context) -> None:
