@@ -23,7 +23,7 @@ from adatsq_trt.engines.backends.base import StepRunner, closed_error
 from adatsq_trt.engines.backends.selection import BackendName, Offload, choose, make_runner, require_offload
 from adatsq_trt.engines.bundle import CONDITIONAL, UNCONDITIONAL, VAE_FOLDER, BundleFiles, Manifest, require_prompts
 from adatsq_trt.engines.generation import TIME_INPUT as TIME_INPUT
-from adatsq_trt.engines.generation import Array, Arrays, DenoisingRequest, array_inputs, as_array, like
+from adatsq_trt.engines.generation import Array, Arrays, DenoisingRequest, array_inputs, as_array, like, require_inputs
 from adatsq_trt.engines.generation import Conditioning as Conditioning
 from adatsq_trt.engines.lora_slots import SlotLora, fill_slots
 from adatsq_trt.engines.manifest import LoraSlots
@@ -484,44 +484,6 @@ class Bundle:
             if self.loras:
                 runner.set_loras(fill_slots(self.lora_slots, self.loras))
         return self._runners[quantized]
-
-
-def require_inputs(
-    signatures: Sequence[TensorSignature], inputs: Arrays, max_rows: int | None = None, branches: int = 1
-) -> None:
-    """Refuse inputs that a graph does not take, before anything is computed.
-
-    Args:
-        signatures: of the graph's inputs.
-        inputs: by name.
-        max_rows: the most that the plans' optimization profile accepts; None for any number.
-        branches: how many times these rows go into a call.
-
-    Raises:
-        UserError: says which name, shape or number of rows is wrong.
-    """
-    names = [signature.name for signature in signatures]
-    if set(names) != set(inputs):
-        raise UserError(f"got the inputs {sorted(inputs)}, expected {sorted(names)}; give exactly these")
-    rows = len(inputs[names[0]]) if inputs[names[0]].ndim else 0
-    if max_rows is not None and branches * rows > max_rows:
-        raise UserError(
-            f"got {branches * rows} rows (samples times guidance branches), the plans accept at most {max_rows}; "
-            "denoise fewer samples at a time"
-        )
-    for signature in signatures:
-        value = inputs[signature.name]
-        wanted = (rows, *signature.shape[1:])
-        if tuple(value.shape) != wanted or not _is_real(value) or not rows:
-            raise UserError(
-                f"input '{signature.name}': got {value.dtype} {list(value.shape)}, expected float32 "
-                f"{['rows', *signature.shape[1:]]} with as many rows, at least one, in every input"
-            )
-
-
-def _is_real(value: Any) -> bool:
-    """Whether the runtime takes such numbers: arrays of float32, tensors of any floating type."""
-    return bool(value.dtype == np.float32 if isinstance(value, np.ndarray) else value.is_floating_point())
 
 
 def _starting(arrays: Arrays, prefix: str) -> dict[str, np.ndarray]:

@@ -116,7 +116,7 @@ def require_possible(settings: Settings, adapter: ModelAdapter) -> None:
         return  # the budgets are made for a policy that there is
     settings = settings.model_copy(update={"times": None, "budget_ms": None, "budget_speedup": None})
     shapes = layer_shapes(adapter, dict.fromkeys(adapter.quantizable_layers(), 1))
-    _account(settings, shapes, adapter.active(adapter.schedule(settings.steps)), operations=0.0)
+    _account(settings, shapes, adapter.active(adapter.schedule(settings.asked_steps)), operations=0.0)
 
 
 def _account(

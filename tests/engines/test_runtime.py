@@ -8,7 +8,8 @@ import torch
 
 from adatsq_trt.engines.backends import onnxruntime, selection
 from adatsq_trt.engines.bundle import PROMPTS_NAME, BundleFiles, ImageSpec
-from adatsq_trt.engines.runtime import Bundle, Conditioning, StepResult, require_inputs
+from adatsq_trt.engines.generation import require_inputs
+from adatsq_trt.engines.runtime import Bundle, Conditioning, StepResult
 from adatsq_trt.errors import DamagedFileError, MismatchError, UserError
 from adatsq_trt.files import write_tensors
 from adatsq_trt.graph_index import TensorSignature
