@@ -204,7 +204,7 @@ def _values(deployment: Deployment) -> dict[str, object]:
 
 
 def _second_scale(manifest: Manifest) -> str:
-    """What is said of the input `guidance_2`."""
+    """Describe the input `guidance_2`."""
     if not manifest.schedule.experts:
         return "of a second transformer, which there is not: refused"
     return f"of the second transformer; guidance where that is given, else {manifest.second_guidance:g}"

@@ -26,6 +26,10 @@ pytestmark = pytest.mark.serving
 TEXT, SEEDS = "a red three and a green seven", [1, 2]
 
 
+# The others are encoded, asked and drawn as one of these is; tests/engines/triton_server has all.
+NAMES = tuple(name for name in MAKERS if name not in ("flux_2_klein", "chroma"))
+
+
 @dataclass(frozen=True)
 class Served:
     """A server with all families, and what it serves."""
@@ -44,17 +48,17 @@ class Served:
 def served(installation: Installation, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """Without the folders that the pipelines came from."""
     folder = tmp_path_factory.mktemp("pipelines")
-    saved = {name: save_and_build(name, folder / name) for name in MAKERS}
+    saved = {name: save_and_build(name, folder / name) for name in NAMES}
     repository = folder / "repository"
     write_repository([Deployment(name, one.bundle, pipeline=one.folder) for name, one in saved.items()], repository)
     for one in saved.values():
         shutil.rmtree(one.folder)
-    loaded = [f"--load-model={name}" for name in MAKERS]
-    with started(repository, installation, tuple(MAKERS), "--model-control-mode=explicit", *loaded) as server:
+    loaded = [f"--load-model={name}" for name in NAMES]
+    with started(repository, installation, NAMES, "--model-control-mode=explicit", *loaded) as server:
         yield Served(server, repository, saved)
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_words_go_in_and_a_picture_comes_out(served: Served, name: str) -> None:
     client, (bundle, pipeline) = HttpClient(served.server.ports), served.pipeline(name)
     answer = client.generate(name, "png", {"text": TEXT}, seed=SEEDS)
@@ -69,7 +73,7 @@ def test_words_go_in_and_a_picture_comes_out(served: Served, name: str) -> None:
         client.latents(name, seed=1)
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_negative_prompt(served: Served, name: str) -> None:
     client, (bundle, pipeline) = HttpClient(served.server.ports), served.pipeline(name)
     asked = {"text": TEXT, "negative": "a green seven"}
