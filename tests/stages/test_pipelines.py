@@ -213,6 +213,7 @@ def test_a_flux_2_from_pipeline_to_bundle_and_back(
             run_flux_2(pipe, order, noise, **request)
 
 
+@pytest.mark.slow  # 512 tokens of every text
 def test_a_chroma_from_pipeline_to_bundle_and_back(tmp_path: Path) -> None:
     """Captions of several lengths in one bundle, each alone in the pipeline, whose masks are numbers that are added."""
     pipe = quiet(make_chroma_pipeline())
