@@ -40,7 +40,6 @@ def shown_conditioning(bundle: Bundle, prompts: Sequence[int], image: Path | Non
         DamagedFileError: as `shown_image`, or a text encoder that does not load.
         MismatchError: as `shown_image`; a prompt that has more tokens with this image than the bundle has room for.
     """
-    silence()
     files = bundle.files
     shown, call = shown_image(files, image, mask), files.manifest.image_call
     if call is None or image is None or not call.texts:
@@ -48,6 +47,7 @@ def shown_conditioning(bundle: Bundle, prompts: Sequence[int], image: Path | Non
     bundle.conditioning(prompts)  # which refuses what it does not hold, before text encoders are loaded
     chosen = sorted(set(prompts))
     texts = tuple(files.manifest.prompt_texts[number] for number in chosen)
+    silence()
     picture = read_image(image)
     encoded = encode_prompts(
         _pipeline(files, call), texts, lambda: None, call.negative_prompt, lambda: repeat(picture, len(texts))
