@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.schedule import Schedule
@@ -85,9 +85,23 @@ def count_operations(adapter: ModelAdapter, schedule: Schedule, guidance: float)
         guidance: its scale.
     """
     module, inputs = _shapes(adapter.of_expert(schedule.expert(0)), schedule, guidance)
-    with FlopCounterMode(display=False) as counter:
+    with operation_counter() as counter:
         module(*inputs)
     return float(counter.get_total_flops())
+
+
+def operation_counter() -> FlopCounterMode:
+    """Make a counter of matrix products and attention, which alone would not count a processor's attention."""
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return FlopCounterMode(display=False, custom_mapping={attention: _attention_operations})
+
+
+def _attention_operations(
+    query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *_others: object, **_named: object
+) -> int:
+    """Operations of attention between tensors of these shapes."""
+    count: int = sdpa_flop_count(query, key, value)
+    return count
 
 
 def _shapes(adapter: ModelAdapter, schedule: Schedule, guidance: float) -> tuple[nn.Module, list[Tensor]]:

@@ -10,7 +10,6 @@ from functools import cached_property
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.flop_counter import FlopCounterMode
 
 from adatsq_trt.calibration.prompt_shares import Use, apart, shared_prompts
 from adatsq_trt.calibration.trajectory import Samples, seeded_samples
@@ -19,6 +18,7 @@ from adatsq_trt.execution import Executor, InProcess
 from adatsq_trt.execution.device import CPU, CUDA, OnDevice, free_bytes, raise_on_oom
 from adatsq_trt.formats import Format, Target, format_named, target_named
 from adatsq_trt.models.adapter import ModelAdapter
+from adatsq_trt.models.flow import operation_counter
 from adatsq_trt.models.format_store import CandidateWeights
 from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.policy import LayerShape
@@ -162,7 +162,7 @@ class Context:
     def operations(self) -> float:
         """Additions and multiplications of matrix products and attention in one step of one sample."""
         one = self.calibration.part(slice(0, 1))
-        with FlopCounterMode(display=False) as counter:
+        with operation_counter() as counter:
             one.velocity(one.noise().to(self.adapter.device), 0)
         return float(counter.get_total_flops())
 
