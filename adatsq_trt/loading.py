@@ -28,7 +28,7 @@ def of_parts(pipeline: Any) -> Any:
     """
 
     class Parts(pipeline):  # type: ignore[misc]
-        @wraps(pipeline.__init__)
+        @wraps(pipeline.__init__)  # type: ignore[misc]
         def __init__(self, *positional: Any, **named: Any) -> None:
             super().__init__(*positional, **named)
             if "vae" in signature(pipeline.__init__).parameters and not hasattr(self, "vae"):
