@@ -23,7 +23,7 @@ from adatsq_trt.progress import Callback, Reporter
 
 if TYPE_CHECKING:
     from adatsq_trt.engines.accuracy import CheckReport
-    from adatsq_trt.engines.backends.selection import BackendName
+    from adatsq_trt.engines.backends.selection import BackendName, Offload
     from adatsq_trt.report.summary import StageFigures
     from adatsq_trt.results import Bundle, Calibration, ExportedGraphs, QuantizedWeights, SearchedPolicy
     from adatsq_trt.settings import Settings
@@ -56,7 +56,7 @@ class Job:
         output: Path | str | None = None,
         progress: Callback | None = None,
         cancel: Event | None = None,
-        on_settings: Callable[[Settings], None] | None = None,
+        on_begin: Callable[[Build], None] | None = None,
     ) -> Any:
         """Run the stages; what is done in the run directory is reused.
 
@@ -64,7 +64,7 @@ class Job:
             output: the run directory; None for a temporary one.
             progress: is called as the work goes on.
             cancel: ends the work once it is set.
-            on_settings: is called when the run directory is held, before anything is computed.
+            on_begin: is called when the run directory is held, before anything is computed.
 
         Returns:
             Result of the verb of the last stage.
@@ -78,8 +78,8 @@ class Job:
         temporary = TemporaryDirectory(prefix="adatsq-") if output is None else None
         folder = Path(temporary.name if temporary is not None else str(output)).absolute()
         with self.prepared.run(folder, Reporter(progress, cancel)) as build:
-            if on_settings is not None:
-                on_settings(self.settings)
+            if on_begin is not None:
+                on_begin(build)
             build.run(self.last)
             if self.last == "bundle":
                 summary.write(build.outline)
@@ -202,22 +202,24 @@ def export_onnx(
     return graphs
 
 
-def load(path: Path | str, backend: BackendName = "auto") -> Bundle:
+def load(path: Path | str, backend: BackendName = "auto", offload: Offload = "none") -> Bundle:
     """Open a bundle, or the bundle of a run directory; every file is compared with its hash.
 
     Args:
         path: of the bundle.
         backend: name of the backend, as for `adatsq_trt.engines.runtime.Bundle.open`; "auto" for the best one here.
+        offload: "expert" holds the one of two transformers that is in use, as for `Bundle.open`.
 
     Raises:
         MissingFileError: there is no bundle, or one of its files is gone.
         DamagedFileError: a file is not what the manifest says, or lies outside the bundle.
         DependencyError: plans without their library or a GPU.
         MismatchError: no plans for this GPU and this version of the library.
+        UserError: offloading of a bundle of one transformer.
     """
     from adatsq_trt.results import Bundle
 
-    return Bundle.open(path, backend)
+    return Bundle.open(path, backend, offload)
 
 
 def check(

@@ -193,15 +193,23 @@ def sweep(common: Measured[bool], unit: GradientUnit, begin: int) -> dict[str, l
     """
     samples, adjoint = common.samples.part(unit.samples), State(unit.start)
     kept: dict[str, list[SampleGradients]] = {}
-    visit = _keep(common.extra, unit, begin, kept)
+    visit = keeping(common.extra, unit, begin, kept)
     for step in reversed(range(samples.schedule.steps)):
         adjoint = backward_step(samples, unit.latents[step], adjoint, step, visit, common.by_block)
     return kept
 
 
-def _keep(
+def keeping(
     coherent: bool, unit: GradientUnit, begin: int, kept: dict[str, list[SampleGradients]]
 ) -> Callable[[LayerGradients], None]:
+    """Make what adds up the gradients of a step.
+
+    Args:
+        coherent: whether the coherent form is wanted.
+        unit: says of which samples and layers gradients are kept.
+        begin: the first of these samples.
+        kept: module path → sums of each sample; receives them.
+    """
     wanted, chosen = frozenset(unit.layers), slice(begin, begin + unit.at_once)
 
     def visit(layers: LayerGradients) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from PIL import Image
 from pydantic import JsonValue
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -19,7 +20,13 @@ from adatsq_trt.checkpoints.encodings import read_encodings
 from adatsq_trt.checkpoints.images import PREFIX, ImageSet, encode_images, load_image_pipeline
 from adatsq_trt.checkpoints.lora import Lora, fuse, parse_lora
 from adatsq_trt.checkpoints.prompts import encode_prompts
-from adatsq_trt.checkpoints.requirements import fitting_canvas, require_configs, require_images, require_named
+from adatsq_trt.checkpoints.requirements import (
+    fitting_canvas,
+    require_configs,
+    require_images,
+    require_named,
+    require_prompts,
+)
 from adatsq_trt.checkpoints.schedulers import make_scheduler, require_schedule
 from adatsq_trt.checkpoints.single_file import convert, require_layout, transformer_weights
 from adatsq_trt.checkpoints.source import INDEX, Source, find_source
@@ -77,17 +84,29 @@ class OpenedPipeline:
     @cached_property
     def outline(self) -> LoadedModel:
         """The model without weights and encodings: its layers and settings, on the meta device."""
-        rows, family = len(self.settings.prompts) + 1, self.source.family
+        return self._model(self._outline, self._empty_encodings("meta"))
+
+    def stand_in(self) -> LoadedModel:
+        """The model with zeros for weights and encodings, whose calls take as long as the model's own."""
+        transformer = self._each(self.source.family.make_empty)
+        fill(transformer, {name: torch.zeros(value.shape) for name, value in transformer.state_dict().items()})
+        encodings = self._empty_encodings("cpu")
+        return self._model(
+            transformer.requires_grad_(False), {name: value.zero_() for name, value in encodings.items()}
+        )
+
+    def _empty_encodings(self, device: str) -> dict[str, Tensor]:
+        count, family = len(self.settings.prompts), self.source.family
+        rows = count + family.negatives(count)
         width, pooled = family.widths(self._config)
         shapes = self._image_shapes(self._image(self._outline))
         # How long the longest prompt is shows when it is encoded.
         length = family.token_multiple if family.token_multiple > 1 else family.text_tokens
-        empty = {
-            "tokens": torch.empty(rows, length, width, device="meta"),
-            "pooled": torch.empty(rows, pooled, device="meta"),
-            **{f"{PREFIX}{name}": torch.empty(rows - 1, *shape, device="meta") for name, shape in shapes.items()},
+        return {
+            "tokens": torch.empty(rows, length, width, device=device),
+            "pooled": torch.empty(rows, pooled, device=device),
+            **{f"{PREFIX}{name}": torch.empty(count, *shape, device=device) for name, shape in shapes.items()},
         }
-        return self._model(self._outline, empty)
 
     def encode(self, on_prompt: Callable[[], None]) -> dict[str, Tensor]:
         """Encode the prompts, and the images that go with them.
@@ -103,15 +122,21 @@ class OpenedPipeline:
     @property
     def encoded(self) -> int:
         """How many texts and images are encoded."""
-        count = len(self.settings.prompts)
-        return 2 * count + 1 if self.source.family.image_condition else count + 1
+        count, family = len(self.settings.prompts), self.source.family
+        return count + family.negatives(count) + (count if family.image_condition else 0)
 
     def _encode_texts(self, on_prompt: Callable[[], None]) -> dict[str, Tensor]:
         """With the pipeline's own text encoders (`encode_prompts`), or from their encodings."""
         if self.settings.encodings is not None:
             family = self.source.family
             return read_encodings(Path(self.settings.encodings), *family.widths(self._config), family.token_multiple)
-        return encode_prompts(self.source, self.settings.prompts, on_prompt, self.settings.negative_prompt)
+        texts = (self.settings.prompts, on_prompt, self.settings.negative_prompt)
+        return encode_prompts(self.source, *texts, self._read_images)
+
+    def _read_images(self) -> Iterator[Image.Image]:
+        """The images of the prompts, for a text encoder that sees them."""
+        pictures = self.images.pictures(len(self.settings.prompts), self._canvas, masked=False)
+        return (image for image, _ in pictures)
 
     def _encode_images(self, on_image: Callable[[], None]) -> dict[str, Tensor]:
         """With the pipeline's own VAE, which is gone from memory afterwards."""
@@ -292,8 +317,9 @@ class OpenedPipeline:
     @property
     def image_call(self) -> ImageCall | None:
         """Inputs that an image decides; None where the pipeline takes none."""
-        inputs = self.outline.adapter.image_inputs
-        return self.source.family.image_call(inputs, self._image_files)
+        inputs, family = self.outline.adapter.image_inputs, self.source.family
+        files = self._image_files | (self._encoder_files if family.reads_image else {})
+        return family.image_call(inputs, files, self.settings.negative_prompt)
 
     @property
     def text_call(self) -> TextCall | None:
@@ -419,6 +445,7 @@ def open_source(
     opened = make(settings, tuple(parse_lora(text) for text in settings.loras))
     require_configs(source)
     require_named(source, opened.loras)
+    require_prompts(source.family, settings)
     source.family.require_libraries()
     source.family.require_supported(opened._config, source.config, source.folder)
     outline = opened._outline
@@ -429,8 +456,8 @@ def open_source(
     else:
         require_shapes(weights, outline, source.config)
     find_weights(source.folder / "vae")
-    require_images(source.family, settings, opened.images)
     canvas = fitting_canvas(settings, source)
+    require_images(source.family, settings, opened.images, canvas)
     places = {"path": _absolute(settings.path), "base": settings.base and _absolute(settings.base)}
     loras = tuple(map(str, opened.loras))
     update = {**places, "loras": loras, **asdict(canvas)}

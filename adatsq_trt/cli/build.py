@@ -16,7 +16,7 @@ from adatsq_trt.config import RENAMED, choice_of, choices, option_name
 
 if TYPE_CHECKING:
     from adatsq_trt.api import Job
-    from adatsq_trt.settings import Settings
+    from adatsq_trt.stages.graph import Build
 
 _MODEL = typer.Argument(
     metavar="MODEL",
@@ -108,16 +108,17 @@ def _run(last: str, model: str, output: Path | None, options: dict[str, Any]) ->
     from adatsq_trt import api
     from adatsq_trt.cli.progress import bars
     from adatsq_trt.cli.tables import settings_table
+    from adatsq_trt.stages.duration import time_needed
 
     job = api.prepare(model, last, **{name: value for name, value in options.items() if value is not None})
     folder, console = output or _default_folder(job), Console()
 
-    def begin(settings: Settings) -> None:
-        console.print(settings_table(settings))
-        console.print(job.prepared.needs, highlight=False, soft_wrap=True)
+    def begin(build: Build) -> None:
+        console.print(settings_table(job.settings))
+        console.print(f"{job.prepared.needs}\n{time_needed(build.outline, last)}", highlight=False, soft_wrap=True)
 
     with bars() as progress:
-        result = job.run(folder, progress, on_settings=begin)
+        result = job.run(folder, progress, on_begin=begin)
     if last == "search":
         _print_policy(result, job.settings, console)
     if last == "bundle":

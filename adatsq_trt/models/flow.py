@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.schedule import Schedule
@@ -57,12 +58,9 @@ def measure_flow(adapter: ModelAdapter, schedule: Schedule, guidance: float) -> 
         guidance: its scale.
     """
     adapter = adapter.of_expert(schedule.expert(0))
-    conditioning = adapter.encode([0])
-    latent = torch.zeros(1, *adapter.latent_shape)
-    inputs = adapter.guided_inputs(latent, schedule.model_time(0), conditioning, guidance)
-    module = copy.deepcopy(adapter.trace_module()).to("meta")
+    module, inputs = _shapes(adapter, schedule, guidance)
     prefix, blocks = _prefix(adapter), adapter.blocks()
-    sizes = _output_bytes(module, {f"{prefix}{block}" for block in blocks}, [v.to("meta") for v in inputs.values()])
+    sizes = _output_bytes(module, {f"{prefix}{block}" for block in blocks}, inputs)
     own = {name.removeprefix(prefix): size for name, size in sizes.items()}
     inner = {name: size for name, size in own.items() if name not in blocks}
     layers = {name: own[name] for name in adapter.quantizable_layers()}
@@ -75,6 +73,28 @@ def measure_flow(adapter: ModelAdapter, schedule: Schedule, guidance: float) -> 
         max((_inside(inner, block) for block in blocks), default=0),
         max((_inside(layers, block) for block in blocks), default=0),
     )
+
+
+@torch.no_grad()
+def count_operations(adapter: ModelAdapter, schedule: Schedule, guidance: float) -> float:
+    """Count the additions and multiplications of matrix products and attention in a call of one sample.
+
+    Args:
+        adapter: as of `measure_flow`.
+        schedule: of the denoising loop.
+        guidance: its scale.
+    """
+    module, inputs = _shapes(adapter.of_expert(schedule.expert(0)), schedule, guidance)
+    with FlopCounterMode(display=False) as counter:
+        module(*inputs)
+    return float(counter.get_total_flops())
+
+
+def _shapes(adapter: ModelAdapter, schedule: Schedule, guidance: float) -> tuple[nn.Module, list[Tensor]]:
+    """Make a model without numbers, and the inputs of a call of one sample."""
+    latent = torch.zeros(1, *adapter.latent_shape)
+    inputs = adapter.guided_inputs(latent, schedule.model_time(0), adapter.encode([0]), guidance)
+    return copy.deepcopy(adapter.trace_module()).to("meta"), [value.to("meta") for value in inputs.values()]
 
 
 def _prefix(adapter: ModelAdapter) -> str:

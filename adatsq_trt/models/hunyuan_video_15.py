@@ -24,7 +24,7 @@ from adatsq_trt.models.family import AGAIN, Canvas, Family, JsonObject, VaeScale
 from adatsq_trt.models.masked import attention_mask, count_tokens
 from adatsq_trt.models.prompted import PromptedAdapter
 from adatsq_trt.models.rotary import rotate_pairs
-from adatsq_trt.schedule import EULER, TRAIN_TIMESTEPS, Schedule, make_schedule
+from adatsq_trt.schedule import EULER, TRAIN_TIMESTEPS, Schedule, Steps, make_schedule
 from adatsq_trt.text_call import TextCall
 from adatsq_trt.transformer_call import TIMESTEPS, TransformerCall, forward_arguments
 
@@ -78,7 +78,7 @@ class HunyuanVideo15Adapter(PromptedAdapter):
         """Both texts; the second comes as one row of numbers for each prompt."""
         return {_TEXT: tokens, _GLYPHS: pooled.unflatten(-1, (-1, self.transformer.config.text_embed_2_dim))}
 
-    def schedule(self, steps: int) -> Schedule:
+    def schedule(self, steps: Steps) -> Schedule:
         """Sigmas from 1 to 1/steps with the scheduler's shift, which does not depend on the size."""
         return make_schedule(self.scheduler, steps, image_tokens=0)
 

@@ -126,6 +126,21 @@ def beam_search(
     return sorted(survivors, key=lambda path: (path.error, path.switches))
 
 
+def most_expansions(steps: int, candidates: int, pruning: Pruning) -> int:
+    """Count the expansions of a search whose every path has all its candidates and the assignment before.
+
+    Args:
+        steps: number of columns.
+        candidates: distinct assignments of a column.
+        pruning: how columns are thinned; `width` is a number.
+    """
+    assert pruning.width is not None, "without a width there is no most"
+    first, other = candidates, pruning.width * (candidates + 1)
+    if pruning.expansions is not None:
+        first, other = min(first, pruning.expansions), min(other, pruning.expansions)
+    return first + (steps - 1) * other
+
+
 def expand(
     problem: Problem[StateT], paths: Sequence[Path[StateT]], step: int, most: int | None = None
 ) -> list[Path[StateT]]:

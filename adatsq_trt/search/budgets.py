@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations_with_replacement
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,9 @@ from adatsq_trt.formats import Format
 from adatsq_trt.policy import LayerShape
 from adatsq_trt.search.active import Active
 from adatsq_trt.search.candidates import Array, Assignment
+
+# Weights of two budgets that are tried.
+_RATIOS = 65
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,32 @@ class Budgets:
         if self.allowed is not None:
             cost = np.where(self.allowed, cost, np.inf)
         return float(cost.min(axis=0).sum())
+
+    def least_share(self) -> float:
+        """Bound from below how much of its budgets any policy takes: above 1, none keeps all of them.
+
+        With weights that sum to 1, the costs of a policy that keeps all budgets, relative to these, have a mean of at
+        most 1; the bound is the largest, over some weights, of the least mean that a policy has (Lagrangian duality).
+        """
+        shares, ratios = self._shares(), np.linspace(0, 1, _RATIOS)
+        # By two at a time: three that conflict only all together are found by the search.
+        mixed = (r * one + (1 - r) * other for one, other in combinations_with_replacement(shares, 2) for r in ratios)
+        return max((self._least(mean) for mean in mixed), default=0.0)
+
+    def _least(self, shares: Array) -> float:
+        """Sum of what each layer takes at least of [formats, layers]."""
+        own = shares if self.allowed is None else np.where(self.allowed, shares, np.inf)
+        return float(own.min(axis=0).sum())
+
+    def _shares(self) -> list[Array]:
+        """Part of each finite budget that a layer takes with one format at all its steps: [formats, layers] each.
+
+        Not less is taken with several formats: at each step one of these, and of each its stored weight.
+        """
+        costs = [(item.cost * self.active(item.cost.shape[1]).sum(axis=0), item.limit) for item in self.additive]
+        if self.storage is not None:
+            costs.append((self.storage.bytes[self.storage.grids], self.storage.limit))
+        return [cost / limit for cost, limit in costs if 0 < limit < math.inf]
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,11 @@ class Plan:
         return float(np.interp(bits_left, bits, errors) - np.interp(own_bits, bits, errors))
 
 
+def most_policies(shrinkages: Sequence[Shrinkage]) -> int:
+    """Count the policies and hedges of a plan: its own, those of the front, and one for each shrinkage."""
+    return 1 + len(_FRONT) + len(shrinkages)
+
+
 def make_plan(
     sensitivity: Sensitivity,
     bits: Array,

@@ -203,6 +203,11 @@ class Rules:
         return [[i for i in within if points[i].assignments <= self.limit], within]
 
 
+def most_seats(limited: bool) -> int:
+    """Count the seats of the shortlist; where there is a limit on assignments, those who need not keep it have half."""
+    return sum(count // part for _, count in _SEATS for part in ((1, 2) if limited else (1,)))
+
+
 def shortlist(points: Sequence[Point], rules: Rules, errors: Mapping[int, Floats]) -> list[int]:
     """Choose the points to rescore: of each kind of search the best, and those that are not told from it.
 
@@ -317,11 +322,11 @@ def scores_of(
 
 
 # Contenders for whom further samples are drawn.
-_MOST_CONTENDERS = 4
+MOST_CONTENDERS = 4
 
 
 def contenders(
-    points: Sequence[Point], among: Sequence[int], errors: Mapping[int, Floats], most: int = _MOST_CONTENDERS
+    points: Sequence[Point], among: Sequence[int], errors: Mapping[int, Floats], most: int = MOST_CONTENDERS
 ) -> list[int]:
     """The best point, and those that the samples do not tell from it: their paired interval holds zero.
 

@@ -19,6 +19,9 @@ from adatsq_trt.search.lagrangian import Constraints, allocate_within, choose_st
 from adatsq_trt.search.plan import SHRINKAGES, Rows
 from adatsq_trt.search.sensitivity import Sensitivity
 
+# Proposals of a kind: with each shrinkage, and one without.
+MOST_PROPOSALS = 1 + len(SHRINKAGES)
+
 
 def uniform(index: int, steps: int, layers: int, cells: Active | None = None) -> Rows:
     """One format everywhere; in `cells` [steps, layers] where these are given."""

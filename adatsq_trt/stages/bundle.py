@@ -29,14 +29,16 @@ from adatsq_trt.engines.manifest import Compatibility, ScheduleRecord
 from adatsq_trt.engines.plugin_commands import plugin_profiles, write_commands
 from adatsq_trt.errors import MissingFileError
 from adatsq_trt.files import atomic_path, read_json_model
-from adatsq_trt.formats import PLUGIN_LAYOUT
+from adatsq_trt.formats import PLUGIN_LAYOUT, Target
 from adatsq_trt.graph_index import INDEX_NAME, GraphFile, GraphIndex
 from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.policy import Policy
 from adatsq_trt.settings import Settings
 from adatsq_trt.stages import export, search
 from adatsq_trt.stages.context import Context
+from adatsq_trt.stages.lora_slots import slots_record
 from adatsq_trt.stages.run_directory import Stage
+from adatsq_trt.stages.work import Work
 from adatsq_trt.text_call import TextCall
 
 NAME = "bundle"
@@ -97,6 +99,26 @@ def run(context: Context) -> Stage:
     return this
 
 
+def work(context: Context) -> Work:
+    """Count what there is to do, with as many assignments as there may be."""
+    settings, targets = context.settings, _plan_targets(context)
+    if not targets or (settings.layout == PLUGIN_LAYOUT and settings.plugins is None):
+        return Work()
+    return Work(plan=len(targets) * _plans_of_a_target(settings, search.most_assignments(settings)))
+
+
+def _plan_targets(context: Context) -> list[Target]:
+    """Targets that plans are compiled for."""
+    if context.settings.simulate:
+        return []
+    return [target for target in context.targets if target.compute_capability is not None]
+
+
+def _plans_of_a_target(settings: Settings, graphs: int) -> int:
+    """How many there are where policies have so many graphs."""
+    return 1 if settings.layout in ("switch", PLUGIN_LAYOUT) else graphs
+
+
 def _vae_files(context: Context) -> list[Path]:
     """Configuration and weights of the VAE, which the bundle carries; none for a model that draws pixels."""
     folder = context.model.vae
@@ -112,8 +134,8 @@ def _copy(source: Path, destination: Path) -> None:
 
 
 def _plans(context: Context, folder: Path, index: GraphIndex) -> tuple[PlanFile, ...]:
-    targets = [target for target in context.targets if target.compute_capability is not None]
-    if context.settings.simulate or not targets:
+    targets = _plan_targets(context)
+    if not targets:
         return ()
     layout = context.settings.layout
     batch = _profiles(context, index.find("target", None))
@@ -124,16 +146,13 @@ def _plans(context: Context, folder: Path, index: GraphIndex) -> tuple[PlanFile,
             return ()
         _copy(Path(context.settings.plugins), folder / PLUGIN_LIBRARY)
         batch = plugin_profiles(graph, assignments, batch)
-    graphs = (
-        1
-        if layout in ("switch", PLUGIN_LAYOUT)
-        else sum(g.variant == "target" and g.assignment is not None for g in index.graphs)
-    )
+    graphs = sum(g.variant == "target" and g.assignment is not None for g in index.graphs)
     compiler = _compiler(context)
+    plans = len(targets) * _plans_of_a_target(context.settings, graphs)
     # Kernels are measured on the one GPU, so only one compiler of enterprise TensorRT works at a time.
     alone = index.weight_bytes > _LARGE_BYTES or compiler.name == TensorRTBackend.name
     jobs = 1 if alone else os.cpu_count() or 1
-    with context.progress(f"build: {compiler.title}", graphs * len(targets)) as advance:
+    with context.progress(f"build: {compiler.title}", plans) as advance:
         return build_plans(folder, index, targets, batch, lambda _done, _all: advance(), compiler, layout, jobs)
 
 
@@ -197,6 +216,7 @@ def _manifest(context: Context, index: GraphIndex, policy: Policy, plans: tuple[
         call=adapter.pipeline_call(),
         text=_text_call(context),
         image_call=None if context.pipeline is None else context.pipeline.image_call,
+        lora_slots=slots_record(context),
         compatibility=_compatibility(context.settings),
         plans=plans,
         versions=versions,
@@ -214,5 +234,5 @@ def _shape(context: Context, size: tuple[int, ...], adapter: ModelAdapter) -> Sh
         batches=tuple(samples for samples, *own in context.settings.shapes if tuple(own) == size),
         latent_shape=adapter.latent_shape,
         image=ImageSpec(**asdict(adapter.image)),
-        schedule=ScheduleRecord.of(adapter.schedule(context.settings.steps)),
+        schedule=ScheduleRecord.of(adapter.schedule(context.settings.asked_steps)),
     )

@@ -23,6 +23,7 @@ from adatsq_trt.solver import State
 from adatsq_trt.stages import embed, gradients
 from adatsq_trt.stages.context import Context
 from adatsq_trt.stages.run_directory import Stage
+from adatsq_trt.stages.work import Work
 
 NAME = "calibrate"
 TRAJECTORY, STATISTICS, ROUNDING = "trajectory.safetensors", "statistics.safetensors", "rounding.safetensors"
@@ -62,6 +63,19 @@ def run(context: Context) -> Stage:
             _hessians(context, this, batch, latents, information)
         _rounding(context, this, latents[-1])
     return this
+
+
+def work(context: Context) -> Work:
+    """Count what there is to do; the rounding of the weights is measured where they may be rounded."""
+    settings, blocks = context.settings, tuple(context.adapter.layers_by_block())
+    batch = settings.steps * settings.calibration_samples
+    found = Work(call=batch, fisher=batch, moments=len(hessian_passes(context, blocks)) * batch)
+    if settings.hessian in gradients.FORMS:
+        passes = gradients.gradient_passes(context, blocks)
+        found["gradients"] = settings.steps * sum(one.swept(settings.calibration_samples) for one in passes)
+    if settings.base_type != "float32":
+        found["call"] += settings.steps * min(_ROUNDING_SAMPLES, settings.calibration_samples)
+    return found
 
 
 def _trajectory(context: Context, this: Stage, batch: Shared[Samples], advance: Advance) -> Tensor:

@@ -23,12 +23,24 @@ from adatsq_trt.solver import State
 from adatsq_trt.stages import calibrate
 from adatsq_trt.stages.context import Context
 from adatsq_trt.stages.run_directory import Stage
+from adatsq_trt.stages.work import Work
 from adatsq_trt.transforms import LayerTransform
 
 
 def searched(context: Context) -> bool:
     """Whether ratios are searched: where they are asked for and a format takes one."""
     return context.settings.clips == "searched" and bool(clipped_grids(context.formats))
+
+
+def work(context: Context) -> Work:
+    """Count what there is to do."""
+    batch, found = context.settings.steps * context.settings.calibration_samples, Work()
+    if context.settings.transform is not None and any(fmt.scaled_activation for fmt in context.formats):
+        found["call"] += batch  # largest inputs are measured again
+    if searched(context):
+        found["clips"] += batch
+        found["call"] += len(_steps_of_experts(context))
+    return found
 
 
 def activation_scales(context: Context, this: Stage, transforms: Mapping[str, LayerTransform]) -> dict[str, Tensor]:
@@ -95,10 +107,16 @@ def _sweep(
 @torch.no_grad()
 def _sharing(context: Context, latents: Tensor) -> list[list[int]]:
     """Indices of the layers that are given the same tensor."""
-    sample, schedule = context.calibration.part(slice(0, 1)), context.schedule
+    sample = context.calibration.part(slice(0, 1))
     place, groups = {layer: index for index, layer in enumerate(context.layers)}, list[list[int]]()
-    for step in [schedule.experts.index(expert) for expert in dict.fromkeys(schedule.experts)] or [0]:
+    for step in _steps_of_experts(context):
         with captured(context.adapter.quantizable_layers()) as capture:
             sample.velocity(latents[step, :1].to(context.device), step)
         groups += [[place[name] for name in names] for names in sharing_layers(capture.inputs, capture.inputs)]
     return groups
+
+
+def _steps_of_experts(context: Context) -> list[int]:
+    """The first step of each part of the model."""
+    experts = context.schedule.experts
+    return [experts.index(expert) for expert in dict.fromkeys(experts)] or [0]

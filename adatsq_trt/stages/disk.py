@@ -13,7 +13,7 @@ from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.models.format_store import weight_owners
 from adatsq_trt.models.stored import count_weights
 from adatsq_trt.settings import Settings
-from adatsq_trt.stages import gradients
+from adatsq_trt.stages import gradients, search
 
 LOGGER = logging.getLogger(__name__)
 _FLOAT = 4  # bytes of a number of most files
@@ -40,8 +40,8 @@ def disk_bytes(settings: Settings, adapter: ModelAdapter) -> dict[str, int]:
     graphs = sum(packed) + plain + rest
     # A whole plan for each assignment and target; those of other layouts share weights, which are in the graphs.
     whole = settings.layout == "embedded" and not settings.simulate
-    transformers = len(set(adapter.schedule(settings.steps).experts)) or 1  # a plan holds one
-    plans = len(settings.targets) * (settings.max_assignments or settings.steps) if whole else 0
+    transformers = len(set(adapter.schedule(settings.asked_steps).experts)) or 1  # a plan holds one
+    plans = len(settings.targets) * search.most_assignments(settings) if whole else 0
     return {
         "calibrate": hessians * squares + 2 * latents,
         "quantize": sum(_stored(grid, shapes) for grid in grids),

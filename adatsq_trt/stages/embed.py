@@ -12,6 +12,7 @@ from adatsq_trt.errors import MismatchError
 from adatsq_trt.files import read_tensors, write_tensors
 from adatsq_trt.stages.context import Context
 from adatsq_trt.stages.run_directory import RunDirectory, Stage
+from adatsq_trt.stages.work import Work
 
 NAME = "embed"
 ENCODINGS = "encodings.safetensors"
@@ -47,6 +48,11 @@ def run(context: Context) -> Stage:
         with this.run(), context.progress("embed: prompts", pipeline.encoded) as advance:
             write_tensors(this.unit(ENCODINGS), pipeline.encode(advance))
     return this
+
+
+def work(_context: Context) -> Work:
+    """Nothing that is counted: text encoders are not at hand before they encode."""
+    return Work()
 
 
 def read(run: RunDirectory, pipeline: OpenedPipeline) -> dict[str, Tensor]:

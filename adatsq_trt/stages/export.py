@@ -29,6 +29,7 @@ from adatsq_trt.stages.context import Context
 from adatsq_trt.stages.meter import release_memory
 from adatsq_trt.stages.run_directory import Json, Stage
 from adatsq_trt.stages.shapes import written
+from adatsq_trt.stages.work import Work
 
 NAME = "export"
 GRAPHS, PROMPTS, REFERENCE = "onnx", "prompts.safetensors", "check/reference.safetensors"
@@ -66,6 +67,8 @@ def stage(context: Context) -> Stage:
     }
     if context.settings.layout == PLUGIN_LAYOUT:
         own["layout"] = PLUGIN_LAYOUT
+    if context.settings.lora_slots is not None:
+        own["lora_slots"] = context.settings.lora_slots
     if context.settings.shapes:
         own["sizes"] = [list(size) for size in context.sizes]
     return context.run.stage(NAME, {**inputs, **own}, files)
@@ -93,9 +96,31 @@ def run(context: Context) -> Stage:
     return this
 
 
+def work(context: Context) -> Work:
+    """Count what there is to do, with as many assignments as there may be."""
+    assignments, steps = search.most_assignments(context.settings), context.settings.steps
+    # In full precision and fake-quantized at every step; then the loop; both again with noise.
+    return Work(
+        trace=_parts(context),
+        graph=_graph_count(context, assignments),
+        pair=steps + 2 * steps + NOISE_DRAWS * 2 * steps,
+    )
+
+
+def _parts(context: Context) -> int:
+    """Number of models that are traced: experts."""
+    return len(set(context.schedule.experts)) or 1
+
+
+def _graph_count(context: Context, assignments: int) -> int:
+    if context.settings.layout == PLUGIN_LAYOUT:
+        return PLUGIN_GRAPHS
+    return _parts(context) + (assignments + _parts(context)) * len(variants(context))
+
+
 def _exported(context: Context, policy: Policy, arrays: Mapping[str, Mapping[str, Tensor]]) -> Exported:
     """Record what the bundle has to say of its loop."""
-    steps = context.settings.steps
+    steps = context.settings.asked_steps
     return Exported(
         policy=policy,
         guidance=context.calibration.guidance,
@@ -111,9 +136,8 @@ def _exported(context: Context, policy: Policy, arrays: Mapping[str, Mapping[str
 def _graphs(context: Context, policy: Policy, folder: Path) -> None:
     base, store = context.settings.base_type, refine.load(context)
     names, in_plugin = variants(context), context.settings.layout == PLUGIN_LAYOUT
-    parts = len(set(context.schedule.experts)) or 1
-    count = PLUGIN_GRAPHS if in_plugin else parts + (len(policy.assignments) + parts) * len(names)
-    with context.progress("export", parts + count) as advance:
+    count = _parts(context) + _graph_count(context, len(policy.assignments))
+    with context.progress("export", count) as advance:
         assert context.model.rounding.dtype is getattr(torch, base), "the model is rounded when it is loaded"
         blocks, graphs = context.adapter.blocks(), folder / GRAPHS
         templates = _templates(context, base, advance)
@@ -131,6 +155,7 @@ def _graphs(context: Context, policy: Policy, folder: Path) -> None:
                 names,
                 lambda _done, _all: advance(),
                 store.transforms,
+                context.settings.lora_slots,
             )
 
 
@@ -249,14 +274,21 @@ def layer_reference(context: Context, policy: Policy, step: int) -> dict[str, Te
 def _prompts(context: Context) -> dict[str, Tensor]:
     """Conditioning of every prompt of the model, and of the unguided branch, whose images are the prompts' own."""
     adapter, count = context.adapter, len(context.adapter.prompts)
-    empty = adapter.encode([0]).unconditional or {}
     tensors: dict[str, Tensor] = {}
+
+    def store(name: str, part: range, total: int, rows: Tensor) -> None:
+        tensors.setdefault(name, rows.new_empty(total, *rows.shape[1:]))[part] = rows
+
     for start in range(0, count, PROMPTS_AT_ONCE):  # only few at a time also have rows for the unguided branch
         part = range(start, min(start + PROMPTS_AT_ONCE, count))
-        for name, rows in adapter.encode(part).conditional.items():
-            tensors.setdefault(f"conditional.{name}", rows.new_empty(count, *rows.shape[1:]))[part] = rows
-    own = {name: value for name, value in empty.items() if name not in adapter.image_inputs}
-    return tensors | {f"unconditional.{name}": value[:1].clone() for name, value in own.items()}
+        encoded = adapter.encode(part)
+        for name, rows in encoded.conditional.items():
+            store(f"conditional.{name}", part, count, rows)
+        own = range(start, min(part.stop, adapter.negatives))
+        for name, rows in (encoded.unconditional or {}).items():
+            if own and name not in adapter.image_inputs:
+                store(f"unconditional.{name}", own, adapter.negatives, rows[: len(own)])
+    return tensors
 
 
 def used_formats(policy: Policy) -> tuple[str, ...]:

@@ -41,6 +41,11 @@ class Pass:
     at_once: int
     by_block: bool
 
+    def swept(self, samples: int) -> int:
+        """Count the samples of all its sweeps: a part of the batch is swept as often as its gradients need."""
+        sizes = [part.stop - part.start for part in parts(samples)]
+        return sum(size * -(-size // self.at_once) for size in sizes)
+
 
 def write_hessians(context: Context, this: Stage, latents: Tensor, files: Mapping[str, Path]) -> None:
     """Write the Hessians of every block that has none yet.

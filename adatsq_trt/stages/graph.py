@@ -12,6 +12,7 @@ from adatsq_trt.stages.context import Context
 from adatsq_trt.stages.meter import release_memory
 from adatsq_trt.stages.models import OpenedModel
 from adatsq_trt.stages.run_directory import Stage
+from adatsq_trt.stages.work import Work
 
 
 class StageModule(Protocol):
@@ -22,6 +23,9 @@ class StageModule(Protocol):
 
     def run(self, context: Context) -> Stage:
         """Do its work, unless that is done; the stages that it reads are."""
+
+    def work(self, context: Context) -> Work:
+        """Count its work before it is done; needs no weights of the model either."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from adatsq_trt.search.dominance import no_costlier, undominated
 from adatsq_trt.search.resume import Scorer
 from adatsq_trt.search.select import (
     KINDS,
+    MOST_CONTENDERS,
     Dominated,
     Kind,
     Point,
@@ -31,13 +32,16 @@ from adatsq_trt.search.select import (
     judge,
     look_again,
     measure_held_out,
+    most_seats,
     rescore,
     scores_of,
     shortlist,
 )
 from adatsq_trt.search.simulation import Simulation
+from adatsq_trt.settings import Settings
 from adatsq_trt.stages.budget import Account
 from adatsq_trt.stages.context import Context
+from adatsq_trt.stages.work import Work
 
 # Every proposal is judged on the first samples of the selection batch, the shortlist on all.
 SCREENING = 64
@@ -47,6 +51,28 @@ FURTHER = 1
 _FIRST_PART = 4
 STATIC_KINDS: tuple[Kind, Kind] = ("layer_only", "time_only")
 _SIMPLE: tuple[Kind, ...] = ("uniform", *STATIC_KINDS)
+
+
+def work(settings: Settings, proposals: int, uniforms: int) -> Work:
+    """Count what judging takes, with a full shortlist, a tie, a simple rival and nothing measured twice.
+
+    Args:
+        settings: of the run.
+        proposals: to be judged.
+        uniforms: among them.
+    """
+    selection, held_out, given = settings.selection_samples, settings.held_out_samples, settings.policy is not None
+    screened = min(SCREENING, selection)
+    seats = 1 if given else min(proposals, most_seats(settings.max_assignments is not None))
+    samples = Work(call=selection, rounded=proposals * screened + seats * (selection - screened))
+    if not given:
+        # Further samples for those that are not told apart, and others for the chosen one beside a simple policy.
+        samples += Work(call=(FURTHER + 1) * selection, rounded=(FURTHER * MOST_CONTENDERS + 2) * selection)
+    if held_out:
+        # The chosen one, that without a limit and the two static ones.
+        told = uniforms + (1 if given else 2 + len(STATIC_KINDS))
+        samples += Work(call=held_out, rounded=told * (held_out + settings.calibration_samples))
+    return Work({unit: settings.steps * count for unit, count in samples.items()})
 
 
 @dataclass

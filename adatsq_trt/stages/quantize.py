@@ -37,6 +37,7 @@ from adatsq_trt.quantizers import QuantizedWeight, quantize_nearest
 from adatsq_trt.stages import calibrate, clips
 from adatsq_trt.stages.context import Context
 from adatsq_trt.stages.run_directory import Stage
+from adatsq_trt.stages.work import Work
 from adatsq_trt.transforms import IDENTITY, LayerTransform, load_transforms, save_transforms
 
 NAME = "quantize"
@@ -77,6 +78,15 @@ def run(context: Context) -> Stage:
             write_tensors(this.unit(NESTED), _nest(context, this.folder, hessians, transforms))
         write_tensors(this.unit(SCALES_NAME), clips.activation_scales(context, this, transforms))
     return this
+
+
+def work(context: Context) -> Work:
+    """Count what there is to do."""
+    batch, layers = context.settings.steps * context.settings.calibration_samples, len(context.layers)
+    found = clips.work(context) + Work(layer=layers * (2 if _nests(context) else 1))
+    if context.settings.transform is not None:
+        found["call"] += batch  # groups of layers are measured
+    return found
 
 
 def _transforms(context: Context, this: Stage) -> dict[str, LayerTransform]:
@@ -166,10 +176,10 @@ def solve_layers(
         for n in layers
     )
     common = context.executor.share(Solver(tuple(formats), context.settings.damping))
-    return context.executor.map(_solve_layer, common, problems)
+    return context.executor.map(solve_layer, common, problems)
 
 
-def _solve_layer(solver: Solver, problem: Problem) -> dict[Format, QuantizedWeight]:
+def solve_layer(solver: Solver, problem: Problem) -> dict[Format, QuantizedWeight]:
     """One layer in some formats, which share its factorized Hessian."""
     weight = problem.transform.rounded_weight(problem.weight)
     if problem.hessian is not None:

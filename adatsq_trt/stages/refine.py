@@ -34,6 +34,7 @@ from adatsq_trt.search.resume import Score
 from adatsq_trt.stages import calibrate, quantize, search
 from adatsq_trt.stages.context import Context
 from adatsq_trt.stages.run_directory import Stage
+from adatsq_trt.stages.work import Work
 from adatsq_trt.transforms import LayerTransform
 
 NAME = "refine"
@@ -102,6 +103,15 @@ def run(context: Context) -> Stage:
             old = _own_weights(quantize.load(context), used)
             write_json_model(this.unit(RESULT), _judge(context, policy, old, store))
     return this
+
+
+def work(context: Context) -> Work:
+    """Count what there is to do."""
+    settings, blocks = context.settings, len(context.adapter.layers_by_block())
+    selection, held_out = settings.steps * settings.selection_samples, settings.steps * settings.held_out_samples
+    moments = blocks * settings.steps * settings.calibration_samples
+    rounded = moments + 2 * selection + held_out
+    return Work(call=selection + held_out, rounded=rounded, layer=len(context.layers))
 
 
 def _refine_block(

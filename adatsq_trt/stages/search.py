@@ -27,22 +27,37 @@ from adatsq_trt.models.format_store import CandidateWeights
 from adatsq_trt.models.stored import count_weights
 from adatsq_trt.policy import GIVEN_POLICY_ADVICE, Policy
 from adatsq_trt.search.active import indices_of
-from adatsq_trt.search.beam import Pruning
+from adatsq_trt.search.beam import Pruning, most_expansions
 from adatsq_trt.search.denoising import ConstrainedProblem, DenoisingProblem, format_bits, row_errors
 from adatsq_trt.search.joint import Shrinkage
 from adatsq_trt.search.merge import Allowance, MeanBits, Several, merged_policies
-from adatsq_trt.search.plan import ONCE_SHRINKAGES, SHRINKAGES, Plan, Rows, make_constrained_plan, make_plan
+from adatsq_trt.search.plan import (
+    ONCE_SHRINKAGES,
+    SHRINKAGES,
+    Plan,
+    Rows,
+    make_constrained_plan,
+    make_plan,
+    most_policies,
+)
 from adatsq_trt.search.resume import measure_sensitivity, search_columns
 from adatsq_trt.search.select import Proposal, SearchResult
 from adatsq_trt.search.sensitivity import Sensitivity
 from adatsq_trt.search.simulation import Simulation
-from adatsq_trt.search.static import constrained_layer_only, constrained_time_only, layer_only, time_only, uniform
+from adatsq_trt.search.static import (
+    MOST_PROPOSALS,
+    constrained_layer_only,
+    constrained_time_only,
+    layer_only,
+    time_only,
+    uniform,
+)
 from adatsq_trt.settings import Settings
 from adatsq_trt.solver import State
-from adatsq_trt.stages import budget, calibrate, quantize
+from adatsq_trt.stages import budget, calibrate, judging, quantize
 from adatsq_trt.stages.context import Context
-from adatsq_trt.stages.judging import Judging
 from adatsq_trt.stages.run_directory import Stage
+from adatsq_trt.stages.work import Work
 from adatsq_trt.zoo.loading import LoadedModel
 
 LOGGER = logging.getLogger(__name__)
@@ -85,15 +100,14 @@ def require_possible(settings: Settings, model: LoadedModel) -> None:
         DamagedFileError: the given policy is not a policy.
     """
     if settings.policy is not None:
-        _require_active(_given_policy(settings, tuple(model.adapter.quantizable_layers())), model)
+        _require_active(_given_policy(settings, tuple(model.adapter.quantizable_layers())), settings, model)
         return
     if settings.expansions is not None and settings.beam == 0:
         raise UserError(
             f"--expansions {settings.expansions}: there is no beam search that it could shorten; add --beam 4, or "
             "leave it out"
         )
-    budget.require_bytes(settings, model.adapter)
-    budget.require_bits(settings, model.adapter)
+    budget.require_possible(settings, model.adapter)
 
 
 def require_affordable(context: Context) -> None:
@@ -133,13 +147,13 @@ def _given_policy(settings: Settings, layers: Sequence[str]) -> Policy:
     return policy
 
 
-def _require_active(policy: Policy, model: LoadedModel) -> None:
+def _require_active(policy: Policy, settings: Settings, model: LoadedModel) -> None:
     """Refuse a policy with formats for other layers than those that run at a step.
 
     Raises:
         MismatchError: names the first.
     """
-    active = model.adapter.active(model.adapter.schedule(policy.steps))
+    active = model.adapter.active(model.adapter.schedule(settings.asked_steps))
     for step, own in enumerate(active):
         given = policy.formats_at(step)
         for layer, runs in zip(policy.layers, own, strict=True):
@@ -155,8 +169,8 @@ def run(context: Context) -> Stage:
         return this
     with this.run() as folder:
         account = budget.account(context)  # which counts operations in the model's own precision
-        with context.on_device(getattr(torch, context.settings.search_precision)):
-            result = _search(context, account, folder)
+        with computing(context) as executor:
+            result = _search(context, executor, account, folder)
         chosen = result.points[result.chosen]
         policy = Policy.from_steps(context.model.name, context.settings.weights_sha256, context.layers, chosen.formats)
         policy.save(this.unit(POLICY))
@@ -164,29 +178,58 @@ def run(context: Context) -> Stage:
     return this
 
 
-def _search(context: Context, account: budget.Account, folder: Path) -> SearchResult:
+def work(context: Context) -> Work:
+    """Count what there is to do, with as many distinct policies as there may be."""
+    settings, uniforms = context.settings, len(_uniforms(context))
+    batch, found = settings.steps * settings.calibration_samples, budget.work(settings)
+    if _reduced(context):
+        found["call"] += batch
+    if settings.policy is not None:
+        return found + judging.work(settings, 1 + uniforms, uniforms)
+    found["sensitivity"] += batch
+    if settings.beam:
+        expansions = most_expansions(settings.steps, settings.candidates, _pruning(settings))
+        found["rounded"] += expansions * settings.calibration_samples
+    return found + judging.work(settings, _most_proposals(context) + uniforms, uniforms)
+
+
+def _most_proposals(context: Context) -> int:
+    """Count the policies that there may be beside uniform ones."""
+    settings, shrinkages = context.settings, _shrinkages(context)
+    grids = len({fmt.weight for fmt in context.formats}) if budget.chooses_weights(settings) else 1
+    starts = most_policies(shrinkages) + settings.beam + MOST_PROPOSALS * (1 + grids)
+    return starts if settings.max_assignments is None else 2 * starts + len(shrinkages) - 1
+
+
+def most_assignments(settings: Settings) -> int:
+    """Count the distinct assignments that a policy may have: those of the given one, else by limit and steps."""
+    if settings.policy is not None:
+        return len(parse_json_model(settings.policy, "--policy", Policy, GIVEN_POLICY_ADVICE).assignments)
+    return min(settings.max_assignments or settings.steps, settings.steps)
+
+
+def _search(context: Context, executor: Executor, account: budget.Account, folder: Path) -> SearchResult:
     """The steps of the search, each kept on disk as it goes."""
     store = quantize.load(context)
-    with _executor(context) as executor:
-        reference = _reference(context, executor, folder)
-        if context.settings.policy is not None:
-            with _simulation(context, store, executor) as simulation:
-                return _judge(context, simulation, [_given_proposal(context), *_uniforms(context)], account, 0, folder)
-        sensitivity, adjoints = _sensitivity(context, store, reference["latents"], executor, folder)
-        plan, make_problem, static, allowance = _plans(context, sensitivity, account)
-        with _simulation(context, store, executor) as simulation:
-            states = trajectory_states(reference, context.schedule.solver.memory)
-            problem = make_problem(context.calibration, simulation, states, adjoints, plan)
-            paths = _beam(context, problem, folder)
-            starts = [*plan.policies, *plan.hedges, *paths, *(p.rows for p in static)]
-            proposals = [
-                *(Proposal("beam", rows) for rows in paths),
-                *(Proposal("plan", rows) for rows in (*plan.policies, *plan.hedges)),
-                *(Proposal("merged", rows) for rows in _merged(context, sensitivity, allowance, starts)),
-                *static,
-                *_uniforms(context),
-            ]
-            return _judge(context, simulation, proposals, account, problem.calls, folder)
+    reference = _reference(context, executor, folder)
+    if context.settings.policy is not None:
+        with simulation_of(context, store, executor) as simulation:
+            return _judge(context, simulation, [_given_proposal(context), *_uniforms(context)], account, 0, folder)
+    sensitivity, adjoints = _sensitivity(context, store, reference["latents"], executor, folder)
+    plan, make_problem, static, allowance = _plans(context, sensitivity, account)
+    with simulation_of(context, store, executor) as simulation:
+        states = trajectory_states(reference, context.schedule.solver.memory)
+        problem = make_problem(context.calibration, simulation, states, adjoints, plan)
+        paths = _beam(context, problem, folder)
+        starts = [*plan.policies, *plan.hedges, *paths, *(p.rows for p in static)]
+        proposals = [
+            *(Proposal("beam", rows) for rows in paths),
+            *(Proposal("plan", rows) for rows in (*plan.policies, *plan.hedges)),
+            *(Proposal("merged", rows) for rows in _merged(context, sensitivity, allowance, starts)),
+            *static,
+            *_uniforms(context),
+        ]
+        return _judge(context, simulation, proposals, account, problem.calls, folder)
 
 
 def _beam(context: Context, problem: DenoisingProblem, folder: Path) -> list[Rows]:
@@ -195,17 +238,21 @@ def _beam(context: Context, problem: DenoisingProblem, folder: Path) -> list[Row
     if settings.beam == 0:
         return []
     with context.progress("search: beam", settings.steps) as advance:
-        pruning = Pruning(settings.beam, settings.slack, settings.expansions)
-        return [path.assignments for path in search_columns(problem, pruning, folder, advance)]
+        return [path.assignments for path in search_columns(problem, _pruning(settings), folder, advance)]
+
+
+def _pruning(settings: Settings) -> Pruning:
+    return Pruning(settings.beam, settings.slack, settings.expansions)
 
 
 @contextmanager
-def _executor(context: Context) -> Iterator[Executor]:
-    """Those of the run, in the precision of the search.
+def computing(context: Context) -> Iterator[Executor]:
+    """Have the model where units are computed, and who computes them, in the precision of the search.
 
     For a small model in this process there are as many threads as torch would take for one unit.
     """
-    with _exact_executor(context) as executor:
+    precision = getattr(torch, context.settings.search_precision)
+    with context.on_device(precision), _exact_executor(context) as executor:
         yield Bfloat16(executor, context.device.type) if _reduced(context) else executor
 
 
@@ -229,7 +276,7 @@ def _exact_executor(context: Context) -> Iterator[Executor]:
 
 
 @contextmanager
-def _simulation(context: Context, store: CandidateWeights, executor: Executor) -> Iterator[Simulation]:
+def simulation_of(context: Context, store: CandidateWeights, executor: Executor) -> Iterator[Simulation]:
     """The fake-quantized model, given to the workers."""
     with context.simulated(store).installed() as model:
         settings = context.settings
@@ -360,7 +407,7 @@ def _judge(
     folder: Path,
 ) -> SearchResult:
     """Choose, and keep how the errors of what is reported grow."""
-    result = Judging(context, simulation, account, folder, calls).result(proposals)
+    result = judging.Judging(context, simulation, account, folder, calls).result(proposals)
     if context.settings.held_out_samples:
         latents = read_tensors(_reference_file(context, folder))["latents"]
         _keep_trajectory_errors(context, simulation, latents, result, folder / TRAJECTORY_ERRORS)

@@ -122,8 +122,8 @@ class Pipeline:
         _require_files(folder, self._call)  # before the imports, which take longer than a refusal should
         if self._call.library is not None and find_spec(self._call.library) is None:
             raise DependencyError(
-                f"{self._call.pipeline} cleans its prompts with the library {self._call.library}, without which they "
-                f"are encoded differently; install it with: pip install {self._call.library}"
+                f"{self._call.pipeline} reads its prompts with the library {self._call.library}, without which they "
+                f"are encoded differently or not at all; install it with: pip install {self._call.library}"
             )
         import torch
 

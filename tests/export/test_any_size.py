@@ -23,8 +23,11 @@ from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.policy import Policy
 from adatsq_trt.quantizers import quantize_nearest, static_activation_scale
 from tests.export.separated import require_equal_layers
+from tests.tiny_chroma import make_tiny_chroma
 from tests.tiny_flux import make_tiny_flux
+from tests.tiny_flux_2 import make_tiny_flux_2
 from tests.tiny_hunyuan_video import make_tiny_hunyuan_video
+from tests.tiny_ltx import make_tiny_ltx
 from tests.tiny_qwen_image import make_tiny_qwen_image
 from tests.tiny_stable_diffusion_3 import make_tiny_stable_diffusion_3
 from tests.tiny_wan import make_tiny_wan
@@ -38,6 +41,9 @@ SIZES = {
     "wan": [(4, 4, 3), (6, 8, 2)],
     "qwen-image": [(3, 4), (5, 2)],
     "stable-diffusion-3": [(6, 8), (10, 4)],
+    "flux-2": [(3, 4), (5, 2)],
+    "chroma": [(3, 4), (2, 6), (5, 2)],
+    "ltx": [(3, 2, 2), (2, 3, 2), (4, 5, 1)],
     "hunyuan-video": [(3, 4, 3), (5, 2, 2)],
 }
 MAKERS = {
@@ -47,9 +53,13 @@ MAKERS = {
     "wan": make_tiny_wan,
     "qwen-image": lambda: make_tiny_qwen_image(layers=1),
     "stable-diffusion-3": make_tiny_stable_diffusion_3,
+    "flux-2": make_tiny_flux_2,
+    "chroma": make_tiny_chroma,
+    "ltx": lambda: make_tiny_ltx(layers=1),
     "hunyuan-video": lambda: make_tiny_hunyuan_video(layers=1),
 }
-PARAMETERS = [pytest.param(name, marks=pytest.mark.slow if name == "hunyuan-video" else ()) for name in MAKERS]
+SLOW = ("flux-2", "chroma", "ltx", "hunyuan-video")
+PARAMETERS = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in MAKERS]
 NAMES = ("nvfp4", "fp8", "bf16", "int4wo")
 
 
@@ -164,7 +174,7 @@ def test_plans_over_one_file_of_weights_have_a_profile_for_each_shape(exported: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("exported", ["z-image", "wan"], indirect=True)
+@pytest.mark.parametrize("exported", ["z-image", "wan", "flux-2"], indirect=True)
 def test_the_other_architectures_compile(exported: Exported) -> None:
     compile_all(exported, "switch")
 

@@ -10,6 +10,7 @@ import pytest
 from adatsq_trt.formats import format_named
 from adatsq_trt.stages import disk
 from adatsq_trt.stages.context import Context
+from tests.stages.tiny_run import given_policy
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -29,7 +30,7 @@ def test_the_estimate_holds_what_a_run_wrote(finished: Context) -> None:
     calibrate = finished.run.path / "calibrate"
     hessians = written(calibrate / "hessians") + written(calibrate / "unweighted_hessians")
     assert 0.95 * hessians < needed["calibrate"] < 3 * hessians
-    given = finished.settings.model_copy(update={"policy": "{}"})
+    given = finished.settings.model_copy(update={"policy": given_policy().model_dump_json()})
     assert disk.disk_bytes(given, finished.adapter)["search"] == 0 < needed["search"]
 
 

@@ -41,12 +41,12 @@ def test_formats_with_one_weight_grid_share_the_solution() -> None:
     weight, x = torch.randn(4, 64, generator=generator), torch.randn(200, 64, generator=generator)
     solver = quantize.Solver((FORMATS["w8a8s"], FORMATS["w4a4"], FORMATS["int4wo"]), 0.01)
     problem = quantize.Problem(weight, x.mT @ x / 200, IDENTITY)
-    solved = quantize._solve_layer(solver, problem)
+    solved = quantize.solve_layer(solver, problem)
     assert list(solved) == list(solver.formats)
     for fmt in solver.formats:
         assert_equal(solved[fmt], gptq(weight, problem.hessian, fmt, damping=0.01))
     same = [fmt for fmt in FORMATS.values() if fmt.weight == FORMATS["w4a4"].weight]
-    shared = quantize._solve_layer(quantize.Solver(tuple(same), 0.01), problem)
+    shared = quantize.solve_layer(quantize.Solver(tuple(same), 0.01), problem)
     assert len(same) > 1
     assert len({id(weight) for weight in shared.values()}) == 1
 

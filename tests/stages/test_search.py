@@ -52,6 +52,19 @@ def test_what_can_be_is_not(changes: dict[str, object]) -> None:
     search.require_possible(make_settings(**changes), MODEL)
 
 
+@pytest.mark.parametrize("weights", ["once", "free"])
+def test_budgets_that_cannot_be_kept_together_are_refused_first(weights: str) -> None:
+    """fp8 has the fewest bits and int4wo the fewest bytes; a search found it after all formats were measured."""
+    common = {"formats": ("fp8", "int4wo", "bf16"), "targets": ("sm120",), "weights": weights}
+    size = 2 * sum(linear.in_features * linear.out_features for linear in MODEL.adapter.quantizable_layers().values())
+    for alone in ({"budget_bits": 8.2}, {"budget_bits": None, "budget_bytes": 0.4 * size}):
+        search.require_possible(make_settings(**common, **alone), MODEL)
+    with pytest.raises(
+        BudgetError, match="--budget-bits, --budget-size: no policy of these formats keeps these budgets"
+    ):
+        search.require_possible(make_settings(**common, budget_bits=8.2, budget_bytes=0.4 * size), MODEL)
+
+
 def test_the_policy_is_the_best_within_the_budget_and_its_layers_keep_their_weights(finished: Context) -> None:
     folder = search.stage(finished).folder
     result = read_json_model(folder / search.RESULT, SearchResult)

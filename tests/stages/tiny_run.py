@@ -48,10 +48,10 @@ def make_model(blocks: int = 1) -> LoadedModel:
     return LoadedModel("tiny", make_tiny_flux(32, 4, blocks=blocks), HASH, HASH, 2, 2.0, PixelScale(1))
 
 
-def given_policy() -> Policy:
-    """Two steps with an assignment each, of fp8 and bf16 in turns: in place of a search."""
+def given_policy(*formats: str) -> Policy:
+    """Two steps with an assignment each, of two formats in turns, fp8 and bf16 by default: in place of a search."""
     layers = list(make_model().adapter.quantizable_layers())
-    rows = [[("fp8", "bf16")[(layer + step) % 2] for layer in range(len(layers))] for step in range(2)]
+    rows = [[(formats or ("fp8", "bf16"))[(layer + step) % 2] for layer in range(len(layers))] for step in range(2)]
     return Policy.from_steps("tiny", HASH, layers, rows)
 
 
