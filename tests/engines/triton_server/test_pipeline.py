@@ -145,8 +145,10 @@ def decode_wan(pipe: Any, latents: Tensor) -> Tensor:
 
 
 def decode_hunyuan_video(pipe: Any, latents: Tensor) -> Tensor:
-    scaled = latents.bfloat16() / pipe.vae.config.scaling_factor
-    return pipe.vae.decode(scaled, return_dict=False)[0].permute(0, 2, 3, 4, 1)
+    scaled = (latents / pipe.vae.config.scaling_factor).bfloat16()
+    # This VAE of diffusers takes one video at a time.
+    videos = [pipe.vae.decode(one[None], return_dict=False)[0] for one in scaled]
+    return torch.cat(videos).permute(0, 2, 3, 4, 1)
 
 
 ENCODE = {
