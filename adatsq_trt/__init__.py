@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from adatsq_trt.transformer_call import TransformerCall as TransformerCall
     from adatsq_trt.transformer_call import forward_arguments as forward_arguments
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.3.0"
 
 _HOMES = {
     "adatsq_trt.api": ("build", "calibrate", "check", "export_onnx", "load", "quantize", "search_policy"),

@@ -1,10 +1,12 @@
-"""Sizes and speeds as users write them: 300kB, 0.3x, 12ms, 1.8x."""
+"""Sizes, speeds and lists as users write them: 300kB, 0.3x, 12ms, 1.8x, 1,0.75,0.5."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from adatsq_trt.errors import UserError
 
@@ -74,6 +76,30 @@ def parse_speed(speed: str, option: str) -> Amount:
         if match is not None:
             return Amount(_positive(match[1], speed, option), relative)
     raise UserError(f"{option} '{speed}': expected a speed against 16 bits such as 1.8x, or milliseconds such as 12ms")
+
+
+def parse_falling(numbers: str | Iterable[float], option: str, most: float) -> tuple[float, ...]:
+    """Numbers that fall towards 0: "1,0.75,0.5", or these themselves.
+
+    Args:
+        numbers: the user's text or numbers.
+        option: name of the option, for messages.
+        most: that the first may be.
+
+    Raises:
+        UserError: not such numbers.
+    """
+    try:
+        values = tuple(map(float, numbers.split(",") if isinstance(numbers, str) else numbers))
+    except (TypeError, ValueError):
+        values = ()
+    falls = all(value > following for value, following in pairwise((*values, 0.0)))  # NaN does not
+    if not values or not falls or values[0] > most:
+        raise UserError(
+            f"{option} '{numbers}': expected numbers that fall, at most {most:g} and all above 0, which ends the loop "
+            f"by itself; such as {most:g},{most * 3 / 4:g},{most / 2:g}"
+        )
+    return values
 
 
 def _positive(number: str, text: float | str, option: str) -> float:

@@ -23,7 +23,7 @@ from adatsq_trt.progress import Callback, Reporter
 
 if TYPE_CHECKING:
     from adatsq_trt.engines.accuracy import CheckReport
-    from adatsq_trt.engines.backends.selection import BackendName
+    from adatsq_trt.engines.backends.selection import BackendName, Offload
     from adatsq_trt.report.summary import StageFigures
     from adatsq_trt.results import Bundle, Calibration, ExportedGraphs, QuantizedWeights, SearchedPolicy
     from adatsq_trt.settings import Settings
@@ -202,22 +202,24 @@ def export_onnx(
     return graphs
 
 
-def load(path: Path | str, backend: BackendName = "auto") -> Bundle:
+def load(path: Path | str, backend: BackendName = "auto", offload: Offload = "none") -> Bundle:
     """Open a bundle, or the bundle of a run directory; every file is compared with its hash.
 
     Args:
         path: of the bundle.
         backend: name of the backend, as for `adatsq_trt.engines.runtime.Bundle.open`; "auto" for the best one here.
+        offload: "expert" holds the one of two transformers that is in use, as for `Bundle.open`.
 
     Raises:
         MissingFileError: there is no bundle, or one of its files is gone.
         DamagedFileError: a file is not what the manifest says, or lies outside the bundle.
         DependencyError: plans without their library or a GPU.
         MismatchError: no plans for this GPU and this version of the library.
+        UserError: offloading of a bundle of one transformer.
     """
     from adatsq_trt.results import Bundle
 
-    return Bundle.open(path, backend)
+    return Bundle.open(path, backend, offload)
 
 
 def check(

@@ -33,6 +33,7 @@ CHECKPOINT, POLICY, EFFORT, ENTERPRISE = "A checkpoint of your own", "The policy
 _MOST_ROWS = 4096
 _MOST_SAMPLES, _MOST_STEPS, _MOST_PATHS = 1_000_000, 1000, 1000
 _MOST_GUIDANCE = 1000  # far beyond what any model is used with
+_MOST_RANK = 1024
 MOST_PIXELS = 1 << 15  # along a side, and of frames
 # Options of earlier versions, and what took their place.
 RENAMED = {
@@ -214,6 +215,21 @@ class BuildConfig:
         "none",
     )
     steps: int | None = _choice(None, "Denoising steps.", POLICY, "the model's", least=1, most=_MOST_STEPS)
+    sigmas: str | Sequence[float] | None = _choice(
+        None,
+        "Noise levels in the place of --steps, falling from 1, as the pipeline takes them in its own argument of this "
+        "name: before the scheduler shifts them.",
+        POLICY,
+        "those of --steps",
+        metavar="NUMBER,...",
+    )
+    timesteps: str | Sequence[float] | None = _choice(
+        None,
+        "Likewise, falling from 1000, for pipelines whose call takes timesteps.",
+        POLICY,
+        "those of --steps",
+        metavar="NUMBER,...",
+    )
     guidance: float | None = _choice(
         None, "Scale of guidance.", POLICY, "the model's", least=-_MOST_GUIDANCE, most=_MOST_GUIDANCE
     )
@@ -294,6 +310,15 @@ class BuildConfig:
         CHECKPOINT,
         "none",
         metavar="FILE[:SCALE]",
+    )
+    lora_slots: int | None = _choice(
+        None,
+        "Rank of the 16-bit branch that every layer gets, so that the finished bundle takes LoRAs of up to that rank, "
+        "one or several together.",
+        CHECKPOINT,
+        "none",
+        least=1,
+        most=_MOST_RANK,
     )
     prompts: Path | str | Sequence[str] | None = _choice(
         None,

@@ -14,6 +14,7 @@ INDEX_NAME = "index.json"
 WEIGHTS_NAME = "weights.data"
 CONSTANTS_NAME = "constants.json"
 ASSIGNMENT_INPUT = "assignment"  # of a graph that holds all assignments: which one, as a scalar int32
+LORA_PREFIX = "lora."  # of the inputs that take the matrices of LoRAs at run time
 SELECTOR_INPUT = "selector"  # of a graph with plugin nodes: its extent, not its values, says which assignment
 
 
@@ -46,6 +47,7 @@ class GraphFile(BaseModel):
         first_assignment: of a graph of all assignments of an expert: index of the one that it knows as 0.
         inputs: inputs with a row for each sample and guidance branch.
         position_inputs: of a graph for several sizes: inputs that tell one size from another, without rows.
+        lora_inputs: of a graph with slots for LoRAs: the inputs of `lora_inputs` for each layer, without rows.
         outputs: the one output.
         scale_inputs: for each layer with a static activation scale: module path → its scalar float32 input.
         assignment_input: of a graph that switches between assignments: the scalar that takes an assignment's index.
@@ -63,6 +65,7 @@ class GraphFile(BaseModel):
     inputs: Annotated[tuple[TensorSignature, ...], Field(min_length=1)]
     outputs: tuple[TensorSignature]
     position_inputs: tuple[TensorSignature, ...] = ()
+    lora_inputs: tuple[TensorSignature, ...] = ()
     scale_inputs: dict[str, TensorSignature]
     assignment_input: TensorSignature | None = None
     selector_input: TensorSignature | None = None
@@ -106,6 +109,11 @@ class GraphIndex(BaseModel):
             if graph.variant == variant and graph.assignment == assignment and expert in (None, graph.expert):
                 return graph
         raise KeyError(f"no {variant} graph for assignment {assignment}{f' of {expert}' if expert else ''}")
+
+
+def lora_inputs(layer: str) -> tuple[str, str]:
+    """Name the graph inputs of a layer's slot: down [K, rank] and up [rank, N]."""
+    return f"{LORA_PREFIX}{layer}.down", f"{LORA_PREFIX}{layer}.up"
 
 
 class ConstantHashes(BaseModel):

@@ -21,6 +21,9 @@ class ImageCall(BaseModel):
         inputs: graph inputs that these tensors are, the same in both branches of guidance.
         masked: whether a mask goes with the image.
         files: of what encodes the image beside the VAE: path in the pipeline's folder → sha256.
+        texts: graph inputs that the text encoder makes of a prompt and its image, other ones for each image in both
+            branches of guidance; none where it does not see the image.
+        negative_prompt: of the unguided branch, where the text encoder sees the image.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -29,3 +32,5 @@ class ImageCall(BaseModel):
     inputs: Annotated[tuple[Name, ...], Field(min_length=1)]
     masked: bool = False
     files: dict[Annotated[str, AfterValidator(inside)], str] = {}
+    texts: tuple[Name, ...] = ()
+    negative_prompt: str = ""

@@ -30,9 +30,10 @@ from adatsq_trt.stages.summary import SUMMARY_NAME
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adatsq_trt.engines.backends.selection import BackendName
+    from adatsq_trt.engines.backends.selection import BackendName, Offload
     from adatsq_trt.engines.transformer import AdatsqTransformer
     from adatsq_trt.models.format_store import CandidateWeights
+    from adatsq_trt.stages.lora_slots import LoadedLora
 
 
 @dataclass(frozen=True)
@@ -170,9 +171,9 @@ class Bundle(runtime.Bundle):
         summary: the figures; None for a bundle alone.
     """
 
-    def __init__(self, files: BundleFiles, backend: BackendName = "auto") -> None:
+    def __init__(self, files: BundleFiles, backend: BackendName = "auto", offload: Offload = "none") -> None:
         """Wrap files; see `adatsq_trt.load` and `adatsq_trt.build`."""
-        super().__init__(files, backend)
+        super().__init__(files, backend, offload)
         file = files.folder.parent / SUMMARY_NAME
         self.summary: Summary | None = read_json_model(file, Summary) if file.is_file() else None
         self._temporary: TemporaryDirectory[str] | None = None
@@ -208,6 +209,33 @@ class Bundle(runtime.Bundle):
         from adatsq_trt.engines.transformer import AdatsqTransformer
 
         return AdatsqTransformer.experts_from_bundle(self)
+
+    def load_lora(self, file: Path | str, scale: float = 1.0, partial: bool = False) -> LoadedLora:
+        """Put a LoRA into the slots of a bundle that was built with `lora_slots`, beside those that are loaded.
+
+        It counts from the next call on, also in the transformers that were made of this bundle. Quantized weights stay
+        as they are; `unload_lora` takes all LoRAs out again.
+
+        Args:
+            file: in safetensors, in any of the dialects that a build fuses.
+            scale: factor of its changes.
+            partial: apply what has a slot, and drop the rest; otherwise such a file is refused.
+
+        Returns:
+            Which of the file's tensors are applied, and to which layers.
+
+        Raises:
+            MismatchError: no slots, or ranks that add up to more than theirs; a file of another model, or one that
+                matches in part.
+            DamagedFileError: the file holds something that is no LoRA.
+            MissingFileError: there is none.
+            UserError: the scale is not finite; the bundle is closed.
+        """
+        from adatsq_trt.checkpoints.lora import parse_lora
+        from adatsq_trt.stages.lora_slots import load_lora
+
+        _ = self.lora_slots  # refused here if there are none
+        return load_lora(self, parse_lora(f"{Path(file).absolute()}:{float(scale)!r}"), partial)
 
     def save(self, folder: Path | str) -> Path:
         """Copy the bundle, such as one in a temporary run directory.

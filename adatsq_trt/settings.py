@@ -18,6 +18,7 @@ from adatsq_trt.config import (
     Precision,
     Weights,
 )
+from adatsq_trt.schedule import Spacing, Steps
 
 SETTINGS_NAME = "settings.json"
 # What the path of a model that was an object in memory begins with; its class follows.
@@ -79,6 +80,8 @@ class Settings(BaseModel):
         shapes: samples and size in pixels of each optimization profile, in place of `batch`, where there are several
             sizes; the model's own size first, then by number of samples.
         steps: denoising steps.
+        sigmas: noise levels of the steps before the scheduler shifts them; none where the scheduler chooses them.
+        timesteps: of the steps, likewise.
         guidance: classifier-free guidance scale.
         guidance_2: of the second of two experts; None for the same, and for models of one transformer.
         budget_bits: largest mean of (weight bits + activation bits) / 2 over (step, layer); None for no such limit.
@@ -103,6 +106,7 @@ class Settings(BaseModel):
         damping: of the Hessian, as a part of its mean diagonal.
         transform: transform of weights and inputs before they are rounded; None for none.
         clips: whether the part of each activation's largest magnitude that its scale keeps is searched, or all is kept.
+        lora_slots: rank of the branch for LoRAs that every layer gets; None for no branches.
         refine: whether the policy's weights are solved again for the inputs that it rounds.
         excluded: module paths of layers that stay in full precision, in the order of execution.
         formats_for: module path → its candidates, of the layers that may not have all of `formats`.
@@ -133,6 +137,8 @@ class Settings(BaseModel):
     batch: tuple[int, ...] = (32,)
     shapes: tuple[tuple[int, ...], ...] = ()
     steps: int
+    sigmas: tuple[float, ...] = ()
+    timesteps: tuple[float, ...] = ()
     guidance: float
     guidance_2: float | None = None
     budget_bits: float | None
@@ -154,6 +160,7 @@ class Settings(BaseModel):
     damping: float = BuildConfig.damping
     transform: str | None = None
     clips: Clips = BuildConfig.clips
+    lora_slots: int | None = None
     refine: bool = BuildConfig.refine
     excluded: tuple[str, ...] = ()
     formats_for: dict[str, tuple[str, ...]] = {}
@@ -162,6 +169,13 @@ class Settings(BaseModel):
     slack: float = BuildConfig.slack
     expansions: int | None = None
     search_precision: Precision = BuildConfig.search_precision
+
+    @property
+    def asked_steps(self) -> Steps:
+        """How a model's schedule is asked for: by their number, or by a list."""
+        if self.sigmas:
+            return Spacing("sigmas", self.sigmas)
+        return Spacing("timesteps", self.timesteps) if self.timesteps else self.steps
 
     @property
     def base_type(self) -> BaseName:

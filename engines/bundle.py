@@ -128,6 +128,7 @@ class BundleFiles:
                     f"{expected}, {sizes} for each assignment; {REBUILD}"
                 )
         self._require_experts()
+        self._require_slots()
         for graph in self.index.graphs:
             strange = [f"a scale of layer '{layer}'" for layer in graph.scale_inputs if layer not in self.policy.layers]
             if graph.assignment not in (None, *range(len(self.policy.assignments))):
@@ -136,6 +137,16 @@ class BundleFiles:
                 raise DamagedFileError(
                     f"'{self.folder / GRAPH_FOLDER / INDEX_NAME}': '{graph.path}' has {strange[0]}, which the policy "
                     f"does not have; {REBUILD}"
+                )
+
+    def _require_slots(self) -> None:
+        """Refuse a graph with other inputs for LoRAs than the manifest's."""
+        for graph in self.index.graphs:
+            got = {signature.name: signature.shape for signature in graph.lora_inputs}
+            if got != {name: value.shape for name, value in self._empty_slots.items()}:
+                raise DamagedFileError(
+                    f"'{self.folder / GRAPH_FOLDER / INDEX_NAME}': '{graph.path}' has other slots for LoRAs than the "
+                    f"manifest says; {REBUILD}"
                 )
 
     def _require_experts(self) -> None:
@@ -235,6 +246,8 @@ class BundleFiles:
     def controls(self, graph: GraphFile, step: int, size: Sequence[int] | None = None) -> dict[str, np.ndarray]:
         """Make a graph's inputs beside rows: positions, a step's formats, and scales; those that nothing reads are 1.
 
+        Slots for LoRAs are empty.
+
         Args:
             graph: of the step's assignment or of all; the reference takes positions only.
             step: index in the loop.
@@ -247,6 +260,7 @@ class BundleFiles:
         if controls:
             controls |= self.scales(step)
         controls |= self.positions(graph, size)
+        controls |= {signature.name: self._empty_slots[signature.name] for signature in graph.lora_inputs}
         assignment = self.policy.step_assignments[step] - graph.first_assignment
         if graph.assignment_input is not None:
             controls[graph.assignment_input.name] = np.asarray(assignment, np.int32)
@@ -284,6 +298,12 @@ class BundleFiles:
                 f"{list(signature.shape)}; {REBUILD}"
             )
         return value
+
+    @cached_property
+    def _empty_slots(self) -> dict[str, np.ndarray]:
+        """Zeros for every slot: the same arrays for all steps."""
+        slots = self.manifest.lora_slots
+        return {} if slots is None else {name: np.zeros(shape, np.float32) for name, shape in slots.shapes.items()}
 
     @cached_property
     def _positions(self) -> dict[str, np.ndarray]:
@@ -324,12 +344,15 @@ class BundleFiles:
     def prompts(self) -> dict[str, np.ndarray]:
         """Stored conditioning: "conditional.<input>" [prompts, ...], "unconditional.<input>" [1, ...], float32.
 
+        A text that sees its image has a row for each prompt in the unguided branch too.
+
         Raises:
             DamagedFileError: another number of rows, or numbers that are not finite.
         """
         prompts = read_arrays(self.file(PROMPTS_NAME))
         for name, value in prompts.items():
-            rows = 1 if name.startswith(UNCONDITIONAL) else self.manifest.prompts
+            shared = name.startswith(UNCONDITIONAL) and name[len(UNCONDITIONAL) :] not in self.manifest.image_texts
+            rows = 1 if shared else self.manifest.prompts
             if value.shape[:1] != (rows,) or value.dtype != np.float32 or not np.isfinite(value).all():
                 raise DamagedFileError(
                     f"'{self.folder / PROMPTS_NAME}', '{name}': got {value.dtype} {list(value.shape)}, expected {rows} "

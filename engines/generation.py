@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from adatsq_trt.errors import UserError
+from adatsq_trt.graph_index import TensorSignature
 from adatsq_trt.schedule import Schedule, guidance_at
 from adatsq_trt.solver import guide
 
@@ -183,3 +185,41 @@ def like(given: Array, value: Array) -> Any:
     import torch
 
     return torch.as_tensor(value, device=given.device)
+
+
+def require_inputs(
+    signatures: Sequence[TensorSignature], inputs: Arrays, max_rows: int | None = None, branches: int = 1
+) -> None:
+    """Refuse inputs that a graph does not take, before anything is computed.
+
+    Args:
+        signatures: of the graph's inputs.
+        inputs: by name.
+        max_rows: the most that the plans' optimization profile accepts; None for any number.
+        branches: how many times these rows go into a call.
+
+    Raises:
+        UserError: says which name, shape or number of rows is wrong.
+    """
+    names = [signature.name for signature in signatures]
+    if set(names) != set(inputs):
+        raise UserError(f"got the inputs {sorted(inputs)}, expected {sorted(names)}; give exactly these")
+    rows = len(inputs[names[0]]) if inputs[names[0]].ndim else 0
+    if max_rows is not None and branches * rows > max_rows:
+        raise UserError(
+            f"got {branches * rows} rows (samples times guidance branches), the plans accept at most {max_rows}; "
+            "denoise fewer samples at a time"
+        )
+    for signature in signatures:
+        value = inputs[signature.name]
+        wanted = (rows, *signature.shape[1:])
+        if tuple(value.shape) != wanted or not _is_real(value) or not rows:
+            raise UserError(
+                f"input '{signature.name}': got {value.dtype} {list(value.shape)}, expected float32 "
+                f"{['rows', *signature.shape[1:]]} with as many rows, at least one, in every input"
+            )
+
+
+def _is_real(value: Any) -> bool:
+    """Whether the runtime takes such numbers: arrays of float32, tensors of any floating type."""
+    return bool(value.dtype == np.float32 if isinstance(value, np.ndarray) else value.is_floating_point())

@@ -11,11 +11,12 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, model_validator
 
 from adatsq_trt.errors import MismatchError
-from adatsq_trt.fields import Count, Name
+from adatsq_trt.fields import Count, ModulePath, Name
 from adatsq_trt.formats import PLUGIN_LAYOUT
+from adatsq_trt.graph_index import lora_inputs
 from adatsq_trt.image import ImageShape
 from adatsq_trt.image_call import ImageCall
-from adatsq_trt.schedule import EXPERTS, Schedule
+from adatsq_trt.schedule import EXPERTS, Schedule, Spacing
 from adatsq_trt.solver import Update
 from adatsq_trt.text_call import TextCall
 from adatsq_trt.transformer_call import TransformerCall
@@ -91,6 +92,7 @@ class ScheduleRecord(_Record):
         scheduler_config: of the diffusers scheduler, with its class.
         updates: of every step; none for Euler's method.
         experts: part of the pipeline that each step calls; none for a pipeline with one transformer.
+        spacing: list that the scheduler was given; None where it was given a number of steps.
     """
 
     sigmas: tuple[FiniteFloat, ...]
@@ -98,9 +100,12 @@ class ScheduleRecord(_Record):
     scheduler_config: dict[str, JsonValue]
     updates: tuple[UpdateRecord, ...] = ()
     experts: tuple[str, ...] = ()
+    spacing: Spacing | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> ScheduleRecord:
+        if self.spacing is not None and len(self.spacing.values) != len(self.timesteps):
+            raise ValueError(f"{len(self.spacing.values)} {self.spacing.argument} given, {len(self.timesteps)} steps")
         if len(self.experts) not in (0, len(self.timesteps)):
             raise ValueError(f"{len(self.experts)} experts, {len(self.timesteps)} timesteps")
         if not {*self.experts} <= {*EXPERTS}:
@@ -122,12 +127,14 @@ class ScheduleRecord(_Record):
             scheduler_config=schedule.scheduler_config,
             updates=updates,
             experts=schedule.experts,
+            spacing=schedule.spacing,
         )
 
     def read(self) -> Schedule:
         """Make the schedule that this records."""
         updates = tuple(Update(own.latent, own.velocity, own.clean) for own in self.updates)
-        return Schedule(self.sigmas, self.timesteps, dict(self.scheduler_config), updates, self.experts)
+        config = dict(self.scheduler_config)
+        return Schedule(self.sigmas, self.timesteps, config, updates, self.experts, self.spacing)
 
 
 class ImageSpec(_Record):
@@ -200,6 +207,31 @@ def _require_image(latent_shape: tuple[int, ...], image: ImageSpec) -> None:
         raise ValueError(f"a latent has {elements} elements, its image {pixels}")
 
 
+class LoraSlots(_Record):
+    """Branches of the graphs that take LoRAs at run time.
+
+    Attributes:
+        rank: of every branch; the ranks of LoRAs that are loaded together add up to no more.
+        layers: module path → inputs and outputs of the layer.
+        pipeline: diffusers' class of the pipeline, whose loader knows the names in a file.
+        transformer: configuration of the transformer, which says which layers it has.
+    """
+
+    rank: Count
+    layers: Annotated[dict[ModulePath, tuple[Count, Count]], Field(min_length=1)]
+    pipeline: Name
+    transformer: dict[str, JsonValue]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Graph input → its shape, of all graphs."""
+        shapes = dict[str, tuple[int, int]]()
+        for layer, (inputs, outputs) in self.layers.items():
+            down, up = lora_inputs(layer)
+            shapes |= {down: (inputs, self.rank), up: (self.rank, outputs)}
+        return shapes
+
+
 class Compatibility(_Record):
     """GPUs and versions that plans run on beside those that they were compiled for; enterprise TensorRT only.
 
@@ -240,6 +272,7 @@ class Manifest(_Record):
             only, and in earlier ones.
         text: how the pipeline's text encoders make the model's condition; None where no files of them are known.
         image_call: what an image beside the prompt decides; None for a model of text alone.
+        lora_slots: of a bundle that takes LoRAs at run time; None for others.
         compatibility: of the plans.
         plans: compiled engines; none when the policy is only simulated.
         versions: library → version.
@@ -267,6 +300,7 @@ class Manifest(_Record):
     call: TransformerCall | None = None
     text: TextCall | None = None
     image_call: ImageCall | None = None
+    lora_slots: LoraSlots | None = None
     compatibility: Compatibility = Compatibility()
     plans: tuple[PlanFile, ...]
     versions: dict[Name, Name]
@@ -311,6 +345,11 @@ class Manifest(_Record):
         return found
 
     @property
+    def second_guidance(self) -> float:
+        """Scale at the steps of the second of two experts."""
+        return self.guidance if self.guidance_2 is None else self.guidance_2
+
+    @property
     def _only_shape(self) -> ShapeRecord:
         """Of a bundle of one size; in pixels of the image, or of the VAE's latent."""
         image, side = self.image, self.image.patch_size
@@ -321,6 +360,11 @@ class Manifest(_Record):
     def image_inputs(self) -> tuple[str, ...]:
         """Graph inputs that an image decides."""
         return () if self.image_call is None else self.image_call.inputs
+
+    @property
+    def image_texts(self) -> tuple[str, ...]:
+        """Graph inputs that a text encoder makes of a prompt and its image."""
+        return () if self.image_call is None else self.image_call.texts
 
     def profiles_of(self, shape: ShapeRecord, assignment: int = 0) -> range | None:
         """Indices of a size's optimization profiles in every plan.

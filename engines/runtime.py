@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from adatsq_trt.engines.backends.base import StepRunner, closed_error
-from adatsq_trt.engines.backends.selection import BackendName, choose, make_runner
+from adatsq_trt.engines.backends.selection import BackendName, Offload, choose, make_runner, require_offload
 from adatsq_trt.engines.bundle import CONDITIONAL, UNCONDITIONAL, VAE_FOLDER, BundleFiles, Manifest, require_prompts
 from adatsq_trt.engines.generation import TIME_INPUT as TIME_INPUT
-from adatsq_trt.engines.generation import Array, Arrays, DenoisingRequest, array_inputs, as_array, like
+from adatsq_trt.engines.generation import Array, Arrays, DenoisingRequest, array_inputs, as_array, like, require_inputs
 from adatsq_trt.engines.generation import Conditioning as Conditioning
+from adatsq_trt.engines.lora_slots import SlotLora, fill_slots
+from adatsq_trt.engines.manifest import LoraSlots
 from adatsq_trt.engines.vae import Vae
 from adatsq_trt.errors import DamagedFileError, MismatchError, UserError
 from adatsq_trt.formats import Format
@@ -70,19 +72,23 @@ class Bundle:
     Attributes:
         files: its files and records, every file verified.
         choice: backend that runs it, and why nothing faster does.
+        offload: what is given back while the loop does not need it.
+        loras: in its slots.
     """
 
-    def __init__(self, files: BundleFiles, backend: BackendName = "auto") -> None:
+    def __init__(self, files: BundleFiles, backend: BackendName = "auto", offload: Offload = "none") -> None:
         """Wrap verified files; see `open`, which is the usual way."""
-        self.files = files
+        require_offload(files, offload)
+        self.files, self.offload = files, offload
         self.choice = choose(files.manifest, backend)
         self._resources = ExitStack()
         self._runners: dict[bool, StepRunner] = {}
         self._vae: Vae | None = None
+        self.loras: tuple[SlotLora, ...] = ()
         self._closed = False
 
     @classmethod
-    def open(cls, path: Path | str, backend: BackendName = "auto") -> Self:
+    def open(cls, path: Path | str, backend: BackendName = "auto", offload: Offload = "none") -> Self:
         """Open a bundle, or the bundle of a run directory. Sessions and engines are made when they are first needed.
 
         Args:
@@ -90,14 +96,17 @@ class Bundle:
             backend: "rtx" and "tensorrt" run the plans on a GPU that they were built for, "cuda" the cpu graphs on any
                 GPU with ONNX Runtime, "onnxruntime" the same on the processor. "auto" is the first of these that works
                 here.
+            offload: "expert", of a bundle of two transformers: each is loaded when its first step comes, once the other
+                is given back. Results are the same; every change of transformer costs the time of loading one.
 
         Raises:
             MissingFileError: there is no bundle, or one of its files is gone.
             DamagedFileError: a file is not what the manifest says, or lies outside the bundle.
             DependencyError: plans without their library or a GPU.
             MismatchError: no plans for this GPU and this version of the library.
+            UserError: offloading of a bundle of one transformer.
         """
-        return cls(BundleFiles.open(Path(path)), backend)
+        return cls(BundleFiles.open(Path(path)), backend, offload)
 
     def __enter__(self) -> Self:
         """Take the bundle."""
@@ -164,16 +173,21 @@ class Bundle:
         """
         return initial_noise(seeds, self.manifest.shape(size).latent_shape)
 
-    def conditioning(self, prompts: Sequence[int], images: Arrays | None = None) -> Conditioning:
+    def conditioning(
+        self, prompts: Sequence[int], images: Arrays | None = None, unguided: Arrays | None = None
+    ) -> Conditioning:
         """The conditioning of prompts that the bundle holds, one for every sample.
 
         Args:
             prompts: their numbers.
-            images: of a model that takes an image beside the prompt: graph input → [1, ...], for all samples; the image
-                that the bundle holds with each prompt unless given.
+            images: of a model that takes an image beside the prompt: graph input → [1, ...] for all samples, or a row
+                for each; the image that the bundle holds with each prompt unless given. With them the texts that are
+                encoded with the image (`image_texts` of the manifest), where there are any.
+            unguided: the same texts of the unguided branch.
 
         Raises:
-            UserError: a prompt that the bundle does not hold, or inputs that no image decides.
+            UserError: a prompt that the bundle does not hold, inputs that no image decides, or an image without the
+                texts that see it.
             DamagedFileError: the stored prompts are not named as they should be.
         """
         require_prompts(self.files, prompts)
@@ -183,16 +197,37 @@ class Bundle:
                 f"the prompts of bundle '{self.files.folder}' are {sorted(self.files.prompts)}, expected names that "
                 f"start with '{CONDITIONAL}'; run 'adatsq-trt build engine' again"
             )
-        strange = sorted((images or {}).keys() - set(self.manifest.image_inputs))
-        if strange:
-            wanted = ", ".join(self.manifest.image_inputs) or "none: the model takes text alone"
-            raise UserError(f"images: got '{strange[0]}', expected the bundle's inputs of an image, {wanted}")
-        unguided = _starting(self.files.prompts, UNCONDITIONAL)
+        texts, unconditional = self.manifest.image_texts, _starting(self.files.prompts, UNCONDITIONAL)
+        self._require_images(images or {}, unguided or {}, bool(unconditional))
+
+        def rows(value: Array) -> np.ndarray:
+            array = as_array(value)
+            return np.repeat(array, len(prompts), axis=0) if len(array) == 1 else array
+
         own = {name: value[list(prompts)] for name, value in conditional.items()}
-        own |= {name: np.repeat(as_array(value), len(prompts), axis=0) for name, value in (images or {}).items()}
-        other = {name: np.repeat(value, len(prompts), axis=0) for name, value in unguided.items()}
+        own |= {name: rows(value) for name, value in (images or {}).items()}
+        other = {name: value[list(prompts)] if name in texts else rows(value) for name, value in unconditional.items()}
+        other |= {name: rows(value) for name, value in (unguided or {}).items()}
         shown = {name: own[name] for name in self.manifest.image_inputs if name in own}
         return Conditioning(own, other | shown if other else None)
+
+    def _require_images(self, images: Arrays, unguided: Arrays, guided: bool) -> None:
+        """Refuse inputs that no image decides, and an image without the texts that are encoded with it."""
+        inputs, texts = self.manifest.image_inputs, self.manifest.image_texts
+        strange = sorted(images.keys() - {*inputs, *texts})
+        if strange:
+            wanted = ", ".join((*inputs, *texts)) or "none: the model takes text alone"
+            raise UserError(f"images: got '{strange[0]}', expected the bundle's inputs of an image, {wanted}")
+        read = texts if images else ()  # an image without its texts would go with those of another
+        for name, given, expected in (
+            ("images", images, (*inputs, *read) if read else tuple(images)),
+            ("unguided", unguided, read if guided else ()),
+        ):
+            if given.keys() != set(expected):
+                raise UserError(
+                    f"{name}: got {', '.join(given) or 'nothing'}, expected {', '.join(expected) or 'nothing'}, as a "
+                    "text that is encoded with an image is given with it, for both branches of guidance"
+                )
 
     def decode(self, latents: np.ndarray, size: Size | None = None) -> np.ndarray:
         """Latents of a size → images, float32 [samples, (frames,) height, width, channels] in [0, 1].
@@ -226,6 +261,45 @@ class Bundle:
         import torch
 
         return getattr(torch, self.manifest.base_type) if self.choice.plans else torch.float32
+
+    @property
+    def lora_slots(self) -> LoraSlots:
+        """The slots that take LoRAs at run time.
+
+        Raises:
+            MismatchError: the bundle has none.
+        """
+        if self.manifest.lora_slots is None:
+            raise MismatchError(
+                f"bundle '{self.files.folder}' has no slots for LoRAs; build it again with --lora-slots RANK, or fuse "
+                "the LoRA with --lora"
+            )
+        return self.manifest.lora_slots
+
+    def add_lora(self, lora: SlotLora) -> None:
+        """Put a LoRA beside those that are loaded, quantized or not, from the next call on; weights stay as they are.
+
+        Raises:
+            MismatchError: no slots, or the ranks add up to more than they have; nothing has changed then.
+            UserError: the bundle is closed.
+        """
+        self._set_loras((*self.loras, lora))
+
+    def unload_lora(self) -> None:
+        """Take all LoRAs out again: what the bundle computes then has the bits that it had before.
+
+        Raises:
+            MismatchError: no slots.
+            UserError: the bundle is closed.
+        """
+        self._set_loras(())
+
+    def _set_loras(self, loras: tuple[SlotLora, ...]) -> None:
+        self._require_open()
+        matrices = fill_slots(self.lora_slots, loras)
+        for runner in self._runners.values():
+            runner.set_loras(matrices)
+        self.loras = loras
 
     def predict(self, step: int, inputs: Arrays, quantized: bool = True, size: Size | None = None) -> Any:
         """One call of the denoiser, with the formats and activation scales of a step.
@@ -405,47 +479,11 @@ class Bundle:
         """
         self._require_open()
         if quantized not in self._runners:
-            runner = make_runner(self.files, self.choice, quantized)
+            runner = make_runner(self.files, self.choice, quantized, self.offload)
             self._runners[quantized] = self._resources.enter_context(runner)
+            if self.loras:
+                runner.set_loras(fill_slots(self.lora_slots, self.loras))
         return self._runners[quantized]
-
-
-def require_inputs(
-    signatures: Sequence[TensorSignature], inputs: Arrays, max_rows: int | None = None, branches: int = 1
-) -> None:
-    """Refuse inputs that a graph does not take, before anything is computed.
-
-    Args:
-        signatures: of the graph's inputs.
-        inputs: by name.
-        max_rows: the most that the plans' optimization profile accepts; None for any number.
-        branches: how many times these rows go into a call.
-
-    Raises:
-        UserError: says which name, shape or number of rows is wrong.
-    """
-    names = [signature.name for signature in signatures]
-    if set(names) != set(inputs):
-        raise UserError(f"got the inputs {sorted(inputs)}, expected {sorted(names)}; give exactly these")
-    rows = len(inputs[names[0]]) if inputs[names[0]].ndim else 0
-    if max_rows is not None and branches * rows > max_rows:
-        raise UserError(
-            f"got {branches * rows} rows (samples times guidance branches), the plans accept at most {max_rows}; "
-            "denoise fewer samples at a time"
-        )
-    for signature in signatures:
-        value = inputs[signature.name]
-        wanted = (rows, *signature.shape[1:])
-        if tuple(value.shape) != wanted or not _is_real(value) or not rows:
-            raise UserError(
-                f"input '{signature.name}': got {value.dtype} {list(value.shape)}, expected float32 "
-                f"{['rows', *signature.shape[1:]]} with as many rows, at least one, in every input"
-            )
-
-
-def _is_real(value: Any) -> bool:
-    """Whether the runtime takes such numbers: arrays of float32, tensors of any floating type."""
-    return bool(value.dtype == np.float32 if isinstance(value, np.ndarray) else value.is_floating_point())
 
 
 def _starting(arrays: Arrays, prefix: str) -> dict[str, np.ndarray]:

@@ -125,7 +125,8 @@ def find_step(time: np.ndarray, schedule: Schedule) -> int:
 
 
 def _ask(schedule: Schedule) -> str:
+    ((name, value),) = schedule.pipeline_argument.items()
     return (
-        f"call the pipeline with num_inference_steps={schedule.pipeline_steps}, the scheduler that the bundle was "
+        f"call the pipeline with {name}={value}, the scheduler that the bundle was "
         "built with and the image size that it was exported for"
     )

@@ -52,7 +52,7 @@ class AdatsqTransformer(nn.Module):
         self._clock = clock or StepClock()
         self._config = FrozenDict(call.settings)
         # A generation passes the same positions and texts at every step: they are read once.
-        self._positions, self._masks = WeakIdKeyDictionary(), WeakIdKeyDictionary()
+        self._positions, self._masks, self._zeros = (WeakIdKeyDictionary() for _ in range(3))
 
     @property
     def config(self) -> FrozenDict:
@@ -185,9 +185,18 @@ class AdatsqTransformer(nn.Module):
         call = self.call
         argument = call.inputs[name]
         value: Any = self._part(name, given[argument]) if argument in call.joined else given[argument]
+        if argument in call.zeros_behind:
+            value = self._before_zeros(argument, value)
+        latents: Any = given[call.inputs[self.bundle.latent_input]]
         if call.listed:
             return self._rows(name, value)
-        return self._masked(name, value, given.get(call.masks[name])) if name in call.masks else value
+        if name in call.ones_behind:
+            return self._weights(name, value, len(latents[0]))
+        if name in call.masks:
+            return self._masked(name, value, given.get(call.masks[name]))
+        # Such as a mask of booleans, which the graph takes as numbers.
+        number: Tensor = value if value.is_floating_point() else value.type_as(latents)
+        return number
 
     def _part(self, name: str, whole: Tensor) -> Tensor:
         """An input's part of an argument in which several follow each other, such as the latents and an image's."""
@@ -207,6 +216,16 @@ class AdatsqTransformer(nn.Module):
         parts: Sequence[Tensor] = whole.split([sizes[name] for name in names], axis)
         return parts[names.index(name)]
 
+    def _before_zeros(self, argument: str, whole: Tensor) -> Tensor:
+        """An argument without the channels that are zero throughout."""
+        count = self.call.zeros_behind[argument]
+        if whole.ndim < 2 or whole.shape[1] <= count or whole[:, -count:].any():
+            raise MismatchError(
+                f"{argument}: got {list(whole.shape)}, expected {count} channels of zeros at the end: the bundle was "
+                "exported for a text without an image"
+            )
+        return whole[:, :-count]
+
     def _rows(self, name: str, rows: Sequence[Tensor]) -> Tensor:
         """A batch of what comes row by row, [rows, ...]; short conditions end in zeros."""
         if name == self.bundle.latent_input:
@@ -217,20 +236,45 @@ class AdatsqTransformer(nn.Module):
 
     def _masked(self, name: str, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """A batch of texts [rows, T, width] at the graph's length: zeros where a mask [rows, T] has none."""
-        length = self._length(name, tokens.shape[1])
         own = tokens if mask is None else tokens.masked_fill(~mask.bool()[..., None], 0)
-        if tokens not in self._masks or self._masks[tokens] is not mask:
+        if tokens not in self._masks or self._masks[tokens][0] is not mask:
+            longest = tokens.shape[1] if mask is None else int(mask.bool().sum(1).max())
+            length = self._length(name, longest)
             self._require_ends(name, own, mask)
-            self._masks[tokens] = mask
-        return functional.pad(own, (0, 0, 0, length - tokens.shape[1]))
+            self._masks[tokens] = (mask, length)
+        length = self._masks[tokens][1]
+        own = own[:, :length]
+        return functional.pad(own, (0, 0, 0, length - own.shape[1]))
+
+    def _weights(self, name: str, weights: Tensor, latents: int) -> Tensor:
+        """A text's part [rows, T] of weights that are ones for the tokens of the latents behind it."""
+        length = self._tokens(name)
+        if weights not in self._masks:
+            behind = weights[:, length:]
+            if not weights.is_floating_point() or behind.shape[1] != latents or not bool((behind == 1).all()):
+                raise MismatchError(
+                    f"{self.call.inputs[name]}: got {weights.dtype} of {list(weights.shape)}, the bundle was exported "
+                    f"for floating-point numbers of {length} tokens of a text with ones for the {latents} of a picture "
+                    f"behind them; call the pipeline with max_sequence_length={length}, and with its own masks: "
+                    "booleans hide tokens, numbers are added"
+                )
+            self._masks[weights] = (None, length)
+        return weights[:, :length]
+
+    def _tokens(self, name: str) -> int:
+        """Tokens of an input of the graph."""
+        return next(int(signature.shape[1]) for signature in self.bundle.inputs if signature.name == name)
 
     def _length(self, name: str, longest: int) -> int:
         """Tokens of an input of the graph, which are enough."""
-        length = next(int(signature.shape[1]) for signature in self.bundle.inputs if signature.name == name)
+        length = self._tokens(name)
         if longest > length:
+            shorter = (
+                "" if self.bundle.manifest.image_texts else f", or max_sequence_length={length} where it takes one"
+            )
             raise MismatchError(
                 f"{self.call.inputs[name]}: got {longest} tokens, the bundle was exported for {length}; call the "
-                f"pipeline with max_sequence_length={length} or a shorter prompt"
+                f"pipeline with a shorter prompt{shorter}"
             )
         return length
 
@@ -253,23 +297,34 @@ class AdatsqTransformer(nn.Module):
         """The size that positions belong to, where there are any: several may have the same number of tokens."""
         call = self.call
         for name in call.zeros:
-            if given.get(name) is not None and self._read(given[name]).any():
-                raise MismatchError(f"{name}: got other positions than zero; the bundle was exported for zeros")
+            if given.get(name) is not None and self._has_numbers(given[name]):
+                raise MismatchError(f"{name}: got other numbers than zero; the bundle was exported for zeros")
+        for name in call.counted:
+            if given.get(name) is not None and not _counts(self._read(given[name]), call.position_axes):
+                raise MismatchError(
+                    f"{name}: got positions that do not count a text's tokens from zero; leave them out"
+                )
+        for name, numbers in call.numbers.items():
+            self._require_numbers(name, given[name], numbers)
         if call.grids is not None:
             return self._shape_of_grids(given[call.grids])
+        if call.sides:
+            return self._shape_of_sides(tuple(int(given[name]) for name in call.sides))
         if call.positions is None:
             return None
         positions = self._read(given[call.positions])
         for shape in self._shapes:
             rows, columns = torch.meshgrid(*map(torch.arange, shape.image.shape.grid), indexing="ij")
-            wanted = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
+            wanted = functional.pad(torch.stack([rows, columns], dim=-1).reshape(-1, 2), (1, call.position_axes - 3))
             if self._has_image_tokens:  # behind the picture's own, at 1 in the place of zero
-                wanted = torch.cat([wanted, wanted + torch.tensor([1, 0, 0])])
-            if torch.equal(positions, wanted):
+                wanted = torch.cat([wanted, wanted + torch.eye(1, call.position_axes, dtype=torch.long)])
+            if _all_equal(positions, wanted):
                 return shape
+        beside = not self._has_image_tokens and bool(positions[..., 0].any())
+        some, without = (", some of another image", ", and without an image") if beside else ("", "")
         raise MismatchError(
-            f"{call.positions}: got {len(positions)} image tokens, the bundle was exported for {self._grids}; call the "
-            f"pipeline with that height and width{self._names}"
+            f"{call.positions}: got {positions.shape[-2]} image tokens{some}, the bundle was exported for "
+            f"{self._grids}; call the pipeline with that height and width{self._names}{without}"
         )
 
     @property
@@ -280,12 +335,33 @@ class AdatsqTransformer(nn.Module):
     def _shape_of_grids(self, rows: Sequence[Any]) -> ShapeRecord:
         """The size of rows that list grids of tokens (frames, rows, columns): one each, and all of the same."""
         given = [[tuple(map(int, grid)) for grid in ([row] if isinstance(row, tuple) else row)] for row in rows]
+        count = 2 if self._has_image_tokens else 1
         for shape in self._shapes:
-            if given and all(row == [(1, *shape.image.shape.grid)] for row in given):
+            if given and all(row == [(1, *shape.image.shape.grid)] * count for row in given):
                 return shape
+        images = "a picture and one image, each" if count > 1 else "one image"
         raise MismatchError(
-            f"{self.call.grids}: got {given}, the bundle was exported for one image of {self._grids} tokens in each "
+            f"{self.call.grids}: got {given}, the bundle was exported for {images} of {self._grids} tokens in each "
             f"row; call the pipeline with that height and width{self._names}"
+        )
+
+    def _require_numbers(self, name: str, given: Any, numbers: Sequence[float]) -> None:
+        """Refuse other numbers than those that the graph's constants were computed with."""
+        values = torch.as_tensor(given, dtype=torch.float64)
+        if values.shape != (len(numbers),) or not torch.allclose(values, values.new_tensor(numbers), rtol=1e-6, atol=0):
+            raise MismatchError(
+                f"{name}: got {values.tolist()}, the bundle was exported for {list(numbers)}; call the pipeline with "
+                "what decides it, such as frame_rate, as it is unless given"
+            )
+
+    def _shape_of_sides(self, sides: tuple[int, ...]) -> ShapeRecord:
+        """The size of latents that have so many frames, rows and columns of tokens."""
+        known = {(shape.image.shape.frames or 1, *shape.image.shape.grid): shape for shape in self._shapes}
+        if sides in known:
+            return known[sides]
+        names, wanted = ", ".join(self.call.sides), " and ".join(map(str, known))
+        raise MismatchError(
+            f"{names}: got {sides}, the bundle was exported for {wanted}; call the pipeline with that size{self._names}"
         )
 
     @property
@@ -299,6 +375,12 @@ class AdatsqTransformer(nn.Module):
             self._positions[positions] = positions.cpu().long()
         read: Tensor = self._positions[positions]
         return read
+
+    def _has_numbers(self, value: Tensor) -> bool:
+        """Whether not all is zero."""
+        if value not in self._zeros:
+            self._zeros[value] = not bool(value.any())
+        return not self._zeros[value]
 
     def _velocity(self, inputs: Mapping[str, Tensor], model_time: Tensor, shape: ShapeRecord | None = None) -> Tensor:
         """The bundle's prediction, of the latents' type.
@@ -378,6 +460,17 @@ def _require_version(manifest: Manifest) -> None:
             f"this is diffusers {__version__}, the bundle was built with {built}, whose schedulers may take other "
             f"steps; install diffusers=={built}, or build the bundle again"
         )
+
+
+def _all_equal(positions: Tensor, wanted: Tensor) -> bool:
+    """Whether positions [tokens, axes], or those of every row of a batch, are these."""
+    return positions.shape[-2:] == wanted.shape and bool((positions == wanted).all())
+
+
+def _counts(positions: Tensor, axes: int) -> bool:
+    """Whether positions count the tokens of a text in their last number, and have zeros before it."""
+    places = torch.arange(positions.shape[-2])[:, None]
+    return _all_equal(positions, functional.pad(places, (axes - 1, 0)))
 
 
 def _says_nothing(value: Any, default: JsonValue) -> bool:

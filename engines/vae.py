@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_OF_VIDEOS = ("AutoencoderKLWan", "AutoencoderKLQwenImage")
-_CLASSES = ("AutoencoderKL", *_OF_VIDEOS)
+_LTX, _OF_PATCHES = "AutoencoderKLLTXVideo", "AutoencoderKLFlux2"
+_OF_VIDEOS = ("AutoencoderKLWan", "AutoencoderKLQwenImage", "AutoencoderKLHunyuanVideo15", _LTX)
+_CLASSES = ("AutoencoderKL", _OF_PATCHES, *_OF_VIDEOS)
 _AGAIN = "run 'adatsq-trt build engine' again"
 
 
@@ -82,15 +83,33 @@ class Vae:
     def _decoded(self, latent: Tensor) -> Tensor:
         """One sample, channels first; a picture is one frame for a VAE of videos."""
         is_frame = latent.ndim == 3 and type(self._vae).__name__ in _OF_VIDEOS
-        decoded: Tensor = self._vae.decode(latent[None, :, None] if is_frame else latent[None], return_dict=False)[0][0]
+        sample = latent[None, :, None] if is_frame else latent[None]
+        # LTX-Video's VAE may be told how much noise it still has to remove: none, as its pipeline says unless asked.
+        time = (sample.new_zeros(1),) if self._vae.config.get("timestep_conditioning") else ()
+        decoded: Tensor = self._vae.decode(sample, *time, return_dict=False)[0][0]
         return decoded[:, 0] if is_frame else decoded
 
     def _unscaled(self, latent: Tensor) -> Tensor:
         """From what the transformer sees, about unit variance, to the VAE's own numbers; channels last."""
         config = self._vae.config
+        if type(self._vae).__name__ == _OF_PATCHES:
+            return self._unscaled_patches(latent)
+        if type(self._vae).__name__ == _LTX:
+            mean, std = (getattr(self._vae, name).to(latent) for name in ("latents_mean", "latents_std"))
+            return latent * std / config.scaling_factor + mean  # type: ignore[no-any-return]
         if "latents_std" in config and config.latents_std is not None:
             return latent * latent.new_tensor(config.latents_std) + latent.new_tensor(config.latents_mean)
-        return latent / config.scaling_factor + (config.shift_factor or 0.0)  # type: ignore[no-any-return]
+        return latent / config.scaling_factor + (config.get("shift_factor") or 0.0)  # type: ignore[no-any-return]
+
+    def _unscaled_patches(self, latent: Tensor) -> Tensor:
+        """The same for a VAE that knows mean and variance of every channel of a patch of 2 x 2 cells."""
+        statistics, (height, width, channels) = self._vae.bn, latent.shape
+        mean, std = (
+            x.view(channels, 2, 2).permute(1, 2, 0).repeat(height // 2, width // 2, 1).to(latent)
+            for x in (statistics.running_mean, (statistics.running_var + statistics.eps).sqrt())
+        )
+        unscaled: Tensor = latent * std + mean
+        return unscaled
 
 
 def weights_variant(folder: Path) -> str | None:

@@ -75,7 +75,7 @@ class LetterAdapter(adatsq_trt.PromptedAdapter):
         """In the order of `forward`."""
         return {"latents": latent, **condition, "timestep": torch.full((len(latent),), model_time)}
 
-    def schedule(self, steps: int) -> Any:
+    def schedule(self, steps: Any) -> Any:
         """The scheduler's own."""
         return adatsq_trt.make_schedule(self.scheduler, steps)
 

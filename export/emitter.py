@@ -92,8 +92,8 @@ class Emitter:
         """Add an int64 vector initializer: axes and shapes."""
         return self.constant(name, ir.tensor(np.asarray(numbers, np.int64)))
 
-    def graph_input(self, name: str, dtype: DataType) -> ir.Value:
-        """Add a scalar input to the graph."""
-        value = ir.val(f"{self._prefix}{name}", type=ir.TensorType(dtype), shape=ir.Shape([]))
+    def graph_input(self, name: str, dtype: DataType, shape: Sequence[int] = ()) -> ir.Value:
+        """Add an input to the graph; a scalar unless it has a shape."""
+        value = ir.val(f"{self._prefix}{name}", type=ir.TensorType(dtype), shape=ir.Shape(shape))
         self._graph.inputs.append(value)
         return value

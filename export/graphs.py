@@ -19,6 +19,7 @@ from adatsq_trt.export.constant_hashes import HashedConstants
 from adatsq_trt.export.emitter import BASE_TYPES, TRT_DOMAIN
 from adatsq_trt.export.encode import EncodedWeight, encode_weight
 from adatsq_trt.export.encode_transform import EncodedTransform, encode_transform
+from adatsq_trt.export.insert_lora_slots import InsertLoraSlots
 from adatsq_trt.export.insert_qdq import SCALE_SUFFIX, InsertQdq
 from adatsq_trt.export.insert_transforms import InsertTransforms
 from adatsq_trt.export.lower_quantizers import LowerQuantizers
@@ -35,6 +36,7 @@ from adatsq_trt.graph_index import (
     ASSIGNMENT_INPUT,
     CONSTANTS_NAME,
     INDEX_NAME,
+    LORA_PREFIX,
     SELECTOR_INPUT,
     WEIGHTS_NAME,
     GraphFile,
@@ -87,6 +89,7 @@ def export_graphs(
     variants: Sequence[str],
     on_graph: Callable[[int, int], None] | None = None,
     transforms: Mapping[str, LayerTransform] = MappingProxyType({}),
+    lora_slots: int | None = None,
 ) -> GraphIndex:
     """Write a policy's graphs, their weights and the index.
 
@@ -101,6 +104,7 @@ def export_graphs(
         variants: "target", "cpu" or both; the reference graph is always written.
         on_graph: told (graphs done, graphs in all) after each.
         transforms: module path → what the layer's weights were made for.
+        lora_slots: rank of the branch for LoRAs that every layer gets, in all graphs; None for no branches.
 
     Raises:
         UnsupportedFormatError: variant "target" for a format that no TensorRT path holds.
@@ -114,6 +118,8 @@ def export_graphs(
         store = ExternalData(file, folder)
         for own in [Template(template)] if isinstance(template, ir.Model) else template:
             NormalizeLinears(own.layers(policy))(own.model)
+            if lora_slots is not None:
+                InsertLoraSlots(own.layers(policy), lora_slots)(own.model)
             move_initializers(own.model, store)
             used.append(own)
         encoded = _encode_weights(policy, weights, BASE_TYPES[base], store)
@@ -291,7 +297,12 @@ def write_graph(
         if any(fmt.scaled_activation for fmt in several)
     }
     signatures = {str(value.name): _signature(value) for value in model.graph.inputs}
-    given = [s for name, s in signatures.items() if name not in (*scales, ASSIGNMENT_INPUT, SELECTOR_INPUT)]
+    slots = tuple(s for name, s in signatures.items() if name.startswith(LORA_PREFIX))
+    given = [
+        s
+        for name, s in signatures.items()
+        if name not in (*scales, ASSIGNMENT_INPUT, SELECTOR_INPUT) and s not in slots
+    ]
     return GraphFile(
         path=path.name,
         variant=variant,
@@ -299,6 +310,7 @@ def write_graph(
         expert=expert,
         inputs=tuple(s for s in given if s.shape[0] == BATCH_AXIS),
         position_inputs=tuple(s for s in given if s.shape[0] != BATCH_AXIS),
+        lora_inputs=slots,
         outputs=tuple(_signature(value) for value in model.graph.outputs),
         scale_inputs={layer: signatures[name] for name, layer in scales.items()},
         assignment_input=signatures.get(ASSIGNMENT_INPUT),

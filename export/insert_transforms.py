@@ -124,17 +124,38 @@ def _turned(x: ir.Value, rotation: ir.Value, emit: Emitter) -> ir.Value:
 
 def _insert_branch(layer: str, linear: ir.Node, branch: EncodedBranch) -> None:
     """Rule 4."""
-    x, last = linear.inputs[0], last_node(layer, linear)
+    x = linear.inputs[0]
     assert x is not None
-    old, module = last.outputs[0], f"{layer}.branch"
-    emit, named = (Emitter(linear, f"{layer}{end}", module=module) for end in ("/", "."))
-    kind = _type(old)
+    named = Emitter(linear, f"{layer}.", module=f"{layer}.branch")
     down = named.constant("branch_down", branch.down.tensor())
     up = named.constant("branch_up", branch.up.tensor())
-    narrow = emit.op("BranchDown", "MatMul", [x, down], kind)
-    part = _like(emit.op("BranchUp", "MatMul", [narrow, up], kind), old)
+    total = insert_beside(layer, linear, (x, down, up), "branch", "product")
+    total.metadata_props[RANK] = str(branch.up.shape[0])
+
+
+def insert_beside(
+    layer: str, linear: ir.Node, factors: tuple[ir.Value, ir.Value, ir.Value], name: str, rest: str
+) -> ir.Node:
+    """Add a product of three to what a layer gives, behind its bias.
+
+    Args:
+        layer: module path.
+        linear: its MatMul.
+        factors: x [..., K], down [K, rank] and up [rank, N], in the type of the layer's output.
+        name: "<module path>.<name>" is the product, and the module of the new nodes.
+        rest: "<module path>.<rest>" is what the layer gave; its name goes to the sum.
+
+    Returns:
+        The Add.
+    """
+    x, down, up = factors
+    last, module = last_node(layer, linear), f"{layer}.{name}"
+    old = last.outputs[0]
+    emit, kind, title = Emitter(linear, f"{layer}/", module=module), _type(old), name.capitalize()
+    narrow = emit.op(f"{title}Down", "MatMul", [x, down], kind)
+    part = _like(emit.op(f"{title}Up", "MatMul", [narrow, up], kind), old)
     users, is_output = list(old.uses()), old.is_graph_output()
-    total = Emitter(last, f"{layer}/", after=True, module=module).op("AddBranch", "Add", [old, part], kind)
+    total = Emitter(last, f"{layer}/", after=True, module=module).op(f"Add{title}", "Add", [old, part], kind)
     for user, index in users:
         user.replace_input_with(index, total)
     if is_output:
@@ -142,10 +163,10 @@ def _insert_branch(layer: str, linear: ir.Node, branch: EncodedBranch) -> None:
         assert isinstance(graph, ir.Graph)
         graph.outputs[list(graph.outputs).index(old)] = total
     _like(total, old)
-    total.name, old.name, part.name = old.name, f"{layer}.product", f"{layer}.branch"
+    total.name, old.name, part.name = old.name, f"{layer}.{rest}", module
     node = total.producer()
     assert node is not None
-    node.metadata_props[RANK] = str(branch.up.shape[0])
+    return node
 
 
 def _like(value: ir.Value, other: ir.Value) -> ir.Value:

@@ -6,6 +6,8 @@ Rules:
     1. MatMul with an anonymous weight [K, N], which the exporter transposed ahead: the weight is turned back.
     2. Gemm with transB: MatMul, and Add for the bias.
     3. The value that leaves the layer is named "<module path>.output".
+    4. Nodes behind that value are none of the layer's: where the exporter wrote anew how a module splits what the layer
+       gave it, and so called the nodes by the layer (`name_nodes`, rule 2), they get the path of the module around it.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ class NormalizeLinears(ir.passes.InPlacePass):
         self._layers = layers
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Apply rules 1 to 3.
+        """Apply rules 1 to 4.
 
         Raises:
             AdatsqError: a layer is missing in the graph or runs more than once.
@@ -107,6 +109,16 @@ def _normalize(layer: str, node: ir.Node) -> None:
     linear.name = f"{layer}/MatMul"
     if not output.is_graph_output():
         output.name = f"{layer}.output"
+    _leave_behind(layer, output)
+
+
+def _leave_behind(layer: str, output: ir.Value) -> None:
+    """Rule 4."""
+    for user, _ in output.uses():
+        if user.metadata_props.get(MODULE) == layer:
+            user.metadata_props[MODULE] = layer.rpartition(".")[0]
+            for value in user.outputs:
+                _leave_behind(layer, value)
 
 
 def _from_matmul(layer: str, node: ir.Node, weight: ir.Value, emit: Emitter) -> ir.Node:

@@ -15,8 +15,9 @@ from adatsq_trt.models.families import families
 from adatsq_trt.models.family import Family
 from benchmarks.pipelines.run import RESULTS, Results, Row
 from tests.cli.test_check_pipelines import SQUARE
-from tests.lora_dialects import READ
+from tests.lora_dialects import READ, SHOWN
 
+_DIALECTS = [*((dialect, kind) for dialect, (kind, _) in READ.items()), *SHOWN]
 DOCUMENT = Path(__file__).parents[1] / "docs" / "models.md"
 _HEAD = """# Models
 
@@ -35,7 +36,8 @@ families and from the tables of the tests; [adapters](adapters.md) says how to b
   the rows of `make bench-pipelines`.
 
 A `WanPipeline` or `WanImageToVideoPipeline` with two transformers (Wan 2.2) is built for cpu and sm120 and goes into
-the pipeline; it has one size and is not served ([use your own checkpoint](how-to/own-checkpoint.md)).
+the pipeline; it has one size, and is served where it takes text alone
+([use your own checkpoint](how-to/own-checkpoint.md)).
 
 | pipeline | transformer | build | sizes | LoRA | in the pipeline | text served | image | schedulers | difference |
 |---|---|---|---|---|---|---|---|---|---|
@@ -59,7 +61,7 @@ def _row(family: Family, rows: list[Row]) -> str:
         f"`{family.transformer}`",
         ", ".join(_checked(family)) or "not tested",
         "several" if adapter.any_size is not ModelAdapter.any_size else "one",
-        "; ".join(dialect for dialect, (kind, _) in READ.items() if kind is family) or "not tested",
+        "; ".join(dialect for dialect, kind in _DIALECTS if kind is family) or "not tested",
         _said(adapter.pipeline_call is not ModelAdapter.pipeline_call),
         _said(family.text_call is not None and family.image_condition is None),
         _image(family),

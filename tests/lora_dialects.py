@@ -14,6 +14,9 @@ from adatsq_trt.models.family import Family
 _BY_NAME = {kind.pipeline: kind for kind in families()}
 FLUX, Z_IMAGE, WAN = (_BY_NAME[name] for name in ("FluxPipeline", "ZImagePipeline", "WanPipeline"))
 QWEN_IMAGE, STABLE_DIFFUSION_3 = (_BY_NAME[name] for name in ("QwenImagePipeline", "StableDiffusion3Pipeline"))
+FLUX_2, FLUX_2_KLEIN = (_BY_NAME[name] for name in ("Flux2Pipeline", "Flux2KleinPipeline"))
+CHROMA, LTX = (_BY_NAME[name] for name in ("ChromaPipeline", "LTXPipeline"))
+HUNYUAN_VIDEO = _BY_NAME["HunyuanVideo15Pipeline"]
 RANK, WIDTH = 4, 64
 Tensors = dict[str, Tensor]
 
@@ -202,6 +205,67 @@ def one_trainer_stable_diffusion_3() -> tuple[Tensors, Tensors]:
     return named("lora_transformer_transformer_blocks_0_attn_to_q", SD3_Q, 2.0)
 
 
+FLUX_2_ADDED = tuple(f"transformer_blocks.0.attn.add_{part}_proj" for part in "qkv")
+
+
+def single_flux_2(name: str, **spelling: str) -> tuple[Tensors, Tensors]:
+    """Of a single block: attention's three layers and the feed-forward network's value and gate in one."""
+    down, up = matrices(name, rows=9 * WIDTH)
+    a, b = spelling.get("down", "lora_down.weight"), spelling.get("up", "lora_up.weight")
+    deltas = {"single_transformer_blocks.0.attn.to_qkv_mlp_proj.weight": up @ down}
+    return {f"{name}.{a}": down, f"{name}.{b}": up}, deltas
+
+
+def peft_flux_2() -> tuple[Tensors, Tensors]:
+    layer = single_flux_2("transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj", **AB)
+    return merge(layer, named(f"transformer.{FLUX_QKV[0]}", FLUX_QKV[0], **AB))
+
+
+def ai_toolkit_flux_2() -> tuple[Tensors, Tensors]:
+    """In the authors' names, with dots."""
+    return merge(
+        fused_qkv("diffusion_model.double_blocks.0.img_attn.qkv", FLUX_QKV, 2.0, **AB),
+        named("diffusion_model.double_blocks.0.txt_attn.proj", "transformer_blocks.0.attn.to_add_out", 1.0, **AB),
+        single_flux_2("diffusion_model.single_blocks.0.linear1", **AB),
+    )
+
+
+def kohya_flux_2() -> tuple[Tensors, Tensors]:
+    return merge(
+        fused_qkv("lora_unet_double_blocks_0_txt_attn_qkv", FLUX_2_ADDED, 2.0),
+        single_flux_2("lora_unet_single_blocks_0_linear1"),
+    )
+
+
+def fal_flux_2_klein() -> tuple[Tensors, Tensors]:
+    return named("base_model.model.double_blocks.0.img_attn.proj", "transformer_blocks.0.attn.to_out.0", **AB)
+
+
+LTX_Q = "transformer_blocks.0.attn1.to_q"
+
+
+def peft_ltx() -> tuple[Tensors, Tensors]:
+    """As diffusers saves it, with both attentions of a block."""
+    second = "transformer_blocks.0.attn2.to_out.0"
+    return merge(named(f"transformer.{LTX_Q}", LTX_Q, **AB), named(f"transformer.{second}", second, **AB))
+
+
+def comfy_ltx() -> tuple[Tensors, Tensors]:
+    """As the authors' own trainer saves it."""
+    return merge(
+        *(named(f"diffusion_model.{path}", path, 2.0, **AB) for path in (LTX_Q, LTX_Q.replace("attn1", "attn2")))
+    )
+
+
+HUNYUAN_Q = "transformer_blocks.0.attn.to_q"
+
+
+def peft_hunyuan_video() -> tuple[Tensors, Tensors]:
+    """As the transformer's own loader in diffusers reads it; the pipeline has none."""
+    added = "transformer_blocks.0.attn.add_k_proj"
+    return merge(named(f"transformer.{HUNYUAN_Q}", HUNYUAN_Q, **AB), named(f"transformer.{added}", added, **AB))
+
+
 READ: dict[str, tuple[Family, Callable[[], tuple[Tensors, Tensors]]]] = {
     "diffusers' names with alpha": (FLUX, diffusers_with_alpha),
     "kohya sd-scripts, Flux": (FLUX, kohya_flux),
@@ -222,5 +286,27 @@ READ: dict[str, tuple[Family, Callable[[], tuple[Tensors, Tensors]]]] = {
     "Qwen-Image-Lightning": (QWEN_IMAGE, lightning_qwen_image),
     "DiffSynth-Studio, Qwen-Image": (QWEN_IMAGE, diff_synth_qwen_image),
     "diffusers' names, Stable Diffusion 3.5": (STABLE_DIFFUSION_3, peft_stable_diffusion_3),
+    "diffusers' names, HunyuanVideo-1.5": (HUNYUAN_VIDEO, peft_hunyuan_video),
     "OneTrainer, Stable Diffusion 3.5": (STABLE_DIFFUSION_3, one_trainer_stable_diffusion_3),
+    "diffusers' names, FLUX.2": (FLUX_2, peft_flux_2),
+    "ai-toolkit, FLUX.2": (FLUX_2, ai_toolkit_flux_2),
+    "kohya sd-scripts, FLUX.2": (FLUX_2, kohya_flux_2),
+    "fal's trainer, FLUX.2 klein": (FLUX_2_KLEIN, fal_flux_2_klein),
+    "diffusers' names, Chroma": (CHROMA, diffusers_with_alpha),
+    "kohya sd-scripts, Chroma": (CHROMA, kohya_flux),
+    "authors' names with dots (ComfyUI), Chroma": (CHROMA, authors_flux_with_dots),
+    "OneTrainer, Chroma": (CHROMA, one_trainer_flux),
+    "diffusers' names, LTX-Video": (LTX, peft_ltx),
+    "ComfyUI, LTX-Video": (LTX, comfy_ltx),
 }
+# Dialects that are also tested with pipelines which take an image and share a transformer with one of these.
+SHOWN: tuple[tuple[str, Family], ...] = tuple(
+    (dialect, _BY_NAME[pipeline])
+    for dialect, pipeline in (
+        ("fal's Kontext trainer", "FluxKontextPipeline"),
+        ("kohya sd-scripts, Flux", "FluxFillPipeline"),
+        ("musubi-tuner, Wan", "WanImageToVideoPipeline"),
+        ("Qwen-Image-Lightning", "QwenImageEditPipeline"),
+        ("ai-toolkit, Qwen-Image", "QwenImageEditPlusPipeline"),
+    )
+)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from adatsq_trt.amounts import Amount, parse_bytes, parse_size, parse_speed
+from adatsq_trt.amounts import Amount, parse_bytes, parse_falling, parse_size, parse_speed
 from adatsq_trt.errors import UserError
 
 
@@ -40,3 +40,16 @@ def test_no_size_is_refused(text: str | float) -> None:
         parse_size(text, "--budget-size")
     with pytest.raises(UserError, match="--memory-limit"):
         parse_bytes(text, "--memory-limit")
+
+
+def test_a_list_falls_towards_zero() -> None:
+    assert parse_falling("1, 0.75,5e-1", "--sigmas", 1) == (1.0, 0.75, 0.5) == parse_falling([1, 0.75, 0.5], "", 1)
+    assert parse_falling("999", "--timesteps", 1000) == (999.0,)
+
+
+@pytest.mark.parametrize(
+    "numbers", ["", "1,", "0.5,0.75", "1,1", "1.5,1", "1,0", "1,nan", "inf,1", "one", [], [None], 1.0]
+)
+def test_no_falling_list_is_refused(numbers: object) -> None:
+    with pytest.raises(UserError, match=r"--sigmas '.*': expected numbers that fall, at most 1 and all above 0"):
+        parse_falling(numbers, "--sigmas", 1)

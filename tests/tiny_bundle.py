@@ -22,6 +22,7 @@ from adatsq_trt.engines.bundle import (
     ShapeRecord,
     write_manifest,
 )
+from adatsq_trt.engines.manifest import LoraSlots
 from adatsq_trt.export import export_graphs, export_plugin_graphs
 from adatsq_trt.files import write_tensors
 from adatsq_trt.formats import FORMATS
@@ -48,6 +49,7 @@ def write_bundle(
     text: TextCall | None = None,
     vae: Path | None = None,
     pixels: tuple[int, ...] | None = None,
+    lora_slots: int | None = None,
 ) -> BundleFiles:
     """Three buckets over two assignments, with weights rounded to nearest.
 
@@ -64,6 +66,7 @@ def write_bundle(
         text: how the pipeline encodes a text.
         vae: folder of the VAE, for latents that one decodes.
         pixels: size of what is drawn.
+        lora_slots: rank of the branches for LoRAs.
     """
     layers = adapter.quantizable_layers()
     rows = [["fp8"] * len(layers), [("bf16", "fp8")[i % 2] for i in range(len(layers))]]
@@ -82,7 +85,8 @@ def write_bundle(
     if layout == "plugin":
         index = export_plugin_graphs(traced, policy, weights, graphs, "bfloat16", blocks)
     else:
-        index = export_graphs(traced, policy, weights, graphs, "bfloat16", blocks, variants)
+        common = (traced, policy, weights, graphs, "bfloat16", blocks, variants)
+        index = export_graphs(*common, lora_slots=lora_slots)
     policy.save(folder / POLICY_NAME)
     write_tensors(folder / SCALES_NAME, {"fp8": torch.full((steps, len(layers)), 1 / 64)})
     stored = {f"conditional.{name}": value for name, value in prompts.conditional.items()}
@@ -109,11 +113,17 @@ def write_bundle(
         prompt_texts=adapter.prompts if text is not None else (),
         call=adapter.pipeline_call(),
         text=text,
+        lora_slots=None if lora_slots is None else _slots(adapter, lora_slots),
         plans=(),
         versions={},
     )
     write_manifest(folder, manifest)
     return BundleFiles.open(folder)
+
+
+def _slots(adapter: ModelAdapter, rank: int) -> LoraSlots:
+    layers = {name: (own.in_features, own.out_features) for name, own in adapter.quantizable_layers().items()}
+    return LoraSlots(rank=rank, layers=layers, pipeline="FluxPipeline", transformer={})
 
 
 def write_positions(folder: Path, adapters: Sequence[ModelAdapter]) -> None:

@@ -20,14 +20,16 @@ def make_adapter() -> FluxAdapter:
     return make_tiny_flux(WIDTH, PATCHES, shift=3.0)
 
 
-def make_flux_bundle(folder: Path, variants: Sequence[str] = ("cpu",), layout: Layout = "embedded") -> BundleFiles:
+def make_flux_bundle(
+    folder: Path, variants: Sequence[str] = ("cpu",), layout: Layout = "embedded", lora_slots: int | None = None
+) -> BundleFiles:
     """For prompts of `TEXT_TOKENS` tokens, as the pipeline's text encoders make them."""
     adapter, rows = make_adapter(), 20
     adapter.trace_module().text_ids = torch.zeros(TEXT_TOKENS, 3)
     latents = torch.randn(rows, *adapter.latent_shape, generator=torch.Generator().manual_seed(0))
     inputs = {"hidden_states": latents, **_condition(rows, seed=0), "timestep": torch.full((rows,), 0.5)}
     stored = Conditioning(_condition(PROMPTS, seed=1), _condition(1, seed=2))
-    return write_bundle(folder, adapter, inputs, stored, variants=variants, layout=layout)
+    return write_bundle(folder, adapter, inputs, stored, variants=variants, layout=layout, lora_slots=lora_slots)
 
 
 def make_sized_bundle(

@@ -17,6 +17,7 @@ from tests.tiny_pipeline import WORDS
 
 # Tokens of the prompts, and of the empty one.
 LENGTHS = (9, 33, 12, 5)
+MARKS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 PROMPTS = ("a red three", "seven", "a three and a green seven")
 
 
@@ -71,13 +72,14 @@ def make_qwen_image_pipeline(layers: int = 1, channels: int = 16) -> QwenImagePi
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        tokenizer = make_tokenizer()
+        tokenizer = make_tokenizer(QwenImagePipeline(None, None, None, None, None).prompt_template_encode)
         vae = AutoencoderKLQwenImage(base_dim=4, z_dim=channels, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
         transformer = make_transformer(layers, channels)
-        return QwenImagePipeline(make_scheduler(), vae, _make_language_model(tokenizer), tokenizer, transformer)
+        return QwenImagePipeline(make_scheduler(), vae, make_language_model(tokenizer), tokenizer, transformer)
 
 
-def _make_language_model(tokenizer: Qwen2Tokenizer, width: int = 32) -> Qwen2_5_VLForConditionalGeneration:
+def make_language_model(tokenizer: Qwen2Tokenizer, width: int = 32) -> Qwen2_5_VLForConditionalGeneration:
+    """A Qwen2.5-VL with its eyes, whose marks of an image are the tokenizer's."""
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": width,
@@ -97,15 +99,21 @@ def _make_language_model(tokenizer: Qwen2Tokenizer, width: int = 32) -> Qwen2_5_
         "out_hidden_size": width,
         "fullatt_block_indexes": [0],
     }
-    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+    marks = {
+        f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>")
+        for name, token in (("image", "image_pad"), ("vision_start", "vision_start"), ("vision_end", "vision_end"))
+    }
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **marks))
 
 
-def make_tokenizer() -> Qwen2Tokenizer:
+def make_tokenizer(template: str) -> Qwen2Tokenizer:
     """One token for each word of the pipeline's own template and of `WORDS`, one for each byte of others.
 
     So the template has as many tokens as those of which the pipeline leaves out what comes before the prompt.
+
+    Args:
+        template: of the pipeline.
     """
-    template = QwenImagePipeline(None, None, None, None, None).prompt_template_encode
     pieces = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer.pre_tokenize_str(f"{template} {' '.join(WORDS)}")
     vocabulary = {symbol: number for number, symbol in enumerate(sorted(ByteLevel.alphabet()))}
     merges: dict[tuple[str, str], None] = {}
@@ -114,7 +122,5 @@ def make_tokenizer() -> Qwen2Tokenizer:
         for end in range(1, len(piece)):
             merges[piece[:end], piece[end]] = None
             vocabulary.setdefault(piece[: end + 1], len(vocabulary))
-    tokenizer = Qwen2Tokenizer(
-        vocab=vocabulary, merges=list(merges), extra_special_tokens=["<|im_start|>", "<|im_end|>"]
-    )
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=list(merges), extra_special_tokens=list(MARKS))
     return tokenizer

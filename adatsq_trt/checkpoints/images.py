@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import ExifTags, Image, ImageDraw
 from torch import Tensor
 
 from adatsq_trt.checkpoints.prompts import load_encoder
@@ -27,6 +27,7 @@ from adatsq_trt.models.family import AGAIN, Canvas, Family
 PREFIX = "image."  # of the stored tensors' names; the graph input follows
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _MASK = ".mask"
+_UPRIGHT = 4  # the last of the orientations of a camera whose rows are rows
 _DEEP = ("I", "F")  # modes of integers and of floats, in Pillow
 _EXPECTED = f"expected a folder with images ({', '.join(_SUFFIXES)})"
 # Of the images and masks that are made here: another number is another set.
@@ -109,18 +110,38 @@ def read_image(file: Path) -> Image.Image:
     """
     from diffusers.utils import load_image
 
+    with _opened(file) as opened:
+        if opened.mode.startswith(_DEEP):
+            raise DamagedFileError(
+                f"'{file}' has more than 8 bits per channel (Pillow's mode {opened.mode}); save it with 8"
+            )
+        image: Image.Image = load_image(opened)
+    return image
+
+
+def image_size(file: Path) -> tuple[int, int]:
+    """Width and height of an image that is turned as its camera says; its pixels are not read.
+
+    Raises:
+        MissingFileError: no such file.
+        DamagedFileError: it is no image.
+    """
+    with _opened(file) as opened:
+        width, height = opened.size
+        sideways = opened.getexif().get(ExifTags.Base.Orientation, 1) > _UPRIGHT
+    return (height, width) if sideways else (width, height)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Image.Image]:
+    """A file as Pillow opens it."""
     if not file.is_file():
         raise MissingFileError(f"'{file}' does not exist; give an image ({', '.join(_SUFFIXES)})")
     try:
         with closing(Image.open(file)) as opened:
-            if opened.mode.startswith(_DEEP):
-                raise DamagedFileError(
-                    f"'{file}' has more than 8 bits per channel (Pillow's mode {opened.mode}); save it with 8"
-                )
-            image: Image.Image = load_image(opened)
+            yield opened
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DamagedFileError(f"'{file}' is not a complete image ({one_line(error)}); save it again") from error
-    return image
 
 
 def made_image(index: int, canvas: Canvas) -> Image.Image:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from PIL import Image
 from pydantic import JsonValue
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -19,7 +20,13 @@ from adatsq_trt.checkpoints.encodings import read_encodings
 from adatsq_trt.checkpoints.images import PREFIX, ImageSet, encode_images, load_image_pipeline
 from adatsq_trt.checkpoints.lora import Lora, fuse, parse_lora
 from adatsq_trt.checkpoints.prompts import encode_prompts
-from adatsq_trt.checkpoints.requirements import fitting_canvas, require_configs, require_images, require_named
+from adatsq_trt.checkpoints.requirements import (
+    fitting_canvas,
+    require_configs,
+    require_images,
+    require_named,
+    require_prompts,
+)
 from adatsq_trt.checkpoints.schedulers import make_scheduler, require_schedule
 from adatsq_trt.checkpoints.single_file import convert, require_layout, transformer_weights
 from adatsq_trt.checkpoints.source import INDEX, Source, find_source
@@ -89,7 +96,8 @@ class OpenedPipeline:
         )
 
     def _empty_encodings(self, device: str) -> dict[str, Tensor]:
-        rows, family = len(self.settings.prompts) + 1, self.source.family
+        count, family = len(self.settings.prompts), self.source.family
+        rows = count + family.negatives(count)
         width, pooled = family.widths(self._config)
         shapes = self._image_shapes(self._image(self._outline))
         # How long the longest prompt is shows when it is encoded.
@@ -97,7 +105,7 @@ class OpenedPipeline:
         return {
             "tokens": torch.empty(rows, length, width, device=device),
             "pooled": torch.empty(rows, pooled, device=device),
-            **{f"{PREFIX}{name}": torch.empty(rows - 1, *shape, device=device) for name, shape in shapes.items()},
+            **{f"{PREFIX}{name}": torch.empty(count, *shape, device=device) for name, shape in shapes.items()},
         }
 
     def encode(self, on_prompt: Callable[[], None]) -> dict[str, Tensor]:
@@ -114,15 +122,21 @@ class OpenedPipeline:
     @property
     def encoded(self) -> int:
         """How many texts and images are encoded."""
-        count = len(self.settings.prompts)
-        return 2 * count + 1 if self.source.family.image_condition else count + 1
+        count, family = len(self.settings.prompts), self.source.family
+        return count + family.negatives(count) + (count if family.image_condition else 0)
 
     def _encode_texts(self, on_prompt: Callable[[], None]) -> dict[str, Tensor]:
         """With the pipeline's own text encoders (`encode_prompts`), or from their encodings."""
         if self.settings.encodings is not None:
             family = self.source.family
             return read_encodings(Path(self.settings.encodings), *family.widths(self._config), family.token_multiple)
-        return encode_prompts(self.source, self.settings.prompts, on_prompt, self.settings.negative_prompt)
+        texts = (self.settings.prompts, on_prompt, self.settings.negative_prompt)
+        return encode_prompts(self.source, *texts, self._read_images)
+
+    def _read_images(self) -> Iterator[Image.Image]:
+        """The images of the prompts, for a text encoder that sees them."""
+        pictures = self.images.pictures(len(self.settings.prompts), self._canvas, masked=False)
+        return (image for image, _ in pictures)
 
     def _encode_images(self, on_image: Callable[[], None]) -> dict[str, Tensor]:
         """With the pipeline's own VAE, which is gone from memory afterwards."""
@@ -263,7 +277,7 @@ class OpenedPipeline:
             adapter = adapt(transformer)
         else:
             adapter = ExpertsAdapter({name: adapt(transformer[name]) for name in EXPERTS}, source.boundary_ratio)
-        steps, guidance = family.defaults(self._config)
+        steps, guidance = family.pipeline_defaults(self._config, source.folder)
         calls = calls_per_step(type(self._scheduler).__name__)
         steps = calls * steps - (calls - 1)
         require_schedule(adapter, steps, source.folder / SCHEDULER_CONFIG)
@@ -303,8 +317,9 @@ class OpenedPipeline:
     @property
     def image_call(self) -> ImageCall | None:
         """Inputs that an image decides; None where the pipeline takes none."""
-        inputs = self.outline.adapter.image_inputs
-        return self.source.family.image_call(inputs, self._image_files)
+        inputs, family = self.outline.adapter.image_inputs, self.source.family
+        files = self._image_files | (self._encoder_files if family.reads_image else {})
+        return family.image_call(inputs, files, self.settings.negative_prompt)
 
     @property
     def text_call(self) -> TextCall | None:
@@ -430,6 +445,7 @@ def open_source(
     opened = make(settings, tuple(parse_lora(text) for text in settings.loras))
     require_configs(source)
     require_named(source, opened.loras)
+    require_prompts(source.family, settings)
     source.family.require_libraries()
     source.family.require_supported(opened._config, source.config, source.folder)
     outline = opened._outline
@@ -440,8 +456,8 @@ def open_source(
     else:
         require_shapes(weights, outline, source.config)
     find_weights(source.folder / "vae")
-    require_images(source.family, settings, opened.images)
     canvas = fitting_canvas(settings, source)
+    require_images(source.family, settings, opened.images, canvas)
     places = {"path": _absolute(settings.path), "base": settings.base and _absolute(settings.base)}
     loras = tuple(map(str, opened.loras))
     update = {**places, "loras": loras, **asdict(canvas)}

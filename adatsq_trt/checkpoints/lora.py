@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adatsq_trt.checkpoints.lora_file import LayerChange, read_changes
+from adatsq_trt.checkpoints.lora_file import Changes, LayerChange, read_changes
 from adatsq_trt.checkpoints.weights import read_headers, refuse_pickle
 from adatsq_trt.errors import DependencyError, MissingFileError, UserError
 from adatsq_trt.models.family import Family
@@ -97,10 +97,15 @@ def fuse(family: Family, transformer: Any, lora: Lora) -> None:
     also = f" and {len(changes.differences)} other tensors" if changes.differences else ""
     where = f" of {lora.expert}" if lora.expert else ""
     log.info("--lora '%s': %d layers%s%s changed, scale %g", lora.file, layers, also, where, lora.scale)
+    warn_of_text_encoders(lora.file, changes)
+
+
+def warn_of_text_encoders(file: Path, changes: Changes) -> None:
+    """Say that a file's changes of text encoders are left out, if there are any."""
     if changes.left_out:
         log.warning(
             "--lora '%s': its %d tensors of text encoders are left out, such as '%s'; only the transformer is changed",
-            lora.file,
+            file,
             len(changes.left_out),
             changes.left_out[0],
         )

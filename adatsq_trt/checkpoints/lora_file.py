@@ -7,7 +7,7 @@ them drop tensors or strengths without a word. So strengths are multiplied in be
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,18 +64,28 @@ class Changes:
         layers: linear layer → its change.
         differences: parameter → what is added to it, float32.
         left_out: tensors of text encoders.
+        keys: linear layer → tensors of the file that its change was made of; one may be of several layers.
+        unmatched: tensors for which the transformer has no linear layer, where a part of the file may match.
     """
 
     layers: Mapping[str, LayerChange]
     differences: Mapping[str, Tensor]
     left_out: tuple[str, ...]
+    keys: Mapping[str, tuple[str, ...]]
+    unmatched: tuple[str, ...] = ()
 
 
 _Layers = dict[str, dict[str, Tensor]]  # layer → "down", "up", "bias", "magnitude", "alpha"
 
 
-def read_changes(family: Family, transformer: nn.Module, file: Path) -> Changes:
+def read_changes(family: Family, transformer: nn.Module, file: Path, partial: bool = False) -> Changes:
     """Read a LoRA file for a transformer, whose weights may be on the meta device.
+
+    Args:
+        family: of the transformer.
+        transformer: whose layers have the file's names, or those that diffusers makes of them.
+        file: the LoRA.
+        partial: list what is no change of a linear layer that the transformer has, instead of refusing or adding it.
 
     Raises:
         MismatchError: it changes what the transformer does not have, or does so in a way that is not followed.
@@ -96,18 +106,27 @@ def read_changes(family: Family, transformer: nn.Module, file: Path) -> Changes:
         _multiply(parts, layer_strength(file, name, plain, parts, config))
     differences = {key: others.pop(key) for key in list(others) if _DIFFERENCE.fullmatch(key)}
     foreign = {name: parts for name, parts in layers.items() if own.path(name) is None}
-    found = [(path, name, parts) for name, parts in layers.items() if (path := own.path(name)) is not None]
-    found += [(path, path, parts) for path, parts in _convert(family, file, foreign, others).items()]
-    changes, modules = dict[str, LayerChange](), dict(transformer.named_modules())
-    for path, name, parts in found:
+    keys = _keys_by_layer(tensors)
+    found = [(path, name, parts, keys[name]) for name, parts in layers.items() if (path := own.path(name)) is not None]
+    converted, unmatched = _convert(family, file, foreign, others, keys, partial)
+    found += [(path, path, parts, own_keys) for path, (parts, own_keys) in converted.items()]
+    changes, made_of = dict[str, LayerChange](), dict[str, tuple[str, ...]]()
+    modules = dict(transformer.named_modules())
+    for path, name, parts, own_keys in found:
         if path in changes:
             raise MismatchError(f"--lora '{file}' changes '{path}' twice, the second time as '{name}'; save it again")
-        changes[path] = _layer_change(family, file, path, parts, modules.get(path))
+        if partial and not isinstance(modules.get(path), nn.Linear):
+            unmatched += own_keys
+            continue
+        changes[path], made_of[path] = _layer_change(family, file, path, parts, modules.get(path)), own_keys
+    if partial:
+        unmatched, differences = (*unmatched, *differences), {}
     if not changes and not differences:
         raise MismatchError(
             f"--lora '{file}' changes nothing in a {family.transformer}; give one that was trained for it"
         )
-    return Changes(changes, _differences(family, file, differences, transformer), left_out)
+    differences = _differences(family, file, differences, transformer)
+    return Changes(changes, differences, left_out, made_of, tuple(dict.fromkeys(unmatched)))
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
@@ -164,6 +183,15 @@ def _group(file: Path, tensors: Mapping[str, Tensor]) -> tuple[_Layers, dict[str
     return layers, others
 
 
+def _keys_by_layer(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
+    """The layers that tensors are named after, with these."""
+    keys = dict[str, tuple[str, ...]]()
+    for key in tensors:
+        if match := _MATRIX.fullmatch(key) or _BESIDE.fullmatch(key):
+            keys[match[1]] = (*keys.get(match[1], ()), key)
+    return keys
+
+
 def _multiply(parts: dict[str, Tensor], strength: float) -> None:
     """W + strength · up · down, with a bias likewise; alpha = rank says nothing any more."""
     parts.pop("alpha", None)
@@ -190,15 +218,69 @@ class _OwnNames:
 # ------------------------------------------------------------------------------------- authors' and trainers' names
 
 
-def _convert(family: Family, file: Path, layers: _Layers, others: Mapping[str, Tensor]) -> _Layers:
+def _convert(
+    family: Family,
+    file: Path,
+    layers: _Layers,
+    others: Mapping[str, Tensor],
+    keys: Mapping[str, tuple[str, ...]],
+    partial: bool,
+) -> tuple[dict[str, tuple[dict[str, Tensor], tuple[str, ...]]], tuple[str, ...]]:
     """Diffusers' conversion of other names than its own.
+
+    Args:
+        family: of the transformer.
+        file: for messages.
+        layers: in other names.
+        others: tensors that are named after no layer.
+        keys: layer in the file → its tensors there.
+        partial: give back what changes nothing instead of refusing it.
+
+    Returns:
+        The transformer's layer → the parts of its change and the file's tensors for it; and tensors for none.
 
     Raises:
         DamagedFileError: it does not know them.
         MismatchError: a tensor is left over, or arrives where the transformer has no layer.
     """
     if not layers and not others:
-        return {}
+        return {}, ()
+    pipeline = family.load_pipeline_class()
+    if not hasattr(pipeline, "lora_state_dict"):
+        raise MismatchError(
+            f"--lora '{file}' holds '{next(iter((*layers, *others)))}', which is no name of a layer in a "
+            f"{family.transformer}: diffusers has no converter for LoRAs of a {family.pipeline}; give one in its own "
+            "names"
+        )
+    given = _spelled(family, file, layers, others)
+    expected = sources(given.values())
+    try:
+        converted = dict(pipeline.lora_state_dict(given))
+    except Exception as error:  # what is raised depends on the dialect
+        raise DamagedFileError(
+            f"--lora '{file}' is not a LoRA that diffusers understands ({one_line(error)}); give another file"
+        ) from error
+    found, strange = _group(file, {_PREFIX.sub("", key, count=1): converted[key] for key in converted})
+    arrived = (value for parts in found.values() for value in parts.values())
+    lost = sorted(expected - sources(arrived))
+    if (lost or strange) and not partial:
+        raise MismatchError(
+            f"--lora '{file}' holds '{(lost or sorted(strange))[0]}', which changes nothing in a {family.transformer} "
+            "as diffusers reads it; give a LoRA that was trained for this model"
+        )
+
+    def in_file(names: Iterable[str]) -> tuple[str, ...]:
+        return tuple(key for name in sorted(names) for key in keys.get(name.rpartition(" (")[0], (name,)))
+
+    plain = {
+        path: ({part: value.as_subclass(Tensor) for part, value in parts.items()}, in_file(sources(parts.values())))
+        for path, parts in found.items()
+    }
+    return plain, in_file(lost)
+
+
+def _spelled(family: Family, file: Path, layers: _Layers, others: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as a converter is given them, traced by their names in the file."""
     given = {key: trace(value, key) for key, value in others.items()}
     for name, parts in layers.items():
         for part, value in parts.items():
@@ -209,22 +291,7 @@ def _convert(family: Family, file: Path, layers: _Layers, others: Mapping[str, T
                     "again"
                 )
             given[key] = trace(value, f"{name} ({part})")
-    keys = sources(given.values())
-    try:
-        converted = dict(family.load_pipeline_class().lora_state_dict(given))
-    except Exception as error:  # what is raised depends on the dialect
-        raise DamagedFileError(
-            f"--lora '{file}' is not a LoRA that diffusers understands ({one_line(error)}); give another file"
-        ) from error
-    found, strange = _group(file, {_PREFIX.sub("", key, count=1): converted[key] for key in converted})
-    arrived = (value for parts in found.values() for value in parts.values())
-    lost = sorted(keys - sources(arrived))
-    if lost or strange:
-        raise MismatchError(
-            f"--lora '{file}' holds '{(lost or sorted(strange))[0]}', which changes nothing in a {family.transformer} "
-            "as diffusers reads it; give a LoRA that was trained for this model"
-        )
-    return {path: {part: value.as_subclass(Tensor) for part, value in parts.items()} for path, parts in found.items()}
+    return given
 
 
 def _spell(family: Family, name: str, part: str) -> str:

@@ -55,7 +55,8 @@ class OpenedObject(OpenedPipeline):
             return super()._encode_texts(on_prompt)
         encoders = [getattr(self.pipe, name) for name in self.source.family.encoders]
         with _ENCODING, _evaluating([part for part in encoders if isinstance(part, nn.Module)]):
-            return encode_with(self.pipe, self.source, self.settings.prompts, on_prompt, self.settings.negative_prompt)
+            texts = (self.settings.prompts, on_prompt, self.settings.negative_prompt)
+            return encode_with(self.pipe, self.source, *texts, self._read_images)
 
     @cached_property
     def _tensors(self) -> Mapping[str, Tensor]:
@@ -147,6 +148,10 @@ def open_object(model: Any, settings: PipelineSettings) -> OpenedObject:
         base = folder
         pipe.scheduler.save_config(folder / "scheduler")
         pipe.vae.save_pretrained(folder / "vae")
+        for name in family.settings_parts:
+            if getattr(pipe, name, None) is None:
+                raise UserError(f"the pipeline has no {name}: load it with one")
+            getattr(pipe, name).save_pretrained(folder / name)
         for name, part in encoders.items():
             if part is not None and not isinstance(part, nn.Module):
                 part.save_pretrained(folder / name)
@@ -207,7 +212,7 @@ def _family(model: Any) -> tuple[Family, Any]:
         found = type(model.transformer).__name__
         if found != family.transformer:
             raise MismatchError(f"the pipeline's transformer is a {found}, expected a {family.transformer}")
-        return family, model
+        return family.configured(model.config), model
     if family := family_of_transformer(name):
         return family, None
     raise MismatchError(

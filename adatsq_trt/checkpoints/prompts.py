@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import hashlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module, resources
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from pydantic import JsonValue
 from torch import Tensor
 from torch.nn import functional
@@ -19,8 +20,9 @@ from adatsq_trt.checkpoints.source import INDEX, Source
 from adatsq_trt.checkpoints.weights import find_weights
 from adatsq_trt.errors import DamagedFileError, MissingFileError, UserError, one_line
 from adatsq_trt.files import read_json_model
-from adatsq_trt.loading import one_loader
+from adatsq_trt.loading import of_parts, one_loader
 from adatsq_trt.models.family import AGAIN, JsonObject
+from adatsq_trt.models.image_condition import ReadImage
 
 _DEFAULT = "prompts.txt"
 # What files of whole language and picture models hold beside their text encoder.
@@ -71,8 +73,15 @@ def _lines(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(line.strip() for line in text.split("\n") if line.strip()))
 
 
+Images = Callable[[], Iterator[Image.Image]]
+
+
 def encode_prompts(
-    source: Source, prompts: tuple[str, ...], on_prompt: Callable[[], None], negative: str = ""
+    source: Source,
+    prompts: tuple[str, ...],
+    on_prompt: Callable[[], None],
+    negative: str = "",
+    images: Images | None = None,
 ) -> dict[str, Tensor]:
     """Encode prompts with the pipeline's text encoders, which are gone from memory afterwards.
 
@@ -81,10 +90,14 @@ def encode_prompts(
         prompts: texts; what is too long for an encoder is cut off, as the pipeline does.
         on_prompt: called after each.
         negative: prompt of the second branch of guidance.
+        images: gives one for each prompt, at every call, for text encoders that see it.
 
     Returns:
         "tokens" [prompts + 1, tokens, width] and "pooled" [prompts + 1, width], the negative prompt last, in the type
-        that the encoders have on disk (bfloat16 for 16 bits). Short prompts are filled up with zeros.
+        that the encoders have on disk (bfloat16 for 16 bits). Short prompts are filled up with zeros. With images
+        there are 2 * prompts of each: the negative prompt with each image. Where a pipeline makes a mask of each
+        prompt, "pooled" is that, [prompts + 1, tokens]. A second text takes the place of a pooled projection, its
+        tokens one behind the other.
 
     Raises:
         DamagedFileError: diffusers or transformers cannot load a part, or encodings that say nothing of the prompts.
@@ -92,14 +105,19 @@ def encode_prompts(
         UserError: prompts that the encoders do not tell apart.
     """
     pipe = _load_encoders(source)
-    encodings = encode_with(pipe, source, prompts, on_prompt, negative)
+    encodings = encode_with(pipe, source, prompts, on_prompt, negative, images)
     del pipe
     gc.collect()
     return encodings
 
 
 def encode_with(
-    pipe: Any, source: Source, prompts: tuple[str, ...], on_prompt: Callable[[], None], negative: str = ""
+    pipe: Any,
+    source: Source,
+    prompts: tuple[str, ...],
+    on_prompt: Callable[[], None],
+    negative: str = "",
+    images: Images | None = None,
 ) -> dict[str, Tensor]:
     """As `encode_prompts`, with text encoders that are in memory.
 
@@ -109,24 +127,51 @@ def encode_with(
         prompts: texts.
         on_prompt: called after each.
         negative: prompt of the second branch of guidance.
+        images: as for `encode_prompts`.
 
     Raises:
         DamagedFileError: encodings that say nothing of the prompts.
         UserError: prompts that the encoders do not tell apart.
     """
-    tokens, pooled = list[Tensor](), list[Tensor]()
+    texts, tokens, pooled = list[str](), list[Tensor](), list[Tensor]()
     with torch.no_grad():
-        for prompt in (*prompts, negative):
-            encoded = source.family.encode(pipe, prompt)
+        for prompt, encoded in _encodings(pipe, source, prompts, negative, images):
             _require_numbers(source, prompt, encoded)
+            texts.append(prompt)
             tokens.append(encoded[0])
             pooled.append(encoded[1])
             on_prompt()
-    _require_distinct(source, (*prompts, negative), tokens, pooled)
-    length = max(map(len, tokens))
-    length += -length % source.family.token_multiple
-    filled = [functional.pad(rows, (0, 0, 0, length - len(rows))) for rows in tokens]
-    return {"tokens": torch.stack(filled), "pooled": torch.stack(pooled)}
+    _require_distinct(source, texts, tokens, pooled)
+    second = source.family.second_multiple
+    return {
+        "tokens": _filled(tokens, source.family.token_multiple),
+        "pooled": _filled(pooled, second).flatten(1) if second else torch.stack(pooled),
+    }
+
+
+def _filled(texts: Sequence[Tensor], multiple: int) -> Tensor:
+    """Texts [tokens, width] with zeros behind them, at the next multiple of the longest: [texts, tokens, width]."""
+    length = max(1, *map(len, texts))
+    length += -length % multiple
+    return torch.stack([functional.pad(rows, (0, 0, 0, length - len(rows))) for rows in texts])
+
+
+def _encodings(
+    pipe: Any, source: Source, prompts: tuple[str, ...], negative: str, images: Images | None
+) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """Each prompt with its encoding, and after them the negative one: once, or with the image of each prompt."""
+    condition = source.family.image_condition
+    if not isinstance(condition, ReadImage):
+        yield from ((prompt, source.family.encode(pipe, prompt)) for prompt in (*prompts, negative))
+        return
+    assert images is not None, "the caller knows the family"
+    encoded = dict[tuple[str, str], Tensor]()  # several prompts may have one image
+    for texts in (prompts, (negative,) * len(prompts)):
+        for prompt, image in zip(texts, images(), strict=True):
+            key = (prompt, hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest())
+            if key not in encoded:
+                encoded[key] = condition.encode_text(pipe, prompt, image)
+            yield prompt, (encoded[key], encoded[key].new_empty(0))
 
 
 def _require_numbers(source: Source, prompt: str, encoded: tuple[Tensor, Tensor]) -> None:
@@ -164,6 +209,8 @@ def _require_distinct(
     last = f"'{prompts[-1]}'" if prompts[-1] else "the empty one"
     digests = [list(map(_digest, values)) for values in (tokens, pooled)]
     for part, values, own in zip(("tokens", "pooled projections"), (tokens, pooled), digests, strict=True):
+        if values is pooled and (source.family.text_mask or source.family.second_multiple):
+            continue  # prompts of one length have one mask, and prompts may have the same in quotes
         if len(set(own)) == 1 < len(set(prompts)) and values[0].numel():
             raise DamagedFileError(
                 f"'{source.folder}': the prompts, '{prompts[0]}' and {last} among them, all have the same "
@@ -204,7 +251,7 @@ def _load_encoders(source: Source) -> Any:
                 part: load_encoder(source.folder / part, index.get(part), {**common, "variant": variants[part]})
                 for part in parts
             }
-            return family.load_pipeline_class().from_pretrained(
+            return of_parts(family.load_pipeline_class()).from_pretrained(
                 source.folder, transformer=None, vae=None, trust_remote_code=False, **encoders, **common
             )
     except DamagedFileError:

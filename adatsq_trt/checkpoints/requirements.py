@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import JsonValue
 
-from adatsq_trt.checkpoints.images import ImageSet
+from adatsq_trt.checkpoints.images import ImageSet, image_size
 from adatsq_trt.checkpoints.lora import Lora
 from adatsq_trt.checkpoints.source import Source
 from adatsq_trt.errors import MismatchError, UserError
 from adatsq_trt.files import read_json_model
 from adatsq_trt.models.family import AGAIN, Canvas, Family, JsonObject
+from adatsq_trt.models.image_condition import ReadImage
 from adatsq_trt.schedule import FIRST_EXPERT, SECOND_EXPERT
 from adatsq_trt.settings import PipelineSettings
 
@@ -66,18 +67,43 @@ def require_named(source: Source, loras: Sequence[Lora]) -> None:
             )
 
 
-def require_images(family: Family, settings: PipelineSettings, images: ImageSet) -> None:
+def require_prompts(family: Family, settings: PipelineSettings) -> None:
+    """Refuse encodings of a text where they are not all that the transformer is given of it.
+
+    Raises:
+        UserError: encodings for a family whose pipeline makes masks.
+    """
+    if family.text_mask and settings.encodings is not None:
+        raise UserError(
+            f"--encodings '{settings.encodings}': a {family.pipeline} gives its transformer a mask of its own beside "
+            "the tokens, which such a file cannot hold; give the prompts instead (--prompts)"
+        )
+
+
+def require_images(family: Family, settings: PipelineSettings, images: ImageSet, canvas: Canvas) -> None:
     """Refuse images that the pipeline does not take, and say which are not drawn.
 
     Raises:
-        UserError: a folder of images for a model of text alone.
+        UserError: a folder of images for a model of text alone, images of another size than the pipeline draws, or
+            encodings of prompts without their images.
     """
-    prompts = len(settings.prompts)
-    if settings.images is not None and family.image_condition is None:
-        raise UserError(
-            f"--images '{settings.images}': a {family.pipeline} takes no image beside the prompt; leave it out"
-        )
-    if family.image_condition is not None and len(images.files) > prompts:
+    prompts, condition = len(settings.prompts), family.image_condition
+    if condition is None:
+        if settings.images is not None:
+            raise UserError(
+                f"--images '{settings.images}': a {family.pipeline} takes no image beside the prompt; leave it out"
+            )
+        return
+    if isinstance(condition, ReadImage):
+        if settings.encodings is not None:
+            raise UserError(
+                f"--encodings '{settings.encodings}': the text encoder of a {family.pipeline} sees the image that goes "
+                "with each prompt; leave it out, and pass --prompts and --images"
+            )
+        condition.require_canvas(canvas)
+        for file, _ in images.files[:prompts]:
+            condition.require_size(f"--images: '{file}'", image_size(file), canvas)
+    if len(images.files) > prompts:
         log.warning(
             "--images: the first %d of %d images are drawn, one with each prompt; more with --prompts",
             prompts,
@@ -93,14 +119,15 @@ def fitting_canvas(settings: PipelineSettings, source: Source) -> Canvas:
     """
     family, scale = source.family, source.family.vae_scale(source.folder)
     multiple = family.patch * scale.pixels
-    height, width = settings.height or family.canvas.height, settings.width or family.canvas.width
+    usual = family.pipeline_canvas(read_json_model(source.config, JsonObject, AGAIN).root)
+    height, width = settings.height or usual.height, settings.width or usual.width
     for option, value in (("--height", height), ("--width", width)):
         if value % multiple:
             raise UserError(
                 f"{option} {value}: expected a multiple of {multiple} pixels for '{source.name}'; pass "
                 f"{option} {max(value // multiple, 1) * multiple}"
             )
-    frames = settings.frames or family.canvas.frames
+    frames = settings.frames or usual.frames
     if scale.frames is None and frames is not None:
         raise UserError(f"--frames {frames}: '{source.name}' draws pictures; leave --frames out")
     if scale.frames is not None and frames is not None and frames % scale.frames != 1 % scale.frames:

@@ -215,7 +215,7 @@ def _pipeline_family(folder: Path) -> Family:
                 f"'{folder / INDEX}': {option} is {index[option]!r}, expected {value!r}; its pipeline treats the "
                 f"transformer in another way; {family.instead}"
             )
-    return family
+    return family.configured(index)
 
 
 def _transformer_family(config: Path) -> Family:

@@ -12,17 +12,13 @@ from adatsq_trt.cli.build import Model
 
 _MOST = 100_000
 
-
 Methods = Annotated[str, typer.Option("--methods", help="Names with commas between, or 'all'.")]
 Bits = Annotated[str, typer.Option("--bits", help="Weights/activations: 4/4, 3/3 or both.")]
 SampleCount = Annotated[int, typer.Option("--samples", min=6, max=_MOST, help="Pictures of every cell.")]
 Output = Annotated[
     Path | None,
     typer.Option(
-        "--output",
-        "-o",
-        help="Folder of the cells: those that are finished are reused.",
-        show_default="runs/evaluate-MODEL",
+        "--output", "-o", help="Folder of cells; finished ones are reused.", show_default="runs/evaluate-MODEL"
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Of calibration and samples.")]

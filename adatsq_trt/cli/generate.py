@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from adatsq_trt.cli.backends import BackendOption
+from adatsq_trt.cli.backends import BackendOption, OffloadOption
 from adatsq_trt.errors import UserError
 
 
@@ -16,9 +16,7 @@ def generate(
     samples: Annotated[int, typer.Option("--samples", min=1, max=10_000, help="How many pictures.")] = 40,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(
-            "--prompt", help="A prompt of the model or its number; may be repeated.", show_default="all in turn"
-        ),
+        typer.Option("--prompt", help="A prompt or its number; may be repeated.", show_default="all in turn"),
     ] = None,
     size: Annotated[
         str | None,
@@ -29,10 +27,13 @@ def generate(
             show_default="the bundle's own",
         ),
     ] = None,
+    lora: Annotated[list[str] | None, typer.Option(metavar="FILE[:SCALE]", help="For slots; may be repeated.")] = None,
+    lora_partial: Annotated[bool, typer.Option("--lora-partial", help="Drop what of a LoRA has no slot.")] = False,
     image: Annotated[Path | None, typer.Option("--image", help="What a model is shown beside the prompt.")] = None,
     mask: Annotated[Path | None, typer.Option("--mask", help="Of the image: white where it is drawn anew.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the first picture; the others follow.")] = 3_000_000,
     backend: BackendOption = "auto",
+    offload: OffloadOption = "none",
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="PNG file.", show_default="samples.png beside the bundle"),
@@ -43,28 +44,27 @@ def generate(
 
     Example: adatsq-trt generate runs/demo --samples 10 --prompt 3 --prompt 7
     """
+    from adatsq_trt.checkpoints.lora import parse_lora
     from adatsq_trt.cli.progress import progress
     from adatsq_trt.engines.bundle import prompt_number
     from adatsq_trt.engines.runtime import Bundle
-    from adatsq_trt.stages.images import shown_image
-    from adatsq_trt.stages.report import SAMPLES_NAME, write_samples
+    from adatsq_trt.stages.images import shown_conditioning
+    from adatsq_trt.stages.lora_slots import load_lora
+    from adatsq_trt.stages.report import SAMPLES_NAME, SAMPLES_WITH_LORA, draw_both, write_samples
     from adatsq_trt.stages.shapes import parse_size
 
     asked = None if size is None else parse_size(size, "--size")
-    opened = Bundle.open(bundle, backend)
+    opened = Bundle.open(bundle, backend, offload)
+    files = opened.files
     typer.echo(opened.choice.sentence, err=True)
-    file = output or opened.files.folder.parent / SAMPLES_NAME
+    file = output or files.folder.parent / (SAMPLES_WITH_LORA if lora else SAMPLES_NAME)
     if file.suffix != ".png":
         raise UserError(f"--output '{file}': got '{file.suffix}', expected a name that ends in .png")
-    choices = [prompt_number(opened.files, text) for text in prompt or ()] or range(opened.manifest.prompts)
-    shown = shown_image(opened.files, image, mask)
-    conditioning = opened.conditioning([choices[i % len(choices)] for i in range(samples)], shown)
-    noise, sheets = opened.noise(range(seed, seed + samples), asked), {}
-    for name, own in (("quantized", True), ("full precision", False)):
-        # One after the other: what draws the first gives its memory back.
-        with Bundle(opened.files, backend) as panel, progress(f"generate: {name}", panel.policy.steps) as advance:
-            latents = panel.denoise(noise, conditioning, callback=lambda _: advance(), quantized=own, size=asked)
-            sheets[name] = panel.decode(latents, asked)
+    choices = [prompt_number(files, text) for text in prompt or ()] or range(opened.manifest.prompts)
+    conditioning = shown_conditioning(opened, [choices[i % len(choices)] for i in range(samples)], image, mask)
+    for own in map(parse_lora, lora or ()):
+        load_lora(opened, own, lora_partial)
+    sheets = draw_both(opened, opened.noise(range(seed, seed + samples), asked), conditioning, asked, progress)
     write_samples(file, sheets, [f"{len(opened.policy.buckets)} buckets, {opened.policy.mean_bits:.2f} mean bits", ""])
     error = float(((sheets["quantized"] - sheets["full precision"]) ** 2).mean())
     typer.echo(f"{file}: {samples} samples; mean squared pixel difference from full precision {error:.2e}")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from adatsq_trt.errors import MismatchError
 from adatsq_trt.image import ImageShape
 from adatsq_trt.models.stored import stored_layers
-from adatsq_trt.schedule import Schedule
+from adatsq_trt.schedule import Schedule, Steps
 from adatsq_trt.solver import guide
 from adatsq_trt.transformer_call import TransformerCall
 
@@ -93,6 +93,7 @@ class ModelAdapter(ABC):
         float32_inputs: inputs of the trace module that stay float32 in target graphs, because 16 bits are too few.
         rescaled_guidance: guidance keeps the norm of every token's conditional prediction (`solver.guide`).
         image_inputs: inputs of the trace module that an image decides, the same in both branches of guidance.
+        negatives: conditions of the unguided branch: one, or one for each prompt, where it depends on the image too.
     """
 
     architecture: str
@@ -102,6 +103,7 @@ class ModelAdapter(ABC):
     float32_inputs: tuple[str, ...] = ()
     rescaled_guidance: bool = False
     image_inputs: tuple[str, ...] = ()
+    negatives: int = 1
     excluded: frozenset[str] = frozenset()
 
     @property
@@ -156,8 +158,8 @@ class ModelAdapter(ABC):
         """
 
     @abstractmethod
-    def schedule(self, steps: int) -> Schedule:
-        """The denoising schedule for a number of steps."""
+    def schedule(self, steps: Steps) -> Schedule:
+        """The denoising schedule for a number of steps, or for a list in its place, which `make_schedule` takes too."""
 
     @abstractmethod
     def trace_module(self) -> nn.Module:

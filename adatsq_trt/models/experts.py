@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from adatsq_trt.errors import UserError
 from adatsq_trt.models.adapter import Conditioning, ModelAdapter
 from adatsq_trt.models.prompted import PromptedAdapter
-from adatsq_trt.schedule import EXPERTS, FIRST_EXPERT, SECOND_EXPERT, TRAIN_TIMESTEPS, Schedule
+from adatsq_trt.schedule import EXPERTS, FIRST_EXPERT, SECOND_EXPERT, TRAIN_TIMESTEPS, Schedule, Steps
 from adatsq_trt.transformer_call import TransformerCall
 
 
@@ -39,7 +39,7 @@ class ExpertsAdapter(ModelAdapter):
         first = experts[FIRST_EXPERT]
         self.architecture, self.latent_shape, self.image = first.architecture, first.latent_shape, first.image
         self.float32_inputs, self.rescaled_guidance = first.float32_inputs, first.rescaled_guidance
-        self.image_inputs = first.image_inputs
+        self.image_inputs, self.negatives = first.image_inputs, first.negatives
         self.transformer = nn.ModuleDict({name: own.transformer for name, own in self._experts.items()})
         self._traces = nn.ModuleDict({name: own.trace_module() for name, own in self._experts.items()})
 
@@ -52,7 +52,7 @@ class ExpertsAdapter(ModelAdapter):
         layers = list(self.quantizable_layers())
         return np.array([[name.startswith(f"{expert}.") for name in layers] for expert in schedule.experts])
 
-    def schedule(self, steps: int) -> Schedule:
+    def schedule(self, steps: Steps) -> Schedule:
         """The first expert's, with the expert of each step by the pipeline's rule.
 
         Raises:
@@ -66,7 +66,7 @@ class ExpertsAdapter(ModelAdapter):
         for name in EXPERTS:
             if name not in experts:
                 raise UserError(
-                    f"steps: none of {steps} steps is of the expert '{name}', whose boundary is at timestep "
+                    f"steps: none of {schedule.steps} steps is of the expert '{name}', whose boundary is at timestep "
                     f"{boundary:g}; pass more --steps"
                 )
         return replace(schedule, experts=experts)

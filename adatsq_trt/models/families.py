@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from adatsq_trt.errors import MismatchError
+from adatsq_trt.models.chroma import ChromaFamily
 from adatsq_trt.models.family import Family
 from adatsq_trt.models.flux import FluxFamily
+from adatsq_trt.models.flux_2 import Flux2Family, Flux2KleinFamily
 from adatsq_trt.models.flux_images import FluxFillFamily, FluxKontextFamily
+from adatsq_trt.models.hunyuan_video_15 import HunyuanVideo15Family
+from adatsq_trt.models.ltx import LTXFamily
 from adatsq_trt.models.qwen_image import QwenImageFamily
+from adatsq_trt.models.qwen_image_edit import QwenImageEditFamily, QwenImageEditPlusFamily
 from adatsq_trt.models.stable_diffusion_3 import StableDiffusion3Family
 from adatsq_trt.models.wan import WanFamily
 from adatsq_trt.models.wan_images import WanImageFamily
@@ -21,9 +26,16 @@ _FAMILIES: list[Family] = [
     WanFamily(),
     QwenImageFamily(),
     StableDiffusion3Family(),
+    HunyuanVideo15Family(),
     FluxKontextFamily(),
     FluxFillFamily(),
     WanImageFamily(),
+    QwenImageEditFamily(),
+    QwenImageEditPlusFamily(),
+    Flux2Family(),
+    Flux2KleinFamily(),
+    ChromaFamily(),
+    LTXFamily(),
 ]
 
 

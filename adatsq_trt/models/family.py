@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import JsonValue, RootModel
@@ -20,7 +20,7 @@ from adatsq_trt.errors import DamagedFileError, DependencyError, MismatchError
 from adatsq_trt.files import read_json_model
 from adatsq_trt.image import ImageShape
 from adatsq_trt.image_call import ImageCall
-from adatsq_trt.models.image_condition import ImageCondition
+from adatsq_trt.models.image_condition import ImageCondition, ReadImage
 from adatsq_trt.models.prompted import PromptedAdapter
 from adatsq_trt.models.stored import EmptyOnMeta
 from adatsq_trt.schedule import EULER
@@ -68,10 +68,15 @@ class Family(ABC):
         adapter: of its transformer.
         pipeline: class name.
         encoders: folders of its text encoders and tokenizers.
+        settings_parts: folders of parts without weights that the family reads, such as a guider.
         text_tokens: most tokens of a prompt.
-        text_library: library that the pipeline cleans prompts with where it is installed.
+        text_library: library that the pipeline reads prompts with: one that cleans them, or that its processor needs.
         text_outputs: graph input → index into what the pipeline's `encode_prompt` returns; tokens first, then a pooled
-            projection.
+            projection or a mask.
+        text_mask: whether the second of these is a mask, a number for each token, instead of a pooled projection.
+        text_masks: of these tokens, graph input → index of the mask that says which there are.
+        second_multiple: where the second of `text_outputs` is a text and no pooled projection: it may have no tokens,
+            and is filled up with zeros to a multiple of so many.
         text_options: arguments of `encode_prompt` beside the prompt, the device and `max_sequence_length`.
         token_multiple: prompts are filled up with zeros to a multiple of so many tokens.
         patch: cells of the VAE's latent along one side of a token.
@@ -92,9 +97,13 @@ class Family(ABC):
     adapter: type[PromptedAdapter]
     pipeline: str
     encoders: tuple[str, ...] = ("text_encoder", "tokenizer")
+    settings_parts: tuple[str, ...] = ()
     text_tokens: int = 512
     text_library: str | None = None
     text_outputs: ClassVar[Mapping[str, int]] = {"encoder_hidden_states": 0}
+    text_mask: bool = False
+    text_masks: ClassVar[Mapping[str, int]] = {}
+    second_multiple: int = 0
     text_options: ClassVar[Mapping[str, JsonValue]] = {}
     token_multiple: int = 1
     patch: int = 2
@@ -115,8 +124,22 @@ class Family(ABC):
     def defaults(self, config: Mapping[str, JsonValue]) -> tuple[int, float]:
         """Denoising steps and guidance scale of the pipeline, from its transformer's configuration."""
 
+    def configured(self, options: Mapping[str, Any]) -> Self:
+        """The family as the pipeline's own options (those of model_index.json) make it."""
+        return self
+
+    def pipeline_defaults(self, config: Mapping[str, JsonValue], folder: Path) -> tuple[int, float]:
+        """The same for a pipeline whose folder may say more."""
+        return self.defaults(config)
+
+    def pipeline_canvas(self, config: Mapping[str, JsonValue]) -> Canvas:
+        """The size that is drawn when none is asked for, of a pipeline whose transformer may say another one."""
+        return self.canvas
+
     def encode(self, pipe: Any, prompt: str) -> tuple[Tensor, Tensor]:
         """Encode one prompt with a pipeline without transformer: tokens [tokens, width], pooled [width] or [0].
+
+        A second text [tokens, width] takes the place of the pooled projection.
 
         A family whose pipeline is asked otherwise than by `text_options` and `text_outputs` writes its own; its bundles
         are not served with text.
@@ -126,21 +149,39 @@ class Family(ABC):
 
     @property
     def text_call(self) -> TextCall | None:
-        """The same as data, for a bundle's manifest; None for a family with code of its own."""
-        return self._encoding_call() if type(self).encode is Family.encode else None
+        """The same as data, for a bundle's manifest; None where a text alone is not enough, or for code of its own."""
+        return self._encoding_call() if type(self).encode is Family.encode and not self.reads_image else None
 
-    def image_call(self, inputs: Collection[str], files: Mapping[str, str] | None = None) -> ImageCall | None:
+    @property
+    def reads_image(self) -> bool:
+        """Whether the text encoder sees the image."""
+        return isinstance(self.image_condition, ReadImage)
+
+    def negatives(self, prompts: int) -> int:
+        """How often the negative prompt is encoded: once, or with the image of each prompt."""
+        return prompts if self.reads_image else 1
+
+    def image_call(
+        self, inputs: Collection[str], files: Mapping[str, str] | None = None, negative_prompt: str = ""
+    ) -> ImageCall | None:
         """Inputs that an image decides, as data for a bundle's manifest; None where the pipeline takes no image.
 
         Args:
             inputs: of the graph.
             files: of what encodes the image beside the VAE: path in the pipeline's folder → sha256.
+            negative_prompt: of the unguided branch; of no account where the text encoder does not see the image.
         """
         condition = self.image_condition
         if condition is None:
             return None
-        own = tuple(inputs)
-        return ImageCall(pipeline=self.pipeline, inputs=own, masked=condition.masked, files=dict(files or {}))
+        return ImageCall(
+            pipeline=self.pipeline,
+            inputs=tuple(inputs),
+            masked=condition.masked,
+            files=dict(files or {}),
+            texts=tuple(self.text_outputs) if self.reads_image else (),
+            negative_prompt=negative_prompt if self.reads_image else "",
+        )
 
     def image_shapes(self, config: Mapping[str, Any], image: ImageShape, folder: Path) -> dict[str, tuple[int, ...]]:
         """Graph input → its shape for one sample, of those that an image decides; `folder` is the pipeline's."""
@@ -151,6 +192,7 @@ class Family(ABC):
             pipeline=self.pipeline,
             arguments={"max_sequence_length": self.text_tokens, **self.text_options},
             outputs=dict(self.text_outputs),
+            masks=dict(self.text_masks),
             library=self.text_library,
         )
 
@@ -177,9 +219,10 @@ class Family(ABC):
         return self.adapter.model_class.__name__
 
     def widths(self, config: Mapping[str, Any]) -> tuple[int, int]:
-        """Width of a text token and of the pooled projection (0: none), from the transformer's configuration."""
+        """Width of a text token and of the pooled projection or mask, or 0, from the transformer's configuration."""
         pooled = self.adapter.pooled_width
-        return config[self.adapter.text_width], 0 if pooled is None else config[pooled]
+        beside = self.text_tokens if self.text_mask else 0
+        return config[self.adapter.text_width], beside if pooled is None else config[pooled]
 
     def load_pipeline_class(self) -> Any:
         """The pipeline's class."""
@@ -207,8 +250,8 @@ class Family(ABC):
         """
         if self.text_library is not None and util.find_spec(self.text_library) is None:
             raise DependencyError(
-                f"{self.pipeline} cleans its prompts with the library {self.text_library}, without which they are "
-                "encoded differently; install it with: pip install 'adatsq-trt[pipelines]'"
+                f"{self.pipeline} reads its prompts with the library {self.text_library}, without which they are "
+                f"encoded differently or not at all; install it with: pip install {self.text_library}"
             )
 
     def require_supported(self, config: Mapping[str, JsonValue], file: Path, folder: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel, ModelMixin
 from diffusers.models.embeddings import Timesteps
 from pydantic import JsonValue
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from adatsq_trt.models.adapter import AnySize, open_axes
 from adatsq_trt.models.family import Family
 from adatsq_trt.models.prompted import PromptedAdapter
-from adatsq_trt.schedule import DPM, EULER, UNIPC, Schedule, make_schedule
+from adatsq_trt.schedule import DPM, EULER, UNIPC, Schedule, Steps, make_schedule
 from adatsq_trt.transformer_call import TransformerCall, forward_arguments
 
 POSITIONS = "rotations"
@@ -28,10 +28,12 @@ class FluxAdapter(PromptedAdapter):
 
     Attributes:
         joined_axis: of [B, tokens, channels], along which an image's latents follow the picture's; None without image.
+        leaves_flows: the pipeline leaves the noise levels to a scheduler with sigmas of a flow, whatever it is given.
     """
 
     model_class = FluxTransformer2DModel
-    text_width, pooled_width = "joint_attention_dim", "pooled_projection_dim"
+    text_width = "joint_attention_dim"
+    pooled_width: ClassVar[str | None] = "pooled_projection_dim"
     transformer: FluxTransformer2DModel
     quantizable = re.compile(
         r"(transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.net\.(0\.proj|2))"
@@ -39,6 +41,7 @@ class FluxAdapter(PromptedAdapter):
     )
     block_lists = ("transformer_blocks", "single_transformer_blocks")
     joined_axis: ClassVar[int | None] = None
+    leaves_flows: ClassVar[bool] = True
 
     def find_latent_shape(self) -> tuple[int, ...]:
         """(tokens, channels of the noise)."""
@@ -81,9 +84,9 @@ class FluxAdapter(PromptedAdapter):
             inputs["guidance"] = torch.full((rows,), guidance, device=device)
         return inputs
 
-    def schedule(self, steps: int) -> Schedule:
+    def schedule(self, steps: Steps) -> Schedule:
         """Flux's sigmas for this image size."""
-        return make_schedule(self.scheduler, steps, self.latent_shape[0])
+        return make_schedule(self.scheduler, steps, self.latent_shape[0], leaves_flows=self.leaves_flows)
 
     def pipeline_call(self) -> TransformerCall:
         """Positions tell the size: several sizes may have the same number of tokens."""
@@ -113,7 +116,7 @@ class FluxTrace(nn.Module):
         self.transformer = transformer
         embedding = transformer.time_text_embed
         if isinstance(embedding.time_proj, Timesteps):
-            embedding.time_proj = _TabledTimesteps(embedding.time_proj)
+            embedding.time_proj = TabledTimesteps(embedding.time_proj)
         self.register_buffer("image_ids", position_ids(grid), persistent=False)
         self.register_buffer("text_ids", torch.zeros(text_tokens, 3), persistent=False)
 
@@ -150,7 +153,7 @@ class FluxTrace(nn.Module):
         )[0]
 
 
-class _TabledTimesteps(nn.Module):
+class TabledTimesteps(nn.Module):
     """diffusers' sines and cosines of a time or a scale of guidance, with a table of frequencies.
 
     In the place of the table the exporter would put NumPy's exponentials, some of which are rounded otherwise than
@@ -161,15 +164,21 @@ class _TabledTimesteps(nn.Module):
 
     def __init__(self, own: Timesteps) -> None:
         super().__init__()
-        assert own.flip_sin_to_cos
-        assert own.scale == 1
-        half = own.num_channels // 2
-        exponents = -math.log(10_000) * torch.arange(half, dtype=torch.float32) / (half - own.downscale_freq_shift)
-        self.register_buffer("frequencies", torch.exp(exponents), persistent=False)
+        self.register_buffer("frequencies", time_frequencies(own), persistent=False)
 
     def forward(self, timesteps: Tensor) -> Tensor:
+        """Cosines, then sines, float32 [B, channels], of times or scales [B]."""
         angles = timesteps[:, None].float() * self.frequencies
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def time_frequencies(own: Timesteps) -> Tensor:
+    """Of diffusers' sines and cosines of a time, float32 [channels / 2]."""
+    assert own.flip_sin_to_cos
+    assert own.scale == 1
+    half = own.num_channels // 2
+    exponents = -math.log(10_000) * torch.arange(half, dtype=torch.float32) / (half - own.downscale_freq_shift)
+    return torch.exp(exponents)
 
 
 class FluxAnySizeTrace(FluxTrace):
@@ -206,7 +215,7 @@ class _Halves(nn.Module):
         return cosines, sines
 
 
-def rotations(transformer: FluxTransformer2DModel, ids: Tensor) -> Tensor:
+def rotations(transformer: ModelMixin, ids: Tensor) -> Tensor:
     """Cosines, then sines, of the angles of every position, float32 [positions, 2 * attention head's width]."""
     return torch.cat(transformer.pos_embed(ids), dim=-1)
 
@@ -224,7 +233,7 @@ class FluxFamily(Family):
     encoders = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     packed, guided = True, False
     text_outputs: ClassVar[Mapping[str, int]] = {"encoder_hidden_states": 0, "pooled_projections": 1}  # of T5, of CLIP
-    schedulers = (EULER, UNIPC, DPM)
+    schedulers: tuple[str, ...] = (EULER, UNIPC, DPM)
     scheduler_options: ClassVar[Mapping[str, Mapping[str, JsonValue]]] = {
         EULER: {"use_flow_sigmas": False},  # one that was UniPC is asked for its own sigmas
         DPM: {"use_dynamic_shifting": True},  # the pipeline says how far, which it takes with this alone

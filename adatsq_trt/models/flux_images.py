@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers import FluxTransformer2DModel
 from PIL import Image
+from pydantic import JsonValue
 from torch import Tensor, nn
 
 from adatsq_trt.image import ImageShape
@@ -20,6 +21,7 @@ from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.models.family import Canvas, VaeScale
 from adatsq_trt.models.flux import FluxAdapter, FluxFamily, FluxTrace
 from adatsq_trt.models.image_condition import IMAGE_LATENTS, ImageCondition, first_draw
+from adatsq_trt.schedule import EULER, UNIPC
 
 TOKENS, CHANNELS = 1, 2  # axes of [B, tokens, channels]
 
@@ -28,6 +30,7 @@ class FluxKontextAdapter(FluxAdapter):
     """A Flux that is shown an image, whose tokens follow the picture's."""
 
     joined_axis: ClassVar[int] = TOKENS
+    leaves_flows: ClassVar[bool] = False
     any_size = ModelAdapter.any_size  # which refuses other sizes
 
     def make_trace(self) -> nn.Module:
@@ -99,7 +102,7 @@ class KontextCondition(ImageCondition):
 class FillCondition(ImageCondition):
     """The latents of the image without what is masked, and the mask's pixels, in the channels of a token."""
 
-    masked = True
+    masked = mixed = True
 
     def channels(self, latent: int, scale: VaeScale) -> int:
         """As many as the noise, and one for each pixel of a token."""
@@ -124,13 +127,15 @@ class FillCondition(ImageCondition):
 
 
 class FluxKontextFamily(FluxFamily):
-    """FluxKontextPipeline, with an image of the picture's size."""
+    """FluxKontextPipeline, with an image of the picture's size. It asks every scheduler for the same noise levels."""
 
     adapter, pipeline = FluxKontextAdapter, "FluxKontextPipeline"
+    schedulers = (EULER, UNIPC)  # DPM-Solver++ takes none
+    scheduler_options: ClassVar[Mapping[str, Mapping[str, JsonValue]]] = {}
     image_condition: ClassVar[ImageCondition] = KontextCondition()
 
 
-class FluxFillFamily(FluxFamily):
+class FluxFillFamily(FluxKontextFamily):
     """FluxFillPipeline, with an image and a mask."""
 
     adapter, pipeline = FluxFillAdapter, "FluxFillPipeline"

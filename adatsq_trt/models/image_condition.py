@@ -25,10 +25,12 @@ class ImageCondition(ABC):
 
     Attributes:
         masked: whether a mask goes with the image: white where the picture is to be drawn anew.
+        mixed: whether the pipeline begins with a part of the image where the first noise level is below 1.
         encoders: folders of what the pipeline encodes images with beside its VAE → their classes of transformers.
     """
 
     masked: bool = False
+    mixed: bool = False
     encoders: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
@@ -66,6 +68,44 @@ class ImageCondition(ABC):
 
         Returns:
             A tensor for each of `shapes`.
+        """
+
+
+class ReadImage(ImageCondition):
+    """An image that the text encoder sees too: a prompt is encoded with its image, and so is the negative prompt."""
+
+    @abstractmethod
+    def encode_text(self, pipe: Any, prompt: str, image: Image.Image) -> Tensor:
+        """Encode a prompt with its image, with the pipeline's own text encoder and processor.
+
+        Args:
+            pipe: the pipeline; neither its transformer nor its VAE is used.
+            prompt: text.
+            image: in RGB, of any size.
+
+        Returns:
+            [tokens, width], in the encoder's type.
+        """
+
+    @abstractmethod
+    def require_canvas(self, canvas: Canvas) -> None:
+        """Refuse a size of the picture that the image cannot go with.
+
+        Raises:
+            UserError: says which size can be drawn.
+        """
+
+    @abstractmethod
+    def require_size(self, name: str, size: tuple[int, int], canvas: Canvas) -> None:
+        """Refuse an image whose size the pipeline treats otherwise than `encode`.
+
+        Args:
+            name: of the image, as messages begin.
+            size: its width and height, in pixels.
+            canvas: size that is drawn.
+
+        Raises:
+            UserError: says how to change the image.
         """
 
 

@@ -59,7 +59,7 @@ class PromptedAdapter(ModelAdapter):
         self.encoder = encoder.float().eval()
         self.scheduler = scheduler
         self.image = image
-        self.image_inputs = encoder.image_inputs
+        self.image_inputs, self.negatives = encoder.image_inputs, encoder.negatives
         self.latent_shape = self.find_latent_shape()
         self.guidance_distilled = guidance_distilled
         self._trace = self.make_trace()
@@ -129,7 +129,8 @@ class PromptedAdapter(ModelAdapter):
     def encode(self, prompts: Sequence[int]) -> Conditioning:
         """The prompts with their images; the unguided branch is given the empty prompt and the same images."""
         images = self.encoder.images(prompts)
-        unconditional = None if self.guidance_distilled else self._encode([None] * len(prompts)) | images
+        negative = None if self.guidance_distilled else self.encoder.encode_negative(prompts)
+        unconditional = None if negative is None else self.condition(*negative) | images
         return Conditioning(self._encode(prompts) | images, unconditional)
 
     def _encode(self, prompts: Sequence[int | None]) -> dict[str, Tensor]:

@@ -19,9 +19,11 @@ class PromptEncoder(nn.Module, ABC):
         text_tokens: tokens of an encoded prompt.
         width: of a token.
         image_inputs: graph inputs of the image that goes with each prompt; none for models of text alone.
+        negatives: encodings of the empty prompt: one, or one for each prompt, with its image.
     """
 
     image_inputs: tuple[str, ...] = ()
+    negatives: int = 1
     prompts: tuple[str, ...]
     text_tokens: int
     width: int
@@ -32,6 +34,10 @@ class PromptEncoder(nn.Module, ABC):
 
         A token of zeros stands for none: short prompts are filled up with them.
         """
+
+    def encode_negative(self, prompts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The empty prompt, as it goes with each of these; as `encode`."""
+        return self.encode([None] * len(prompts))
 
     def images(self, prompts: Sequence[int]) -> dict[str, Tensor]:
         """Graph input → [B, ...] float32, of the image that goes with each prompt; empty for models of text alone."""
@@ -64,8 +70,9 @@ class StoredPrompts(PromptEncoder):
 
         Args:
             prompts: their texts.
-            tokens: [prompts + 1, text_tokens, width], the empty prompt last.
-            pooled: [prompts + 1, width of the pooled projection].
+            tokens: [prompts + 1, text_tokens, width], the empty prompt last; or [2 * prompts, ...] where it was
+                encoded with the image of each prompt.
+            pooled: [prompts + 1 or 2 * prompts, width of the pooled projection].
             images: graph input → [prompts, ...], of the image that goes with each prompt.
         """
         super().__init__()
@@ -73,10 +80,18 @@ class StoredPrompts(PromptEncoder):
         self._images = dict(images or {})
         self.image_inputs = tuple(self._images)
         self.text_tokens, self.width = tokens.shape[1:]
+        self.negatives = len(tokens) - len(self.prompts)
 
     def encode(self, prompts: Sequence[int | None]) -> tuple[Tensor, Tensor]:
         """The stored rows."""
-        rows = torch.tensor([len(self.prompts) if p is None else p for p in prompts])
+        return self._rows([len(self.prompts) if p is None else p for p in prompts])
+
+    def encode_negative(self, prompts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The stored rows: one for all, or each prompt's own."""
+        return self._rows([len(self.prompts) + (p if self.negatives > 1 else 0) for p in prompts])
+
+    def _rows(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        rows = torch.tensor(indices)
         return self._tokens[rows].float(), self._pooled[rows].float()
 
     def images(self, prompts: Sequence[int]) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from adatsq_trt.models.family import AGAIN, Family, JsonObject, VaeScale
 from adatsq_trt.models.masked import attention_mask, count_tokens
 from adatsq_trt.models.prompted import PromptedAdapter
 from adatsq_trt.models.rotary import require_positions, rotate_pairs
-from adatsq_trt.schedule import Schedule, make_schedule
+from adatsq_trt.schedule import Schedule, Steps, make_schedule
 from adatsq_trt.transformer_call import TransformerCall, forward_arguments
 
 _ROTATIONS, _TEXT_ROTATIONS = "rotations", "text_rotations"
@@ -77,7 +77,7 @@ class QwenImageAdapter(PromptedAdapter):
         """Text tokens; rows of zeros stand for no token."""
         return {"encoder_hidden_states": tokens}
 
-    def schedule(self, steps: int) -> Schedule:
+    def schedule(self, steps: Steps) -> Schedule:
         """Qwen-Image's sigmas for this image size."""
         return make_schedule(self.scheduler, steps, self.latent_shape[0])
 
@@ -153,8 +153,12 @@ class QwenImageTrace(nn.Module):
     """QwenImageTransformer2DModel on one image size: constant rotations in real numbers.
 
     Prompts of several lengths share a batch: zeros in the condition say where each ends.
+
+    Attributes:
+        images: that have tokens, all of one size: the picture, and what it is drawn beside.
     """
 
+    images: ClassVar[int] = 1
     rotations: Tensor
     text_rotations: Tensor
     places: Tensor
@@ -182,7 +186,7 @@ class QwenImageTrace(nn.Module):
         for module in transformer.modules():
             if isinstance(module, Attention):
                 module.set_processor(RealRotaryProcessor())
-        image, text = table([(1, *grid)], max_txt_seq_len=length, device=table.pos_freqs.device)
+        image, text = table([[(1, *grid)] * self.images], max_txt_seq_len=length, device=table.pos_freqs.device)
         buffers = {_ROTATIONS: _real(image), _TEXT_ROTATIONS: _real(text), "places": torch.arange(1.0, length + 1)}
         for name, value in buffers.items():
             self.register_buffer(name, value, persistent=False)

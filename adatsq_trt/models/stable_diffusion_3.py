@@ -15,7 +15,7 @@ from adatsq_trt.models.adapter import AnySize, open_axes
 from adatsq_trt.models.family import Family
 from adatsq_trt.models.prompted import PromptedAdapter
 from adatsq_trt.models.rotary import require_positions
-from adatsq_trt.schedule import DPM, EULER, TRAIN_TIMESTEPS, UNIPC, Schedule, make_schedule
+from adatsq_trt.schedule import DPM, EULER, TRAIN_TIMESTEPS, UNIPC, Schedule, Steps, make_schedule
 from adatsq_trt.transformer_call import TIMESTEPS, TransformerCall, forward_arguments
 
 _POSITIONS = "positions"
@@ -62,7 +62,7 @@ class StableDiffusion3Adapter(PromptedAdapter):
         """Tokens of CLIP and T5, and the pooled projections of both CLIPs."""
         return {"encoder_hidden_states": tokens, "pooled_projections": pooled}
 
-    def schedule(self, steps: int) -> Schedule:
+    def schedule(self, steps: Steps) -> Schedule:
         """The scheduler's own sigmas, which do not depend on the size."""
         return make_schedule(self.scheduler, steps)
 

@@ -21,7 +21,7 @@ from adatsq_trt.models.adapter import AnySize, open_axes
 from adatsq_trt.models.family import AGAIN, Canvas, Family, JsonObject, VaeScale
 from adatsq_trt.models.prompted import PromptedAdapter
 from adatsq_trt.models.rotary import require_positions, rotate_pairs
-from adatsq_trt.schedule import DPM, SCHEDULERS, TRAIN_TIMESTEPS, UNIPC, Schedule, make_schedule
+from adatsq_trt.schedule import DPM, SCHEDULERS, TRAIN_TIMESTEPS, UNIPC, Schedule, Steps, make_schedule
 from adatsq_trt.transformer_call import TIMESTEPS, TransformerCall, forward_arguments
 
 _FLAT = re.compile(r"lora_unet__?blocks_(\d+)_(self_attn|cross_attn|ffn)_(\w+)")
@@ -66,7 +66,7 @@ class WanAdapter(PromptedAdapter):
         """Text tokens; rows of zeros, which fill short prompts up, are seen like any other, as in diffusers."""
         return {"encoder_hidden_states": tokens}
 
-    def schedule(self, steps: int) -> Schedule:
+    def schedule(self, steps: Steps) -> Schedule:
         """The scheduler's own sigmas, which do not depend on the size."""
         return make_schedule(self.scheduler, steps)
 

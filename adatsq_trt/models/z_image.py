@@ -20,7 +20,7 @@ from adatsq_trt.models.family import Family
 from adatsq_trt.models.masked import attention_mask, count_tokens
 from adatsq_trt.models.prompted import PromptedAdapter
 from adatsq_trt.models.rotary import require_positions, rotate_pairs
-from adatsq_trt.schedule import Schedule, make_schedule
+from adatsq_trt.schedule import Schedule, Steps, make_schedule
 from adatsq_trt.transformer_call import TransformerCall, forward_arguments
 
 
@@ -83,7 +83,7 @@ class ZImageAdapter(PromptedAdapter):
         """Caption features; rows of zeros stand for no token, up to a multiple of 32 rows."""
         return {"encoder_hidden_states": functional.pad(tokens, (0, 0, 0, -tokens.shape[1] % SEQ_MULTI_OF))}
 
-    def schedule(self, steps: int) -> Schedule:
+    def schedule(self, steps: Steps) -> Schedule:
         """Z-Image's sigmas for this image size."""
         _, rows, columns = self.latent_shape
         return make_schedule(self.scheduler, steps, (rows // 2) * (columns // 2))

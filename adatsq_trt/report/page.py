@@ -29,7 +29,7 @@ from adatsq_trt.settings import IN_MEMORY, PipelineSettings, Settings
 FIGURES_FOLDER = "report"
 _MOST_COMPARISONS = 60
 _OPTIONS = (
-    *("budget_bits", "layout", "steps", "guidance", "guidance_2", "seed"),
+    *("budget_bits", "layout", "steps", "guidance", "guidance_2", "seed", "lora_slots"),
     *("beam", "candidates", "expansions", "search_precision", "weights"),
     *("calibration_samples", "selection_samples", "held_out_samples", "hessian"),
 )
@@ -254,6 +254,9 @@ def commands(data: ReportData) -> list[list[str]]:
     for name in _OPTIONS:
         value = getattr(settings, name)
         build += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+    for name in ("sigmas", "timesteps"):
+        values = getattr(settings, name)
+        build += [f"--{name}", ",".join(map(repr, values))] if values else []
     build += _budget_options(settings)
     if settings.times is not None:
         # Of a measured table the settings hold the text; the page cannot say where the file lay.

@@ -116,7 +116,7 @@ def require_possible(settings: Settings, adapter: ModelAdapter) -> None:
         return  # the budgets are made for a policy that there is
     settings = settings.model_copy(update={"times": None, "budget_ms": None, "budget_speedup": None})
     shapes = layer_shapes(adapter, dict.fromkeys(adapter.quantizable_layers(), 1))
-    _account(settings, shapes, adapter.active(adapter.schedule(settings.steps)), operations=0.0)
+    _account(settings, shapes, adapter.active(adapter.schedule(settings.asked_steps)), operations=0.0)
 
 
 def _account(
@@ -227,7 +227,7 @@ def require_bits(settings: Settings, adapter: ModelAdapter) -> None:
         return
     layers = tuple(adapter.quantizable_layers())
     cheapest, allowed = format_named(settings.formats[0]), allowed_formats(settings, layers)
-    steps = adapter.active(adapter.schedule(settings.steps)).sum(axis=0)  # at which each layer runs
+    steps = adapter.active(adapter.schedule(settings.asked_steps)).sum(axis=0)  # at which each layer runs
     bits = format_bits([format_named(name) for name in settings.formats])[:, None]
     by_layer = None if allowed is None else np.where(allowed, bits, np.inf).min(axis=0)
     least = cheapest.bits if by_layer is None else float(np.average(by_layer, weights=steps))

@@ -36,6 +36,7 @@ from adatsq_trt.policy import Policy
 from adatsq_trt.settings import Settings
 from adatsq_trt.stages import export, search
 from adatsq_trt.stages.context import Context
+from adatsq_trt.stages.lora_slots import slots_record
 from adatsq_trt.stages.run_directory import Stage
 from adatsq_trt.stages.work import Work
 from adatsq_trt.text_call import TextCall
@@ -215,6 +216,7 @@ def _manifest(context: Context, index: GraphIndex, policy: Policy, plans: tuple[
         call=adapter.pipeline_call(),
         text=_text_call(context),
         image_call=None if context.pipeline is None else context.pipeline.image_call,
+        lora_slots=slots_record(context),
         compatibility=_compatibility(context.settings),
         plans=plans,
         versions=versions,
@@ -232,5 +234,5 @@ def _shape(context: Context, size: tuple[int, ...], adapter: ModelAdapter) -> Sh
         batches=tuple(samples for samples, *own in context.settings.shapes if tuple(own) == size),
         latent_shape=adapter.latent_shape,
         image=ImageSpec(**asdict(adapter.image)),
-        schedule=ScheduleRecord.of(adapter.schedule(context.settings.steps)),
+        schedule=ScheduleRecord.of(adapter.schedule(context.settings.asked_steps)),
     )

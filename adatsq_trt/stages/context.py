@@ -135,7 +135,7 @@ class Context:
     @cached_property
     def schedule(self) -> Schedule:
         """The denoising steps."""
-        return self.adapter.schedule(self.settings.steps)
+        return self.adapter.schedule(self.settings.asked_steps)
 
     @cached_property
     def sizes(self) -> dict[tuple[int, ...], ModelAdapter]:
@@ -222,6 +222,7 @@ class Context:
         values = self.settings.model_dump(mode="json") | {"base": self.settings.base_type, "prompts": "apart"}
         own = ["base"] if "weights_sha256" in names else []
         own += ["guidance_2"] if "guidance" in names and self.settings.guidance_2 is not None else []
+        own += [name for name in ("sigmas", "timesteps") if "steps" in names and values[name]]
         own += ["prompts"] if "calibration_samples" in names and apart(len(self.adapter.prompts)) else []
         return {name: values[name] for name in (*names, *own)}
 

@@ -40,7 +40,7 @@ def disk_bytes(settings: Settings, adapter: ModelAdapter) -> dict[str, int]:
     graphs = sum(packed) + plain + rest
     # A whole plan for each assignment and target; those of other layouts share weights, which are in the graphs.
     whole = settings.layout == "embedded" and not settings.simulate
-    transformers = len(set(adapter.schedule(settings.steps).experts)) or 1  # a plan holds one
+    transformers = len(set(adapter.schedule(settings.asked_steps).experts)) or 1  # a plan holds one
     plans = len(settings.targets) * search.most_assignments(settings) if whole else 0
     return {
         "calibrate": hessians * squares + 2 * latents,

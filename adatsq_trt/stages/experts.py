@@ -42,6 +42,7 @@ def require_for_experts(config: BuildConfig, model: LoadedModel, *, shapes: bool
         "--shapes": shapes,
         f"--transform {config.transform}": config.transform is not None,
         "--refine": config.refine,
+        f"--lora-slots {config.lora_slots}": config.lora_slots is not None,
         f"--beam {config.beam}": config.beam > 0,
         "--max-assignments 1": config.max_assignments == 1,
         "--hessian paper": config.hessian == "paper",

@@ -67,6 +67,8 @@ def stage(context: Context) -> Stage:
     }
     if context.settings.layout == PLUGIN_LAYOUT:
         own["layout"] = PLUGIN_LAYOUT
+    if context.settings.lora_slots is not None:
+        own["lora_slots"] = context.settings.lora_slots
     if context.settings.shapes:
         own["sizes"] = [list(size) for size in context.sizes]
     return context.run.stage(NAME, {**inputs, **own}, files)
@@ -118,7 +120,7 @@ def _graph_count(context: Context, assignments: int) -> int:
 
 def _exported(context: Context, policy: Policy, arrays: Mapping[str, Mapping[str, Tensor]]) -> Exported:
     """Record what the bundle has to say of its loop."""
-    steps = context.settings.steps
+    steps = context.settings.asked_steps
     return Exported(
         policy=policy,
         guidance=context.calibration.guidance,
@@ -153,6 +155,7 @@ def _graphs(context: Context, policy: Policy, folder: Path) -> None:
                 names,
                 lambda _done, _all: advance(),
                 store.transforms,
+                context.settings.lora_slots,
             )
 
 
@@ -271,14 +274,21 @@ def layer_reference(context: Context, policy: Policy, step: int) -> dict[str, Te
 def _prompts(context: Context) -> dict[str, Tensor]:
     """Conditioning of every prompt of the model, and of the unguided branch, whose images are the prompts' own."""
     adapter, count = context.adapter, len(context.adapter.prompts)
-    empty = adapter.encode([0]).unconditional or {}
     tensors: dict[str, Tensor] = {}
+
+    def store(name: str, part: range, total: int, rows: Tensor) -> None:
+        tensors.setdefault(name, rows.new_empty(total, *rows.shape[1:]))[part] = rows
+
     for start in range(0, count, PROMPTS_AT_ONCE):  # only few at a time also have rows for the unguided branch
         part = range(start, min(start + PROMPTS_AT_ONCE, count))
-        for name, rows in adapter.encode(part).conditional.items():
-            tensors.setdefault(f"conditional.{name}", rows.new_empty(count, *rows.shape[1:]))[part] = rows
-    own = {name: value for name, value in empty.items() if name not in adapter.image_inputs}
-    return tensors | {f"unconditional.{name}": value[:1].clone() for name, value in own.items()}
+        encoded = adapter.encode(part)
+        for name, rows in encoded.conditional.items():
+            store(f"conditional.{name}", part, count, rows)
+        own = range(start, min(part.stop, adapter.negatives))
+        for name, rows in (encoded.unconditional or {}).items():
+            if own and name not in adapter.image_inputs:
+                store(f"unconditional.{name}", own, adapter.negatives, rows[: len(own)])
+    return tensors
 
 
 def used_formats(policy: Policy) -> tuple[str, ...]:

@@ -234,6 +234,7 @@ def _write_bundle(
             "prompts": 1,
             "prompt_texts": (),
             "call": None,
+            "lora_slots": None,
             "plans": (),
         }
     )

@@ -228,9 +228,9 @@ def _model(settings: Settings, outline: LoadedModel, pipeline: OpenedPipeline | 
         tuple((linears[name].in_features, linears[name].out_features) for name in names)
         for names in adapter.layers_by_block().values()
     )
-    schedule = adapter.schedule(settings.steps)
+    schedule = adapter.schedule(settings.asked_steps)
     flow = measure_flow(adapter, schedule, settings.guidance)
-    tensors, prompts = adapter.encode([0]).conditional.values(), len(adapter.prompts) + 1
+    tensors, prompts = adapter.encode([0]).conditional.values(), len(adapter.prompts) + adapter.negatives
     encodings = prompts * sum(tensor.numel() for tensor in tensors)
     weights = count_weights(adapter.transformer)
     loading = (0, 4 * weights, 0, True)

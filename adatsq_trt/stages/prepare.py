@@ -17,6 +17,7 @@ from adatsq_trt.stages import search
 from adatsq_trt.stages.context import Context, Memory
 from adatsq_trt.stages.disk import disk_bytes, warn_when_full
 from adatsq_trt.stages.graph import Build
+from adatsq_trt.stages.lora_slots import weight_sentence
 from adatsq_trt.stages.memory import plan_memory
 from adatsq_trt.stages.models import OpenedModel
 from adatsq_trt.stages.resolve import choose_executor, open_and_resolve
@@ -43,13 +44,15 @@ class Prepared:
 
     @property
     def needs(self) -> str:
-        """Memory and disk that the run takes, estimated from shapes."""
+        """Memory and disk that the run takes, estimated from shapes, and what slots for LoRAs weigh."""
+        rank = self.settings.lora_slots
+        slots = "" if rank is None else f"\n{weight_sentence(rank, self.opened.outline.adapter)}"
         largest, written = (max(needs, key=lambda name: needs[name]) for needs in (self.memory.needs, self.disk))
         return (
             f"memory: {size(self.memory.needs[largest])} at least, in stage '{largest}'; up to "
             f"{size(self.memory.limit_bytes)} are used where that saves time (--memory-limit)\n"
             f"disk: about {size(sum(self.disk.values()))}, of which '{written}' writes {size(self.disk[written])}; "
-            "both are estimates from the model's shapes"
+            f"both are estimates from the model's shapes{slots}"
         )
 
     @contextmanager

@@ -1,8 +1,9 @@
-"""Gather what a report shows from the files of a finished run."""
+"""Pictures of a bundle, and what a report shows of the files of a finished run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import cast
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from adatsq_trt.engines.accuracy.report import REPORT_NAME, CheckReport, CheckRow, LoopReport
 from adatsq_trt.engines.bundle import MANIFEST_NAME, Manifest
+from adatsq_trt.engines.runtime import Bundle, Conditioning, Size
 from adatsq_trt.errors import DamagedFileError, MismatchError
 from adatsq_trt.files import read_json_model, read_tensors, sha256
 from adatsq_trt.policy import Policy
@@ -32,6 +34,7 @@ from adatsq_trt.stages.summary import POLICY_NAME
 from adatsq_trt.stages.summary import read as read_summary
 
 CHECK_FOLDER, SAMPLES_NAME = "check", "samples.png"
+SAMPLES_WITH_LORA = "samples-with-lora.png"  # no report shows it
 
 
 def gather(run: RunDirectory) -> ReportData:
@@ -73,6 +76,37 @@ def gather(run: RunDirectory) -> ReportData:
         check=_check(folder),
         pictures=_pictures(folder / SAMPLES_NAME),
     )
+
+
+def draw_both(
+    bundle: Bundle,
+    noise: np.ndarray,
+    conditioning: Conditioning,
+    size: Size | None,
+    progress: Callable[[str, int], AbstractContextManager[Callable[[], None]]],
+) -> dict[str, np.ndarray]:
+    """Draw the same samples as the policy has it and in full precision, each with the bundle's LoRAs.
+
+    Args:
+        bundle: open; nothing of it runs yet.
+        noise: first latents, [samples, *latent_shape].
+        conditioning: of every sample.
+        size: in pixels, one of the bundle's; None for its own.
+        progress: makes, of a title and a number of steps, a block that is told of each step.
+
+    Returns:
+        "quantized" and "full precision": float32 [samples, (frames,) height, width, channels] in [0, 1].
+    """
+    sheets = {}
+    for name, quantized in (("quantized", True), ("full precision", False)):
+        # One after the other: what draws the first gives its memory back.
+        again = Bundle(bundle.files, bundle.choice.name, bundle.offload)
+        with again as panel, progress(f"generate: {name}", bundle.policy.steps) as advance:
+            for lora in bundle.loras:
+                panel.add_lora(lora)
+            latents = panel.denoise(noise, conditioning, callback=lambda _: advance(), quantized=quantized, size=size)
+            sheets[name] = panel.decode(latents, size)
+    return sheets
 
 
 def write_samples(sheet: Path, panels: Mapping[str, np.ndarray], notes: Sequence[str]) -> None:

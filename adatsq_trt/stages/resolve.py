@@ -34,8 +34,10 @@ from adatsq_trt.settings import Settings
 from adatsq_trt.stages.budget_options import budget_settings, size_settings
 from adatsq_trt.stages.context import layer_shapes
 from adatsq_trt.stages.experts import require_for_experts
+from adatsq_trt.stages.lora_slots import require_slots
 from adatsq_trt.stages.models import OpenedModel, exclude_layers, open_model, restrict_formats
 from adatsq_trt.stages.shapes import Shape, at_first, parse_shapes, resolve_shapes, written
+from adatsq_trt.stages.steps import step_settings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,7 +52,7 @@ PLUGIN_TARGET = "sm90"  # of layout `plugin` without a target: its graph is the 
 # Choices that are settings as they are.
 _GIVEN = (
     *("simulate", "backend", "hardware_compatibility", "version_compatible", "weight_streaming"),
-    *("transform", "clips", "refine", "weights", "seed", "calibration_samples", "projections"),
+    *("transform", "lora_slots", "clips", "refine", "weights", "seed", "calibration_samples", "projections"),
     *("selection_samples", "held_out_samples", "hessian"),
     *("temperature", "damping", "beam", "candidates", "slack", "expansions", "search_precision"),
 )
@@ -231,6 +233,7 @@ def _resolve(
     if config.guidance is not None and not model.adapter.takes_guidance and not unguided:
         raise UserError(f"--guidance {config.guidance:g}: model '{model.name}' takes no guidance; leave it out")
     require_for_experts(config, model, shapes=bool(asked))
+    require_slots(config, opened, shapes=bool(asked))
     shapes: tuple[Shape, ...] = resolve_shapes(asked, model)
     batch = config.batches
     if len({shape[1:] for shape in shapes}) == 1:  # of the model's own size, which --batch is for
@@ -247,6 +250,7 @@ def _resolve(
         | size_settings(config, shapes_of_one_row)
         | ({"batch": batch} if batch else {})
         | {"shapes": shapes}
+        | step_settings(config, opened)
         | ({} if config.plugins is None else {"plugins": str(config.plugins.absolute())}),
         excluded=excluded,
         formats_for=restrict_formats(model, config.restrictions, [fmt.name for fmt in formats]),
@@ -257,7 +261,6 @@ def _resolve(
         format_set=format_set,
         formats=tuple(fmt.name for fmt in formats),
         targets=tuple(target.name for target in targets),
-        steps=model.default_steps if config.steps is None else config.steps,
         guidance=model.default_guidance if config.guidance is None else config.guidance,
         guidance_2=config.guidance_2,
     )

@@ -100,7 +100,7 @@ def require_possible(settings: Settings, model: LoadedModel) -> None:
         DamagedFileError: the given policy is not a policy.
     """
     if settings.policy is not None:
-        _require_active(_given_policy(settings, tuple(model.adapter.quantizable_layers())), model)
+        _require_active(_given_policy(settings, tuple(model.adapter.quantizable_layers())), settings, model)
         return
     if settings.expansions is not None and settings.beam == 0:
         raise UserError(
@@ -147,13 +147,13 @@ def _given_policy(settings: Settings, layers: Sequence[str]) -> Policy:
     return policy
 
 
-def _require_active(policy: Policy, model: LoadedModel) -> None:
+def _require_active(policy: Policy, settings: Settings, model: LoadedModel) -> None:
     """Refuse a policy with formats for other layers than those that run at a step.
 
     Raises:
         MismatchError: names the first.
     """
-    active = model.adapter.active(model.adapter.schedule(policy.steps))
+    active = model.adapter.active(model.adapter.schedule(settings.asked_steps))
     for step, own in enumerate(active):
         given = policy.formats_at(step)
         for layer, runs in zip(policy.layers, own, strict=True):

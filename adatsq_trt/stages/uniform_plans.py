@@ -66,7 +66,7 @@ def uniform_bundle(files: BundleFiles, choice: BackendChoice, rows: int) -> Bund
         "of several sizes": bool(manifest.shapes),
         "of two transformers": len(files.experts) > 1,
         f"of layout {PLUGIN_LAYOUT}": manifest.layout == PLUGIN_LAYOUT,
-        "with 16-bit branches": bool(files.index.branches),
+        "with 16-bit branches": bool(files.index.branches) or manifest.lora_slots is not None,
     }
     if found := [reason for reason, holds in reasons.items() if holds]:
         LOGGER.info("'%s': no plans in one format beside those of a bundle %s", files.folder, found[0])

@@ -139,6 +139,17 @@ class StepRunner(ABC):
             UserError: as `require_open`.
         """
 
+    def set_loras(self, matrices: Mapping[str, np.ndarray]) -> None:
+        """Fill a bundle's slots for LoRAs, from the next call on; they are empty at first.
+
+        Args:
+            matrices: graph input → float32, for every slot (`LoraSlots.shapes`).
+
+        Raises:
+            UserError: as `require_open`.
+        """
+        raise UserError(f"bundle '{self._files.folder}' takes no LoRAs here; fuse them when it is built, with --lora")
+
     def loop(self, request: DenoisingRequest) -> DenoisingLoop:
         """Begin a run of the denoising loop.
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -133,6 +134,12 @@ class OnnxRuntimeSteps(StepRunner):
         self._graph = graph
         self._runner = OnnxRuntimeBackend().load(files.graph_path(graph))
         self._controls: dict[tuple[int, tuple[int, ...] | None], dict[str, np.ndarray]] = {}
+        self._loras: dict[str, np.ndarray] = {}
+
+    def set_loras(self, matrices: Mapping[str, np.ndarray]) -> None:
+        """Give other arrays to the next calls."""
+        self.require_open()
+        self._loras = dict(matrices)
 
     def run(self, step: int, inputs: Arrays, size: tuple[int, ...] | None = None) -> np.ndarray:
         """Run the session, with its branches and scales set for a step; they are the same for all calls of a step."""
@@ -141,28 +148,41 @@ class OnnxRuntimeSteps(StepRunner):
         if key not in self._controls:
             self._controls[key] = self._files.controls(self._graph, step, size)
         arrays = {name: as_array(value) for name, value in inputs.items()}
-        return self._runner.run({**arrays, **self._controls[key]})[self._graph.outputs[0].name]
+        return self._runner.run({**arrays, **self._controls[key], **self._loras})[self._graph.outputs[0].name]
 
     def _free(self) -> None:
         self._runner.close()
 
 
 class ExpertSteps(StepRunner):
-    """A session for each transformer of a bundle of two."""
+    """A session for each transformer of a bundle of two: both all the time, or one at a time."""
 
-    def __init__(self, files: BundleFiles, experts: Mapping[str, StepRunner]) -> None:
-        """Take a runner for each of `files.experts`."""
+    def __init__(self, files: BundleFiles, make: Callable[[str], StepRunner], offload: bool = False) -> None:
+        """Make the runners.
+
+        Args:
+            files: the bundle.
+            make: the runner of one of `files.experts`.
+            offload: make a transformer's runner when its first step comes, once the other's is freed.
+        """
         super().__init__(files)
-        self._experts = experts
+        self._make, self._lock = make, RLock()
+        self._experts = {} if offload else {expert: make(expert) for expert in files.experts}
 
     def run(self, step: int, inputs: Arrays, size: tuple[int, ...] | None = None) -> Array:
-        """Run the session of the step's transformer."""
-        self.require_open()
-        return self._experts[self._files.expert(step)].run(step, inputs, size)
+        """Run the session of the step's transformer; calls of several threads run one after another."""
+        expert = self._files.expert(step)
+        with self._lock:
+            self.require_open()
+            if expert not in self._experts:
+                self._free()
+                self._experts[expert] = self._make(expert)
+            return self._experts[expert].run(step, inputs, size)
 
     def _free(self) -> None:
-        for runner in self._experts.values():
-            runner.close()
+        with self._lock:
+            while self._experts:
+                self._experts.popitem()[1].close()
 
 
 class OnnxRuntimeBackend(Backend):

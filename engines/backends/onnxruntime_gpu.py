@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
@@ -50,6 +51,15 @@ class OnnxRuntimeGpuSteps(DeviceSteps):
         # The loop waits once, at its end.
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         self._controls: dict[Size, list[_Controls]] = {}
+        self._loras: dict[str, torch.Tensor] = {}
+
+    def set_loras(self, matrices: Mapping[str, np.ndarray]) -> None:
+        """Bring other matrices to the device; those that a step may still read stay until it is done."""
+        with self._lock, self._gpu.work():
+            self.require_open()
+            there = {name: self._there(value) for name, value in matrices.items()}
+            self._gpu.synchronize()
+            self._loras = there
 
     def providers(self) -> list[Any]:
         """The GPU's provider on the loop's stream, then the processor's."""
@@ -66,7 +76,8 @@ class OnnxRuntimeGpuSteps(DeviceSteps):
         with self._lock:
             self.require_open()
             binding = self._session.io_binding()
-            for name, value in {**buffers.rows, **self._controls_of(step, buffers.size)}.items():
+            controls = {**self._controls_of(step, buffers.size), **self._loras}
+            for name, value in {**buffers.rows, **controls}.items():
                 if isinstance(value, np.ndarray):
                     binding.bind_cpu_input(name, value)
                 else:
@@ -105,4 +116,5 @@ class OnnxRuntimeGpuSteps(DeviceSteps):
             super()._free()
         finally:
             self._controls.clear()
+            self._loras.clear()
             del self._session

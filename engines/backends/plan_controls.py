@@ -1,8 +1,9 @@
-"""Inputs of plans beside rows: weights, positions, activation scales and the assignment, kept on the device."""
+"""Inputs of plans beside rows: weights, LoRAs, positions, scales and the assignment, kept on the device."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -27,34 +28,55 @@ class Memory(Protocol):
 
 
 class PlanControls:
-    """Weights once per bundle, positions once per size, and the scales of all steps as one tensor.
+    """Weights once per bundle or expert, LoRAs once per bundle, positions once per size, scales as one tensor.
 
     In layout `plugin` the shape of an input selects the assignment, of which nobody reads the content.
     """
 
-    def __init__(self, files: BundleFiles, memory: Memory, context: EngineContext) -> None:
-        """Bring weights and scales to the device.
+    def __init__(self, files: BundleFiles, memory: Memory) -> None:
+        """Bring scales to the device, and slots for LoRAs, empty; weights come with the contexts that take them.
 
         Args:
             files: the bundle.
             memory: of the device.
-            context: any of the bundle's; all take a scale in the same type.
 
         Raises:
-            DamagedFileError: as `load_store` and `BundleFiles.scales`.
+            DamagedFileError: as `BundleFiles.scales`.
         """
         self._files, self._memory = files, memory
-        shared = files.manifest.layout == "shared"
-        self._weights = load_store(files.file(f"{PLAN_FOLDER}/{STORE_NAME}"), memory) if shared else {}
+        self._weights: dict[str, torch.Tensor] = {}
         self._positions: dict[Size, dict[str, torch.Tensor]] = {}
         self._steps = _StepTable(files, memory)
         self._selector = self._make_selector()
+        self._loras = self._make_slots()
+
+    def load_weights(self, contexts: Sequence[EngineContext] | None = None) -> None:
+        """Bring weights to the device: all of the bundle's store, or those that some contexts take.
+
+        Raises:
+            DamagedFileError: as `load_store`.
+        """
+        if self._files.manifest.layout == "shared":
+            store = self._files.file(f"{PLAN_FOLDER}/{STORE_NAME}")
+            names = None if contexts is None else {name for context in contexts for name in context.inputs}
+            self._weights = load_store(store, self._memory, names)
+
+    def drop_weights(self) -> None:
+        """Give the weights' memory back."""
+        self._weights = {}
 
     def bind_weights(self, context: EngineContext) -> None:
-        """Bind a context's weights, once and for all steps."""
-        for name in context.inputs:
-            if name in self._weights:
-                context.bind(name, self._weights[name].data_ptr())
+        """Bind a context's weights and slots for LoRAs, once and for all steps."""
+        for name, tensor in (*self._weights.items(), *self._loras.items()):
+            if name in context.inputs:
+                context.bind(name, tensor.data_ptr())
+
+    def set_loras(self, matrices: Mapping[str, np.ndarray]) -> None:
+        """Fill the slots for LoRAs, in place: what is bound stays bound."""
+        import torch
+
+        for name, tensor in self._loras.items():
+            tensor.copy_(torch.from_numpy(matrices[name]))
 
     def bind_step(self, context: EngineContext, step: int, size: Size) -> None:
         """Bind positions, scales and the assignment of a step."""
@@ -66,6 +88,13 @@ class PlanControls:
             name, tensor = self._selector
             context.set_shape(name, (1, self._files.policy.step_assignments[step] + 1))
             context.bind(name, tensor.data_ptr())
+
+    def _make_slots(self) -> dict[str, torch.Tensor]:
+        import torch
+
+        slots, base = self._files.manifest.lora_slots, getattr(torch, self._files.manifest.base_type)
+        shapes = {} if slots is None else slots.shapes
+        return {name: self._memory.empty(shape, base).zero_() for name, shape in shapes.items()}
 
     def _make_selector(self) -> tuple[str, torch.Tensor] | None:
         import torch
@@ -90,7 +119,7 @@ class PlanControls:
 
     def clear(self) -> None:
         """Give the memory back."""
-        self._weights, self._positions, self._selector = {}, {}, None
+        self._weights, self._loras, self._positions, self._selector = {}, {}, {}, None
         self._steps.clear()
 
 
@@ -157,8 +186,13 @@ def _aligned(values: np.ndarray, dtype: torch.dtype | None = None) -> torch.Tens
     return slots
 
 
-def load_store(path: Path, memory: Memory) -> dict[str, torch.Tensor]:
-    """The store in device memory, as one block that keeps the file's alignment.
+def load_store(path: Path, memory: Memory, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
+    """The store in device memory: as one block that keeps the file's alignment, or some of its weights by themselves.
+
+    Args:
+        path: of the store.
+        memory: of the device, which aligns what it gives.
+        names: of the weights; None for all. Others may be among them.
 
     Returns:
         Name → its bytes, uint8.
@@ -178,7 +212,11 @@ def load_store(path: Path, memory: Memory) -> dict[str, torch.Tensor]:
     content = np.memmap(path, np.uint8, "c")  # PyTorch warns of arrays that it cannot write to
     start = 8 + int.from_bytes(content[:8].tobytes(), "little")
     header = json.loads(content[8:start].tobytes())
-    block = memory.empty((len(content) - start,), torch.uint8)
-    block.copy_(torch.from_numpy(np.asarray(content[start:])))
+    host = torch.from_numpy(np.asarray(content[start:]))
     places = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+    if names is not None:
+        wanted = {name: host[slice(*place)] for name, place in places.items() if name in names}
+        return {name: memory.empty(tuple(part.shape), torch.uint8).copy_(part) for name, part in wanted.items()}
+    block = memory.empty(tuple(host.shape), torch.uint8)
+    block.copy_(host)
     return {name: block[begin:end] for name, (begin, end) in places.items()}

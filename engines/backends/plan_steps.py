@@ -1,7 +1,8 @@
 """A bundle's plans on a GPU: every layout, one block of activations.
 
-What is bound, and how often (docs/decisions/0041): weights once per context; positions once per size; scales of all
-steps lie in one tensor, of which a step binds its part; conditioning once per generation; latents and time per step.
+What is bound, and how often (docs/decisions/0041): weights and slots for LoRAs once per context; positions once per
+size; scales of all steps lie in one tensor, of which a step binds its part; conditioning once per generation; latents
+and time per step.
 
 No machine of ours has run this with a GPU. The tests run it against a stand-in that computes on the bound addresses.
 """
@@ -10,7 +11,10 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from adatsq_trt.engines.backends.device_steps import Device, DeviceSteps, RowBuffers, Size
 from adatsq_trt.engines.backends.execution_context import EngineContext
@@ -30,7 +34,12 @@ class PlanSteps(DeviceSteps):
     _marked: tuple[str, ...] = ()
 
     def __init__(
-        self, files: BundleFiles, plans: tuple[PlanFile, ...], backend: NetworkCompiler, device: Device | None = None
+        self,
+        files: BundleFiles,
+        plans: tuple[PlanFile, ...],
+        backend: NetworkCompiler,
+        device: Device | None = None,
+        offload: bool = False,
     ) -> None:
         """Deserialize plans.
 
@@ -39,6 +48,7 @@ class PlanSteps(DeviceSteps):
             plans: those for this machine's GPU.
             backend: compiler of the plans.
             device: the GPU.
+            offload: of two transformers, hold the one whose steps are running alone.
 
         Raises:
             DamagedFileError: the library refuses a plan.
@@ -49,18 +59,57 @@ class PlanSteps(DeviceSteps):
         self._runtime = self._library.Runtime(backend.make_logger())
         self._prepare_runtime(self._runtime)
         self._plans = {plan.assignment: plan for plan in plans}
+        self._offload = offload
+        self._resident: tuple[str, ...] = ()
+        self._contexts: dict[int | None, EngineContext] = {}
+        self._activations: torch.Tensor | None = None
+        with self._gpu.work():
+            self._controls = PlanControls(files, self._gpu)
+        self._load(0)
+
+    def _load(self, step: int) -> None:
+        """Have the engines of all steps there; or, with offloading, those of the step's transformer and no others."""
+        wanted = (self._files.expert(step),) if self._offload else self._files.experts
+        if self._resident == wanted:
+            return
+        self._unload()
+        plans = [plan for held, plan in self._plans.items() if not self._offload or self._expert(held) in wanted]
         with self._gpu.work():
             engines = {plan.assignment: self._deserialize(plan) for plan in plans}
             self._contexts = {held: self._context(engine, held) for held, engine in engines.items()}
             # One step runs at a time, so all engines write their activations to the same place.
             self._activations = self._shared_activations()
-            self._controls = PlanControls(files, self._gpu, next(iter(self._contexts.values())))
-            for context in self._contexts.values():
+            contexts = list(self._contexts.values())
+            self._controls.load_weights(contexts if self._offload else None)
+            for context in contexts:
                 self._controls.bind_weights(context)
+        self._resident = wanted
+
+    def _unload(self) -> None:
+        """Give the engines and their weights back, once what was enqueued is done with them."""
+        if self._contexts:
+            self._gpu.synchronize()
+        self._resident, self._activations = (), None
+        self._contexts.clear()
+        self._controls.drop_weights()
+
+    def _expert(self, assignment: int | None) -> str:
+        """The transformer of an assignment, which is of one."""
+        steps = self._files.policy.step_assignments
+        return "" if assignment is None else self._files.expert(steps.index(assignment))
 
     def row_type(self, name: str) -> torch.dtype:
         """Of the engines' input; the same for all."""
-        return next(iter(self._contexts.values())).dtype(name)
+        with self._lock:
+            if not self._contexts:  # a library refused the plans of the other transformer
+                self._load(0)
+            return next(iter(self._contexts.values())).dtype(name)
+
+    def set_loras(self, matrices: Mapping[str, np.ndarray]) -> None:
+        """Copy other matrices to where the engines read them, in order with the steps."""
+        with self._lock, self._gpu.work():
+            self.require_open()
+            self._controls.set_loras(matrices)
 
     def _prepare_runtime(self, runtime: Any) -> None:
         """Prepare the library's runtime before it deserializes plans; nothing by default."""
@@ -121,6 +170,7 @@ class PlanSteps(DeviceSteps):
         profiles = files.manifest.profiles_of(files.manifest.shape(size), files.policy.step_assignments[step])
         with self._lock:
             self.require_open()
+            self._load(step)
             held = self._held(step)
             context = self._contexts[held]
             context.use_profile(self._plans[held].profile(buffers.count, profiles), stream)
@@ -143,4 +193,4 @@ class PlanSteps(DeviceSteps):
         finally:
             self._contexts.clear()
             self._controls.clear()
-            del self._activations
+            self._activations = None

@@ -103,7 +103,11 @@ class RtxSteps(PlanSteps):
     """Engines of TensorRT-RTX, which compiles kernels when a context first meets a shape."""
 
     def __init__(
-        self, files: BundleFiles, plans: tuple[PlanFile, ...] | None = None, keep_kernels: bool = True
+        self,
+        files: BundleFiles,
+        plans: tuple[PlanFile, ...] | None = None,
+        keep_kernels: bool = True,
+        offload: bool = False,
     ) -> None:
         """Deserialize plans.
 
@@ -111,6 +115,7 @@ class RtxSteps(PlanSteps):
             files: the bundle.
             plans: those for this machine's GPU unless given.
             keep_kernels: take compiled kernels from earlier runs, and keep them for later ones.
+            offload: as of `PlanSteps`.
 
         Raises:
             UserError: as `plans_here`; TensorRT-RTX refuses a plan.
@@ -120,7 +125,7 @@ class RtxSteps(PlanSteps):
         self._unsaved = False
         self._compile_seconds = 0.0
         self._keep_kernels, self._known = keep_kernels, False
-        super().__init__(files, plans_here(files.manifest) if plans is None else plans, RtxBackend())
+        super().__init__(files, plans_here(files.manifest) if plans is None else plans, RtxBackend(), offload=offload)
 
     def _make_context(self, engine: Any, captured: bool) -> Any:
         """With CUDA graphs where they can be captured, and the common cache of compiled kernels."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from adatsq_trt.engines.backends import rtx_steps, tensorrt_steps
 from adatsq_trt.engines.backends.base import StepRunner
@@ -13,10 +13,12 @@ from adatsq_trt.engines.backends.cuda_device import gpu_is_here
 from adatsq_trt.engines.backends.onnxruntime import ExpertSteps, OnnxRuntimeSteps, require_cuda
 from adatsq_trt.engines.backends.onnxruntime_gpu import OnnxRuntimeGpuSteps
 from adatsq_trt.engines.bundle import BundleFiles, Manifest, PlanFile
-from adatsq_trt.errors import AdatsqError, UserError
+from adatsq_trt.errors import AdatsqError, UnknownNameError, UserError
 
 log = logging.getLogger(__name__)
 BackendName: TypeAlias = Literal["auto", "rtx", "tensorrt", "cuda", "onnxruntime"]
+# What is given back while the loop does not need it: nothing, or the transformer of other steps.
+Offload: TypeAlias = Literal["none", "expert"]
 _TITLES: dict[BackendName, str] = {
     "rtx": "TensorRT-RTX plans",
     "tensorrt": "TensorRT plans",
@@ -109,7 +111,23 @@ _PLANS: dict[BackendName, Callable[[Manifest], tuple[PlanFile, ...]]] = {
 }
 
 
-def make_runner(files: BundleFiles, choice: BackendChoice, quantized: bool = True) -> StepRunner:
+def require_offload(files: BundleFiles, offload: Offload) -> None:
+    """Refuse to give back what there is not.
+
+    Raises:
+        UserError: another word; or one transformer, which all steps need.
+    """
+    if offload not in get_args(Offload):
+        raise UnknownNameError("--offload", str(offload), get_args(Offload))
+    if offload == "expert" and len(files.experts) == 1:
+        raise UserError(
+            f"--offload expert: the bundle '{files.folder}' has one transformer, which all steps need; leave it out"
+        )
+
+
+def make_runner(
+    files: BundleFiles, choice: BackendChoice, quantized: bool = True, offload: Offload = "none"
+) -> StepRunner:
     """Make the runner of a bundle's steps.
 
     Args:
@@ -117,21 +135,22 @@ def make_runner(files: BundleFiles, choice: BackendChoice, quantized: bool = Tru
         choice: of `choose`.
         quantized: follow the policy; otherwise the full-precision graph, of which there are no plans: on a GPU it runs
             in ONNX Runtime there, where that has CUDA.
+        offload: "expert" loads a transformer when its first step comes, once the other is given back.
 
     Raises:
         UserError: a library refuses a plan or a graph.
     """
+    apart = offload == "expert"
     if quantized and choice.name == "rtx":
-        return rtx_steps.RtxSteps(files)
+        return rtx_steps.RtxSteps(files, offload=apart)
     if quantized and choice.name == "tensorrt":
-        return tensorrt_steps.TensorRTSteps(files)
+        return tensorrt_steps.TensorRTSteps(files, offload=apart)
     variant = "cpu" if quantized else "reference"
     on_gpu = choice.name == "cuda" or (bool(choice.plans) and _onnxruntime_has_cuda())
     if len(files.experts) == 1:
         graph = files.graph(variant, None)
         return OnnxRuntimeGpuSteps(files, graph) if on_gpu else OnnxRuntimeSteps(files, graph)
-    graphs = {expert: files.graph(variant, None, expert) for expert in files.experts}
-    return ExpertSteps(files, {expert: OnnxRuntimeSteps(files, graph) for expert, graph in graphs.items()})
+    return ExpertSteps(files, lambda expert: OnnxRuntimeSteps(files, files.graph(variant, None, expert)), apart)
 
 
 def _onnxruntime_has_cuda() -> bool:

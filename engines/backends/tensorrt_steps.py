@@ -71,13 +71,17 @@ def plans_here(manifest: Manifest) -> tuple[PlanFile, ...]:
 class TensorRTSteps(PlanSteps):
     """Engines of TensorRT; without CUDA graphs, since those of layout `switch` cannot be captured."""
 
-    def __init__(self, files: BundleFiles) -> None:
+    def __init__(self, files: BundleFiles, offload: bool = False) -> None:
         """Deserialize the plans for this machine's GPU.
+
+        Args:
+            files: the bundle.
+            offload: as of `PlanSteps`.
 
         Raises:
             UserError: as `plans_here`; TensorRT refuses a plan.
         """
-        super().__init__(files, plans_here(files.manifest), TensorRTBackend())
+        super().__init__(files, plans_here(files.manifest), TensorRTBackend(), offload=offload)
 
     def _prepare_runtime(self, runtime: Any) -> None:
         # Plans for other versions bring the program that runs them; their hashes have been checked.

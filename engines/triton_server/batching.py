@@ -17,8 +17,6 @@ from adatsq_trt.engines.generation import Array, DenoisingLoop, as_array
 from adatsq_trt.engines.runtime import Bundle, Conditioning
 from adatsq_trt.solver import Denoising, State
 
-_REFERENCE = -1  # group of all steps in full precision, which have no scales
-
 
 @dataclass(eq=False)  # two requests for the same picture are two
 class Generation:
@@ -29,6 +27,7 @@ class Generation:
         conditioning: of every sample.
         guidance: scale of guidance.
         quantized: follow the policy; otherwise full precision.
+        guidance_2: scale at the steps of the second of two transformers; None for the same.
         placed: the run where the bundle computes, from the first step on.
     """
 
@@ -36,6 +35,7 @@ class Generation:
     conditioning: Conditioning
     guidance: float
     quantized: bool = True
+    guidance_2: float | None = None
     placed: DenoisingLoop | None = field(default=None, init=False)
 
     @property
@@ -117,13 +117,16 @@ class StepBatcher:
         """Bring latents and conditioning to where the bundle computes, once."""
         if generation.placed is None:
             loop = generation.loop
-            request = self._bundle.request(loop.latent, generation.conditioning, generation.guidance)
+            guidance, guidance_2 = generation.guidance, generation.guidance_2
+            request = self._bundle.request(loop.latent, generation.conditioning, guidance, guidance_2=guidance_2)
             generation.placed = self._bundle.runner(generation.quantized).loop(request)
             loop.state = State(generation.placed.first_latents())
         return generation.placed
 
-    def _group(self, generation: Generation) -> int:
-        return self._groups[generation.step] if generation.quantized else _REFERENCE
+    def _group(self, generation: Generation) -> int | str:
+        """Assignments are of one transformer each, and full precision of a transformer has no scales."""
+        step = generation.step
+        return self._groups[step] if generation.quantized else self._bundle.files.expert(step)
 
 
 def _joined(rows: list[Any]) -> Array:

@@ -15,7 +15,7 @@ from threading import Thread
 from types import TracebackType
 from typing import Any, Self
 
-from adatsq_trt.engines.bundle import BundleFiles
+from adatsq_trt.engines.bundle import BundleFiles, Manifest
 from adatsq_trt.engines.triton_server.server import HOST, require_free
 from adatsq_trt.engines.triton_server.writing import fill
 
@@ -77,9 +77,16 @@ def page_text(bundle: BundleFiles, name: str) -> str:
         "name": name,
         "summary": f"{policy.steps} steps in {buckets} (steps with the same formats), {policy.mean_bits:.2f} mean bits",
         "guidance": f"{manifest.guidance:g}",
+        "second": _second_scale(manifest),
         "data": json.dumps(data).replace("<", r"\u003c"),  # a prompt cannot end the script
     }
     return fill("page.html", values)
+
+
+def _second_scale(manifest: Manifest) -> str:
+    """The field of the second transformer's scale of guidance, in HTML; empty where there is one transformer."""
+    field = f'<input name="guidance_2" type="number" step="any" value="{manifest.second_guidance:g}" required>'
+    return f"<label>Guidance of the second transformer{field}</label>" if manifest.schedule.experts else ""
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -19,7 +19,7 @@ from adatsq_trt.engines.runtime import Bundle, Conditioning
 from adatsq_trt.engines.vae import Vae, weights_variant
 from adatsq_trt.errors import DamagedFileError, DependencyError, MismatchError, UserError, one_line
 from adatsq_trt.files import read_json_model, sha256
-from adatsq_trt.loading import one_loader
+from adatsq_trt.loading import of_parts, one_loader
 from adatsq_trt.text_call import TextCall
 
 PIPELINE_NAME = "pipeline"
@@ -122,8 +122,8 @@ class Pipeline:
         _require_files(folder, self._call)  # before the imports, which take longer than a refusal should
         if self._call.library is not None and find_spec(self._call.library) is None:
             raise DependencyError(
-                f"{self._call.pipeline} cleans its prompts with the library {self._call.library}, without which they "
-                f"are encoded differently; install it with: pip install {self._call.library}"
+                f"{self._call.pipeline} reads its prompts with the library {self._call.library}, without which they "
+                f"are encoded differently or not at all; install it with: pip install {self._call.library}"
             )
         import torch
 
@@ -180,7 +180,7 @@ def _load(folder: Path, call: TextCall) -> Any:
     weights = [folder / part for part in sorted(given) if any((folder / part).glob("*.safetensors"))]
     try:
         with one_loader():
-            return getattr(diffusers, call.pipeline).from_pretrained(
+            return of_parts(getattr(diffusers, call.pipeline)).from_pretrained(
                 folder,
                 torch_dtype=torch.bfloat16,
                 variant=next(filter(None, map(weights_variant, weights)), None),

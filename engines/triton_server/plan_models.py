@@ -72,6 +72,11 @@ def _require_stock(files: BundleFiles) -> None:
             f"'{files.folder}' has several sizes, whose positions a stock model does not know; build it again without "
             "--shapes, or deploy it with --backend onnxruntime"
         )
+    if manifest.lora_slots is not None:
+        raise UserError(
+            f"'{files.folder}' has slots for LoRAs, which a stock model would be given anew at every call; build it "
+            "again without --lora-slots, or deploy it with --backend onnxruntime"
+        )
     if _LIBRARY not in manifest.versions:
         raise UserError(
             f"the manifest of '{files.folder}' does not say which version of {_LIBRARY} compiled its plans; build it "

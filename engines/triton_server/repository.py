@@ -9,7 +9,7 @@ from pathlib import Path
 
 from adatsq_trt import __version__
 from adatsq_trt.engines.backends.selection import BackendName
-from adatsq_trt.engines.bundle import MANIFEST_NAME, BundleFiles
+from adatsq_trt.engines.bundle import MANIFEST_NAME, BundleFiles, Manifest
 from adatsq_trt.engines.runtime import TIME_INPUT
 from adatsq_trt.engines.triton_server.pipeline import PIPELINE_NAME, place_pipeline, require_pipeline
 from adatsq_trt.engines.triton_server.requests import MAX_GUIDANCE
@@ -117,7 +117,6 @@ def write_repository(deployments: Sequence[Deployment], output: Path, link: bool
     """
     require_names([name for deployment in deployments for name in deployment.models])
     for deployment in deployments:
-        require_one_transformer(deployment.files.folder, len(deployment.files.experts))
         if (call := deployment.files.manifest.image_call) is not None:
             raise no_images_served(deployment.files.folder, call.pipeline)
         deployment.require_plans()
@@ -128,23 +127,6 @@ def write_repository(deployments: Sequence[Deployment], output: Path, link: bool
         for deployment in deployments:
             _write_models(deployment, scratch, link)
         _write_documents(deployments, requirements, scratch)
-
-
-def require_one_transformer(place: Path, count: int) -> None:
-    """Refuse a bundle of two transformers, or their pipeline: requests know one scale of guidance.
-
-    Args:
-        place: of the bundle or the pipeline.
-        count: of its transformers.
-
-    Raises:
-        UserError: names the place.
-    """
-    if count > 1:
-        raise UserError(
-            f"'{place}' holds two transformers, and the server serves bundles of one; build it with 'adatsq-trt build "
-            "engine', and draw with 'adatsq-trt generate', Bundle.denoise or AdatsqTransformer.experts_from_bundle"
-        )
 
 
 def no_images_served(place: Path, pipeline: str) -> UserError:
@@ -207,6 +189,7 @@ def _values(deployment: Deployment) -> dict[str, object]:
         "buckets": len(policy.buckets),
         "last_prompt": manifest.prompts - 1,
         "guidance": f"{manifest.guidance:g}",
+        "guidance_2": _second_scale(manifest),
         "max_guidance": f"{MAX_GUIDANCE:g}",
         "latent_dims": dims(manifest.latent_shape),
         "image_dims": dims(axes),
@@ -218,6 +201,13 @@ def _values(deployment: Deployment) -> dict[str, object]:
         "text": _TEXT if deployment.pipeline is not None else _STORED,
         "pipeline": f"1/{PIPELINE_NAME}" if deployment.pipeline is not None else "",
     }
+
+
+def _second_scale(manifest: Manifest) -> str:
+    """Describe the input `guidance_2`."""
+    if not manifest.schedule.experts:
+        return "of a second transformer, which there is not: refused"
+    return f"of the second transformer; guidance where that is given, else {manifest.second_guidance:g}"
 
 
 def _step_inputs(bundle: BundleFiles) -> str:

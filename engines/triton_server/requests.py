@@ -19,7 +19,7 @@ from adatsq_trt.errors import AdatsqError, UnknownNameError, UserError
 
 # Models are used with scales up to about 30.
 MAX_GUIDANCE = 100.0
-INPUTS = ("prompt", "seed", "guidance", "steps", "quantized", "progress", "preview")
+INPUTS = ("prompt", "seed", "guidance", "guidance_2", "steps", "quantized", "progress", "preview")
 PARAMETERS = ("output", "text", "negative")
 OutputName = Literal["png", "image", "latents"]
 
@@ -74,7 +74,7 @@ def read_request(
     prompts = tensors["prompt"].ravel().tolist() if "prompt" in tensors else None
     if min(seeds) < 0:
         raise UserError(f"seed: got {min(seeds)}, expected 0 to {np.iinfo(np.int64).max}")
-    guidance = _guidance(tensors, bundle)
+    guidance, guidance_2 = _scales(tensors, bundle)
     bundle.require_steps(int(_only(tensors, "steps", bundle.policy.steps)))
     outputs = _outputs(bundle, pipeline)
     output = asked.get("output", outputs[0])
@@ -92,6 +92,7 @@ def read_request(
             conditioning,
             guidance,
             quantized=bool(_only(tensors, "quantized", True)),
+            guidance_2=guidance_2,
         ),
         output=output,
         progress=progress,
@@ -99,21 +100,34 @@ def read_request(
     )
 
 
-def _guidance(tensors: Mapping[str, np.ndarray], bundle: Bundle) -> float:
-    """The scale of guidance, the bundle's own unless asked for."""
-    own = bundle.manifest.guidance
-    if "guidance" not in tensors:
+def _scales(tensors: Mapping[str, np.ndarray], bundle: Bundle) -> tuple[float, float | None]:
+    """The scales of guidance of both transformers, the bundle's own unless asked for; None for that of the first.
+
+    As in the pipeline of two, the second has the scale of the first where only this is given.
+    """
+    manifest = bundle.manifest
+    if "guidance_2" in tensors and not manifest.schedule.experts:
+        raise UserError("guidance_2: the bundle has one transformer; leave it out, and give guidance")
+    second = manifest.guidance_2 if "guidance" not in tensors else None
+    if "guidance_2" in tensors:
+        second = _guidance("guidance_2", tensors, manifest.second_guidance, bundle)
+    return _guidance("guidance", tensors, manifest.guidance, bundle), second
+
+
+def _guidance(name: str, tensors: Mapping[str, np.ndarray], own: float, bundle: Bundle) -> float:
+    """A scale of guidance, the bundle's own unless asked for."""
+    if name not in tensors:
         return own
-    guidance = float(_only(tensors, "guidance", own))
+    guidance = float(_only(tensors, name, own))
     if np.isclose(guidance, own):  # whatever it was built with
         return guidance
     if not 0 <= guidance <= MAX_GUIDANCE:  # nor is NaN
         raise UserError(
-            f"guidance: got {guidance:g}, expected 0 to {MAX_GUIDANCE:g}; leave it out for the bundle's own, {own:g}"
+            f"{name}: got {guidance:g}, expected 0 to {MAX_GUIDANCE:g}; leave it out for the bundle's own, {own:g}"
         )
     embedded = any(signature.name == GUIDANCE_INPUT for signature in bundle.inputs)
     if not (embedded or bundle.conditioning([0]).unconditional):
-        raise UserError(f"guidance: got {guidance:g}, the bundle was built without guidance; leave it out")
+        raise UserError(f"{name}: got {guidance:g}, the bundle was built without guidance; leave it out")
     return guidance
 
 

@@ -16,7 +16,12 @@ from tests.tiny_checkpoints import (
     make_wan_pipeline,
     make_z_image_pipeline,
 )
+from tests.tiny_chroma import make_chroma_pipeline
+from tests.tiny_flux_2 import make_flux_2_pipeline, make_klein_pipeline
+from tests.tiny_hunyuan_video import make_hunyuan_video_pipeline
+from tests.tiny_ltx import make_ltx_pipeline
 from tests.tiny_qwen_image import make_qwen_image_pipeline
+from tests.tiny_qwen_image_edit import make_edit_pipeline, make_edit_plus_pipeline
 from tests.tiny_stable_diffusion_3 import make_stable_diffusion_3_pipeline
 
 Saved = Callable[[Callable[[], DiffusionPipeline], str], Path]
@@ -76,8 +81,43 @@ def saved_qwen_image(save: Saved) -> Path:
 
 
 @pytest.fixture(scope="session")
+def saved_edit(save: Saved) -> Path:
+    return save(make_edit_pipeline, "tiny-edit")
+
+
+@pytest.fixture(scope="session")
+def saved_edit_plus(save: Saved) -> Path:
+    return save(make_edit_plus_pipeline, "tiny-edit-plus")
+
+
+@pytest.fixture(scope="session")
 def saved_stable_diffusion_3(save: Saved) -> Path:
     return save(make_stable_diffusion_3_pipeline, "tiny-stable-diffusion-3")
+
+
+@pytest.fixture(scope="session")
+def saved_flux_2(save: Saved) -> Path:
+    return save(make_flux_2_pipeline, "tiny-flux-2")
+
+
+@pytest.fixture(scope="session")
+def saved_flux_2_klein(save: Saved) -> Path:
+    return save(make_klein_pipeline, "tiny-klein")
+
+
+@pytest.fixture(scope="session")
+def saved_chroma(save: Saved) -> Path:
+    return save(make_chroma_pipeline, "tiny-chroma")
+
+
+@pytest.fixture(scope="session")
+def saved_ltx(save: Saved) -> Path:
+    return save(make_ltx_pipeline, "tiny-ltx")
+
+
+@pytest.fixture(scope="session")
+def saved_hunyuan_video(save: Saved) -> Path:
+    return save(make_hunyuan_video_pipeline, "tiny-hunyuan-video")
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from adatsq_trt.settings import PipelineSettings
 from tests.tiny_checkpoints import HEIGHT, WIDTH
 
 TRANSFORMER, INDEX, VAE = "transformer/config.json", "model_index.json", "vae/config.json"
+GUIDER = "guider/guider_config.json"
 
 
 @pytest.mark.parametrize(
@@ -48,6 +49,19 @@ TRANSFORMER, INDEX, VAE = "transformer/config.json", "model_index.json", "vae/co
             {"in_channels": 33},
             "in_channels 33 and out_channels 16: it takes a picture",
         ),
+        ("hunyuan_video", TRANSFORMER, {"use_meanflow": True}, "use_meanflow is True, expected False"),
+        ("hunyuan_video", TRANSFORMER, {"patch_size": 2}, "patch_size is 2, expected 1"),
+        ("hunyuan_video", TRANSFORMER, {"in_channels": 4}, "in_channels 4 and out_channels 4: expected 5 channels of"),
+        ("hunyuan_video", GUIDER, {"_class_name": "AdaptiveProjectedGuidance"}, "a guider 'AdaptiveProjectedGuidance'"),
+        ("hunyuan_video", GUIDER, {"guidance_rescale": 0.7}, "guidance_rescale = 0.7 is not followed, expected 0.0"),
+        (
+            "hunyuan_video",
+            GUIDER,
+            {"use_original_formulation": True},
+            "use_original_formulation = True is not followed",
+        ),
+        ("hunyuan_video", GUIDER, {"stop": 0.5}, "stop = 0.5 is not followed, expected 1.0; save the pipeline with"),
+        ("hunyuan_video", GUIDER, {"momentum": 0.5}, "has no option 'momentum'"),
         (
             "fill",
             TRANSFORMER,
@@ -95,6 +109,26 @@ TRANSFORMER, INDEX, VAE = "transformer/config.json", "model_index.json", "vae/co
             {"transformer_2": ["diffusers", "WanTransformer3DModel"]},
             "boundary_ratio is None and there is a WanTransformer3DModel as its second transformer",
         ),
+        ("flux_2", TRANSFORMER, {"guidance_embeds": False}, "guidance_embeds is False, expected True"),
+        ("flux_2", TRANSFORMER, {"patch_size": 2}, "patch_size is 2, expected 1"),
+        (
+            "flux_2",
+            TRANSFORMER,
+            {"in_channels": 128, "out_channels": 64},
+            "in_channels 128 and out_channels 64: it takes",
+        ),
+        ("flux_2", VAE, {"latent_channels": 32}, "in_channels 64, the VAE .* has latent_channels 32, which makes 128"),
+        ("flux_2_klein", TRANSFORMER, {"guidance_embeds": True}, "guidance_embeds is True, expected False"),
+        ("flux_2_klein", INDEX, {"_class_name": "Flux2KleinKVPipeline"}, "is a Flux2KleinKVPipeline with a Flux2Trans"),
+        ("chroma", TRANSFORMER, {"patch_size": 2}, "patch_size is 2, expected 1"),
+        ("chroma", TRANSFORMER, {"in_channels": 128, "out_channels": 64}, "in_channels 128 and out_channels 64"),
+        ("chroma", VAE, {"latent_channels": 4}, "in_channels 64, the VAE .* has latent_channels 4, which makes 16"),
+        ("ltx", TRANSFORMER, {"patch_size_t": 2}, "patch_size_t is 2, expected 1"),
+        ("ltx", TRANSFORMER, {"in_channels": 32}, "in_channels 32 and out_channels 16: it takes a picture"),
+        ("ltx", VAE, {"latent_channels": 4}, "in_channels 16, the VAE .* has latent_channels 4, which makes 4"),
+        ("ltx", VAE, {"patch_size": 2}, "a cell of the VAE is 16 pixels and 8 frames, expected 32 and 8"),
+        ("ltx", VAE, {"temporal_compression_ratio": 4}, "a cell of the VAE is 32 pixels and 4 frames"),
+        ("ltx", VAE, {"decoder_inject_noise": [True, False]}, "this VAE draws noise while it decodes, which is not"),
         ("z_image", TRANSFORMER, {"all_patch_size": [2, 4]}, r"all_patch_size is \[2, 4\], expected \[2\]"),
     ],
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxPipeline, QwenImagePipeline, WanPipeline, ZImagePipeline
+from diffusers import FluxPipeline, LTXPipeline, QwenImagePipeline, WanPipeline, ZImagePipeline
 
 from adatsq_trt.calibration.trajectory import Samples, trajectory
 from adatsq_trt.checkpoints.loading import OpenedPipeline, open_pipeline
@@ -21,6 +21,7 @@ from adatsq_trt.files import read_tensors, write_tensors
 from adatsq_trt.models import stored
 from adatsq_trt.settings import PipelineSettings
 from adatsq_trt.zoo.loading import LoadedModel
+from tests import tiny_ltx
 from tests.tiny_checkpoints import HEIGHT, LATENT_CHANNELS, WIDTH, save_lora, shard
 
 PROMPTS = ("a red", "three green and seven", "a")
@@ -247,6 +248,23 @@ def test_a_vae_of_videos_decodes_a_picture_as_its_pipeline_does(saved_qwen_image
     )
     got = Vae(saved_qwen_image / "vae").decode(model.adapter.image.decode(latents.numpy()))
     np.testing.assert_allclose(got, images, atol=1e-5)
+
+
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_ltx_videos_vae_decodes_as_its_pipeline_does(tmp_path: Path, conditioned: bool) -> None:
+    """With a mean and deviations among its weights; one that is told a time is told that no noise is left."""
+    tiny_ltx.make_ltx_pipeline(timestep_conditioning=conditioned).save_pretrained(tmp_path)
+    pipe = LTXPipeline.from_pretrained(tmp_path, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    size = {"height": tiny_ltx.HEIGHT, "width": tiny_ltx.WIDTH}
+    image = open_pipeline(settings(tmp_path, **size, frames=tiny_ltx.FRAMES)).outline.adapter.image
+    noise = torch.randn(1, image.elements // image.channels, image.channels, generator=torch.Generator().manual_seed(0))
+    request = {"num_inference_steps": 2, "latents": noise, "num_frames": tiny_ltx.FRAMES, "guidance_scale": 1.0, **size}
+    latents, videos = (pipe(PROMPTS[0], output_type=kind, **request).frames for kind in ("latent", "np"))
+    got = Vae(tmp_path / "vae").decode(image.decode(latents.numpy()))
+    assert got.shape == (1, tiny_ltx.FRAMES, tiny_ltx.HEIGHT, tiny_ltx.WIDTH, 3)
+    np.testing.assert_allclose(got, videos, atol=1e-5)
+    assert np.std(got) > 1e-3
 
 
 def test_two_variants_of_weights_are_refused(own_flux: Path) -> None:

@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import (
+    ChromaPipeline,
+    Flux2KleinPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
+    HunyuanVideo15Pipeline,
+    LTXPipeline,
     QwenImagePipeline,
     StableDiffusion3Pipeline,
     WanPipeline,
@@ -29,13 +33,21 @@ from adatsq_trt.models.families import families
 from adatsq_trt.models.family import Family
 from tests.lora_dialects import (
     AB,
+    CHROMA,
     FLUX,
+    FLUX_2,
+    FLUX_2_KLEIN,
     FLUX_QKV,
+    HUNYUAN_Q,
+    HUNYUAN_VIDEO,
+    LTX,
+    LTX_Q,
     QWEN_IMAGE,
     QWEN_Q,
     RANK,
     READ,
     SD3_Q,
+    SHOWN,
     STABLE_DIFFUSION_3,
     WAN,
     WAN_Q,
@@ -58,6 +70,10 @@ PIPELINES = {
     WAN: WanPipeline,
     QWEN_IMAGE: QwenImagePipeline,
     STABLE_DIFFUSION_3: StableDiffusion3Pipeline,
+    FLUX_2_KLEIN: Flux2KleinPipeline,
+    CHROMA: ChromaPipeline,
+    LTX: LTXPipeline,
+    HUNYUAN_VIDEO: HunyuanVideo15Pipeline,
 }
 SCALE = 0.7
 
@@ -71,11 +87,18 @@ def saved(request: pytest.FixtureRequest) -> Callable[[Family], Path]:
         WAN: "saved_wan",
         QWEN_IMAGE: "saved_qwen_image",
         STABLE_DIFFUSION_3: "saved_stable_diffusion_3",
+        FLUX_2: "saved_flux_2",
+        FLUX_2_KLEIN: "saved_flux_2_klein",
+        CHROMA: "saved_chroma",
+        LTX: "saved_ltx",
+        HUNYUAN_VIDEO: "saved_hunyuan_video",
     }
     shown = {
         "FluxKontextPipeline": "saved_kontext",
         "FluxFillPipeline": "saved_fill",
         "WanImageToVideoPipeline": "saved_wan_image",
+        "QwenImageEditPipeline": "saved_edit",
+        "QwenImageEditPlusPipeline": "saved_edit_plus",
     }
     return lambda kind: request.getfixturevalue(shown[kind.pipeline] if kind.image_condition else names[kind])
 
@@ -99,17 +122,22 @@ def check(transformer: nn.Module, before: Tensors, deltas: Tensors) -> None:
 
 
 @pytest.mark.parametrize("least", [1, 10**9], ids=["stored", "in memory"])
-@pytest.mark.parametrize("dialect", READ)
+@pytest.mark.parametrize(
+    ("dialect", "kind"),
+    [*((name, kind) for name, (kind, _) in READ.items()), *SHOWN],
+    ids=lambda part: part if isinstance(part, str) else part.pipeline,
+)
 def test_dialects_that_are_read(
     saved: Callable[[Family], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     dialect: str,
+    kind: Family,
     least: int,
 ) -> None:
     monkeypatch.setattr(stored, "LEAST_NUMBERS", least)
-    kind, make = READ[dialect]
+    _, make = READ[dialect]
     tensors, deltas = make()
     file = tmp_path / "lora.safetensors"
     save_file(tensors, file)
@@ -124,12 +152,31 @@ def test_dialects_that_are_read(
     assert ("text encoders are left out" in caplog.text) == any(name.startswith("lora_te") for name in tensors)
 
 
+@pytest.mark.parametrize("dialect", READ)
+def test_every_tensor_is_listed_with_its_layer(saved: Callable[[Family], Path], tmp_path: Path, dialect: str) -> None:
+    """What a part of a file changes, and what is no change of a layer."""
+    kind, make = READ[dialect]
+    tensors, deltas = make()
+    file = tmp_path / "lora.safetensors"
+    save_file(tensors, file)
+    outline = kind.make_outline(json.loads((saved(kind) / "transformer" / "config.json").read_text()))
+    changes = read_changes(kind, outline, file, partial=True)
+    listed = [key for keys in changes.keys.values() for key in keys]
+    assert {*listed, *changes.unmatched, *changes.left_out} == set(tensors)
+    assert not set(listed) & set(changes.unmatched)
+    assert set(changes.unmatched) == {key for key in tensors if ".diff" in key}
+    whole = {name.removesuffix(".weight") for name in deltas if any(key.endswith(".diff") for key in changes.unmatched)}
+    assert set(changes.keys) == set(changes.layers)
+    assert set(changes.layers) == {name.removesuffix(".weight") for name in deltas} - (whole - {WAN_Q})
+
+
 @pytest.mark.parametrize(
     "alpha", [torch.tensor(2), torch.tensor([2.0]), torch.tensor(2.0).half(), torch.tensor(2.0).bfloat16()]
 )
 @pytest.mark.parametrize("kind", families(), ids=lambda kind: kind.pipeline)
 def test_alpha_of_any_type(saved: Callable[[Family], Path], tmp_path: Path, kind: Family, alpha: Tensor) -> None:
     paths = {FLUX: FLUX_QKV[0], Z_IMAGE: Z_QKV[0], WAN: WAN_Q, QWEN_IMAGE: QWEN_Q, STABLE_DIFFUSION_3: SD3_Q}
+    paths |= {FLUX_2: FLUX_QKV[0], CHROMA: FLUX_QKV[0], LTX: LTX_Q, HUNYUAN_VIDEO: HUNYUAN_Q}
     path = next(path for own, path in paths.items() if own.transformer == kind.transformer)
     for spelling in (AB, {}):
         tensors, deltas = named(f"transformer.{path}", path, 2.0, **spelling)
@@ -138,6 +185,17 @@ def test_alpha_of_any_type(saved: Callable[[Family], Path], tmp_path: Path, kind
         before = weights(transformer)
         fuse(kind, transformer, Lora(tmp_path / "lora.safetensors", 1.0))
         check(transformer, before, deltas)
+
+
+def test_a_pipeline_whose_loras_diffusers_does_not_convert(saved: Callable[[Family], Path], tmp_path: Path) -> None:
+    """In the authors' names, as trainers write them."""
+    tensors, _ = named("diffusion_model.double_blocks.0.img_attn_qkv", HUNYUAN_Q)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    transformer = make_transformer(HUNYUAN_VIDEO, saved(HUNYUAN_VIDEO))
+    with pytest.raises(
+        UserError, match=r"double_blocks.0.img_attn_qkv', which is no name .* has no converter for LoRAs"
+    ):
+        fuse(HUNYUAN_VIDEO, transformer, Lora(tmp_path / "lora.safetensors", 1.0))
 
 
 def test_flux_layers_of_the_authors_width(tmp_path: Path) -> None:
@@ -231,7 +289,9 @@ def test_files_of_diffusers_trainers_and_of_peft(
         torch.testing.assert_close(value, expected[name].detach(), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("dialect", ["diffusers' names with alpha", "ai-toolkit, Z-Image", "ComfyUI, Wan"])
+@pytest.mark.parametrize(
+    "dialect", ["diffusers' names with alpha", "ai-toolkit, Z-Image", "ComfyUI, Wan", "fal's trainer, FLUX.2 klein"]
+)
 def test_diffusers_fuses_the_same(saved: Callable[[Family], Path], tmp_path: Path, dialect: str) -> None:
     """Files that its own pipelines read as they are meant: one of each architecture."""
     kind, make = READ[dialect]
@@ -263,6 +323,11 @@ def of_products(name: str, *parts: str) -> Callable[[], Tensors]:
 
 
 REFUSED: dict[str, tuple[Family, Callable[[], Tensors], str]] = {
+    "the last modulation, FLUX.2": (
+        FLUX_2,
+        lambda: named("diffusion_model.final_layer.adaLN_modulation.1", "norm_out.linear", **AB)[0],
+        "'diffusion_model.final_layer.adaLN_modulation.1' makes a shift and then a scale, which diffusers reads in the",
+    ),
     "kohya's DoRA, Flux": (
         FLUX,
         with_extra("lora_unet_double_blocks_0_img_attn_proj.dora_scale", kohya_flux, 64, 1),

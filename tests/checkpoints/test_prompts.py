@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FluxPipeline, WanPipeline
+from diffusers import ChromaPipeline, FluxPipeline, WanPipeline
 from torch import Tensor
 
 from adatsq_trt.checkpoints.loading import open_pipeline
@@ -188,3 +188,21 @@ def test_wan_without_ftfy_is_refused_by_name(
     with pytest.raises(DependencyError, match=r"with the library ftfy, .* pip install 'adatsq-trt\[pipelines\]'"):
         opening(saved_wan)
     opening(saved_flux)  # which does without
+
+
+def test_masks_of_prompts_of_one_length_are_one(saved_chroma: Path) -> None:
+    """No text encoder is damaged then; masks are as the pipeline makes them, in the type of the tokens."""
+    pipe = ChromaPipeline.from_pretrained(saved_chroma, transformer=None, vae=None, local_files_only=True)
+    prompts = ("a red", "a green")
+    got = encode_prompts(find_source(str(saved_chroma), None), prompts, lambda: None, "a seven")
+    with torch.no_grad():
+        tokens, _, masks, *_ = pipe.encode_prompt([*prompts, "a seven"], do_classifier_free_guidance=False)
+    torch.testing.assert_close(got["tokens"], tokens, rtol=0, atol=1e-6)
+    assert torch.equal(got["pooled"], masks)
+    assert got["pooled"].sum(dim=1).tolist() == [4, 4, 4]  # two words, the end, and one that fills it up
+
+
+def test_encodings_without_a_mask_of_the_pipelines_own_are_refused(saved_chroma: Path, tmp_path: Path) -> None:
+    settings = PipelineSettings(path=str(saved_chroma), encodings=str(tmp_path / "e.safetensors"), prompts=("a",))
+    with pytest.raises(UserError, match=r"a ChromaPipeline gives its transformer a mask of its own .*--prompts"):
+        open_pipeline(settings)

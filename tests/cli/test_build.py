@@ -330,6 +330,9 @@ def test_inspect_shows_buckets_or_the_manifest(cli, built: Path, moved: Path) ->
 
 
 def test_generate_writes_a_contact_sheet_beside_the_bundle(cli, moved: Path) -> None:
+    refused = cli("generate", moved, "--offload", "expert")
+    assert refused.code == 2
+    assert "--offload expert: the bundle" in refused.err
     ended = cli("generate", moved, "--samples", "2", "--prompt", "3")
     assert ended.code == 0
     sheet = moved.parent / "samples.png"

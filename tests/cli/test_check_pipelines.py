@@ -20,6 +20,7 @@ from adatsq_trt.policy import Policy
 from adatsq_trt.report.summary import Summary
 from adatsq_trt.settings import PipelineSettings
 from adatsq_trt.stages import bundle as bundle_stage
+from tests import tiny_ltx
 from tests.tiny_checkpoints import (
     HEIGHT,
     WIDTH,
@@ -30,20 +31,32 @@ from tests.tiny_checkpoints import (
     make_wan_pipeline,
     make_z_image_pipeline,
 )
+from tests.tiny_chroma import make_chroma_pipeline
+from tests.tiny_flux_2 import make_flux_2_pipeline, make_klein_pipeline
+from tests.tiny_hunyuan_video import make_hunyuan_video_pipeline
 from tests.tiny_qwen_image import make_qwen_image_pipeline
+from tests.tiny_qwen_image_edit import SIDE, make_edit_pipeline, make_edit_plus_pipeline
 from tests.tiny_stable_diffusion_3 import make_stable_diffusion_3_pipeline
 
 STEPS = 2
 PROMPTS = ("a red and green", "three")
+LTX_SIZE = (tiny_ltx.HEIGHT, tiny_ltx.WIDTH, tiny_ltx.FRAMES)
 PIPELINES = {
     "flux": make_flux_pipeline,
     "z-image": partial(make_z_image_pipeline, heads=6),
     "wan": make_wan_pipeline,
     "qwen-image": make_qwen_image_pipeline,
     "stable-diffusion-3": make_stable_diffusion_3_pipeline,
+    "hunyuan-video-15": make_hunyuan_video_pipeline,
     "flux-kontext": make_kontext_pipeline,
     "flux-fill": make_fill_pipeline,
     "wan-image-to-video": make_wan_image_pipeline,
+    "qwen-image-edit": make_edit_pipeline,
+    "qwen-image-edit-plus": make_edit_plus_pipeline,
+    "flux-2": make_flux_2_pipeline,
+    "flux-2-klein": make_klein_pipeline,
+    "chroma": make_chroma_pipeline,
+    "ltx": tiny_ltx.make_ltx_pipeline,
 }
 TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # What is built → its options and the formats that take turns in the policy.
@@ -67,9 +80,15 @@ SQUARE = {
     ("qwen-image", "float32", "cpu"),
     ("qwen-image", "bfloat16", "sm120"),
     ("stable-diffusion-3", "bfloat16", "sm120"),
+    ("hunyuan-video-15", "bfloat16", "sm120"),
     ("flux-kontext", "bfloat16", "sm120"),
     ("flux-fill", "bfloat16", "cpu"),
     ("wan-image-to-video", "bfloat16", "sm120"),
+    ("qwen-image-edit", "bfloat16", "sm120"),
+    ("flux-2", "bfloat16", "sm120"),
+    ("flux-2-klein", "float32", "cpu"),
+    ("chroma", "bfloat16", "sm120"),
+    ("ltx", "bfloat16", "sm120"),
 }
 CELLS = [
     pytest.param(*cell, id="-".join(cell), marks=() if cell in SQUARE else pytest.mark.matrix)
@@ -82,8 +101,11 @@ def save(folder: Path, pipeline: str, dtype: str) -> PipelineSettings:
     pipe = PIPELINES[pipeline]()
     pipe.transformer.to(TYPES[dtype])
     pipe.save_pretrained(folder)
-    frames = 5 if pipeline.startswith("wan") else None
-    return PipelineSettings(path=str(folder), height=HEIGHT, width=WIDTH, frames=frames, prompts=PROMPTS)
+    frames = 5 if pipeline.startswith(("wan", "hunyuan")) else None
+    height, width = (SIDE, SIDE) if "edit" in pipeline else (HEIGHT, WIDTH)
+    if pipeline == "ltx":
+        height, width, frames = LTX_SIZE
+    return PipelineSettings(path=str(folder), height=height, width=width, frames=frames, prompts=PROMPTS)
 
 
 def write_policy(path: Path, settings: PipelineSettings, formats: tuple[str, ...]) -> None:
@@ -103,7 +125,8 @@ def test_check_passes(cli, tmp_path: Path, monkeypatch, pipeline: str, dtype: st
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS), encoding="utf-8")
     write_policy(policy, settings, formats)
-    canvas = ("--height", str(HEIGHT), "--width", str(WIDTH), *(("--frames", "5") if settings.frames else ()))
+    canvas = ("--height", str(settings.height), "--width", str(settings.width))
+    canvas += ("--frames", str(settings.frames)) if settings.frames else ()
     drawn = (*canvas, "--prompts", prompts, *cli.small, "--steps", str(STEPS))
     built = cli("build", "engine", settings.path, *options, *drawn, "--policy", policy, "--output", run)
     assert built.code == 0, built.err

@@ -15,6 +15,7 @@ from adatsq_trt.engines.bundle import BundleFiles
 from adatsq_trt.engines.runtime import Bundle
 from adatsq_trt.files import read_tensors, write_tensors
 from adatsq_trt.models import stored
+from tests.lora_dialects import READ
 from tests.tiny_checkpoints import (
     HEIGHT,
     WIDTH,
@@ -52,12 +53,13 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.fixture(scope="session")
 def flux_run(flux: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built with a LoRA."""
+    """Built with a LoRA, and with slots for others."""
     from tests.cli.conftest import CommandLine
 
     folder = tmp_path_factory.mktemp("flux-run")
     lora = save_lora(folder / "style.safetensors")
-    assert CommandLine.here(*flux.build("--lora", f"{lora}:0.5", "--output", folder / "run")) == 0
+    given = ("--lora", f"{lora}:0.5", "--lora-slots", "8", "--output", folder / "run")
+    assert CommandLine.here(*flux.build(*given)) == 0
     return folder / "run"
 
 
@@ -102,6 +104,40 @@ def test_pictures_are_decoded_by_the_vae(cli, flux: Checkpoint, flux_run: Path, 
     assert Image.open(sheet).size[0] > 0
 
 
+def test_other_loras_are_loaded_when_pictures_are_drawn(cli, flux_run: Path, tmp_path: Path) -> None:
+    """Beside the one that is fused: in what the policy draws and in full precision."""
+    files = [save_lora(tmp_path / f"{seed}.safetensors", seed, rank=5) for seed in (1, 2)]
+    sheets = {name: tmp_path / f"{name}.png" for name in ("without", "none", "with")}
+    ask = ("generate", flux_run, "--samples", "1")
+    assert cli(*ask, "--output", sheets["without"]).code == 0
+    assert cli(*ask, "--lora", f"{files[0]}:0", "--output", sheets["none"]).code == 0
+    ended = cli(*ask, "--lora", f"{files[0]}:8", "--output", sheets["with"])
+    assert f"LoRA '{files[0]}': 6 of 6 keys applied to 3 layers, scale 8" in " ".join(ended.err.split())
+    without, none, drawn = (np.asarray(Image.open(file)).astype(int) for file in sheets.values())
+    np.testing.assert_array_equal(none, without)
+    rows = np.abs(drawn - without).max(axis=(1, 2)).nonzero()[0]
+    assert rows.min() < len(without) / 2 < rows.max(), "one picture above the other"
+    ended = cli(*ask, "--lora", files[0], "--lora", files[1])
+    assert ended.code == 2
+    assert "together with 5 of those that are loaded, the bundle's slots have rank 8" in ended.err
+
+
+def test_slots_compile_to_inputs_of_plans(flux_run: Path) -> None:
+    """In 16 bits, of all layers; the check compares the graphs with empty slots."""
+    files = BundleFiles.open(flux_run)
+    slots, graph = files.manifest.lora_slots, files.graph("target", 0)
+    assert slots is not None
+    assert tuple(slots.layers) == files.policy.layers
+    assert (slots.pipeline, slots.rank) == ("FluxPipeline", 8)
+    assert {(s.name, s.shape) for s in graph.lora_inputs} == set(slots.shapes.items())
+    assert {s.dtype for s in graph.lora_inputs} == {"bfloat16"}
+
+
+@pytest.mark.slow
+def test_the_check_compares_target_graphs_with_slots(cli, flux_run: Path) -> None:
+    assert cli("check", flux_run).code == 0
+
+
 def test_report_and_inspect_read_such_a_run(cli, flux_run: Path, tmp_path: Path) -> None:
     assert cli("report", flux_run, "--output", tmp_path / "report.html").code == 0
     assert "tiny" in (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -111,7 +147,7 @@ def test_report_and_inspect_read_such_a_run(cli, flux_run: Path, tmp_path: Path)
 def test_a_second_build_runs_no_stage(cli, flux: Checkpoint, flux_run: Path) -> None:
     before = cli.state(flux_run / "embed") | cli.state(flux_run / "bundle")
     lora = f"{flux_run.parent / 'style.safetensors'}:0.5"
-    assert cli(*flux.build("--lora", lora, "--output", flux_run)).warnings == []
+    assert cli(*flux.build("--lora", lora, "--lora-slots", "8", "--output", flux_run)).warnings == []
     assert cli.state(flux_run / "embed") | cli.state(flux_run / "bundle") == before
 
 
@@ -148,14 +184,23 @@ def test_other_pipelines_go_from_folder_to_engines(cli, name: str, tmp_path: Pat
         if name == "z-image"
         else Checkpoint(tmp_path, make_wan_pipeline(), "--frames", "5")
     )
-    run = tmp_path / "run"
-    ended = cli(*checkpoint.build("--output", run))
+    run, lora = tmp_path / "run", tmp_path / "lora.safetensors"
+    ended = cli(*checkpoint.build("--lora-slots", "4", "--output", run))
     assert ended.code == 0, ended.err
     assert plans(run)
     with Bundle.open(run) as bundle:
         images = bundle.decode(bundle.denoise(bundle.noise([1]), bundle.conditioning([0])))
     assert images.shape == ((1, HEIGHT, WIDTH, 3) if name == "z-image" else (1, 5, HEIGHT, WIDTH, 3))
-    assert cli("generate", run, "--samples", "1").code == 0
+    # One product for q, k and v beside a layer without a slot; and one of the authors' names.
+    _, make = READ["ComfyUI, Z-Image" if name == "z-image" else "ComfyUI, Wan"]
+    write_tensors(lora, make()[0])
+    ended = cli("generate", run, "--samples", "1", "--lora", lora, *(["--lora-partial"] if name == "z-image" else []))
+    said = "6 of 9 keys applied to 4 layers" if name == "z-image" else "3 of 3 keys applied to 1 layers"
+    assert said in " ".join(ended.err.split())
+    assert (run / "samples-with-lora.png").is_file()
+    if name == "z-image":
+        message = "3 of its 9 keys change what has no slot in the bundle, such as 'diffusion_model.x_embedder"
+        assert message in cli("generate", run, "--lora", lora).refusal
 
 
 # ------------------------------------------------------------------------------------------------ bad input

@@ -1,14 +1,19 @@
 """The loop over ONNX Runtime against the same loop in PyTorch, and what is refused before anything is computed."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from adatsq_trt.engines.backends import onnxruntime, selection
-from adatsq_trt.engines.bundle import BundleFiles, ImageSpec
-from adatsq_trt.engines.runtime import Bundle, Conditioning, StepResult, require_inputs
+from adatsq_trt.engines.bundle import PROMPTS_NAME, BundleFiles, ImageSpec
+from adatsq_trt.engines.generation import require_inputs
+from adatsq_trt.engines.runtime import Bundle, Conditioning, StepResult
 from adatsq_trt.errors import DamagedFileError, MismatchError, UserError
+from adatsq_trt.files import write_tensors
 from adatsq_trt.graph_index import TensorSignature
+from adatsq_trt.image_call import ImageCall
 from adatsq_trt.models.flux import pack
 from adatsq_trt.schedule import initial_noise
 from tests.engines.conftest import ASSIGNMENTS, GUIDANCE, SIGMAS, STEP_ASSIGNMENTS, TinyModel
@@ -39,6 +44,13 @@ def loop(bundle: Bundle, prompts: list[int], seeds: list[int], quantized: bool) 
 def fixed_scales(bundle: Bundle, step: int) -> list[float]:
     scales = bundle.files.scales(step)
     return [float(scales.get(f"{layer}.scale", 0.0)) for layer in bundle.policy.layers]
+
+
+def test_only_one_of_two_transformers_can_be_given_back(tiny_bundle: BundleFiles) -> None:
+    with pytest.raises(UserError, match=r"--offload expert: .* has one transformer"):
+        Bundle.open(tiny_bundle.folder, offload="expert")
+    with pytest.raises(UserError, match="unknown --offload 'model'; choose one of: none, expert"):
+        Bundle.open(tiny_bundle.folder, offload="model")
 
 
 @pytest.mark.parametrize("quantized", [True, False])
@@ -157,3 +169,36 @@ def test_decode_is_the_inverse_of_pack(patch_size: int) -> None:
     spec = ImageSpec(patches=3, channels=3, patch_size=patch_size)
     np.testing.assert_allclose(spec.decode(latent), images, atol=1e-6)
     assert spec.decode(latent * 5).max() == 1.0
+
+
+def test_texts_that_are_encoded_with_their_image(bundle: Bundle) -> None:
+    """The unguided branch has a row for each prompt, and no image is taken without the texts that see it."""
+    call = ImageCall(pipeline="QwenImageEditPipeline", inputs=("image",), texts=("pooled",))
+    manifest = bundle.manifest.model_copy(update={"image_call": call})
+    bundle.files, stored = replace(bundle.files, manifest=manifest), bundle.files.prompts
+    with pytest.raises(DamagedFileError, match=r"'unconditional.pooled': got float32 \[1, 16\], expected 3 rows"):
+        bundle.conditioning([0])
+    own = {name: torch.from_numpy(value) for name, value in stored.items()}
+    own["unconditional.pooled"] = negatives = torch.arange(48.0).reshape(3, 16)
+    own["conditional.image"] = torch.arange(6.0).reshape(3, 2)
+    write_tensors(bundle.files.folder / PROMPTS_NAME, own)
+    bundle.files = replace(bundle.files)
+    held = bundle.conditioning([2, 0])
+    assert held.unconditional is not None
+    np.testing.assert_array_equal(held.unconditional["pooled"], negatives[[2, 0]])
+    np.testing.assert_array_equal(held.unconditional["image"], [[4.0, 5.0], [0.0, 1.0]])
+
+    image, texts, negative = np.full((1, 2), 9.0), np.ones((2, 16)), np.zeros((1, 16))
+    shown = bundle.conditioning([2, 0], {"image": image, "pooled": texts}, {"pooled": negative})
+    assert shown.unconditional is not None
+    np.testing.assert_array_equal(shown.conditional["pooled"], texts)
+    np.testing.assert_array_equal(shown.unconditional["pooled"], np.zeros((2, 16)))
+    for branch in (shown.conditional, shown.unconditional):
+        np.testing.assert_array_equal(branch["image"], np.full((2, 2), 9.0))
+    for images, unguided, message in (
+        ({"image": image}, {"pooled": negative}, "images: got image, expected image, pooled"),
+        ({"image": image, "pooled": texts}, None, "unguided: got nothing, expected pooled"),
+        (None, {"pooled": negative}, "unguided: got pooled, expected nothing"),
+    ):
+        with pytest.raises(UserError, match=message):
+            bundle.conditioning([2, 0], images, unguided)

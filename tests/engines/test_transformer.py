@@ -141,7 +141,7 @@ def test_arguments_by_place_are_those_by_name(pipe: FluxPipeline) -> None:
     }
     wanted = transformer(**by_name, return_dict=False)[0]
     assert torch.equal(transformer(*by_name.values()).sample, wanted)
-    with pytest.raises(MismatchError, match="txt_ids: got other positions than zero"):
+    with pytest.raises(MismatchError, match="txt_ids: got other numbers than zero"):
         transformer(**{**by_name, "txt_ids": torch.ones(8, 3)})
     with pytest.raises(MismatchError, match="once"):
         transformer(*by_name.values(), timestep=by_name["timestep"])

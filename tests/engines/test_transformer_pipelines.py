@@ -1,6 +1,8 @@
 """Unmodified pipelines of Z-Image, Wan and Qwen-Image, with their own text encoders and a bundle in them."""
 
+import shutil
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -10,10 +12,13 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch.nn import functional
 
+from adatsq_trt.engines.bundle import write_manifest
+from adatsq_trt.engines.manifest import ScheduleRecord
 from adatsq_trt.engines.runtime import Bundle, Conditioning
 from adatsq_trt.engines.step_clock import StepClock
 from adatsq_trt.engines.transformer import AdatsqTransformer
 from adatsq_trt.errors import MismatchError
+from adatsq_trt.schedule import Spacing, make_schedule
 from tests.engines.bundled_pipelines import KINDS, LENGTH, SCHEDULERS, TEXT, make_bundled
 from tests.tiny_bundle import STEPS
 from tests.tiny_checkpoints import HEIGHT, WIDTH, make_wan_pipeline
@@ -103,6 +108,31 @@ def test_requests_that_the_bundle_was_not_made_for(case: Case, changes: dict[str
         case.run(case.pipe.transformer.bundle.noise([1, 2]), **changes)
 
 
+@pytest.mark.parametrize("case", ["z-image"], indirect=True)
+def test_a_bundle_with_noise_levels_of_its_own(case: Case, tmp_path: Path) -> None:
+    """A pipeline that is called with these has its steps; with others it is told which."""
+    sigmas = (1.0, 0.8, 0.45, 0.2)
+    before = case.pipe.transformer.bundle
+    schedule = make_schedule(before.schedule.scheduler(), Spacing("sigmas", sigmas), image_tokens=1)
+    record = ScheduleRecord.of(schedule)
+    folder = Path(shutil.copytree(before.files.folder, tmp_path / "bundle"))
+    write_manifest(folder, before.manifest.model_copy(update={"schedule": record}))
+    own = AdatsqTransformer.from_bundle(folder, case.pipe.scheduler)
+    assert own.bundle.schedule == schedule
+    noise, condition = before.noise([1, 2]), Conditioning(case.condition(list(TEXT)), case.condition(["", ""]))
+    pipe = type(case.pipe)(**{**case.pipe.components, "transformer": own})
+    pipe.set_progress_bar_config(disable=True)
+    listed = replace(case, pipe=pipe)
+    wanted, got = own.bundle.denoise(noise, condition), listed.run(noise, sigmas=list(sigmas))
+    # Guidance is summed in another order, and what differs in its last bits may be rounded to another point of fp8.
+    assert np.linalg.norm(got - wanted) < 1e-3 * np.linalg.norm(wanted - noise)
+    for others in ({}, {"sigmas": [1.0, 0.7, 0.45, 0.2]}):
+        with pytest.raises(MismatchError, match=r"call the pipeline with sigmas=\[1.0, 0.8, 0.45, 0.2\]"):
+            listed.run(noise, **others)
+    with pytest.raises(MismatchError, match="call the pipeline with num_inference_steps=4"):
+        case.run(noise, sigmas=list(sigmas))
+
+
 @pytest.mark.parametrize("case", ["z-image", "qwen-image"], indirect=True)
 def test_a_caption_that_is_too_long(case: Case) -> None:
     with pytest.raises(MismatchError, match=r"got 40 tokens.*max_sequence_length=32"):
@@ -119,6 +149,11 @@ def test_texts_behind_a_mask(case: Case) -> None:
     np.testing.assert_array_equal(wanted, case.run(noise))
     other = torch.where(mask[..., None] > 0, first, torch.ones(()))
     np.testing.assert_array_equal(case.run(noise, prompt_embeds=other, prompt_embeds_mask=mask, **given), wanted)
+    longer = case.pipe.transformer(**_call(case, first[1:2], mask[1:2]), return_dict=False)[0]
+    filled, seen = functional.pad(first[1:2], (0, 0, 0, 40), value=3.0), functional.pad(mask[1:2], (0, 40))
+    assert torch.equal(case.pipe.transformer(**_call(case, filled, seen), return_dict=False)[0], longer)
+    with pytest.raises(MismatchError, match="encoder_hidden_states: got 33 tokens, the bundle was exported for 32"):
+        case.pipe.transformer(**_call(case, filled, (torch.arange(filled.shape[1]) < 33)[None]))
     holes = mask.clone()
     holes[1, 1] = 0
     for tokens, seen, message in (
@@ -127,6 +162,35 @@ def test_texts_behind_a_mask(case: Case) -> None:
     ):
         with pytest.raises(MismatchError, match=message):
             case.run(noise, prompt_embeds=tokens, prompt_embeds_mask=seen, **given)
+
+
+def _call(case: Case, tokens: Tensor, mask: Tensor) -> dict[str, object]:
+    """Arguments of Qwen-Image's transformer for one row at the first step."""
+    return {
+        "hidden_states": torch.from_numpy(case.pipe.transformer.bundle.noise([1])),
+        "encoder_hidden_states": tokens,
+        "encoder_hidden_states_mask": mask,
+        "timestep": torch.ones(1),
+        "img_shapes": [[(1, HEIGHT // 16, WIDTH // 16)]],
+    }
+
+
+@pytest.mark.parametrize("case", ["wan"], indirect=True)
+def test_channels_behind_the_latents_are_zero(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As HunyuanVideo-1.5 has them for an image that it is not shown."""
+    transformer = case.pipe.transformer
+    latents = torch.from_numpy(transformer.bundle.noise([1]))
+    text = torch.from_numpy(case.condition(TEXT[:1])["encoder_hidden_states"])
+    rest = {"timestep": torch.tensor(transformer.bundle.schedule.timesteps[:1]), "encoder_hidden_states": text}
+    wanted = transformer(latents, **rest, return_dict=False)[0]
+    call = transformer.call.model_copy(update={"zeros_behind": {"hidden_states": 5}})
+    monkeypatch.setattr(transformer, "call", call)
+    behind = torch.zeros(1, 5, *latents.shape[2:])
+    assert torch.equal(transformer(torch.cat([latents, behind], dim=1), **rest, return_dict=False)[0], wanted)
+    behind[0, 4, 0, 0, 0] = 0.5
+    for given in (torch.cat([latents, behind], dim=1), latents[:, :5]):
+        with pytest.raises(MismatchError, match=r"hidden_states: got .* expected 5 channels of zeros at the end"):
+            transformer(given, **rest)
 
 
 def _texts(case: Case) -> list[np.ndarray]:
@@ -145,6 +209,13 @@ def test_rows_of_several_images_are_refused(case: Case) -> None:
             MismatchError, match=r"img_shapes: got .* exported for one image of 4 x 3 tokens in each row"
         ):
             transformer(latents, torch.from_numpy(text[1:]), timestep=torch.ones(1), img_shapes=grids)
+    # With tokens of an image behind the picture's there are two of one size.
+    joined = transformer.call.model_copy(update={"joined": {"hidden_states": 1}})
+    beside = AdatsqTransformer(transformer.bundle, joined)
+    assert beside._shape_of_grids([[grid, grid]]).image.shape.grid == grid[1:]
+    for grids in ([grid], [[grid, (1, *grid[:0:-1])]], [[grid] * 3]):
+        with pytest.raises(MismatchError, match="exported for a picture and one image, each of 4 x 3 tokens"):
+            beside._shape_of_grids(grids)
 
 
 @pytest.mark.parametrize("case", ["wan"], indirect=True)

@@ -23,7 +23,11 @@ from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.policy import Policy
 from adatsq_trt.quantizers import quantize_nearest, static_activation_scale
 from tests.export.separated import require_equal_layers
+from tests.tiny_chroma import make_tiny_chroma
 from tests.tiny_flux import make_tiny_flux
+from tests.tiny_flux_2 import make_tiny_flux_2
+from tests.tiny_hunyuan_video import make_tiny_hunyuan_video
+from tests.tiny_ltx import make_tiny_ltx
 from tests.tiny_qwen_image import make_tiny_qwen_image
 from tests.tiny_stable_diffusion_3 import make_tiny_stable_diffusion_3
 from tests.tiny_wan import make_tiny_wan
@@ -37,6 +41,10 @@ SIZES = {
     "wan": [(4, 4, 3), (6, 8, 2)],
     "qwen-image": [(3, 4), (5, 2)],
     "stable-diffusion-3": [(6, 8), (10, 4)],
+    "flux-2": [(3, 4), (5, 2)],
+    "chroma": [(3, 4), (2, 6), (5, 2)],
+    "ltx": [(3, 2, 2), (2, 3, 2), (4, 5, 1)],
+    "hunyuan-video": [(3, 4, 3), (5, 2, 2)],
 }
 MAKERS = {
     "flux": lambda: make_tiny_flux(32, 4),
@@ -45,7 +53,13 @@ MAKERS = {
     "wan": make_tiny_wan,
     "qwen-image": lambda: make_tiny_qwen_image(layers=1),
     "stable-diffusion-3": make_tiny_stable_diffusion_3,
+    "flux-2": make_tiny_flux_2,
+    "chroma": make_tiny_chroma,
+    "ltx": lambda: make_tiny_ltx(layers=1),
+    "hunyuan-video": lambda: make_tiny_hunyuan_video(layers=1),
 }
+SLOW = ("flux-2", "chroma", "ltx", "hunyuan-video")
+PARAMETERS = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in MAKERS]
 NAMES = ("nvfp4", "fp8", "bf16", "int4wo")
 
 
@@ -60,7 +74,7 @@ class Exported:
     adapters: list[ModelAdapter]
 
 
-@pytest.fixture(scope="module", params=MAKERS)
+@pytest.fixture(scope="module", params=PARAMETERS)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     first = MAKERS[request.param]()
     with torch.no_grad():
@@ -160,7 +174,7 @@ def test_plans_over_one_file_of_weights_have_a_profile_for_each_shape(exported: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("exported", ["z-image", "wan"], indirect=True)
+@pytest.mark.parametrize("exported", ["z-image", "wan", "flux-2"], indirect=True)
 def test_the_other_architectures_compile(exported: Exported) -> None:
     compile_all(exported, "switch")
 

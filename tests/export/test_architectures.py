@@ -26,6 +26,7 @@ from adatsq_trt.models.simulated import SimulatedModel
 from adatsq_trt.policy import Policy
 from adatsq_trt.quantizers import quantize_nearest
 from tests.export.separated import require_equal_layers
+from tests.tiny_hunyuan_video import make_tiny_hunyuan_video
 from tests.tiny_qwen_image import make_tiny_qwen_image
 from tests.tiny_wan import make_tiny_wan
 from tests.tiny_z_image import make_tiny_z_image, make_z_image_of_several_lengths
@@ -35,16 +36,19 @@ MAKERS = {
     "z-image-captions": make_z_image_of_several_lengths,
     "wan": make_tiny_wan,
     "qwen-image": make_tiny_qwen_image,
+    "hunyuan-video": make_tiny_hunyuan_video,
 }
+PARAMETERS = [pytest.param(name, marks=pytest.mark.slow if name == "hunyuan-video" else ()) for name in MAKERS]
 # Last layer of a block's main stream → layers in a row behind it that round.
 ROUNDED = {"ZImageTransformer2DModel": ("feed_forward.w2", 7), "WanTransformer3DModel": ("ffn.net.2", 6)}
 ROUNDED["QwenImageTransformer2DModel"] = ("img_mlp.net.2", 4)
+ROUNDED["HunyuanVideo15Transformer3DModel"] = ("ff.net.2", 4)
 BLACKWELL = ("nvfp4", "fp8", "bf16", "int4wo")
 ROWS = {"target": [("fp8",), BLACKWELL], "cpu": [tuple(FORMATS)]}  # formats of an assignment, in turn over the layers
 Inputs = dict[str, torch.Tensor]
 
 
-@pytest.fixture(scope="module", params=MAKERS)
+@pytest.fixture(scope="module", params=PARAMETERS)
 def adapter(request: pytest.FixtureRequest) -> ModelAdapter:
     return MAKERS[request.param]()
 

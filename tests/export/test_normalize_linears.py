@@ -1,7 +1,11 @@
 import numpy as np
 import pytest
+import torch
+from torch import Tensor, nn
 
 from adatsq_trt.errors import AdatsqError
+from adatsq_trt.export import trace
+from adatsq_trt.export.name_nodes import MODULE
 from adatsq_trt.export.normalize_linears import NormalizeLinears, find_linears, weight_of
 
 
@@ -45,3 +49,27 @@ def test_a_layer_that_is_not_in_the_graph_is_an_error(traced_toy):
 def test_a_graph_that_was_not_normalized_is_an_error(traced_toy):
     with pytest.raises(AdatsqError, match="run NormalizeLinears first"):
         find_linears(traced_toy, ["up"])
+
+
+class Gated(nn.Module):
+    """A value and a gate in one matrix, as GEGLU has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(64, 256)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = self.up(x).chunk(2, dim=-1)
+        value, gate = one.chunk(2, dim=-1)
+        return value * nn.functional.gelu(gate) + other[..., :64]
+
+
+def test_rule_4_what_splits_a_layers_output_is_none_of_its_nodes():
+    model = trace(nn.Sequential(Gated()), {"x": torch.zeros(2, 8, 64)}, "y", torch.bfloat16)
+    splits = [node for node in model.graph if node.op_type == "Split"]
+    before = {node.metadata_props[MODULE] for node in splits}
+    NormalizeLinears(["up"])(model)
+    assert len(splits) == 2
+    assert (before, {node.metadata_props[MODULE] for node in splits}) == ({"up"}, {""})
+    behind = [node for node in model.graph if node.metadata_props[MODULE] == "up"]
+    assert {node.op_type for node in behind} == {"Transpose", "MatMul", "Add"}

@@ -229,6 +229,9 @@ def test_the_build_command_says_everything_that_it_can(data: ReportData) -> None
         "plugins": "/libraries/adatsq.so",
         "max_assignments": 4,
         "guidance_2": 2.5,
+        "sigmas": (1.0, 0.5),
+        "timesteps": (1000.0,),
+        "lora_slots": 8,
         "transform": "smooth",
         "clips": "none",
         "refine": True,
@@ -249,6 +252,7 @@ def test_the_build_command_says_everything_that_it_can(data: ReportData) -> None
     assert options - set(words) == unsaid
     assert words[words.index("--budget-bits") + 1] == "6.666666666666667"
     assert words[words.index("--layout") + 1] == "switch"
+    assert words[words.index("--sigmas") + 1] == "1.0,0.5"
     assert [words[i + 1] for i, word in enumerate(words) if word == "--batch"] == ["1", "8"]
     assert words[3] == "/models/mine"
     encoded = settings.model_copy(update={"pipeline": checkpoint.model_copy(update={"encodings": "/e.safetensors"})})

@@ -1,6 +1,7 @@
 """Wan 2.2 from the pipeline to a bundle and back: two transformers, one policy, one bundle."""
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from shutil import copytree
@@ -17,17 +18,21 @@ from adatsq_trt.checkpoints.loading import open_pipeline
 from adatsq_trt.checkpoints.lora import parse_lora
 from adatsq_trt.checkpoints.objects import open_object
 from adatsq_trt.engines.accuracy import check
-from adatsq_trt.engines.backends import selection
+from adatsq_trt.engines.backends import onnxruntime, selection
 from adatsq_trt.engines.backends.onnxruntime import ExpertSteps
 from adatsq_trt.engines.bundle import BundleFiles, PlanFile, write_manifest
 from adatsq_trt.engines.inspection import inspect_bundle
 from adatsq_trt.engines.runtime import Bundle
 from adatsq_trt.engines.transformer import AdatsqTransformer
+from adatsq_trt.engines.triton_server.batching import Generation, StepBatcher
+from adatsq_trt.engines.triton_server.page import page_text
 from adatsq_trt.engines.triton_server.repository import Deployment, write_repository
+from adatsq_trt.engines.triton_server.requests import Request, read_request
 from adatsq_trt.errors import DamagedFileError, MismatchError, UserError
 from adatsq_trt.files import write_tensors
 from adatsq_trt.report.page import write_report
 from adatsq_trt.settings import PipelineSettings
+from adatsq_trt.stages.images import require_servable
 from adatsq_trt.stages.report import gather
 from adatsq_trt.stages.run_directory import RunDirectory
 from adatsq_trt.step_policy import export_policy
@@ -174,6 +179,7 @@ def test_a_policy_with_formats_for_layers_that_do_not_run_is_refused(
     [
         ({"transform": "smooth"}, "--transform smooth: not with a pipeline of two transformers"),
         ({"refine": True}, "--refine: not with"),
+        ({"lora_slots": 4}, "--lora-slots 4: not with"),
         ({"beam": 2}, "--beam 2: not with"),
         ({"hessian": "paper"}, "--hessian paper: not with"),
         ({"max_assignments": 1}, "--max-assignments 1: not with"),
@@ -203,6 +209,74 @@ def test_on_a_gpu_full_precision_runs_beside_the_plans(
     plan = PlanFile.model_construct(path="plans/a.plan")
     with closing(selection.make_runner(files, selection.BackendChoice("rtx", (plan,)), quantized=False)) as runner:
         assert isinstance(runner, ExpertSteps)
+
+
+def alive_sessions(patch: pytest.MonkeyPatch) -> tuple[list[int], list[weakref.ref[Any]]]:
+    """How many of ONNX Runtime's sessions are alive whenever one is to be made, and all that were made."""
+    before, made, load = list[int](), list[weakref.ref[Any]](), onnxruntime.load_session
+
+    def counted(path: Path) -> Any:
+        before.append(sum(session() is not None for session in made))
+        session = load(path)
+        made.append(weakref.ref(session))
+        return session
+
+    patch.setattr(onnxruntime, "load_session", counted)
+    return before, made
+
+
+def test_with_offloading_one_expert_is_loaded_at_a_time(
+    built: tuple[Path, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, both = built
+    noise, conditioning = both.noise([4, 5]), both.conditioning([1, 0])
+    wanted = {quantized: both.denoise(noise, conditioning, quantized=quantized) for quantized in (True, False)}
+    before, made = alive_sessions(monkeypatch)
+    for quantized, latents in wanted.items():
+        before.clear()
+        with adatsq_trt.load(folder / "run", offload="expert") as bundle:
+            for _ in range(2):  # the second time the first expert is loaded again
+                assert np.array_equal(bundle.denoise(noise, conditioning, quantized=quantized), latents)
+            assert before == [0] * 4
+            assert [session() is not None for session in made[-4:]] == [False] * 3 + [True]
+        assert not any(session() for session in made)
+    before.clear()
+    with adatsq_trt.load(folder / "run") as bundle:
+        bundle.denoise(noise, conditioning)
+        assert before == [0, 1]
+
+
+def test_with_offloading_both_stand_ins_draw_the_same(
+    built: tuple[Path, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, both = built
+    noise, pipe, drawn = both.noise([4, 5]), make_wan_experts_pipeline(), []
+    before, _ = alive_sessions(monkeypatch)
+    for offload in ("none", "expert"):
+        before.clear()
+        with adatsq_trt.load(folder / "run", offload=offload) as bundle:
+            pipe.transformer, pipe.transformer_2 = bundle.transformers()
+            drawn.append(draw(pipe, noise))
+    assert before == [0, 0]
+    assert np.array_equal(*drawn)
+
+
+def test_an_expert_that_cannot_be_loaded_is_tried_again(
+    built: tuple[Path, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, both = built
+    noise, conditioning = both.noise([4]), both.conditioning([0])
+    load = onnxruntime.load_session
+
+    def refused(path: Path) -> Any:
+        raise DamagedFileError(f"'{path}': no memory")
+
+    with adatsq_trt.load(folder / "run", offload="expert") as bundle:
+        monkeypatch.setattr(onnxruntime, "load_session", refused)
+        with pytest.raises(DamagedFileError, match="no memory"):
+            bundle.denoise(noise, conditioning)
+        monkeypatch.setattr(onnxruntime, "load_session", load)
+        assert np.array_equal(bundle.denoise(noise, conditioning), both.denoise(noise, conditioning))
 
 
 def save_wan_lora(file: Path, seed: int) -> Path:
@@ -254,9 +328,61 @@ def test_a_second_scale_of_guidance_needs_a_second_transformer() -> None:
         adatsq_trt.build("digits-flux", target="cpu", guidance_2=2.0)
 
 
-def test_a_bundle_of_two_experts_is_not_served(built: tuple[Path, Bundle], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds two transformers, and the server serves bundles of one"):
-        write_repository([Deployment("wan", built[1].files)], tmp_path / "models")
+def served(bundle: Bundle, requests: Sequence[Request]) -> list[np.ndarray]:
+    """The latents of requests that meet in a server, each a step behind the one before it."""
+    batcher, running = StepBatcher(bundle, max_samples=8), list[Generation]()
+    waiting = [request.generation for request in requests]
+    while waiting or any(generation.step < STEPS for generation in running):
+        running += [waiting.pop(0)] if waiting else []
+        batcher.advance(batcher.choose([generation for generation in running if generation.step < STEPS]))
+    return [generation.latents for generation in running]
+
+
+def test_requests_for_two_experts_get_what_the_bundle_draws(built: tuple[Path, Bundle]) -> None:
+    """Quantized and in full precision, whose steps share a call within an expert alone, at several scales."""
+    _, bundle = built
+    asked: list[tuple[dict[str, float], bool]] = [
+        ({}, True),
+        ({"guidance": 3.0}, True),
+        ({"guidance_2": 1.5}, True),
+        ({}, False),
+        ({"guidance": 3.0, "guidance_2": 2.0}, False),
+        ({}, False),
+    ]
+    drawn = served(bundle, [ask(bundle, seed, quantized, **scales) for seed, (scales, quantized) in enumerate(asked)])
+    for seed, ((scales, quantized), latents) in enumerate(zip(asked, drawn, strict=True)):
+        guidance = scales.get("guidance", None if not scales else SCALES["guidance"])
+        expected = bundle.denoise(
+            bundle.noise([seed]),
+            bundle.conditioning([1]),
+            guidance=guidance,
+            guidance_2=scales.get("guidance_2"),
+            quantized=quantized,
+        )
+        np.testing.assert_array_equal(latents, expected)
+    plain, other, second = (
+        distance(drawn[0], bundle.denoise(bundle.noise([0]), bundle.conditioning([1]), **scales))
+        for scales, _ in asked[:3]
+    )
+    assert plain == 0
+    assert min(other, second) > 1e-4
+
+
+def ask(bundle: Bundle, seed: int, quantized: bool, **scales: float) -> Request:
+    """As a client does."""
+    tensors = {"seed": np.array([seed]), "prompt": np.array([1]), "quantized": np.array([quantized])}
+    return read_request(tensors | {n: np.array([v], np.float32) for n, v in scales.items()}, "", bundle, 8)
+
+
+def test_two_experts_are_deployed_with_both_scales(built: tuple[Path, Bundle], tmp_path: Path) -> None:
+    _, bundle = built
+    with pytest.raises(UserError, match=r"guidance_2: got 1000, expected 0 to 100; .* the bundle's own, 2.5"):
+        ask(bundle, 0, True, guidance_2=1000)
+    write_repository([Deployment("wan", bundle.files, pipeline=built[0] / "pipeline")], tmp_path / "models")
+    config = (tmp_path / "models" / "wan" / "config.pbtxt").read_text()
+    assert "of the second transformer; guidance where that is given, else 2.5" in config
+    assert '<input name="guidance_2" type="number" step="any" value="2.5" required>' in page_text(bundle.files, "wan")
+    require_servable(built[0] / "pipeline")
 
 
 def test_a_pipeline_in_memory_is_the_one_that_was_saved(built: tuple[Path, Bundle]) -> None:

@@ -88,6 +88,9 @@ def test_what_is_given_is_kept(tmp_path: Path) -> None:
         ({"target": "cpu", "memory_limit": "much"}, "much"),
         ({"target": "cpu", "budget_speed": "1ms"}, "--gpu"),
         ({"target": "cpu", "exclude": "nothing"}, "--exclude 'nothing'"),
+        ({"layout": "plugin", "lora_slots": 4}, "--lora-slots 4: not with --layout plugin"),
+        ({"target": "cpu", "shapes": "1x16x16,1x8x16", "lora_slots": 4}, "--lora-slots 4: not with --shapes"),
+        ({"target": "cpu", "lora_slots": 0}, "--lora-slots: got 0, expected at least 1"),
     ],
 )
 def test_what_does_not_go_together_is_refused(choices: dict[str, object], message: str) -> None:

@@ -82,6 +82,9 @@ def test_store_in_one_block(tmp_path: Path) -> None:
     assert loaded["a"].numpy().tobytes() == content[:300]
     assert loaded["b"].numpy().tobytes() == content[500:]
     assert loaded["b"].data_ptr() - loaded["a"].data_ptr() == 512
+    some = load_store(tmp_path / "store", Host(), {"b", "an input that is no weight"})
+    assert list(some) == ["b"]
+    assert some["b"].numpy().tobytes() == content[500:]
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 8, (1 << 40).to_bytes(8, "little"), b"\x02" + bytes(7) + b"{}x"])

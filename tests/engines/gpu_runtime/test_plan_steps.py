@@ -253,8 +253,8 @@ def no_weights(patch: pytest.MonkeyPatch) -> None:
 def weights_of_another(patch: pytest.MonkeyPatch) -> None:
     load = plan_controls.load_store
 
-    def turned(path: Path, memory: plan_controls.Memory) -> dict[str, torch.Tensor]:
-        store = load(path, memory)
+    def turned(path: Path, memory: plan_controls.Memory, names: Any) -> dict[str, torch.Tensor]:
+        store = load(path, memory, names)
         first, second = [name for name, value in store.items() if len(value) == WIDTH * WIDTH][:2]
         return {**store, first: store[second]}
 

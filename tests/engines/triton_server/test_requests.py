@@ -20,7 +20,14 @@ def bundle(tiny_bundle: BundleFiles) -> Bundle:
 
 
 def tensors(**values: object) -> dict[str, np.ndarray]:
-    kinds = {"guidance": np.float32, "steps": np.int32, "progress": bool, "preview": bool, "quantized": bool}
+    kinds = {
+        "guidance": np.float32,
+        "guidance_2": np.float32,
+        "steps": np.int32,
+        "progress": bool,
+        "preview": bool,
+        "quantized": bool,
+    }
     given = {"prompt": [0, 2], "seed": [7, 8], **values}
     return {name: np.array(value, kinds.get(name, np.int64)) for name, value in given.items()}
 
@@ -69,6 +76,7 @@ BAD = {
         "guidance: got nan, expected 0 to 100; leave it out for the bundle's own, 2",
     ),
     "two guidances": ({"guidance": [1, 2]}, "", "guidance: got 2 values, expected one"),
+    "a second transformer's": ({"guidance_2": [1]}, "", "guidance_2: the bundle has one transformer; leave it out"),
     "steps": ({"steps": [20]}, "", "steps: got 20, the bundle's policy is for 4"),
     "output": ({}, '{"output": "latent"}', "unknown output 'latent'; did you mean 'latents'"),
     "output of another type": ({}, '{"output": 3}', "unknown output '3'"),
