@@ -37,7 +37,7 @@ def test_every_text_that_may_be_a_path_is_known_as_one() -> None:
     found = set()
     for callback in callbacks().values():
         for name, hint in get_type_hints(inspect.unwrap(callback), include_extras=True).items():
-            if get_origin(hint) is Annotated and "Path" not in str(hint.__origin__):
+            if get_origin(hint) is Annotated and "Path" not in str(hint.__origin__) and "str" in str(hint.__origin__):
                 words = (hint.__metadata__[0].help or "").lower()
                 if any(word in words for word in ("folder", ".safetensors", "lora", "or a file")):
                     found.add(name)

@@ -15,7 +15,7 @@ import pytest
 from adatsq_trt.engines import benchmark, runtime
 from adatsq_trt.engines.backends import tensorrt
 from adatsq_trt.engines.backends.base import BatchRange
-from adatsq_trt.engines.backends.selection import BackendChoice, compile_where_plans_run
+from adatsq_trt.engines.backends.selection import BackendChoice, Offload, compile_where_plans_run
 from adatsq_trt.engines.build import build_plans
 from adatsq_trt.engines.bundle import BundleFiles, Layout, PlanFile
 from adatsq_trt.engines.runtime import TIME_INPUT, Bundle
@@ -72,8 +72,8 @@ def in_place_of_plans(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """From now on the processor computes what the plans would."""
     make = runtime.make_runner
 
-    def make_here(files: BundleFiles, choice: BackendChoice, quantized: bool = True) -> Any:
-        return CastingSteps(files) if quantized and choice.plans else make(files, choice, quantized)
+    def make_here(files: BundleFiles, choice: BackendChoice, quantized: bool = True, offload: Offload = "none") -> Any:
+        return CastingSteps(files) if quantized and choice.plans else make(files, choice, quantized, offload)
 
     return lambda: monkeypatch.setattr(runtime, "make_runner", make_here)
 

@@ -1,6 +1,5 @@
 """`serve` on the folder of a pipeline, which is built first."""
 
-import json
 from pathlib import Path
 from typing import NoReturn
 
@@ -37,10 +36,3 @@ def test_what_is_built_already_takes_no_options_of_a_build(tmp_path: Path) -> No
     assert _built(tmp_path, []) == tmp_path
     with pytest.raises(UserError, match="got '--steps' after '--'"):
         _built(tmp_path, ["--steps", "2"])
-
-
-def test_a_pipeline_of_two_transformers_is_refused_before_it_is_built(pipeline: Path) -> None:
-    second = {"boundary_ratio": 0.875, "transformer_2": ["diffusers", "WanTransformer3DModel"]}
-    (pipeline / INDEX).write_text(json.dumps(second))
-    with pytest.raises(UserError, match="holds two transformers, and the server serves bundles of one"):
-        _built(pipeline, ["--target", "cpu"])

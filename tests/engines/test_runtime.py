@@ -1,6 +1,8 @@
 """The loop over ONNX Runtime against the same loop in PyTorch, and what is refused before anything is computed."""
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -171,17 +173,18 @@ def test_decode_is_the_inverse_of_pack(patch_size: int) -> None:
     assert spec.decode(latent * 5).max() == 1.0
 
 
-def test_texts_that_are_encoded_with_their_image(bundle: Bundle) -> None:
+def test_texts_that_are_encoded_with_their_image(bundle: Bundle, tmp_path: Path) -> None:
     """The unguided branch has a row for each prompt, and no image is taken without the texts that see it."""
     call = ImageCall(pipeline="QwenImageEditPipeline", inputs=("image",), texts=("pooled",))
     manifest = bundle.manifest.model_copy(update={"image_call": call})
-    bundle.files, stored = replace(bundle.files, manifest=manifest), bundle.files.prompts
+    folder, stored = shutil.copytree(bundle.files.folder, tmp_path / "bundle"), bundle.files.prompts
+    bundle.files = replace(bundle.files, folder=folder, manifest=manifest)
     with pytest.raises(DamagedFileError, match=r"'unconditional.pooled': got float32 \[1, 16\], expected 3 rows"):
         bundle.conditioning([0])
     own = {name: torch.from_numpy(value) for name, value in stored.items()}
     own["unconditional.pooled"] = negatives = torch.arange(48.0).reshape(3, 16)
     own["conditional.image"] = torch.arange(6.0).reshape(3, 2)
-    write_tensors(bundle.files.folder / PROMPTS_NAME, own)
+    write_tensors(folder / PROMPTS_NAME, own)
     bundle.files = replace(bundle.files)
     held = bundle.conditioning([2, 0])
     assert held.unconditional is not None
