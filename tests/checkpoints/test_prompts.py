@@ -185,7 +185,7 @@ def test_wan_without_ftfy_is_refused_by_name(
     def opening(folder: Path) -> None:
         open_pipeline(PipelineSettings(path=str(folder), height=HEIGHT, width=WIDTH, prompts=PROMPTS))
 
-    with pytest.raises(DependencyError, match="with the library ftfy, .* pip install ftfy"):
+    with pytest.raises(DependencyError, match=r"with the library ftfy, .* pip install ftfy"):
         opening(saved_wan)
     opening(saved_flux)  # which does without
 
