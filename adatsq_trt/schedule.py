@@ -204,7 +204,7 @@ def _set_custom(scheduler: Any, spacing: Spacing, shift: dict[str, float | None]
         )
     if shift and spacing.argument == "timesteps":
         raise MismatchError(
-            f"{option}: the pipeline asks for sigmas of its own, and diffusers takes one list; pass --sigmas"
+            f"{option}: the pipeline asks for sigmas of its own, and diffusers takes one list; pass --steps"
         )
     if spacing.argument not in inspect.signature(scheduler.set_timesteps).parameters:
         raise MismatchError(
