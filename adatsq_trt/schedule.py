@@ -141,7 +141,7 @@ def make_schedule(
     image_tokens: int | None = None,
     *,
     mu: float | None = None,
-    leaves_flows: bool = True,
+    leaves_flows: bool = False,
 ) -> Schedule:
     """The steps that diffusers' pipelines take with this scheduler.
 

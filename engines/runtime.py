@@ -480,9 +480,10 @@ class Bundle:
         self._require_open()
         if quantized not in self._runners:
             runner = make_runner(self.files, self.choice, quantized, self.offload)
-            self._runners[quantized] = self._resources.enter_context(runner)
-            if self.loras:
+            self._resources.enter_context(runner)
+            if self.loras:  # one that cannot take them is not kept
                 runner.set_loras(fill_slots(self.lora_slots, self.loras))
+            self._runners[quantized] = runner
         return self._runners[quantized]
 
 

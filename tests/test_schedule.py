@@ -102,3 +102,11 @@ def test_noise_is_unit_normal_and_differs_between_seeds() -> None:
     assert abs(noise.mean()) < 0.02
     assert abs(noise.std() - 1) < 0.02
     assert len({sample.tobytes() for sample in noise}) == 64
+
+
+def test_pipelines_that_pass_sigmas_pass_them_to_a_scheduler_with_sigmas_of_a_flow_too() -> None:
+    """As one that was made of UniPC's configuration has; Flux and FLUX.2 alone leave the spacing to it."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    scheduler.register_to_config(use_flow_sigmas=True)
+    assert make_schedule(scheduler, 4, 16).sigmas == pytest.approx((1.0, 0.75, 0.5, 0.25, 0.0))
+    assert make_schedule(scheduler, 4, 16, leaves_flows=True).sigmas != pytest.approx((1.0, 0.75, 0.5, 0.25, 0.0))

@@ -44,12 +44,11 @@ def generate(
 
     Example: adatsq-trt generate runs/demo --samples 10 --prompt 3 --prompt 7
     """
-    from adatsq_trt.checkpoints.lora import parse_lora
     from adatsq_trt.cli.progress import progress
     from adatsq_trt.engines.bundle import prompt_number
     from adatsq_trt.engines.runtime import Bundle
     from adatsq_trt.stages.images import shown_conditioning
-    from adatsq_trt.stages.lora_slots import load_lora
+    from adatsq_trt.stages.lora_slots import load_loras
     from adatsq_trt.stages.report import SAMPLES_NAME, SAMPLES_WITH_LORA, draw_both, write_samples
     from adatsq_trt.stages.shapes import parse_size
 
@@ -60,10 +59,9 @@ def generate(
     file = output or files.folder.parent / (SAMPLES_WITH_LORA if lora else SAMPLES_NAME)
     if file.suffix != ".png":
         raise UserError(f"--output '{file}': got '{file.suffix}', expected a name that ends in .png")
+    load_loras(opened, lora or (), lora_partial)
     choices = [prompt_number(files, text) for text in prompt or ()] or range(opened.manifest.prompts)
     conditioning = shown_conditioning(opened, [choices[i % len(choices)] for i in range(samples)], image, mask)
-    for own in map(parse_lora, lora or ()):
-        load_lora(opened, own, lora_partial)
     sheets = draw_both(opened, opened.noise(range(seed, seed + samples), asked), conditioning, asked, progress)
     write_samples(file, sheets, [f"{len(opened.policy.buckets)} buckets, {opened.policy.mean_bits:.2f} mean bits", ""])
     error = float(((sheets["quantized"] - sheets["full precision"]) ** 2).mean())

@@ -60,13 +60,14 @@ class Flux2Adapter(FluxAdapter):
         """
         tokens = self.latent_shape[0]
         if not isinstance(steps, Spacing):
-            return make_schedule(self.scheduler, steps, tokens, mu=dynamic_shift(tokens, steps))
+            mu = dynamic_shift(tokens, steps)
+            return make_schedule(self.scheduler, steps, tokens, mu=mu, leaves_flows=self.leaves_flows)
         if self.scheduler.config.get("use_dynamic_shifting"):
             raise MismatchError(
                 f"--{steps.argument}: FLUX.2's shift depends on a number of steps, which its pipelines take beside a "
                 "list; pass --steps, or save the pipeline with a scheduler of fixed shift (use_dynamic_shifting false)"
             )
-        return make_schedule(self.scheduler, steps, tokens)
+        return make_schedule(self.scheduler, steps, tokens, leaves_flows=self.leaves_flows)
 
     def pipeline_call(self) -> TransformerCall:
         """Positions tell the size; those of the text count its places."""

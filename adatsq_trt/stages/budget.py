@@ -152,7 +152,7 @@ def _account(
     budgets = _budgets(settings, shapes, costs, limits)
     if limits.bytes is not None:
         _require_least(limits.bytes, budgets.cheapest("bytes") + added_bytes, shapes)
-    if settings.reference is None:
+    if settings.reference is None and settings.policy is None:  # a given one is built as it is
         _require_together(settings, budgets)
     return Account(costs, budgets, limits, weights, source, added)
 

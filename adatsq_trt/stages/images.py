@@ -136,7 +136,7 @@ def _encoders(files: BundleFiles, call: ImageCall) -> Path:
     for name, expected in call.files.items():
         if folder is None or not (folder / name).is_file() or sha256(folder / name) != expected:
             raise MismatchError(
-                f"bundle '{files.folder}' was built with the image encoder '{name}' of a {call.pipeline}, which is not "
+                f"bundle '{files.folder}' was built with the encoder '{name}' of a {call.pipeline}, which is not "
                 f"where its run says ({folder or 'no folder'}); run it in the pipeline, or build it again"
             )
     assert folder is not None, "there are files"

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adatsq_trt.checkpoints.lora import Lora, warn_of_text_encoders
+from adatsq_trt.checkpoints.lora import Lora, parse_lora, warn_of_text_encoders
 from adatsq_trt.checkpoints.lora_file import Changes, read_changes
 from adatsq_trt.config import BuildConfig
 from adatsq_trt.engines.lora_slots import SlotLora
@@ -151,6 +151,20 @@ def load_lora(bundle: Bundle, lora: Lora, partial: bool = False) -> LoadedLora:
     loaded = LoadedLora(file, lora.scale, tuple(layers), tuple(keys), dropped)
     log.info("%s", loaded.sentence)
     return loaded
+
+
+def load_loras(bundle: Bundle, texts: Sequence[str], partial: bool) -> None:
+    """Put LoRAs into the slots of a bundle as options of a command name them, FILE or FILE:SCALE.
+
+    Raises:
+        UserError: partial ones without any.
+        MismatchError: as `load_lora`.
+        DamagedFileError: likewise.
+    """
+    if partial and not texts:
+        raise UserError("--lora-partial: there is no --lora that it could be for; leave it out")
+    for text in texts:
+        load_lora(bundle, parse_lora(text), partial)
 
 
 def _without_slot(changes: Changes, slots: LoraSlots) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from adatsq_trt.engines.accuracy import check
 from adatsq_trt.errors import DamagedFileError, MismatchError, MissingFileError, UserError
 from adatsq_trt.results import Bundle
 from adatsq_trt.stages import refine
+from adatsq_trt.stages.lora_slots import load_loras
 from adatsq_trt.stages.models import open_run
 from tests.checkpoints.test_lora import randomize
 from tests.lora_dialects import AB, FLUX_QKV, READ, kohya_flux, merge, named
@@ -243,3 +244,8 @@ def test_other_files_and_bundles(bundle: Bundle, built, trained: Path, tmp_path:
 
 def test_the_check_passes(bundle: Bundle, tmp_path: Path) -> None:
     assert check(bundle.files, tmp_path).passed
+
+
+def test_partial_loras_without_any_are_refused(bundle: Bundle) -> None:
+    with pytest.raises(UserError, match="--lora-partial: there is no --lora"):
+        load_loras(bundle, (), True)
