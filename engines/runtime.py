@@ -270,9 +270,9 @@ class Bundle:
             MismatchError: the bundle has none.
         """
         if self.manifest.lora_slots is None:
+            slots = "" if self.schedule.experts else "--lora-slots RANK, or fuse the LoRA with "
             raise MismatchError(
-                f"bundle '{self.files.folder}' has no slots for LoRAs; build it again with --lora-slots RANK, or fuse "
-                "the LoRA with --lora"
+                f"bundle '{self.files.folder}' has no slots for LoRAs; build it again with {slots}--lora"
             )
         return self.manifest.lora_slots
 
@@ -297,9 +297,15 @@ class Bundle:
     def _set_loras(self, loras: tuple[SlotLora, ...]) -> None:
         self._require_open()
         matrices = fill_slots(self.lora_slots, loras)
-        for runner in self._runners.values():
-            runner.set_loras(matrices)
-        self.loras = loras
+        runners, self._runners = self._runners, {}
+        try:
+            for runner in runners.values():
+                runner.set_loras(matrices)
+        except BaseException:  # all are made again, with what was loaded before
+            for runner in runners.values():
+                runner.close()
+            raise
+        self._runners, self.loras = runners, loras
 
     def predict(self, step: int, inputs: Arrays, quantized: bool = True, size: Size | None = None) -> Any:
         """One call of the denoiser, with the formats and activation scales of a step.
@@ -479,10 +485,11 @@ class Bundle:
         """
         self._require_open()
         if quantized not in self._runners:
-            runner = make_runner(self.files, self.choice, quantized, self.offload)
-            self._resources.enter_context(runner)
-            if self.loras:  # one that cannot take them is not kept
-                runner.set_loras(fill_slots(self.lora_slots, self.loras))
+            with ExitStack() as made:  # one that cannot take the LoRAs is not kept
+                runner = made.enter_context(make_runner(self.files, self.choice, quantized, self.offload))
+                if self.loras:
+                    runner.set_loras(fill_slots(self.lora_slots, self.loras))
+                self._resources.push(made.pop_all())
             self._runners[quantized] = runner
         return self._runners[quantized]
 

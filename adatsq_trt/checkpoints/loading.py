@@ -48,6 +48,7 @@ from adatsq_trt.image_call import ImageCall
 from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.models.experts import ExpertsAdapter
 from adatsq_trt.models.family import AGAIN, Canvas, JsonObject
+from adatsq_trt.models.image_condition import ReadImage
 from adatsq_trt.models.prompted import PromptedAdapter
 from adatsq_trt.models.prompts import StoredPrompts
 from adatsq_trt.models.stored import count_weights, fill, large_linears, named_weights
@@ -102,6 +103,8 @@ class OpenedPipeline:
         shapes = self._image_shapes(self._image(self._outline))
         # How long the longest prompt is shows when it is encoded.
         length = family.token_multiple if family.token_multiple > 1 else family.text_tokens
+        if isinstance(family.image_condition, ReadImage):
+            length += family.image_condition.seen_tokens(self._canvas)
         return {
             "tokens": torch.empty(rows, length, width, device=device),
             "pooled": torch.empty(rows, pooled, device=device),

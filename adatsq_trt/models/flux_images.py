@@ -20,7 +20,7 @@ from adatsq_trt.image import ImageShape
 from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.models.family import Canvas, VaeScale
 from adatsq_trt.models.flux import FluxAdapter, FluxFamily, FluxTrace
-from adatsq_trt.models.image_condition import IMAGE_LATENTS, ImageCondition, first_draw
+from adatsq_trt.models.image_condition import IMAGE_LATENTS, ImageCondition, ImageTokens, first_draw
 from adatsq_trt.schedule import EULER, UNIPC
 
 TOKENS, CHANNELS = 1, 2  # axes of [B, tokens, channels]
@@ -78,17 +78,8 @@ class FluxImageTrace(FluxTrace):
         return self._predict(self.image_ids, both, *condition)[:, : hidden_states.shape[1]]
 
 
-class KontextCondition(ImageCondition):
+class KontextCondition(ImageTokens):
     """The image's latents, as tokens; the image is resized to the size that is drawn."""
-
-    def channels(self, latent: int, scale: VaeScale) -> int:
-        """None: it has tokens of its own."""
-        return 0
-
-    def shapes(self, config: Mapping[str, Any], image: ImageShape, folder: Path) -> dict[str, tuple[int, ...]]:
-        """As many tokens as the picture."""
-        rows, columns = image.grid
-        return {IMAGE_LATENTS: (rows * columns, config["in_channels"])}
 
     def encode(self, pipe: Any, image: Image.Image, mask: Image.Image | None, canvas: Canvas) -> dict[str, Tensor]:
         """As the pipeline's call does without `_auto_resize`."""

@@ -71,6 +71,19 @@ class ImageCondition(ABC):
         """
 
 
+class ImageTokens(ImageCondition):
+    """An image of the picture's size, whose latents are as many tokens more."""
+
+    def channels(self, latent: int, scale: VaeScale) -> int:
+        """None: it has tokens of its own."""
+        return 0
+
+    def shapes(self, config: Mapping[str, Any], image: ImageShape, folder: Path) -> dict[str, tuple[int, ...]]:
+        """As many tokens as the picture."""
+        rows, columns = image.grid
+        return {IMAGE_LATENTS: (rows * columns, config["in_channels"])}
+
+
 class ReadImage(ImageCondition):
     """An image that the text encoder sees too: a prompt is encoded with its image, and so is the negative prompt."""
 
@@ -86,6 +99,10 @@ class ReadImage(ImageCondition):
         Returns:
             [tokens, width], in the encoder's type.
         """
+
+    @abstractmethod
+    def seen_tokens(self, canvas: Canvas) -> int:
+        """About how many tokens of an encoded prompt are the image's, before any is encoded."""
 
     @abstractmethod
     def require_canvas(self, canvas: Canvas) -> None:

@@ -6,9 +6,7 @@ pipelines make about a megapixel of any image and, unless told otherwise, draw a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from importlib import util
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -16,15 +14,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from adatsq_trt.errors import DependencyError, UserError
-from adatsq_trt.image import ImageShape
 from adatsq_trt.models.adapter import ModelAdapter
-from adatsq_trt.models.family import Canvas, VaeScale
-from adatsq_trt.models.image_condition import IMAGE_LATENTS, ReadImage, first_draw
+from adatsq_trt.models.family import Canvas
+from adatsq_trt.models.image_condition import IMAGE_LATENTS, ImageTokens, ReadImage, first_draw
 from adatsq_trt.models.qwen_image import QwenImageAdapter, QwenImageFamily, QwenImageTrace
 from adatsq_trt.transformer_call import TransformerCall
 
 _SQUARE = (1024, 1024)
 _AREA = 1024 * 1024  # pixels of the image whose latents the transformer is given, about
+_SEEN_PIXELS = 28  # along a side of what becomes a token of the text encoder
 _VIDEOS = "video_processor"
 
 
@@ -60,17 +58,8 @@ class QwenImageEditTrace(QwenImageTrace):
         return self._predict(rotations, both, encoder_hidden_states, timestep)[:, : hidden_states.shape[1]]
 
 
-class EditCondition(ReadImage):
+class EditCondition(ImageTokens, ReadImage):
     """The image's latents, as tokens, and the image itself for the text encoder."""
-
-    def channels(self, latent: int, scale: VaeScale) -> int:
-        """None: it has tokens of its own."""
-        return 0
-
-    def shapes(self, config: Mapping[str, Any], image: ImageShape, folder: Path) -> dict[str, tuple[int, ...]]:
-        """As many tokens as the picture."""
-        rows, columns = image.grid
-        return {IMAGE_LATENTS: (rows * columns, config["in_channels"])}
 
     def encode(self, pipe: Any, image: Image.Image, mask: Image.Image | None, canvas: Canvas) -> dict[str, Tensor]:
         """As the pipeline's call does with an image of the canvas's shape."""
@@ -88,6 +77,10 @@ class EditCondition(ReadImage):
         """The tokens of a prompt, all of which there are, with what the processor is given of the image."""
         tokens, _ = pipe.encode_prompt(prompt, image=seen, device=pipe.text_encoder.device)
         return tokens[0]  # type: ignore[no-any-return]
+
+    def seen_tokens(self, canvas: Canvas) -> int:
+        """One for each square of Qwen2.5-VL's, of an image as large as the picture."""
+        return -(-canvas.height // _SEEN_PIXELS) * -(-canvas.width // _SEEN_PIXELS)
 
     def require_canvas(self, canvas: Canvas) -> None:
         """Refuse a picture of another size than the image that it goes with."""
@@ -121,6 +114,13 @@ class EditPlusCondition(EditCondition):
         from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import CONDITION_IMAGE_SIZE
 
         return self._encode_seen(pipe, prompt, [_resized(pipe, image, CONDITION_IMAGE_SIZE)])
+
+    def seen_tokens(self, canvas: Canvas) -> int:
+        """The same of the smaller image."""
+        from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import CONDITION_IMAGE_SIZE
+
+        width, height = _size_of((canvas.width, canvas.height), CONDITION_IMAGE_SIZE)
+        return super().seen_tokens(Canvas(height, width))
 
 
 def _size_of(size: tuple[int, int], area: int) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from adatsq_trt.models.format_store import weight_owners
 from adatsq_trt.models.stored import count_weights
 from adatsq_trt.settings import Settings
 from adatsq_trt.stages import gradients, search
+from adatsq_trt.stages.memory import count_encodings
 
 LOGGER = logging.getLogger(__name__)
 _FLOAT = 4  # bytes of a number of most files
@@ -37,7 +38,7 @@ def disk_bytes(settings: Settings, adapter: ModelAdapter) -> dict[str, int]:
     rest, packed = 2 * _rest(adapter, shapes), _packed(settings, shapes)
     # The full-precision graph has all weights, those of a 16-bit candidate.
     plain = 0 if any(grid.is_float for grid in grids) else sum(2 * k * n for k, n in shapes)
-    graphs = sum(packed) + plain + rest
+    graphs, encodings = sum(packed) + plain + rest, _FLOAT * count_encodings(adapter)
     # A whole plan for each assignment and target; those of other layouts share weights, which are in the graphs.
     whole = settings.layout == "embedded" and not settings.simulate
     transformers = len(set(adapter.schedule(settings.asked_steps).experts)) or 1  # a plan holds one
@@ -46,9 +47,9 @@ def disk_bytes(settings: Settings, adapter: ModelAdapter) -> dict[str, int]:
         "calibrate": hessians * squares + 2 * latents,
         "quantize": sum(_stored(grid, shapes) for grid in grids),
         "search": 0 if settings.policy is not None else _FLOAT * places * len(settings.formats),
-        # Every weight grid at most, and the rest of the model in 16 bits; the bundle is a copy, with the plans.
-        "export": graphs,
-        "bundle": graphs + plans * (max(packed) + rest) // transformers,
+        # Every weight grid at most, the rest of the model in 16 bits, encodings; the bundle is a copy, with the plans.
+        "export": graphs + encodings,
+        "bundle": graphs + encodings + plans * (max(packed) + rest) // transformers,
     }
 
 

@@ -20,6 +20,7 @@ from adatsq_trt.calibration.units import SAMPLES_PER_BACKWARD
 from adatsq_trt.checkpoints.loading import OpenedPipeline
 from adatsq_trt.errors import UserError
 from adatsq_trt.formats import PLUGIN_LAYOUT, format_named, target_named
+from adatsq_trt.models.adapter import ModelAdapter
 from adatsq_trt.models.flow import Flow, measure_flow
 from adatsq_trt.models.stored import count_weights
 from adatsq_trt.settings import Settings
@@ -221,6 +222,12 @@ def gradient_bytes(settings: Settings, flow: Flow, blocks: Sequence[Sequence[tup
     return samples * flow.block_backward_bytes(gradients.PROJECTIONS) + max(kept)
 
 
+def count_encodings(adapter: ModelAdapter) -> int:
+    """Numbers in the encodings of all prompts, of which only the shapes need to be known."""
+    tensors = adapter.encode([0]).conditional.values()
+    return (len(adapter.prompts) + adapter.negatives) * sum(tensor.numel() for tensor in tensors)
+
+
 def _model(settings: Settings, outline: LoadedModel, pipeline: OpenedPipeline | None) -> Model:
     adapter = outline.adapter
     linears = adapter.quantizable_layers()
@@ -230,15 +237,13 @@ def _model(settings: Settings, outline: LoadedModel, pipeline: OpenedPipeline | 
     )
     schedule = adapter.schedule(settings.asked_steps)
     flow = measure_flow(adapter, schedule, settings.guidance)
-    tensors, prompts = adapter.encode([0]).conditional.values(), len(adapter.prompts) + adapter.negatives
-    encodings = prompts * sum(tensor.numel() for tensor in tensors)
     weights = count_weights(adapter.transformer)
     loading = (0, 4 * weights, 0, True)
     if pipeline is not None:
         copied = pipeline.mapped_types != {getattr(torch, settings.base_type)}
         loading = (pipeline.encoder_bytes, pipeline.resident_bytes, pipeline.file_bytes, copied)
     latent_bytes = torch.float32.itemsize * prod(adapter.latent_shape)
-    return Model(weights, shapes, flow, encodings, *loading, latent_bytes, schedule.solver.memory)
+    return Model(weights, shapes, flow, count_encodings(adapter), *loading, latent_bytes, schedule.solver.memory)
 
 
 def _call_bytes(settings: Settings, flow: Flow) -> int:

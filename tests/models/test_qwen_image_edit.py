@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import Qwen2VLProcessor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from adatsq_trt.calibration.trajectory import Samples, trajectory
 from adatsq_trt.checkpoints.images import made_image
@@ -17,7 +18,7 @@ from adatsq_trt.checkpoints.objects import open_object
 from adatsq_trt.errors import DependencyError, UserError
 from adatsq_trt.models import qwen_image_edit
 from adatsq_trt.models.family import Canvas
-from adatsq_trt.models.qwen_image_edit import EditCondition
+from adatsq_trt.models.qwen_image_edit import EditCondition, EditPlusCondition
 from adatsq_trt.settings import PipelineSettings
 from tests.tiny_qwen_image_edit import SIDE, make_edit_pipeline, make_edit_plus_pipeline
 
@@ -141,3 +142,10 @@ def test_a_processor_that_does_not_load_names_its_library(tmp_path: Path, monkey
     monkeypatch.setattr(qwen_image_edit.util, "find_spec", lambda name: None)
     with pytest.raises(DependencyError, match="QwenImageEditPipeline does not load without the library torchvision"):
         open_pipeline(settings(tmp_path))
+
+
+def test_tokens_of_an_image_are_told_before_it_is_seen() -> None:
+    """As many as Qwen2.5-VL's processor makes of it, which decide how much memory and disk encodings take."""
+    height, width = smart_resize(1024, 1024, factor=28, min_pixels=56 * 56, max_pixels=28 * 28 * 1280 * 4)
+    assert EditCondition().seen_tokens(Canvas(1024, 1024)) == height // 28 * (width // 28)
+    assert EditPlusCondition().seen_tokens(Canvas(1024, 1024)) == (384 // 28 + 1) ** 2

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from adatsq_trt.formats import format_named
-from adatsq_trt.stages import disk
+from adatsq_trt.stages import disk, export
 from adatsq_trt.stages.context import Context
+from adatsq_trt.stages.memory import count_encodings
 from tests.stages.tiny_run import given_policy
 
 Usage = namedtuple("Usage", "total used free")
@@ -30,6 +31,9 @@ def test_the_estimate_holds_what_a_run_wrote(finished: Context) -> None:
     calibrate = finished.run.path / "calibrate"
     hessians = written(calibrate / "hessians") + written(calibrate / "unweighted_hessians")
     assert 0.95 * hessians < needed["calibrate"] < 3 * hessians
+    stored = (finished.run.path / "export" / export.PROMPTS).stat().st_size
+    assert 4 * count_encodings(finished.adapter) == pytest.approx(stored, rel=0.2)  # files have headers
+    assert needed["export"] > stored
     given = finished.settings.model_copy(update={"policy": given_policy().model_dump_json()})
     assert disk.disk_bytes(given, finished.adapter)["search"] == 0 < needed["search"]
 

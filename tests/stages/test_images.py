@@ -225,7 +225,5 @@ def test_a_video_that_begins_with_an_image(tmp_path: Path) -> None:
 
     encoder = tmp_path / "pipeline" / "image_encoder" / "config.json"
     encoder.write_text(encoder.read_text() + " ")
-    with pytest.raises(
-        MismatchError, match=r"the encoder 'image_encoder/config.json' .* which is not where its run"
-    ):
+    with pytest.raises(MismatchError, match=r"the encoder 'image_encoder/config.json' .* which is not where its run"):
         shown_image(files, tmp_path / "0.png", None)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import adatsq_trt
 from adatsq_trt.calibration.trajectory import Samples, trajectory
 from adatsq_trt.engines.accuracy import check
+from adatsq_trt.engines.backends.onnxruntime import OnnxRuntimeSteps
 from adatsq_trt.errors import DamagedFileError, MismatchError, MissingFileError, UserError
 from adatsq_trt.results import Bundle
 from adatsq_trt.stages import refine
@@ -249,3 +250,24 @@ def test_the_check_passes(bundle: Bundle, tmp_path: Path) -> None:
 def test_partial_loras_without_any_are_refused(bundle: Bundle) -> None:
     with pytest.raises(UserError, match="--lora-partial: there is no --lora"):
         load_loras(bundle, (), True)
+
+
+def test_where_a_lora_cannot_be_taken_the_former_ones_are_in_use(
+    bundle: Bundle, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a GPU has no room: neither a runner that is there nor one that is made later goes on without them."""
+    before = own(bundle)
+
+    def fail(*_: object) -> None:
+        raise MemoryError("no room")
+
+    for fails_when_made in (False, True):
+        with monkeypatch.context() as patch:
+            if fails_when_made:
+                bundle.load_lora(trained, SCALE)
+                bundle._runners.clear()
+            patch.setattr(OnnxRuntimeSteps, "set_loras", fail)
+            with pytest.raises(MemoryError):
+                own(bundle) if fails_when_made else bundle.load_lora(trained, SCALE)
+        changed = distance(own(bundle), before)
+        assert changed > 5e-3 if fails_when_made else changed == 0
